@@ -1,0 +1,1 @@
+"""Checkpoints: dealt order, the store, and import from Hugging Face."""

@@ -1,0 +1,1 @@
+"""Elastic layers: Megatron-Core's own modules, computing with real slices of their weights."""

@@ -1,0 +1,181 @@
+"""Elastic self-attention: the first KV groups, or the first query heads of every group (Flextron, eq. 2).
+
+Shape suffixes: S sequence, B batch, C hidden channels, G KV groups of this rank, Q query heads of a group, H channels of a head;
+small letters for the part in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+
+from flextron_mcore.checkpoint.sharding import deal
+from flextron_mcore.config import FlextronError
+from flextron_mcore.layers.linear import Selection, column_product, row_product, take
+from flextron_mcore.space import ElasticSpace, LayerChoice
+
+
+class ElasticSelfAttention(SelfAttention):
+    """Megatron-Core's SelfAttention that can compute with a part of its heads.
+
+    Everything between the two projections (rotary embedding, KV cache, core attention, recomputation) is Megatron-Core's.
+    `choice` is the LayerChoice in use, None for all heads; `use_subnetwork` sets it.
+    """
+
+    def __init__(self, config, submodules, layer_number: int, space: ElasticSpace, **kwargs: Any) -> None:
+        super().__init__(config, submodules, layer_number, **kwargs)
+        if config.num_query_groups % self.world_size:
+            raise FlextronError(
+                f"model.tensor_model_parallel_size={self.world_size} does not divide "
+                f"model.num_query_groups={config.num_query_groups}"
+            )
+        self.space = space
+        self.choice: LayerChoice | None = None
+        self.linear_proj.take_heads = self.take_proj
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key and value head in the full model (Q)."""
+        return self.num_attention_heads_per_partition // self.num_query_groups_per_partition
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """(KV groups, query heads of each) in use on this rank."""
+        if self.choice is None:
+            return self.num_query_groups_per_partition, self.group_size
+        return self.choice.kv_groups // self.world_size, self.choice.query_heads_per_group
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[S, B, C] -> query [S, B, g*q, H], key [S, B, g, H], value [S, B, g, H]."""
+        if output_gate or not split_qkv:
+            raise FlextronError("attention_output_gate and fused_single_qkv_rope are not supported by the elastic attention")
+        (groups, queries), size = self.heads, self.hidden_size_per_attention_head
+        layer = self.linear_qkv
+        channels = layer.weight.shape[1]
+        full = (self.num_query_groups_per_partition, self.group_size + 2, size)
+        if queries == self.group_size:
+            indices = ((slice(groups),),)
+        else:  # the first query heads, then key and value
+            indices = ((slice(groups), slice(queries)), (slice(groups), slice(self.group_size, None)))
+        rows = groups * (queries + 2) * size
+        weight_dC = take(layer.weight, Selection((*full, channels), indices, (rows, channels), dim=1))
+        bias_d = take(layer.bias, Selection(full, indices, (rows,), dim=1))
+        mixed = column_product(layer, hidden_states, weight_dC, bias_d)
+        mixed = mixed.view(*mixed.shape[:2], groups, (queries + 2) * size)
+        query, key, value = mixed.split([queries * size, size, size], dim=3)
+        query = query.reshape(*query.shape[:2], groups * queries, size)
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return query, key, value
+
+    def take_proj(self, weight: torch.Tensor) -> torch.Tensor:
+        """The columns of the output projection that belong to the heads in use."""
+        (groups, queries), size = self.heads, self.hidden_size_per_attention_head
+        rows = weight.shape[0]
+        shape = (rows, self.num_query_groups_per_partition, self.group_size, size)
+        index = (slice(None), slice(groups), slice(queries))
+        return take(weight, Selection(shape, (index,), (rows, groups * queries * size)))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        """Vanilla keys and shapes; KV groups in dealt order where they are the elastic unit (DESIGN section 3)."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.space.attention_unit == "kv_group":
+            groups = self.config.num_query_groups
+            for key, axis in (("linear_qkv.weight", 0), ("linear_qkv.bias", 0), ("linear_proj.weight", 1)):
+                if f"{prefix}{key}" in sharded:
+                    sharded[f"{prefix}{key}"] = deal(
+                        sharded[f"{prefix}{key}"], axis, groups, self.space.granularity, self.world_size
+                    )
+        return sharded
+
+
+class ElasticOutputProjection(tensor_parallel.RowParallelLinear):
+    """The output projection of ElasticSelfAttention, which owns the choice of heads and sets `take_heads`."""
+
+    def forward(self, input_: torch.Tensor):
+        """[S, B, g*q*H] -> ([S, B, C], bias or None)."""
+        input_ = self.observe(input_)
+        return row_product(self, input_, self.take_heads(self.weight)), self.bias
+
+    def observe(self, heads_SBd: torch.Tensor) -> torch.Tensor:
+        """The heads' outputs. Importance scoring and the masked oracle of the tests replace this on an instance."""
+        return heads_SBd
+
+
+class SDPACoreAttention(MegatronModule):
+    """torch's scaled-dot-product attention behind Megatron-Core's core-attention interface, for any number of heads."""
+
+    def __init__(
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise FlextronError("model.context_parallel_size > 1 needs Transformer Engine's attention: the local backend has none")
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params=None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """query [S, B, heads, H], key and value [T, B, groups, H] -> [S, B, heads*H].
+
+        attention_mask: None for the causal mask (the last query sees all keys), else boolean, broadcastable to [B, heads, S, T],
+        True where attention is *not* allowed.
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            raise FlextronError("packed sequences and attention biases are not supported by the local backend")
+        length, source = query.shape[0], key.shape[0]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask, causal = None, False
+        if attention_mask is not None:
+            mask = attention_mask.logical_not()
+        elif (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal and length > 1:
+            causal = length == source
+            if not causal:
+                mask = torch.ones(length, source, dtype=torch.bool, device=query.device).tril(source - length)
+        dropout = self.dropout if self.training else 0.0
+        with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        return out.permute(2, 0, 1, 3).reshape(length, out.shape[0], -1)

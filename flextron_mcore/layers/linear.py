@@ -1,0 +1,127 @@
+"""Products with a part of a weight, on Megatron-Core's column- and row-parallel functions.
+
+Shape suffixes: S sequence, B batch, C hidden channels, D output rows of this rank, d the part of them in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    linear_with_frozen_weight,
+    linear_with_grad_accumulation_and_async_allreduce,
+)
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A part of a weight: view it as `shape`, take each of `indices` (basic slices), join along `dim`, reshape to `result`.
+
+    With one index the part is a view of the weight wherever its strides allow; with several it is copied.
+    """
+
+    shape: tuple[int, ...]
+    indices: tuple[tuple[slice, ...], ...]
+    result: tuple[int, ...]
+    dim: int = 0
+
+    def parts(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Views of `tensor`, one an index."""
+        viewed = tensor.view(self.shape)
+        return [viewed[index] for index in self.indices]
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The selected part of `tensor`, of shape `result`."""
+        parts = self.parts(tensor)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)).reshape(self.result)
+
+    def add(self, tensor: torch.Tensor, part: torch.Tensor) -> None:
+        """Add `part` (of shape `result`) to the selected part of `tensor`, in place."""
+        targets = self.parts(tensor)
+        shape = list(targets[0].shape)
+        shape[self.dim] = sum(target.shape[self.dim] for target in targets)
+        sizes = [target.shape[self.dim] for target in targets]
+        for target, piece in zip(targets, part.reshape(shape).split(sizes, self.dim), strict=True):
+            target.add_(piece)
+
+
+class _Take(torch.autograd.Function):
+    """The selected part of a parameter; the gradient goes straight to the same part of where it accumulates.
+
+    Megatron-Core's DDP accumulates in `main_grad`. Adding there in place, and saying so with `grad_added_to_main_grad` as its own
+    fused weight gradients do, costs what the part costs: autograd would pad it with zeros to the full size. A parameter that is
+    ever sliced must always come through here: the flag holds for all micro-batches of a step.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, selection: Selection) -> torch.Tensor:  # type: ignore[override]
+        ctx.weight, ctx.selection = weight, selection
+        return selection.take(weight)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
+        weight, selection = ctx.weight, ctx.selection
+        if hasattr(weight, "grad_added_to_main_grad") and getattr(weight, "main_grad", None) is not None:
+            selection.add(weight.main_grad, grad)
+            weight.grad_added_to_main_grad = True
+            # DDP's hook must still fire. The values are never read, so the pages of this tensor are never touched.
+            return torch.empty_like(weight), None
+        full = torch.zeros_like(weight)
+        selection.add(full, grad)
+        return full, None
+
+
+def take(weight: torch.Tensor | None, selection: Selection) -> torch.Tensor | None:
+    """The selected part of a parameter, differentiable (None for an absent bias)."""
+    return None if weight is None else _Take.apply(weight, selection)
+
+
+def column_input(layer: ColumnParallelLinear, x_SBC: torch.Tensor) -> torch.Tensor:
+    """The input of several column-parallel products, gathered or marked for the gradient's all-reduce once."""
+    if layer.sequence_parallel:
+        return gather_from_sequence_parallel_region(x_SBC, tensor_parallel_output_grad=True, group=layer.tp_group)
+    return copy_to_tensor_model_parallel_region(x_SBC, group=layer.tp_group)
+
+
+def local_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: torch.nn.Module) -> torch.Tensor:
+    """x @ weight.T + bias on this rank alone."""
+    return _product(x, weight, bias, layer, allreduce_dgrad=False, sequence_parallel=False)
+
+
+def column_product(
+    layer: ColumnParallelLinear, x_SBC: torch.Tensor, weight_dC: torch.Tensor, bias_d: torch.Tensor | None
+) -> torch.Tensor:
+    """x @ weight.T + bias with the communication of `layer`; the result stays split over tensor-parallel ranks."""
+    return _product(x_SBC, weight_dC, bias_d, layer, layer.allreduce_dgrad, layer.sequence_parallel)
+
+
+def row_product(layer: RowParallelLinear, x_SBd: torch.Tensor, weight_Cd: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T, summed (and with sequence parallelism scattered) over tensor-parallel ranks. Bias is left to the caller."""
+    out_SBC = local_product(x_SBd, weight_Cd, None, layer)
+    if layer.sequence_parallel:
+        return reduce_scatter_to_sequence_parallel_region(out_SBC, group=layer.tp_group)
+    return reduce_from_tensor_model_parallel_region(out_SBC, group=layer.tp_group)
+
+
+def _product(x, weight, bias, layer, allreduce_dgrad: bool, sequence_parallel: bool) -> torch.Tensor:
+    function = linear_with_grad_accumulation_and_async_allreduce if weight.requires_grad else linear_with_frozen_weight
+    return function(
+        input=x,
+        weight=weight,
+        bias=bias,
+        gradient_accumulation_fusion=False,  # _Take accumulates
+        allreduce_dgrad=allreduce_dgrad,
+        sequence_parallel=sequence_parallel,
+        grad_output_buffer=None,
+        wgrad_deferral_limit=None,
+        tp_group=layer.tp_group,
+    )

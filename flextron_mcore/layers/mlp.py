@@ -1,0 +1,83 @@
+"""Elastic MLP: the first d neurons (Flextron, eq. 1).
+
+Shape suffixes: S sequence, B batch, C hidden channels, F neurons of this rank, f those in use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.mlp import MLP
+
+from flextron_mcore.checkpoint.sharding import deal
+from flextron_mcore.layers.linear import Selection, column_input, column_product, local_product, row_product, take
+from flextron_mcore.space import ElasticSpace, LayerChoice
+
+
+class ElasticMLP(MLP):
+    """Megatron-Core's MLP that can compute with a prefix of its neurons.
+
+    `choice` is the LayerChoice in use, None for the full width; `use_subnetwork` sets it. Each tensor-parallel rank holds its
+    neurons in decreasing importance and uses the first `choice.ffn_hidden_size / T` of them.
+    """
+
+    def __init__(self, config, submodules, space: ElasticSpace, pg_collection=None, tp_group=None, **kwargs: Any) -> None:
+        # Newer Megatron-Core passes pg_collection, is_mtp_layer and name; older passes nothing.
+        tp_group = tp_group or (pg_collection.tp if pg_collection is not None else None)
+        super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
+        self.space = space
+        self.tensor_parallel_size = self.linear_fc1.tp_group.size()
+        self.choice: LayerChoice | None = None
+
+    @property
+    def width(self) -> int:
+        """Neurons in use on this rank."""
+        full = self.config.ffn_hidden_size if self.choice is None else self.choice.ffn_hidden_size
+        return full // self.tensor_parallel_size
+
+    def forward(self, hidden_states: torch.Tensor, per_token_scale=None, **kwargs: Any):
+        """[S, B, C] -> ([S, B, C], bias or None), the bias being added by the layer's bias-dropout-add."""
+        x_SBC, activation = hidden_states, self.config.activation_func
+        channels = x_SBC.shape[-1]
+        full, width = self.config.ffn_hidden_size // self.tensor_parallel_size, self.width
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        if self.config.gated_linear_unit:
+            # Two products on two views: the gate's and the up projection's prefixes do not lie together in fc1's weight.
+            x_SBC = column_input(fc1, x_SBC)
+            gate_SBf, up_SBf = (
+                local_product(
+                    x_SBC,
+                    take(fc1.weight, Selection((2, full, channels), ((slice(i, i + 1), slice(width)),), (width, channels))),
+                    take(fc1.bias, Selection((2, full), ((slice(i, i + 1), slice(width)),), (width,))),
+                    fc1,
+                )
+                for i in range(2)
+            )
+            hidden_SBf = activation(gate_SBf) * up_SBf
+        else:
+            weight_fC = take(fc1.weight, Selection((full, channels), ((slice(width),),), (width, channels)))
+            bias_f = take(fc1.bias, Selection((full,), ((slice(width),),), (width,)))
+            hidden_SBf = activation(column_product(fc1, x_SBC, weight_fC, bias_f))
+        hidden_SBf = self.observe(hidden_SBf)
+        out_channels = fc2.weight.shape[0]
+        weight_Cf = take(fc2.weight, Selection((out_channels, full), ((slice(None), slice(width)),), (out_channels, width)))
+        return row_product(fc2, hidden_SBf, weight_Cf), fc2.bias
+
+    def observe(self, hidden_SBf: torch.Tensor) -> torch.Tensor:
+        """What enters fc2. Importance scoring and the masked oracle of the tests replace this on an instance."""
+        return hidden_SBf
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        """Vanilla keys and shapes, neurons in dealt order (DESIGN section 3)."""
+        sharded = {}
+        parts = 2 if self.config.gated_linear_unit else 1
+        for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            sharded.update(module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+        neurons = self.config.ffn_hidden_size
+        for key, axis, blocks in (("linear_fc1.weight", 0, parts), ("linear_fc1.bias", 0, parts), ("linear_fc2.weight", 1, 1)):
+            if f"{prefix}{key}" in sharded:
+                sharded[f"{prefix}{key}"] = deal(
+                    sharded[f"{prefix}{key}"], axis, neurons, self.space.granularity, self.tensor_parallel_size, blocks
+                )
+        return sharded

@@ -1,0 +1,1 @@
+"""Process groups, seeds, devices, and the CPU runtime."""

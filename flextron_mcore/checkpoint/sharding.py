@@ -10,7 +10,23 @@ from __future__ import annotations
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from flextron_mcore.config import FlextronError
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.space import ElasticSpace
+
+# Tensors whose rows or columns are elastic units, and the axis along which: of MLP neurons, and of attention.
+MLP_AXES = {"linear_fc1.weight": 0, "linear_fc1.bias": 0, "linear_fc2.weight": 1}
+ATTENTION_AXES = {"linear_qkv.weight": 0, "linear_qkv.bias": 0, "linear_proj.weight": 1}
+
+
+def dealt_axis(model: ModelConfig, space: ElasticSpace, key: str) -> tuple[int, int, int, int] | None:
+    """(axis, units, granularity, blocks) of a tensor that is stored in dealt order, None for one that is not."""
+    name = ".".join(key.split(".")[-2:])
+    if name in MLP_AXES:
+        blocks = 2 if model.gated and name != "linear_fc2.weight" else 1
+        return MLP_AXES[name], model.ffn_hidden_size, space.granularity, blocks
+    if name in ATTENTION_AXES and space.attention_unit == "kv_group":
+        return ATTENTION_AXES[name], model.num_query_groups, space.granularity, 1
+    return None
 
 
 def deal(

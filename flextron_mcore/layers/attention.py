@@ -16,7 +16,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from flextron_mcore.checkpoint.sharding import deal
+from flextron_mcore.checkpoint.sharding import ATTENTION_AXES, deal
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.linear import Selection, column_product, row_product, take
 from flextron_mcore.space import ElasticSpace, LayerChoice
@@ -96,11 +96,10 @@ class ElasticSelfAttention(SelfAttention):
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.space.attention_unit == "kv_group":
             groups = self.config.num_query_groups
-            for key, axis in (("linear_qkv.weight", 0), ("linear_qkv.bias", 0), ("linear_proj.weight", 1)):
-                if f"{prefix}{key}" in sharded:
-                    sharded[f"{prefix}{key}"] = deal(
-                        sharded[f"{prefix}{key}"], axis, groups, self.space.granularity, self.world_size
-                    )
+            for name, axis in ATTENTION_AXES.items():
+                key = prefix + name
+                if key in sharded:
+                    sharded[key] = deal(sharded[key], axis, groups, self.space.granularity, self.world_size)
         return sharded
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.mlp import MLP
 
-from flextron_mcore.checkpoint.sharding import deal
+from flextron_mcore.checkpoint.sharding import MLP_AXES, deal
 from flextron_mcore.layers.linear import Selection, column_input, column_product, local_product, row_product, take
 from flextron_mcore.space import ElasticSpace, LayerChoice
 
@@ -71,13 +71,13 @@ class ElasticMLP(MLP):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         """Vanilla keys and shapes, neurons in dealt order (DESIGN section 3)."""
         sharded = {}
-        parts = 2 if self.config.gated_linear_unit else 1
         for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
             sharded.update(module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
-        neurons = self.config.ffn_hidden_size
-        for key, axis, blocks in (("linear_fc1.weight", 0, parts), ("linear_fc1.bias", 0, parts), ("linear_fc2.weight", 1, 1)):
-            if f"{prefix}{key}" in sharded:
-                sharded[f"{prefix}{key}"] = deal(
-                    sharded[f"{prefix}{key}"], axis, neurons, self.space.granularity, self.tensor_parallel_size, blocks
+        gate_and_up = 2 if self.config.gated_linear_unit else 1
+        for name, axis in MLP_AXES.items():
+            key, blocks = prefix + name, gate_and_up if axis == 0 else 1
+            if key in sharded:
+                sharded[key] = deal(
+                    sharded[key], axis, self.config.ffn_hidden_size, self.space.granularity, self.tensor_parallel_size, blocks
                 )
         return sharded

@@ -15,6 +15,7 @@ from typing import Any
 from flextron_mcore.config import FlextronError, ModelConfig, nearest
 
 ATTENTION_UNITS = ("kv_group", "query_head")
+AUTOMATIC_GRANULARITIES = (8, 4, 2, 1)
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -117,8 +118,8 @@ class ElasticSpace:
     def build(
         cls,
         model: ModelConfig,
-        granularity: int = 8,
-        attention_unit: str = "kv_group",
+        granularity: int | None = None,
+        attention_unit: str | None = None,
         heads: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
         ffn_hidden_size: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
         hidden_size: Sequence[float] = (1.0,),
@@ -126,8 +127,20 @@ class ElasticSpace:
     ) -> ElasticSpace:
         """Resolve fractions (floats in (0, 1]) and integers (sizes) against `model`.
 
-        Raises FlextronError for a candidate that is out of range or does not divide; the full size is added where it is missing.
+        granularity None: 8, or where that does not divide every candidate the largest of 4, 2, 1 that does. attention_unit None:
+        kv_group where the candidates are whole groups, else query_head. Raises FlextronError for a candidate that is out of range
+        or does not divide; the full size is added where it is missing.
         """
+        if granularity is None or attention_unit is None:
+            first_error: FlextronError | None = None
+            for unit in ATTENTION_UNITS if attention_unit is None else (attention_unit,):
+                for size in AUTOMATIC_GRANULARITIES if granularity is None else (granularity,):
+                    try:
+                        return cls.build(model, size, unit, heads, ffn_hidden_size, hidden_size, depth)
+                    except FlextronError as error:
+                        failed = error
+                first_error = first_error or failed
+            raise first_error
         if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1:
             raise FlextronError(f"space.granularity must be a whole number of at least 1, not {granularity!r}")
         if attention_unit not in ATTENTION_UNITS:

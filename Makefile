@@ -1,0 +1,39 @@
+# Every command a contributor needs. `make` lists them; CONTRIBUTING.md explains them.
+OUT ?= runs/quickstart
+ARGS ?=
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-newest lint format bench clean
+
+help: ## list the commands
+	@echo "usage: make COMMAND [ARGS=\"more arguments\"]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: ## create .venv with this package in it (PYTHON=... picks the interpreter)
+	@scripts/setup.sh
+
+quickstart: setup ## the whole chain on this machine, CPU or GPU; results in OUT (default runs/quickstart)
+	.venv/bin/flextron quickstart out=$(OUT) $(ARGS)
+
+test: setup ## all tests, or those named in ARGS
+	$(PY) -m pytest -q $(or $(ARGS),tests)
+
+test-newest: ## the same on Python 3.12 or 3.13 with the newest supported Megatron-Core
+	@scripts/test-newest.sh $(ARGS)
+
+lint: setup ## check style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: setup ## repair style and formatting
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: setup ## run the benchmarks (side-by-side ratios)
+	$(PY) -m benchmarks $(ARGS)
+
+clean: ## remove environments, caches and build products; runs/ stays
+	rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis .venv .venv-newest
+	rm -rf --one-file-system .cache-newest
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,177 @@
+"""The command `flextron STAGE key=value ...`.
+
+Light on imports: checkpoint writers are spawned processes that import the main module again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flextron_mcore.config import FlextronError, nearest
+
+STAGES = {
+    "prepare": "text to Megatron datasets with a tokenizer",
+    "pretrain": "train a parent model from scratch",
+    "import": "a Hugging Face checkpoint to an elastic checkpoint",
+    "importance": "rank neurons and heads, sort them, show what sorting gains",
+    "elastic": "elastic continued training: the full model and random sub-networks together",
+    "evaluate": "loss and perplexity a domain",
+    "export": "a sub-network as a directory that loads elsewhere",
+    "report": "one HTML page of a run, and family.json",
+    "quickstart": "the whole chain on this machine",
+}
+USAGE = "usage: flextron STAGE key=value ... [--config-dir DIR]\n\nstages:\n" + "".join(
+    f"  {name:<12}{text}\n" for name, text in STAGES.items()
+)
+EXIT_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 0, 2 for bad input (one line on standard error), 1 for anything else."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    debug = "debug=true" in argv
+    try:
+        code = _main(argv)
+    except FlextronError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"flextron: error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("flextron: interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        line = (str(error).strip().splitlines() or [""])[0]
+        hint = "" if debug else "; add debug=true for the traceback"
+        print(f"flextron: failed: {type(error).__name__}: {line}{hint}", file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if argv[0] == "--version":
+        from flextron_mcore import __version__
+
+        print(__version__)
+        return 0
+    stage, *rest = argv
+    if stage not in STAGES:
+        raise FlextronError(f"unknown stage '{stage}'{nearest(stage, STAGES)}: use one of {', '.join(STAGES)}")
+    config_dirs, overrides, help_wanted = [], [], False
+    arguments = iter(rest)
+    for argument in arguments:
+        if argument in ("-h", "--help"):
+            help_wanted = True
+        elif argument.startswith("--config-dir"):
+            value = argument.partition("=")[2] or next(arguments, "")
+            if not Path(value).is_dir():
+                raise FlextronError(f"--config-dir {value}: no such directory")
+            config_dirs.append(value)
+        elif "=" not in argument:
+            raise FlextronError(f"'{argument}' is not of the form key=value")
+        else:
+            overrides.append(argument)
+    config = compose(stage, overrides, config_dirs)
+    if help_wanted:
+        from omegaconf import OmegaConf
+
+        print(f"flextron {stage}: {STAGES[stage]}\n\nkeys and their values (??? must be given):\n")
+        print(OmegaConf.to_yaml(config), end="")
+        return 0
+    run_stage(config)
+    return 0
+
+
+def run_stage(config: Any) -> dict[str, Any]:
+    """Run the stage that `config` was composed for; its figures."""
+    from omegaconf import OmegaConf
+
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise FlextronError(f"{config.stage}: missing {', '.join(f'{key}=...' for key in missing)}")
+    module = importlib.import_module(f"flextron_mcore.stages.{'import_' if config.stage == 'import' else config.stage}")
+    return module.run(config)
+
+
+def config_directory() -> Path:
+    """The shipped configuration: inside an installed package, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FlextronError(f"{package}: the configuration files are missing from this installation; install flextron_mcore again")
+
+
+def compose(stage: str, overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> Any:
+    """The resolved configuration of a stage (OmegaConf). Raises FlextronError for an unknown key, naming the nearest right one."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    overrides = list(overrides)
+    search = [f"hydra.searchpath=[{','.join('file://' + str(Path(d).resolve()) for d in config_dirs)}]"] if config_dirs else []
+
+    def composed(extra: Sequence[str]) -> Any:
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+            config = hydra.compose("config", [f"stage={stage}", *search, *extra])
+        OmegaConf.resolve(config)
+        return config
+
+    try:
+        return composed(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        message = str(error)
+        # In a list of overrides Hydra names the culprit in different ways: look for the first key that the stage does not have.
+        known = _flat_keys(composed([o for o in overrides if _is_group(o)]) if _composes(composed, overrides) else composed([]))
+        for override in overrides:
+            key = override.partition("=")[0].lstrip("+~").partition("@")[0]
+            if key not in known and not _is_group(override):
+                raise FlextronError(f"{stage}: unknown key '{key}'{nearest(key, known)}") from None
+        if match := re.search(r"Could not find '([^']+)'", message):
+            group, _, name = match[1].rpartition("/")
+            folder = config_directory() / group
+            options = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
+            raise FlextronError(f"{stage}: {group}={name} is not known{nearest(name, options)}: use one of {', '.join(options)}") from None
+        raise FlextronError(f"{stage}: {' '.join(message.split())}") from None
+
+
+def _composes(composed: Any, overrides: Sequence[str]) -> bool:
+    try:
+        composed([o for o in overrides if _is_group(o)])
+    except Exception:
+        return False
+    return True
+
+
+def _is_group(override: str) -> bool:
+    """Whether an override chooses a group's option (model=tiny) rather than a value."""
+    key = override.partition("=")[0].lstrip("+~")
+    return "." not in key and (config_directory() / key).is_dir()
+
+
+def _flat_keys(config: Any, prefix: str = "") -> list[str]:
+    from omegaconf import DictConfig, OmegaConf
+
+    keys = []
+    for name in config:
+        keys.append(prefix + str(name))
+        if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
+            keys += _flat_keys(config[name], f"{prefix}{name}.")
+    return keys

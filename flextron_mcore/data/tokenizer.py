@@ -1,0 +1,131 @@
+"""Tokenizers: train a byte-level BPE, or open any Hugging Face tokenizer directory. Both are read and saved the same way."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..config import FlextronError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCAB = 257  # the 256 bytes and END_OF_TEXT
+_PIECE = 1 << 20  # characters; a longer document is encoded in pieces, which bounds memory and uses every core
+_PIECE_END = re.compile(r"(?<=\S)(?=\s)")  # before whitespace: the cut that leaves GPT-style pre-tokenization as it was
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer with a Rust backend. `vocab_size` is the largest id + 1, `eod` the id that ends a document."""
+
+    hf: PreTrainedTokenizerBase
+    vocab_size: int
+    eod: int
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids (int64 [n]) of each document, its end marked by `eod`.
+
+        Special tokens spelt out in a text are encoded as the plain text that they are.
+        """
+        pieces = [list(_pieces(text)) for text in texts]
+        encoded = self.hf.backend_tokenizer.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False)
+        ids = iter(encoded)
+        return [np.array([*(i for _ in ps for i in next(ids).ids), self.eod], dtype=np.int64) for ps in pieces]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids, special tokens included."""
+        return self.hf.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write a Hugging Face tokenizer directory that transformers 4 and 5 (and what builds on them) can load."""
+        self.hf.save_pretrained(path)
+        config_file = Path(path, "tokenizer_config.json")
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        for name in ("is_local", "local_files_only"):  # how it was opened here, not what it is
+            config.pop(name, None)
+        if (
+            config.get("tokenizer_class") == "TokenizersBackend"
+        ):  # transformers 5's name for it; 5 knows the old one, 4 not the new
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        _write_json(config_file, config)
+        _write_json(Path(path, "special_tokens_map.json"), {k: str(v) for k, v in self.hf.special_tokens_map.items()})
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE: every text can be encoded, and decodes to itself.
+
+    The result is a function of the texts and `vocab_size`; it is smaller than `vocab_size` where the texts have too few words.
+    Raises FlextronError when `vocab_size` is below `SMALLEST_VOCAB`.
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        raise FlextronError(f"vocab_size={vocab_size} is too small: a byte-level tokenizer needs at least {SMALLEST_VOCAB}")
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = byte_level(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+    return _wrap(
+        PreTrainedTokenizerFast(
+            tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+        ),
+        "the trained tokenizer",
+    )
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """Open a Hugging Face tokenizer directory; nothing is downloaded, no code in it is run.
+
+    Raises FlextronError when the directory is missing or holds no tokenizer with a Rust backend and an end-of-text token.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise FlextronError(f"tokenizer={path}: no such directory (give a directory that holds tokenizer.json)")
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers, tokenizers or json raise on a directory that is not one
+        reason = str(error).strip().split("\n")[0][:200]
+        raise FlextronError(f"tokenizer={path}: not a tokenizer that transformers can open: {reason}") from error
+    return _wrap(hf, f"tokenizer={path}")
+
+
+def _wrap(hf: PreTrainedTokenizerBase, name: str) -> Tokenizer:
+    if not hf.is_fast:
+        raise FlextronError(f"{name}: has no Rust backend (tokenizer.json), which encoding a corpus needs")
+    if hf.eos_token_id is None:
+        raise FlextronError(f"{name}: has no end-of-text token: set eos_token in its tokenizer_config.json")
+    hf.backend_tokenizer.encode_special_tokens = True
+    return Tokenizer(hf, vocab_size=max(hf.get_vocab().values()) + 1, eod=hf.eos_token_id)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _PIECE:
+        found = _PIECE_END.search(text, start + _PIECE // 2, start + _PIECE)
+        end = found.start() if found else start + _PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

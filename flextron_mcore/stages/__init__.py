@@ -1,0 +1,1 @@
+"""One small file per command: read the configuration, call the rooms, write the results."""

@@ -1,0 +1,72 @@
+"""`flextron elastic`: elastic continued training (Flextron, section 3.1)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.stages.common import print_table, resumable_output, start, wait_for_all, write_metrics
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Train the full model and config.num_subnetworks random sub-networks together."""
+    start(config)
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.data.blend import open_data
+    from flextron_mcore.evaluation.family import random_family, uniform_family
+    from flextron_mcore.runtime.distributed import is_main_process
+    from flextron_mcore.training.loop import Phase, check, train
+    from flextron_mcore.training.sampler import draw
+    from flextron_mcore.training.step import Distillation
+
+    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
+    check_space(config, info)
+    check(config, info, data)
+    if not 0 <= config.distillation.weight <= 1 or config.distillation.temperature <= 0:
+        raise FlextronError("distillation.weight must be within 0..1 and distillation.temperature above 0")
+    model, space = info.model, info.space
+    draw(model, space, config.seed, 0, config.num_subnetworks, config.mode)
+    if is_main_process():
+        out = resumable_output(config)
+        if info.tokenizer and not (out / "tokenizer").is_dir():
+            shutil.copytree(info.tokenizer, out / "tokenizer")
+    wait_for_all()
+    uniform = uniform_family(model, space)
+    phase = Phase(
+        networks=lambda step: [None, *draw(model, space, config.seed, step, config.num_subnetworks, config.mode)],
+        validation=lambda step: {
+            **uniform,
+            **random_family(model, space, config.seed, step, config.validation_subnetworks, config.mode),
+        },
+        teach=Distillation(config.distillation.weight, config.distillation.temperature),
+    )
+    out = Path(config.out)
+    figures = train(config, out, info, data, phase)
+    if is_main_process():
+        first, last = figures["validation"]["first"], figures["validation"]["last"]
+        rows = [[name, first.get(name, float("nan")), last[name]] for name in uniform]
+        print_table("validation loss (nats per token), mean over domains", ["network", "before", "after"], rows)
+    return write_metrics(out, "elastic", figures)
+
+
+def check_space(config: DictConfig, info: Any) -> None:
+    """Raise FlextronError when the configuration asks for another space than the checkpoint's."""
+    wanted = {k: v for k, v in config.space.items() if v is not None}
+    if not wanted:
+        return
+    from omegaconf import OmegaConf
+
+    from flextron_mcore.space import ElasticSpace
+
+    asked = ElasticSpace.from_dict(info.model, {**info.space.to_dict(), **OmegaConf.to_container(OmegaConf.create(wanted))})
+    for name, value in asked.to_dict().items():
+        have = info.space.to_dict()[name]
+        if value != have:
+            raise FlextronError(
+                f"checkpoint={info.path}: is of another space: its {name} is {have}, not {value}; "
+                "leave space.* out, or sort the checkpoint for that space with `flextron importance`"
+            )

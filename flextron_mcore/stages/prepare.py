@@ -1,0 +1,36 @@
+"""`flextron prepare`: text to Megatron datasets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.stages.common import check_output, new_output, print_table, write_metrics
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Write token files per domain and the tokenizer."""
+    from pathlib import Path
+
+    check_output(Path(config.out), config.overwrite)
+    from flextron_mcore.data.prepare import parse_inputs, prepare_data
+
+    value = config["input"]
+    inputs = parse_inputs(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+    with new_output(config) as out:
+        figures = prepare_data(
+            inputs,
+            out,
+            tokenizer=config.tokenizer,
+            vocab_size=config.vocab_size,
+            text_key=config.text_key,
+            valid_fraction=config.valid_fraction,
+            seed=config.seed,
+            skip_bad=config.skip_bad,
+            progress=lambda text: print(f"prepare: {text}", flush=True),
+        )
+        metrics = write_metrics(out, "prepare", figures)
+    rows = [[name, d["documents"], d["bytes"], d["train_tokens"], d["valid_tokens"]] for name, d in figures["domains"].items()]
+    print_table("prepared data", ["domain", "documents", "bytes", "train tokens", "validation tokens"], rows)
+    return metrics

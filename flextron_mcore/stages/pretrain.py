@@ -1,0 +1,45 @@
+"""`flextron pretrain`: a parent model from scratch, for the quickstart and for baselines."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.stages.common import resumable_output, start, wait_for_all, write_metrics
+
+_RUN_KEYS = ("micro_batch_size", "global_batch_size", "seq_length", "optim", "ddp")
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Train the full model of config.model."""
+    start(config)
+    from flextron_mcore.checkpoint.store import CheckpointInfo
+    from flextron_mcore.config import ModelConfig
+    from flextron_mcore.data.blend import open_data
+    from flextron_mcore.evaluation.family import uniform_family
+    from flextron_mcore.model import PARALLEL_OPTIONS
+    from flextron_mcore.runtime.distributed import is_main_process
+    from flextron_mcore.space import ElasticSpace
+    from flextron_mcore.training.loop import Phase, check, train
+
+    data = open_data(config.data)
+    values = OmegaConf.to_container(config.model)
+    architecture = {k: v for k, v in values.items() if k not in _RUN_KEYS + PARALLEL_OPTIONS}
+    architecture["vocab_size"] = architecture["vocab_size"] or data.vocab_size
+    model = ModelConfig.from_dict(architecture)
+    space = ElasticSpace.from_dict(model, OmegaConf.to_container(config.space))
+    info = CheckpointInfo(model, space, dtype=config.trainer.precision)
+    check(config, info, data)
+    if is_main_process():
+        out = resumable_output(config)
+        if not (out / "tokenizer").is_dir():
+            shutil.copytree(data.tokenizer, out / "tokenizer")
+    wait_for_all()
+    from pathlib import Path
+
+    out = Path(config.out)
+    full = {"full": uniform_family(model, space)["full"]}
+    figures = train(config, out, info, data, Phase(networks=lambda step: [None], validation=lambda step: full))
+    return write_metrics(out, "pretrain", figures)

@@ -1,0 +1,1 @@
+"""Training: one loop for all phases, the sampler of sub-networks, losses."""

@@ -1,0 +1,145 @@
+"""Training state on disk: model, optimizer, schedule, random state; saved in the background, resumed exactly."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from flextron_mcore.checkpoint.store import (
+    CheckpointInfo,
+    check_space,
+    disk_errors,
+    iteration_path,
+    list_checkpoints,
+    publish,
+    write_info,
+)
+from flextron_mcore.config import FlextronError
+from flextron_mcore.model import unwrap
+from flextron_mcore.runtime.distributed import is_main_process
+
+# One key a layer; optimizer state stored so that any layout can read it.
+_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class TrainingCheckpointer:
+    """Saves and loads the state of one training run."""
+
+    def __init__(
+        self, run: Path, model: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any, keep_last: int, async_save: bool
+    ) -> None:
+        self.run, self.model, self.optimizer, self.scheduler = run, model, optimizer, scheduler
+        self.keep_last, self.async_save = max(1, keep_last), async_save
+        self.queue = AsyncCallsQueue()
+
+    def save(self, info: CheckpointInfo) -> None:
+        """Start (or with async_save=False, do) the writing of `RUN/checkpoints/iter_<step>`. Call on all ranks."""
+        self.finish()
+        target = iteration_path(self.run, info.step)
+        aside = target.parent / f".{target.name}.tmp"
+        with disk_errors(target):
+            if is_main_process():
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                check_space(aside, self._bytes())
+            torch.distributed.barrier()
+            try:
+                request = dist_checkpointing.save(self._state(is_loading=False), str(aside), async_sharded_save=self.async_save)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+        if request is None:
+            self._publish(aside, target, info)
+        else:
+            request.add_finalize_fn(lambda: self._publish(aside, target, info))
+            self.queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Publish a background save that has finished. Call on all ranks."""
+        self.queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for the background save. Call on all ranks."""
+        with disk_errors(self.run):
+            self.queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        """Finish and release the background workers."""
+        self.finish()
+        self.queue.close()
+
+    def load(self, info: CheckpointInfo) -> None:
+        """Continue from a checkpoint of this run. Call on all ranks."""
+        try:
+            state = dist_checkpointing.load(self._state(is_loading=True), str(info.path))
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise FlextronError(f"{info.path}: cannot be resumed from, damaged or of another run ({first})") from error
+        for name, chunk in self._chunks().items():
+            unwrap(chunk).load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        _set_rng_state(state["rng"])
+
+    def _chunks(self) -> dict[str, torch.nn.Module]:
+        return {"model" if len(self.model) == 1 else f"model{i}": chunk for i, chunk in enumerate(self.model)}
+
+    def _bytes(self) -> int:
+        """About what a checkpoint takes: weights in their dtype, and two moments (with bf16 also the weights) in fp32."""
+        local = 0
+        for chunk in self.model:
+            for parameter in chunk.parameters():
+                local += parameter.numel() * (8 if parameter.dtype == torch.float32 else 12) + parameter.nbytes
+        return local
+
+    def _state(self, is_loading: bool) -> dict[str, Any]:
+        state: dict[str, Any] = {name: unwrap(c).sharded_state_dict(metadata=dict(_METADATA)) for name, c in self._chunks().items()}
+        # The optimizer looks its parameters up in the state dict it is given.
+        state["optimizer"] = self.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=dict(_METADATA))
+        state["scheduler"] = self.scheduler.state_dict()
+        ranks = parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+        state["rng"] = ShardedObject("rng", _get_rng_state(), ranks, rank, replica_id=parallel_state.get_data_parallel_rank())
+        return state
+
+    def _publish(self, aside: Path, target: Path, info: CheckpointInfo) -> None:
+        if is_main_process():
+            with disk_errors(target):
+                write_info(aside, info)
+                publish(aside, target)
+            for old in list_checkpoints(self.run)[: -self.keep_last]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what a killed run left half written."""
+    for folder in (run / "checkpoints").glob(".iter_*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def at_step(info: CheckpointInfo, step: int, **changes: Any) -> CheckpointInfo:
+    """The description of the checkpoint of `step`."""
+    return replace(info, step=step, path=None, **changes)
+
+
+def _get_rng_state() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

@@ -1,0 +1,352 @@
+"""The training loop of every phase: Megatron-Core's DDP, optimizer, schedule and pipeline around `run_networks`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from tqdm import tqdm
+
+from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, load_model, open_checkpoint
+from flextron_mcore.config import FlextronError
+from flextron_mcore.data.blend import PreparedData, batch, train_dataset, valid_datasets
+from flextron_mcore.evaluation.perplexity import evaluate, mean
+from flextron_mcore.model import PRECISIONS, build_model
+from flextron_mcore.runtime.distributed import is_main_process
+from flextron_mcore.space import SubNetwork
+from flextron_mcore.training.checkpointing import TrainingCheckpointer, at_step, remove_unfinished
+from flextron_mcore.training.step import Batch, Distillation, run_networks
+
+LOG_FILE = "log.jsonl"
+
+
+@dataclass
+class Phase:
+    """What a training phase computes. networks(step): the networks of a step, the full model (None) first."""
+
+    networks: Callable[[int], list[SubNetwork | None]]
+    validation: Callable[[int], Mapping[str, SubNetwork | None]]
+    teach: Distillation = field(default_factory=Distillation)
+
+
+def train(config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase) -> dict[str, Any]:
+    """Train until trainer.max_steps and return the figures of metrics.json. Call on all ranks.
+
+    info: the model and space; its `path` holds the weights to start from, None for a fresh initialisation. A run that was
+    interrupted continues from its newest whole checkpoint in `out`.
+    """
+    return _Run(config, out, info, data, phase).train()
+
+
+def check(config: Any, info: CheckpointInfo, data: PreparedData) -> int:
+    """Check what can be checked before anything is written; the sequence length. Raises FlextronError naming the key."""
+    model, options, trainer = info.model, config.model, config.trainer
+    seq_length = sequence_length(options.seq_length, info, data)
+    if trainer.precision not in PRECISIONS:
+        raise FlextronError(f"trainer.precision={trainer.precision!r} is not known: use one of {', '.join(PRECISIONS)}")
+    ranks = parallel_state.get_data_parallel_world_size()
+    if options.global_batch_size % (options.micro_batch_size * ranks):
+        raise FlextronError(
+            f"model.global_batch_size={options.global_batch_size} is not a multiple of model.micro_batch_size="
+            f"{options.micro_batch_size} x {ranks} data-parallel rank(s)"
+        )
+    if trainer.max_steps < 1:
+        raise FlextronError(f"trainer.max_steps={trainer.max_steps} must be at least 1")
+    if model.num_layers % options.pipeline_model_parallel_size:
+        raise FlextronError(
+            f"model.pipeline_model_parallel_size={options.pipeline_model_parallel_size} does not divide the "
+            f"model's {model.num_layers} layers"
+        )
+    return seq_length
+
+
+def sequence_length(wanted: int | None, info: CheckpointInfo, data: PreparedData) -> int:
+    """model.seq_length, by default the model's positions. Raises FlextronError where model and data do not fit."""
+    positions = info.model.max_position_embeddings
+    if wanted is not None and not 1 <= wanted <= positions:
+        raise FlextronError(f"model.seq_length={wanted} is not within 1..{positions}, the model's max_position_embeddings")
+    if data.vocab_size > info.model.vocab_size:
+        raise FlextronError(
+            f"data={data.path}: its tokenizer has {data.vocab_size} tokens, the model's vocabulary {info.model.vocab_size}: "
+            "prepare the data with the model's tokenizer"
+        )
+    return wanted or positions
+
+
+class _Run:
+    def __init__(self, config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase) -> None:
+        self.config, self.out, self.info, self.phase = config, out, info, phase
+        self.options, self.trainer = config.model, config.trainer
+        self.seq_length = check(config, info, data)
+        self.ranks = parallel_state.get_data_parallel_world_size()
+        self.rank = parallel_state.get_data_parallel_rank()
+        self.micro_batches = self.options.global_batch_size // (self.options.micro_batch_size * self.ranks)
+        cache = out / "cache"
+        samples = self.trainer.max_steps * self.options.global_batch_size
+        self.train_data = train_dataset(data, self.seq_length, samples, config.seed, cache, config.data_weights)
+        self.valid_data = valid_datasets(data, self.seq_length, config.seed, cache)
+        self.model, self.optimizer, self.scheduler = self._build()
+        saving = config.exp_manager.checkpoint_callback_params
+        self.checkpointer = TrainingCheckpointer(
+            out, self.model, self.optimizer, self.scheduler, saving.keep_last, saving.async_save
+        )
+        self.save_interval = saving.every_n_train_steps
+
+    def _build(self) -> tuple[list[torch.nn.Module], Any, Any]:
+        """DDP-wrapped chunks, optimizer, scheduler."""
+        options, precision = self.options, self.trainer.precision
+        stages = options.virtual_pipeline_model_parallel_size
+        extra: dict[str, Any] = {}
+        if stages:
+            # With two pipeline ranks the batched sends of the interleaved schedule cross on gloo.
+            extra = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+        chunks = []
+        for stage in range(stages) if stages else [None]:
+            gpt = build_model(self.info.model, self.info.space, options, precision, stage, **extra)
+            if self.info.path is not None:
+                load_model(gpt, self.info)
+            chunks.append(Float16Module(gpt.config, gpt) if precision == "bf16" else gpt)
+        config = chunks[0].config
+        distributed = options.ddp.use_distributed_optimizer
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=options.ddp.overlap_grad_reduce,
+            use_distributed_optimizer=distributed,
+        )
+        model = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+        for chunk in model:
+            chunk.broadcast_params()
+        optim = options.optim
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                min_lr=optim.min_lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.betas[0],
+                adam_beta2=optim.betas[1],
+                adam_eps=optim.eps,
+                clip_grad=optim.clip_grad,
+                bf16=precision == "bf16",
+                params_dtype=PRECISIONS[precision],
+                use_distributed_optimizer=distributed,
+            ),
+            model,
+        )
+        scheduler = OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0,
+            max_lr=optim.lr,
+            min_lr=optim.min_lr,
+            lr_warmup_steps=min(optim.sched.warmup_steps, self.trainer.max_steps - 1),
+            lr_decay_steps=self.trainer.max_steps,
+            lr_decay_style=optim.sched.name,
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=self.trainer.max_steps,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = optimizer.scale_loss
+        if options.ddp.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in model]
+            config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+        return model, optimizer, scheduler
+
+    def train(self) -> dict[str, Any]:
+        remove_unfinished(self.out) if is_main_process() else None
+        step, done = 0, list_checkpoints(self.out)
+        if done:
+            newest = open_checkpoint(done[-1])
+            self.checkpointer.load(newest)
+            step = newest.step
+        log = _Log(self.out, step, self.trainer.max_steps, self.config)
+        started, trained = time.perf_counter(), 0
+        validation: dict[str, Any] = {"first": log.first_validation, "last": {}}
+        if step == 0:
+            validation["first"] = self._validate(0, log)
+        for chunk in self.model:
+            chunk.train()
+        try:
+            while step < self.trainer.max_steps:
+                self._step(step, log)
+                step, trained = step + 1, trained + 1
+                if step % self.trainer.val_check_interval == 0 or step == self.trainer.max_steps:
+                    validation["last"] = self._validate(step, log)
+                if step % self.save_interval == 0 or step == self.trainer.max_steps:
+                    self.checkpointer.save(at_step(self.info, step, dtype=self.trainer.precision))
+                self.checkpointer.poll()
+            self.checkpointer.close()
+        finally:
+            log.close()
+        seconds = time.perf_counter() - started
+        tokens = self.options.global_batch_size * self.seq_length
+        return {
+            "steps": step,
+            "tokens": step * tokens,
+            "seconds": seconds,
+            "tokens_per_second": trained * tokens / seconds,
+            "model": self.info.model.to_dict(),
+            "space": self.info.space.to_dict(),
+            "validation": validation,
+        }
+
+    def _batches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches: a function of the step alone."""
+        size = self.options.micro_batch_size
+        first = step * self.options.global_batch_size
+        for m in range(self.micro_batches):
+            start = first + (m * self.ranks + self.rank) * size
+            yield batch(self.train_data, range(start, start + size))
+
+    def _step(self, step: int, log: _Log) -> None:
+        begun = time.perf_counter()
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        networks = self.phase.networks(step)
+        rate = self.optimizer.param_groups[0]["lr"]
+        total = run_networks(
+            self.model,
+            lambda: self._batches(step),
+            self.micro_batches,
+            networks,
+            self.seq_length,
+            self.options.micro_batch_size,
+            teach=self.phase.teach if self.phase.teach.weight > 0 else None,
+        )
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        losses = (total[:, 0] / total[:, 1]).tolist()
+        if not all(map(_finite, losses)):
+            raise FlextronError(f"step {step + 1}: the loss is {losses[0]}: training diverged, lower model.optim.lr")
+        seconds = time.perf_counter() - begun
+        row = {"step": step + 1, "event": "train", "loss": losses[0]}
+        if len(losses) > 1:
+            row["subnetwork_losses"] = losses[1:]
+        row["learning_rate"] = rate
+        row["grad_norm"] = float(grad_norm) if grad_norm is not None else None
+        row["tokens_per_second"] = self.options.global_batch_size * self.seq_length / seconds
+        log.train(row)
+
+    def _validate(self, step: int, log: _Log) -> dict[str, float]:
+        domains = evaluate(
+            self.model,
+            self.valid_data,
+            self.phase.validation(step),
+            self.seq_length,
+            self.options.micro_batch_size,
+            self.trainer.limit_val_batches,
+        )
+        losses = {name: mean(values) for name, values in domains.items()}
+        log.validation({"step": step, "event": "validation", "losses": losses, "domains": domains})
+        return losses
+
+
+class _Log:
+    """log.jsonl, TensorBoard, and the progress bar; on the main process only.
+
+    A resumed run drops the rows after the checkpoint it continues from.
+    """
+
+    def __init__(self, out: Path, step: int, max_steps: int, config: Any) -> None:
+        self.first_validation: dict[str, float] = {}
+        self.active = is_main_process()
+        if not self.active:
+            return
+        path = out / LOG_FILE
+        rows = _whole_rows(path)
+        kept = [row for row in rows if row["step"] <= step]
+        for row in kept:
+            if row["event"] == "validation" and row["step"] == 0:
+                self.first_validation = row["losses"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.board = None
+        if config.exp_manager.create_tensorboard_logger:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self.every = config.trainer.log_every_n_steps
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=max_steps, initial=step, desc=config.stage, unit="step", disable=not self.terminal)
+        self.max_steps, self.stage = max_steps, config.stage
+        if step:
+            self._say(f"{self.stage}: continuing after step {step}")
+
+    def train(self, row: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        self._write(row)
+        figures = {"loss": f"{row['loss']:.3f}"}
+        if "subnetwork_losses" in row:
+            subs = row["subnetwork_losses"]
+            figures["sub-networks"] = f"{sum(subs) / len(subs):.3f}"
+        figures["lr"], figures["tok/s"] = f"{row['learning_rate']:.1e}", f"{row['tokens_per_second']:.0f}"
+        self.bar.set_postfix(figures)
+        self.bar.update(1)
+        if not self.terminal and (row["step"] % self.every == 0 or row["step"] == self.max_steps):
+            text = "  ".join(f"{name} {value}" for name, value in figures.items())
+            self._say(f"{self.stage}: step {row['step']}/{self.max_steps}  {text}")
+        if self.board:
+            self.board.add_scalar("train/loss", row["loss"], row["step"])
+            for i, loss in enumerate(row.get("subnetwork_losses", [])):
+                self.board.add_scalar(f"train/subnetwork_{i + 1}_loss", loss, row["step"])
+            for name in ("learning_rate", "grad_norm", "tokens_per_second"):
+                if row[name] is not None:
+                    self.board.add_scalar(f"train/{name}", row[name], row["step"])
+
+    def validation(self, row: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        self._write(row)
+        text = "  ".join(f"{name} {loss:.3f}" for name, loss in row["losses"].items())
+        self._say(f"{self.stage}: validation after step {row['step']}: {text}")
+        if self.board:
+            for name, loss in row["losses"].items():
+                self.board.add_scalar(f"validation/{name}", loss, row["step"])
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.file.close()
+            if self.board:
+                self.board.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def _say(self, text: str) -> None:
+        if self.terminal:
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log whose last line may be cut short by a kill."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0

@@ -1,0 +1,42 @@
+"""Random sub-networks (Flextron, section 3.1). A draw is a function of (seed, step, index) only: the same on every rank, and after a resume."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.space import ElasticSpace, SubNetwork
+
+MODES = ("flextron", "matformer")
+
+
+def draw(
+    model: ModelConfig, space: ElasticSpace, seed: int, step: int, count: int, mode: str = "flextron", stream: int = 0
+) -> list[SubNetwork]:
+    """`count` sub-networks for a step.
+
+    flextron: heads and FFN width of every layer drawn independently and uniformly. matformer: heads stay full and all layers
+    share one FFN width; the widths of one step are distinct while there are enough of them (MatFormer, arXiv:2310.07707).
+    stream: separates independent uses of the same seed and step (0 training, 1 validation).
+    """
+    if mode not in MODES:
+        raise FlextronError(f"mode={mode!r} is not known: use one of {', '.join(MODES)}")
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, step])))
+    if mode == "matformer":
+        smaller = space.ffn_hidden_size[:-1] or space.ffn_hidden_size
+        rounds = [generator.permutation(len(smaller)) for _ in range(-(-count // len(smaller)))]
+        widths = [smaller[i] for i in np.concatenate(rounds)[:count]] if count else []
+        return [space.uniform(model, model.num_attention_heads, width) for width in widths]
+    shape = (count, model.num_layers)
+    heads = generator.integers(len(space.heads), size=shape)
+    widths = generator.integers(len(space.ffn_hidden_size), size=shape)
+    return [
+        SubNetwork(
+            model.hidden_size,
+            tuple(
+                space.layer_choice(model, space.heads[h], space.ffn_hidden_size[w])
+                for h, w in zip(heads[j], widths[j], strict=True)
+            ),
+        )
+        for j in range(count)
+    ]

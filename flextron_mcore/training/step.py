@@ -1,0 +1,104 @@
+"""One optimizer step: every micro-batch through every network, in one flush of the pipeline (Flextron, eq. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from flextron_mcore.model import set_subnetwork, unwrap
+from flextron_mcore.runtime.distributed import device
+from flextron_mcore.space import SubNetwork
+from flextron_mcore.training.losses import distillation, masked_sum
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Share `weight` of the sub-networks' loss that is the divergence from the full model's output at `temperature`."""
+
+    weight: float = 0.0
+    temperature: float = 1.0
+
+
+def run_networks(
+    model: Sequence[torch.nn.Module],
+    batches: Callable[[], Iterator[Batch]],
+    num_batches: int,
+    networks: Sequence[SubNetwork | None],
+    seq_length: int,
+    micro_batch_size: int,
+    forward_only: bool = False,
+    teach: Distillation | None = None,
+) -> Tensor:
+    """Run `num_batches` micro-batches through each of `networks`; the first is the full model when training.
+
+    model: this rank's virtual-pipeline chunks (usually one). batches: makes an iterator of this rank's micro-batches.
+    Returns [len(networks), 2] float64, the same on all ranks: sums of the language-model loss and of tokens over the
+    data-parallel group. Unless forward_only, gradients are left in the model: of the sum over networks of the mean loss, since
+    only the full model's tokens are counted and Megatron-Core divides by that count.
+    """
+    per_batch = len(networks)
+
+    def items() -> Iterator[tuple[Batch, int]]:
+        for batch in batches():
+            on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
+            for index in range(per_batch):  # the networks of a micro-batch follow each other: its teacher lives briefly
+                yield on_device, index
+
+    teacher: list[Tensor] = []
+
+    def forward_step(iterator: Iterator[tuple[Batch, int]], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
+        batch, index = next(iterator)
+        set_subnetwork(chunk, networks[index])
+        output = chunk(batch["tokens"], batch["position_ids"], None, labels=None if teach else batch["labels"])
+        return output, partial(loss_function, batch, index, unwrap(chunk))
+
+    def loss_function(batch: Batch, index: int, gpt: Any, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mask = batch["loss_mask"]
+        if teach:
+            # The model gives logits [B, S, V]; the loss wants them, and gives losses, sequence first.
+            loss_BS = gpt.compute_language_model_loss(batch["labels"], output.transpose(0, 1).contiguous())
+        else:
+            loss_BS = output
+        total = language = masked_sum(loss_BS, mask)
+        if teach and index == 0:
+            teacher[:] = [output.detach()]
+        elif teach:
+            divergence = masked_sum(distillation(output, teacher[0], teach.temperature), mask)
+            total = (1 - teach.weight) * language + teach.weight * divergence
+        tokens = mask.sum()
+        report = torch.zeros(per_batch, 2, dtype=torch.float64, device=output.device)
+        exact = (loss_BS.detach().double() * mask.double()).sum() if forward_only else language.detach().double()
+        report[index, 0], report[index, 1] = exact, tokens.double()
+        counted = tokens if index == 0 else torch.zeros_like(tokens)
+        return total, counted.int(), report
+
+    iterators = [items() for _ in model]
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=list(model) if len(model) > 1 else model[0],
+        num_microbatches=num_batches * per_batch,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    for chunk in model:
+        set_subnetwork(chunk, None)
+    total = torch.zeros(per_batch, 2, dtype=torch.float64, device=device())
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        total += torch.stack(reports).sum(0)
+        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            total, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+        )
+    return total.cpu()

@@ -1,0 +1,62 @@
+"""What is installed, and what it needs. Tool settings are in pyproject.toml, tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "flextron_mcore/__init__.py").read_text(encoding="utf-8"), re.M).group(1)
+README = ROOT / "README.md"
+
+setup(
+    name="flextron_mcore",
+    version=VERSION,
+    description="Elastic large language models on Megatron-Core: many sub-networks in one trained model",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="flextron_mcore contributors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.11",
+    # The configuration lives in conf/ of the checkout, where people read and copy it, and is installed as flextron_mcore/conf.
+    packages=[*find_packages(include=["flextron_mcore", "flextron_mcore.*"]), "flextron_mcore.conf"],
+    package_dir={"flextron_mcore.conf": "conf"},
+    package_data={"flextron_mcore.conf": ["*.yaml", "**/*.yaml"], "flextron_mcore.report": ["*.html"]},
+    install_requires=[
+        "megatron-core>=0.16.1,<0.20",
+        "torch>=2.6",
+        "numpy",
+        "omegaconf>=2.3,<2.4",
+        "hydra-core>=1.3.2,<1.4",
+        "safetensors",
+        "transformers>=4.57",
+        "tokenizers",
+        "psutil",  # Megatron-Core's checkpoint writer hangs without it, and does not declare it
+        "tqdm",
+        "rich",
+        "matplotlib",
+        "jinja2",
+        "tensorboard",
+    ],
+    extras_require={
+        # Transformer Engine is never a core dependency: on a machine without CUDA, pip installs a package that raises
+        # RuntimeError when imported. Megatron-Core expects ImportError there, so `import megatron.core` itself would break.
+        # NVIDIA apex is not listed at all: it is not on PyPI, where that name belongs to an unrelated project. When a container
+        # has it, Megatron-Core finds and uses it.
+        "gpu": ["transformer-engine[pytorch]"],
+        # setuptools 70.1 is the first that builds wheels by itself (tests/test_packaging.py).
+        "dev": ["pytest", "ruff", "hypothesis", "setuptools>=70.1"],
+    },
+    entry_points={"console_scripts": ["flextron = flextron_mcore.cli:main"]},
+)

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flextron_mcore.data import tokenizer as module
+from flextron_mcore.data.tokenizer import END_OF_TEXT, SMALLEST_VOCAB, Tokenizer, open_tokenizer, train_tokenizer
+
+from .conftest import story
+
+
+def texts() -> list[str]:
+    return [story("train", n) for n in range(200)]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return train_tokenizer(texts(), 320)
+
+
+@pytest.fixture(scope="module")
+def directory(trained: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    trained.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def opened(directory: Path) -> Tokenizer:
+    return open_tokenizer(directory)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_every_text_comes_back(opened: Tokenizer, text: str) -> None:
+    (ids,) = opened.encode_batch([text])
+    assert ids[-1] == opened.eod
+    assert (ids[:-1] != opened.eod).all() and (ids < opened.vocab_size).all()
+    assert opened.decode(ids[:-1]) == text
+
+
+def test_special_token_in_a_text_is_text(opened: Tokenizer) -> None:
+    (ids,) = opened.encode_batch([f"a {END_OF_TEXT} b"])
+    assert list(ids).count(opened.eod) == 1
+    assert opened.decode(ids[:-1]) == f"a {END_OF_TEXT} b"
+
+
+def test_vocabulary(trained: Tokenizer, opened: Tokenizer) -> None:
+    assert trained.vocab_size == opened.vocab_size == 320
+    assert opened.hf.eos_token == opened.hf.bos_token == END_OF_TEXT
+    assert opened.hf.convert_tokens_to_ids(END_OF_TEXT) == opened.eod
+    (ids,) = opened.encode_batch(["router router router"])
+    assert len(ids) < len("router router router") / 2  # merges were learnt
+
+
+def test_directory_has_what_transformers_4_and_5_read(directory: Path) -> None:
+    assert {f.name for f in directory.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "is_local" not in config
+    assert json.loads((directory / "special_tokens_map.json").read_text()) == {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+
+
+def test_saving_again_changes_nothing(opened: Tokenizer, directory: Path, tmp_path: Path) -> None:
+    opened.save(tmp_path)
+    again = open_tokenizer(tmp_path)
+    assert (again.vocab_size, again.eod) == (opened.vocab_size, opened.eod)
+    for file in directory.iterdir():
+        assert json.loads((tmp_path / file.name).read_text()) == json.loads(file.read_text())
+
+
+def test_training_is_deterministic(trained: Tokenizer) -> None:
+    assert train_tokenizer(iter(texts()), 320).hf.backend_tokenizer.to_str() == trained.hf.backend_tokenizer.to_str()
+
+
+def test_few_words_give_a_smaller_vocabulary() -> None:
+    small = train_tokenizer(["ab ab"], 1000)
+    assert SMALLEST_VOCAB <= small.vocab_size < 300
+
+
+def test_long_documents_are_encoded_in_pieces(opened: Tokenizer, monkeypatch) -> None:
+    """Cut before whitespace, the pieces give the tokens of the whole; where there is none, the text still comes back."""
+    text = "".join(texts()) + "x  \n\n  y" * 50
+    (whole,) = opened.encode_batch([text])
+    monkeypatch.setattr(module, "_PIECE", 100)
+    assert len(list(module._pieces(text))) > 100
+    (in_pieces,) = opened.encode_batch([text])
+    np.testing.assert_array_equal(in_pieces, whole)
+    for text in ("", "é" * 1000, " " * 1000):
+        assert "".join(module._pieces(text)) == text
+        first, last = opened.encode_batch([text, "next"])
+        assert opened.decode(first[:-1]) == text and opened.decode(last[:-1]) == "next"
+
+
+def test_too_small_a_vocabulary(fails) -> None:
+    fails(lambda: train_tokenizer(["x"], 256), "vocab_size=256", SMALLEST_VOCAB)
+
+
+def no_eos(path: Path) -> None:
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("eos_token", "bos_token")})
+    )
+    (path / "special_tokens_map.json").unlink()
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "garbage": (lambda path: (path / "tokenizer.json").write_text("{nope"), "not a tokenizer"),
+    "no tokenizer.json": (lambda path: (path / "tokenizer.json").unlink(), ""),
+    "empty directory": (lambda path: [file.unlink() for file in path.iterdir()], "not a tokenizer"),
+    "no end of text": (no_eos, "no end-of-text token"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), SPOILT.values(), ids=SPOILT)
+def test_not_a_tokenizer(directory: Path, tmp_path: Path, fails, spoil: Callable[[Path], object], reason: str) -> None:
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    spoil(tmp_path)
+    fails(lambda: open_tokenizer(tmp_path), f"tokenizer={tmp_path}", reason)
+
+
+@pytest.mark.parametrize("name", ["missing", "tokenizer.json"])
+def test_not_a_directory(directory: Path, fails, name: str) -> None:
+    fails(lambda: open_tokenizer(directory / name), directory / name, "no such directory")
+
+
+def test_ids_beyond_the_count_of_tokens(directory: Path, tmp_path: Path) -> None:
+    """Some tokenizers have holes in their ids: the vocabulary must reach the largest id."""
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    table = json.loads((tmp_path / "tokenizer.json").read_text())
+    word = table["model"]["merges"].pop()
+    word = "".join(word) if isinstance(word, list) else word.replace(" ", "")
+    table["model"]["vocab"][word] = 1000
+    table["model"]["merges"].append([word[:1], word[1:]]) if len(word) == 2 else None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    assert open_tokenizer(tmp_path).vocab_size == 1001

@@ -6,10 +6,12 @@ Light on imports: checkpoint writers are spawned processes that import the main 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,8 @@ EXIT_BAD_INPUT = 2
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, 2 for bad input (one line on standard error), 1 for anything else."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     debug = "debug=true" in argv
+    _quiet_libraries()
     try:
         code = _main(argv)
     except FlextronError as error:
@@ -57,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 1
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _quiet_libraries() -> None:
+    """Megatron-Core reports every optional package it does not find; transformers every file it loads."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
+    for name in ("megatron", "transformers", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _main(argv: list[str]) -> int:

@@ -42,9 +42,13 @@ PARALLEL_OPTIONS = (
 
 
 def transformer_config(
-    model: ModelConfig, options: Mapping[str, Any] | None = None, precision: str = "fp32", **overrides: Any
+    model: ModelConfig,
+    options: Mapping[str, Any] | None = None,
+    precision: str = "fp32",
+    initialize: bool = True,
+    **overrides: Any,
 ) -> TransformerConfig:
-    """TransformerConfig of `model`; `options` may hold any of PARALLEL_OPTIONS."""
+    """TransformerConfig of `model`; `options` may hold any of PARALLEL_OPTIONS. initialize: whether weights get random values."""
     if precision not in PRECISIONS:
         raise FlextronError(f"precision {precision!r} is not known: use one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
@@ -70,6 +74,7 @@ def transformer_config(
         bf16=precision == "bf16",
         use_cpu_initialization=not torch.cuda.is_available(),
         calculate_per_token_loss=True,
+        perform_initialization=initialize,
         hetereogenous_dist_checkpoint=True,  # Megatron-Core's spelling; one key a layer instead of stacked layers
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -229,7 +229,8 @@ def _candidates(axis: str, values: Sequence[float], full: int, step: int, why: s
             hint = f"; nearest: {' or '.join(nearby)}" if nearby else "; choose a smaller space.granularity"
             if full % step:
                 shown = f"the full size {full}"
-            raise FlextronError(f"space.{axis}: {shown} is not a multiple of {step} ({why}){hint}")
+            wanted = "a whole number" if step == 1 else f"a multiple of {step} ({why})"
+            raise FlextronError(f"space.{axis}: {shown} is not {wanted}{hint}")
         sizes.add(round(size))
     return tuple(sorted(sizes))
 

@@ -52,7 +52,8 @@ install() {
     shift
     pip_install "$@" && return
     grep '^ *ERROR' "$LOG" | tail -n 5 >&2 || true
-    fail "could not install $what; is the network there? All that pip said is in $LOG"
+    if grep -q 'Retrying' "$LOG"; then fail "could not install $what: the package index does not answer; see $LOG"; fi
+    fail "could not install $what; see $LOG"
 }
 
 installed() { "$VENV/bin/python" -c "import importlib.metadata as m; print(m.version('$1'))" 2>/dev/null; }
@@ -78,12 +79,12 @@ if [ $cuda = yes ] && "$PYTHON" -c 'import torch' 2>/dev/null; then system_torch
 
 create_venv() {
     local system_site=()
-    say "creating $VENV with $("$PYTHON" -V) ($PYTHON)"
     if [ -e "$VENV" ]; then
         [ -e "$VENV/pyvenv.cfg" ] || fail "$VENV exists and is not a virtual environment; move it away, or set VENV to another name"
         rm -rf "$VENV"
     fi
     if [ $system_torch = yes ]; then system_site=(--system-site-packages); fi
+    say "creating $VENV with $("$PYTHON" -V) ($PYTHON)"
     if has_venv "$PYTHON"; then
         "$PYTHON" -m venv "${system_site[@]}" "$VENV" || fail "$PYTHON -m venv $VENV failed"
     elif has_virtualenv; then

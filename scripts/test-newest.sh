@@ -104,7 +104,7 @@ run_in_tree() {
         tree=$1
         shift
         for dir in proc sys dev; do mount --rbind "/$dir" "$tree/$dir"; done
-        exec env LC_ALL=C.UTF-8 PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin PYTHON=/usr/bin/python3 VENV=/opt/venv \
+        exec env LC_ALL=C.UTF-8 PIP_NO_CACHE_DIR=1 PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin PYTHON=/usr/bin/python3 VENV=/opt/venv \
             chroot "$tree" bash -euc "cd /checkout && scripts/setup.sh && exec /opt/venv/bin/python -m pytest -q \"\$@\"" bash "$@"
     ' bash "$TREE" "$@"
 }

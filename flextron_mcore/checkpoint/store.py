@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,10 @@ class TensorReader:
         """Shape of a tensor."""
         return tuple(self._tensors[key].size)
 
+    def dtype(self, key: str) -> torch.dtype:
+        """Stored dtype of a tensor."""
+        return self._tensors[key].properties.dtype
+
     def read(self, key: str) -> torch.Tensor:
         """The tensor on the CPU in its stored dtype, units in sorted order. Raises FlextronError for a damaged file."""
         stored = self._tensors[key]
@@ -301,11 +305,6 @@ def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
         except Exception as error:
             raise FlextronError(f"checkpoint={info.path}: cannot be loaded, damaged or of another model ({_first_line(error)})") from error
         gpt.load_state_dict({key: loaded[key] for key in wanted}, strict=False)
-
-
-def with_path(info: CheckpointInfo, path: Path) -> CheckpointInfo:
-    """The same description at another place."""
-    return replace(info, path=path)
 
 
 def _first_line(error: BaseException) -> str:

@@ -103,7 +103,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     try:
         hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers, tokenizers or json raise on a directory that is not one
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = " ".join(str(error).split())[:200]
         raise FlextronError(f"tokenizer={path}: not a tokenizer that transformers can open: {reason}") from error
     return _wrap(hf, f"tokenizer={path}")
 

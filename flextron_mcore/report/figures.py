@@ -101,8 +101,9 @@ def percent_label(net: SubNetwork, model: ModelConfig) -> str | None:
 
 def moving_average(values: Sequence[float], window: int) -> np.ndarray:
     """Centred mean over up to `window` values; shorter at both ends, so the curve neither shrinks nor shifts."""
-    numbers, half = np.asarray(values, dtype=np.float64), max(window, 1) // 2
-    return np.array([numbers[max(0, i - half) : i + half + 1].mean() for i in range(len(numbers))])
+    half, inside = max(window, 1) // 2, slice(max(window, 1) // 2, max(window, 1) // 2 + len(values))
+    kernel = np.ones(2 * half + 1)
+    return np.convolve(values, kernel)[inside] / np.convolve(np.ones(len(values)), kernel)[inside]
 
 
 def pareto(family: Series, drawn: Sequence[Series], before: Series | None, name: str, caption: str) -> Picture:

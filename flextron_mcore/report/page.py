@@ -78,15 +78,17 @@ def build_report(run: Path, out: Path) -> dict[str, Any]:
         version=__version__,
     )
     pictures = [picture for part in parts for picture in part.pictures]
+    names = [picture.name for picture in pictures]
+    files = [out / f"{name}{f'_{names[:i].count(name) + 1}' if name in names[:i] else ''}.png" for i, name in enumerate(names)]
     out.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        (out / f"{picture.name}.png").write_bytes(picture.light)
+    for file, picture in zip(files, pictures, strict=True):
+        file.write_bytes(picture.light)
     (out / "family.json").write_text(family_json(found), encoding="utf-8")
     (out / "index.html").write_text(page, encoding="utf-8")
     family = found.family()
     return {
         "index": out / "index.html",
-        "figures": [out / f"{picture.name}.png" for picture in pictures],
+        "figures": files,
         "family": len(family.networks) if family else 0,
     }
 

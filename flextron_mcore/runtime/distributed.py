@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-# Megatron-Core warns at import about every optional package it does not find.
-warnings.filterwarnings("ignore", module=r"megatron\..*|torch\..*")
+import torch
 
-import torch  # noqa: E402
-
-from flextron_mcore.config import FlextronError  # noqa: E402
-from flextron_mcore.runtime import cpu  # noqa: E402
+from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime import cpu
 
 
 def initialize(parallel: Mapping[str, Any] | None = None, seed: int = 1234) -> None:

@@ -34,8 +34,8 @@ def new_output(config: DictConfig) -> Iterator[Path]:
     check_output(out, config.overwrite)
     make_parent(out)
     with write_aside(out) as folder:
-        write_config(folder, config)
         yield folder
+        write_config(folder, config)
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -124,7 +124,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(name, justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a log has no width to fit into
+    console.print(table)
 
 
 def start(config: DictConfig) -> None:

@@ -113,8 +113,9 @@ class _Run:
             extra = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
         chunks = []
         for stage in range(stages) if stages else [None]:
-            gpt = build_model(self.info.model, self.info.space, options, precision, stage, **extra)
-            if self.info.path is not None:
+            fresh = self.info.path is None
+            gpt = build_model(self.info.model, self.info.space, options, precision, stage, initialize=fresh, **extra)
+            if not fresh:
                 load_model(gpt, self.info)
             chunks.append(Float16Module(gpt.config, gpt) if precision == "bf16" else gpt)
         config = chunks[0].config

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import random
-import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.report import build_report
-from flextron_mcore.report.page import big, duration, loss, memory, perplexity, spread
+from flextron_mcore.report import build_report, figures
+from flextron_mcore.report.page import big, duration, loss, memory, perplexity, small, spread
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters, kv_cache_bytes, weight_bytes
 
 MODEL = ModelConfig(8, 256, 8, 8192, 512, ffn_hidden_size=1024)
@@ -129,3 +132,218 @@ def make_run(run: Path) -> Path:
         export = {"stage": "export", "format": "hf", "architecture": "LlamaForCausalLM", "path": str(run.resolve() / "export")}
         write(run / f"export_{name.split()[0]}", {**export, **size, "max_logit_difference": 3.1e-6 if name == "full" else None})
     return run
+
+
+class Page(HTMLParser):
+    """The parts of a page that the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self._cell = True
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell = self._cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._cell:
+            self.rows[-1][-1] += data
+
+    def row(self, first: str) -> list[str]:
+        return next(row for row in self.rows if row and row[0] == first)
+
+    def sections(self) -> list[str | None]:
+        return [attrs.get("id") for tag, attrs in self.tags if tag == "section"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def coarse() -> Iterator[None]:
+    """Small pictures: the tests do not look at pixels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "DPI", 40)
+        yield
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Page]:
+    run, out = make_run(tmp_path_factory.mktemp("whole") / "my_run"), tmp_path_factory.mktemp("out")
+    result = build_report(run, out)
+    text = result["index"].read_text(encoding="utf-8")
+    return result, text, Page(text)
+
+
+def test_family_table_has_every_network_with_its_numbers(built):
+    _, _, page = built
+    head = page.row("Network")
+    for name, net in networks().items():
+        cells = dict(zip(head, page.row(name), strict=True))
+        assert cells["Parameters"] == f"{count_parameters(MODEL, net):,}"
+        assert cells["% of full"] == f"{100 * count_parameters(MODEL, net) / count_parameters(MODEL):.1f}%"
+        assert cells["Mean loss"] == f"{loss_of(net, True):.3f}"
+        assert cells["Mean loss before"] == f"{loss_of(net, False):.3f}"
+        assert cells["Loss, code"] == f"{loss_of(net, True) - 0.25:.3f}"
+        assert cells["Perplexity"] == f"{math.exp(loss_of(net, True)):.2f}"
+        assert cells["Weights (MiB)"] == f"{weight_bytes(MODEL, net) / 2**20:.2f}"
+        assert cells["KV cache (MiB)"] == f"{kv_cache_bytes(MODEL, net, 1, 512) / 2**20:.2f}"
+    smallest = dict(zip(head, page.row("uniform 25% heads 25% ffn"), strict=True))
+    assert (smallest["Heads of 8"], smallest["FFN of 1,024"], smallest["Layers of 8"]) == ("2", "256", "8")
+    assert dict(zip(head, page.row("two layers skipped"), strict=True))["Layers of 8"] == "6"
+
+
+def test_summary_has_the_key_figures(built):
+    _, _, page = built
+    full, least = networks()["full"], networks()["uniform 25% heads 25% ffn"]
+    assert f"The full model has a mean loss of {loss_of(full, True):.3f} nats per token" in page.text
+    assert f"its parent, before elastic training, had {loss_of(full, False):.3f}." in page.text
+    assert f"a mean loss of {loss_of(least, True):.3f}, down from {loss_of(least, False):.3f} before training." in page.text
+    assert "The smallest of its 12 sub-networks, uniform 25% heads 25% ffn, has 50.0% of the parameters" in page.text
+
+
+def test_other_tables(built):
+    _, _, page = built
+    assert page.sections() == ["family", "pareto", "widths", "training", "sorting", "data", "exports"]
+    assert ["50% ffn", "sorted", "activation", "4.470", "87.36"] in page.rows
+    assert page.row("code") == ["code", "6,100,000", "61,000", "1,204", "21.00", "3.57"]
+    assert page.row("elastic")[:5] == ["elastic", "300", "4,915,200", "6 min 52 s", "11,918"]
+    assert page.row("export_full")[3:] == ["export", "12,587,264", "24.01", "3.1e−6"]
+    assert page.row("export_uniform")[-1] == "not measured"
+    assert ["ffn_hidden_size", "256, 512, 768, 1024"] in page.rows
+
+
+def test_page_loads_nothing_from_outside(built):
+    _, text, page = built
+    assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    sources = [attrs[key] for _, attrs in page.tags for key in ("src", "srcset", "href") if attrs.get(key)]
+    assert sources and all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    anchors = {source[1:] for source in sources if source.startswith("#")}
+    assert anchors == {*page.sections(), "settings"}
+
+
+def test_figures_are_files_and_on_the_page_with_a_description(built):
+    result, text, page = built
+    assert {path.stem for path in result["figures"]} == {
+        *("pareto", "pareto_family", "layer_widths", "sorting", "pretrain_training", "elastic_training"),
+        *("elastic_validation_uniform", "elastic_validation_random", "elastic_validation_other"),
+    }
+    for path in result["figures"]:
+        assert path.read_bytes().startswith(b"\x89PNG\r\n")
+        assert base64.b64encode(path.read_bytes()).decode() in text
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == 2 * len(result["figures"])
+    assert all(len(image["alt"] or "") > 40 for image in images)
+
+
+def test_family_json_round_trips(built):
+    result, _, _ = built
+    values = json.loads((result["index"].parent / "family.json").read_text(encoding="utf-8"))
+    model = ModelConfig.from_dict(values["model"])
+    assert model == MODEL and ElasticSpace.from_dict(model, values["space"]) == SPACE
+    assert result["family"] == len(values["family"]) == len(values["before"]) == len(networks())
+    given = {row["name"]: {k: v for k, v in row.items() if k != "something_new"} for row in evaluation(trained=True)["networks"]}
+    assert {row["name"]: row for row in values["family"]} == given
+    assert {row["name"]: SubNetwork.from_dict(row["subnetwork"]) for row in values["before"]} == networks()
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        (["data"], ["data"]),
+        (["pretrain"], ["training"]),
+        (["importance"], ["sorting"]),
+        (["evaluate"], ["family", "pareto", "widths"]),
+        (["elastic", "export_full"], ["training", "exports"]),
+    ],
+)
+def test_a_run_of_some_stages_gives_their_parts(tmp_path, built, stages, expected):
+    whole, run = make_run(tmp_path / "whole"), tmp_path / "run"
+    for stage in stages:
+        shutil.copytree(whole / stage, run / stage)
+    result = build_report(run, tmp_path / "out")
+    page = Page(result["index"].read_text(encoding="utf-8"))
+    assert page.sections() == expected
+    assert result["family"] == (13 if "evaluate" in stages else 0)
+    values = json.loads((tmp_path / "out" / "family.json").read_text(encoding="utf-8"))
+    assert values["before"] is None and len(values["family"]) == result["family"]
+    assert "before training" not in page.text and "Mean loss before" not in page.text
+
+
+def test_a_single_stage_directory_is_a_run(tmp_path):
+    write(tmp_path / "only", ablation())
+    assert Page(build_report(tmp_path / "only", tmp_path / "out")["index"].read_text(encoding="utf-8")).sections() == ["sorting"]
+
+
+def test_text_from_inputs_is_escaped_and_not_mathematics(tmp_path):
+    evil, values = '<script>alert("x")</script> $x_{$', evaluation(trained=True)
+    values["networks"] = values["networks"][-3:]
+    values["networks"][0]["name"] = evil
+    values["networks"][1]["loss"]["<img src=x onerror=y>"] = 1.0
+    write(tmp_path / "run" / "evaluate", values)
+    text = build_report(tmp_path / "run", tmp_path / "out")["index"].read_text(encoding="utf-8")
+    assert "<script" not in text and "<img src=x" not in text
+    assert "&lt;script&gt;alert(" in text
+    assert Page(text).row(evil) and "Loss, <img src=x onerror=y>" in Page(text).row("Network")
+
+
+def test_diverged_networks_are_shown_and_json_stays_strict(tmp_path):
+    values = evaluation(trained=True)
+    values["networks"][1]["mean"] = {"loss": math.nan, "perplexity": math.inf}
+    write(tmp_path / "run" / "evaluate", values)
+    result = build_report(tmp_path / "run", tmp_path / "out")
+    row = Page(result["index"].read_text(encoding="utf-8")).row(values["networks"][1]["name"])
+    assert row[3:5] == ["NaN", "∞"]
+    refuse = lambda constant: pytest.fail(f"{constant} is not JSON")  # noqa: E731
+    found = json.loads((tmp_path / "out" / "family.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert [row["mean"]["loss"] for row in found["family"]].count(None) == 1
+
+
+def test_equal_input_gives_equal_bytes(tmp_path):
+    made = []
+    for place in ("one", "two"):
+        run, out = tmp_path / place / "run", tmp_path / place / "out"
+        write(run / "importance", ablation())
+        metrics, log = training("elastic", 40)
+        write(run / "elastic", metrics, [row for row in log if row["event"] == "train"])
+        write(run / "evaluate", evaluation(trained=True))
+        build_report(run, out)
+        made.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert len(made[0]) == 6 and made[0] == made[1]
+
+
+def test_bad_input_writes_nothing(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "evaluate" / "metrics.json").write_text('{"stage": "evaluate", "networks": [', encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FlextronError) as caught:
+        build_report(run, tmp_path / "out")
+    assert str(run / "evaluate" / "metrics.json") in str(caught.value) and "\n" not in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_number_formats():
+    assert [loss(None), loss(2.34567), loss(math.inf)] == ["–", "2.346", "∞"]
+    assert [perplexity(9.876), perplexity(12345.6)] == ["9.88", "12,346"]
+    assert memory([512, 3 * 2**20]) == ("MiB", ["0.00", "3.00"])
+    assert memory([150 * 2**30, 2**30]) == ("GiB", ["150.0", "1.0"])
+    assert [duration(s) for s in (1.26, 35.2, 59.7, 725, 3600 * 1234 + 61)] == [
+        "1.3 s",
+        "35 s",
+        "1 min 0 s",
+        "12 min 5 s",
+        "1,234 h 1 min",
+    ]
+    assert [spread([4, 4]), spread([2, 3, 8]), spread([256, 1024]), spread([])] == ["4", "4.3 (2–8)", "640 (256–1,024)", "–"]
+    assert [big(999), big(1500), big(89_900_000_000)] == ["999", "1.5 thousand", "89.9 billion"]
+    assert [small(0.0), small(3.14e-6), small(0.25)] == ["0", "3.1e−6", "2.5e−1"]

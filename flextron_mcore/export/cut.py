@@ -1,0 +1,119 @@
+"""Cut a sub-network out of a checkpoint: the dense model with its widths (Flextron, section 2).
+
+Shape suffixes: C hidden channels, G KV groups, R query heads of a group followed by its key and its value, Q query heads of a
+group, H channels of a head, B gate and up projections (2, or 1 for an ungated MLP), F neurons; small letters for the part in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, TensorReader
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.space import LayerChoice, SubNetwork
+
+_Cut = Callable[[torch.Tensor], torch.Tensor]
+
+
+def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
+    """The dense model of a uniform `net`; of any other, the model of its depth whose every layer has the widest layer's sizes."""
+    layers = executed_layers(net)
+    return replace(
+        model,
+        num_layers=len(layers),
+        hidden_size=net.hidden_size,
+        num_attention_heads=max(layer.num_attention_heads for layer in layers),
+        num_query_groups=max(layer.kv_groups for layer in layers),
+        ffn_hidden_size=max(layer.ffn_hidden_size for layer in layers),
+    )
+
+
+def executed_layers(net: SubNetwork) -> list[LayerChoice]:
+    """The layers that a cut keeps, in order."""
+    return [layer for layer in net.layers if layer.executed]
+
+
+def cut(info: CheckpointInfo, net: SubNetwork, reader: TensorReader | None = None) -> dict[str, LazyTensor]:
+    """The tensors of `net` as a dense model, under Megatron-Core's names, in the order of the network.
+
+    Skipped layers are left out and the others renumbered; padding of the vocabulary is removed. Each tensor is read from the
+    checkpoint when loaded, each alone. Raises FlextronError when `net` is not in the checkpoint's space or a tensor is missing.
+    """
+    info.space.check(info.model, net)
+    reader = reader or TensorReader(info)
+    stored = set(reader.keys())
+    tensors = {}
+    for name, source, shape, take in _cuts(info.model, net):
+        if source not in stored:
+            raise FlextronError(f"{info.path}: the checkpoint lacks the tensor {source}")
+        tensors[name] = LazyTensor(shape, reader.dtype(source), partial(_load, reader, source, shape, take))
+    return tensors
+
+
+def _load(reader: TensorReader, source: str, shape: tuple[int, ...], take: _Cut) -> torch.Tensor:
+    whole = reader.read(source)
+    part = take(whole).reshape(shape)
+    return part if part.numel() == whole.numel() else part.clone()  # a view would keep the whole in memory
+
+
+def _cuts(model: ModelConfig, net: SubNetwork) -> Iterator[tuple[str, str, tuple[int, ...], _Cut]]:
+    """(name in the dense model, name in the supernet, shape in the dense model, how to take it) of every tensor."""
+    c = net.hidden_size
+
+    def table(name: str, rows: int) -> tuple[str, str, tuple[int, ...], _Cut]:
+        return name, name, (rows, c), lambda weight: weight[:rows, :c]
+
+    yield table("embedding.word_embeddings.weight", model.vocab_size)
+    if model.position_embedding_type == "learned_absolute":
+        yield table("embedding.position_embeddings.weight", model.max_position_embeddings)
+    kept = [i for i, layer in enumerate(net.layers) if layer.executed]
+    for new, old in enumerate(kept):
+        for name, (shape, take) in _layer_cuts(model, net.layers[old], c).items():
+            yield f"decoder.layers.{new}.{name}", f"decoder.layers.{old}.{name}", shape, take
+    for kind in _norm_parts(model):
+        name = f"decoder.final_layernorm.{kind}"
+        yield name, name, (c,), lambda vector: vector[:c]
+    if not model.share_embeddings_and_output_weights:
+        yield table("output_layer.weight", model.vocab_size)
+
+
+def _layer_cuts(model: ModelConfig, choice: LayerChoice, c: int) -> dict[str, tuple[tuple[int, ...], _Cut]]:
+    """Name within a layer -> (shape, how to take it)."""
+    G, Q, H = model.num_query_groups, model.query_heads_per_group, model.kv_channels
+    g, q, f = choice.kv_groups, choice.query_heads_per_group, choice.ffn_hidden_size
+    B = 2 if model.gated else 1
+    rows = [*range(q), Q, Q + 1]  # of R: the first query heads, the key, the value
+
+    def first(vector_C: torch.Tensor) -> torch.Tensor:
+        return vector_C[:c]
+
+    def group_rows(tensor: torch.Tensor) -> torch.Tensor:
+        grouped_GRH = tensor.unflatten(0, (G, Q + 2, H))[:g]
+        return grouped_GRH if q == Q else grouped_GRH[:, rows]
+
+    def neurons(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(0, (B, -1))[:, :f]
+
+    cuts: dict[str, tuple[tuple[int, ...], _Cut]] = {
+        "self_attention.linear_qkv.weight": ((g * (q + 2) * H, c), lambda w: group_rows(w)[..., :c]),
+        "self_attention.linear_proj.weight": ((c, g * q * H), lambda w: w[:c].unflatten(1, (G, Q, H))[:, :g, :q]),
+        "mlp.linear_fc1.weight": ((B * f, c), lambda w: neurons(w)[..., :c]),
+        "mlp.linear_fc2.weight": ((c, f), lambda w: w[:c, :f]),
+    }
+    if model.bias:
+        cuts["self_attention.linear_qkv.bias"] = ((g * (q + 2) * H,), group_rows)
+        cuts["self_attention.linear_proj.bias"] = ((c,), first)
+        cuts["mlp.linear_fc1.bias"] = ((B * f,), neurons)
+        cuts["mlp.linear_fc2.bias"] = ((c,), first)
+    for kind in _norm_parts(model):
+        cuts[f"self_attention.linear_qkv.layer_norm_{kind}"] = ((c,), first)
+        cuts[f"mlp.linear_fc1.layer_norm_{kind}"] = ((c,), first)
+    return cuts
+
+
+def _norm_parts(model: ModelConfig) -> tuple[str, ...]:
+    return ("weight",) if model.normalization == "rmsnorm" else ("weight", "bias")

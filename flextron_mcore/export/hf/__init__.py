@@ -1,0 +1,126 @@
+"""Export a sub-network as a Hugging Face directory, the form that transformers, vLLM, TensorRT-LLM and SGLang load."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flextron_mcore.checkpoint.hf_import import copy_tokenizer
+from flextron_mcore.checkpoint.store import DTYPES, CheckpointInfo, check_space
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.export.cut import cut, cut_config, executed_layers
+from flextron_mcore.export.hf import gpt2, llama
+from flextron_mcore.export.hf.target import Target
+from flextron_mcore.export.hf.writer import model_card, write_json, write_weights
+from flextron_mcore.space import SubNetwork, count_parameters, weight_bytes
+
+TARGETS = (llama.TARGET, gpt2.TARGET)
+_CODE = Path(__file__).parent / "code"
+_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def export_hf(
+    info: CheckpointInfo,
+    net: SubNetwork,
+    out: Path,
+    dtype: str | None = None,
+    max_shard_size: int = 10**9,
+    tokenizer: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write `net` as a dense model into the existing, empty directory `out`.
+
+    A network that a stock class of transformers can hold is written as that class, any other as its `Flextron` subclass, whose
+    code goes along (`trust_remote_code=True`). Values that no cut changes come from the config that the model was imported from.
+    dtype: fp32, bf16 or fp16; default: the checkpoint's. max_shard_size: bytes of one weights file, about what is in memory at a
+    time. tokenizer: default the one beside the checkpoint. progress: called with the bytes of each tensor written.
+    Returns format, architecture, parameters, bytes and files (of the whole directory); `reason` if no stock class was possible.
+    Raises FlextronError for a model that no family holds, a network outside the space, or an `out` that is not empty.
+    """
+    out, model, dtype = Path(out), info.model, dtype or info.dtype
+    if dtype not in DTYPES:
+        raise FlextronError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPES)}")
+    if not out.is_dir() or any(out.iterdir()):
+        raise FlextronError(f"out={out}: not an empty directory")
+    target = _target(model)
+    tensors = cut(info, net)
+    check_space(out, weight_bytes(model, net, dtype))
+    layers, dense = executed_layers(net), cut_config(model, net)
+    reason = target.not_stock(model, net)
+    architecture = target.elastic if reason else target.stock
+    tokenizer = tokenizer or info.tokenizer
+    ids = _token_ids(info, tokenizer)
+    config = {
+        "architectures": [architecture],
+        "model_type": f"flextron_{target.model_type}" if reason else target.model_type,
+        **target.config(dense, info.hf_config or {}),
+        **ids,
+        "use_cache": True,
+        "torch_dtype": _TORCH_NAMES[dtype],
+    }
+    if reason:
+        configuration, modeling = target.code_files
+        config |= {
+            "auto_map": {
+                "AutoConfig": f"{configuration}.Flextron{target.classes}Config",
+                "AutoModel": f"{modeling}.Flextron{target.classes}Model",
+                "AutoModelForCausalLM": f"{modeling}.{target.elastic}",
+            },
+            "head_dim": model.kv_channels,
+            "per_layer_config": {str(i): target.widths(layer) for i, layer in enumerate(layers)},
+            "num_attention_heads_per_layer": [layer.num_attention_heads for layer in layers],  # where SGLang looks
+        }
+        for name in target.code_files:
+            shutil.copyfile(_CODE / f"{name}.py", out / f"{name}.py")
+    if tokenizer and not copy_tokenizer(tokenizer, out):
+        raise FlextronError(f"tokenizer={tokenizer}: no tokenizer in it (looked for tokenizer.json, tokenizer.model, vocab.json)")
+    if not (out / "generation_config.json").is_file():
+        write_json(out / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
+    parts = list(target.parts(model, layers, net.hidden_size))
+    parameters = write_weights(out, parts, tensors, DTYPES[dtype], max_shard_size, progress)
+    if parameters != count_parameters(model, net):
+        raise AssertionError(f"{parameters} parameters written, {count_parameters(model, net)} counted")
+    card = model_card(architecture, parameters, dtype, layers, net.hidden_size, count_parameters(model))
+    (out / "README.md").write_text(card, encoding="utf-8")
+    write_json(out / "config.json", config)
+    files = list(out.iterdir())
+    result = {
+        "format": "hf",
+        "architecture": architecture,
+        "parameters": parameters,
+        "bytes": sum(file.stat().st_size for file in files),
+        "files": len(files),
+    }
+    return result | ({"reason": reason} if reason else {})
+
+
+def _target(model: ModelConfig) -> Target:
+    """The family that can represent `model`."""
+    complaints = []
+    for target in TARGETS:
+        misfits = target.misfits(model)
+        if not misfits:
+            return target
+        complaints.append((len(misfits), f"{target.name} needs {', '.join(misfits)}"))
+    nearest_first = "; ".join(text for _, text in sorted(complaints))
+    raise FlextronError(
+        f"format=hf: no family of Hugging Face models is like this one: {nearest_first}; format=megatron takes any"
+    )
+
+
+def _token_ids(info: CheckpointInfo, tokenizer: Path | None) -> dict[str, Any]:
+    """Ids of the special tokens: those the model was imported with, else the tokenizer's, else null.
+
+    Null is said: the classes' defaults are ids of Llama's and GPT-2's own vocabularies.
+    """
+    if info.hf_config:
+        return {name: info.hf_config[name] for name in _TOKEN_IDS if name in info.hf_config}
+    if tokenizer is None:
+        return dict.fromkeys(_TOKEN_IDS)
+    from flextron_mcore.data.tokenizer import open_tokenizer
+
+    opened = open_tokenizer(tokenizer).hf
+    return {name: getattr(opened, name) for name in _TOKEN_IDS}

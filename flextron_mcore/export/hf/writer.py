@@ -1,0 +1,116 @@
+"""Write a Hugging Face directory: weights in shards, and the model card."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from flextron_mcore.checkpoint.hf_import.common import INDEX_FILE, WEIGHTS_FILE
+from flextron_mcore.checkpoint.store import LazyTensor
+from flextron_mcore.export.hf.target import Part
+from flextron_mcore.space import LayerChoice
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write an object, two spaces a level."""
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(
+    out: Path,
+    parts: Sequence[Part],
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype,
+    max_shard_size: int,
+    progress: Callable[[int], None] | None,
+) -> int:
+    """Write `tensors` (Megatron-Core's names) as the Hugging Face tensors of `parts`; returns the number of parameters.
+
+    One file, or shards of at most max_shard_size bytes with an index. One shard is in memory at a time. A Megatron-Core tensor is
+    read once: what becomes of it goes into one shard. progress is called with the bytes of each.
+    """
+    shards = _plan(parts, dtype, max_shard_size)
+    index: dict[str, str] = {}
+    parameters = 0
+    for number, shard in enumerate(shards, 1):
+        name = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        content: dict[str, torch.Tensor] = {}
+        for part in shard:
+            whole = tensors[part.source].load().to(dtype)
+            for (key, shape), tensor in zip(part.shapes.items(), part.split(whole), strict=True):
+                if tuple(tensor.shape) != shape:
+                    raise AssertionError(f"{key}: {tuple(tensor.shape)} instead of {shape}")
+                # A copy of its own, or safetensors would refuse the views of one tensor.
+                content[key] = tensor.clone(memory_format=torch.contiguous_format)
+            if progress:
+                progress(whole.nbytes)
+        save_file(content, out / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(content, name))
+        parameters += sum(tensor.numel() for tensor in content.values())
+    if len(shards) > 1:
+        metadata = {"total_size": parameters * dtype.itemsize, "total_parameters": parameters}
+        write_json(out / INDEX_FILE, {"metadata": metadata, "weight_map": index})
+    return parameters
+
+
+def _plan(parts: Sequence[Part], dtype: torch.dtype, max_shard_size: int) -> list[list[Part]]:
+    """Parts in order, a new shard where the next does not fit."""
+    shards: list[list[Part]] = [[]]
+    filled = 0
+    for part in parts:
+        size = dtype.itemsize * sum(map(math.prod, part.shapes.values()))
+        if shards[-1] and filled + size > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(part)
+        filled += size
+    return shards
+
+
+def model_card(architecture: str, parameters: int, dtype: str, layers: Sequence[LayerChoice], hidden_size: int, full: int) -> str:
+    """README.md of an export. full: parameters of the model that the sub-network was cut from."""
+    custom = architecture.startswith("Flextron")
+    trust = ", trust_remote_code=True" if custom else ""
+    rows, first = [], 0
+    for layer, run in itertools.groupby(layers):
+        last = first + len(list(run)) - 1
+        span = f"{first}" if first == last else f"{first}-{last}"
+        rows.append(f"| {span} | {layer.num_attention_heads} | {layer.kv_groups} | {layer.ffn_hidden_size} |")
+        first = last + 1
+    code = (
+        "Its layers are transformers' own, each with the widths that `per_layer_config` gives; the Python files here only say so."
+        if custom
+        else "It is a stock model: no code comes with it."
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [flextron]
+---
+# A Flextron sub-network
+
+`{architecture}`: {parameters:,} parameters in {dtype}, {parameters / full:.1%} of the {full:,} of the elastic model that
+flextron_mcore cut it from. {code}
+
+| layers | query heads | key-value heads | FFN width |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+Hidden size {hidden_size}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
+model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
+prompt = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(prompt.input_ids, max_new_tokens=20)[0]))
+```
+"""

@@ -1,0 +1,1 @@
+"""Importance of neurons and heads, and sorting by it."""

@@ -1,0 +1,113 @@
+"""`flextron evaluate`: loss and perplexity a domain."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.stages.common import new_output, print_table, start, write_metrics
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Evaluate config.subnetwork, or the full model and the uniform family."""
+    start(config)
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.data.blend import open_data, valid_datasets
+    from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
+    from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
+    from flextron_mcore.stages.elastic import check_space
+    from flextron_mcore.training.loop import sequence_length
+
+    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
+    check_space(config, info)
+    networks = _networks(config, info)
+    seq_length = sequence_length(config.model.seq_length, info, data)
+    with new_output(config) as out:
+        datasets = valid_datasets(data, seq_length, config.seed, out / "cache")
+        model = loaded_model(config, info)
+        losses = evaluate(model, datasets, networks, seq_length, config.model.micro_batch_size, config.limit_val_batches)
+        shutil.rmtree(out / "cache", ignore_errors=True)
+        arch, kv = info.model, config.kv_cache
+        dtype = config.trainer.precision or info.dtype
+        length = kv.length or arch.max_position_embeddings
+        rows = []
+        for name, net in networks.items():
+            found = {domain: perplexity(loss) for domain, loss in losses[name].items()}
+            average = mean(losses[name])
+            rows.append(
+                {
+                    "name": name,
+                    "subnetwork": net.to_dict(),
+                    "parameters": count_parameters(arch, net),
+                    "non_embedding_parameters": count_parameters(arch, net, embeddings=False),
+                    "weight_bytes": weight_bytes(arch, net, dtype),
+                    "kv_cache_bytes": kv_cache_bytes(arch, net, kv.batch_size, length, dtype),
+                    "loss": losses[name],
+                    "perplexity": found,
+                    "mean": {"loss": average, "perplexity": perplexity(average)},
+                }
+            )
+        first = rows[0]
+        metrics = write_metrics(
+            out,
+            "evaluate",
+            {
+                # The figures of the first network also stand at the top, where a single one is looked for.
+                "loss": first["loss"],
+                "perplexity": first["perplexity"],
+                "mean": first["mean"],
+                "dtype": dtype,
+                "kv_cache": {"batch_size": kv.batch_size, "length": length},
+                "model": arch.to_dict(),
+                "space": info.space.to_dict(),
+                "networks": rows,
+            },
+        )
+    print_table(
+        "validation loss (nats per token)",
+        ["network", "parameters", "weights MiB", "KV MiB", *datasets, "mean", "perplexity"],
+        [
+            [r["name"], r["parameters"], r["weight_bytes"] / 2**20, r["kv_cache_bytes"] / 2**20, *r["loss"].values(), *r["mean"].values()]
+            for r in rows
+        ],
+    )
+    return metrics
+
+
+def loaded_model(config: DictConfig, info: Any) -> list[Any]:
+    """This rank's part of the checkpoint's model, in trainer.precision or else as stored, ready for evaluation."""
+    from megatron.core.transformer.module import Float16Module
+
+    from flextron_mcore.checkpoint.store import load_model
+    from flextron_mcore.model import PRECISIONS, build_model
+
+    precision = config.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
+    if config.model.virtual_pipeline_model_parallel_size:
+        raise FlextronError(f"{config.stage}: model.virtual_pipeline_model_parallel_size is for training only")
+    gpt = build_model(info.model, info.space, config.model, precision, initialize=False)
+    load_model(gpt, info)
+    return [(Float16Module(gpt.config, gpt) if precision == "bf16" else gpt).eval()]
+
+
+def _networks(config: DictConfig, info: Any) -> dict[str, Any]:
+    """{name: SubNetwork} that the configuration asks for."""
+    from flextron_mcore.evaluation.family import random_family, uniform_family
+    from flextron_mcore.space import SubNetwork
+
+    if config.subnetwork is None:
+        networks = uniform_family(info.model, info.space)
+        networks = {"full": networks.pop("full"), **networks}
+    else:
+        wanted = config.subnetwork
+        networks = {}
+        for path in OmegaConf.to_container(wanted) if OmegaConf.is_config(wanted) else [wanted]:
+            net = SubNetwork.from_file(path)
+            info.space.check(info.model, net, str(path))
+            networks[Path(path).stem] = net
+    if config.random:
+        networks.update(random_family(info.model, info.space, config.seed, 0, config.random))
+    return networks

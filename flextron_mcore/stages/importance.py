@@ -1,0 +1,120 @@
+"""`flextron importance`: rank, sort, and show what sorting gains (Flextron, section 3.1 and Table 5)."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.stages.common import check_output, new_output, print_table, start, write_metrics
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Score on config.samples calibration sequences, write the sorted checkpoint and the ablation table."""
+    start(config)
+    from megatron.core import parallel_state
+
+    from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint, write_streaming
+    from flextron_mcore.data.blend import batch, open_data, train_dataset
+    from flextron_mcore.sorting.importance import SCORES, collect, importance
+    from flextron_mcore.sorting.permutation import order, sorted_tensors
+    from flextron_mcore.space import ElasticSpace
+    from flextron_mcore.stages.evaluate import loaded_model
+    from flextron_mcore.training.loop import sequence_length
+
+    check_output(Path(config.out), config.overwrite)
+    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
+    if config.score not in SCORES:
+        raise FlextronError(f"score={config.score!r} is not known: use one of {', '.join(SCORES)}")
+    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    if config.samples < 1 or config.samples % ranks:
+        raise FlextronError(f"samples={config.samples} must be a multiple of the {ranks} data-parallel rank(s), at least 1")
+    size = math.gcd(config.samples // ranks, config.model.micro_batch_size)
+    rounds = config.samples // (size * ranks)
+    wanted = {k: v for k, v in OmegaConf.to_container(config.space).items() if v is not None}
+    # Sorting writes all units anew, so this is the stage that may change the space.
+    space = ElasticSpace.from_dict(info.model, {**info.space.to_dict(), **wanted})
+    seq_length = sequence_length(config.model.seq_length, info, data)
+    with new_output(config) as out:
+        dataset = train_dataset(data, seq_length, config.samples, config.seed, out / "cache", config.data_weights)
+
+        def batches() -> Iterator[Any]:
+            for round_ in range(rounds):
+                first = (round_ * ranks + rank) * size
+                yield batch(dataset, range(first, first + size))
+
+        model = loaded_model(config, info)
+        table = _Ablation(config, info, space, data, seq_length, out)
+        table.measure(model, "unsorted")
+        print(f"importance: scoring on {config.samples} sequences of {seq_length} tokens", flush=True)
+        scores = collect(importance(model, batches, rounds, seq_length, size, config.score), info.model.num_layers)
+        del model  # sorting streams from disk to disk
+        orders = {i: order(space, layer) for i, layer in scores.items()}
+        folder = iteration_path(out, info.step)
+        folder.mkdir(parents=True)
+        write_streaming(folder, replace(info, space=space, sorted=True, path=None), sorted_tensors(info, orders))
+        if config.ablation_batches:
+            table.measure(loaded_model(config, open_checkpoint(folder)), "sorted")
+        shutil.rmtree(out / "cache", ignore_errors=True)
+        if info.tokenizer:
+            shutil.copytree(info.tokenizer, out / "tokenizer")
+        _write_scores(out, scores)
+        figures = {"samples": config.samples, "score": config.score, "model": info.model.to_dict(), "space": space.to_dict()}
+        metrics = write_metrics(out, "importance", {**figures, "ablation": table.rows})
+    if table.rows:
+        print_table(
+            "sorting, before any training: loss (nats per token) and perplexity, mean over domains",
+            ["network", "order", "loss", "perplexity"],
+            [[row["setup"], row["order"], row["loss"], row["perplexity"]] for row in table.rows],
+        )
+    return metrics
+
+
+class _Ablation:
+    """Half of the heads and half of the neurons, unsorted and sorted, on the validation split: the paper's Table 5."""
+
+    def __init__(self, config: DictConfig, info: Any, space: Any, data: Any, seq_length: int, out: Path) -> None:
+        from flextron_mcore.data.blend import valid_datasets
+
+        self.config, self.seq_length, self.rows = config, seq_length, []
+        arch = info.model
+        self.networks = {
+            "full (baseline)": None,
+            "50% heads": space.uniform(arch, _half(space.heads), arch.ffn_hidden_size),
+            "50% ffn": space.uniform(arch, arch.num_attention_heads, _half(space.ffn_hidden_size)),
+        }
+        self.datasets = valid_datasets(data, seq_length, config.seed, out / "cache") if config.ablation_batches else {}
+
+    def measure(self, model: list[Any], order_name: str) -> None:
+        from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
+
+        if not self.datasets:
+            return
+        batches, size = self.config.ablation_batches, self.config.model.micro_batch_size
+        found = evaluate(model, self.datasets, self.networks, self.seq_length, size, batches)
+        for name, domains in found.items():
+            loss = mean(domains)
+            row = {"setup": name, "order": order_name, "loss": loss, "perplexity": perplexity(loss), "score": self.config.score}
+            self.rows.append(row)
+
+
+def _half(candidates: tuple[int, ...]) -> int:
+    """The candidate nearest to half the full size."""
+    return min(candidates, key=lambda size: abs(size - candidates[-1] / 2))
+
+
+def _write_scores(out: Path, scores: Any) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for i, layer in scores.items():
+        tensors[f"layers.{i}.neurons"] = layer.neurons.to(torch.float32)
+        tensors[f"layers.{i}.heads"] = layer.heads.to(torch.float32)
+    save_file(tensors, out / "scores.safetensors")

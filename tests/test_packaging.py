@@ -49,13 +49,14 @@ def requirements(wheel):
     return {r.name: r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})}
 
 
-def files(folder, *patterns):
-    return {path.relative_to(ROOT) for pattern in patterns for path in (ROOT / folder).rglob(pattern) if path.is_file()}
+def files(folder):
+    """Paths of all files below `folder`, relative to it."""
+    return {p.relative_to(ROOT / folder).as_posix() for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"}
 
 
 def test_wheel_holds_the_whole_package(wheel):
-    expected = {str(path) for path in files("flextron_mcore", "*.py", "*.html", "*.yaml")}
-    expected |= {f"flextron_mcore/{path}" for path in files("conf", "*.yaml")}
+    expected = {f"flextron_mcore/{path}" for path in files("flextron_mcore")}
+    expected |= {f"flextron_mcore/conf/{path}" for path in files("conf")}
     assert not expected - set(wheel.namelist())
 
 

@@ -99,8 +99,8 @@ def train_dataset(
     chosen = _check_weights(data, weights)
     total = sum(chosen.values())
     blend = ([data.domains[name].train for name in chosen], [weight / total for weight in chosen.values()])
-    # Megatron's blend rounds the size of every domain up and may then ask one domain for a few samples more than its share.
-    surplus = 0.005 + (len(chosen) + 1) / (num_samples * min(blend[1]))
+    # Megatron rounds the samples of each domain up, and its blend may then take len(chosen) - 2 more of one than its share.
+    surplus = 0.005 + len(chosen) / max(1.0, num_samples * min(blend[1]))
     return _build(data, seq_length, seed, cache_dir, [blend, None, None], [num_samples, 0, 0], surplus)
 
 

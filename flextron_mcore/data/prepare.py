@@ -200,7 +200,8 @@ def _write_domain(part: _Part, tokens: Tokenizer, out: Path, say: Callable[[str]
     count = {False: 0, True: 0}
     for batch in _batches(part):
         for (_, valid, _), ids in zip(batch, tokens.encode_batch([text for _, _, text in batch]), strict=True):
-            builders[valid].add_document(torch.from_numpy(ids), [len(ids)])
+            builders[valid].add_item(torch.from_numpy(ids))
+            builders[valid].end_document()
             count[valid] += len(ids)
         say(f"tokenizing {domain}: {batch[-1][0] + 1}/{len(part.sizes)} documents, {count[False] + count[True]} tokens")
     for valid, name in names.items():

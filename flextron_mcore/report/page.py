@@ -184,7 +184,6 @@ def _family_section(run: Run, family: Series) -> Section:
     weights, kv = memory([net.weight_bytes for net in nets]), memory([net.kv_cache_bytes for net in nets])
     columns: list[tuple[str, Sequence[str]]] = [
         ("Network", [net.name for net in nets]),
-        ("Parameters", [f"{net.parameters:,}" for net in nets]),
         ("% of full", [percent(_share(family, net)) for net in nets]),
         ("Mean loss", [loss(net.mean_loss) for net in nets]),
     ]
@@ -194,6 +193,7 @@ def _family_section(run: Run, family: Series) -> Section:
     columns += [
         ("Perplexity", [perplexity(net.mean_perplexity) for net in nets]),
         *((f"Loss, {domain}", [loss(net.loss.get(domain)) for net in nets]) for domain in domains),
+        ("Parameters", [f"{net.parameters:,}" for net in nets]),
         (f"Heads of {model.num_attention_heads:,}", [spread(_widths(net, "num_attention_heads")) for net in nets]),
         (f"FFN of {model.ffn_hidden_size:,}", [spread(_widths(net, "ffn_hidden_size")) for net in nets]),
     ]

@@ -63,6 +63,8 @@ def enable() -> None:
         return
     _enabled = True
     _patch_cuda_namespace()
+    with torch.device("meta"):  # torch lists its factories at the first use of a device context; it must not list the wrappers
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _patch_tensor()

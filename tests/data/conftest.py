@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for n in range(60):
         (root / "plain" / f"{n:02d}.txt").write_text(story("plain", n))
     (root / "lines.jsonl").write_text("".join(json.dumps({"text": story("lines", n)}) + "\n" for n in range(60)))
-    (root / "single.md").write_text("".join(story("single", n) for n in range(40)))
+    (root / "single.md").write_text("".join(story("single", n) for n in range(40)) + string.printable)
     return root
 
 

@@ -93,12 +93,13 @@ def test_point_labels_do_not_cover_each_other_or_the_points():
     assert all(axes.get_window_extent().contains(*corner) for box in boxes for corner in (box.min, box.max))
 
 
-def test_widths_only_where_a_network_is_not_uniform():
+def test_widths_only_where_a_network_is_not_uniform(monkeypatch):
     uniform = network("uniform", 10, 2.0), network("full", 20, 1.5, *(layer(),) * 4)
     assert figures.layer_widths(series(*uniform)) is None
     mixed = network("mixed", 15, 1.8, layer(4, 64), layer(1), layer(), layer(executed=False))
     picture = figures.layer_widths(series(*uniform, mixed))
     assert picture.alt.endswith("mixed: 100/25, 25/100, 100/100, 0/0.")
+    monkeypatch.setattr(figures, "MOST_NUMBERS", 2)  # the look of a deep model: a colour scale, no numbers
     many = [network(f"mixed {i}", i, 2.0, layer(1), layer(), layer(), layer()) for i in range(14)]
     assert "2 more are in the table" in figures.layer_widths(series(*many)).caption
 

@@ -1,0 +1,59 @@
+"""`flextron import`: a Hugging Face checkpoint to an elastic checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.stages.common import check_output, new_output, print_table, write_metrics
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Stream config.hf into an elastic checkpoint, units in the order they have."""
+    from tqdm import tqdm
+
+    check_output(Path(config.out), config.overwrite)
+    from flextron_mcore.runtime import cpu
+
+    cpu.enable()
+    from flextron_mcore.checkpoint.hf_import import copy_tokenizer, import_hf
+    from flextron_mcore.checkpoint.store import iteration_path, write_streaming
+    from flextron_mcore.space import count_parameters
+
+    info, tensors = import_hf(Path(config.hf), OmegaConf.to_container(config.space), config.dtype)
+    size = sum(t.dtype.itemsize * _numel(t.shape) for t in tensors.values())
+    with new_output(config) as out:
+        folder = iteration_path(out, 0)
+        folder.mkdir(parents=True)
+        with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=None) as bar:
+            write_streaming(folder, info, tensors, bar.update)
+        has_tokenizer = copy_tokenizer(Path(config.hf), out / "tokenizer")
+        figures = {
+            "parameters": count_parameters(info.model),
+            "bytes": size,
+            "dtype": info.dtype,
+            "tokenizer": has_tokenizer,
+            "model": info.model.to_dict(),
+            "space": info.space.to_dict(),
+        }
+        metrics = write_metrics(out, "import", figures)
+    space = info.space
+    print_table(
+        f"imported {config.hf}: {figures['parameters']:,} parameters, {info.dtype}",
+        ["axis", "candidates"],
+        [
+            [f"heads ({space.attention_unit})", ", ".join(map(str, space.heads))],
+            ["ffn_hidden_size", ", ".join(map(str, space.ffn_hidden_size))],
+            ["granularity (largest tensor-parallel size)", space.granularity],
+        ],
+    )
+    return metrics
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,181 @@
+"""T1: masked = sliced = dense, for every kind of MLP and attention; the full network is the stock model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+from flextron_mcore.config import ModelConfig
+from flextron_mcore.model import gpt_model, set_subnetwork, transformer_config, use_subnetwork
+from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
+from tests import toy
+
+KINDS = {
+    "llama": toy.LLAMA,
+    "gpt2": toy.GPT2,
+    "squared-relu without biases": dict(toy.LLAMA, activation="squared-relu"),
+    "geglu with biases": dict(toy.LLAMA, activation="geglu", bias=True),
+    "layernorm1p": dict(toy.GPT2, normalization="layernorm1p", activation="gelu"),
+}
+ATTENTION = {"mha": (4, "kv_group"), "gqa groups": (2, "kv_group"), "gqa heads": (2, "query_head")}
+
+
+def case(kind: str, attention: str) -> tuple[ModelConfig, ElasticSpace]:
+    groups, unit = ATTENTION[attention]
+    arch = toy.config(**KINDS[kind], num_query_groups=groups)
+    fractions = [0.5, 1.0] if groups == 2 else [0.25, 0.5, 0.75, 1.0]
+    return arch, ElasticSpace.build(arch, attention_unit=unit, heads=fractions)
+
+
+def stock(arch: ModelConfig, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A stock GPTModel with these weights. Its local norms have no zero-centred scale: 1 is added to the weights instead."""
+    zero_centered = arch.normalization == "layernorm1p"
+    arch = ModelConfig(**{**arch.to_dict(), "normalization": "layernorm" if zero_centered else arch.normalization})
+    config = transformer_config(arch)
+    model = gpt_model(arch, config, get_gpt_layer_local_spec(normalization=config.normalization)).eval()
+    norms = ("layernorm.weight",) if zero_centered else ()
+    model.load_state_dict({k: v + 1 if k.endswith(norms) and norms else v for k, v in state.items()})
+    return model
+
+
+def stock_logits(model: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    length = tokens.shape[1]
+    return model(tokens, positions, torch.ones(length, length, dtype=torch.bool).triu(1)[None, None])
+
+
+def mask_like(model: torch.nn.Module, net: SubNetwork) -> None:
+    """The oracle: the full model with the unused neurons and heads multiplied by zero."""
+    for layer, choice in zip(model.decoder.layers, net.layers, strict=True):
+        neurons = (torch.arange(layer.mlp.width) < choice.ffn_hidden_size).float()
+        attention = layer.self_attention
+        groups, queries = attention.heads
+        heads = torch.zeros(groups, queries, attention.hidden_size_per_attention_head)
+        heads[: choice.kv_groups, : choice.query_heads_per_group] = 1
+        layer.mlp.observe = lambda hidden, mask=neurons: hidden * mask
+        attention.linear_proj.observe = lambda hidden, mask=heads.flatten(): hidden * mask
+
+
+def dense(arch: ModelConfig, model: torch.nn.Module, net: SubNetwork) -> torch.nn.Module:
+    """A stock model of the sub-network's size, its weights cut by hand."""
+    choice = net.layers[0]
+    small = ModelConfig(
+        **{**arch.to_dict(), "num_attention_heads": choice.num_attention_heads,
+           "num_query_groups": choice.kv_groups, "ffn_hidden_size": choice.ffn_hidden_size}
+    )  # fmt: skip
+    g, q, f, h = choice.kv_groups, choice.query_heads_per_group, choice.ffn_hidden_size, arch.kv_channels
+    state = {}
+    for name, value in model.state_dict().items():
+        if value is None:
+            continue
+        if "linear_fc1" in name:
+            value = torch.cat([part[:f] for part in value.chunk(2 if arch.gated else 1)])
+        elif name.endswith("linear_fc2.weight"):
+            value = value[:, :f]
+        elif "linear_qkv" in name:
+            groups = value.view(arch.num_query_groups, arch.query_heads_per_group + 2, h, -1)[:g]
+            value = torch.cat([groups[:, :q], groups[:, -2:]], 1).reshape(g * (q + 2) * h, *value.shape[1:])
+        elif name.endswith("linear_proj.weight"):
+            value = value.view(-1, arch.num_query_groups, arch.query_heads_per_group, h)[:, :g, :q].reshape(len(value), -1)
+        state[name] = value
+    return stock(small, state)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_network_is_the_stock_model(kind, attention):
+    arch, space = case(kind, attention)
+    model = toy.model(arch, space)
+    reference = stock(arch, model.state_dict())
+    tokens, positions = toy.inputs()
+    with torch.no_grad():
+        expected = stock_logits(reference, tokens, positions)
+        for net in (None, SubNetwork.full(arch)):
+            with use_subnetwork(model, net):
+                torch.testing.assert_close(model(tokens, positions, None), expected, atol=1e-5, rtol=0)
+    assert count_parameters(arch) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_is_sliced_is_dense(kind, attention):
+    arch, space = case(kind, attention)
+    tokens, positions = toy.inputs()
+    for heads in space.heads:
+        for width in space.ffn_hidden_size:
+            net = space.uniform(arch, heads, width)
+            model = toy.model(arch, space)
+            with torch.no_grad():
+                small = dense(arch, model, net)
+                with use_subnetwork(model, net):
+                    sliced = model(tokens, positions, None)
+                mask_like(model, net)
+                masked = model(tokens, positions, None)
+                torch.testing.assert_close(sliced, masked, atol=1e-5, rtol=0)
+                torch.testing.assert_close(sliced, stock_logits(small, tokens, positions), atol=1e-5, rtol=0)
+                assert count_parameters(arch, net) == sum(p.numel() for p in small.parameters())
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(
+    groups=st.integers(1, 4), queries=st.integers(1, 3), size=st.sampled_from([4, 6, 8]), ffn=st.integers(1, 40),
+    hidden=st.integers(8, 40), kind=st.sampled_from(sorted(KINDS)), unit=st.sampled_from(["kv_group", "query_head"]),
+    seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_random_spaces_and_networks_with_gradients(groups, queries, size, ffn, hidden, kind, unit, seed):
+    """Logits and gradients of per-layer networks in odd shapes against the masked oracle."""
+    arch = toy.config(
+        **KINDS[kind], hidden_size=hidden, num_attention_heads=groups * queries, num_query_groups=groups, kv_channels=size,
+        ffn_hidden_size=ffn,
+    )  # fmt: skip
+    step = queries if unit == "kv_group" else groups
+    heads = [step * (i + 1) for i in range(groups * queries // step)]
+    space = ElasticSpace.build(arch, granularity=1, attention_unit=unit, heads=heads, ffn_hidden_size=sorted({1, (ffn + 1) // 2, ffn}))
+    net = toy.random_network(arch, space, seed)
+    space.check(arch, net)
+    tokens, positions = toy.inputs(seed=seed)
+    model = toy.model(arch, space, seed)
+    results = []
+    for masked in (False, True):
+        model.zero_grad(set_to_none=True)
+        if masked:
+            mask_like(model, net)
+        with use_subnetwork(model, None if masked else net):
+            logits = model(tokens, positions, None)
+            logits.square().mean().backward()
+        results.append((logits, {n: p.grad.clone() for n, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(grad, results[1][1][name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_choice_is_restored_and_nested():
+    arch, space = case("llama", "mha")
+    model = toy.model(arch, space)
+    small, smaller = space.uniform(arch, 2, 24), space.uniform(arch, 1, 12)
+    with use_subnetwork(model, small):
+        with use_subnetwork(model, smaller):
+            assert model.decoder.layers[0].mlp.choice == smaller.layers[0]
+        assert model.decoder.layers[1].self_attention.choice == small.layers[1]
+    assert model.decoder.layers[0].mlp.choice is None
+    with pytest.raises(RuntimeError), use_subnetwork(model, small):
+        raise RuntimeError
+    assert model.decoder.layers[0].mlp.choice is None
+
+
+def test_what_is_not_implemented_says_so():
+    from dataclasses import replace
+
+    from flextron_mcore.config import FlextronError
+
+    arch, space = case("llama", "mha")
+    model = toy.model(arch, space)
+    full = SubNetwork.full(arch)
+    with pytest.raises(FlextronError, match="hidden size is not implemented yet"):
+        set_subnetwork(model, replace(full, hidden_size=16))
+    with pytest.raises(FlextronError, match="depth is not implemented yet"):
+        set_subnetwork(model, replace(full, layers=(replace(full.layers[0], executed=False), full.layers[1])))
+    with pytest.raises(FlextronError, match="has 1 layers, the model has 2"):
+        set_subnetwork(model, replace(full, layers=full.layers[:1]))

@@ -240,7 +240,9 @@ def write_streaming(
             torch.save([None], payload)
             state[extra.unique_key] = payload
     planner = _StreamingPlanner(info, tensors, progress)
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(directory, thread_count=1), planner=planner, no_dist=True)
+    # A file a tensor: torch's writer keeps the tensors of a file until the file is finished.
+    writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1)
+    dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
     torch.save({}, directory / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
     write_info(directory, info)

@@ -1,0 +1,68 @@
+"""T4: draws are uniform, independent, and a function of (seed, step) alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.space import ElasticSpace
+from flextron_mcore.training.sampler import draw
+from tests import toy
+
+ARCH = toy.config(num_layers=3)
+SPACE = ElasticSpace.build(ARCH)
+
+
+def test_a_draw_depends_on_seed_step_and_stream_only():
+    first = [draw(ARCH, SPACE, 1, step, 3) for step in range(20)]
+    assert first == [draw(ARCH, SPACE, 1, step, 3) for step in range(20)]
+    assert draw(ARCH, SPACE, 1, 7, 3) == first[7]  # no state: a resumed run draws the same
+    assert first != [draw(ARCH, SPACE, 2, step, 3) for step in range(20)]
+    assert first != [draw(ARCH, SPACE, 1, step, 3, stream=1) for step in range(20)]
+    assert len({net for nets in first for net in nets}) > 50
+
+
+def chi_square(counts: Counter, cells: int) -> float:
+    expected = sum(counts.values()) / cells
+    return sum((counts.get(cell, 0) - expected) ** 2 / expected for cell in range(cells))
+
+
+def test_draws_are_uniform_and_independent():
+    heads, widths, pairs, layers = Counter(), Counter(), Counter(), Counter()
+    for step in range(4000):
+        nets = draw(ARCH, SPACE, 5, step, 3)
+        for net in nets:
+            h = [SPACE.heads.index(layer.num_attention_heads) for layer in net.layers]
+            w = [SPACE.ffn_hidden_size.index(layer.ffn_hidden_size) for layer in net.layers]
+            heads.update(h)
+            widths.update(w)
+            pairs[4 * h[0] + w[0]] += 1
+            layers[4 * w[0] + w[1]] += 1
+    # 0.999 quantiles of chi-square with 3 and 15 degrees of freedom
+    assert chi_square(heads, 4) < 16.3 and chi_square(widths, 4) < 16.3
+    assert chi_square(pairs, 16) < 37.7 and chi_square(layers, 16) < 37.7
+
+
+def test_networks_are_members_of_the_space():
+    for unit, groups in (("kv_group", 4), ("query_head", 2)):
+        arch = toy.config(num_query_groups=groups)
+        space = ElasticSpace.build(arch, attention_unit=unit, heads=[0.5, 1.0])
+        for step in range(30):
+            for net in draw(arch, space, 0, step, 2):
+                space.check(arch, net)
+
+
+def test_matformer_draws_uniform_widths_with_all_heads_and_no_repeats():
+    for step in range(30):
+        nets = draw(ARCH, SPACE, 0, step, 3, "matformer")
+        assert all(net.is_uniform and net.layers[0].num_attention_heads == 4 for net in nets)
+        assert sorted(net.layers[0].ffn_hidden_size for net in nets) == list(SPACE.ffn_hidden_size[:-1])
+    assert len(draw(ARCH, SPACE, 0, 0, 7, "matformer")) == 7
+    assert draw(ARCH, SPACE, 0, 0, 0, "matformer") == []
+
+
+def test_unknown_mode():
+    with pytest.raises(FlextronError, match="mode='flex' is not known: use one of flextron, matformer"):
+        draw(ARCH, SPACE, 0, 0, 1, "flex")

@@ -5,10 +5,12 @@ Light on imports: checkpoint writers are spawned processes that import the main 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -17,6 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError, nearest
+
+
+def _end_with_parent() -> None:
+    """Make the kernel end this helper process when its parent ends, however that does.
+
+    Megatron-Core's checkpoint writer runs in helpers, forked and spawned, that would outlive a run killed by kill -9.
+    """
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if "__mp_main__" in sys.modules:  # spawned: multiprocessing runs the main module again under this name, which imports this one
+    _end_with_parent()
 
 STAGES = {
     "prepare": "text to Megatron datasets with a tokenizer",
@@ -39,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, 2 for bad input (one line on standard error), 1 for anything else."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "debug=true" in argv
+    os.register_at_fork(after_in_child=_end_with_parent)
     _quiet_libraries()
     try:
         code = _main(argv)

@@ -72,7 +72,7 @@ fi
 
 started=$SECONDS
 cuda=no
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then cuda=yes; fi
+if [[ "$(nvidia-smi -L 2>/dev/null || true)" = GPU* ]]; then cuda=yes; fi
 # NVIDIA's containers bring their own build of PyTorch: it is used as it is.
 system_torch=no
 if [ $cuda = yes ] && "$PYTHON" -c 'import torch' 2>/dev/null; then system_torch=yes; fi

@@ -22,12 +22,11 @@ import torch
 from ..config import FlextronError
 from .builtin import builtin_inputs
 from .corpus import JSONL_SUFFIXES, Corpus, open_corpus
-from .tokenizer import Tokenizer, open_tokenizer, train_tokenizer
+from .tokenizer import Tokenizer, groups, open_tokenizer, train_tokenizer
 
 DATA_FILE = "data.json"
 DATA_VERSION = 1
 SAMPLE_BYTES = 20_000_000  # text that a tokenizer is trained on, all domains together
-_BATCH_CHARACTERS = 1 << 21
 _DOMAIN_NAME = re.compile(r"\w[\w .+-]*")  # it becomes part of file names
 
 
@@ -198,7 +197,7 @@ def _write_domain(part: _Part, tokens: Tokenizer, out: Path, say: Callable[[str]
     dtype = DType.optimal_dtype(tokens.vocab_size)
     builders = {valid: IndexedDatasetBuilder(str(out / f"{name}.bin"), dtype=dtype) for valid, name in names.items()}
     count = {False: 0, True: 0}
-    for batch in _batches(part):
+    for batch in groups(part.texts()):
         for (_, valid, _), ids in zip(batch, tokens.encode_batch([text for _, _, text in batch]), strict=True):
             builders[valid].add_item(torch.from_numpy(ids))
             builders[valid].end_document()
@@ -214,19 +213,6 @@ def _write_domain(part: _Part, tokens: Tokenizer, out: Path, say: Callable[[str]
         "documents": len(part.sizes),
         "bytes": int(part.sizes.sum()),
     }
-
-
-def _batches(part: _Part) -> Iterator[list[tuple[int, bool, str]]]:
-    batch: list[tuple[int, bool, str]] = []
-    letters = 0
-    for entry in part.texts():
-        batch.append(entry)
-        letters += len(entry[2])
-        if letters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, letters = [], 0
-    if batch:
-        yield batch
 
 
 def _paths(value: Any, name: str) -> list[str]:

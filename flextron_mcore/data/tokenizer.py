@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # the 256 bytes and END_OF_TEXT
 _PIECE = 1 << 20  # characters; a longer document is encoded in pieces, which bounds memory and uses every core
+_GROUP = 1 << 21  # characters encoded at once
 _PIECE_END = re.compile(r"(?<=\S)(?=\s)")  # before whitespace: the cut that leaves GPT-style pre-tokenization as it was
+
+_Entry = TypeVar("_Entry", bound=tuple)
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,12 @@ class Tokenizer:
 
         Special tokens spelt out in a text are encoded as the plain text that they are.
         """
-        pieces = [list(_pieces(text)) for text in texts]
-        encoded = self.hf.backend_tokenizer.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False)
-        ids = iter(encoded)
-        return [np.array([*(i for _ in ps for i in next(ids).ids), self.eod], dtype=np.int64) for ps in pieces]
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in groups((i, piece) for i, text in enumerate(texts) for piece in _pieces(text)):
+            encoded = self.hf.backend_tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            for (i, _), encoding in zip(group, encoded, strict=True):
+                ids[i].append(np.array(encoding.ids, dtype=np.int64))
+        return [np.concatenate([*parts, [self.eod]]) for parts in ids]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids, special tokens included."""
@@ -51,9 +56,8 @@ class Tokenizer:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         for name in ("is_local", "local_files_only"):  # how it was opened here, not what it is
             config.pop(name, None)
-        if (
-            config.get("tokenizer_class") == "TokenizersBackend"
-        ):  # transformers 5's name for it; 5 knows the old one, 4 not the new
+        # transformers 5 has a new name for this class; it knows the old one too, which is all that 4 knows.
+        if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         _write_json(config_file, config)
         _write_json(Path(path, "special_tokens_map.json"), {k: str(v) for k, v in self.hf.special_tokens_map.items()})
@@ -114,7 +118,23 @@ def _wrap(hf: PreTrainedTokenizerBase, name: str) -> Tokenizer:
     if hf.eos_token_id is None:
         raise FlextronError(f"{name}: has no end-of-text token: set eos_token in its tokenizer_config.json")
     hf.backend_tokenizer.encode_special_tokens = True
+    hf.backend_tokenizer.no_truncation()  # some tokenizer.json cut or fill up every text to the length of their first model
+    hf.backend_tokenizer.no_padding()
     return Tokenizer(hf, vocab_size=max(hf.get_vocab().values()) + 1, eod=hf.eos_token_id)
+
+
+def groups(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
+    """Entries, the last field of each a text, in groups of about 2 million characters (at least one entry each)."""
+    group: list[_Entry] = []
+    letters = 0
+    for entry in entries:
+        group.append(entry)
+        letters += len(entry[-1])
+        if letters >= _GROUP:
+            yield group
+            group, letters = [], 0
+    if group:
+        yield group
 
 
 def _pieces(text: str) -> Iterator[str]:

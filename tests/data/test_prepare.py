@@ -11,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data import prepare as module
+from flextron_mcore.data import tokenizer as tokenizer_module
 from flextron_mcore.data.builtin import builtin_inputs
 from flextron_mcore.data.corpus import Corpus, open_corpus
 from flextron_mcore.data.prepare import parse_inputs, prepare_data
@@ -193,7 +194,7 @@ def test_round_trip(corpus_dir: Path, prepared_dir: Path) -> None:
 
 def test_same_input_same_bytes(corpus_dir: Path, prepared_dir: Path, tmp_path: Path, monkeypatch) -> None:
     """Also when the text is encoded in batches of another size."""
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(tokenizer_module, "_GROUP", 500)
     inputs = {name.split(".")[0]: [str(corpus_dir / name)] for name in ("plain", "lines.jsonl", "single.md")}
     lines: list[str] = []
     figures = prepare_data(inputs, tmp_path, vocab_size=300, valid_fraction=0.1, seed=5, progress=lines.append)

@@ -89,6 +89,7 @@ def test_long_documents_are_encoded_in_pieces(opened: Tokenizer, monkeypatch) ->
     text = "".join(texts()) + "x  \n\n  y" * 50
     (whole,) = opened.encode_batch([text])
     monkeypatch.setattr(module, "_PIECE", 100)
+    monkeypatch.setattr(module, "_GROUP", 300)
     assert len(list(module._pieces(text))) > 100
     (in_pieces,) = opened.encode_batch([text])
     np.testing.assert_array_equal(in_pieces, whole)
@@ -129,6 +130,21 @@ def test_not_a_tokenizer(directory: Path, tmp_path: Path, fails, spoil: Callable
 @pytest.mark.parametrize("name", ["missing", "tokenizer.json"])
 def test_not_a_directory(directory: Path, fails, name: str) -> None:
     fails(lambda: open_tokenizer(directory / name), directory / name, "no such directory")
+
+
+def test_truncation_and_padding_of_the_directory_are_off(trained: Tokenizer, tmp_path: Path) -> None:
+    trained.save(tmp_path)
+    table = json.loads((tmp_path / "tokenizer.json").read_text())
+    table["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    table["padding"] = {
+        **{"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None},
+        **{"pad_id": 0, "pad_type_id": 0, "pad_token": END_OF_TEXT},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    text = "a text of more than eight tokens, and of less than fifty"
+    tok = open_tokenizer(tmp_path)
+    (ids,) = tok.encode_batch([text])
+    assert tok.decode(ids[:-1]) == text
 
 
 def test_ids_beyond_the_count_of_tokens(directory: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from flextron_mcore.space import SubNetwork, count_parameters, weight_bytes
 
 TARGETS = (llama.TARGET, gpt2.TARGET)
 _CODE = Path(__file__).parent / "code"
-_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -38,51 +37,32 @@ def export_hf(
     dtype: fp32, bf16 or fp16; default: the checkpoint's. max_shard_size: bytes of one weights file, about what is in memory at a
     time. tokenizer: default the one beside the checkpoint. progress: called with the bytes of each tensor written.
     Returns format, architecture, parameters, bytes and files (of the whole directory); `reason` if no stock class was possible.
-    Raises FlextronError for a model that no family holds, a network outside the space, or an `out` that is not empty.
+    Raises FlextronError for a model of no family, a network outside the space, or an `out` that is not an empty directory.
     """
     out, model, dtype = Path(out), info.model, dtype or info.dtype
     if dtype not in DTYPES:
         raise FlextronError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPES)}")
+    if type(max_shard_size) is not int or max_shard_size < 1:
+        raise FlextronError(f"max_shard_size={max_shard_size!r} must be a whole number of bytes")
     if not out.is_dir() or any(out.iterdir()):
         raise FlextronError(f"out={out}: not an empty directory")
     target = _target(model)
     tensors = cut(info, net)
     check_space(out, weight_bytes(model, net, dtype))
-    layers, dense = executed_layers(net), cut_config(model, net)
-    reason = target.not_stock(model, net)
-    architecture = target.elastic if reason else target.stock
+    layers, reason = executed_layers(net), target.not_stock(model, net)
     tokenizer = tokenizer or info.tokenizer
-    ids = _token_ids(info, tokenizer)
-    config = {
-        "architectures": [architecture],
-        "model_type": f"flextron_{target.model_type}" if reason else target.model_type,
-        **target.config(dense, info.hf_config or {}),
-        **ids,
-        "use_cache": True,
-        "torch_dtype": _TORCH_NAMES[dtype],
-    }
-    if reason:
-        configuration, modeling = target.code_files
-        config |= {
-            "auto_map": {
-                "AutoConfig": f"{configuration}.Flextron{target.classes}Config",
-                "AutoModel": f"{modeling}.Flextron{target.classes}Model",
-                "AutoModelForCausalLM": f"{modeling}.{target.elastic}",
-            },
-            "head_dim": model.kv_channels,
-            "per_layer_config": {str(i): target.widths(layer) for i, layer in enumerate(layers)},
-            "num_attention_heads_per_layer": [layer.num_attention_heads for layer in layers],  # where SGLang looks
-        }
-        for name in target.code_files:
-            shutil.copyfile(_CODE / f"{name}.py", out / f"{name}.py")
+    config = _config(info, net, target, reason, tokenizer) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
     if tokenizer and not copy_tokenizer(tokenizer, out):
         raise FlextronError(f"tokenizer={tokenizer}: no tokenizer in it (looked for tokenizer.json, tokenizer.model, vocab.json)")
     if not (out / "generation_config.json").is_file():
-        write_json(out / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
+        write_json(out / "generation_config.json", {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None})
+    for name in target.code_files if reason else ():
+        shutil.copyfile(_CODE / f"{name}.py", out / f"{name}.py")
     parts = list(target.parts(model, layers, net.hidden_size))
     parameters = write_weights(out, parts, tensors, DTYPES[dtype], max_shard_size, progress)
     if parameters != count_parameters(model, net):
         raise AssertionError(f"{parameters} parameters written, {count_parameters(model, net)} counted")
+    (architecture,) = config["architectures"]
     card = model_card(architecture, parameters, dtype, layers, net.hidden_size, count_parameters(model))
     (out / "README.md").write_text(card, encoding="utf-8")
     write_json(out / "config.json", config)
@@ -106,9 +86,32 @@ def _target(model: ModelConfig) -> Target:
             return target
         complaints.append((len(misfits), f"{target.name} needs {', '.join(misfits)}"))
     nearest_first = "; ".join(text for _, text in sorted(complaints))
-    raise FlextronError(
-        f"format=hf: no family of Hugging Face models is like this one: {nearest_first}; format=megatron takes any"
-    )
+    raise FlextronError(f"format=hf: this model is of no family that it can write: {nearest_first}")
+
+
+def _config(info: CheckpointInfo, net: SubNetwork, target: Target, reason: str | None, tokenizer: Path | None) -> dict[str, Any]:
+    """config.json: of the stock class, or with a `reason` against it of the class in `code/`."""
+    config = {
+        "architectures": [target.elastic if reason else target.stock],
+        "model_type": f"flextron_{target.model_type}" if reason else target.model_type,
+        **target.config(cut_config(info.model, net), info.hf_config or {}),
+        **_token_ids(info, tokenizer),
+        "use_cache": True,
+    }
+    if not reason:
+        return config
+    layers = executed_layers(net)
+    configuration, modeling = target.code_files
+    return config | {
+        "auto_map": {
+            "AutoConfig": f"{configuration}.Flextron{target.classes}Config",
+            "AutoModel": f"{modeling}.Flextron{target.classes}Model",
+            "AutoModelForCausalLM": f"{modeling}.{target.elastic}",
+        },
+        "head_dim": info.model.kv_channels,
+        "per_layer_config": {str(i): target.widths(layer) for i, layer in enumerate(layers)},
+        "num_attention_heads_per_layer": [layer.num_attention_heads for layer in layers],  # where SGLang looks
+    }
 
 
 def _token_ids(info: CheckpointInfo, tokenizer: Path | None) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""Llama: the imported model computes what transformers computes, for every option; options that it lacks are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from flextron_mcore.checkpoint.hf_import import llama, open_hf
+from flextron_mcore.config import FlextronError
+from tests import hf_toy
+
+OPTIONS = {
+    "gqa": {},
+    "mha": dict(num_key_value_heads=8),
+    "one group": dict(num_key_value_heads=1),
+    "head size by default": dict(head_dim=None),
+    "tied": dict(tie_word_embeddings=True),
+    "biases": dict(attention_bias=True, mlp_bias=True),
+    "epsilon and base": dict(rms_norm_eps=1e-2, rope_theta=500.0),
+    "linear": dict(rope_scaling=hf_toy.LINEAR),
+    "llama3": dict(rope_scaling=hf_toy.LLAMA3, rope_theta=500.0),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_logits_are_those_of_transformers(options, tmp_path):
+    theirs = hf_toy.llama(**options)
+    info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run")
+    expected, found = hf_toy.logits(theirs), hf_toy.logits(hf_toy.megatron(info))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=hf_toy.ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("scaling", [hf_toy.LINEAR, hf_toy.LLAMA3], ids=["linear", "llama3"])
+def test_rope_scaling_matters_at_the_length_that_is_tested(scaling):
+    plain = hf_toy.llama(rope_theta=500.0)
+    scaled = hf_toy.llama(rope_scaling=scaling, rope_theta=500.0)
+    scaled.load_state_dict(plain.state_dict())
+    assert (hf_toy.logits(plain) - hf_toy.logits(scaled)).abs().max() > 0.01
+
+
+def test_sharded_weights_without_the_prefix_are_the_same_model(tmp_path):
+    theirs = hf_toy.llama(tie_word_embeddings=True)
+    whole = open_hf(hf_toy.save(theirs, tmp_path / "whole"))
+    hf_toy.save(theirs.model, tmp_path / "shards", max_shard_size="20KB")
+    (tmp_path / "shards" / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    shards = open_hf(tmp_path / "shards")
+    assert shards.sources.keys() == whole.sources.keys()
+    assert all(torch.equal(shards.sources[name].read(), whole.sources[name].read()) for name in whole.sources)
+
+
+BASE = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=64, vocab_size=50)
+
+
+@pytest.mark.parametrize(
+    "written, base, scaling",
+    [
+        ({}, 10000.0, None),
+        ({"rope_theta": 500000, "rope_scaling": None}, 500000.0, None),
+        ({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, 7.0, None),
+        ({"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2}}, 7.0, {"type": "linear", "factor": 2.0}),
+        ({"rope_parameters": {"rope_theta": 7.0, **hf_toy.LINEAR}}, 7.0, {"type": "linear", "factor": 4.0}),
+        (
+            {"rope_theta": 7.0, "rope_scaling": hf_toy.LLAMA3},
+            7.0,
+            {"type": "llama3", **{key: value for key, value in hf_toy.LLAMA3.items() if key != "rope_type"}},
+        ),
+    ],
+)
+def test_rope_is_read_as_transformers_4_and_5_write_it(written, base, scaling):
+    model = llama.model_config({**BASE, **written})
+    assert (model.rotary_base, model.rope_scaling) == (base, scaling)
+
+
+def test_values_of_the_config():
+    model = llama.model_config(
+        {
+            **BASE,
+            "max_position_embeddings": 77,
+            "rms_norm_eps": 1e-3,
+            "initializer_range": 0.5,
+            "attention_dropout": 0.25,
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+            "pretraining_tp": 2,
+        }
+    )
+    assert (model.max_position_embeddings, model.layernorm_epsilon, model.init_method_std) == (77, 1e-3, 0.5)
+    assert (model.attention_dropout, model.num_query_groups, model.kv_channels, model.bias) == (0.25, 2, 6, False)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"attention_bias": True}, ["attention_bias=True", "mlp_bias=False"]),
+        ({"mlp_bias": True}, ["attention_bias=False", "mlp_bias=True"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn", "linear", "llama3"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic"]),
+        ({"rope_scaling": {"type": "linear"}}, ["factor"]),
+        ({"rope_parameters": {"rope_theta": "many"}}, ["rope_theta", "'many'"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
+        ({"hidden_size": None}, ["lacks 'hidden_size'"]),
+        ({"vocab_size": "50"}, ["vocab_size", "'50'"]),
+        ({"num_hidden_layers": 0}, ["num_layers"]),
+        ({"num_key_value_heads": 3}, ["num_query_groups=3"]),
+    ],
+)
+def test_unsupported_options_are_one_clear_line(changes, words, tmp_path):
+    config = {"architectures": ["LlamaForCausalLM"], **BASE, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FlextronError) as caught:
+        open_hf(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in [str(tmp_path / "config.json"), *words]:
+        assert word in message

@@ -1,0 +1,120 @@
+"""Small random Hugging Face models, and how the tests bring them into Megatron-Core."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from flextron_mcore.checkpoint.hf_import import import_hf
+from flextron_mcore.checkpoint.store import CheckpointInfo, load_model, write_aside, write_streaming
+from flextron_mcore.config import ModelConfig
+from flextron_mcore.model import build_model, use_subnetwork
+from flextron_mcore.space import SubNetwork
+
+VOCAB, LENGTH = 67, 96
+ATOL = 1e-5
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    """8 query heads of size 8 in 4 groups, 48 channels: the heads are not the hidden size divided."""
+    values = dict(
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=8,
+        vocab_size=VOCAB,
+        max_position_embeddings=LENGTH,
+        bos_token_id=3,
+        eos_token_id=5,
+    )
+    return _random(LlamaForCausalLM(LlamaConfig(**copy.deepcopy({**values, **changes}))))  # it changes rope_scaling in place
+
+
+def gpt2(**changes: Any) -> GPT2LMHeadModel:
+    values = dict(
+        n_embd=32, n_inner=40, n_layer=2, n_head=4, n_positions=LENGTH, vocab_size=VOCAB, bos_token_id=3, eos_token_id=5
+    )
+    return _random(GPT2LMHeadModel(GPT2Config(**{**values, **changes})))
+
+
+def _random(model: PreTrainedModel) -> PreTrainedModel:
+    """Random norms and biases too, so that a lost or misplaced one shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+            if parameter.dim() == 1:
+                parameter.add_(0.75)
+    return model.eval()
+
+
+def tokens(batch: int = 2, length: int = LENGTH) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def save(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def checkpoint(source: Path, run: Path, space: dict[str, Any] | None = None, dtype: str | None = None) -> CheckpointInfo:
+    """Import into RUN/checkpoints/iter_0000000."""
+    info, tensors = import_hf(source, {"heads": [0.5, 1.0], **(space or {})}, dtype)
+    target = run / "checkpoints" / "iter_0000000"
+    with write_aside(target) as folder:
+        write_streaming(folder, info, tensors)
+    return replace(info, path=target)
+
+
+def megatron(info: CheckpointInfo) -> torch.nn.Module:
+    model = build_model(info.model, info.space)
+    load_model(model, info)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, net: SubNetwork | None = None) -> torch.Tensor:
+    """Of a Hugging Face or a Megatron-Core model, for `tokens()`."""
+    ids = tokens()
+    if isinstance(model, PreTrainedModel):
+        return model(ids).logits
+    with use_subnetwork(model, net):
+        return model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+@torch.no_grad()
+def masked(model: PreTrainedModel, arch: ModelConfig, net: SubNetwork) -> PreTrainedModel:
+    """The oracle: the original model, blind to unused heads and neurons: they meet zeros in what reads them.
+
+    Only Hugging Face's own layout is used: query head h belongs to group h // (heads of a group).
+    """
+    model = copy.deepcopy(model)
+    is_llama = isinstance(model, LlamaForCausalLM)
+    for layer, choice in zip(model.model.layers if is_llama else model.transformer.h, net.layers, strict=True):
+        attention = layer.self_attn.o_proj.weight if is_llama else layer.attn.c_proj.weight.T  # [out, in]
+        mlp = layer.mlp.down_proj.weight if is_llama else layer.mlp.c_proj.weight.T
+        for head in range(arch.num_attention_heads):
+            group, number = divmod(head, arch.query_heads_per_group)
+            if group >= choice.kv_groups or number >= choice.query_heads_per_group:
+                attention[:, head * arch.kv_channels : (head + 1) * arch.kv_channels] = 0
+        mlp[:, choice.ffn_hidden_size :] = 0
+    return model

@@ -1,0 +1,56 @@
+"""A tiny chain run once for all tests of the commands: real files, real stages, seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flextron_mcore.cli import compose, run_stage
+
+TINY = [
+    "num_layers=2", "hidden_size=32", "num_attention_heads=4", "ffn_hidden_size=64", "max_position_embeddings=32",
+    "micro_batch_size=4", "global_batch_size=8",
+]  # fmt: skip
+TRAIN = [
+    "trainer.val_check_interval=4", "trainer.limit_val_batches=2", "model.optim.sched.warmup_steps=2",
+    "exp_manager.checkpoint_callback_params.every_n_train_steps=3",
+]  # fmt: skip
+
+
+def stage(name: str, *keys: str) -> dict:
+    return run_stage(compose(name, keys))
+
+
+def pretrain_keys(data: Path) -> list[str]:
+    return [f"data={data}", *(f"model.{key}" for key in TINY), *TRAIN]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """Two domains of real text: this package's own sources, and its documentation strings' vocabulary of Markdown."""
+    folder = tmp_path_factory.mktemp("text")
+    root = Path(__file__).resolve().parents[2]
+    (folder / "code").mkdir()
+    for i, source in enumerate(sorted((root / "flextron_mcore" / "training").glob("*.py"))):
+        (folder / "code" / f"{i}.py").write_text(source.read_text())
+    (folder / "prose").mkdir()
+    for i, source in enumerate(sorted((root / "flextron_mcore" / "checkpoint").glob("*.py"))):
+        (folder / "prose" / f"{i}.txt").write_text(source.read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory, text) -> Path:
+    """RUN with data, parent, sorted and elastic stages."""
+    run = tmp_path_factory.mktemp("run")
+    stage("prepare", f"input=[{text}/code,{text}/prose]", "vocab_size=300", "valid_fraction=0.2", f"out={run}/data")
+    stage("pretrain", *pretrain_keys(run / "data"), "trainer.max_steps=6", f"out={run}/parent")
+    stage(
+        "importance", f"checkpoint={run}/parent", f"data={run}/data", "samples=16", "ablation_batches=1", f"out={run}/sorted"
+    )  # fmt: skip
+    stage(
+        "elastic", f"checkpoint={run}/sorted", f"data={run}/data", "model.micro_batch_size=4", "model.global_batch_size=8", *TRAIN,
+        "trainer.max_steps=6", f"out={run}/elastic",
+    )  # fmt: skip
+    return run

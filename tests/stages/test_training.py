@@ -1,0 +1,142 @@
+"""pretrain and elastic as commands: what they write, refuse, and continue."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
+from flextron_mcore.config import FlextronError
+from tests.stages.conftest import TRAIN, pretrain_keys, stage
+
+
+def rows(run: Path, event: str) -> list[dict]:
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["event"] == event]
+
+
+def elastic_keys(chain: Path, out: Path, *more: str) -> list[str]:
+    return [
+        f"checkpoint={chain}/sorted", f"data={chain}/data", "model.micro_batch_size=4", "model.global_batch_size=8",
+        *TRAIN, f"out={out}", *more,
+    ]  # fmt: skip
+
+
+def test_what_a_training_run_writes(chain):
+    run = chain / "elastic"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["stage"] == "elastic" and metrics["steps"] == 6 and metrics["tokens"] == 6 * 8 * 32
+    train = rows(run, "train")
+    assert [row["step"] for row in train] == list(range(1, 7))
+    assert all(len(row["subnetwork_losses"]) == 3 for row in train)
+    validation = rows(run, "validation")
+    assert [row["step"] for row in validation] == [0, 4, 6]
+    assert {"full", "uniform 25% heads 25% ffn", "random 1"} <= validation[0]["losses"].keys()
+    assert validation[-1]["losses"]["full"] < validation[0]["losses"]["full"]
+    assert metrics["validation"]["first"] == validation[0]["losses"]
+    assert [p.name for p in list_checkpoints(run)] == ["iter_0000003", "iter_0000006"]
+    info = open_checkpoint(run)
+    assert info.step == 6 and info.sorted and info.tokenizer.is_dir()
+    assert list((run / "tensorboard").glob("events.*"))
+
+
+def run_command(arguments: list[str], **kwargs) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "flextron_mcore", *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )  # fmt: skip
+
+
+def test_kill_and_run_again_is_the_uninterrupted_run(chain, tmp_path):
+    """kill -9 in the middle; the losses afterwards are bit-equal."""
+    more = ("trainer.max_steps=14", "trainer.val_check_interval=7", "model.seq_length=16")
+    whole = run_command(["elastic", *elastic_keys(chain, tmp_path / "whole", *more)])
+    killed = run_command(["elastic", *elastic_keys(chain, tmp_path / "killed", *more)])
+    log = tmp_path / "killed" / "log.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and killed.poll() is None:
+        if log.exists() and len(list_checkpoints(tmp_path / "killed")) >= 1 and '"step": 5' in log.read_text():
+            killed.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.02)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    output, _ = whole.communicate(timeout=240)
+    assert whole.returncode == 0, output
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    again = run_command(["elastic", *elastic_keys(chain, tmp_path / "killed", *more)])
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    assert "continuing after step" in output and "continuing after step 0" not in output
+    strip = lambda row: {k: v for k, v in row.items() if k != "tokens_per_second"}  # noqa: E731
+    for event in ("train", "validation"):
+        expected, found = rows(tmp_path / "whole", event), rows(tmp_path / "killed", event)
+        assert [strip(r) for r in found] == [strip(r) for r in expected]
+    # and a third time there is nothing to do, which is said and changes nothing
+    third = run_command(["elastic", *elastic_keys(chain, tmp_path / "killed", *more)])
+    output, _ = third.communicate(timeout=120)
+    assert third.returncode == 2 and "this run is complete" in output and len(output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["trainer.max_steps=0"], r"trainer.max_steps=0 must be at least 1"),
+        (["model.seq_length=33"], r"model.seq_length=33 is not within 1..32, the model's max_position_embeddings"),
+        (["model.global_batch_size=6"], r"model.global_batch_size=6 is not a multiple of model.micro_batch_size=4"),
+        (["mode=flextrn"], r"mode='flextrn' is not known: use one of flextron, matformer"),
+        (["trainer.precision=fp64"], r"trainer.precision='fp64' is not known: use one of fp32, bf16"),
+        (["space.granularity=2"], r"is of another space: its granularity is 1, not 2"),
+        (["space.ffn_hidden_size=[0.5,1.0]"], r"is of another space: its ffn_hidden_size is \[16, 32, 48, 64\], not \[32, 64\]"),
+        (["data_weights={cod: 1}"], r"cod"),
+        (["distillation.weight=2"], r"distillation.weight must be within 0..1"),
+        (["trainer.devices=4"], r"4, but 1 process\(es\) were started"),
+        (["model.tensor_model_parallel_size=2"], r"1 process\(es\) cannot hold model.tensor_model_parallel_size=2"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(chain, tmp_path, change, message):
+    with pytest.raises(FlextronError, match=message) as error:
+        stage("elastic", *elastic_keys(chain, tmp_path / "out", "trainer.max_steps=2", *change))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_out_is_never_written_over(chain, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(FlextronError, match="exists already"):
+        stage("elastic", *elastic_keys(chain, tmp_path / "mine", "trainer.max_steps=2"))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    with pytest.raises(FlextronError, match="holds a run with trainer.max_steps=6, not 7"):
+        stage("elastic", *elastic_keys(chain, chain / "elastic", "trainer.max_steps=7"))
+    with pytest.raises(FlextronError, match="this run is complete"):
+        stage("pretrain", *pretrain_keys(chain / "data"), "trainer.max_steps=6", f"out={chain}/parent")
+
+
+def test_matformer_and_distillation_train(chain, tmp_path):
+    stage("elastic", *elastic_keys(chain, tmp_path / "m", "trainer.max_steps=2", "mode=matformer", "distillation.weight=0.5"))
+    names = rows(tmp_path / "m", "validation")[-1]["losses"]
+    assert "full" in names
+    assert all(row["loss"] == row["loss"] and len(row["subnetwork_losses"]) == 3 for row in rows(tmp_path / "m", "train"))
+
+
+def test_synchronous_saves_and_bf16(chain, tmp_path):
+    keys = ["trainer.max_steps=2", "trainer.precision=bf16", "exp_manager.checkpoint_callback_params.async_save=false"]
+    stage("elastic", *elastic_keys(chain, tmp_path / "b", *keys))
+    assert open_checkpoint(tmp_path / "b").dtype == "bf16"
+
+
+def test_a_diverging_run_stops(chain, tmp_path):
+    with pytest.raises(FlextronError, match="training diverged, lower model.optim.lr"):
+        stage(
+            "elastic", *elastic_keys(chain, tmp_path / "d", "trainer.max_steps=30", "model.optim.lr=1e30", "model.optim.clip_grad=0.0")
+        )

@@ -141,10 +141,20 @@ def publish(aside: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """torch.distributed.checkpoint wraps what goes wrong on a rank in a BaseException of its own: raise what went wrong."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
+@contextlib.contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
     """Turn "no space left", "read-only" and "permission denied", however wrapped, into a FlextronError naming `target`."""
     try:
-        yield
+        with plain_errors():
+            yield
     except FlextronError:
         raise
     except Exception as error:
@@ -196,7 +206,8 @@ class TensorReader:
         stored = self._tensors[key]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         try:
-            dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+            with plain_errors():
+                dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         except Exception as error:
             raise FlextronError(f"{self.info.path}: tensor {key} cannot be read: the checkpoint is damaged ({_first_line(error)})") from None
         dealt = dealt_axis(self.info.model, self.info.space, key)
@@ -303,7 +314,8 @@ def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
     for group in groups.values():
         wanted = list(group)
         try:
-            loaded = dist_checkpointing.load(group, str(info.path), validate_access_integrity=False)
+            with plain_errors():
+                loaded = dist_checkpointing.load(group, str(info.path), validate_access_integrity=False)
         except Exception as error:
             raise FlextronError(f"checkpoint={info.path}: cannot be loaded, damaged or of another model ({_first_line(error)})") from error
         gpt.load_state_dict({key: loaded[key] for key in wanted}, strict=False)

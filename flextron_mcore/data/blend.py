@@ -96,7 +96,7 @@ def train_dataset(
     A sample holds tokens, labels, position_ids (int64) and loss_mask (float32), each [seq_length].
     Raises FlextronError on an unknown domain or a weight that is not a number of at least 0.
     """
-    chosen = _check_weights(data, weights)
+    chosen = check_weights(data, weights)
     total = sum(chosen.values())
     blend = ([data.domains[name].train for name in chosen], [weight / total for weight in chosen.values()])
     # Megatron rounds the samples of each domain up, and its blend may then take len(chosen) - 2 more of one than its share.
@@ -168,19 +168,20 @@ def _build(
     return next(dataset for dataset in built if dataset is not None)
 
 
-def _check_weights(data: PreparedData, weights: Mapping[str, float] | None) -> dict[str, float]:
+def check_weights(data: PreparedData, weights: Mapping[str, float] | None) -> dict[str, float]:
+    """The domains in use and their weights, by default all the same. Raises FlextronError naming the key data_weights."""
     if weights is None:
         return dict.fromkeys(data.domains, 1.0)
     for name, weight in weights.items():
         if name not in data.domains:
             raise FlextronError(
-                f"weights: no domain '{name}' in {data.path}{nearest(name, data.domains)}: it has {', '.join(data.domains)}"
+                f"data_weights: no domain '{name}' in {data.path}{nearest(name, data.domains)}: it has {', '.join(data.domains)}"
             )
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise FlextronError(f"weights.{name}={weight!r} must be a number of at least 0")
+            raise FlextronError(f"data_weights.{name}={weight!r} must be a number of at least 0")
     chosen = {name: float(weights[name]) for name in data.domains if weights.get(name)}
     if not chosen:
-        raise FlextronError("weights: no domain has a weight above 0")
+        raise FlextronError("data_weights: no domain has a weight above 0")
     return chosen
 
 

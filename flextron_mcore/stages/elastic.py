@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.stages.common import print_table, resumable_output, start, wait_for_all, write_metrics
@@ -55,18 +55,18 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def check_space(config: DictConfig, info: Any) -> None:
     """Raise FlextronError when the configuration asks for another space than the checkpoint's."""
-    wanted = {k: v for k, v in config.space.items() if v is not None}
-    if not wanted:
-        return
-    from omegaconf import OmegaConf
-
     from flextron_mcore.space import ElasticSpace
 
-    asked = ElasticSpace.from_dict(info.model, {**info.space.to_dict(), **OmegaConf.to_container(OmegaConf.create(wanted))})
-    for name, value in asked.to_dict().items():
-        have = info.space.to_dict()[name]
-        if value != have:
+    have = info.space.to_dict()
+    wanted = {k: v for k, v in OmegaConf.to_container(config.space).items() if v is not None}
+    for name in ("granularity", "attention_unit", *have):
+        if name not in wanted:
+            continue
+        value = wanted[name]
+        if isinstance(value, list):
+            value = ElasticSpace.from_dict(info.model, {**have, name: value}).to_dict()[name]
+        if value != have[name]:
             raise FlextronError(
-                f"checkpoint={info.path}: is of another space: its {name} is {have}, not {value}; "
+                f"checkpoint={info.path}: is of another space: its {name} is {have[name]}, not {value}; "
                 "leave space.* out, or sort the checkpoint for that space with `flextron importance`"
             )

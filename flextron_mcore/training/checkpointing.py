@@ -19,6 +19,7 @@ from flextron_mcore.checkpoint.store import (
     disk_errors,
     iteration_path,
     list_checkpoints,
+    plain_errors,
     publish,
     write_info,
 )
@@ -79,7 +80,8 @@ class TrainingCheckpointer:
     def load(self, info: CheckpointInfo) -> None:
         """Continue from a checkpoint of this run. Call on all ranks."""
         try:
-            state = dist_checkpointing.load(self._state(is_loading=True), str(info.path))
+            with plain_errors():
+                state = dist_checkpointing.load(self._state(is_loading=True), str(info.path))
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise FlextronError(f"{info.path}: cannot be resumed from, damaged or of another run ({first})") from error

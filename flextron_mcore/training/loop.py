@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, load_model, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.data.blend import PreparedData, batch, train_dataset, valid_datasets
+from flextron_mcore.data.blend import PreparedData, batch, check_weights, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean
 from flextron_mcore.model import PRECISIONS, build_model
 from flextron_mcore.runtime.distributed import is_main_process
@@ -61,6 +61,7 @@ def check(config: Any, info: CheckpointInfo, data: PreparedData) -> int:
             f"model.global_batch_size={options.global_batch_size} is not a multiple of model.micro_batch_size="
             f"{options.micro_batch_size} x {ranks} data-parallel rank(s)"
         )
+    check_weights(data, config.data_weights)
     if trainer.max_steps < 1:
         raise FlextronError(f"trainer.max_steps={trainer.max_steps} must be at least 1")
     if model.num_layers % options.pipeline_model_parallel_size:

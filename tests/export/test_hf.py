@@ -181,6 +181,8 @@ def test_the_exported_directory_is_like_any_other(tmp_path):
         expected = hf_toy.logits(loaded)
         loaded.set_attn_implementation("eager")
         torch.testing.assert_close(hf_toy.logits(loaded), expected, atol=hf_toy.ATOL, rtol=0)
+        attentions = loaded(hf_toy.tokens(1, 6), output_attentions=True).attentions  # which only the eager one gives
+        assert [weights.shape[1] for weights in attentions] == loaded.config.num_attention_heads_per_layer
         bare = AutoModel.from_pretrained(out, trust_remote_code=True).eval()
         hidden = loaded(hf_toy.tokens(), output_hidden_states=True).hidden_states
         assert len(hidden) == 3
@@ -207,7 +209,32 @@ def test_config_of_layers_that_differ(tmp_path):
     assert f"{count_parameters(info.model, net):,} parameters" in card
 
 
-@pytest.mark.parametrize("bytes_a_shard, least", [(10**9, 1), (20_000, 3), (1, 10)])
+def test_rope_is_written_as_transformers_4_and_5_read_it(tmp_path):
+    theirs = hf_toy.llama(rope_scaling=hf_toy.LLAMA3, rope_theta=500.0)
+    info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run")
+    exported(info, SubNetwork.full(info.model), tmp_path / "scaled")
+    config = json.loads((tmp_path / "scaled" / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]) == (500.0, hf_toy.LLAMA3)
+    assert config["rope_parameters"] == {"rope_theta": 500.0, **hf_toy.LLAMA3}
+    exported(replace(info, model=replace(info.model, rope_scaling=None)), SubNetwork.full(info.model), tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]) == (500.0, None)
+    assert config["rope_parameters"] == {"rope_theta": 500.0, "rope_type": "default"}
+
+
+def test_values_that_no_cut_changes_are_those_of_the_original(tmp_path):
+    theirs = hf_toy.gpt2(
+        activation_function="gelu_pytorch_tanh", layer_norm_epsilon=1e-3, embd_pdrop=0.3, resid_pdrop=0.2, attn_pdrop=0.4
+    )
+    info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run")
+    exported(info, networks(info)["by layer"], tmp_path / "out")
+    back = hf_toy.load(tmp_path / "out").config.to_dict()
+    original = theirs.config.to_dict()
+    changed = {name for name in original if back.get(name, None) != original[name]}
+    assert changed <= {"architectures", "model_type", "n_inner", "_name_or_path", "dtype", "torch_dtype", "transformers_version"}
+
+
+@pytest.mark.parametrize("bytes_a_shard, least", [(10**9, 1), (30_000, 3), (1, 10)])
 def test_shards(bytes_a_shard, least, tmp_path):
     theirs = hf_toy.llama()
     info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run")
@@ -215,6 +242,8 @@ def test_shards(bytes_a_shard, least, tmp_path):
     exported(info, SubNetwork.full(info.model), tmp_path / "out", max_shard_size=bytes_a_shard, progress=seen.append)
     shards = list((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) >= least and sum(seen) == 4 * count_parameters(info.model)
+    header = 4096
+    assert bytes_a_shard == 1 or max(file.stat().st_size for file in shards) < bytes_a_shard + header
     original, back = saved_tensors(tmp_path / "hf"), saved_tensors(tmp_path / "out")
     assert original.keys() == back.keys() and all(torch.equal(original[key], back[key]) for key in original)
     assert torch.equal(hf_toy.logits(hf_toy.load(tmp_path / "out")), hf_toy.logits(theirs))

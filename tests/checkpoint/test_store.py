@@ -1,0 +1,187 @@
+"""Checkpoints on disk: vanilla, whole or not there, readable tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+from flextron_mcore.checkpoint.store import (
+    CheckpointInfo,
+    LazyTensor,
+    TensorReader,
+    iteration_path,
+    load_model,
+    open_checkpoint,
+    write_aside,
+    write_streaming,
+)
+from flextron_mcore.config import FlextronError
+from flextron_mcore.model import build_model, gpt_model, transformer_config
+from flextron_mcore.space import ElasticSpace
+from tests import toy
+
+CASES = {
+    "llama": (toy.LLAMA, 4, "kv_group", 2),
+    "gpt2": (toy.GPT2, 4, "kv_group", 4),
+    "query heads": (toy.LLAMA, 2, "query_head", 4),
+}
+
+
+def case(name):
+    kind, groups, unit, granularity = CASES[name]
+    arch = toy.config(**kind, num_query_groups=groups)
+    space = ElasticSpace.build(arch, granularity, unit, heads=[1.0])
+    return arch, space, toy.model(arch, space)
+
+
+def memory_names(model) -> dict[str, torch.Tensor]:
+    """{name on disk: tensor in memory}: norms are stored with the linear layer that follows them."""
+    renamed = {}
+    for name, tensor in model.state_dict().items():
+        if tensor is not None:
+            name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+            renamed[name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")] = tensor
+    return renamed
+
+
+def stream(model, info: CheckpointInfo, run: Path) -> CheckpointInfo:
+    tensors = {k: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for k, t in memory_names(model).items()}
+    with write_aside(run) as aside:
+        folder = iteration_path(aside, info.step)
+        folder.mkdir(parents=True)
+        write_streaming(folder, info, tensors)
+    return open_checkpoint(run)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_streaming_is_megatron_cores_own_save(name, tmp_path):
+    arch, space, model = case(name)
+    info = stream(model, CheckpointInfo(arch, space), tmp_path / "streamed")
+    own = tmp_path / "own"
+    own.mkdir()
+    dist_checkpointing.save(model.sharded_state_dict(metadata={"non_homogeneous_layers": True}), str(own))
+    streamed = dist_checkpointing.load_plain_tensors(str(info.path))
+    saved = dist_checkpointing.load_plain_tensors(str(own))
+    tensors = {k: v for k, v in saved.items() if isinstance(v, torch.Tensor)}
+    assert tensors.keys() == {k for k, v in streamed.items() if isinstance(v, torch.Tensor)}
+    assert all(torch.equal(tensors[k], streamed[k]) for k in tensors)
+    assert set(saved) - {"common_state/shard_0_1"} <= set(streamed) | {k for k in saved if k.startswith("common_state")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reader_and_loading(name, tmp_path):
+    arch, space, model = case(name)
+    info = stream(model, CheckpointInfo(arch, space, step=7, sorted=True), tmp_path / "run")
+    assert (info.model, info.space, info.step, info.sorted) == (arch, space, 7, True)
+    reader, expected = TensorReader(info), memory_names(model)
+    assert set(reader.keys()) == expected.keys()
+    for key, tensor in expected.items():
+        assert reader.shape(key) == tuple(tensor.shape) and torch.equal(reader.read(key), tensor)
+    again = build_model(arch, space, initialize=False)
+    load_model(again, info)
+    for (key, p), q in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q), key
+    half = build_model(arch, space, precision="bf16", initialize=False)
+    load_model(half, info)
+    assert torch.equal(half.embedding.word_embeddings.weight, model.embedding.word_embeddings.weight.bfloat16())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stock_model_loads_the_full_model(name, tmp_path):
+    arch, space, model = case(name)
+    info = stream(model, CheckpointInfo(arch, space), tmp_path / "run")
+    config = transformer_config(arch)
+    stock = gpt_model(arch, config, get_gpt_layer_local_spec(normalization=config.normalization)).eval()
+    state = dist_checkpointing.load(stock.sharded_state_dict(metadata={"non_homogeneous_layers": True}), str(info.path))
+    stock.load_state_dict(state)
+    tokens, positions = toy.inputs()
+    mask = torch.ones(toy.LENGTH, toy.LENGTH, dtype=torch.bool).triu(1)[None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(stock(tokens, positions, mask), model(tokens, positions, None), atol=1e-5, rtol=0)
+
+
+def test_what_is_not_a_whole_checkpoint(tmp_path):
+    arch, space, model = case("llama")
+    run = tmp_path / "run"
+    info = stream(model, CheckpointInfo(arch, space), run)
+    with pytest.raises(FlextronError, match="nowhere: no such directory"):
+        open_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FlextronError, match="empty: no whole checkpoint in it"):
+        open_checkpoint(tmp_path / "empty")
+    # half-written ones are passed over
+    (run / "checkpoints" / ".iter_0000009.tmp").mkdir()
+    (run / "checkpoints" / "iter_0000008").mkdir()
+    assert open_checkpoint(run) == info and open_checkpoint(info.path) == info and open_checkpoint(run / "checkpoints") == info
+
+
+def test_damaged_checkpoints_are_named(tmp_path):
+    arch, space, model = case("llama")
+    info = stream(model, CheckpointInfo(arch, space), tmp_path / "run")
+    data = info.path / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2])
+    with pytest.raises(FlextronError, match=r"iter_0000000: tensor .* cannot be read: the checkpoint is damaged") as error:
+        reader = TensorReader(info)
+        [reader.read(key) for key in reader.keys()]
+    assert "\n" not in str(error.value)
+    with pytest.raises(FlextronError, match=r"iter_0000000: cannot be loaded, damaged or of another model") as error:
+        load_model(build_model(arch, space), info)
+    assert "\n" not in str(error.value)
+    (info.path / ".metadata").write_bytes(b"")
+    with pytest.raises(FlextronError, match=r".metadata is missing or damaged"):
+        TensorReader(info)
+    (info.path / "flextron.json").write_text("{")
+    with pytest.raises(FlextronError, match=r"flextron.json: not a checkpoint description"):
+        open_checkpoint(info.path)
+    (info.path / "flextron.json").write_text(json.dumps({**info.to_dict(), "format": 99}))
+    with pytest.raises(FlextronError, match=r"flextron.json: format 99 is not 1"):
+        open_checkpoint(info.path)
+
+
+def test_write_aside_leaves_nothing_or_all(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), write_aside(target) as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with write_aside(target) as folder:
+        (folder / "whole").write_text("1")
+    with write_aside(target) as folder:
+        (folder / "whole").write_text("2")
+    assert (target / "whole").read_text() == "2" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_full_disk(small_disk, monkeypatch):
+    arch = toy.config(ffn_hidden_size=4096)
+    space = ElasticSpace.build(arch)
+    model = toy.model(arch, space)
+    keep = small_disk / "keep"
+    keep.write_text("precious")
+    with pytest.raises(FlextronError, match=r"cannot be written: .* GiB needed, .* GiB free; nothing was changed") as error:
+        stream(model, CheckpointInfo(arch, space), small_disk / "run")
+    assert "\n" not in str(error.value)
+    # and when the space goes while writing
+    monkeypatch.setattr("flextron_mcore.checkpoint.store.check_space", lambda *args: None)
+    with pytest.raises(FlextronError, match=r"run: cannot be written: No space left on device; nothing was changed") as error:
+        stream(model, CheckpointInfo(arch, space), small_disk / "run")
+    assert "\n" not in str(error.value)
+    assert [p.name for p in small_disk.iterdir()] == ["keep"] and keep.read_text() == "precious"

@@ -1,0 +1,167 @@
+"""Eq. 3 and 4, sorting, and that sorting changes no function."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, iteration_path, load_model, open_checkpoint, write_streaming
+from flextron_mcore.config import FlextronError
+from flextron_mcore.model import build_model, use_subnetwork
+from flextron_mcore.sorting.importance import LayerScores, collect, importance
+from flextron_mcore.sorting.permutation import order, sorted_tensors
+from flextron_mcore.space import ElasticSpace
+from tests import toy
+from tests.checkpoint.test_store import memory_names
+
+CASES = {
+    "llama mha": (toy.LLAMA, 4, "kv_group"),
+    "gpt2 groups": (toy.GPT2, 2, "kv_group"),
+    "llama query heads": (toy.LLAMA, 2, "query_head"),
+    "gpt2 query heads": (toy.GPT2, 1, "query_head"),
+}
+
+
+def case(name):
+    kind, groups, unit = CASES[name]
+    arch = toy.config(**kind, num_query_groups=groups)
+    space = ElasticSpace.build(arch, attention_unit=unit, heads=[0.5, 1.0])
+    return arch, space, toy.model(arch, space)
+
+
+def batches(count=3):
+    for i in range(count):
+        tokens, positions = toy.inputs(seed=i)
+        yield {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape), "position_ids": positions}
+
+
+def scored(model, score="activation", count=3):
+    return collect(importance([model], lambda: batches(count), count, toy.LENGTH, 2, score), model.config.num_layers)
+
+
+def by_hand(arch, model):
+    """The same sums from forward hooks on the modules whose inputs the equations speak of."""
+    sums = {}
+
+    def hook(i, kind):
+        def add(module, args):
+            x = args[0].abs().double().sum((0, 1))
+            sums[i, kind] = sums.get((i, kind), 0) + x
+
+        return add
+
+    handles = []
+    for i, layer in enumerate(model.decoder.layers):
+        handles.append(layer.self_attention.linear_proj.register_forward_pre_hook(hook(i, "heads")))
+    with torch.no_grad():
+        for batch in batches():
+            model(batch["tokens"], batch["position_ids"], None)
+    for handle in handles:
+        handle.remove()
+    shape = (arch.num_query_groups, arch.query_heads_per_group, arch.kv_channels)
+    return {i: sums[i, "heads"].view(shape).sum(2) for i in range(arch.num_layers)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_head_scores_are_equation_3(name):
+    arch, _, model = case(name)
+    expected = by_hand(arch, model)
+    for i, layer in scored(model).items():
+        torch.testing.assert_close(layer.heads, expected[i], rtol=1e-5, atol=1e-4)
+
+
+def test_neuron_scores_are_equation_4():
+    arch, _, model = case("gpt2 groups")
+    mlp = model.decoder.layers[0].mlp
+    inputs = []
+    handle = mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    scores = scored(model)[0].neurons
+    handle.remove()
+    x = torch.cat([i.flatten(0, 1) for i in inputs])
+    hidden = torch.nn.functional.gelu(x @ mlp.linear_fc1.weight.T + mlp.linear_fc1.bias, approximate="tanh")
+    torch.testing.assert_close(scores, hidden.abs().sum(0).double(), rtol=1e-5, atol=1e-3)
+
+
+def test_the_weighted_score_multiplies_by_the_norm_of_what_follows():
+    arch, _, model = case("llama mha")
+    plain, weighted = scored(model), scored(model, "activation_weight")
+    layer = model.decoder.layers[1]
+    torch.testing.assert_close(weighted[1].neurons, plain[1].neurons * layer.mlp.linear_fc2.weight.norm(dim=0))
+    blocks = layer.self_attention.linear_proj.weight.view(arch.hidden_size, 4, 8)
+    torch.testing.assert_close(weighted[1].heads[:, 0], plain[1].heads[:, 0] * blocks.square().sum((0, 2)).sqrt())
+
+
+def test_scoring_leaves_the_model_as_it_was():
+    _, _, model = case("llama mha")
+    scored(model)
+    layer = model.decoder.layers[0]
+    assert "observe" not in vars(layer.mlp) and "observe" not in vars(layer.self_attention.linear_proj)
+    with pytest.raises(FlextronError, match="score='magnitude' is not known"):
+        scored(model, "magnitude")
+
+
+def sort(arch, space, model, scores, tmp_path, new_space=None):
+    """Write, sort from disk to disk, load."""
+    info = CheckpointInfo(arch, space)
+    first = iteration_path(tmp_path / "first", 0)
+    first.mkdir(parents=True)
+    write_streaming(first, info, {k: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for k, t in memory_names(model).items()})
+    info = open_checkpoint(first)
+    space = new_space or space
+    second = iteration_path(tmp_path / "second", 0)
+    second.mkdir(parents=True)
+    orders = {i: order(space, s) for i, s in scores.items()}
+    write_streaming(second, replace(info, space=space, sorted=True), sorted_tensors(info, orders))
+    after = build_model(arch, space, initialize=False).eval()
+    load_model(after, open_checkpoint(second))
+    return after
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sorting_keeps_the_function_and_orders_by_importance(name, tmp_path):
+    arch, space, model = case(name)
+    scores = scored(model)
+    after = sort(arch, space, model, scores, tmp_path)
+    tokens, positions = toy.inputs(seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(after(tokens, positions, None), model(tokens, positions, None), atol=1e-5, rtol=0)
+    changed = False
+    for i, again in scored(after).items():
+        assert (again.neurons.diff() <= 1e-3).all()
+        torch.testing.assert_close(again.neurons, scores[i].neurons.sort(descending=True).values, rtol=1e-5, atol=1e-3)
+        units = again.heads.sum(1) if space.attention_unit == "kv_group" else again.heads
+        assert (units.diff(dim=-1) <= 1e-3).all()
+        changed |= not torch.equal(scores[i].neurons, again.neurons)
+    assert changed
+
+
+def test_sorted_half_keeps_the_most_important_neurons(tmp_path):
+    """The half network of the sorted model is the original with the less important half masked."""
+    arch, space, model = case("llama mha")
+    scores = scored(model)
+    after = sort(arch, space, model, scores, tmp_path)
+    for i, layer in enumerate(model.decoder.layers):
+        keep = torch.zeros(arch.ffn_hidden_size)
+        keep[scores[i].neurons.argsort(descending=True)[:24]] = 1
+        layer.mlp.observe = lambda hidden, keep=keep: hidden * keep
+    tokens, positions = toy.inputs()
+    with torch.no_grad(), use_subnetwork(after, space.uniform(arch, 4, 24)):
+        torch.testing.assert_close(after(tokens, positions, None), model(tokens, positions, None), atol=1e-5, rtol=0)
+
+
+def test_sorting_for_another_space(tmp_path):
+    arch, space, model = case("llama query heads")
+    other = ElasticSpace.build(arch, granularity=2, attention_unit="kv_group", heads=[1.0])
+    after = sort(arch, space, model, scored(model), tmp_path, other)
+    tokens, positions = toy.inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(after(tokens, positions, None), model(tokens, positions, None), atol=1e-5, rtol=0)
+
+
+def test_ties_keep_their_order():
+    arch, space, _ = case("llama mha")
+    tied = LayerScores(torch.ones(48, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64))
+    found = order(space, tied)
+    assert found.neurons.tolist() == list(range(48)) and found.groups.tolist() == list(range(4))

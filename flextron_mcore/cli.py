@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "debug=true" in argv
     os.register_at_fork(after_in_child=_end_with_parent)
-    _quiet_libraries()
+    prepare_environment()
     try:
         code = _main(argv)
     except FlextronError as error:
@@ -78,8 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _quiet_libraries() -> None:
-    """Megatron-Core reports every optional package it does not find; transformers every file it loads."""
+def prepare_environment() -> None:
+    """What must be set before torch is imported; call first of all."""
+    # Threads that spin while they wait for each other are ten times slower when another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Megatron-Core reports every optional package it does not find; transformers every file it loads.
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
     for name in ("megatron", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

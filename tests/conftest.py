@@ -7,16 +7,18 @@ import os
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from flextron_mcore.cli import prepare_environment
+
+prepare_environment()
+
 import pytest
 import torch
 
-from flextron_mcore.cli import _quiet_libraries
 from flextron_mcore.runtime import distributed
 
 
 @pytest.fixture(scope="session", autouse=True)
 def process_groups():
-    _quiet_libraries()
     distributed.initialize(seed=1234)
     yield
     distributed.shutdown()

@@ -1,0 +1,74 @@
+"""Side-by-side ratios: what elasticity costs. Nothing here asserts on time; `docs/benchmarks.md` holds figures and how they were taken.
+
+Compared things run alternately (A B, B A, A B, ...) so that what else happens on the machine meets all of them alike, and every
+round gives one ratio. On the CPU the clock is the processor time of this process, which other processes disturb least.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Thunk = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Rounds' ratios: median, quartiles, and the ratio of the two fastest times."""
+
+    median: float
+    low: float
+    high: float
+    minima: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f}-{self.high:.3f})"
+
+
+def ratio(ours: list[float], theirs: list[float]) -> Ratio:
+    """Of paired times."""
+    low, median, high = statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4, method="inclusive")
+    return Ratio(median, low, high, min(ours) / min(theirs))
+
+
+def interleaved(compared: Mapping[str, Thunk], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each function in each of `rounds` rounds, after one that is not counted; every other round runs backwards."""
+    for function in compared.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in compared}
+    for i in range(rounds):
+        for name in list(compared) if i % 2 else reversed(compared):
+            begun = clock()
+            compared[name]()
+            seconds[name].append(clock() - begun)
+    return seconds
+
+
+def clock() -> float:
+    """Seconds: of the processor on the CPU, on the wall (the device having finished) with CUDA."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def print_settings(title: str, *lines: str) -> None:
+    """What was measured, on what, when."""
+    import megatron.core
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s)"
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"\n== {title}")
+    print(f"{datetime.date.today()}, {platform.machine()}, {device}, load average {load}")
+    print(f"torch {torch.__version__}, Megatron-Core {megatron.core.__version__}, Python {platform.python_version()}")
+    for line in lines:
+        print(line)
+    print(flush=True)

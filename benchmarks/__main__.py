@@ -1,0 +1,27 @@
+"""`python -m benchmarks [slice] [step] [stream]`: run the benchmarks named, or all of them, one after another."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+BENCHMARKS = ("slice", "step", "stream")
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(BENCHMARKS)
+    for name in names:
+        if name not in BENCHMARKS:
+            sys.exit(f"unknown benchmark '{name}': use any of {', '.join(BENCHMARKS)}")
+    from flextron_mcore.cli import _quiet_libraries
+
+    _quiet_libraries()
+    for name in names:
+        importlib.import_module(f"benchmarks.{name}").run()
+
+
+if __name__ == "__main__":
+    main()

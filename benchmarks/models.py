@@ -1,0 +1,81 @@
+"""The models that the benchmarks compare: elastic, and dense ones of a sub-network's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from flextron_mcore.config import ModelConfig
+from flextron_mcore.layers.attention import SDPACoreAttention
+from flextron_mcore.model import build_model, gpt_model, transformer_config
+from flextron_mcore.runtime.distributed import device
+from flextron_mcore.space import ElasticSpace, LayerChoice
+from flextron_mcore.specs import norm_class
+
+BATCH, LENGTH = 2, 512
+_SIZE = dict(num_layers=4, hidden_size=512, num_attention_heads=16, vocab_size=1024, max_position_embeddings=LENGTH)
+LLAMA = ModelConfig(**_SIZE, ffn_hidden_size=1408)
+LLAMA_GQA = ModelConfig(**_SIZE, ffn_hidden_size=1408, num_query_groups=4)
+GPT2 = ModelConfig(
+    **_SIZE, activation="gelu_tanh", normalization="layernorm", position_embedding_type="learned_absolute", bias=True
+)  # fmt: skip
+
+
+def elastic(model: ModelConfig, space: ElasticSpace) -> torch.nn.Module:
+    """The elastic model in Megatron-Core's DDP."""
+    return _wrapped(build_model(model, space))
+
+
+def dense(model: ModelConfig, choice: LayerChoice, fully_stock: bool = False) -> torch.nn.Module:
+    """The stock GPTModel with the widths of `choice`, in Megatron-Core's DDP.
+
+    Its layers are those of Megatron-Core's local spec with the core attention and the norms of the elastic layers, so that only
+    slicing differs; fully_stock leaves these Megatron-Core's own, too.
+    """
+    model = replace(
+        model,
+        num_attention_heads=choice.num_attention_heads,
+        num_query_groups=choice.kv_groups,
+        ffn_hidden_size=choice.ffn_hidden_size,
+    )
+    config = transformer_config(model)
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    if not fully_stock:
+        norm, layer = norm_class(config.normalization), spec.submodules
+        layer.input_layernorm = layer.pre_mlp_layernorm = norm
+        layer.self_attention.submodules.core_attention = SDPACoreAttention
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * model.num_layers, layer_norm=norm)
+    gpt = gpt_model(model, config, spec)
+    return _wrapped(gpt.to(device()))
+
+
+def _wrapped(model: Any) -> torch.nn.Module:
+    """As in training: gradients accumulate in fp32 buffers."""
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    ddp.zero_grad_buffer()
+    return ddp.train()
+
+
+def micro_batch(vocab_size: int) -> dict[str, torch.Tensor]:
+    """One micro-batch of random tokens."""
+    tokens = torch.randint(0, vocab_size, (BATCH, LENGTH + 1))
+    values = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+    values["position_ids"] = torch.arange(LENGTH).expand(BATCH, -1)
+    values["loss_mask"] = torch.ones(BATCH, LENGTH)
+    return {name: tensor.to(device()) for name, tensor in values.items()}
+
+
+def forward_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor], with_mask: bool = False) -> Callable[[], None]:
+    """A function that runs the model forward and backward. with_mask: pass the causal mask, which the fully stock model needs."""
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=device()).triu(1)[None, None] if with_mask else None
+
+    def run() -> None:
+        model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"]).sum().backward()
+
+    return run

@@ -1,0 +1,63 @@
+"""A sub-network over a dense model of its shape: forward and backward of one micro-batch."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import interleaved, print_settings, ratio
+from benchmarks.models import BATCH, GPT2, LENGTH, LLAMA, LLAMA_GQA, dense, elastic, forward_backward, micro_batch
+from flextron_mcore.model import set_subnetwork
+from flextron_mcore.runtime import distributed
+from flextron_mcore.space import ElasticSpace
+from flextron_mcore.stages.common import print_table
+
+FRACTIONS = (0.25, 0.5, 0.75, 1.0)
+ROUNDS = 9
+# name: model, elastic unit of attention, what shrinks
+CASES = {
+    "llama": (LLAMA, "kv_group", ("heads + ffn", "ffn")),
+    "llama, 4 KV groups": (LLAMA_GQA, "kv_group", ("heads + ffn",)),
+    "llama, 4 KV groups, heads of each": (LLAMA_GQA, "query_head", ("heads + ffn",)),
+    "gpt2": (GPT2, "kv_group", ("heads + ffn", "ffn")),
+}
+
+
+def run() -> None:
+    """Print the ratios."""
+    distributed.initialize()
+    print_settings(
+        "slice: forward + backward of a uniform sub-network / of a dense Megatron-Core model of its shape",
+        f"{LLAMA.num_layers} layers, hidden {LLAMA.hidden_size}, {LLAMA.num_attention_heads} heads, FFN {LLAMA.ffn_hidden_size} (llama) "
+        f"or {GPT2.ffn_hidden_size} (gpt2), vocabulary {LLAMA.vocab_size}; {BATCH} x {LENGTH} tokens, fp32, DDP with main_grad",
+        f"median (quartiles) of {ROUNDS} paired rounds; 'fastest': ratio of the fastest times",
+        "dense: stock model with the elastic layers' attention kernel and norms; stock: Megatron-Core's local spec unchanged",
+    )
+    rows = []
+    for name, (model, unit, axes) in CASES.items():
+        space = ElasticSpace.build(model, attention_unit=unit, heads=FRACTIONS, ffn_hidden_size=FRACTIONS)
+        ours, batch = elastic(model, space), micro_batch(model.vocab_size)
+        for axis in axes:
+            for fraction in FRACTIONS:
+                if fraction == 1.0 and axis != axes[0]:
+                    continue
+                heads = space.heads[-1] if axis == "ffn" else round(fraction * space.heads[-1])
+                net = space.uniform(model, heads, round(fraction * model.ffn_hidden_size))
+                set_subnetwork(ours, net)
+                seconds = interleaved(
+                    {
+                        "elastic": forward_backward(ours, batch),
+                        "dense": forward_backward(dense(model, net.layers[0]), batch),
+                        "stock": forward_backward(dense(model, net.layers[0], fully_stock=True), batch, with_mask=True),
+                    },
+                    ROUNDS,
+                )
+                to_dense, to_stock = (ratio(seconds["elastic"], seconds[other]) for other in ("dense", "stock"))
+                milliseconds = [f"{1000 * min(seconds[n]):.0f}" for n in ("elastic", "dense", "stock")]
+                rows.append([name, axis, f"{fraction:.0%}", *milliseconds, str(to_dense), f"{to_dense.minima:.3f}", str(to_stock)])
+                print(*rows[-1], sep="  ", flush=True)
+    print_table(
+        "slice",
+        ["model", "shrunk", "width", "elastic ms", "dense ms", "stock ms", "elastic / dense", "fastest", "elastic / stock"],
+        rows,
+    )
+    torch.cuda.empty_cache()

@@ -16,9 +16,9 @@ def main() -> None:
     for name in names:
         if name not in BENCHMARKS:
             sys.exit(f"unknown benchmark '{name}': use any of {', '.join(BENCHMARKS)}")
-    from flextron_mcore.cli import _quiet_libraries
+    from flextron_mcore.cli import prepare_environment
 
-    _quiet_libraries()
+    prepare_environment()
     for name in names:
         importlib.import_module(f"benchmarks.{name}").run()
 

@@ -84,7 +84,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Megatron-Core reports every optional package it does not find; transformers every file it loads.
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
-    for name in ("megatron", "transformers", "torch.distributed"):
+    for name in ("megatron", "transformers", "torch.distributed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

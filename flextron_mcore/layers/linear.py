@@ -63,26 +63,32 @@ class _Take(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: torch.Tensor, selection: Selection) -> torch.Tensor:  # type: ignore[override]
-        ctx.weight, ctx.selection = weight, selection
-        return selection.take(weight)
+    def forward(ctx, weight: torch.Tensor, *selections: Selection):  # type: ignore[override]
+        ctx.weight, ctx.selections = weight, selections
+        return tuple(selection.take(weight) for selection in selections)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
-        weight, selection = ctx.weight, ctx.selection
-        if hasattr(weight, "grad_added_to_main_grad") and getattr(weight, "main_grad", None) is not None:
-            selection.add(weight.main_grad, grad)
+    def backward(ctx, *grads: torch.Tensor):  # type: ignore[override]
+        weight, selections = ctx.weight, ctx.selections
+        in_place = hasattr(weight, "grad_added_to_main_grad") and getattr(weight, "main_grad", None) is not None
+        full = weight.main_grad if in_place else torch.zeros_like(weight)
+        for selection, grad in zip(selections, grads, strict=True):
+            selection.add(full, grad)
+        if in_place:
             weight.grad_added_to_main_grad = True
             # DDP's hook must still fire. The values are never read, so the pages of this tensor are never touched.
-            return torch.empty_like(weight), None
-        full = torch.zeros_like(weight)
-        selection.add(full, grad)
-        return full, None
+            full = torch.empty_like(weight)
+        return full, *(None for _ in selections)
 
 
 def take(weight: torch.Tensor | None, selection: Selection) -> torch.Tensor | None:
     """The selected part of a parameter, differentiable (None for an absent bias)."""
-    return None if weight is None else _Take.apply(weight, selection)
+    return take_all(weight, selection)[0]
+
+
+def take_all(weight: torch.Tensor | None, *selections: Selection) -> tuple[torch.Tensor | None, ...]:
+    """Several parts of one parameter. Taken together: autograd would add up full-size gradients of separate ones."""
+    return (None,) * len(selections) if weight is None else _Take.apply(weight, *selections)
 
 
 def column_input(layer: ColumnParallelLinear, x_SBC: torch.Tensor) -> torch.Tensor:

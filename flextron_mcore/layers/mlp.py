@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.mlp import MLP
 
 from flextron_mcore.checkpoint.sharding import MLP_AXES, deal
-from flextron_mcore.layers.linear import Selection, column_input, column_product, local_product, row_product, take
+from flextron_mcore.layers.linear import Selection, column_input, column_product, local_product, row_product, take, take_all
 from flextron_mcore.space import ElasticSpace, LayerChoice
 
 
@@ -45,14 +45,11 @@ class ElasticMLP(MLP):
         if self.config.gated_linear_unit:
             # Two products on two views: the gate's and the up projection's prefixes do not lie together in fc1's weight.
             x_SBC = column_input(fc1, x_SBC)
+            weights = [Selection((2, full, channels), ((slice(i, i + 1), slice(width)),), (width, channels)) for i in range(2)]
+            biases = [Selection((2, full), ((slice(i, i + 1), slice(width)),), (width,)) for i in range(2)]
             gate_SBf, up_SBf = (
-                local_product(
-                    x_SBC,
-                    take(fc1.weight, Selection((2, full, channels), ((slice(i, i + 1), slice(width)),), (width, channels))),
-                    take(fc1.bias, Selection((2, full), ((slice(i, i + 1), slice(width)),), (width,))),
-                    fc1,
-                )
-                for i in range(2)
+                local_product(x_SBC, weight_fC, bias_f, fc1)
+                for weight_fC, bias_f in zip(take_all(fc1.weight, *weights), take_all(fc1.bias, *biases), strict=True)
             )
             hidden_SBf = activation(gate_SBf) * up_SBf
         else:

@@ -25,6 +25,7 @@ from flextron_mcore.checkpoint.store import (
 )
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import unwrap
+from flextron_mcore.runtime.compat import save_options
 from flextron_mcore.runtime.distributed import is_main_process
 
 # One key a layer; optimizer state stored so that any layout can read it.
@@ -53,7 +54,9 @@ class TrainingCheckpointer:
                 check_space(aside, self._bytes())
             torch.distributed.barrier()
             try:
-                request = dist_checkpointing.save(self._state(is_loading=False), str(aside), async_sharded_save=self.async_save)
+                request = dist_checkpointing.save(
+                    self._state(is_loading=False), str(aside), async_sharded_save=self.async_save, **save_options()
+                )
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise

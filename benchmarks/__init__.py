@@ -64,7 +64,11 @@ def print_settings(title: str, *lines: str) -> None:
     import megatron.core
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s)"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s)"
+    )
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"\n== {title}")
     print(f"{datetime.date.today()}, {platform.machine()}, {device}, load average {load}")

@@ -53,7 +53,9 @@ def run() -> None:
                 )
                 to_dense, to_stock = (ratio(seconds["elastic"], seconds[other]) for other in ("dense", "stock"))
                 milliseconds = [f"{1000 * min(seconds[n]):.0f}" for n in ("elastic", "dense", "stock")]
-                rows.append([name, axis, f"{fraction:.0%}", *milliseconds, str(to_dense), f"{to_dense.minima:.3f}", str(to_stock)])
+                rows.append(
+                    [name, axis, f"{fraction:.0%}", *milliseconds, str(to_dense), f"{to_dense.minima:.3f}", str(to_stock)]
+                )
                 print(*rows[-1], sep="  ", flush=True)
     print_table(
         "slice",

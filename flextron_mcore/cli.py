@@ -148,7 +148,7 @@ def config_directory() -> Path:
 
 
 def compose(stage: str, overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> Any:
-    """The resolved configuration of a stage (OmegaConf). Raises FlextronError for an unknown key, naming the nearest right one."""
+    """The resolved configuration of a stage (OmegaConf). Raises FlextronError for an unknown key, naming the nearest."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -179,7 +179,9 @@ def compose(stage: str, overrides: Sequence[str] = (), config_dirs: Sequence[str
             group, _, name = match[1].rpartition("/")
             folder = config_directory() / group
             options = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
-            raise FlextronError(f"{stage}: {group}={name} is not known{nearest(name, options)}: use one of {', '.join(options)}") from None
+            raise FlextronError(
+                f"{stage}: {group}={name} is not known{nearest(name, options)}: use one of {', '.join(options)}"
+            ) from None
         raise FlextronError(f"{stage}: {' '.join(message.split())}") from None
 
 

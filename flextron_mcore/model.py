@@ -149,7 +149,9 @@ def set_subnetwork(model: torch.nn.Module, net: SubNetwork | None) -> None:
         if len(net.layers) != gpt.config.num_layers:
             raise FlextronError(f"sub-network has {len(net.layers)} layers, the model has {gpt.config.num_layers}")
         if net.hidden_size != gpt.config.hidden_size:
-            raise FlextronError(f"hidden_size {net.hidden_size} < {gpt.config.hidden_size}: elastic hidden size is not implemented yet")
+            raise FlextronError(
+                f"hidden_size {net.hidden_size} < {gpt.config.hidden_size}: elastic hidden size is not implemented yet"
+            )
         if not all(layer.executed for layer in net.layers):
             raise FlextronError("a sub-network that skips layers: elastic depth is not implemented yet")
     for layer in gpt.decoder.layers:

@@ -1,6 +1,6 @@
 """What may vary (ElasticSpace), what was chosen (SubNetwork), and what a choice costs in parameters and bytes.
 
-METHOD: Flextron (ICML 2024), section 2, eq. 1-2; hidden size and depth from LLaMaFlex (ICLR 2025). No torch import.
+Source: Flextron (ICML 2024), section 2, eq. 1-2; hidden size and depth from LLaMaFlex (ICLR 2025). No torch import.
 A candidate always uses the *first* units of an axis, so sub-networks are nested.
 """
 
@@ -53,7 +53,7 @@ class SubNetwork:
         return len({layer for layer in self.layers if layer.executed}) <= 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types; the JSON form of DESIGN section 5."""
+        """Plain types."""
         return {"hidden_size": self.hidden_size, "layers": [asdict(layer) for layer in self.layers]}
 
     def to_json(self) -> str:
@@ -104,7 +104,7 @@ class ElasticSpace:
     heads: query heads per layer in total. With `attention_unit` `kv_group`, whole groups are dropped; with `query_head`, every
         group stays and loses query heads.
     granularity: the largest tensor-parallel size ever to be used; it divides every candidate of FFN width and, with `kv_group`,
-        every number of groups (DESIGN section 3).
+        every number of groups (checkpoint/sharding.py).
     """
 
     granularity: int
@@ -156,7 +156,13 @@ class ElasticSpace:
             attention_unit,
             _candidates("heads", heads, model.num_attention_heads, step, why),
             _candidates("ffn_hidden_size", ffn_hidden_size, model.ffn_hidden_size, granularity, f"granularity {granularity}"),
-            _candidates("hidden_size", hidden_size, model.hidden_size, granularity if len(hidden_size) > 1 else 1, f"granularity {granularity}"),
+            _candidates(
+                "hidden_size",
+                hidden_size,
+                model.hidden_size,
+                granularity if len(hidden_size) > 1 else 1,
+                f"granularity {granularity}",
+            ),
             _candidates("depth", depth, model.num_layers, 1, "1"),
         )
 
@@ -177,7 +183,9 @@ class ElasticSpace:
         if len(net.layers) != model.num_layers:
             raise FlextronError(f"{where}: has {len(net.layers)} layers, the model has {model.num_layers}")
         if net.hidden_size not in self.hidden_size:
-            raise FlextronError(f"{where}: hidden_size {net.hidden_size} is not a candidate {list(self.hidden_size)} of this space")
+            raise FlextronError(
+                f"{where}: hidden_size {net.hidden_size} is not a candidate {list(self.hidden_size)} of this space"
+            )
         if sum(layer.executed for layer in net.layers) not in self.depth:
             executed = sum(layer.executed for layer in net.layers)
             raise FlextronError(f"{where}: {executed} executed layers are not a candidate {list(self.depth)} of this space")

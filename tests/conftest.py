@@ -11,10 +11,10 @@ from flextron_mcore.cli import prepare_environment
 
 prepare_environment()
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from flextron_mcore.runtime import distributed
+from flextron_mcore.runtime import distributed  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,9 +19,14 @@ LLAMA2_7B = ModelConfig(
     num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=11008, vocab_size=32000, max_position_embeddings=4096
 )
 LLAMA3_8B = ModelConfig(
-    num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8, ffn_hidden_size=14336, vocab_size=128256,
+    num_layers=32,
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_query_groups=8,
+    ffn_hidden_size=14336,
+    vocab_size=128256,
     max_position_embeddings=8192,
-)  # fmt: skip
+)
 
 
 def test_defaults_of_llama2_7b():
@@ -44,9 +49,17 @@ def test_known_counts():
     assert count_parameters(LLAMA2_7B, embeddings=False) == 6_738_415_616 - 2 * 32000 * 4096
     assert count_parameters(LLAMA3_8B) == 8_030_261_248
     gpt2 = ModelConfig(
-        num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50257, max_position_embeddings=1024, activation="gelu_tanh",
-        normalization="layernorm", bias=True, position_embedding_type="learned_absolute", share_embeddings_and_output_weights=True,
-    )  # fmt: skip
+        num_layers=12,
+        hidden_size=768,
+        num_attention_heads=12,
+        vocab_size=50257,
+        max_position_embeddings=1024,
+        activation="gelu_tanh",
+        normalization="layernorm",
+        bias=True,
+        position_embedding_type="learned_absolute",
+        share_embeddings_and_output_weights=True,
+    )
     assert count_parameters(gpt2) == 124_439_808
     assert weight_bytes(gpt2, dtype="fp32") == 4 * 124_439_808
     # 2 (keys and values) x 32 layers x 32 heads x 128 channels x 2 bytes = 512 KiB a token
@@ -78,7 +91,10 @@ def test_the_whole_among_fractions_is_the_full_size():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(ffn_hidden_size=[0.3]), "space.ffn_hidden_size: 0.3 x 11008 = 3302.4 is not a multiple of 8 (granularity 8); nearest: 3296 or 3304"),
+        (
+            dict(ffn_hidden_size=[0.3]),
+            "space.ffn_hidden_size: 0.3 x 11008 = 3302.4 is not a multiple of 8 (granularity 8); nearest: 3296 or 3304",
+        ),
         (dict(ffn_hidden_size=[100]), "space.ffn_hidden_size: 100 is not a multiple of 8 (granularity 8); nearest: 96 or 104"),
         (dict(heads=[12]), "space.heads: 12 is not a multiple of 8 (granularity 8); nearest: 8 or 16"),
         (dict(heads=[64]), "space.heads: 64 is not within 1..32"),
@@ -88,7 +104,10 @@ def test_the_whole_among_fractions_is_the_full_size():
         (dict(heads="half"), "space.heads must be a list of fractions or sizes, not 'half'"),
         (dict(heads=["half"]), "space.heads: 'half' is neither a fraction nor a size"),
         (dict(granularity=0), "space.granularity must be a whole number of at least 1, not 0"),
-        (dict(granularity=3), "space.heads: the full size 32 is not a multiple of 3 (granularity 3); choose a smaller space.granularity"),
+        (
+            dict(granularity=3),
+            "space.heads: the full size 32 is not a multiple of 3 (granularity 3); choose a smaller space.granularity",
+        ),
         (dict(attention_unit="head"), "space.attention_unit='head' is not known: use one of kv_group, query_head"),
     ],
 )
@@ -137,13 +156,17 @@ def test_json_round_trip(seed, unit, tmp_path_factory):
         ("", "not readable as JSON"),
         ("[]", "expected an object with 'hidden_size' and a list 'layers'"),
         ('{"hidden_size": 32, "layers": [3]}', r"layers\[0\] is not an object"),
-        ('{"hidden_size": 32, "layers": [{"executed": true, "kv_groups": 1, "query_heads_per_group": 1}]}', "lacks 'ffn_hidden_size'"),
+        (
+            '{"hidden_size": 32, "layers": [{"executed": true, "kv_groups": 1, "query_heads_per_group": 1}]}',
+            "lacks 'ffn_hidden_size'",
+        ),
         (
             '{"hidden_size": 32, "layers": [{"executed": true, "kv_group": 1}]}',
             r"unknown key 'kv_group' \(did you mean 'kv_groups'\?\)",
         ),
         (
-            '{"hidden_size": 32, "layers": [{"executed": true, "kv_groups": 1.5, "query_heads_per_group": 1, "ffn_hidden_size": 8}]}',
+            '{"hidden_size": 32, "layers": [{"executed": true, "kv_groups": 1.5, "query_heads_per_group": 1,'
+            ' "ffn_hidden_size": 8}]}',
             "kv_groups must be of type int, not 1.5",
         ),
     ],

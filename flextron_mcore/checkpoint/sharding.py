@@ -1,4 +1,4 @@
-"""Dealt order (DESIGN section 3): how sorted units lie on disk and in the memory of each tensor-parallel rank.
+"""Dealt order: how sorted units lie on disk and in the memory of each tensor-parallel rank.
 
 Sorted unit i belongs to bucket i mod G. On disk the buckets follow each other (vanilla names and shapes, so a stock GPTModel
 loads the full model at any T that divides G). In memory, rank r of T owns the n = G/T buckets r*n .. r*n+n-1 with its units in

@@ -37,7 +37,10 @@ _ITERATION = re.compile(r"iter_(\d+)$")
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint is. `sorted`: whether its units are in order of importance. `hf_config`: the config it was imported from."""
+    """What a checkpoint is.
+
+    sorted: whether its units are in order of importance. hf_config: the Hugging Face config it was imported from.
+    """
 
     model: ModelConfig
     space: ElasticSpace
@@ -161,7 +164,9 @@ def disk_errors(target: Path) -> Iterator[None]:
         reason = _disk_error(error)
         if reason is None:
             raise
-        raise FlextronError(f"{target}: cannot be written: {reason}; nothing was changed, free space or choose another out=") from None
+        raise FlextronError(
+            f"{target}: cannot be written: {reason}; nothing was changed, free space or choose another out="
+        ) from None
 
 
 def _disk_error(error: BaseException | None) -> str | None:
@@ -209,7 +214,9 @@ class TensorReader:
             with plain_errors():
                 dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         except Exception as error:
-            raise FlextronError(f"{self.info.path}: tensor {key} cannot be read: the checkpoint is damaged ({_first_line(error)})") from None
+            raise FlextronError(
+                f"{self.info.path}: tensor {key} cannot be read: the checkpoint is damaged ({_first_line(error)})"
+            ) from None
         dealt = dealt_axis(self.info.model, self.info.space, key)
         return tensor if dealt is None else to_sorted_order(tensor, *dealt)
 
@@ -317,7 +324,9 @@ def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
             with plain_errors():
                 loaded = dist_checkpointing.load(group, str(info.path), validate_access_integrity=False)
         except Exception as error:
-            raise FlextronError(f"checkpoint={info.path}: cannot be loaded, damaged or of another model ({_first_line(error)})") from error
+            raise FlextronError(
+                f"checkpoint={info.path}: cannot be loaded, damaged or of another model ({_first_line(error)})"
+            ) from error
         gpt.load_state_dict({key: loaded[key] for key in wanted}, strict=False)
 
 

@@ -92,7 +92,7 @@ class ElasticSelfAttention(SelfAttention):
         return take(weight, Selection(shape, (index,), (rows, groups * queries * size)))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
-        """Vanilla keys and shapes; KV groups in dealt order where they are the elastic unit (DESIGN section 3)."""
+        """Vanilla keys and shapes; KV groups in dealt order where they are the elastic unit (checkpoint/sharding.py)."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.space.attention_unit == "kv_group":
             groups = self.config.num_query_groups
@@ -133,7 +133,9 @@ class SDPACoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if config.context_parallel_size > 1:
-            raise FlextronError("model.context_parallel_size > 1 needs Transformer Engine's attention: the local backend has none")
+            raise FlextronError(
+                "model.context_parallel_size > 1 needs Transformer Engine's attention: the local backend has none"
+            )
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout

@@ -66,7 +66,7 @@ class ElasticMLP(MLP):
         return hidden_SBf
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
-        """Vanilla keys and shapes, neurons in dealt order (DESIGN section 3)."""
+        """Vanilla keys and shapes, neurons in dealt order (checkpoint/sharding.py)."""
         sharded = {}
         for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
             sharded.update(module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))

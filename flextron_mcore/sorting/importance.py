@@ -1,6 +1,7 @@
 """Importance scores (Flextron, eq. 3 and 4), accumulated over calibration samples in one pass of the full model.
 
-Shape suffixes: S sequence, B batch, F neurons of this rank, G KV groups of this rank, Q query heads of a group, H channels of a head.
+Shape suffixes: S sequence, B batch, F neurons of this rank, G KV groups of this rank, Q query heads of a group, H channels of a
+head, d all heads' channels.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def importance(
     micro_batch_size: int,
     score: str = "activation",
 ) -> dict[int, LayerScores]:
-    """{global layer index: scores} of this rank's layers, summed over tokens and data-parallel ranks, gathered over tensor-parallel ones.
+    """{global layer index: scores} of this rank's layers, summed over data-parallel ranks, gathered over tensor-parallel ones.
 
     score "activation": eq. 3, |output of the head|_1, and eq. 4, |what enters fc2|_1 of the neuron (for gated MLPs the product of
     gate and up). "activation_weight" multiplies each by the norm of the columns that follow it (output projection, fc2).
@@ -108,7 +109,7 @@ def _gather(local: Tensor) -> Tensor:
 
 
 def _undeal(gathered: Tensor, ranks: int, granularity: int) -> Tensor:
-    """Ranks one after another -> sorted order: unit a*n + k of rank r is sorted unit a*G + r*n + k (DESIGN section 3)."""
+    """Ranks one after another -> sorted order: unit a*n + k of rank r is sorted unit a*G + r*n + k."""
     buckets = granularity // ranks
     split = gathered.unflatten(0, (ranks, -1, buckets))
     return split.transpose(0, 1).flatten(0, 2)

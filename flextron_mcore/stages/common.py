@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,16 @@ from flextron_mcore.config import FlextronError
 
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.json"
 # Keys that may differ between a run and its continuation: they do not change what is computed.
-_FREE_KEYS = ("out", "overwrite", "debug", "trainer.num_nodes", "trainer.devices", "trainer.log_every_n_steps", "exp_manager", "model.ddp")
+_FREE_KEYS = (
+    "out",
+    "overwrite",
+    "debug",
+    "trainer.num_nodes",
+    "trainer.devices",
+    "trainer.log_every_n_steps",
+    "exp_manager",
+    "model.ddp",
+)
 _LAYOUT_KEYS = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",
     "sequence_parallel", "recompute_granularity", "recompute_method", "recompute_num_layers", "micro_batch_size",
@@ -30,6 +40,8 @@ def new_output(config: DictConfig) -> Iterator[Path]:
     """
     from flextron_mcore.checkpoint.store import write_aside
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FlextronError(f"{config.stage}: runs as one process; pretrain and elastic run as many")
     out = Path(config.out)
     check_output(out, config.overwrite)
     make_parent(out)
@@ -123,7 +135,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         numeric = all(isinstance(row[i], int | float) or str(row[i])[:1].isdigit() for row in rows) and rows
         table.add_column(name, justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
+        table.add_row(
+            *(
+                f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+                for value in row
+            )
+        )
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a log has no width to fit into
@@ -132,8 +149,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 def start(config: DictConfig) -> None:
     """Start the process groups with the layout of `config`. Raises FlextronError where processes and layout do not fit."""
-    import os
-
     from flextron_mcore.runtime import distributed
 
     trainer = config.trainer

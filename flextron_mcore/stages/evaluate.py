@@ -15,6 +15,8 @@ from flextron_mcore.stages.common import new_output, print_table, start, write_m
 def run(config: DictConfig) -> dict[str, Any]:
     """Evaluate config.subnetwork, or the full model and the uniform family."""
     start(config)
+    from tqdm import tqdm
+
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.data.blend import open_data, valid_datasets
     from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
@@ -29,7 +31,11 @@ def run(config: DictConfig) -> dict[str, Any]:
     with new_output(config) as out:
         datasets = valid_datasets(data, seq_length, config.seed, out / "cache")
         model = loaded_model(config, info)
-        losses = evaluate(model, datasets, networks, seq_length, config.model.micro_batch_size, config.limit_val_batches)
+        with tqdm(total=len(networks) * len(datasets), desc="evaluate", disable=None) as bar:
+            size, limit = config.model.micro_batch_size, config.limit_val_batches
+            losses = evaluate(
+                model, datasets, networks, seq_length, size, limit, lambda done: bar.set_postfix_str(done) or bar.update()
+            )
         shutil.rmtree(out / "cache", ignore_errors=True)
         arch, kv = info.model, config.kv_cache
         dtype = config.trainer.precision or info.dtype
@@ -71,7 +77,14 @@ def run(config: DictConfig) -> dict[str, Any]:
         "validation loss (nats per token)",
         ["network", "parameters", "weights MiB", "KV MiB", *datasets, "mean", "perplexity"],
         [
-            [r["name"], r["parameters"], r["weight_bytes"] / 2**20, r["kv_cache_bytes"] / 2**20, *r["loss"].values(), *r["mean"].values()]
+            [
+                r["name"],
+                r["parameters"],
+                r["weight_bytes"] / 2**20,
+                r["kv_cache_bytes"] / 2**20,
+                *r["loss"].values(),
+                *r["mean"].values(),
+            ]
             for r in rows
         ],
     )

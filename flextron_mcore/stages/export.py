@@ -18,6 +18,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     check_output(Path(config.out), config.overwrite)
     if config.format not in FORMATS:
         raise FlextronError(f"format={config.format!r} is not known: use one of {', '.join(FORMATS)}")
+    from tqdm import tqdm
+
     from flextron_mcore.runtime import cpu
 
     cpu.enable()
@@ -31,7 +33,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         net = SubNetwork.from_file(config.subnetwork)
         info.space.check(info.model, net, str(config.subnetwork))
     with new_output(config) as out:
-        figures = export_hf(info, net, out, config.dtype, config.max_shard_size, info.tokenizer)
+        with tqdm(unit="B", unit_scale=True, desc="export", disable=None) as bar:
+            figures = export_hf(info, net, out, config.dtype, config.max_shard_size, info.tokenizer, bar.update)
         if figures["parameters"] != count_parameters(info.model, net):
             raise FlextronError(f"export: wrote {figures['parameters']} parameters, counted {count_parameters(info.model, net)}")
         figures["max_logit_difference"] = _verify(config, info, net, out) if config.verify else None
@@ -39,7 +42,15 @@ def run(config: DictConfig) -> dict[str, Any]:
     print_table(
         f"exported to {config.out}",
         ["format", "architecture", "parameters", "bytes", "largest logit difference"],
-        [[figures["format"], figures["architecture"], figures["parameters"], figures["bytes"], str(figures["max_logit_difference"])]],
+        [
+            [
+                figures["format"],
+                figures["architecture"],
+                figures["parameters"],
+                figures["bytes"],
+                str(figures["max_logit_difference"]),
+            ]
+        ],
     )
     return metrics
 
@@ -55,7 +66,9 @@ def _verify(config: DictConfig, info: Any, net: Any, out: Path) -> float:
     from flextron_mcore.stages.evaluate import loaded_model
 
     distributed.initialize(seed=config.seed)
-    layout = OmegaConf.create({"stage": "export", "trainer": {"precision": "fp32"}, "model": {"virtual_pipeline_model_parallel_size": None}})
+    layout = OmegaConf.create(
+        {"stage": "export", "trainer": {"precision": "fp32"}, "model": {"virtual_pipeline_model_parallel_size": None}}
+    )
     length = min(info.model.max_position_embeddings, 64)
     tokens = torch.randint(0, info.model.vocab_size, (2, length), generator=torch.Generator().manual_seed(config.seed))
     exported = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()

@@ -18,11 +18,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.runtime import cpu
 
     cpu.enable()
-    from flextron_mcore.checkpoint.hf_import import copy_tokenizer, import_hf
+    from flextron_mcore.checkpoint.hf_import import copy_tokenizer, import_hf, open_hf
     from flextron_mcore.checkpoint.store import iteration_path, write_streaming
     from flextron_mcore.space import count_parameters
 
-    info, tensors = import_hf(Path(config.hf), OmegaConf.to_container(config.space), config.dtype)
+    source = open_hf(Path(config.hf))
+    info, tensors = import_hf(source, OmegaConf.to_container(config.space), config.dtype)
     size = sum(t.dtype.itemsize * _numel(t.shape) for t in tensors.values())
     with new_output(config) as out:
         folder = iteration_path(out, 0)
@@ -35,10 +36,13 @@ def run(config: DictConfig) -> dict[str, Any]:
             "bytes": size,
             "dtype": info.dtype,
             "tokenizer": has_tokenizer,
+            "unused_tensors": list(source.unused),
             "model": info.model.to_dict(),
             "space": info.space.to_dict(),
         }
         metrics = write_metrics(out, "import", figures)
+    if source.unused:
+        print(f"import: {len(source.unused)} tensors have no place in the model: {', '.join(source.unused[:5])} ...")
     space = info.space
     print_table(
         f"imported {config.hf}: {figures['parameters']:,} parameters, {info.dtype}",

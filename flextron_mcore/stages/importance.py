@@ -19,6 +19,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     """Score on config.samples calibration sequences, write the sorted checkpoint and the ablation table."""
     start(config)
     from megatron.core import parallel_state
+    from tqdm import tqdm
 
     from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint, write_streaming
     from flextron_mcore.data.blend import batch, open_data, train_dataset
@@ -45,7 +46,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         dataset = train_dataset(data, seq_length, config.samples, config.seed, out / "cache", config.data_weights)
 
         def batches() -> Iterator[Any]:
-            for round_ in range(rounds):
+            for round_ in tqdm(range(rounds), desc="importance", unit="batch", disable=None):
                 first = (round_ * ranks + rank) * size
                 yield batch(dataset, range(first, first + size))
 

@@ -96,7 +96,11 @@ def _summary(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
     print(f"full model after elastic training: {full:.4f}, its parent: {parent:.4f} ({full - parent:+.4f} nats per token)")
     print(f"report: {out / 'report' / 'index.html'}")
     if seconds:
-        print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + f"; together {sum(seconds.values()):.0f}")
+        print(
+            "seconds: "
+            + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+            + f"; together {sum(seconds.values()):.0f}"
+        )
     return {
         "parent_loss": parent,
         "full_loss": full,

@@ -19,6 +19,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         raise FlextronError(f"run={config.run}: no such directory")
     with new_output(config) as out:
         figures = build_report(Path(config.run), out)
-        metrics = write_metrics(out, "report", {"figures": [Path(f).name for f in figures["figures"]], "family": figures["family"]})
+        metrics = write_metrics(
+            out, "report", {"figures": [Path(f).name for f in figures["figures"]], "family": figures["family"]}
+        )
     print(f"report: {config.out}/index.html")
     return metrics

@@ -106,7 +106,9 @@ class TrainingCheckpointer:
         return local
 
     def _state(self, is_loading: bool) -> dict[str, Any]:
-        state: dict[str, Any] = {name: unwrap(c).sharded_state_dict(metadata=dict(_METADATA)) for name, c in self._chunks().items()}
+        state: dict[str, Any] = {
+            name: unwrap(c).sharded_state_dict(metadata=dict(_METADATA)) for name, c in self._chunks().items()
+        }
         # The optimizer looks its parameters up in the state dict it is given.
         state["optimizer"] = self.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=dict(_METADATA))
         state["scheduler"] = self.scheduler.state_dict()

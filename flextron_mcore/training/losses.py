@@ -5,7 +5,6 @@ Shape suffixes: B batch, S sequence, V vocabulary (this rank's part where it is 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region

@@ -1,4 +1,7 @@
-"""Random sub-networks (Flextron, section 3.1). A draw is a function of (seed, step, index) only: the same on every rank, and after a resume."""
+"""Random sub-networks (Flextron, section 3.1).
+
+A draw is a function of (seed, step) only: the same on every rank, and after a resume.
+"""
 
 from __future__ import annotations
 

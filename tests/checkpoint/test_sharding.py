@@ -13,7 +13,7 @@ UNITS, ROWS = 24, 3
 
 
 def local_part(sorted_tensor: torch.Tensor, rank: int, ranks: int, granularity: int) -> torch.Tensor:
-    """By the definition of DESIGN section 3: rank r owns the units whose bucket (i mod G) is in its share, most important first."""
+    """By definition: rank r owns the units whose bucket (i mod G) is in its share, most important first."""
     buckets = granularity // ranks
     mine = [i for i in range(UNITS) if rank * buckets <= i % granularity < (rank + 1) * buckets]
     return sorted_tensor.unflatten(0, (UNITS, ROWS))[mine].flatten(0, 1)
@@ -37,7 +37,9 @@ def test_factory_writes_the_disk_order_and_reads_it_back(granularity, ranks, axi
     expected = to_disk_order(whole, axis, UNITS, granularity, blocks)
     written = torch.full_like(whole, float("nan"))
     for rank in range(ranks):
-        parts = [local_part(block.movedim(axis, 0), rank, ranks, granularity).movedim(0, axis) for block in whole.chunk(blocks, axis)]
+        parts = [
+            local_part(block.movedim(axis, 0), rank, ranks, granularity).movedim(0, axis) for block in whole.chunk(blocks, axis)
+        ]
         local = torch.cat(parts, axis).contiguous()
         sharded = ShardedTensor.from_rank_offsets("w", local, (axis, rank, ranks), replica_id=0)
         factory = deal(sharded, axis, UNITS, granularity, ranks, blocks)

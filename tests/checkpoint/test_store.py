@@ -164,7 +164,10 @@ def small_disk(tmp_path):
     """A file system of 1 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode
+    ):
         pytest.skip("mounting a small file system needs root")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -55,7 +55,8 @@ def mask_like(model: torch.nn.Module, net: SubNetwork) -> None:
         heads = torch.zeros(groups, queries, attention.hidden_size_per_attention_head)
         heads[: choice.kv_groups, : choice.query_heads_per_group] = 1
         layer.mlp.observe = lambda hidden, mask=neurons: hidden * mask
-        attention.linear_proj.observe = lambda hidden, mask=heads.flatten(): hidden * mask
+        channels = heads.flatten()
+        attention.linear_proj.observe = lambda hidden, mask=channels: hidden * mask
 
 
 def dense(arch: ModelConfig, model: torch.nn.Module, net: SubNetwork) -> torch.nn.Module:
@@ -132,7 +133,9 @@ def test_random_spaces_and_networks_with_gradients(groups, queries, size, ffn, h
     )  # fmt: skip
     step = queries if unit == "kv_group" else groups
     heads = [step * (i + 1) for i in range(groups * queries // step)]
-    space = ElasticSpace.build(arch, granularity=1, attention_unit=unit, heads=heads, ffn_hidden_size=sorted({1, (ffn + 1) // 2, ffn}))
+    space = ElasticSpace.build(
+        arch, granularity=1, attention_unit=unit, heads=heads, ffn_hidden_size=sorted({1, (ffn + 1) // 2, ffn})
+    )
     net = toy.random_network(arch, space, seed)
     space.check(arch, net)
     tokens, positions = toy.inputs(seed=seed)

@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, iteration_path, load_model, open_checkpoint, write_streaming
+from flextron_mcore.checkpoint.store import (
+    CheckpointInfo,
+    LazyTensor,
+    iteration_path,
+    load_model,
+    open_checkpoint,
+    write_streaming,
+)
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import build_model, use_subnetwork
 from flextron_mcore.sorting.importance import LayerScores, collect, importance

@@ -9,13 +9,20 @@ import pytest
 from flextron_mcore.cli import compose, run_stage
 
 TINY = [
-    "num_layers=2", "hidden_size=32", "num_attention_heads=4", "ffn_hidden_size=64", "max_position_embeddings=32",
-    "micro_batch_size=4", "global_batch_size=8",
-]  # fmt: skip
+    "num_layers=2",
+    "hidden_size=32",
+    "num_attention_heads=4",
+    "ffn_hidden_size=64",
+    "max_position_embeddings=32",
+    "micro_batch_size=4",
+    "global_batch_size=8",
+]
 TRAIN = [
-    "trainer.val_check_interval=4", "trainer.limit_val_batches=2", "model.optim.sched.warmup_steps=2",
+    "trainer.val_check_interval=4",
+    "trainer.limit_val_batches=2",
+    "model.optim.sched.warmup_steps=2",
     "exp_manager.checkpoint_callback_params.every_n_train_steps=3",
-]  # fmt: skip
+]
 
 
 def stage(name: str, *keys: str) -> dict:
@@ -46,11 +53,15 @@ def chain(tmp_path_factory, text) -> Path:
     run = tmp_path_factory.mktemp("run")
     stage("prepare", f"input=[{text}/code,{text}/prose]", "vocab_size=300", "valid_fraction=0.2", f"out={run}/data")
     stage("pretrain", *pretrain_keys(run / "data"), "trainer.max_steps=6", f"out={run}/parent")
+    stage("importance", f"checkpoint={run}/parent", f"data={run}/data", "samples=16", "ablation_batches=1", f"out={run}/sorted")
     stage(
-        "importance", f"checkpoint={run}/parent", f"data={run}/data", "samples=16", "ablation_batches=1", f"out={run}/sorted"
-    )  # fmt: skip
-    stage(
-        "elastic", f"checkpoint={run}/sorted", f"data={run}/data", "model.micro_batch_size=4", "model.global_batch_size=8", *TRAIN,
-        "trainer.max_steps=6", f"out={run}/elastic",
-    )  # fmt: skip
+        "elastic",
+        f"checkpoint={run}/sorted",
+        f"data={run}/data",
+        "model.micro_batch_size=4",
+        "model.global_batch_size=8",
+        *TRAIN,
+        "trainer.max_steps=6",
+        f"out={run}/elastic",
+    )
     return run

@@ -52,7 +52,9 @@ def test_the_trained_chain_exports(chain, tmp_path, uniform):
     info = open_checkpoint(chain / "elastic")
     net = info.space.uniform(info.model, 2, 32) if uniform else toy.random_network(info.model, info.space, 3)
     (tmp_path / "net.json").write_text(net.to_json())
-    figures = stage("export", f"checkpoint={chain}/elastic", f"subnetwork={tmp_path}/net.json", f"out={tmp_path}/out", "verify=true")
+    figures = stage(
+        "export", f"checkpoint={chain}/elastic", f"subnetwork={tmp_path}/net.json", f"out={tmp_path}/out", "verify=true"
+    )
     assert figures["parameters"] == count_parameters(info.model, net) and figures["max_logit_difference"] < 1e-5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
@@ -101,7 +103,14 @@ def test_gpt2_import(tmp_path):
 
 def test_import_with_a_space_that_does_not_fit_writes_nothing(llama, tmp_path):
     with pytest.raises(FlextronError, match="space.ffn_hidden_size: 0.3 x 64 = 19.2 is not a multiple of 2"):
-        stage("import", f"hf={llama}", "space.ffn_hidden_size=[0.3]", "space.granularity=2", "space.heads=[0.5]", f"out={tmp_path}/out")
+        stage(
+            "import",
+            f"hf={llama}",
+            "space.ffn_hidden_size=[0.3]",
+            "space.granularity=2",
+            "space.heads=[0.5]",
+            f"out={tmp_path}/out",
+        )
     with pytest.raises(FlextronError, match="nowhere"):
         stage("import", f"hf={tmp_path}/nowhere", f"out={tmp_path}/out")
     assert list(tmp_path.iterdir()) == []

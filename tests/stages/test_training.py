@@ -24,9 +24,14 @@ def rows(run: Path, event: str) -> list[dict]:
 
 def elastic_keys(chain: Path, out: Path, *more: str) -> list[str]:
     return [
-        f"checkpoint={chain}/sorted", f"data={chain}/data", "model.micro_batch_size=4", "model.global_batch_size=8",
-        *TRAIN, f"out={out}", *more,
-    ]  # fmt: skip
+        f"checkpoint={chain}/sorted",
+        f"data={chain}/data",
+        "model.micro_batch_size=4",
+        "model.global_batch_size=8",
+        *TRAIN,
+        f"out={out}",
+        *more,
+    ]
 
 
 def test_what_a_training_run_writes(chain):
@@ -52,8 +57,13 @@ def run_command(arguments: list[str], **kwargs) -> subprocess.Popen:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
     return subprocess.Popen(
-        [sys.executable, "-m", "flextron_mcore", *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )  # fmt: skip
+        [sys.executable, "-m", "flextron_mcore", *arguments],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
 
 
 def test_kill_and_run_again_is_the_uninterrupted_run(chain, tmp_path):
@@ -138,5 +148,6 @@ def test_synchronous_saves_and_bf16(chain, tmp_path):
 def test_a_diverging_run_stops(chain, tmp_path):
     with pytest.raises(FlextronError, match="training diverged, lower model.optim.lr"):
         stage(
-            "elastic", *elastic_keys(chain, tmp_path / "d", "trainer.max_steps=30", "model.optim.lr=1e30", "model.optim.clip_grad=0.0")
+            "elastic",
+            *elastic_keys(chain, tmp_path / "d", "trainer.max_steps=30", "model.optim.lr=1e30", "model.optim.clip_grad=0.0"),
         )

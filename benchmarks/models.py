@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.layers.attention import SDPACoreAttention
 from flextron_mcore.model import build_model, gpt_model, transformer_config
 from flextron_mcore.runtime.distributed import device
-from flextron_mcore.space import ElasticSpace, LayerChoice
+from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 from flextron_mcore.specs import norm_class
 
 BATCH, LENGTH = 2, 512
-_SIZE = dict(num_layers=4, hidden_size=512, num_attention_heads=16, vocab_size=1024, max_position_embeddings=LENGTH)
+_SIZE = dict(num_layers=2, hidden_size=512, num_attention_heads=16, vocab_size=1024, max_position_embeddings=LENGTH)
 LLAMA = ModelConfig(**_SIZE, ffn_hidden_size=1408)
 LLAMA_GQA = ModelConfig(**_SIZE, ffn_hidden_size=1408, num_query_groups=4)
 GPT2 = ModelConfig(
@@ -32,27 +33,35 @@ def elastic(model: ModelConfig, space: ElasticSpace) -> torch.nn.Module:
     return _wrapped(build_model(model, space))
 
 
-def dense(model: ModelConfig, choice: LayerChoice, fully_stock: bool = False) -> torch.nn.Module:
-    """The stock GPTModel with the widths of `choice`, in Megatron-Core's DDP.
+def dense(model: ModelConfig, net: SubNetwork, fully_stock: bool = False) -> torch.nn.Module:
+    """A GPTModel of Megatron-Core's own layers, each built with its widths in `net`, in Megatron-Core's DDP.
 
-    Its layers are those of Megatron-Core's local spec with the core attention and the norms of the elastic layers, so that only
-    slicing differs; fully_stock leaves these Megatron-Core's own, too.
+    The layers are those of the local spec with the core attention and the norms of the elastic layers, so that only slicing
+    differs; fully_stock leaves these Megatron-Core's own, too.
     """
-    model = replace(
+    configs = [transformer_config(_cut(model, choice)) for choice in net.layers]
+    layer = get_gpt_layer_local_spec(normalization=configs[0].normalization)
+    spec = layer
+    if not fully_stock:
+        norm, parts = norm_class(configs[0].normalization), layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = norm
+        parts.self_attention.submodules.core_attention = SDPACoreAttention
+        spec = TransformerBlockSubmodules(layer_specs=[layer] * model.num_layers, layer_norm=norm)
+    gpt = gpt_model(_cut(model, net.layers[0]), configs[0], spec)
+    for i, config in enumerate(configs):
+        if net.layers[i] != net.layers[0]:
+            gpt.decoder.layers[i] = build_module(layer, config=config, layer_number=i + 1)
+    return _wrapped(gpt.to(device()))
+
+
+def _cut(model: ModelConfig, choice: LayerChoice) -> ModelConfig:
+    """`model` with the widths of `choice` in every layer; the size of a head stays."""
+    return replace(
         model,
         num_attention_heads=choice.num_attention_heads,
         num_query_groups=choice.kv_groups,
         ffn_hidden_size=choice.ffn_hidden_size,
     )
-    config = transformer_config(model)
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    if not fully_stock:
-        norm, layer = norm_class(config.normalization), spec.submodules
-        layer.input_layernorm = layer.pre_mlp_layernorm = norm
-        layer.self_attention.submodules.core_attention = SDPACoreAttention
-        spec = TransformerBlockSubmodules(layer_specs=[spec] * model.num_layers, layer_norm=norm)
-    gpt = gpt_model(model, config, spec)
-    return _wrapped(gpt.to(device()))
 
 
 def _wrapped(model: Any) -> torch.nn.Module:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import torch
+from tqdm import tqdm
 
 from benchmarks import interleaved, print_settings, ratio
 from benchmarks.models import BATCH, GPT2, LENGTH, LLAMA, LLAMA_GQA, dense, elastic, forward_backward, micro_batch
+from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import set_subnetwork
 from flextron_mcore.runtime import distributed
-from flextron_mcore.space import ElasticSpace
+from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.stages.common import print_table
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
-ROUNDS = 9
+ROUNDS = 7
 # name: model, elastic unit of attention, what shrinks
 CASES = {
     "llama": (LLAMA, "kv_group", ("heads + ffn", "ffn")),
@@ -33,33 +35,35 @@ def run() -> None:
         "dense: stock model with the elastic layers' attention kernel and norms; stock: Megatron-Core's local spec unchanged",
     )
     rows = []
-    for name, (model, unit, axes) in CASES.items():
-        space = ElasticSpace.build(model, attention_unit=unit, heads=FRACTIONS, ffn_hidden_size=FRACTIONS)
-        ours, batch = elastic(model, space), micro_batch(model.vocab_size)
-        for axis in axes:
-            for fraction in FRACTIONS:
-                if fraction == 1.0 and axis != axes[0]:
-                    continue
-                heads = space.heads[-1] if axis == "ffn" else round(fraction * space.heads[-1])
-                net = space.uniform(model, heads, round(fraction * model.ffn_hidden_size))
-                set_subnetwork(ours, net)
-                seconds = interleaved(
-                    {
-                        "elastic": forward_backward(ours, batch),
-                        "dense": forward_backward(dense(model, net.layers[0]), batch),
-                        "stock": forward_backward(dense(model, net.layers[0], fully_stock=True), batch, with_mask=True),
-                    },
-                    ROUNDS,
-                )
-                to_dense, to_stock = (ratio(seconds["elastic"], seconds[other]) for other in ("dense", "stock"))
-                milliseconds = [f"{1000 * min(seconds[n]):.0f}" for n in ("elastic", "dense", "stock")]
-                rows.append(
-                    [name, axis, f"{fraction:.0%}", *milliseconds, str(to_dense), f"{to_dense.minima:.3f}", str(to_stock)]
-                )
-                print(*rows[-1], sep="  ", flush=True)
+    with tqdm(total=sum(len(axes) * len(FRACTIONS) for _, _, axes in CASES.values()), desc="slice") as bar:
+        for name, (model, unit, axes) in CASES.items():
+            space = ElasticSpace.build(model, attention_unit=unit, heads=FRACTIONS, ffn_hidden_size=FRACTIONS)
+            ours = elastic(model, space)
+            for axis in axes:
+                for fraction in FRACTIONS:
+                    heads = space.heads[-1] if axis == "ffn" else round(fraction * space.heads[-1])
+                    net = space.uniform(model, heads, round(fraction * model.ffn_hidden_size))
+                    rows.append([name, axis, f"{fraction:.0%}", *_compare(ours, model, net)])
+                    bar.update()
     print_table(
         "slice",
         ["model", "shrunk", "width", "elastic ms", "dense ms", "stock ms", "elastic / dense", "fastest", "elastic / stock"],
         rows,
     )
-    torch.cuda.empty_cache()
+
+
+def _compare(ours: torch.nn.Module, model: ModelConfig, net: SubNetwork) -> list[str]:
+    """The figures of one row."""
+    set_subnetwork(ours, net)
+    batch = micro_batch(model.vocab_size)
+    seconds = interleaved(
+        {
+            "elastic": forward_backward(ours, batch),
+            "dense": forward_backward(dense(model, net), batch),
+            "stock": forward_backward(dense(model, net, fully_stock=True), batch, with_mask=True),
+        },
+        ROUNDS,
+    )
+    to_dense, to_stock = (ratio(seconds["elastic"], seconds[other]) for other in ("dense", "stock"))
+    milliseconds = [f"{1000 * min(times):.0f}" for times in seconds.values()]
+    return [*milliseconds, str(to_dense), f"{to_dense.minima:.3f}", str(to_stock)]

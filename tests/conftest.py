@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,3 +28,21 @@ def process_groups():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(1234)
+
+
+@pytest.fixture
+def make_disk(tmp_path):
+    """make_disk(size) -> the directory of a file system of that size."""
+    disk = tmp_path / "disk"
+
+    def make(size: str):
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+            disk.rmdir()
+            pytest.skip("mounting a small file system needs root")
+        return disk
+
+    yield make
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -153,8 +153,11 @@ def plain_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Turn "no space left", "read-only" and "permission denied", however wrapped, into a FlextronError naming `target`."""
+def disk_errors(target: Path, state: str = "nothing was changed") -> Iterator[None]:
+    """Turn "no space left", "read-only" and "permission denied", however wrapped, into a FlextronError naming `target`.
+
+    state: what the user has now, for the message.
+    """
     try:
         with plain_errors():
             yield
@@ -164,9 +167,7 @@ def disk_errors(target: Path) -> Iterator[None]:
         reason = _disk_error(error)
         if reason is None:
             raise
-        raise FlextronError(
-            f"{target}: cannot be written: {reason}; nothing was changed, free space or choose another out="
-        ) from None
+        raise FlextronError(f"{target}: cannot be written: {reason}; {state}, free space or choose another out=") from None
 
 
 def _disk_error(error: BaseException | None) -> str | None:
@@ -300,7 +301,7 @@ def check_space(directory: Path, need: int) -> None:
     if free < need:
         raise FlextronError(
             f"{directory.parent}: cannot be written: {need / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free; "
-            "nothing was changed, free space or choose another out="
+            "free space or choose another out="
         )
 
 

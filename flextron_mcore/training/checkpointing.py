@@ -28,6 +28,7 @@ from flextron_mcore.model import unwrap
 from flextron_mcore.runtime.compat import save_options
 from flextron_mcore.runtime.distributed import is_main_process
 
+KEPT = "the last whole checkpoint is kept"
 # One key a layer; optimizer state stored so that any layout can read it.
 _METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -47,7 +48,7 @@ class TrainingCheckpointer:
         self.finish()
         target = iteration_path(self.run, info.step)
         aside = target.parent / f".{target.name}.tmp"
-        with disk_errors(target):
+        with disk_errors(target, KEPT):
             if is_main_process():
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
@@ -72,7 +73,7 @@ class TrainingCheckpointer:
 
     def finish(self) -> None:
         """Wait for the background save. Call on all ranks."""
-        with disk_errors(self.run):
+        with disk_errors(self.run, KEPT):
             self.queue.maybe_finalize_async_calls(blocking=True)
 
     def close(self) -> None:
@@ -119,7 +120,7 @@ class TrainingCheckpointer:
 
     def _publish(self, aside: Path, target: Path, info: CheckpointInfo) -> None:
         if is_main_process():
-            with disk_errors(target):
+            with disk_errors(target, KEPT):
                 write_info(aside, info)
                 publish(aside, target)
             for old in list_checkpoints(self.run)[: -self.keep_last]:

@@ -18,14 +18,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from tqdm import tqdm
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, load_model, open_checkpoint
+from flextron_mcore.checkpoint.store import CheckpointInfo, disk_errors, list_checkpoints, load_model, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, batch, check_weights, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean
 from flextron_mcore.model import PRECISIONS, build_model
 from flextron_mcore.runtime.distributed import is_main_process
 from flextron_mcore.space import SubNetwork
-from flextron_mcore.training.checkpointing import TrainingCheckpointer, at_step, remove_unfinished
+from flextron_mcore.training.checkpointing import KEPT, TrainingCheckpointer, at_step, remove_unfinished
 from flextron_mcore.training.step import Batch, Distillation, run_networks
 
 LOG_FILE = "log.jsonl"
@@ -46,7 +46,8 @@ def train(config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phas
     info: the model and space; its `path` holds the weights to start from, None for a fresh initialisation. A run that was
     interrupted continues from its newest whole checkpoint in `out`.
     """
-    return _Run(config, out, info, data, phase).train()
+    with disk_errors(out, KEPT):
+        return _Run(config, out, info, data, phase).train()
 
 
 def check(config: Any, info: CheckpointInfo, data: PreparedData) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -151,3 +153,28 @@ def test_a_diverging_run_stops(chain, tmp_path):
             "elastic",
             *elastic_keys(chain, tmp_path / "d", "trainer.max_steps=30", "model.optim.lr=1e30", "model.optim.clip_grad=0.0"),
         )
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(chain, make_disk):
+    """The disk fills while the second checkpoint is due: one line, the first is whole, and the run continues when there is room."""
+    disk = make_disk("8m")
+    keys = elastic_keys(chain, disk / "run", "trainer.max_steps=6")
+    ballast = disk / "ballast"
+    command = run_command(["elastic", *keys, "exp_manager.checkpoint_callback_params.async_save=false"])
+    deadline = time.monotonic() + 120
+    while command.poll() is None and time.monotonic() < deadline and not list_checkpoints(disk / "run"):
+        time.sleep(0.01)
+    with contextlib.suppress(OSError), ballast.open("wb") as file:
+        while True:
+            file.write(bytes(1 << 12))
+            file.flush()
+    output, _ = command.communicate(timeout=120)
+    last = output.splitlines()[-1]
+    assert command.returncode == 2 and "Traceback" not in output, output
+    assert re.match(r"flextron: error: .*cannot be written: (No space left|.* GiB needed)", last), output
+    assert [p.name for p in (disk / "run" / "checkpoints").iterdir()] == ["iter_0000003"]
+    ballast.unlink()
+    again = run_command(["elastic", *keys])
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0 and "continuing after step 3" in output, output
+    assert [row["step"] for row in rows(disk / "run", "train")] == list(range(1, 7))

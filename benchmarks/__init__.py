@@ -1,4 +1,4 @@
-"""Side-by-side ratios: what elasticity costs. Nothing here asserts on time; `docs/benchmarks.md` holds figures and how they were taken.
+"""Side-by-side ratios: what elasticity costs. Nothing here asserts on time; `docs/benchmarks.md` explains and holds figures.
 
 Compared things run alternately (A B, B A, A B, ...) so that what else happens on the machine meets all of them alike, and every
 round gives one ratio. On the CPU the clock is the processor time of this process, which other processes disturb least.

@@ -26,6 +26,10 @@ LLAMA_GQA = ModelConfig(**_SIZE, ffn_hidden_size=1408, num_query_groups=4)
 GPT2 = ModelConfig(
     **_SIZE, activation="gelu_tanh", normalization="layernorm", position_embedding_type="learned_absolute", bias=True
 )  # fmt: skip
+DESCRIPTION = (
+    f"{LLAMA.num_layers} layers, hidden {LLAMA.hidden_size}, {LLAMA.num_attention_heads} heads, FFN {LLAMA.ffn_hidden_size} (llama) "
+    f"or {GPT2.ffn_hidden_size} (gpt2), vocabulary {LLAMA.vocab_size}; {BATCH} x {LENGTH} tokens, fp32, DDP with main_grad"
+)
 
 
 def elastic(model: ModelConfig, space: ElasticSpace) -> torch.nn.Module:

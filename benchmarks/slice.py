@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import interleaved, print_settings, ratio
-from benchmarks.models import BATCH, GPT2, LENGTH, LLAMA, LLAMA_GQA, dense, elastic, forward_backward, micro_batch
+from benchmarks.models import DESCRIPTION, GPT2, LLAMA, LLAMA_GQA, dense, elastic, forward_backward, micro_batch
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import set_subnetwork
 from flextron_mcore.runtime import distributed
@@ -29,8 +29,7 @@ def run() -> None:
     distributed.initialize()
     print_settings(
         "slice: forward + backward of a uniform sub-network / of a dense Megatron-Core model of its shape",
-        f"{LLAMA.num_layers} layers, hidden {LLAMA.hidden_size}, {LLAMA.num_attention_heads} heads, FFN {LLAMA.ffn_hidden_size} (llama) "
-        f"or {GPT2.ffn_hidden_size} (gpt2), vocabulary {LLAMA.vocab_size}; {BATCH} x {LENGTH} tokens, fp32, DDP with main_grad",
+        DESCRIPTION,
         f"median (quartiles) of {ROUNDS} paired rounds; 'fastest': ratio of the fastest times",
         "dense: stock model with the elastic layers' attention kernel and norms; stock: Megatron-Core's local spec unchanged",
     )

@@ -11,7 +11,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from tqdm import tqdm
 
 from benchmarks import interleaved, print_settings, ratio
-from benchmarks.models import BATCH, GPT2, LENGTH, LLAMA, dense, elastic, forward_backward, micro_batch
+from benchmarks.models import BATCH, DESCRIPTION, GPT2, LENGTH, LLAMA, dense, elastic, forward_backward, micro_batch
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import unwrap
 from flextron_mcore.runtime import distributed
@@ -20,7 +20,7 @@ from flextron_mcore.stages.common import print_table
 from flextron_mcore.training.sampler import draw
 from flextron_mcore.training.step import run_networks
 
-DRAWS, ROUNDS = 2, 7
+DRAWS, ROUNDS = 2, 5
 
 
 def run() -> None:
@@ -28,12 +28,11 @@ def run() -> None:
     distributed.initialize()
     print_settings(
         "step: one elastic step (full model + 3 random sub-networks, Adam) / the dense models' work that it replaces",
-        f"{LLAMA.num_layers} layers, hidden {LLAMA.hidden_size}, {LLAMA.num_attention_heads} heads, FFN {LLAMA.ffn_hidden_size} (llama) "
-        f"or {GPT2.ffn_hidden_size} (gpt2), vocabulary {LLAMA.vocab_size}; {BATCH} x {LENGTH} tokens, fp32",
+        DESCRIPTION,
         f"median (quartiles) of {ROUNDS} paired rounds; 'fastest': ratio of the fastest times",
         "elastic: zero gradients, the micro-batch through 4 networks (run_networks), optimizer step",
-        "dense: the same with a full-size dense model and 1 network, and forward + backward of a dense model of each of the 3 shapes;",
-        "  the optimizer steps once on both sides",
+        "dense: the same step of a full-size dense model, and forward + backward of a dense model of each of the 3 shapes",
+        "  (so zeroing, finalising and the optimizer count once on both sides)",
         "masks: the micro-batch 4 times through the full model, unused neurons and heads multiplied by zero; optimizer step",
     )
     rows = []
@@ -86,10 +85,10 @@ def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor], networks: Sequ
     config.finalize_model_grads_func, config.grad_scale_func = finalize_model_grads, optimizer.scale_loss
 
     def run() -> None:
-        optimizer.step()
         model.zero_grad_buffer()
         optimizer.zero_grad()
         run_networks([model], lambda: iter([batch]), 1, networks, LENGTH, BATCH)
+        optimizer.step()
 
     return run
 
@@ -102,4 +101,5 @@ def _mask(model: torch.nn.Module, net: SubNetwork) -> None:
         heads = torch.zeros(attention.config.num_query_groups, attention.group_size, attention.hidden_size_per_attention_head)
         heads[: choice.kv_groups, : choice.query_heads_per_group] = 1
         layer.mlp.observe = lambda hidden, mask=neurons: hidden * mask
-        attention.linear_proj.observe = lambda hidden, mask=heads.flatten().to(device): hidden * mask
+        heads = heads.flatten().to(device)
+        attention.linear_proj.observe = lambda hidden, mask=heads: hidden * mask

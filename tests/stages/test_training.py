@@ -156,7 +156,7 @@ def test_a_diverging_run_stops(chain, tmp_path):
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(chain, make_disk):
-    """The disk fills while the second checkpoint is due: one line, the first is whole, and the run continues when there is room."""
+    """The disk fills before the second checkpoint: one line, the first is whole, and the run continues when there is room."""
     disk = make_disk("8m")
     keys = elastic_keys(chain, disk / "run", "trainer.max_steps=6")
     ballast = disk / "ballast"

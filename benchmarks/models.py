@@ -27,9 +27,9 @@ GPT2 = ModelConfig(
     **_SIZE, activation="gelu_tanh", normalization="layernorm", position_embedding_type="learned_absolute", bias=True
 )  # fmt: skip
 DESCRIPTION = (
-    f"{LLAMA.num_layers} layers, hidden {LLAMA.hidden_size}, {LLAMA.num_attention_heads} heads, FFN {LLAMA.ffn_hidden_size} (llama) "
-    f"or {GPT2.ffn_hidden_size} (gpt2), vocabulary {LLAMA.vocab_size}; {BATCH} x {LENGTH} tokens, fp32, DDP with main_grad"
-)
+    "{num_layers} layers, hidden {hidden_size}, {num_attention_heads} heads, FFN {ffn_hidden_size} (llama) or {gpt2} (gpt2), "
+    "vocabulary {vocab_size}; {batch} x {length} tokens, fp32, DDP with main_grad"
+).format(**LLAMA.to_dict(), gpt2=GPT2.ffn_hidden_size, batch=BATCH, length=LENGTH)
 
 
 def elastic(model: ModelConfig, space: ElasticSpace) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Import, sorting, importance and export of a 1.1-billion-parameter Llama: peak memory, and time over a plain copy of its bytes."""
+"""Import, sorting, importance and export of a Llama of 1.1 billion parameters: peak memory, and time over a plain copy."""
 
 from __future__ import annotations
 
@@ -33,13 +33,20 @@ HF_CONFIG = {
     "torch_dtype": "bfloat16",
     "vocab_size": 32000,
 }
-# Runs the rest of its arguments as a command, then prints its seconds and its peak resident memory. The command must not be our own
-# child: the kernel starts the peak of a new process from that of the process that it is forked from.
+# As in the command line, without its warnings.
+_IMPORTS = """
+from flextron_mcore.cli import prepare_environment
+prepare_environment()
+import flextron_mcore.training.loop, flextron_mcore.export.hf
+"""
+# Runs the rest of its arguments as a command, then prints what it took. The command must not be our own child: the kernel starts
+# the peak memory of a new process from that of the process that it is forked from.
 _MEASURE = """
 import json, resource, subprocess, sys, time
 begun = time.perf_counter()
 code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
-print(json.dumps([code, time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]))
+seconds, used = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([code, used.ru_maxrss * 1024, seconds, used.ru_utime, used.ru_stime]))
 """
 
 
@@ -47,10 +54,9 @@ def run() -> None:
     """Print peaks and ratios."""
     print_settings(
         "stream: peak resident memory of a stage in a process of its own, and its time / a plain copy of the same bytes",
-        "random Llama in bf16: 22 layers, hidden 2048, 32 heads in 4 KV groups, FFN 5632, vocabulary 32000 (1.10 billion parameters)",
-        "sources are in the page cache (read just before); outputs, and the copies, are synced to the disk; copy: mean of one before "
-        "and one after",
-        "'nothing': a process that only imports what the stages import",
+        "random Llama in bf16: 22 layers, hidden 2048, 32 heads in 4 KV groups, FFN 5632, vocabulary 32000 (1.10 billion",
+        "parameters); sources are in the page cache (read just before); outputs, and the copies, are synced to the disk;",
+        "copy: mean of one before and one after; 'nothing': a process that only imports what the stages import",
     )
     with tempfile.TemporaryDirectory(prefix="flextron-stream-") as name:
         folder = Path(name)
@@ -60,7 +66,7 @@ def run() -> None:
                 f"{folder}: {NEEDED_BYTES / 2**30:.0f} GiB needed, {free / 2**30:.1f} GiB free: set TMPDIR to another disk"
             )
         rows = list(_rows(folder))
-    print_table("stream", ["stage", "peak GiB", "seconds", "copy seconds", "stage / copy"], rows)
+    print_table("stream", ["stage", "peak GiB", "seconds", "user", "system", "copy seconds", "stage / copy"], rows)
 
 
 def _rows(folder: Path):
@@ -69,7 +75,7 @@ def _rows(folder: Path):
     hf, imported, sorted_, data, exported = (folder / name for name in ("hf", "imported", "sorted", "data", "exported"))
     _run([*python, "from benchmarks.stream import write_llama as f; f(__import__('sys').argv[1])", str(hf)])
     _run([*flextron, "prepare", "input=builtin", "vocab_size=1024", f"out={data}"])
-    yield _row("nothing", [*python, "import flextron_mcore.training.loop, flextron_mcore.export.hf"])
+    yield _row("nothing", [*python, _IMPORTS])
     yield _row("import", [*flextron, "import", f"hf={hf}", f"out={imported}"], hf)
     sort = "from benchmarks.stream import sort as f; f(*__import__('sys').argv[1:])"
     yield _row("sorting alone", [*python, sort, str(imported), str(sorted_)], imported)
@@ -87,10 +93,10 @@ def _row(name: str, command: list[str], source: Path | None = None) -> list[str]
     if source:
         _read(source)
     print(f"stream: {name} ...", file=sys.stderr, flush=True)
-    code, seconds, peak = json.loads(_run([sys.executable, "-c", _MEASURE, *command]))
+    code, peak, seconds, *processor = json.loads(_run([sys.executable, "-c", _MEASURE, *command]))
     if code:
         raise FlextronError(f"{name}: failed with exit code {code}")
-    row = [name, f"{peak / 2**30:.2f}", f"{seconds:.1f}"]
+    row = [name, f"{peak / 2**30:.2f}", f"{seconds:.1f}", *(f"{value:.1f}" for value in processor)]
     if source is None:
         return [*row, "-", "-"]
     copies.append(_copy(source))
@@ -164,6 +170,9 @@ def sort(checkpoint: str, out: str) -> None:
     """Sort a checkpoint by random scores."""
     from dataclasses import replace
 
+    from flextron_mcore.cli import prepare_environment
+
+    prepare_environment()
     import torch
 
     from flextron_mcore.checkpoint.store import open_checkpoint, write_streaming

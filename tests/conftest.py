@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +29,20 @@ def process_groups():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """Two domains of real text: parts of this package's sources."""
+    folder = tmp_path_factory.mktemp("text")
+    root = Path(__file__).resolve().parents[1]
+    (folder / "code").mkdir()
+    for i, source in enumerate(sorted((root / "flextron_mcore" / "training").glob("*.py"))):
+        (folder / "code" / f"{i}.py").write_text(source.read_text())
+    (folder / "prose").mkdir()
+    for i, source in enumerate(sorted((root / "flextron_mcore" / "checkpoint").glob("*.py"))):
+        (folder / "prose" / f"{i}.txt").write_text(source.read_text())
+    return folder
 
 
 @pytest.fixture

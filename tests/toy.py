@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, iteration_path, write_streaming
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import build_model
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
@@ -45,3 +48,22 @@ def random_network(arch: ModelConfig, space: ElasticSpace, seed: int) -> SubNetw
         space.layer_choice(arch, pick(space.heads), pick(space.ffn_hidden_size)) for _ in range(arch.num_layers)
     )
     return SubNetwork(arch.hidden_size, layers)
+
+
+def memory_names(model) -> dict[str, torch.Tensor]:
+    """{name on disk: tensor in memory}: norms are stored with the linear layer that follows them."""
+    renamed = {}
+    for name, tensor in model.state_dict().items():
+        if tensor is not None:
+            name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+            renamed[name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")] = tensor
+    return renamed
+
+
+def write(model, info: CheckpointInfo, run: Path) -> Path:
+    """The model as the checkpoint RUN/checkpoints/iter_*, streamed; its directory."""
+    tensors = {k: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for k, t in memory_names(model).items()}
+    folder = iteration_path(run, info.step)
+    folder.mkdir(parents=True)
+    write_streaming(folder, info, tensors)
+    return folder

@@ -319,7 +319,11 @@ def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
     for key, value in gpt.sharded_state_dict(metadata={"non_homogeneous_layers": True}).items():
         layer = re.match(r"decoder\.layers\.\d+\.", key)
         groups.setdefault(layer[0] if layer else key, {})[key] = value
-    for group in groups.values():
+    # Every load is collective: ranks that hold other layers (pipeline stages) take part with nothing to load.
+    names: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(names, list(groups))
+    for name in dict.fromkeys(name for rank in names for name in rank):
+        group = groups.get(name, {})
         wanted = list(group)
         try:
             with plain_errors():

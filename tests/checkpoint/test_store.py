@@ -12,13 +12,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from flextron_mcore.checkpoint.store import (
     CheckpointInfo,
-    LazyTensor,
     TensorReader,
-    iteration_path,
     load_model,
     open_checkpoint,
     write_aside,
-    write_streaming,
 )
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import build_model, gpt_model, transformer_config
@@ -39,22 +36,9 @@ def case(name):
     return arch, space, toy.model(arch, space)
 
 
-def memory_names(model) -> dict[str, torch.Tensor]:
-    """{name on disk: tensor in memory}: norms are stored with the linear layer that follows them."""
-    renamed = {}
-    for name, tensor in model.state_dict().items():
-        if tensor is not None:
-            name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
-            renamed[name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")] = tensor
-    return renamed
-
-
 def stream(model, info: CheckpointInfo, run: Path) -> CheckpointInfo:
-    tensors = {k: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for k, t in memory_names(model).items()}
     with write_aside(run) as aside:
-        folder = iteration_path(aside, info.step)
-        folder.mkdir(parents=True)
-        write_streaming(folder, info, tensors)
+        toy.write(model, info, aside)
     return open_checkpoint(run)
 
 
@@ -78,7 +62,7 @@ def test_reader_and_loading(name, tmp_path):
     arch, space, model = case(name)
     info = stream(model, CheckpointInfo(arch, space, step=7, sorted=True), tmp_path / "run")
     assert (info.model, info.space, info.step, info.sorted) == (arch, space, 7, True)
-    reader, expected = TensorReader(info), memory_names(model)
+    reader, expected = TensorReader(info), toy.memory_names(model)
     assert set(reader.keys()) == expected.keys()
     for key, tensor in expected.items():
         assert reader.shape(key) == tuple(tensor.shape) and torch.equal(reader.read(key), tensor)

@@ -9,7 +9,6 @@ import torch
 
 from flextron_mcore.checkpoint.store import (
     CheckpointInfo,
-    LazyTensor,
     iteration_path,
     load_model,
     open_checkpoint,
@@ -21,7 +20,6 @@ from flextron_mcore.sorting.importance import LayerScores, collect, importance
 from flextron_mcore.sorting.permutation import order, sorted_tensors
 from flextron_mcore.space import ElasticSpace
 from tests import toy
-from tests.checkpoint.test_store import memory_names
 
 CASES = {
     "llama mha": (toy.LLAMA, 4, "kv_group"),
@@ -112,10 +110,7 @@ def test_scoring_leaves_the_model_as_it_was():
 def sort(arch, space, model, scores, tmp_path, new_space=None):
     """Write, sort from disk to disk, load."""
     info = CheckpointInfo(arch, space)
-    first = iteration_path(tmp_path / "first", 0)
-    first.mkdir(parents=True)
-    write_streaming(first, info, {k: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for k, t in memory_names(model).items()})
-    info = open_checkpoint(first)
+    info = open_checkpoint(toy.write(model, info, tmp_path / "first"))
     space = new_space or space
     second = iteration_path(tmp_path / "second", 0)
     second.mkdir(parents=True)

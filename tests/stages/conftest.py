@@ -34,20 +34,6 @@ def pretrain_keys(data: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory) -> Path:
-    """Two domains of real text: this package's own sources, and its documentation strings' vocabulary of Markdown."""
-    folder = tmp_path_factory.mktemp("text")
-    root = Path(__file__).resolve().parents[2]
-    (folder / "code").mkdir()
-    for i, source in enumerate(sorted((root / "flextron_mcore" / "training").glob("*.py"))):
-        (folder / "code" / f"{i}.py").write_text(source.read_text())
-    (folder / "prose").mkdir()
-    for i, source in enumerate(sorted((root / "flextron_mcore" / "checkpoint").glob("*.py"))):
-        (folder / "prose" / f"{i}.txt").write_text(source.read_text())
-    return folder
-
-
-@pytest.fixture(scope="session")
 def chain(tmp_path_factory, text) -> Path:
     """RUN with data, parent, sorted and elastic stages."""
     run = tmp_path_factory.mktemp("run")

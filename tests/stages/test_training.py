@@ -178,3 +178,22 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(chain, make_dis
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and "continuing after step 3" in output, output
     assert [row["step"] for row in rows(disk / "run", "train")] == list(range(1, 7))
+
+
+def test_dropout_continues_exactly_too(chain, tmp_path):
+    """The random state is part of a checkpoint: a GPT-2 with dropout, continued from its middle."""
+    import shutil
+
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=32, resid_pdrop=0.2, attn_pdrop=0.2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
+    stage("import", f"hf={tmp_path}/hf", f"out={tmp_path}/imported")
+    keys = [f"checkpoint={tmp_path}/imported", *elastic_keys(chain, tmp_path / "run", "trainer.max_steps=6")[1:]]
+    stage("elastic", *keys)
+    whole = rows(tmp_path / "run", "train")
+    (tmp_path / "run" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "iter_0000006")
+    stage("elastic", *keys)
+    strip = lambda row: {k: v for k, v in row.items() if k != "tokens_per_second"}  # noqa: E731
+    assert [strip(row) for row in rows(tmp_path / "run", "train")] == [strip(row) for row in whole]

@@ -122,7 +122,10 @@ def write_aside(target: Path) -> Iterator[Path]:
     aside = target.parent / f".{target.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     with disk_errors(target):
-        aside.mkdir(parents=True)
+        try:
+            aside.mkdir(parents=True)
+        except OSError as error:
+            raise FlextronError(f"{target}: cannot be written: {error.strerror}") from None
         try:
             yield aside
             publish(aside, target)

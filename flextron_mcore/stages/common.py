@@ -51,11 +51,17 @@ def new_output(config: DictConfig) -> Iterator[Path]:
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raise FlextronError when `out` is there already and may not be replaced, or is a file."""
+    """Raise FlextronError when `out` is there already and may not be replaced, or is a file.
+
+    overwrite replaces what a stage wrote, never another directory.
+    """
     if out.is_file():
         raise FlextronError(f"out={out}: is a file, not a directory")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise FlextronError(f"out={out}: exists already; choose another, or replace it with overwrite=true")
+    if out.exists() and any(out.iterdir()):
+        if not (out / CONFIG_FILE).is_file():
+            raise FlextronError(f"out={out}: exists already and was not written by flextron; choose another")
+        if not overwrite:
+            raise FlextronError(f"out={out}: exists already; choose another, or replace it with overwrite=true")
 
 
 def make_parent(out: Path) -> None:
@@ -73,6 +79,7 @@ def resumable_output(config: DictConfig) -> Path:
     """
     out = Path(config.out)
     if config.overwrite and out.is_dir():
+        check_output(out, overwrite=True)
         shutil.rmtree(out)
     if not (out / CONFIG_FILE).is_file():
         check_output(out, overwrite=False)

@@ -127,6 +127,10 @@ def test_an_existing_out_is_never_written_over(chain, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(FlextronError, match="exists already"):
         stage("elastic", *elastic_keys(chain, tmp_path / "mine", "trainer.max_steps=2"))
+    with pytest.raises(FlextronError, match="was not written by flextron; choose another"):
+        stage("elastic", *elastic_keys(chain, tmp_path / "mine", "trainer.max_steps=2", "overwrite=true"))
+    with pytest.raises(FlextronError, match="was not written by flextron; choose another"):
+        stage("evaluate", f"checkpoint={chain}/elastic", f"data={chain}/data", f"out={tmp_path}/mine", "overwrite=true")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(FlextronError, match="holds a run with trainer.max_steps=6, not 7"):
         stage("elastic", *elastic_keys(chain, chain / "elastic", "trainer.max_steps=7"))

@@ -1,0 +1,46 @@
+"""The CPU runtime: device names mean the CPU, random streams are kept apart, nothing that is computed changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core import tensor_parallel
+
+from flextron_mcore.runtime import cpu
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runtime does nothing where CUDA is present")
+
+
+def test_cuda_names_the_cpu():
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.ones(1).to("cuda").cuda().device.type == "cpu"
+    assert torch.empty(1, device=torch.cuda.current_device()).device.type == "cpu"
+    assert torch.zeros(3, device="meta").device.type == "meta"
+    with torch.device("meta"):
+        assert torch.ones(2).device.type == "meta"
+
+
+def test_enabling_again_changes_nothing():
+    before = torch.zeros, torch.Tensor.to
+    cpu.enable()
+    assert before == (torch.zeros, torch.Tensor.to)
+
+
+def test_type_strings_are_cuda_for_megatrons_optimizers_only():
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    caller = {"__name__": "megatron.core.optimizer.optimizer", "torch": torch}
+    assert eval("torch.zeros(1).type()", caller) == "torch.cuda.FloatTensor"
+
+
+def test_random_streams_are_kept_apart():
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    with tracker.fork():
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    with tracker.fork():
+        assert not torch.equal(torch.rand(3), first)
+    with pytest.raises(RuntimeError, match="random state other was not added"), tracker.fork("other"):
+        pass

@@ -17,10 +17,14 @@ def main() -> None:
         if name not in BENCHMARKS:
             sys.exit(f"unknown benchmark '{name}': use any of {', '.join(BENCHMARKS)}")
     from flextron_mcore.cli import prepare_environment
+    from flextron_mcore.config import FlextronError
 
     prepare_environment()
-    for name in names:
-        importlib.import_module(f"benchmarks.{name}").run()
+    try:
+        for name in names:
+            importlib.import_module(f"benchmarks.{name}").run()
+    except FlextronError as error:
+        sys.exit(f"benchmarks: {error}")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def run() -> None:
     print_settings(
         "stream: peak resident memory of a stage in a process of its own, and its time / a plain copy of the same bytes",
         "random Llama in bf16: 22 layers, hidden 2048, 32 heads in 4 KV groups, FFN 5632, vocabulary 32000 (1.10 billion",
-        "parameters); sources are in the page cache (read just before); outputs, and the copies, are synced to the disk;",
-        "copy: mean of one before and one after; 'nothing': a process that only imports what the stages import",
+        "parameters); sources are in the page cache (read just before); checkpoints and copies are synced to the disk, the",
+        "export is not; copy: mean of one before and one after; 'nothing': a process that only imports what the stages import",
     )
     with tempfile.TemporaryDirectory(prefix="flextron-stream-") as name:
         folder = Path(name)

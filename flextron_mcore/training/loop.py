@@ -62,6 +62,9 @@ def check(config: Any, info: CheckpointInfo, data: PreparedData) -> int:
             f"model.global_batch_size={options.global_batch_size} is not a multiple of model.micro_batch_size="
             f"{options.micro_batch_size} x {ranks} data-parallel rank(s)"
         )
+    if options.recompute_granularity == "full" and options.pipeline_model_parallel_size > 1:
+        # Recomputation in the backward pass reads the choice again, when another micro-batch's may be set.
+        raise FlextronError("model.recompute_granularity=full with model.pipeline_model_parallel_size > 1 is not implemented yet")
     check_weights(data, config.data_weights)
     if trainer.max_steps < 1:
         raise FlextronError(f"trainer.max_steps={trainer.max_steps} must be at least 1")

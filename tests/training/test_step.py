@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-from flextron_mcore.model import use_subnetwork
+from flextron_mcore.model import build_model, use_subnetwork
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.step import Distillation, run_networks
 from tests import toy
@@ -103,3 +103,15 @@ def test_distillation_teaches_the_subnetworks_and_not_the_full_model():
     run_networks([ddp := wrapped(model)], lambda: iter(batches()), 2, networks, toy.LENGTH, 2, teach=teach)
     for p, q in zip(reference.parameters(), ddp.module.parameters(), strict=True):
         torch.testing.assert_close(q.main_grad, p.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_full_recomputation_changes_nothing():
+    arch, space, networks = case(toy.LLAMA, "kv_group")
+    gradients = []
+    for recompute in ({}, dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)):
+        torch.manual_seed(3)
+        model = build_model(arch, space, **recompute).train()
+        total = run_networks([ddp := wrapped(model)], lambda: iter(batches()), 2, networks, toy.LENGTH, 2)
+        gradients.append([total, *(p.main_grad.clone() for p in ddp.module.parameters())])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7, check_dtype=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -195,6 +196,12 @@ class _Run:
                     self.checkpointer.save(at_step(self.info, step, dtype=self.trainer.precision))
                 self.checkpointer.poll()
             self.checkpointer.close()
+        except BaseException:
+            if torch.distributed.get_world_size() == 1:
+                # The save in flight becomes whole; left alone, its results would be taken for those of the next one.
+                with contextlib.suppress(Exception):
+                    self.checkpointer.close()
+            raise
         finally:
             log.close()
         seconds = time.perf_counter() - started

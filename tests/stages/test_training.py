@@ -151,6 +151,25 @@ def test_synchronous_saves_and_bf16(chain, tmp_path):
     assert open_checkpoint(tmp_path / "b").dtype == "bf16"
 
 
+def test_a_run_that_fails_publishes_the_save_in_flight(chain, tmp_path, monkeypatch):
+    from flextron_mcore.training.loop import _Run
+
+    step = _Run._step
+
+    def fail_in_the_fourth(self, number, log):
+        if number == 3:
+            raise RuntimeError("wires crossed")
+        step(self, number, log)
+
+    monkeypatch.setattr(_Run, "_step", fail_in_the_fourth)
+    with pytest.raises(RuntimeError, match="wires crossed"):
+        stage("elastic", *elastic_keys(chain, tmp_path / "f", "trainer.max_steps=6"))
+    assert [p.name for p in list_checkpoints(tmp_path / "f")] == ["iter_0000003"]
+    monkeypatch.undo()
+    stage("elastic", *elastic_keys(chain, tmp_path / "f", "trainer.max_steps=6"))
+    assert [row["step"] for row in rows(tmp_path / "f", "train")] == list(range(1, 7))
+
+
 def test_a_diverging_run_stops(chain, tmp_path):
     with pytest.raises(FlextronError, match="training diverged, lower model.optim.lr"):
         stage(

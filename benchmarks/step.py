@@ -14,11 +14,11 @@ from benchmarks import interleaved, print_settings, ratio
 from benchmarks.models import BATCH, DESCRIPTION, GPT2, LENGTH, LLAMA, dense, elastic, forward_backward, micro_batch
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import unwrap
+from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.runtime import distributed
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.stages.common import print_table
 from flextron_mcore.training.sampler import draw
-from flextron_mcore.training.step import run_networks
 
 DRAWS, ROUNDS = 2, 5
 

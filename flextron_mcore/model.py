@@ -102,6 +102,18 @@ def build_model(
     return gpt.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else gpt
 
 
+def build_chunks(
+    model: ModelConfig, space: ElasticSpace, options: Mapping[str, Any], precision: str = "fp32", **overrides: Any
+) -> list[GPTModel]:
+    """This rank's virtual pipeline stages, usually one."""
+    stages = options.get("virtual_pipeline_model_parallel_size")
+    if not stages:
+        return [build_model(model, space, options, precision, **overrides)]
+    # With two pipeline ranks the batched sends of the interleaved schedule cross on gloo.
+    overrides = {"overlap_p2p_comm": True, "batch_p2p_comm": False, **overrides}
+    return [build_model(model, space, options, precision, stage, **overrides) for stage in range(stages)]
+
+
 def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage: int | None = None) -> GPTModel:
     """A GPTModel of `model` from any layer or block spec."""
     linear_factor = None

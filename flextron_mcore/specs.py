@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -14,6 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.attention import ElasticOutputProjection, ElasticSelfAttention, SDPACoreAttention
+from flextron_mcore.layers.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
 from flextron_mcore.layers.mlp import ElasticMLP
 from flextron_mcore.layers.norm import LayerNorm, RMSNorm
 from flextron_mcore.space import ElasticSpace
@@ -36,7 +36,7 @@ def elastic_gpt_layer_spec(space: ElasticSpace, normalization: str = "RMSNorm", 
                 module=ElasticSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal, "space": space},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=ElasticColumnParallelLinear,
                     core_attention=SDPACoreAttention,
                     linear_proj=ElasticOutputProjection,
                 ),
@@ -46,7 +46,7 @@ def elastic_gpt_layer_spec(space: ElasticSpace, normalization: str = "RMSNorm", 
             mlp=ModuleSpec(
                 module=ElasticMLP,
                 params={"space": space},
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=ElasticColumnParallelLinear, linear_fc2=ElasticRowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
             # Stock names on disk: the norms' parameters are stored with the linear layer that follows them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.space import ElasticSpace, SubNetwork
-from flextron_mcore.training.sampler import draw
 
 
 def uniform_family(model: ModelConfig, space: ElasticSpace) -> dict[str, SubNetwork]:
@@ -18,13 +17,6 @@ def uniform_family(model: ModelConfig, space: ElasticSpace) -> dict[str, SubNetw
         full = (heads, width) == (model.num_attention_heads, model.ffn_hidden_size)
         family["full" if full else name] = space.uniform(model, heads, width)
     return family
-
-
-def random_family(
-    model: ModelConfig, space: ElasticSpace, seed: int, step: int, count: int, mode: str = "flextron"
-) -> dict[str, SubNetwork]:
-    """`count` random sub-networks, "random 1" and so on, independent of those that training draws."""
-    return {f"random {i + 1}": net for i, net in enumerate(draw(model, space, seed, step, count, mode, stream=1))}
 
 
 def _percent(size: int, full: int) -> str:

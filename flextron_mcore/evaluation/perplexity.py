@@ -9,8 +9,8 @@ import torch
 from megatron.core import parallel_state
 
 from flextron_mcore.data.blend import batch
+from flextron_mcore.pipeline.networks import Batch, run_networks
 from flextron_mcore.space import SubNetwork
-from flextron_mcore.training.step import Batch, run_networks
 
 
 def evaluate(

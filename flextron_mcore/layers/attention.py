@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from flextron_mcore.checkpoint.sharding import ATTENTION_AXES, deal
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.linear import Selection, column_product, row_product, take
+from flextron_mcore.layers.linear import ElasticRowParallelLinear, Selection
 from flextron_mcore.space import ElasticSpace, LayerChoice
 
 
@@ -38,7 +38,7 @@ class ElasticSelfAttention(SelfAttention):
             )
         self.space = space
         self.choice: LayerChoice | None = None
-        self.linear_proj.take_heads = self.take_proj
+        self.linear_proj.part = self.part_of_projection
 
     @property
     def group_size(self) -> int:
@@ -71,9 +71,8 @@ class ElasticSelfAttention(SelfAttention):
         else:  # the first query heads, then key and value
             indices = ((slice(groups), slice(queries)), (slice(groups), slice(self.group_size, None)))
         rows = groups * (queries + 2) * size
-        weight_dC = take(layer.weight, Selection((*full, channels), indices, (rows, channels), dim=1))
-        bias_d = take(layer.bias, Selection(full, indices, (rows,), dim=1))
-        mixed = column_product(layer, hidden_states, weight_dC, bias_d)
+        weight = Selection((*full, channels), indices, (rows, channels), dim=1)
+        (mixed,) = layer(hidden_states, (weight, Selection(full, indices, (rows,), dim=1)))
         mixed = mixed.view(*mixed.shape[:2], groups, (queries + 2) * size)
         query, key, value = mixed.split([queries * size, size, size], dim=3)
         query = query.reshape(*query.shape[:2], groups * queries, size)
@@ -83,13 +82,12 @@ class ElasticSelfAttention(SelfAttention):
             key = self.k_layernorm(key)
         return query, key, value
 
-    def take_proj(self, weight: torch.Tensor) -> torch.Tensor:
+    def part_of_projection(self) -> Selection:
         """The columns of the output projection that belong to the heads in use."""
         (groups, queries), size = self.heads, self.hidden_size_per_attention_head
-        rows = weight.shape[0]
+        rows = self.linear_proj.weight.shape[0]
         shape = (rows, self.num_query_groups_per_partition, self.group_size, size)
-        index = (slice(None), slice(groups), slice(queries))
-        return take(weight, Selection(shape, (index,), (rows, groups * queries * size)))
+        return Selection(shape, ((slice(None), slice(groups), slice(queries)),), (rows, groups * queries * size))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         """Vanilla keys and shapes; KV groups in dealt order where they are the elastic unit (checkpoint/sharding.py)."""
@@ -103,13 +101,12 @@ class ElasticSelfAttention(SelfAttention):
         return sharded
 
 
-class ElasticOutputProjection(tensor_parallel.RowParallelLinear):
-    """The output projection of ElasticSelfAttention, which owns the choice of heads and sets `take_heads`."""
+class ElasticOutputProjection(ElasticRowParallelLinear):
+    """The output projection of ElasticSelfAttention, which owns the choice of heads and sets `part`."""
 
-    def forward(self, input_: torch.Tensor):
+    def forward(self, input_: torch.Tensor):  # type: ignore[override]
         """[S, B, g*q*H] -> ([S, B, C], bias or None)."""
-        input_ = self.observe(input_)
-        return row_product(self, input_, self.take_heads(self.weight)), self.bias
+        return super().forward(self.observe(input_), self.part())
 
     def observe(self, heads_SBd: torch.Tensor) -> torch.Tensor:
         """The heads' outputs. Importance scoring and the masked oracle of the tests replace this on an instance."""

@@ -91,34 +91,46 @@ def take_all(weight: torch.Tensor | None, *selections: Selection) -> tuple[torch
     return (None,) * len(selections) if weight is None else _Take.apply(weight, *selections)
 
 
-def column_input(layer: ColumnParallelLinear, x_SBC: torch.Tensor) -> torch.Tensor:
-    """The input of several column-parallel products, gathered or marked for the gradient's all-reduce once."""
-    if layer.sequence_parallel:
-        return gather_from_sequence_parallel_region(x_SBC, tensor_parallel_output_grad=True, group=layer.tp_group)
-    return copy_to_tensor_model_parallel_region(x_SBC, group=layer.tp_group)
+class ElasticColumnParallelLinear(ColumnParallelLinear):
+    """Megatron-Core's column-parallel layer, multiplying with parts of its weight.
+
+    The parts are arguments of forward: Megatron-Core's DDP waits for gathered parameters in a module's forward pre-hook, so a
+    weight must be used inside the forward pass of the module that owns it.
+    """
+
+    def forward(self, input_: torch.Tensor, *parts: tuple[Selection, Selection]) -> list[torch.Tensor]:  # type: ignore[override]
+        """x @ weight.T + bias for each of `parts` (selections of weight and bias): [S, B, C] -> [S, B, d], split over ranks."""
+        weights = take_all(self.weight, *(weight for weight, _ in parts))
+        biases = take_all(self.bias, *(bias for _, bias in parts))
+        if len(parts) == 1:
+            return [_product(input_, weights[0], biases[0], self, self.allreduce_dgrad, self.sequence_parallel)]
+        # Gathered, or marked for the gradient's all-reduce, once for all products.
+        if self.sequence_parallel:
+            x_SBC = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            x_SBC = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        return [_product(x_SBC, weight, bias, self) for weight, bias in zip(weights, biases, strict=True)]
 
 
-def local_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: torch.nn.Module) -> torch.Tensor:
-    """x @ weight.T + bias on this rank alone."""
-    return _product(x, weight, bias, layer, allreduce_dgrad=False, sequence_parallel=False)
+class ElasticRowParallelLinear(RowParallelLinear):
+    """Megatron-Core's row-parallel layer, multiplying with a part of its weight."""
+
+    def forward(self, input_: torch.Tensor, part: Selection) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
+        """[S, B, d] -> ([S, B, C] summed, and with sequence parallelism scattered, over tensor-parallel ranks; bias or None)."""
+        out_SBC = _product(input_, take(self.weight, part), None, self)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(out_SBC, group=self.tp_group), self.bias
+        return reduce_from_tensor_model_parallel_region(out_SBC, group=self.tp_group), self.bias
 
 
-def column_product(
-    layer: ColumnParallelLinear, x_SBC: torch.Tensor, weight_dC: torch.Tensor, bias_d: torch.Tensor | None
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    layer: torch.nn.Module,
+    allreduce_dgrad: bool = False,
+    sequence_parallel: bool = False,
 ) -> torch.Tensor:
-    """x @ weight.T + bias with the communication of `layer`; the result stays split over tensor-parallel ranks."""
-    return _product(x_SBC, weight_dC, bias_d, layer, layer.allreduce_dgrad, layer.sequence_parallel)
-
-
-def row_product(layer: RowParallelLinear, x_SBd: torch.Tensor, weight_Cd: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T, summed (and with sequence parallelism scattered) over tensor-parallel ranks. Bias is left to the caller."""
-    out_SBC = local_product(x_SBd, weight_Cd, None, layer)
-    if layer.sequence_parallel:
-        return reduce_scatter_to_sequence_parallel_region(out_SBC, group=layer.tp_group)
-    return reduce_from_tensor_model_parallel_region(out_SBC, group=layer.tp_group)
-
-
-def _product(x, weight, bias, layer, allreduce_dgrad: bool, sequence_parallel: bool) -> torch.Tensor:
     function = linear_with_grad_accumulation_and_async_allreduce if weight.requires_grad else linear_with_frozen_weight
     return function(
         input=x,

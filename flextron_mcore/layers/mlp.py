@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.mlp import MLP
 
 from flextron_mcore.checkpoint.sharding import MLP_AXES, deal
-from flextron_mcore.layers.linear import Selection, column_input, column_product, local_product, row_product, take, take_all
+from flextron_mcore.layers.linear import Selection
 from flextron_mcore.space import ElasticSpace, LayerChoice
 
 
@@ -38,28 +38,21 @@ class ElasticMLP(MLP):
 
     def forward(self, hidden_states: torch.Tensor, per_token_scale=None, **kwargs: Any):
         """[S, B, C] -> ([S, B, C], bias or None), the bias being added by the layer's bias-dropout-add."""
-        x_SBC, activation = hidden_states, self.config.activation_func
-        channels = x_SBC.shape[-1]
+        activation, fc2 = self.config.activation_func, self.linear_fc2
+        channels, out_channels = hidden_states.shape[-1], fc2.weight.shape[0]
         full, width = self.config.ffn_hidden_size // self.tensor_parallel_size, self.width
-        fc1, fc2 = self.linear_fc1, self.linear_fc2
-        if self.config.gated_linear_unit:
-            # Two products on two views: the gate's and the up projection's prefixes do not lie together in fc1's weight.
-            x_SBC = column_input(fc1, x_SBC)
-            weights = [Selection((2, full, channels), ((slice(i, i + 1), slice(width)),), (width, channels)) for i in range(2)]
-            biases = [Selection((2, full), ((slice(i, i + 1), slice(width)),), (width,)) for i in range(2)]
-            gate_SBf, up_SBf = (
-                local_product(x_SBC, weight_fC, bias_f, fc1)
-                for weight_fC, bias_f in zip(take_all(fc1.weight, *weights), take_all(fc1.bias, *biases), strict=True)
-            )
-            hidden_SBf = activation(gate_SBf) * up_SBf
-        else:
-            weight_fC = take(fc1.weight, Selection((full, channels), ((slice(width),),), (width, channels)))
-            bias_f = take(fc1.bias, Selection((full,), ((slice(width),),), (width,)))
-            hidden_SBf = activation(column_product(fc1, x_SBC, weight_fC, bias_f))
+        blocks = 2 if self.config.gated_linear_unit else 1
+        parts = []
+        for i in range(blocks):  # gate and up: their prefixes do not lie together in fc1's weight
+            index = (slice(i, i + 1), slice(width))
+            weight = Selection((blocks, full, channels), (index,), (width, channels))
+            parts.append((weight, Selection((blocks, full), (index,), (width,))))
+        products = self.linear_fc1(hidden_states, *parts)
+        hidden_SBf = activation(products[0])
+        if blocks == 2:
+            hidden_SBf = hidden_SBf * products[1]
         hidden_SBf = self.observe(hidden_SBf)
-        out_channels = fc2.weight.shape[0]
-        weight_Cf = take(fc2.weight, Selection((out_channels, full), ((slice(None), slice(width)),), (out_channels, width)))
-        return row_product(fc2, hidden_SBf, weight_Cf), fc2.bias
+        return fc2(hidden_SBf, Selection((out_channels, full), ((slice(None), slice(width)),), (out_channels, width)))
 
     def observe(self, hidden_SBf: torch.Tensor) -> torch.Tensor:
         """What enters fc2. Importance scoring and the masked oracle of the tests replace this on an instance."""

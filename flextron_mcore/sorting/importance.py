@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import unwrap
+from flextron_mcore.pipeline.networks import Batch, run_networks
 from flextron_mcore.runtime.distributed import device
-from flextron_mcore.training.step import Batch, run_networks
 
 SCORES = ("activation", "activation_weight")
 

@@ -17,11 +17,11 @@ def run(config: DictConfig) -> dict[str, Any]:
     start(config)
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.data.blend import open_data
-    from flextron_mcore.evaluation.family import random_family, uniform_family
+    from flextron_mcore.evaluation.family import uniform_family
+    from flextron_mcore.pipeline.networks import Distillation
     from flextron_mcore.runtime.distributed import is_main_process
     from flextron_mcore.training.loop import Phase, check, train
-    from flextron_mcore.training.sampler import draw
-    from flextron_mcore.training.step import Distillation
+    from flextron_mcore.training.sampler import draw, random_family
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)

@@ -8,7 +8,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.config import FlextronError
 from flextron_mcore.stages.common import new_output, print_table, start, write_metrics
 
 
@@ -96,20 +95,20 @@ def loaded_model(config: DictConfig, info: Any) -> list[Any]:
     from megatron.core.transformer.module import Float16Module
 
     from flextron_mcore.checkpoint.store import load_model
-    from flextron_mcore.model import PRECISIONS, build_model
+    from flextron_mcore.model import PRECISIONS, build_chunks
 
     precision = config.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
-    if config.model.virtual_pipeline_model_parallel_size:
-        raise FlextronError(f"{config.stage}: model.virtual_pipeline_model_parallel_size is for training only")
-    gpt = build_model(info.model, info.space, config.model, precision, initialize=False)
-    load_model(gpt, info)
-    return [(Float16Module(gpt.config, gpt) if precision == "bf16" else gpt).eval()]
+    chunks = build_chunks(info.model, info.space, config.model, precision, initialize=False)
+    for gpt in chunks:
+        load_model(gpt, info)
+    return [(Float16Module(gpt.config, gpt) if precision == "bf16" else gpt).eval() for gpt in chunks]
 
 
 def _networks(config: DictConfig, info: Any) -> dict[str, Any]:
     """{name: SubNetwork} that the configuration asks for."""
-    from flextron_mcore.evaluation.family import random_family, uniform_family
+    from flextron_mcore.evaluation.family import uniform_family
     from flextron_mcore.space import SubNetwork
+    from flextron_mcore.training.sampler import random_family
 
     if config.subnetwork is None:
         networks = uniform_family(info.model, info.space)

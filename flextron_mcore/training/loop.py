@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,19 +15,17 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
-from tqdm import tqdm
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, disk_errors, list_checkpoints, load_model, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, batch, check_weights, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean
-from flextron_mcore.model import PRECISIONS, build_model
+from flextron_mcore.model import PRECISIONS, build_chunks
+from flextron_mcore.pipeline.networks import Batch, Distillation, run_networks
 from flextron_mcore.runtime.distributed import is_main_process
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.checkpointing import KEPT, TrainingCheckpointer, at_step, remove_unfinished
-from flextron_mcore.training.step import Batch, Distillation, run_networks
-
-LOG_FILE = "log.jsonl"
+from flextron_mcore.training.log import Log
 
 
 @dataclass
@@ -112,15 +108,9 @@ class _Run:
     def _build(self) -> tuple[list[torch.nn.Module], Any, Any]:
         """DDP-wrapped chunks, optimizer, scheduler."""
         options, precision = self.options, self.trainer.precision
-        stages = options.virtual_pipeline_model_parallel_size
-        extra: dict[str, Any] = {}
-        if stages:
-            # With two pipeline ranks the batched sends of the interleaved schedule cross on gloo.
-            extra = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+        fresh = self.info.path is None
         chunks = []
-        for stage in range(stages) if stages else [None]:
-            fresh = self.info.path is None
-            gpt = build_model(self.info.model, self.info.space, options, precision, stage, initialize=fresh, **extra)
+        for gpt in build_chunks(self.info.model, self.info.space, options, precision, initialize=fresh):
             if not fresh:
                 load_model(gpt, self.info)
             chunks.append(Float16Module(gpt.config, gpt) if precision == "bf16" else gpt)
@@ -179,7 +169,7 @@ class _Run:
             newest = open_checkpoint(done[-1])
             self.checkpointer.load(newest)
             step = newest.step
-        log = _Log(self.out, step, self.trainer.max_steps, self.config)
+        log = Log(self.out, step, self.trainer.max_steps, self.config)
         started, trained = time.perf_counter(), 0
         validation: dict[str, Any] = {"first": log.first_validation, "last": {}}
         if step == 0:
@@ -224,7 +214,7 @@ class _Run:
             start = first + (m * self.ranks + self.rank) * size
             yield batch(self.train_data, range(start, start + size))
 
-    def _step(self, step: int, log: _Log) -> None:
+    def _step(self, step: int, log: Log) -> None:
         begun = time.perf_counter()
         for chunk in self.model:
             chunk.zero_grad_buffer()
@@ -254,7 +244,7 @@ class _Run:
         row["tokens_per_second"] = self.options.global_batch_size * self.seq_length / seconds
         log.train(row)
 
-    def _validate(self, step: int, log: _Log) -> dict[str, float]:
+    def _validate(self, step: int, log: Log) -> dict[str, float]:
         domains = evaluate(
             self.model,
             self.valid_data,
@@ -266,99 +256,6 @@ class _Run:
         losses = {name: mean(values) for name, values in domains.items()}
         log.validation({"step": step, "event": "validation", "losses": losses, "domains": domains})
         return losses
-
-
-class _Log:
-    """log.jsonl, TensorBoard, and the progress bar; on the main process only.
-
-    A resumed run drops the rows after the checkpoint it continues from.
-    """
-
-    def __init__(self, out: Path, step: int, max_steps: int, config: Any) -> None:
-        self.first_validation: dict[str, float] = {}
-        self.active = is_main_process()
-        if not self.active:
-            return
-        path = out / LOG_FILE
-        rows = _whole_rows(path)
-        kept = [row for row in rows if row["step"] <= step]
-        for row in kept:
-            if row["event"] == "validation" and row["step"] == 0:
-                self.first_validation = row["losses"]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
-        self.board = None
-        if config.exp_manager.create_tensorboard_logger:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-        self.every = config.trainer.log_every_n_steps
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=max_steps, initial=step, desc=config.stage, unit="step", disable=not self.terminal)
-        self.max_steps, self.stage = max_steps, config.stage
-        if step:
-            self._say(f"{self.stage}: continuing after step {step}")
-
-    def train(self, row: dict[str, Any]) -> None:
-        if not self.active:
-            return
-        self._write(row)
-        figures = {"loss": f"{row['loss']:.3f}"}
-        if "subnetwork_losses" in row:
-            subs = row["subnetwork_losses"]
-            figures["sub-networks"] = f"{sum(subs) / len(subs):.3f}"
-        figures["lr"], figures["tok/s"] = f"{row['learning_rate']:.1e}", f"{row['tokens_per_second']:.0f}"
-        self.bar.set_postfix(figures)
-        self.bar.update(1)
-        if not self.terminal and (row["step"] % self.every == 0 or row["step"] == self.max_steps):
-            text = "  ".join(f"{name} {value}" for name, value in figures.items())
-            self._say(f"{self.stage}: step {row['step']}/{self.max_steps}  {text}")
-        if self.board:
-            self.board.add_scalar("train/loss", row["loss"], row["step"])
-            for i, loss in enumerate(row.get("subnetwork_losses", [])):
-                self.board.add_scalar(f"train/subnetwork_{i + 1}_loss", loss, row["step"])
-            for name in ("learning_rate", "grad_norm", "tokens_per_second"):
-                if row[name] is not None:
-                    self.board.add_scalar(f"train/{name}", row[name], row["step"])
-
-    def validation(self, row: dict[str, Any]) -> None:
-        if not self.active:
-            return
-        self._write(row)
-        text = "  ".join(f"{name} {loss:.3f}" for name, loss in row["losses"].items())
-        self._say(f"{self.stage}: validation after step {row['step']}: {text}")
-        if self.board:
-            for name, loss in row["losses"].items():
-                self.board.add_scalar(f"validation/{name}", loss, row["step"])
-
-    def close(self) -> None:
-        if self.active:
-            self.bar.close()
-            self.file.close()
-            if self.board:
-                self.board.close()
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-
-    def _say(self, text: str) -> None:
-        if self.terminal:
-            tqdm.write(text, file=sys.stderr)
-        else:
-            print(text, flush=True)
-
-
-def _whole_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log whose last line may be cut short by a kill."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
 
 
 def _finite(value: float) -> bool:

@@ -43,3 +43,10 @@ def draw(
         )
         for j in range(count)
     ]
+
+
+def random_family(
+    model: ModelConfig, space: ElasticSpace, seed: int, step: int, count: int, mode: str = "flextron"
+) -> dict[str, SubNetwork]:
+    """`count` random sub-networks, "random 1" and so on, independent of those that training draws."""
+    return {f"random {i + 1}": net for i, net in enumerate(draw(model, space, seed, step, count, mode, stream=1))}

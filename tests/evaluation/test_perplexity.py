@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flextron_mcore.evaluation.family import random_family, uniform_family
+from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
 from flextron_mcore.model import use_subnetwork
 from flextron_mcore.space import ElasticSpace, SubNetwork
+from flextron_mcore.training.sampler import random_family
 from tests import toy
 
 ARCH = toy.config()

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from flextron_mcore.model import build_model, use_subnetwork
+from flextron_mcore.pipeline.networks import Distillation, run_networks
 from flextron_mcore.space import ElasticSpace
-from flextron_mcore.training.step import Distillation, run_networks
 from tests import toy
 
 

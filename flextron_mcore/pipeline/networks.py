@@ -13,9 +13,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from flextron_mcore.model import set_subnetwork, unwrap
+from flextron_mcore.pipeline.losses import distillation, masked_sum
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import SubNetwork
-from flextron_mcore.training.losses import distillation, masked_sum
 
 Batch = Mapping[str, Tensor]
 

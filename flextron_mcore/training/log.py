@@ -1,0 +1,107 @@
+"""The record of a training run: log.jsonl, TensorBoard, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flextron_mcore.runtime.distributed import is_main_process
+
+LOG_FILE = "log.jsonl"
+
+
+class Log:
+    """log.jsonl, TensorBoard, and the progress bar; on the main process only.
+
+    A resumed run drops the rows after the checkpoint it continues from.
+    """
+
+    def __init__(self, out: Path, step: int, max_steps: int, config: Any) -> None:
+        self.first_validation: dict[str, float] = {}
+        self.active = is_main_process()
+        if not self.active:
+            return
+        path = out / LOG_FILE
+        rows = _whole_rows(path)
+        kept = [row for row in rows if row["step"] <= step]
+        for row in kept:
+            if row["event"] == "validation" and row["step"] == 0:
+                self.first_validation = row["losses"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.board = None
+        if config.exp_manager.create_tensorboard_logger:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self.every = config.trainer.log_every_n_steps
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=max_steps, initial=step, desc=config.stage, unit="step", disable=not self.terminal)
+        self.max_steps, self.stage = max_steps, config.stage
+        if step:
+            self._say(f"{self.stage}: continuing after step {step}")
+
+    def train(self, row: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        self._write(row)
+        figures = {"loss": f"{row['loss']:.3f}"}
+        if "subnetwork_losses" in row:
+            subs = row["subnetwork_losses"]
+            figures["sub-networks"] = f"{sum(subs) / len(subs):.3f}"
+        figures["lr"], figures["tok/s"] = f"{row['learning_rate']:.1e}", f"{row['tokens_per_second']:.0f}"
+        self.bar.set_postfix(figures)
+        self.bar.update(1)
+        if not self.terminal and (row["step"] % self.every == 0 or row["step"] == self.max_steps):
+            text = "  ".join(f"{name} {value}" for name, value in figures.items())
+            self._say(f"{self.stage}: step {row['step']}/{self.max_steps}  {text}")
+        if self.board:
+            self.board.add_scalar("train/loss", row["loss"], row["step"])
+            for i, loss in enumerate(row.get("subnetwork_losses", [])):
+                self.board.add_scalar(f"train/subnetwork_{i + 1}_loss", loss, row["step"])
+            for name in ("learning_rate", "grad_norm", "tokens_per_second"):
+                if row[name] is not None:
+                    self.board.add_scalar(f"train/{name}", row[name], row["step"])
+
+    def validation(self, row: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        self._write(row)
+        text = "  ".join(f"{name} {loss:.3f}" for name, loss in row["losses"].items())
+        self._say(f"{self.stage}: validation after step {row['step']}: {text}")
+        if self.board:
+            for name, loss in row["losses"].items():
+                self.board.add_scalar(f"validation/{name}", loss, row["step"])
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.file.close()
+            if self.board:
+                self.board.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def _say(self, text: str) -> None:
+        if self.terminal:
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log whose last line may be cut short by a kill."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,17 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from flextron_mcore.checkpoint.sharding import check_layout
+from flextron_mcore.checkpoint.sharding import check_granularity
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.space import ElasticSpace, SubNetwork
+from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 from flextron_mcore.specs import elastic_gpt_block_spec
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -28,6 +34,8 @@ _ACTIVATIONS = {
     "swiglu": F.silu,
     "geglu": F.gelu,
 }
+# The dimension of a weight that is split over tensor-parallel ranks.
+_SPLIT = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
 # Options of TransformerConfig that a run's `model` section may set, under Megatron-Core's own names.
 PARALLEL_OPTIONS = (
     "tensor_model_parallel_size",
@@ -38,6 +46,9 @@ PARALLEL_OPTIONS = (
     "recompute_granularity",
     "recompute_method",
     "recompute_num_layers",
+    "recompute_modules",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
 )
 
 
@@ -53,6 +64,8 @@ def transformer_config(
         raise FlextronError(f"precision {precision!r} is not known: use one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
     values: dict[str, Any] = {k: options[k] for k in PARALLEL_OPTIONS if options and options.get(k) is not None}
+    if "recompute_modules" in values:
+        values["recompute_modules"] = list(values["recompute_modules"])
     values.update(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -84,7 +97,10 @@ def transformer_config(
         apply_rope_fusion=False,
     )
     values.update(overrides)
-    return TransformerConfig(**values)
+    try:
+        return TransformerConfig(**values)
+    except (AssertionError, ValueError) as error:  # what Megatron-Core thinks of a combination of options
+        raise FlextronError(f"model: {error}") from None
 
 
 def build_model(
@@ -96,10 +112,31 @@ def build_model(
     **overrides: Any,
 ) -> GPTModel:
     """This rank's part of the elastic GPTModel, freshly initialised, on this rank's device."""
-    check_layout(space.granularity, parallel_state.get_tensor_model_parallel_world_size())
+    check_granularity(space.granularity, parallel_state.get_tensor_model_parallel_world_size())
     config = transformer_config(model, options, precision, **overrides)
     gpt = gpt_model(model, config, elastic_gpt_block_spec(config, space, vp_stage), vp_stage)
+    gpt.decoder.register_forward_hook(_keep_choices)
     return gpt.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else gpt
+
+
+def check_layout(model: ModelConfig, space: ElasticSpace, options: Mapping[str, Any], precision: str = "fp32") -> None:
+    """Raise FlextronError, naming the key, unless `model` can be built in the layout of `options` (PARALLEL_OPTIONS)."""
+    check_granularity(space.granularity, options.get("tensor_model_parallel_size") or 1)
+    stages = options.get("pipeline_model_parallel_size") or 1
+    chunks = options.get("virtual_pipeline_model_parallel_size") or 1
+    ends = [options.get(f"num_layers_in_{end}_pipeline_stage") for end in ("first", "last")]
+    given = [layers for layers in ends if layers is not None]
+    middle, layers = stages - len(given), model.num_layers - sum(given)
+    if middle < 0 or layers < 0 or (layers % middle if middle else layers) or any(n % chunks for n in given):
+        raise FlextronError(
+            f"model.pipeline_model_parallel_size={stages}: does not divide the model's {model.num_layers} layers"
+            + (f" less the {sum(given)} of the first and last stage" if given else "")
+        )
+    if middle and layers // middle % chunks:
+        raise FlextronError(
+            f"model.virtual_pipeline_model_parallel_size={chunks}: does not divide the {layers // middle} layers of a stage"
+        )
+    transformer_config(model, options, precision)
 
 
 def build_chunks(
@@ -120,10 +157,10 @@ def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage
     if model.rope_scaling and model.rope_scaling["type"] == "linear":
         linear_factor = float(model.rope_scaling["factor"])
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
-    gpt = GPTModel(
+    gpt = _GPTModel(
         config,
         spec,
-        # Ranks hold equal parts of the vocabulary; rows beyond the real one are never a target.
+        # Ranks hold equal parts of the vocabulary.
         vocab_size=-(-model.vocab_size // tensor_parallel) * tensor_parallel,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -134,6 +171,12 @@ def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage
         seq_len_interpolation_factor=linear_factor,
         vp_stage=vp_stage,
     )
+    gpt.real_vocab_size = model.vocab_size
+    for module in gpt.modules():
+        # Megatron-Core 0.16 forgets to mark weights that it does not initialise; gradient norms would leave parts of them out.
+        dim = next((dim for kind, dim in _SPLIT.items() if isinstance(module, kind)), None)
+        if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
     if model.rope_scaling and model.rope_scaling["type"] == "llama3":
         # GPTModel takes the factor only; the function that applies the rest is Megatron-Core's too.
         rope, scaling = gpt.rotary_pos_emb, model.rope_scaling
@@ -145,6 +188,24 @@ def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage
             original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
         )
     return gpt
+
+
+class _GPTModel(GPTModel):
+    """A GPTModel whose loss does not see the padding of the vocabulary, which depends on the layout."""
+
+    real_vocab_size: int
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return super().compute_language_model_loss(labels, mask_padding(logits, self.real_vocab_size))
+
+
+def mask_padding(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Logits [..., V of this rank] with a probability of zero for the rows that pad the vocabulary to equal parts."""
+    part = logits.shape[-1]
+    real = vocab_size - parallel_state.get_tensor_model_parallel_rank() * part
+    if real >= part:
+        return logits
+    return logits.masked_fill(torch.arange(part, device=logits.device) >= real, -1e9)
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
@@ -166,20 +227,45 @@ def set_subnetwork(model: torch.nn.Module, net: SubNetwork | None) -> None:
             )
         if not all(layer.executed for layer in net.layers):
             raise FlextronError("a sub-network that skips layers: elastic depth is not implemented yet")
-    for layer in gpt.decoder.layers:
-        choice = None if net is None else net.layers[layer.layer_number - 1]
-        layer.self_attention.choice = choice
-        layer.mlp.choice = choice
+    layers = gpt.decoder.layers
+    _set_choices(layers, [None if net is None else net.layers[layer.layer_number - 1] for layer in layers])
 
 
 @contextlib.contextmanager
 def use_subnetwork(model: torch.nn.Module, net: SubNetwork | None) -> Iterator[None]:
     """Inside the context `model` computes `net` (None: the full model); the choice before it is restored after."""
     layers = unwrap(model).decoder.layers
-    before = [(layer.self_attention.choice, layer.mlp.choice) for layer in layers]
+    before = _choices(layers)
     set_subnetwork(model, net)
     try:
         yield
     finally:
-        for layer, (attention, mlp) in zip(layers, before, strict=True):
-            layer.self_attention.choice, layer.mlp.choice = attention, mlp
+        _set_choices(layers, before)
+
+
+def _choices(layers: Sequence[Any]) -> list[LayerChoice | None]:
+    return [layer.mlp.choice for layer in layers]
+
+
+def _set_choices(layers: Sequence[Any], choices: Sequence[LayerChoice | None]) -> None:
+    for layer, choice in zip(layers, choices, strict=True):
+        layer.self_attention.choice = layer.mlp.choice = choice
+
+
+def _keep_choices(decoder: torch.nn.Module, args: Any, hidden_states: torch.Tensor) -> None:
+    """Forward hook of the layers' block: its backward pass sees the choices of this forward pass.
+
+    Activation recomputation runs layers again in the backward pass. By then the choices of another micro-batch are set: with
+    pipeline parallelism several are in flight.
+    """
+    if decoder.config.recompute_granularity is None or not hidden_states.requires_grad:
+        return
+    layers = decoder.layers
+    captured = _choices(layers)
+
+    def restore(grad: torch.Tensor) -> None:  # the first thing that happens in the block's backward pass
+        current = _choices(layers)
+        _set_choices(layers, captured)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _set_choices(layers, current))
+
+    hidden_states.register_hook(restore)

@@ -37,7 +37,7 @@ def deal(
     axis: the axis split over tensor-parallel ranks. units: elastic units along it in the full model (neurons, KV groups).
     blocks: equal blocks stacked along the axis (2 for the gate and up projections of a gated MLP).
     """
-    check_layout(granularity, tensor_parallel_size)
+    check_granularity(granularity, tensor_parallel_size)
     if units % granularity:
         raise FlextronError(f"{sharded.key}: {units} units are not divisible by space.granularity={granularity}")
     buckets = granularity // tensor_parallel_size  # n
@@ -84,12 +84,12 @@ def deal(
     return ShardedTensorFactory(sharded.key, sharded.data, build, merge, replica_id=sharded.replica_id)
 
 
-def check_layout(granularity: int, tensor_parallel_size: int) -> None:
+def check_granularity(granularity: int, tensor_parallel_size: int) -> None:
     """Raise FlextronError unless `tensor_parallel_size` divides the granularity."""
     if granularity % tensor_parallel_size:
         raise FlextronError(
             f"model.tensor_model_parallel_size={tensor_parallel_size} does not divide space.granularity={granularity} "
-            "of this checkpoint"
+            "of this checkpoint; `flextron importance space.granularity=...` can change that"
         )
 
 

@@ -5,9 +5,9 @@ Shape suffixes: B batch, S sequence, V vocabulary (this rank's part where it is 
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 
@@ -19,11 +19,21 @@ def masked_sum(loss_BS: Tensor, mask_BS: Tensor) -> Tensor:
 def distillation(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float) -> Tensor:
     """Per-token KL(teacher || student) times the squared temperature (Hinton et al., arXiv:1503.02531): [B, S].
 
-    Logits split over tensor-parallel ranks are gathered. No gradient reaches the teacher.
+    Logits stay split over tensor-parallel ranks; only sums over the vocabulary are exchanged. No gradient reaches the teacher.
     """
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        student_BSV = gather_from_tensor_model_parallel_region(student_BSV)
-        teacher_BSV = gather_from_tensor_model_parallel_region(teacher_BSV)
-    student = F.log_softmax(student_BSV.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_BSV.detach().float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
+    teacher_BSV, teacher_sum_BS = _shifted(teacher_BSV.detach(), temperature)
+    student_BSV, student_sum_BS = _shifted(student_BSV, temperature)
+    log_p_BSV = teacher_BSV - teacher_sum_BS.log().unsqueeze(-1)
+    # The student's log of the sum, which is the same on all ranks, stays outside of the sum over ranks: so do its gradients.
+    cross_BS = reduce_from_tensor_model_parallel_region((log_p_BSV.exp() * (log_p_BSV - student_BSV)).sum(-1))
+    return (cross_BS + student_sum_BS.log()) * temperature**2
+
+
+def _shifted(logits_BSV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits over the temperature minus their largest, and the sum of their exponentials over the whole vocabulary [B, S]."""
+    logits_BSV = logits_BSV.float() / temperature
+    largest_BS = logits_BSV.detach().amax(-1)
+    group = parallel_state.get_tensor_model_parallel_group()
+    torch.distributed.all_reduce(largest_BS, torch.distributed.ReduceOp.MAX, group=group)
+    logits_BSV = logits_BSV - largest_BS.unsqueeze(-1)
+    return logits_BSV, reduce_from_tensor_model_parallel_region(logits_BSV.exp().sum(-1))

@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from flextron_mcore.model import set_subnetwork, unwrap
+from flextron_mcore.config import FlextronError
+from flextron_mcore.model import mask_padding, set_subnetwork, unwrap
 from flextron_mcore.pipeline.losses import distillation, masked_sum
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import SubNetwork
@@ -64,8 +65,10 @@ def run_networks(
     def loss_function(batch: Batch, index: int, gpt: Any, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mask = batch["loss_mask"]
         if teach:
-            # The model gives logits [B, S, V]; the loss wants them, and gives losses, sequence first.
-            loss_BS = gpt.compute_language_model_loss(batch["labels"], output.transpose(0, 1).contiguous())
+            output = mask_padding(output, gpt.real_vocab_size)
+            # The loss wants the logits [B, S, V] sequence first, and works in place.
+            logits_SBV = output.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+            loss_BS = gpt.compute_language_model_loss(batch["labels"], logits_SBV)
         else:
             loss_BS = output
         total = language = masked_sum(loss_BS, mask)
@@ -81,6 +84,12 @@ def run_networks(
         counted = tokens if index == 0 else torch.zeros_like(tokens)
         return total, counted.int(), report
 
+    config = unwrap(model[0]).config
+    if config.sequence_parallel and seq_length % config.tensor_model_parallel_size:
+        raise FlextronError(
+            f"model.sequence_parallel=true: model.tensor_model_parallel_size={config.tensor_model_parallel_size} does not "
+            f"divide the sequence length {seq_length}"
+        )
     iterators = [items() for _ in model]
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,

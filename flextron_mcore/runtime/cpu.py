@@ -2,7 +2,8 @@
 
 Megatron-Core names the device "cuda" in many places that are not configurable. `enable()` makes those names mean the CPU, for
 this process: device arguments of tensor factories and `.to`, `Tensor.cuda`, the CUDA random state and streams, and the type
-strings that its optimizers compare. Collectives run on gloo. Nothing here changes a number that is computed.
+strings that its optimizers compare. Collectives run on gloo. Adam is runtime/adam.py, with the state layout of the fused one on a
+GPU. Nothing here changes a number that is computed.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def enable() -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _patch_tensor()
     _patch_random_state()
+    _patch_optimizer()
 
 
 def _is_cuda(device: Any) -> bool:
@@ -166,3 +168,15 @@ def _patch_random_state() -> None:
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore_random._CUDA_RNG_STATE_TRACKER = None
     mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+
+
+def _patch_optimizer() -> None:
+    import megatron.core.optimizer as mcore_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from flextron_mcore.runtime.adam import FusedAdam
+
+    if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
+        mcore_optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+        mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -1,4 +1,7 @@
-"""Training state on disk: model, optimizer, schedule, random state; saved in the background, resumed exactly."""
+"""Training state on disk: model, optimizer, schedule; saved in the background, resumed exactly, at any layout.
+
+There is no more: samples, sub-networks and random numbers of a step are functions of (seed, step).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from flextron_mcore.checkpoint.store import (
@@ -93,7 +95,6 @@ class TrainingCheckpointer:
             unwrap(chunk).load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        _set_rng_state(state["rng"])
 
     def _chunks(self) -> dict[str, torch.nn.Module]:
         return {"model" if len(self.model) == 1 else f"model{i}": chunk for i, chunk in enumerate(self.model)}
@@ -113,9 +114,6 @@ class TrainingCheckpointer:
         # The optimizer looks its parameters up in the state dict it is given.
         state["optimizer"] = self.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=dict(_METADATA))
         state["scheduler"] = self.scheduler.state_dict()
-        ranks = parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_world_size()
-        rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
-        state["rng"] = ShardedObject("rng", _get_rng_state(), ranks, rank, replica_id=parallel_state.get_data_parallel_rank())
         return state
 
     def _publish(self, aside: Path, target: Path, info: CheckpointInfo) -> None:
@@ -136,18 +134,3 @@ def remove_unfinished(run: Path) -> None:
 def at_step(info: CheckpointInfo, step: int, **changes: Any) -> CheckpointInfo:
     """The description of the checkpoint of `step`."""
     return replace(info, step=step, path=None, **changes)
-
-
-def _get_rng_state() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import optimizer as mcore_optimizer
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -20,9 +21,10 @@ from flextron_mcore.checkpoint.store import CheckpointInfo, disk_errors, list_ch
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, batch, check_weights, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean
-from flextron_mcore.model import PRECISIONS, build_chunks
+from flextron_mcore.model import PRECISIONS, build_chunks, check_layout
 from flextron_mcore.pipeline.networks import Batch, Distillation, run_networks
 from flextron_mcore.runtime.distributed import is_main_process
+from flextron_mcore.runtime.seeds import seed_step
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.checkpointing import KEPT, TrainingCheckpointer, at_step, remove_unfinished
 from flextron_mcore.training.log import Log
@@ -49,7 +51,7 @@ def train(config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phas
 
 def check(config: Any, info: CheckpointInfo, data: PreparedData) -> int:
     """Check what can be checked before anything is written; the sequence length. Raises FlextronError naming the key."""
-    model, options, trainer = info.model, config.model, config.trainer
+    options, trainer = config.model, config.trainer
     seq_length = sequence_length(options.seq_length, info, data)
     if trainer.precision not in PRECISIONS:
         raise FlextronError(f"trainer.precision={trainer.precision!r} is not known: use one of {', '.join(PRECISIONS)}")
@@ -59,18 +61,32 @@ def check(config: Any, info: CheckpointInfo, data: PreparedData) -> int:
             f"model.global_batch_size={options.global_batch_size} is not a multiple of model.micro_batch_size="
             f"{options.micro_batch_size} x {ranks} data-parallel rank(s)"
         )
-    if options.recompute_granularity == "full" and options.pipeline_model_parallel_size > 1:
-        # Recomputation in the backward pass reads the choice again, when another micro-batch's may be set.
-        raise FlextronError("model.recompute_granularity=full with model.pipeline_model_parallel_size > 1 is not implemented yet")
     check_weights(data, config.data_weights)
     if trainer.max_steps < 1:
         raise FlextronError(f"trainer.max_steps={trainer.max_steps} must be at least 1")
-    if model.num_layers % options.pipeline_model_parallel_size:
+    check_layout(info.model, info.space, options, trainer.precision)
+    _check_ddp(options.ddp)
+    stages = options.pipeline_model_parallel_size
+    micro_batches = options.global_batch_size // (options.micro_batch_size * ranks) * (1 + config.get("num_subnetworks", 0))
+    if options.virtual_pipeline_model_parallel_size and micro_batches % stages:
         raise FlextronError(
-            f"model.pipeline_model_parallel_size={options.pipeline_model_parallel_size} does not divide the "
-            f"model's {model.num_layers} layers"
+            f"model.virtual_pipeline_model_parallel_size: the interleaved schedule needs a multiple of "
+            f"model.pipeline_model_parallel_size={stages} micro-batches times networks a step, not {micro_batches}"
         )
     return seq_length
+
+
+def _check_ddp(ddp: Any) -> None:
+    if ddp.overlap_param_gather and not (ddp.use_distributed_optimizer and ddp.overlap_grad_reduce):
+        raise FlextronError(
+            "model.ddp.overlap_param_gather=true needs model.ddp.use_distributed_optimizer=true and "
+            "model.ddp.overlap_grad_reduce=true"
+        )
+    if ddp.use_distributed_optimizer and mcore_optimizer.USING_PYTORCH_OPTIMIZER:
+        raise FlextronError(
+            "model.ddp.use_distributed_optimizer=true needs the FusedAdam of Transformer Engine or apex on a GPU: "
+            "Megatron-Core cannot load the state of torch's"
+        )
 
 
 def sequence_length(wanted: int | None, info: CheckpointInfo, data: PreparedData) -> int:
@@ -119,6 +135,8 @@ class _Run:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=options.ddp.overlap_grad_reduce,
+            overlap_param_gather=options.ddp.overlap_param_gather,
+            bucket_size=options.ddp.bucket_size,
             use_distributed_optimizer=distributed,
         )
         model = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
@@ -138,6 +156,7 @@ class _Run:
                 bf16=precision == "bf16",
                 params_dtype=PRECISIONS[precision],
                 use_distributed_optimizer=distributed,
+                overlap_param_gather=options.ddp.overlap_param_gather,
             ),
             model,
         )
@@ -183,7 +202,8 @@ class _Run:
                 if step % self.trainer.val_check_interval == 0 or step == self.trainer.max_steps:
                     validation["last"] = self._validate(step, log)
                 if step % self.save_interval == 0 or step == self.trainer.max_steps:
-                    self.checkpointer.save(at_step(self.info, step, dtype=self.trainer.precision))
+                    with self._gathered():
+                        self.checkpointer.save(at_step(self.info, step, dtype=self.trainer.precision))
                 self.checkpointer.poll()
             self.checkpointer.close()
         except BaseException:
@@ -214,8 +234,19 @@ class _Run:
             start = first + (m * self.ranks + self.rank) * size
             yield batch(self.train_data, range(start, start + size))
 
+    @contextlib.contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """All parameters whole: with overlap_param_gather only training's own forward pass waits for them, module by module."""
+        overlap = self.options.ddp.overlap_param_gather
+        for chunk in self.model if overlap else ():
+            chunk.disable_forward_pre_hook()
+        yield
+        for chunk in self.model if overlap else ():
+            chunk.enable_forward_pre_hook()
+
     def _step(self, step: int, log: Log) -> None:
         begun = time.perf_counter()
+        seed_step(self.config.seed, step)
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -245,14 +276,9 @@ class _Run:
         log.train(row)
 
     def _validate(self, step: int, log: Log) -> dict[str, float]:
-        domains = evaluate(
-            self.model,
-            self.valid_data,
-            self.phase.validation(step),
-            self.seq_length,
-            self.options.micro_batch_size,
-            self.trainer.limit_val_batches,
-        )
+        size, limit = self.options.micro_batch_size, self.trainer.limit_val_batches
+        with self._gathered():
+            domains = evaluate(self.model, self.valid_data, self.phase.validation(step), self.seq_length, size, limit)
         losses = {name: mean(values) for name, values in domains.items()}
         log.validation({"step": step, "event": "validation", "losses": losses, "domains": domains})
         return losses

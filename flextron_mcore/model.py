@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.random import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flextron_mcore.checkpoint.sharding import check_granularity
@@ -136,7 +137,15 @@ def check_layout(model: ModelConfig, space: ElasticSpace, options: Mapping[str, 
         raise FlextronError(
             f"model.virtual_pipeline_model_parallel_size={chunks}: does not divide the {layers // middle} layers of a stage"
         )
-    transformer_config(model, options, precision)
+    config = transformer_config(model, options, precision)
+    sizes = {n // chunks for n in [*given, *([layers // middle] if middle else [])]}
+    if config.recompute_method == "uniform" and any(size % config.recompute_num_layers for size in sizes):
+        raise FlextronError(
+            f"model.recompute_num_layers={config.recompute_num_layers}: does not divide the "
+            f"{' or '.join(map(str, sorted(sizes)))} layers of a stage"
+        )
+    if config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules and not HAVE_TE:
+        raise FlextronError("model.recompute_modules: layernorm needs Transformer Engine, which is not installed")
 
 
 def build_chunks(

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.model import build_model, transformer_config, unwrap
+from flextron_mcore.model import (
+    build_model,
+    check_layout,
+    mask_padding,
+    set_subnetwork,
+    transformer_config,
+    unwrap,
+    use_subnetwork,
+)
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.specs import elastic_gpt_layer_spec
 from tests import toy
@@ -55,3 +63,76 @@ def test_unwrap_finds_the_model():
 def test_the_spec_says_which_backends_there_are():
     with pytest.raises(FlextronError, match="backend='te' is not available: use 'local'"):
         elastic_gpt_layer_spec(ElasticSpace.build(toy.config()), backend="te")
+
+
+RECOMPUTATIONS = {
+    "full, uniform": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2),
+    "full, block": dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=1),
+    "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]),
+}
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTATIONS.values(), ids=RECOMPUTATIONS)
+def test_recomputation_uses_the_choice_of_its_forward_pass(recompute):
+    """Two networks in flight, as in a pipeline: both forward passes come before both backward passes."""
+    arch = toy.config(num_layers=4)
+    space = ElasticSpace.build(arch)
+    networks = [toy.random_network(arch, space, seed) for seed in (1, 2)]
+    gradients = []
+    for options in ({}, recompute):
+        torch.manual_seed(0)
+        model = build_model(arch, space, options).train()
+        losses = []
+        for i, net in enumerate(networks):
+            tokens, positions = toy.inputs(seed=i)
+            with use_subnetwork(model, net):
+                losses.append(model(tokens, positions, None, labels=tokens).sum())
+        set_subnetwork(model, full := None)
+        for loss in losses:
+            loss.backward()
+        assert all(layer.mlp.choice is full for layer in model.decoder.layers)  # and leaves the model as it was
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(tensor_model_parallel_size=4), "model.tensor_model_parallel_size=4 does not divide space.granularity=2"),
+        (dict(pipeline_model_parallel_size=4), "model.pipeline_model_parallel_size=4: does not divide the model's 6 layers"),
+        (
+            dict(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=7),
+            "model.pipeline_model_parallel_size=2: does not divide the model's 6 layers less the 7 of the first and last stage",
+        ),
+        (
+            dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+            "model.virtual_pipeline_model_parallel_size=2: does not divide the 3 layers of a stage",
+        ),
+        (dict(sequence_parallel=True), "model: "),
+        (dict(recompute_granularity="full"), "model: "),
+        (
+            dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=4),
+            "model.recompute_num_layers=4: does not divide the 6 layers of a stage",
+        ),
+        (
+            dict(recompute_granularity="selective", recompute_modules=["layernorm"]),
+            "model.recompute_modules: layernorm needs Transformer Engine",
+        ),
+        (dict(recompute_granularity="selective", recompute_modules=["everything"]), "model: "),
+    ],
+)
+def test_layouts_that_do_not_fit(options, message):
+    arch = toy.config(num_layers=6)
+    space = ElasticSpace.build(arch, granularity=2, heads=[0.5, 1.0])
+    with pytest.raises(FlextronError) as error:
+        check_layout(arch, space, options)
+    assert str(error.value).startswith(message)
+
+
+def test_the_padding_of_the_vocabulary_has_no_probability():
+    logits = torch.randn(2, 3, toy.VOCAB + 5, requires_grad=True)
+    masked = mask_padding(logits, toy.VOCAB)
+    torch.testing.assert_close(masked.softmax(-1)[..., : toy.VOCAB], logits[..., : toy.VOCAB].softmax(-1))
+    assert (masked.softmax(-1)[..., toy.VOCAB :] == 0).all()
+    assert mask_padding(logits, toy.VOCAB + 5) is logits

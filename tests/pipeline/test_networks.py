@@ -6,18 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from flextron_mcore.model import build_model, use_subnetwork
+from flextron_mcore.model import use_subnetwork
 from flextron_mcore.pipeline.networks import Distillation, run_networks
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 
 
-def batches(count: int = 2):
+def batches(count: int = 2, size: int = 2):
     made = []
     for i in range(count):
-        tokens, positions = toy.inputs(seed=i, length=toy.LENGTH + 1)
-        mask = torch.ones(2, toy.LENGTH)
+        tokens, positions = toy.inputs(size, seed=i, length=toy.LENGTH + 1)
+        mask = torch.ones(size, toy.LENGTH)
         mask[0, : 3 * i] = 0  # micro-batches with different numbers of tokens
         made.append(
             {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask, "position_ids": positions[:, :-1]}
@@ -85,12 +86,13 @@ def test_slices_accumulate_in_place_and_leave_the_rest_alone():
     assert (qkv[3 * 8 :] == untouched).all() and (qkv[: 3 * 8] != untouched).all()
 
 
-def test_distillation_teaches_the_subnetworks_and_not_the_full_model():
+@pytest.mark.parametrize("size", [1, 2])
+def test_distillation_teaches_the_subnetworks_and_not_the_full_model(size):
     arch, space, networks = case(toy.LLAMA, "kv_group")
     teach = Distillation(weight=0.3, temperature=2.0)
     reference, model = toy.model(arch, space), toy.model(arch, space)
-    tokens = sum(batch["loss_mask"].sum() for batch in batches())
-    for batch in batches():
+    tokens = sum(batch["loss_mask"].sum() for batch in batches(2, size))
+    for batch in batches(2, size):
         logits = reference(batch["tokens"], batch["position_ids"], None)
         (cross_entropy(logits, batch) / tokens).backward()
         teacher = torch.softmax(logits.detach() / 2.0, -1)
@@ -100,18 +102,37 @@ def test_distillation_teaches_the_subnetworks_and_not_the_full_model():
             divergence = (teacher * (teacher.log() - torch.log_softmax(student / 2.0, -1))).sum(-1)
             loss = 0.7 * cross_entropy(student, batch) + 0.3 * 4.0 * (divergence * batch["loss_mask"]).sum()
             (loss / tokens).backward()
-    run_networks([ddp := wrapped(model)], lambda: iter(batches()), 2, networks, toy.LENGTH, 2, teach=teach)
+    run_networks([ddp := wrapped(model)], lambda: iter(batches(2, size)), 2, networks, toy.LENGTH, size, teach=teach)
     for p, q in zip(reference.parameters(), ddp.module.parameters(), strict=True):
         torch.testing.assert_close(q.main_grad, p.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_full_recomputation_changes_nothing():
-    arch, space, networks = case(toy.LLAMA, "kv_group")
-    gradients = []
-    for recompute in ({}, dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)):
-        torch.manual_seed(3)
-        model = build_model(arch, space, **recompute).train()
-        total = run_networks([ddp := wrapped(model)], lambda: iter(batches()), 2, networks, toy.LENGTH, 2)
-        gradients.append([total, *(p.main_grad.clone() for p in ddp.module.parameters())])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7, check_dtype=True)
+def test_adam_on_units_that_no_network_of_a_step_used():
+    """Zero gradients: they decay, and follow what their momentum still holds. With the full model in a step there are none."""
+    arch = toy.config()
+    space = ElasticSpace.build(arch)
+    ddp = wrapped(toy.model(arch, space))
+    config = OptimizerConfig(optimizer="adam", lr=0.01, weight_decay=0.1, clip_grad=0.0, adam_beta1=0.9, adam_beta2=0.95)
+    optimizer = get_megatron_optimizer(config, [ddp])
+
+    def step(networks):
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        run_networks([ddp], lambda: iter(batches(1)), 1, networks, toy.LENGTH, 2)
+        before = weight.detach().clone()
+        optimizer.step()
+        return before
+
+    weight = ddp.module.decoder.layers[0].mlp.linear_fc2.weight
+    small = [space.uniform(arch, 1, 12)]
+    before = step(small)  # never used so far: no momentum, weight decay alone
+    torch.testing.assert_close(weight[:, 12:], before[:, 12:] * (1 - 0.01 * 0.1))
+    assert not torch.allclose(weight[:, :12], before[:, :12] * (1 - 0.01 * 0.1))
+    step([None, *small])
+    assert (weight.main_grad != 0).all()  # the full model reaches every unit
+    state = optimizer.optimizer.state[weight]
+    mean, square = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
+    before = step(small)  # used in an earlier step: the momentum fades
+    torch.testing.assert_close(state["exp_avg"][:, 12:], mean[:, 12:] * 0.9)
+    update = (mean * 0.9 / (1 - 0.9**3)) / ((square * 0.95 / (1 - 0.95**3)).sqrt() + 1e-8)
+    torch.testing.assert_close(weight[:, 12:], (before * (1 - 0.01 * 0.1) - 0.01 * update)[:, 12:], rtol=1e-5, atol=1e-6)

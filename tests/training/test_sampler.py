@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import combinations
 
 import pytest
 
@@ -31,8 +32,8 @@ def chi_square(counts: Counter, cells: int) -> float:
 
 def test_draws_are_uniform_and_independent():
     heads, widths, pairs, layers = Counter(), Counter(), Counter(), Counter()
-    for step in range(4000):
-        nets = draw(ARCH, SPACE, 5, step, 3)
+    for step in range(5000):
+        nets = draw(ARCH, SPACE, 5, step, 4)  # 20 000 networks
         for net in nets:
             h = [SPACE.heads.index(layer.num_attention_heads) for layer in net.layers]
             w = [SPACE.ffn_hidden_size.index(layer.ffn_hidden_size) for layer in net.layers]
@@ -43,6 +44,17 @@ def test_draws_are_uniform_and_independent():
     # 0.999 quantiles of chi-square with 3 and 15 degrees of freedom
     assert chi_square(heads, 4) < 16.3 and chi_square(widths, 4) < 16.3
     assert chi_square(pairs, 16) < 37.7 and chi_square(layers, 16) < 37.7
+
+
+def test_networks_of_a_step_repeat_as_often_as_chance_has_it():
+    """16 networks in the space: each of the 3 pairs of a step is a repetition with probability 1/16."""
+    arch = toy.config(num_layers=1)
+    space, steps = ElasticSpace.build(arch), 6667
+    repeats = sum(a == b for s in range(steps) for a, b in combinations(draw(arch, space, 3, s, 3), 2))
+    following = sum(draw(arch, space, 3, s, 1) == draw(arch, space, 3, s + 1, 1) for s in range(steps))
+    for found, trials in ((repeats, 3 * steps), (following, steps)):
+        deviation = (trials / 16 * 15 / 16) ** 0.5
+        assert abs(found - trials / 16) < 4 * deviation
 
 
 def test_networks_are_members_of_the_space():

@@ -5,6 +5,7 @@ Light on imports: checkpoint writers are spawned processes that import the main 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import logging
@@ -16,9 +17,10 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from flextron_mcore.config import FlextronError, nearest
+from flextron_mcore.runtime import signals, watch
 
 
 def _end_with_parent() -> None:
@@ -31,7 +33,8 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-if "__mp_main__" in sys.modules:  # spawned: multiprocessing runs the main module again under this name, which imports this one
+# Spawned: multiprocessing runs the main module again under this name, which imports this one. Else it is an alias of __main__.
+if getattr(sys.modules.get("__mp_main__"), "__name__", None) == "__mp_main__":
     _end_with_parent()
 
 STAGES = {
@@ -45,37 +48,98 @@ STAGES = {
     "report": "one HTML page of a run, and family.json",
     "quickstart": "the whole chain on this machine",
 }
-USAGE = "usage: flextron STAGE key=value ... [--config-dir DIR]\n\nstages:\n" + "".join(
-    f"  {name:<12}{text}\n" for name, text in STAGES.items()
-)
-EXIT_BAD_INPUT = 2
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+EXITS = {
+    0: "done",
+    1: "failed: anything unexpected, a rank that died",
+    EXIT_BAD_INPUT: "bad input",
+    signals.EXIT_STOPPED: "training was stopped by SIGTERM or SIGUSR1, its checkpoint is written: the same command continues",
+}
+USAGE = "usage: flextron STAGE key=value ... [--config-dir DIR]\n\nstages:\n"
+USAGE += "".join(f"  {name:<12}{text}\n" for name, text in STAGES.items())
+USAGE += "\nexit codes:\n" + "".join(f"  {code:<12}{text}\n" for code, text in EXITS.items())
+
+
+class _Failure(NamedTuple):
+    """How a command that does not succeed ends: a line on standard error, head and text, and an exit code.
+
+    wait: seconds that a rank of many gives the others to name the cause, of which its own error may be a consequence.
+    """
+
+    head: str
+    text: str
+    code: int
+    wait: float = 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0, 2 for bad input (one line on standard error), 1 for anything else."""
+    """Entry point; exits with one of EXITS, after one line on standard error if that is not 0.
+
+    Of many ranks, only one prints that line.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "debug=true" in argv
     os.register_at_fork(after_in_child=_end_with_parent)
     prepare_environment()
+    signals.install(_stopped)
     try:
-        code = _main(argv)
-    except FlextronError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"flextron: error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = EXIT_BAD_INPUT
+        failure = _attempt(argv)
+    except signals.Stopped as stop:
+        failure = _Failure("", str(stop), signals.EXIT_STOPPED)
+    signals.ignore()
+    sys.stdout.flush()
+    ranks = watch.current()
+    if failure and ranks:
+        ranks.fail(*failure)
+    if failure:
+        print(failure.head + failure.text, file=sys.stderr)
+        sys.exit(failure.code)
+    if ranks:
+        from flextron_mcore.runtime import distributed
+
+        ranks.leave()
+        distributed.shutdown()
+    sys.exit(0)
+
+
+def _stopped(text: str, code: int) -> NoReturn:
+    """End this process for a signal, wherever it is."""
+    with contextlib.suppress(RuntimeError):  # it was about to write there
+        sys.stdout.flush()
+    if ranks := watch.current():
+        # torchrun stops the other ranks when one dies, perhaps before the watch has found out which.
+        ranks.fail("", text, code, wait=watch.GRACE)
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{text}\n".encode())
+    os._exit(code)
+
+
+def _attempt(argv: list[str]) -> _Failure | None:
+    """Run the command; None if it succeeds."""
+    debug = "debug=true" in argv
+    try:
+        watch.start()
+        _main(argv)
+        return None
     except KeyboardInterrupt:
-        print("flextron: interrupted", file=sys.stderr)
-        code = 130
+        return _Failure("flextron: ", "interrupted", EXIT_INTERRUPTED)
     except Exception as error:
         if debug:
             traceback.print_exc()
+        wait = _wait_for_cause(error)
+        if isinstance(error, FlextronError):
+            return _Failure("flextron: error: ", " ".join(str(error).split()), EXIT_BAD_INPUT, wait)
         line = (str(error).strip().splitlines() or [""])[0]
         hint = "" if debug else "; add debug=true for the traceback"
-        print(f"flextron: failed: {type(error).__name__}: {line}{hint}", file=sys.stderr)
-        code = 1
-    sys.stdout.flush()
-    sys.exit(code)
+        return _Failure("flextron: failed: ", f"{type(error).__name__}: {line}{hint}", 1, wait)
+
+
+def _wait_for_cause(error: BaseException | None) -> float:
+    """How long another rank may be found to be the cause of an error: long for those of communication."""
+    while error:
+        if re.search("gloo|NCCL", str(error)) or type(error).__module__.startswith("torch.distributed"):
+            return watch.SILENCE + 3 * watch.PERIOD
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return 0.0
 
 
 def prepare_environment() -> None:
@@ -86,19 +150,20 @@ def prepare_environment() -> None:
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
     for name in ("megatron", "transformers", "torch.distributed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what it warns of when ranks end one after another
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
-        return 0
+        return
     if argv[0] == "--version":
         from flextron_mcore import __version__
 
         print(__version__)
-        return 0
+        return
     stage, *rest = argv
     if stage not in STAGES:
         raise FlextronError(f"unknown stage '{stage}'{nearest(stage, STAGES)}: use one of {', '.join(STAGES)}")
@@ -122,9 +187,8 @@ def _main(argv: list[str]) -> int:
 
         print(f"flextron {stage}: {STAGES[stage]}\n\nkeys and their values (??? must be given):\n")
         print(OmegaConf.to_yaml(config), end="")
-        return 0
+        return
     run_stage(config)
-    return 0
 
 
 def run_stage(config: Any) -> dict[str, Any]:

@@ -27,11 +27,13 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from flextron_mcore.checkpoint.sharding import dealt_axis, to_disk_order, to_sorted_order
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.runtime.ranks import place, wait_for_all
 from flextron_mcore.space import ElasticSpace
 
 INFO_FILE = "flextron.json"
 FORMAT_VERSION = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _ITERATION = re.compile(r"iter_(\d+)$")
 
 
@@ -75,30 +77,35 @@ def iteration_path(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first: written whole, though what happened to them since only `open_checkpoint` sees."""
     folder = run / "checkpoints"
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if _ITERATION.match(p.name) and (p / INFO_FILE).is_file()]
+    found = [p for p in folder.iterdir() if _ITERATION.match(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(_ITERATION.match(p.name)[1]))
 
 
 def open_checkpoint(path: str | Path) -> CheckpointInfo:
-    """The checkpoint at `path`: a run directory (its newest), or one checkpoint. Raises FlextronError naming what is missing."""
+    """The checkpoint at `path`: a run directory (its newest), or one checkpoint.
+
+    Raises FlextronError naming the file that is missing, truncated or damaged (a changed bit inside a file is not seen), and
+    never takes an older checkpoint for it.
+    """
     path = Path(path)
     if not path.exists():
         raise FlextronError(f"checkpoint={path}: no such directory")
-    if not (path / INFO_FILE).is_file():
-        whole = list_checkpoints(path) or list_checkpoints(path.parent if path.name == "checkpoints" else path)
-        if not whole:
-            raise FlextronError(f"checkpoint={path}: no whole checkpoint in it (looked for checkpoints/iter_*/{INFO_FILE})")
-        path = whole[-1]
+    if not (path / INFO_FILE).is_file() and not _ITERATION.match(path.name):
+        found = list_checkpoints(path) or list_checkpoints(path.parent if path.name == "checkpoints" else path)
+        if not found:
+            raise FlextronError(f"checkpoint={path}: no checkpoint in it (looked for checkpoints/iter_*)")
+        path = found[-1]
     file = path / INFO_FILE
+    if damage := _damage(path):
+        raise FlextronError(f"{damage}; {_remedy(path)}")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if (version := values.get("format")) != FORMAT_VERSION:
+        raise FlextronError(f"{file}: format {version} is not {FORMAT_VERSION}: written by another version of flextron_mcore")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        version = values["format"]
-        if version != FORMAT_VERSION:
-            raise FlextronError(f"{file}: format {version} is not {FORMAT_VERSION}: written by another version of flextron_mcore")
         model = ModelConfig.from_dict(values["model"])
         return CheckpointInfo(
             model=model,
@@ -109,8 +116,37 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
             hf_config=values["hf_config"],
             path=path.resolve(),
         )
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+    except (LookupError, TypeError, AttributeError, FlextronError) as error:
         raise FlextronError(f"{file}: not a checkpoint description ({type(error).__name__}: {error})") from None
+
+
+def _damage(path: Path) -> str | None:
+    """Which file of the checkpoint `path` is not as it was written, and how; None for a whole checkpoint."""
+    file = path / INFO_FILE
+    if not file.is_file():
+        return f"{file} is missing"
+    try:
+        sizes = json.loads(file.read_text(encoding="utf-8")).get("files", {})  # early checkpoints have none
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{file} is damaged: not a checkpoint description ({type(error).__name__})"
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if (found := file.stat().st_size) != size:
+            return f"{file} is {'truncated' if found < size else 'damaged'}: {found} bytes, not {size}"
+    return None
+
+
+def _remedy(path: Path) -> str:
+    """What to do about the damaged checkpoint `path`."""
+    path = path.resolve()
+    every = list_checkpoints(path.parent.parent)
+    older = every[: every.index(path)] if path in every else []
+    whole = next((p for p in reversed(older) if not _damage(p)), None)
+    if whole:
+        return f"remove {path} to continue from {whole.name}"
+    return "no older checkpoint beside it is whole: bring it back from a copy, or make it again"
 
 
 @contextlib.contextmanager
@@ -144,6 +180,16 @@ def publish(aside: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         aside.rename(target)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a small file at once: it has all of the old content or all of the new, whatever happens."""
+    aside = file.with_name(f".{file.name}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -203,8 +249,9 @@ class TensorReader:
         return [key for key in self._tensors if not key.startswith("optimizer.")]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self._tensors[key].size)
+        """Shape of a tensor; of the vocabulary without what pads it to equal parts for tensor-parallel ranks."""
+        rows, *rest = self._tensors[key].size
+        return (self.info.model.vocab_size if key in _VOCABULARY else rows, *rest)
 
     def dtype(self, key: str) -> torch.dtype:
         """Stored dtype of a tensor."""
@@ -222,7 +269,7 @@ class TensorReader:
                 f"{self.info.path}: tensor {key} cannot be read: the checkpoint is damaged ({_first_line(error)})"
             ) from None
         dealt = dealt_axis(self.info.model, self.info.space, key)
-        return tensor if dealt is None else to_sorted_order(tensor, *dealt)
+        return tensor[: self.shape(key)[0]] if dealt is None else to_sorted_order(tensor, *dealt)
 
 
 class _CachedReader(dcp.FileSystemReader):
@@ -248,26 +295,44 @@ def write_streaming(
 ) -> None:
     """Write a model's checkpoint into the empty `directory`, holding one tensor in memory at a time.
 
-    progress is called with the bytes of each tensor written. The result is what Megatron-Core's own save of the model gives:
-    the same keys, shapes and order, loadable at any layout.
+    Call on all ranks, with the same arguments: each makes and writes its share of the tensors. progress is called with the bytes
+    of each tensor written, scaled to the share. The result is what Megatron-Core's own save of the model gives: the same keys,
+    shapes and order, loadable at any layout.
     """
-    need = sum(t.dtype.itemsize * torch.Size(t.shape).numel() for t in tensors.values())
+    rank, ranks = place()
+    sizes = {key: t.dtype.itemsize * torch.Size(t.shape).numel() for key, t in tensors.items()}
+    need = sum(sizes.values())
     check_space(directory, need)
-    state: dict[str, Any] = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in tensors.items()}
-    for key in tensors:
+    mine = share_out(sizes, ranks)[rank]
+    state: dict[str, Any] = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items() if key in mine}
+    for key in tensors if rank == 0 else ():
         if key.endswith((".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight")):
             # Megatron-Core's linear layers carry an empty "extra state" that every load asks for.
             extra = ShardedObject(key.removesuffix("weight") + "_extra_state", None, (1,), (0,))
             payload = io.BytesIO()
             torch.save([None], payload)
             state[extra.unique_key] = payload
-    planner = _StreamingPlanner(info, tensors, progress)
-    # A file a tensor: torch's writer keeps the tensors of a file until the file is finished.
-    writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1)
-    dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
-    torch.save({}, directory / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
-    write_info(directory, info)
+    share = sum(sizes[key] for key in mine)
+    planner = _StreamingPlanner(info, tensors, progress and (lambda size: progress(size * need // share)))
+    # A file a tensor: torch's writer keeps the tensors of a file until the file is finished. Nothing passes through a GPU.
+    writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
+    dcp.save(state, storage_writer=writer, planner=planner, no_dist=ranks == 1)
+    if rank == 0:
+        torch.save({}, directory / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+        write_info(directory, info)
+    wait_for_all()
+
+
+def share_out(sizes: Mapping[str, int], ranks: int) -> list[set[str]]:
+    """The names of `sizes`, for each rank about the same sum: the largest first, to the rank with the least so far."""
+    shares: list[set[str]] = [set() for _ in range(ranks)]
+    loads = [0] * ranks
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        rank = loads.index(min(loads))
+        shares[rank].add(name)
+        loads[rank] += sizes[name]
+    return shares
 
 
 class _StreamingPlanner(dcp.DefaultSavePlanner):
@@ -294,8 +359,13 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
 
 
 def write_info(directory: Path, info: CheckpointInfo) -> None:
-    """Write `flextron.json`; last of all, since it marks a directory as a checkpoint."""
-    (directory / INFO_FILE).write_text(json.dumps(info.to_dict(), indent=1) + "\n", encoding="utf-8")
+    """Write `flextron.json`; last of all, since it records the sizes of all other files, in bytes.
+
+    Call on the main process when every rank has finished its files.
+    """
+    files = {file.name: file.stat().st_size for file in sorted(directory.iterdir()) if file.is_file() and file.name != INFO_FILE}
+    text = json.dumps({**info.to_dict(), "files": files}, indent=1)
+    (directory / INFO_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def check_space(directory: Path, need: int) -> None:

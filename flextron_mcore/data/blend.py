@@ -21,10 +21,12 @@ import torch
 
 from ..config import FlextronError, nearest
 from .prepare import DATA_FILE, DATA_VERSION
+from .tokenizer import read_vocabulary
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+_PARTS, _SEEN = 16, 1 << 16  # bytes of each of the parts of a token file that its digest sees
 SAMPLE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -42,7 +44,11 @@ class Domain:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What `prepare` wrote. `fingerprint` changes with the documents' lengths, which is what cached sample indices depend on."""
+    """What `prepare` wrote.
+
+    `fingerprint` tells it from other data, wherever the directory is: it changes with the lengths of the documents, which is what
+    cached sample indices depend on, and with their tokens, of which it sees a MiB a file.
+    """
 
     path: Path
     tokenizer: Path
@@ -72,7 +78,10 @@ def open_data(path: str | Path) -> PreparedData:
             for split in ("train", "valid"):
                 digest.update(_check_tokens(root / entry[split], entry[f"{split}_tokens"]))
             domains[name] = Domain(**{**entry, "train": str(root / entry["train"]), "valid": str(root / entry["valid"])})
-        data = PreparedData(root, root / table["tokenizer"], table["vocab_size"], table["eod"], domains, digest.hexdigest()[:16])
+        tokenizer = root / table["tokenizer"]
+        if not tokenizer.is_dir():
+            raise FlextronError(f"{tokenizer}: no such directory, which {DATA_FILE} names: run `prepare` again")
+        data = PreparedData(root, tokenizer, table["vocab_size"], table["eod"], domains, digest.hexdigest()[:16])
     except (KeyError, TypeError, AttributeError) as error:
         raise FlextronError(
             f"{file}: lacks or misnames an entry ({type(error).__name__}: {error}): run `prepare` again"
@@ -185,8 +194,22 @@ def check_weights(data: PreparedData, weights: Mapping[str, float] | None) -> di
     return chosen
 
 
+def check_tokenizer(data: PreparedData, tokenizer: Path | None) -> None:
+    """Raise FlextronError when the data have another vocabulary than `tokenizer`, the tokenizer directory of a model.
+
+    Nothing is compared where there is no such directory, or no vocabulary in JSON in it.
+    """
+    ours, models = read_vocabulary(data.tokenizer), read_vocabulary(tokenizer) if tokenizer else None
+    if ours and models and (different := ours.difference(models)):
+        token, i = different
+        raise FlextronError(
+            f"data={data.path}: prepared with another tokenizer than the model's, {tokenizer}: only one of the two has the token "
+            f"{i} {token[:40]!r}: prepare the data with the model's tokenizer"
+        )
+
+
 def _check_tokens(prefix: Path, tokens: int) -> bytes:
-    """Check a pair of token files against each other and against the count in data.json; returns a digest of the .idx."""
+    """Check a pair of token files against each other and the count in data.json; a digest of the .idx and parts of the .bin."""
     from megatron.core.datasets.indexed_dataset import DType
 
     index, binary = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
@@ -199,15 +222,19 @@ def _check_tokens(prefix: Path, tokens: int) -> bytes:
             if magic != b"MMIDIDX\0\0" or version != 1 or index.stat().st_size != size:
                 raise FlextronError(f"{index}: is truncated or not a Megatron index: run `prepare` again")
             stream.seek(0)
-            digest = hashlib.file_digest(stream, "sha256").digest()
+            digest = hashlib.file_digest(stream, "sha256")
         held = binary.stat().st_size
+        with binary.open("rb") as stream:
+            for start in (*range(0, held, max(_SEEN, held // _PARTS)), max(0, held - _SEEN)):
+                stream.seek(start)
+                digest.update(stream.read(_SEEN))
     except OSError as error:
         raise FlextronError(f"{error.filename}: cannot be read ({error.strerror}): run `prepare` again") from None
     if held != tokens * DType.size(code):
         raise FlextronError(
             f"{binary}: is truncated or of other data: {held} bytes, not {tokens} tokens of {DType.size(code)} bytes"
         )
-    return digest
+    return digest.digest()
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -121,6 +122,53 @@ def _wrap(hf: PreTrainedTokenizerBase, name: str) -> Tokenizer:
     hf.backend_tokenizer.no_truncation()  # some tokenizer.json cut or fill up every text to the length of their first model
     hf.backend_tokenizer.no_padding()
     return Tokenizer(hf, vocab_size=max(hf.get_vocab().values()) + 1, eod=hf.eos_token_id)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token -> id, and those tokens that were added to the model's own."""
+
+    tokens: Mapping[str, int]
+    added: frozenset[str]
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same tokens and ids, however the files are laid out."""
+        return hashlib.sha256(repr(sorted(self.tokens.items())).encode()).hexdigest()[:16]
+
+    def difference(self, other: Vocabulary) -> tuple[str, int] | None:
+        """A token and its id in one that the other gives another meaning; None where both are the same.
+
+        An added token that only one has, with an id that only one has, is no difference: opening and saving a tokenizer may
+        add those of tokenizer_config.json.
+        """
+        if self.tokens == other.tokens:
+            return None
+        for here, there in ((self, other), (other, self)):
+            taken = set(there.tokens.values())
+            for token, i in sorted(here.tokens.items() - there.tokens.items(), key=lambda entry: entry[1]):
+                if token not in here.added or token in there.tokens or i in taken:
+                    return token, i
+        return None
+
+
+def read_vocabulary(directory: Path) -> Vocabulary | None:
+    """The vocabulary of a Hugging Face tokenizer directory, read without opening the tokenizer.
+
+    None where it is not in JSON (sentencepiece only). Raises FlextronError naming a damaged file.
+    """
+    file = next((directory / name for name in ("tokenizer.json", "vocab.json") if (directory / name).is_file()), None)
+    if file is None:
+        return None
+    try:
+        table = json.loads(file.read_bytes())
+        tokens = table["model"]["vocab"] if file.name == "tokenizer.json" else table
+        if isinstance(tokens, list):  # [[token, score], ...]
+            tokens = {token: i for i, (token, _) in enumerate(tokens)}
+        added = {entry["content"]: entry["id"] for entry in table.get("added_tokens", ())} if table is not tokens else {}
+        return Vocabulary({**tokens, **added}, frozenset(added.keys() - tokens.keys()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FlextronError(f"{file}: is not a tokenizer's vocabulary ({type(error).__name__}: {error})") from None
 
 
 def groups(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.runtime import cpu
+from flextron_mcore.runtime import cpu, signals, watch
+from flextron_mcore.runtime.ranks import is_main_process as is_main_process
+
+# How long ranks wait for each other. Not a way to find dead ones, which the watch does sooner: one rank may work alone for long.
+TIMEOUT = timedelta(minutes=30)
 
 
 def initialize(parallel: Mapping[str, Any] | None = None, seed: int = 1234) -> None:
     """Start torch.distributed and Megatron-Core's process groups for this process.
 
-    parallel: NeMo's names tensor_model_parallel_size, pipeline_model_parallel_size,
-    virtual_pipeline_model_parallel_size, context_parallel_size. Without torchrun it is a world of one process.
-    Raises FlextronError when the number of processes does not fit the layout.
+    parallel: NeMo's names tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size. May be
+    called again for another layout after Megatron-Core's destroy_model_parallel. Without a launcher it is a world of one process.
+    Raises FlextronError when the number of processes does not fit the layout, or what the launcher must tell them is missing.
     """
     cpu.enable()
     from megatron.core import parallel_state, tensor_parallel
@@ -26,15 +31,19 @@ def initialize(parallel: Mapping[str, Any] | None = None, seed: int = 1234) -> N
     parallel = parallel or {}
     tensor = int(parallel.get("tensor_model_parallel_size") or 1)
     pipeline = int(parallel.get("pipeline_model_parallel_size") or 1)
-    context = int(parallel.get("context_parallel_size") or 1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % (tensor * pipeline * context):
+    if world % (tensor * pipeline):
         raise FlextronError(
             f"{world} process(es) cannot hold model.tensor_model_parallel_size={tensor} x "
-            f"model.pipeline_model_parallel_size={pipeline} x model.context_parallel_size={context}: "
-            f"start a multiple of {tensor * pipeline * context} with torchrun --nproc-per-node"
+            f"model.pipeline_model_parallel_size={pipeline}: "
+            f"start a multiple of {tensor * pipeline} with torchrun --nproc-per-node"
         )
     if not torch.distributed.is_initialized():
+        if world > 1 and (missing := [name for name in watch.LAUNCH if name not in os.environ]):
+            raise FlextronError(
+                f"WORLD_SIZE={world}, but {', '.join(missing)} is not set in the environment: start the processes with torchrun, "
+                "or set them for each process"
+            )
         os.environ.setdefault("RANK", "0")
         os.environ.setdefault("WORLD_SIZE", "1")
         os.environ.setdefault("LOCAL_RANK", "0")
@@ -46,10 +55,13 @@ def initialize(parallel: Mapping[str, Any] | None = None, seed: int = 1234) -> N
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor, pipeline, parallel.get("virtual_pipeline_model_parallel_size"), context_parallel_size=context
+            tensor,
+            pipeline,
+            parallel.get("virtual_pipeline_model_parallel_size"),
+            distributed_timeout_minutes=TIMEOUT.seconds // 60,
         )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -64,11 +76,14 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
+def stop_agreed() -> int:
+    """The number of the signal to stop for that came to any rank (`signals.defer`); 0 if none did. Call on all ranks."""
+    number = torch.tensor([signals.received()], dtype=torch.int32, device=device())
+    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+    watch.all_train()
+    return int(number)
+
+
 def device() -> torch.device:
     """The device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

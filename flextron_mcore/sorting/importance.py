@@ -18,6 +18,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.model import unwrap
 from flextron_mcore.pipeline.networks import Batch, run_networks
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.runtime.ranks import on_main_process
 
 SCORES = ("activation", "activation_weight")
 
@@ -42,15 +43,23 @@ def importance(
 
     score "activation": eq. 3, |output of the head|_1, and eq. 4, |what enters fc2|_1 of the neuron (for gated MLPs the product of
     gate and up). "activation_weight" multiplies each by the norm of the columns that follow it (output projection, fc2).
+    Tokens count where the loss_mask of their micro-batch is 1.
     """
     if score not in SCORES:
         raise FlextronError(f"score={score!r} is not known: use one of {', '.join(SCORES)}")
     layers = [layer for chunk in model for layer in unwrap(chunk).decoder.layers]
+    current = _Tokens()
+
+    def noted() -> Iterator[Batch]:
+        for batch in batches():  # each is taken right before it goes through the layers
+            current.mask_SB1 = batch["loss_mask"].to(device()).T.unsqueeze(-1)
+            yield batch
+
     with contextlib.ExitStack() as stack, torch.no_grad():
-        sums = {layer.layer_number - 1: stack.enter_context(_observed(layer)) for layer in layers}
+        sums = {layer.layer_number - 1: stack.enter_context(_observed(layer, current)) for layer in layers}
         for chunk in model:
             chunk.eval()
-        run_networks(model, batches, num_batches, [None], seq_length, micro_batch_size, forward_only=True)
+        run_networks(model, noted, num_batches, [None], seq_length, micro_batch_size, forward_only=True)
         scores = {}
         for layer in layers:
             found = sums[layer.layer_number - 1]
@@ -67,8 +76,14 @@ def importance(
     return scores
 
 
+class _Tokens:
+    """Which tokens of the micro-batch in the layers count."""
+
+    mask_SB1: Tensor
+
+
 @contextlib.contextmanager
-def _observed(layer: torch.nn.Module) -> Iterator[LayerScores]:
+def _observed(layer: torch.nn.Module, tokens: _Tokens) -> Iterator[LayerScores]:
     """Accumulate |activation| of a layer's neurons and heads while the context is open."""
     attention, mlp = layer.self_attention, layer.mlp
     projection, size = attention.linear_proj, attention.hidden_size_per_attention_head
@@ -79,11 +94,13 @@ def _observed(layer: torch.nn.Module) -> Iterator[LayerScores]:
     )
 
     def neurons(hidden_SBF: Tensor) -> Tensor:
-        sums.neurons += hidden_SBF.abs().sum((0, 1), dtype=torch.float32).double()
+        counted_SBF = hidden_SBF.abs() * tokens.mask_SB1
+        sums.neurons += counted_SBF.sum((0, 1), dtype=torch.float32).double()
         return hidden_SBF
 
     def heads(heads_SBd: Tensor) -> Tensor:
-        sums.heads += heads_SBd.abs().unflatten(-1, (groups, queries, size)).sum((0, 1, 4), dtype=torch.float32).double()
+        counted_SBd = heads_SBd.abs() * tokens.mask_SB1
+        sums.heads += counted_SBd.unflatten(-1, (groups, queries, size)).sum((0, 1, 4), dtype=torch.float32).double()
         return heads_SBd
 
     mlp.observe, projection.observe = neurons, heads
@@ -116,10 +133,11 @@ def _undeal(gathered: Tensor, ranks: int, granularity: int) -> Tensor:
 
 
 def collect(scores: Mapping[int, LayerScores], num_layers: int) -> dict[int, LayerScores]:
-    """Scores of all layers on every rank, in order, from the pipeline stages that hold them."""
+    """Scores of all layers, in order, from the pipeline stages that hold them; on every rank those that the main process has."""
     group = parallel_state.get_pipeline_model_parallel_group()
     parts: list[dict[int, LayerScores]] = [{} for _ in range(group.size())]
     mine = {i: LayerScores(s.neurons.cpu(), s.heads.cpu()) for i, s in scores.items()}
     torch.distributed.all_gather_object(parts, mine, group=group)
     merged = {i: s for part in parts for i, s in part.items()}
-    return {i: merged[i] for i in range(num_layers)}
+    # Sorting is shared out over the ranks: they must agree on the last bit, which sums over ranks do not promise.
+    return on_main_process(lambda: {i: merged[i] for i in range(num_layers)})

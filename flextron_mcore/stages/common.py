@@ -13,41 +13,40 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime.ranks import is_main_process, on_main_process, wait_for_all
 
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.json"
-# Keys that may differ between a run and its continuation: they do not change what is computed.
-_FREE_KEYS = (
-    "out",
-    "overwrite",
-    "debug",
-    "trainer.num_nodes",
-    "trainer.devices",
-    "trainer.log_every_n_steps",
-    "exp_manager",
-    "model.ddp",
-)
-_LAYOUT_KEYS = (
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",
-    "sequence_parallel", "recompute_granularity", "recompute_method", "recompute_num_layers", "micro_batch_size",
-)  # fmt: skip
 
 
 @contextlib.contextmanager
-def new_output(config: DictConfig) -> Iterator[Path]:
+def serial_output(config: DictConfig) -> Iterator[Path]:
     """A directory to write results into, which becomes `config.out` when the stage succeeds and leaves nothing when it fails.
 
-    Raises FlextronError when `out` exists and overwrite=true is not given.
+    For a stage that the main process runs alone. Raises FlextronError when `out` exists and overwrite=true is not given.
     """
     from flextron_mcore.checkpoint.store import write_aside
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise FlextronError(f"{config.stage}: runs as one process; pretrain and elastic run as many")
     out = Path(config.out)
     check_output(out, config.overwrite)
     make_parent(out)
     with write_aside(out) as folder:
         yield folder
         write_config(folder, config)
+
+
+@contextlib.contextmanager
+def new_output(config: DictConfig) -> Iterator[Path]:
+    """`serial_output` for a stage that all ranks run: the directory is whole when all are done, which a rank that fails never is.
+
+    Raises what `serial_output` does, on every rank the same.
+    """
+    from flextron_mcore.checkpoint.store import disk_errors
+
+    with disk_errors(Path(config.out)), contextlib.ExitStack() as main_process:
+        folder = on_main_process(lambda: main_process.enter_context(serial_output(config)))
+        yield folder
+        wait_for_all()
+    wait_for_all()
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -72,49 +71,6 @@ def make_parent(out: Path) -> None:
         raise FlextronError(f"out={out}: cannot be written: {error.strerror}") from None
 
 
-def resumable_output(config: DictConfig) -> Path:
-    """The directory of a training run: made, or continued when it holds the same run unfinished.
-
-    Raises FlextronError when it is complete, another run's, or no run's; overwrite=true replaces any.
-    """
-    out = Path(config.out)
-    if config.overwrite and out.is_dir():
-        check_output(out, overwrite=True)
-        shutil.rmtree(out)
-    if not (out / CONFIG_FILE).is_file():
-        check_output(out, overwrite=False)
-        make_parent(out)
-        out.mkdir(exist_ok=True)
-        write_config(out, config)
-        return out
-    before = flat(OmegaConf.load(out / CONFIG_FILE))
-    now = flat(OmegaConf.create(OmegaConf.to_container(config, resolve=True)))
-    for key in sorted(before.keys() | now.keys()):
-        if _is_free(key) or before.get(key) == now.get(key):
-            continue
-        raise FlextronError(
-            f"out={out}: holds a run with {key}={before.get(key)}, not {now.get(key)}: choose another out, or overwrite=true"
-        )
-    if (out / METRICS_FILE).is_file():
-        raise FlextronError(f"out={out}: this run is complete; choose another out, or overwrite=true to run it again")
-    return out
-
-
-def _is_free(key: str) -> bool:
-    return key.startswith(_FREE_KEYS) or key in [f"model.{name}" for name in _LAYOUT_KEYS]
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} of nested mappings."""
-    values: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            values.update(flat(value, f"{prefix}{name}."))
-        else:
-            values[f"{prefix}{name}"] = value
-    return values
-
-
 def write_config(folder: Path, config: DictConfig) -> None:
     """The resolved configuration as config.yaml."""
     (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
@@ -122,18 +78,38 @@ def write_config(folder: Path, config: DictConfig) -> None:
 
 def write_metrics(folder: Path, stage: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     """metrics.json, whose presence means that the stage is complete."""
-    from flextron_mcore.runtime.distributed import is_main_process
+    from flextron_mcore.checkpoint.store import write_whole
 
     metrics = {"stage": stage, **figures}
     if is_main_process():
-        aside = folder / f".{METRICS_FILE}"
-        aside.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-        aside.rename(folder / METRICS_FILE)
+        write_whole(folder / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
     return metrics
 
 
+def discard(folder: Path) -> None:
+    """Remove a directory that the stage used, when every rank is done with it."""
+    wait_for_all()
+    if is_main_process():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def say(text: str) -> None:
+    """A line on standard output, once."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def progress_bar(**options: Any) -> Any:
+    """A tqdm bar on the terminal, one for all ranks; options are tqdm's."""
+    from tqdm import tqdm
+
+    return tqdm(disable=None if is_main_process() else True, **options)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on standard output; numbers are right-aligned."""
+    """A table on standard output, once; numbers are right-aligned."""
+    if not is_main_process():
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -158,6 +134,11 @@ def start(config: DictConfig) -> None:
     """Start the process groups with the layout of `config`. Raises FlextronError where processes and layout do not fit."""
     from flextron_mcore.runtime import distributed
 
+    if config.model.context_parallel_size > 1:
+        raise FlextronError(
+            f"model.context_parallel_size={config.model.context_parallel_size}: needs Transformer Engine's attention, "
+            "the local backend has none that is context parallel: leave it at 1"
+        )
     trainer = config.trainer
     wanted = (trainer.num_nodes or 1) * trainer.devices if trainer.devices else None
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -167,11 +148,3 @@ def start(config: DictConfig) -> None:
             f"use torchrun --nproc-per-node={trainer.devices}"
         )
     distributed.initialize(config.model, config.seed)
-
-
-def wait_for_all() -> None:
-    """Let every rank reach this point."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()

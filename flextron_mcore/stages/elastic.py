@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages.common import print_table, resumable_output, start, wait_for_all, write_metrics
+from flextron_mcore.stages.common import print_table, start, write_metrics
+from flextron_mcore.stages.resume import resumable_output
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -19,7 +18,6 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.evaluation.family import uniform_family
     from flextron_mcore.pipeline.networks import Distillation
-    from flextron_mcore.runtime.distributed import is_main_process
     from flextron_mcore.training.loop import Phase, check, train
     from flextron_mcore.training.sampler import draw, random_family
 
@@ -30,11 +28,6 @@ def run(config: DictConfig) -> dict[str, Any]:
         raise FlextronError("distillation.weight must be within 0..1 and distillation.temperature above 0")
     model, space = info.model, info.space
     draw(model, space, config.seed, 0, config.num_subnetworks, config.mode)
-    if is_main_process():
-        out = resumable_output(config)
-        if info.tokenizer and not (out / "tokenizer").is_dir():
-            shutil.copytree(info.tokenizer, out / "tokenizer")
-    wait_for_all()
     uniform = uniform_family(model, space)
     phase = Phase(
         networks=lambda step: [None, *draw(model, space, config.seed, step, config.num_subnetworks, config.mode)],
@@ -44,13 +37,12 @@ def run(config: DictConfig) -> dict[str, Any]:
         },
         teach=Distillation(config.distillation.weight, config.distillation.temperature),
     )
-    out = Path(config.out)
-    figures = train(config, out, info, data, phase)
-    if is_main_process():
+    with resumable_output(config, info, data) as out:
+        figures = train(config, out, info, data, phase)
         first, last = figures["validation"]["first"], figures["validation"]["last"]
         rows = [[name, first.get(name, float("nan")), last[name]] for name in uniform]
         print_table("validation loss (nats per token), mean over domains", ["network", "before", "after"], rows)
-    return write_metrics(out, "elastic", figures)
+        return write_metrics(out, "elastic", figures)
 
 
 def check_space(config: DictConfig, info: Any) -> None:

@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.stages.common import new_output, print_table, start, write_metrics
+from flextron_mcore.stages.common import discard, new_output, print_table, progress_bar, start, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Evaluate config.subnetwork, or the full model and the uniform family."""
     start(config)
-    from tqdm import tqdm
-
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.data.blend import open_data, valid_datasets
     from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
+    from flextron_mcore.model import check_layout
     from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
     from flextron_mcore.stages.elastic import check_space
     from flextron_mcore.training.loop import sequence_length
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
+    computed = precision(config, info)
+    check_layout(info.model, info.space, config.model, computed)
     networks = _networks(config, info)
     seq_length = sequence_length(config.model.seq_length, info, data)
     with new_output(config) as out:
         datasets = valid_datasets(data, seq_length, config.seed, out / "cache")
-        model = loaded_model(config, info)
-        with tqdm(total=len(networks) * len(datasets), desc="evaluate", disable=None) as bar:
+        model = loaded_model(config.model, info, computed)
+        with progress_bar(total=len(networks) * len(datasets), desc="evaluate") as bar:
             size, limit = config.model.micro_batch_size, config.limit_val_batches
+            samples = limit and limit * size
             losses = evaluate(
-                model, datasets, networks, seq_length, size, limit, lambda done: bar.set_postfix_str(done) or bar.update()
+                model, datasets, networks, seq_length, size, samples, lambda done: bar.set_postfix_str(done) or bar.update()
             )
-        shutil.rmtree(out / "cache", ignore_errors=True)
+        discard(out / "cache")
         arch, kv = info.model, config.kv_cache
         dtype = config.trainer.precision or info.dtype
         length = kv.length or arch.max_position_embeddings
@@ -90,15 +91,24 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def loaded_model(config: DictConfig, info: Any) -> list[Any]:
-    """This rank's part of the checkpoint's model, in trainer.precision or else as stored, ready for evaluation."""
+def precision(config: DictConfig, info: Any) -> str:
+    """trainer.precision, or else as stored."""
+    from flextron_mcore.model import PRECISIONS
+
+    return config.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
+
+
+def loaded_model(options: Any, info: Any, precision: str) -> list[Any]:
+    """This rank's part of the checkpoint's model, a chunk for each of its virtual pipeline stages, ready for evaluation.
+
+    options: the `model` section with the layout.
+    """
     from megatron.core.transformer.module import Float16Module
 
     from flextron_mcore.checkpoint.store import load_model
-    from flextron_mcore.model import PRECISIONS, build_chunks
+    from flextron_mcore.model import build_chunks
 
-    precision = config.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
-    chunks = build_chunks(info.model, info.space, config.model, precision, initialize=False)
+    chunks = build_chunks(info.model, info.space, options, precision, initialize=False)
     for gpt in chunks:
         load_model(gpt, info)
     return [(Float16Module(gpt.config, gpt) if precision == "bf16" else gpt).eval() for gpt in chunks]

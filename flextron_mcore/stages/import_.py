@@ -7,13 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.stages.common import check_output, new_output, print_table, write_metrics
+from flextron_mcore.runtime.ranks import on_main_process, processes_on_cpu
+from flextron_mcore.stages.common import check_output, new_output, print_table, progress_bar, say, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Stream config.hf into an elastic checkpoint, units in the order they have."""
-    from tqdm import tqdm
-
+    """Stream config.hf into an elastic checkpoint, units in the order they have. Several ranks share the tensors."""
     check_output(Path(config.out), config.overwrite)
     from flextron_mcore.runtime import cpu
 
@@ -25,24 +24,23 @@ def run(config: DictConfig) -> dict[str, Any]:
     source = open_hf(Path(config.hf))
     info, tensors = import_hf(source, OmegaConf.to_container(config.space), config.dtype)
     size = sum(t.dtype.itemsize * _numel(t.shape) for t in tensors.values())
-    with new_output(config) as out:
+    with processes_on_cpu(), new_output(config) as out:
         folder = iteration_path(out, 0)
-        folder.mkdir(parents=True)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=None) as bar:
+        folder.mkdir(parents=True, exist_ok=True)
+        with progress_bar(total=size, unit="B", unit_scale=True, desc="import") as bar:
             write_streaming(folder, info, tensors, bar.update)
-        has_tokenizer = copy_tokenizer(Path(config.hf), out / "tokenizer")
         figures = {
             "parameters": count_parameters(info.model),
             "bytes": size,
             "dtype": info.dtype,
-            "tokenizer": has_tokenizer,
+            "tokenizer": on_main_process(lambda: copy_tokenizer(Path(config.hf), out / "tokenizer")),
             "unused_tensors": list(source.unused),
             "model": info.model.to_dict(),
             "space": info.space.to_dict(),
         }
         metrics = write_metrics(out, "import", figures)
     if source.unused:
-        print(f"import: {len(source.unused)} tensors have no place in the model: {', '.join(source.unused[:5])} ...")
+        say(f"import: {len(source.unused)} tensors have no place in the model: {', '.join(source.unused[:5])} ...")
     space = info.space
     print_table(
         f"imported {config.hf}: {figures['parameters']:,} parameters, {info.dtype}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,61 +11,65 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages.common import check_output, new_output, print_table, start, write_metrics
+from flextron_mcore.runtime.ranks import is_main_process
+from flextron_mcore.stages.common import discard, new_output, print_table, progress_bar, say, start, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Score on config.samples calibration sequences, write the sorted checkpoint and the ablation table."""
     start(config)
-    from megatron.core import parallel_state
-    from tqdm import tqdm
-
+    from flextron_mcore.checkpoint.sharding import check_granularity
     from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint, write_streaming
-    from flextron_mcore.data.blend import batch, open_data, train_dataset
+    from flextron_mcore.data.blend import open_data, train_dataset
+    from flextron_mcore.model import check_layout
+    from flextron_mcore.pipeline.batches import count_batches, share
     from flextron_mcore.sorting.importance import SCORES, collect, importance
     from flextron_mcore.sorting.permutation import order, sorted_tensors
     from flextron_mcore.space import ElasticSpace
-    from flextron_mcore.stages.evaluate import loaded_model
+    from flextron_mcore.stages.evaluate import loaded_model, precision
     from flextron_mcore.training.loop import sequence_length
 
-    check_output(Path(config.out), config.overwrite)
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     if config.score not in SCORES:
         raise FlextronError(f"score={config.score!r} is not known: use one of {', '.join(SCORES)}")
-    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    if config.samples < 1 or config.samples % ranks:
-        raise FlextronError(f"samples={config.samples} must be a multiple of the {ranks} data-parallel rank(s), at least 1")
-    size = math.gcd(config.samples // ranks, config.model.micro_batch_size)
-    rounds = config.samples // (size * ranks)
+    if config.samples < 1:
+        raise FlextronError(f"samples={config.samples} must be at least 1")
     wanted = {k: v for k, v in OmegaConf.to_container(config.space).items() if v is not None}
     # Sorting writes all units anew, so this is the stage that may change the space.
     space = ElasticSpace.from_dict(info.model, {**info.space.to_dict(), **wanted})
-    seq_length = sequence_length(config.model.seq_length, info, data)
+    dtype = precision(config, info)
+    check_layout(info.model, info.space, config.model, dtype)
+    if config.ablation_batches:
+        check_granularity(space.granularity, config.model.tensor_model_parallel_size)
+    seq_length, size = sequence_length(config.model.seq_length, info, data), config.model.micro_batch_size
     with new_output(config) as out:
         dataset = train_dataset(data, seq_length, config.samples, config.seed, out / "cache", config.data_weights)
-
-        def batches() -> Iterator[Any]:
-            for round_ in tqdm(range(rounds), desc="importance", unit="batch", disable=None):
-                first = (round_ * ranks + rank) * size
-                yield batch(dataset, range(first, first + size))
-
-        model = loaded_model(config, info)
+        model = loaded_model(config.model, info, dtype)
         table = _Ablation(config, info, space, data, seq_length, out)
         table.measure(model, "unsorted")
-        print(f"importance: scoring on {config.samples} sequences of {seq_length} tokens", flush=True)
-        scores = collect(importance(model, batches, rounds, seq_length, size, config.score), info.model.num_layers)
+        say(f"importance: scoring on {config.samples} sequences of {seq_length} tokens")
+        count = count_batches(config.samples, size)
+        with progress_bar(total=count * len(model), desc="importance", unit="batch") as bar:
+
+            def batches() -> Iterator[Any]:
+                for batch in share(dataset, config.samples, size):
+                    yield batch
+                    bar.update()
+
+            scores = collect(importance(model, batches, count, seq_length, size, config.score), info.model.num_layers)
         del model  # sorting streams from disk to disk
         orders = {i: order(space, layer) for i, layer in scores.items()}
         folder = iteration_path(out, info.step)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_streaming(folder, replace(info, space=space, sorted=True, path=None), sorted_tensors(info, orders))
         if config.ablation_batches:
-            table.measure(loaded_model(config, open_checkpoint(folder)), "sorted")
-        shutil.rmtree(out / "cache", ignore_errors=True)
-        if info.tokenizer:
-            shutil.copytree(info.tokenizer, out / "tokenizer")
-        _write_scores(out, scores)
+            table.measure(loaded_model(config.model, open_checkpoint(folder), dtype), "sorted")
+        discard(out / "cache")
         figures = {"samples": config.samples, "score": config.score, "model": info.model.to_dict(), "space": space.to_dict()}
+        if is_main_process():
+            if info.tokenizer:
+                shutil.copytree(info.tokenizer, out / "tokenizer")
+            _write_scores(out, scores)
         metrics = write_metrics(out, "importance", {**figures, "ablation": table.rows})
     if table.rows:
         print_table(
@@ -98,7 +101,7 @@ class _Ablation:
         if not self.datasets:
             return
         batches, size = self.config.ablation_batches, self.config.model.micro_batch_size
-        found = evaluate(model, self.datasets, self.networks, self.seq_length, size, batches)
+        found = evaluate(model, self.datasets, self.networks, self.seq_length, size, batches * size)
         for name, domains in found.items():
             loss = mean(domains)
             row = {"setup": name, "order": order_name, "loss": loss, "perplexity": perplexity(loss), "score": self.config.score}

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.stages.common import check_output, new_output, print_table, write_metrics
+from flextron_mcore.runtime.ranks import is_main_process
+from flextron_mcore.stages.common import check_output, print_table, serial_output, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Write token files per domain and the tokenizer."""
-    from pathlib import Path
-
+    """Write token files per domain and the tokenizer. The main process does; other ranks have nothing to do."""
+    if not is_main_process():
+        return {}
     check_output(Path(config.out), config.overwrite)
     from flextron_mcore.data.prepare import parse_inputs, prepare_data
 
     value = config["input"]
     inputs = parse_inputs(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
-    with new_output(config) as out:
+    with serial_output(config) as out:
         figures = prepare_data(
             inputs,
             out,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.stages.common import resumable_output, start, wait_for_all, write_metrics
+from flextron_mcore.stages.common import start, write_metrics
+from flextron_mcore.stages.resume import resumable_output
 
 _RUN_KEYS = ("micro_batch_size", "global_batch_size", "seq_length", "optim", "ddp")
 
@@ -20,7 +20,6 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.evaluation.family import uniform_family
     from flextron_mcore.model import PARALLEL_OPTIONS
-    from flextron_mcore.runtime.distributed import is_main_process
     from flextron_mcore.space import ElasticSpace
     from flextron_mcore.training.loop import Phase, check, train
 
@@ -32,14 +31,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     space = ElasticSpace.from_dict(model, OmegaConf.to_container(config.space))
     info = CheckpointInfo(model, space, dtype=config.trainer.precision)
     check(config, info, data)
-    if is_main_process():
-        out = resumable_output(config)
-        if not (out / "tokenizer").is_dir():
-            shutil.copytree(data.tokenizer, out / "tokenizer")
-    wait_for_all()
-    from pathlib import Path
-
-    out = Path(config.out)
     full = {"full": uniform_family(model, space)["full"]}
-    figures = train(config, out, info, data, Phase(networks=lambda step: [None], validation=lambda step: full))
-    return write_metrics(out, "pretrain", figures)
+    with resumable_output(config, info, data) as out:
+        figures = train(config, out, info, data, Phase(networks=lambda step: [None], validation=lambda step: full))
+        return write_metrics(out, "pretrain", figures)

@@ -8,16 +8,19 @@ from typing import Any
 from omegaconf import DictConfig
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages.common import new_output, write_metrics
+from flextron_mcore.runtime.ranks import is_main_process
+from flextron_mcore.stages.common import serial_output, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Write config.out/index.html, its figures and family.json from the stages found in config.run."""
+    """Write config.out/index.html, its figures and family.json from the stages found in config.run. The main process does."""
+    if not is_main_process():
+        return {}
     from flextron_mcore.report.page import build_report
 
     if not Path(config.run).is_dir():
         raise FlextronError(f"run={config.run}: no such directory")
-    with new_output(config) as out:
+    with serial_output(config) as out:
         figures = build_report(Path(config.run), out)
         metrics = write_metrics(
             out, "report", {"figures": [Path(f).name for f in figures["figures"]], "family": figures["family"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flextron_mcore.checkpoint.store import write_whole
 from flextron_mcore.runtime.distributed import is_main_process
 
 LOG_FILE = "log.jsonl"
@@ -27,11 +29,11 @@ class Log:
             return
         path = out / LOG_FILE
         rows = _whole_rows(path)
-        kept = [row for row in rows if row["step"] <= step]
+        kept = [row for row in rows if row["step"] <= step] if step else []
         for row in kept:
             if row["event"] == "validation" and row["step"] == 0:
                 self.first_validation = row["losses"]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", encoding="utf-8")
         self.board = None
         if config.exp_manager.create_tensorboard_logger:
@@ -96,12 +98,10 @@ class Log:
 
 
 def _whole_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log whose last line may be cut short by a kill."""
+    """The rows of a log, without lines that are damaged: a kill cuts the last one short."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int) and "event" in row]

@@ -19,11 +19,12 @@ from megatron.core.transformer.module import Float16Module
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, disk_errors, list_checkpoints, load_model, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.data.blend import PreparedData, batch, check_weights, train_dataset, valid_datasets
+from flextron_mcore.data.blend import PreparedData, batch, check_tokenizer, check_weights, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean
 from flextron_mcore.model import PRECISIONS, build_chunks, check_layout
 from flextron_mcore.pipeline.networks import Batch, Distillation, run_networks
-from flextron_mcore.runtime.distributed import is_main_process
+from flextron_mcore.runtime import signals
+from flextron_mcore.runtime.distributed import is_main_process, stop_agreed
 from flextron_mcore.runtime.seeds import seed_step
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.checkpointing import KEPT, TrainingCheckpointer, at_step, remove_unfinished
@@ -99,6 +100,7 @@ def sequence_length(wanted: int | None, info: CheckpointInfo, data: PreparedData
             f"data={data.path}: its tokenizer has {data.vocab_size} tokens, the model's vocabulary {info.model.vocab_size}: "
             "prepare the data with the model's tokenizer"
         )
+    check_tokenizer(data, info.tokenizer)
     return wanted or positions
 
 
@@ -195,15 +197,20 @@ class _Run:
             validation["first"] = self._validate(0, log)
         for chunk in self.model:
             chunk.train()
+        signals.defer(True)
         try:
             while step < self.trainer.max_steps:
                 self._step(step, log)
                 step, trained = step + 1, trained + 1
                 if step % self.trainer.val_check_interval == 0 or step == self.trainer.max_steps:
                     validation["last"] = self._validate(step, log)
-                if step % self.save_interval == 0 or step == self.trainer.max_steps:
-                    with self._gathered():
+                stop = stop_agreed() if step < self.trainer.max_steps else 0
+                if stop or step % self.save_interval == 0 or step == self.trainer.max_steps:
+                    with self._gathered(), signals.deaf_helpers():
                         self.checkpointer.save(at_step(self.info, step, dtype=self.trainer.precision))
+                if stop:
+                    self.checkpointer.close()
+                    signals.stop(stop, self.config.stage, step)
                 self.checkpointer.poll()
             self.checkpointer.close()
         except BaseException:
@@ -213,6 +220,7 @@ class _Run:
                     self.checkpointer.close()
             raise
         finally:
+            signals.defer(False)
             log.close()
         seconds = time.perf_counter() - started
         tokens = self.options.global_batch_size * self.seq_length
@@ -277,8 +285,9 @@ class _Run:
 
     def _validate(self, step: int, log: Log) -> dict[str, float]:
         size, limit = self.options.micro_batch_size, self.trainer.limit_val_batches
+        samples = limit and limit * self.options.global_batch_size
         with self._gathered():
-            domains = evaluate(self.model, self.valid_data, self.phase.validation(step), self.seq_length, size, limit)
+            domains = evaluate(self.model, self.valid_data, self.phase.validation(step), self.seq_length, size, samples)
         losses = {name: mean(values) for name, values in domains.items()}
         log.validation({"step": step, "event": "validation", "losses": losses, "domains": domains})
         return losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from flextron_mcore.checkpoint.store import (
     TensorReader,
     load_model,
     open_checkpoint,
+    share_out,
     write_aside,
+    write_whole,
 )
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import build_model, gpt_model, transformer_config
@@ -96,12 +99,72 @@ def test_what_is_not_a_whole_checkpoint(tmp_path):
     with pytest.raises(FlextronError, match="nowhere: no such directory"):
         open_checkpoint(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FlextronError, match="empty: no whole checkpoint in it"):
+    with pytest.raises(FlextronError, match="empty: no checkpoint in it"):
         open_checkpoint(tmp_path / "empty")
-    # half-written ones are passed over
+    # one that is being written is passed over, and so is what has nothing to do with them
     (run / "checkpoints" / ".iter_0000009.tmp").mkdir()
-    (run / "checkpoints" / "iter_0000008").mkdir()
+    (run / "checkpoints" / "iter_0000008.bak").mkdir()
+    (run / "checkpoints" / "iter_0000008").write_text("a file")
+    (run / "checkpoints" / "latest.txt").write_text("iter_0000000")
     assert open_checkpoint(run) == info and open_checkpoint(info.path) == info and open_checkpoint(run / "checkpoints") == info
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+SPOILT = {
+    "truncated": (".metadata", cut, r"\.metadata is truncated: \d+ bytes, not \d+"),
+    "emptied": ("__0_3.distcp", lambda file: file.write_bytes(b""), r"__0_3\.distcp is truncated: 0 bytes, not \d+"),
+    "grown": ("__0_0.distcp", lambda file: file.write_bytes(file.read_bytes() + b"x"), r"__0_0\.distcp is damaged: \d+ bytes"),
+    "lost": ("common.pt", Path.unlink, r"common\.pt is missing"),
+    "no description": ("flextron.json", Path.unlink, r"flextron\.json is missing"),
+    "half a description": ("flextron.json", cut, r"flextron\.json is damaged: not a checkpoint description"),
+    "another description": ("flextron.json", lambda file: file.write_text("[1]"), r"flextron\.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_damage_is_seen_when_opened_and_nothing_older_is_taken(name, tmp_path):
+    arch, space, model = case("llama")
+    run = tmp_path / "run"
+    older, newest = (toy.write(model, CheckpointInfo(arch, space, step=step), run) for step in (7, 10_000_000))
+    assert open_checkpoint(run).step == 10_000_000
+    file, spoil, message = SPOILT[name]
+    spoil(newest / file)
+    for path in (run, newest):
+        with pytest.raises(FlextronError, match=message + f".*; remove {newest} to continue from iter_0000007$") as error:
+            open_checkpoint(path)
+        assert "\n" not in str(error.value)
+    assert open_checkpoint(older).step == 7
+    spoil(older / file)
+    with pytest.raises(FlextronError, match=message + ".*; no older checkpoint beside it is whole: bring it back"):
+        open_checkpoint(run)
+
+
+def test_sizes_are_recorded_and_not_asked_of_early_checkpoints(tmp_path):
+    arch, space, model = case("llama")
+    info = stream(model, CheckpointInfo(arch, space), tmp_path / "run")
+    file = info.path / "flextron.json"
+    values = json.loads(file.read_text())
+    assert values.pop("files") == {p.name: p.stat().st_size for p in info.path.iterdir() if p != file}
+    file.write_text(json.dumps(values))
+    assert open_checkpoint(info.path) == info
+
+
+def test_write_whole_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    write_whole(file, "old")
+    write = Path.write_text
+
+    def half(self, text, **options):
+        write(self, text[:1], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(file, "new")
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
 
 def test_damaged_checkpoints_are_named(tmp_path):
@@ -120,8 +183,8 @@ def test_damaged_checkpoints_are_named(tmp_path):
     (info.path / ".metadata").write_bytes(b"")
     with pytest.raises(FlextronError, match=r".metadata is missing or damaged"):
         TensorReader(info)
-    (info.path / "flextron.json").write_text("{")
-    with pytest.raises(FlextronError, match=r"flextron.json: not a checkpoint description"):
+    (info.path / "flextron.json").write_text('{"format": 1}')
+    with pytest.raises(FlextronError, match=r"flextron.json: not a checkpoint description \(KeyError: 'model'\)"):
         open_checkpoint(info.path)
     (info.path / "flextron.json").write_text(json.dumps({**info.to_dict(), "format": 99}))
     with pytest.raises(FlextronError, match=r"flextron.json: format 99 is not 1"):
@@ -157,3 +220,12 @@ def test_full_disk(make_disk, monkeypatch):
         stream(model, CheckpointInfo(arch, space), small_disk / "run")
     assert "\n" not in str(error.value)
     assert [p.name for p in small_disk.iterdir()] == ["keep"] and keep.read_text() == "precious"
+
+
+def test_ranks_write_about_as_much_as_each_other():
+    sizes = {"table": 60, **{f"weight {i}": 20 for i in range(6)}, **{f"bias {i}": 1 for i in range(6)}}
+    shares = share_out(sizes, 3)
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    assert [sum(sizes[name] for name in share) for share in shares] == [62, 62, 62]
+    assert share_out(sizes, 1) == [set(sizes)]
+    assert sum(map(len, share_out({"only": 1}, 4))) == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from flextron_mcore.data.blend import SAMPLE_KEYS, PreparedData, batch, open_data, train_dataset, valid_datasets
+from flextron_mcore.data.blend import SAMPLE_KEYS, PreparedData, batch, check_tokenizer, open_data, train_dataset, valid_datasets
 from flextron_mcore.data.prepare import prepare_data
 from flextron_mcore.data.tokenizer import open_tokenizer
 
@@ -69,6 +69,7 @@ SPOILT = {
     "truncated bin": ("single_valid.bin", lambda p: cut(p / "single_valid.bin", 2), "truncated"),
     "truncated idx": ("single_train.idx", lambda p: cut(p / "single_train.idx", 1), "truncated"),
     "empty idx": ("plain_train.idx", lambda p: (p / "plain_train.idx").write_bytes(b""), "truncated"),
+    "no tokenizer": ("tokenizer", lambda p: shutil.rmtree(p / "tokenizer"), "no such directory"),
     "other bin": ("plain_valid.bin", lambda p: shutil.copy(p / "plain_train.bin", p / "plain_valid.bin"), "other data"),
 }
 
@@ -83,6 +84,44 @@ def test_spoilt_data(prepared_dir: Path, tmp_path: Path, fails, file: str, spoil
 
 def test_missing_directory(tmp_path: Path, fails) -> None:
     fails(lambda: open_data(tmp_path / "nope"), tmp_path / "nope", "prepare")
+
+
+def test_fingerprint_is_that_of_the_tokens(prepared_dir: Path, prepared: PreparedData, tmp_path: Path, monkeypatch) -> None:
+    """It follows the directory, and changes with one token, the lengths of the documents being what they were."""
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(prepared_dir, copy)
+    assert open_data(copy).fingerprint == prepared.fingerprint
+    file = copy / "lines_valid.bin"
+    tokens = bytearray(file.read_bytes())
+    tokens[-2] ^= 1
+    file.write_bytes(tokens)
+    assert open_data(copy).fingerprint != prepared.fingerprint
+    # of a large file it sees parts, beginning and end among them
+    monkeypatch.setattr("flextron_mcore.data.blend._SEEN", 8)
+    monkeypatch.setattr("flextron_mcore.data.blend._PARTS", 2)
+    seen = {open_data(copy).fingerprint}
+    for place in (0, 8, len(tokens) // 2, -1):
+        changed = tokens.copy()
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        seen.add(open_data(copy).fingerprint)
+    assert len(seen) == 4  # all but the byte after the first part
+
+
+def test_the_tokenizer_must_be_the_models(prepared: PreparedData, tmp_path: Path, fails) -> None:
+    check_tokenizer(prepared, None)
+    check_tokenizer(prepared, prepared.tokenizer)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    check_tokenizer(prepared, tmp_path)  # sentencepiece only: cannot be compared
+    model = tmp_path / "model"
+    shutil.copytree(prepared.tokenizer, model)
+    file = model / "tokenizer.json"
+    table = json.loads(file.read_text())
+    vocab = table["model"]["vocab"]
+    first, second = list(vocab)[270:272]
+    vocab[first], vocab[second] = 271, 270
+    file.write_text(json.dumps(table))
+    fails(lambda: check_tokenizer(prepared, model), f"data={prepared.path}", model, "another tokenizer", f"270 {first!r}")
 
 
 # ---- training ----

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from flextron_mcore.data import tokenizer as module
-from flextron_mcore.data.tokenizer import END_OF_TEXT, SMALLEST_VOCAB, Tokenizer, open_tokenizer, train_tokenizer
+from flextron_mcore.data.tokenizer import END_OF_TEXT, SMALLEST_VOCAB, Tokenizer, open_tokenizer, read_vocabulary, train_tokenizer
 
 from .conftest import story
 
@@ -158,3 +160,94 @@ def test_ids_beyond_the_count_of_tokens(directory: Path, tmp_path: Path) -> None
     table["model"]["merges"].append([word[:1], word[1:]]) if len(word) == 2 else None
     (tmp_path / "tokenizer.json").write_text(json.dumps(table))
     assert open_tokenizer(tmp_path).vocab_size == 1001
+
+
+# ---- vocabularies, read without opening the tokenizer ----
+
+
+def copied(directory: Path, target: Path, change: Callable[[dict], object] = lambda table: None) -> Path:
+    """A tokenizer directory with the contents of its tokenizer.json changed; that file is laid out anew in any case."""
+    shutil.copytree(directory, target)
+    table = json.loads((target / "tokenizer.json").read_text())
+    change(table)
+    (target / "tokenizer.json").write_text(json.dumps(dict(reversed(table.items())), ensure_ascii=True))
+    return target
+
+
+def swap(table: dict) -> None:
+    """Two tokens change places."""
+    vocab = table["model"]["vocab"]
+    first, second = list(vocab)[280:282]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+
+
+def add(i: int) -> Callable[[dict], object]:
+    """An added token of that id."""
+    token = {"id": i, "content": "<|added|>", "special": True, "normalized": False}
+    return lambda table: table["added_tokens"].append(token | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+
+
+def test_vocabulary_is_that_of_the_opened_tokenizer(directory: Path, opened: Tokenizer) -> None:
+    assert read_vocabulary(directory).tokens == opened.hf.get_vocab()
+
+
+def test_vocabulary_does_not_depend_on_how_it_is_saved(directory: Path, opened: Tokenizer, tmp_path: Path) -> None:
+    backwards = lambda table: table["model"].update(vocab=dict(reversed(table["model"]["vocab"].items())))  # noqa: E731
+    ours, other = read_vocabulary(directory), read_vocabulary(copied(directory, tmp_path / "copy", backwards))
+    assert other.fingerprint == ours.fingerprint and other.difference(ours) is None
+    AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "saved")
+    assert read_vocabulary(tmp_path / "saved").fingerprint == ours.fingerprint
+
+
+def test_token_added_by_opening_is_no_difference(directory: Path, tmp_path: Path) -> None:
+    """What tokenizer_config.json adds is in tokenizer.json once transformers has saved it."""
+    original = copied(directory, tmp_path / "original")
+    config = json.loads((original / "tokenizer_config.json").read_text())
+    token = {"content": "<pad>", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    (original / "tokenizer_config.json").write_text(
+        json.dumps({**config, "pad_token": "<pad>", "added_tokens_decoder": {"320": token}})
+    )
+    open_tokenizer(original).save(tmp_path / "saved")
+    before, after = read_vocabulary(original), read_vocabulary(tmp_path / "saved")
+    assert "<pad>" not in before.tokens and after.tokens["<pad>"] == 320
+    assert before.difference(after) is None and after.difference(before) is None
+
+
+OTHER: dict[str, tuple[Callable[[dict], object], int]] = {
+    "two tokens swapped": (swap, 280),
+    "a token less": (lambda table: table["model"]["vocab"].popitem(), 319),
+    "an added token in the place of another": (lambda table: (table["model"]["vocab"].popitem(), add(319)(table)), 319),
+}
+
+
+@pytest.mark.parametrize(("change", "place"), OTHER.values(), ids=OTHER)
+def test_vocabularies_that_differ(directory: Path, tmp_path: Path, change: Callable[[dict], object], place: int) -> None:
+    ours, other = read_vocabulary(directory), read_vocabulary(copied(directory, tmp_path / "copy", change))
+    assert ours.fingerprint != other.fingerprint
+    assert ours.difference(other)[1] == other.difference(ours)[1] == place
+
+
+def test_two_added_tokens_of_one_id_differ(directory: Path, tmp_path: Path) -> None:
+    rename = lambda table: (add(320)(table), table["added_tokens"][-1].update(content="<|another|>"))  # noqa: E731
+    one, two = (read_vocabulary(copied(directory, tmp_path / name, change)) for name, change in (("a", add(320)), ("b", rename)))
+    assert one.difference(two) == ("<|added|>", 320) and two.difference(one) == ("<|another|>", 320)
+
+
+def test_vocabularies_of_other_kinds_of_directories(directory: Path, tmp_path: Path) -> None:
+    unigram = copied(
+        directory, tmp_path / "unigram", lambda t: t.update(model={"type": "Unigram", "vocab": [["<unk>", 0.0], ["a", -1.5]]})
+    )
+    assert read_vocabulary(unigram).tokens == {"<unk>": 0, "a": 1, END_OF_TEXT: 0}
+    (tmp_path / "old").mkdir()  # what a GPT-2 of transformers 2 has
+    (tmp_path / "old" / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "old" / "merges.txt").write_text("")
+    assert read_vocabulary(tmp_path / "old").tokens == {"a": 0, "b": 1}
+    (tmp_path / "sentencepiece").mkdir()
+    (tmp_path / "sentencepiece" / "tokenizer.model").write_bytes(b"\n\x0b")
+    assert read_vocabulary(tmp_path / "sentencepiece") is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model": 3}', '{"model": {"vocab": 3}}', '{"added_tokens": [], "model": {}}'])
+def test_damaged_vocabulary(tmp_path: Path, fails, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    fails(lambda: read_vocabulary(tmp_path), tmp_path / "tokenizer.json", "is not a tokenizer's vocabulary")

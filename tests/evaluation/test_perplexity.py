@@ -64,7 +64,7 @@ def test_losses_are_means_over_tokens_whatever_the_micro_batch(size):
 def test_a_limit_takes_the_first_micro_batches():
     model = toy.model(ARCH, SPACE)
     dataset = Samples(7, 3)
-    found = evaluate([model], {"a": dataset}, {"full": None}, toy.LENGTH, 2, limit=2)
+    found = evaluate([model], {"a": dataset}, {"full": None}, toy.LENGTH, 2, max_samples=4)
     assert found["full"]["a"] == pytest.approx(by_hand(model, dataset, None, 4), rel=1e-6)
 
 

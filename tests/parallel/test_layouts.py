@@ -1,73 +1,261 @@
-"""The same training step in two processes: tensor, pipeline and data parallel give the losses of one process."""
+"""T2, T3, T4: the layout changes nothing but the speed.
+
+Training at every layout has the losses and gradient norms of one process, and a run continues at another layout as if nothing had
+happened. One torchrun of 2 processes and one of 4 do all the work.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
+from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
+from flextron_mcore.model import use_subnetwork
 from flextron_mcore.space import ElasticSpace
+from flextron_mcore.stages.common import METRICS_FILE
+from flextron_mcore.training.log import LOG_FILE
 from tests import toy
+from tests.parallel.worker import run_jobs
 from tests.stages.conftest import stage
 
-LAYOUTS = {
-    "tensor": ["model.tensor_model_parallel_size=2"],
-    "tensor with sequence parallelism": ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
-    "pipeline": ["model.pipeline_model_parallel_size=2"],
-    "data": [],
+VOCABULARY = 301  # odd: tensor-parallel ranks pad it
+STEPS = 8
+TP2, TP4, PP2, PP4 = (f"model.{kind}_model_parallel_size={n}" for kind in ("tensor", "pipeline") for n in (2, 4))
+VIRTUAL, SEQUENCE = "model.virtual_pipeline_model_parallel_size=2", "model.sequence_parallel=true"
+DISTRIBUTED = "model.ddp.use_distributed_optimizer=true"
+OVERLAP = ["model.ddp.overlap_grad_reduce=true", "model.ddp.bucket_size=5000"]
+GATHER = [DISTRIBUTED, *OVERLAP, "model.ddp.overlap_param_gather=true"]
+FULL = ["model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1"]
+SELECTIVE = ["model.recompute_granularity=selective", "model.recompute_modules=[core_attn,mlp]"]
+# name: (processes, model, keys)
+LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
+    "TP2": (2, "llama", [TP2]),
+    "TP2 SP": (2, "llama", [TP2, SEQUENCE]),
+    "PP2": (2, "llama", [PP2]),
+    "PP2 virtual": (2, "llama", [PP2, VIRTUAL]),
+    "PP2 uneven": (2, "llama", [PP2, "model.num_layers_in_first_pipeline_stage=1"]),
+    "PP2 full recomputation": (2, "llama", [PP2, *FULL]),
+    "PP2 virtual selective recomputation": (2, "llama", [PP2, VIRTUAL, *SELECTIVE]),
+    "DP2": (2, "llama", []),
+    "DP2 overlap": (2, "llama", OVERLAP),
+    "DP2 distributed optimizer": (2, "llama", [DISTRIBUTED]),
+    "DP2 distributed optimizer overlap": (2, "llama", GATHER),
+    "DP2 one sample at a time": (2, "llama", ["model.micro_batch_size=1"]),
+    "TP2 SP gpt2": (2, "gpt2", [TP2, SEQUENCE]),
+    "PP2 virtual gpt2": (2, "gpt2", [PP2, VIRTUAL]),
+    "TP2 distilled": (2, "distilled", [TP2]),
+    "PP2 virtual distilled": (2, "distilled", [PP2, VIRTUAL]),
+    "TP4": (4, "llama", [TP4]),
+    "PP4": (4, "llama", [PP4]),
+    "TP2 PP2": (4, "llama", [TP2, PP2]),
+    "TP2 DP2": (4, "llama", [TP2]),
+    "TP2 DP2 everything": (4, "llama", [TP2, SEQUENCE, *GATHER, *FULL]),
+    "TP2 PP2 SP gpt2": (4, "gpt2", [TP2, PP2, SEQUENCE]),
+}
+# name: (processes, the run it continues in its middle, keys)
+CONTINUED: dict[str, tuple[int, str, list[str]]] = {
+    "TP2 DP2, then TP4": (4, "TP2 DP2", [TP4]),
+    "TP2 DP2 everything, then TP2 PP2": (4, "TP2 DP2 everything", [TP2, PP2, DISTRIBUTED]),
+    "TP2 DP2, then PP2": (2, "TP2 DP2", [PP2]),
+    "TP2 DP2 everything, then DP2": (2, "TP2 DP2 everything", [DISTRIBUTED]),
+    "PP2 virtual, then TP2": (2, "PP2 virtual", [TP2]),
+    "TP2 PP2 SP gpt2, then DP2": (2, "TP2 PP2 SP gpt2", []),
 }
 
 
-def losses(run: Path) -> list[float]:
-    found = []
+def trained(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of every network in every step and validation; gradient norms."""
+    losses, norms = [], []
     for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
-        found += [row["loss"], *row["subnetwork_losses"]] if row["event"] == "train" else list(row["losses"].values())
-    return found
+        if row["event"] == "train":
+            losses += [row["loss"], *row["subnetwork_losses"]]
+            norms.append(row["grad_norm"])
+        else:
+            losses += row["losses"].values()
+    return torch.tensor(losses), torch.tensor(norms)
+
+
+def interrupt(source: str, run: str) -> None:
+    """Copy a finished run as it was after half of its steps. All ranks of a job are here; one does it."""
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(source, run)
+        Path(run, METRICS_FILE).unlink()
+        log = Path(run, LOG_FILE)
+        log.write_text(
+            "".join(line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= STEPS // 2)
+        )
+        shutil.rmtree(list_checkpoints(Path(run))[-1])
+
+
+def stock_logits(checkpoint: str, out: str) -> None:
+    """Logits of Megatron-Core's own GPTModel, two-way tensor parallel, from an elastic checkpoint; no plug-in."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from flextron_mcore.model import transformer_config
+    from flextron_mcore.runtime import distributed
+
+    distributed.initialize({"tensor_model_parallel_size": 2})
+    info = open_checkpoint(checkpoint)
+    model = GPTModel(
+        transformer_config(info.model, {"tensor_model_parallel_size": 2}),
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=info.model.vocab_size + 1,
+        max_sequence_length=info.model.max_position_embeddings,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=True,
+    ).eval()
+    wanted = {"model": model.sharded_state_dict(metadata={"non_homogeneous_layers": True})}
+    model.load_state_dict(dist_checkpointing.load(wanted, str(info.path))["model"])
+    tokens, positions = toy.inputs(batch=3, vocab=info.model.vocab_size)
+    mask = torch.ones(toy.LENGTH, toy.LENGTH, dtype=torch.bool).triu(1)[None, None]
+    with torch.no_grad():
+        logits = gather_from_tensor_model_parallel_region(model(tokens, positions, mask))
+    torch.save(logits[..., : info.model.vocab_size], f"{out}.{torch.distributed.get_rank()}")
+
+
+class Runs:
+    """The directory of all runs, and what is run in it."""
+
+    def __init__(self, root: Path, text: Path) -> None:
+        self.root = root
+        stage(
+            "prepare", f"input=[{text}/code,{text}/prose]", f"vocab_size={VOCABULARY}", "valid_fraction=0.2", f"out={root}/data"
+        )
+        size = dict(num_layers=4, num_attention_heads=8, vocab_size=VOCABULARY, ffn_hidden_size=64)
+        llama = toy.config(**size, share_embeddings_and_output_weights=True)
+        gpt2 = toy.config(**size, **toy.GPT2, num_query_groups=4)
+        for name, arch, space in (
+            ("llama", llama, dict(heads=[0.5, 1.0], ffn_hidden_size=[0.25, 0.5, 1.0])),
+            ("gpt2", gpt2, dict(attention_unit="query_head", heads=[0.5, 1.0])),
+        ):
+            built = ElasticSpace.build(arch, granularity=4, **space)
+            toy.write(toy.model(arch, built), CheckpointInfo(arch, built), root / "start" / name)
+
+    def path(self, name: str) -> Path:
+        return self.root / name.replace(" ", "_").replace(",", "")
+
+    def keys(self, name: str, model: str, *layout: str) -> list[str]:
+        distill = ["distillation.weight=0.5", "distillation.temperature=2.0"] if model == "distilled" else []
+        return [
+            f"checkpoint={self.root}/start/{'gpt2' if model == 'gpt2' else 'llama'}",
+            f"data={self.root}/data",
+            "model.micro_batch_size=2",
+            "model.global_batch_size=8",
+            f"trainer.max_steps={STEPS}",
+            f"trainer.val_check_interval={STEPS}",
+            "trainer.limit_val_batches=3",
+            "model.optim.sched.warmup_steps=0",
+            "exp_manager.create_tensorboard_logger=false",
+            f"exp_manager.checkpoint_callback_params.every_n_train_steps={STEPS // 2}",
+            "exp_manager.checkpoint_callback_params.async_save=false",
+            f"out={self.path(name)}",
+            *distill,
+            *layout,
+        ]
+
+    def jobs(self, processes: int) -> list[dict[str, Any]]:
+        jobs = []
+        for name, (count, model, layout) in LAYOUTS.items():
+            if count == processes:
+                jobs.append({"stage": "elastic", "keys": self.keys(name, model, *layout)})
+        for name, (count, source, layout) in CONTINUED.items():
+            if count == processes:
+                copy = {"source": str(self.path(source)), "run": str(self.path(name))}
+                jobs.append({"call": "tests.parallel.test_layouts:interrupt", "arguments": copy})
+                jobs.append({"stage": "elastic", "keys": self.keys(name, LAYOUTS[source][1], *layout)})
+        return jobs
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, text) -> tuple[Path, list[str]]:
-    """A random model at granularity 2, tied embeddings, and the keys of a short training run."""
-    run = tmp_path_factory.mktemp("layouts")
-    stage("prepare", f"input=[{text}/code,{text}/prose]", "vocab_size=300", "valid_fraction=0.2", f"out={run}/data")
-    arch = toy.config(vocab_size=300, share_embeddings_and_output_weights=True)
-    space = ElasticSpace.build(arch, granularity=2, heads=[0.5, 1.0], ffn_hidden_size=[0.25, 0.5, 1.0])
-    toy.write(toy.model(arch, space), CheckpointInfo(arch, space), run / "start")
-    keys = [
-        f"checkpoint={run}/start",
-        f"data={run}/data",
-        "model.micro_batch_size=2",
-        "model.global_batch_size=4",
-        "trainer.max_steps=4",
-        "trainer.val_check_interval=4",
-        "trainer.limit_val_batches=3",
-        "model.optim.sched.warmup_steps=0",
-        "exp_manager.checkpoint_callback_params.every_n_train_steps=4",
-        "exp_manager.checkpoint_callback_params.async_save=false",
-    ]
-    stage("elastic", *keys, f"out={run}/one")
-    return run, keys
+def runs(tmp_path_factory, text) -> Runs:
+    """Everything trained: in one process, in four, and in two."""
+    found = Runs(tmp_path_factory.mktemp("layouts"), text)
+    for model in ("llama", "gpt2", "distilled"):
+        stage("elastic", *found.keys(f"one {model}", model))
+    for processes in (4, 2):
+        for job in run_jobs(processes, found.jobs(processes), tmp_path_factory.mktemp("jobs")):
+            assert all("error" not in rank for rank in job), job
+    return found
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_two_processes_are_one(start, name, tmp_path):
-    run, keys = start
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flextron_mcore"]
-    result = subprocess.run(
-        [*command, "elastic", *keys, *LAYOUTS[name], f"out={tmp_path}/two", "debug=true"],
-        env={**env, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+def test_training_is_that_of_one_process(runs, name):
+    model = LAYOUTS[name][1]
+    for found, expected in zip(trained(runs.path(name)), trained(runs.path(f"one {model}")), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert open_checkpoint(runs.path(name)).space == open_checkpoint(runs.path(f"one {model}")).space
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_a_run_continued_at_another_layout_is_the_uninterrupted_run(runs, name):
+    for found, expected in zip(
+        trained(runs.path(name)), trained(runs.path(f"one {LAYOUTS[CONTINUED[name][1]][1]}")), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert [folder.name for folder in list_checkpoints(runs.path(name))] == ["iter_0000004", "iter_0000008"]
+
+
+def test_what_was_compared_differs_from_run_to_run_and_from_step_to_step(runs):
+    losses = {model: trained(runs.path(f"one {model}"))[0] for model in ("llama", "gpt2", "distilled")}
+    assert (losses["llama"] - losses["distilled"])[-10:].abs().max() > 1e-3
+    assert len({round(loss, 3) for values in losses.values() for loss in values.tolist()}) > 100
+
+
+def test_a_trained_checkpoint_is_the_same_function_everywhere(runs, tmp_path, tmp_path_factory):
+    """Trained in four processes; every network of it in one process, and in two at each layout; the full one in a stock model."""
+    trained_run = runs.path("TP2 DP2 everything")
+    info = open_checkpoint(trained_run)
+    nets = {f"net{seed}": toy.random_network(info.model, info.space, seed) for seed in range(2)}
+    for name, net in nets.items():
+        (tmp_path / f"{name}.json").write_text(net.to_json())
+    layouts = {
+        "tp": {"tensor_model_parallel_size": 2},
+        "sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "pp": {"pipeline_model_parallel_size": 2},
+        "vpp": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        "dp": {},
+    }
+    jobs = [
+        {
+            "call": "tests.parallel.probe:logits",
+            "arguments": {"checkpoint": str(trained_run), "out": f"{tmp_path}/{layout}-{name}", "layout": options}
+            | ({"net": f"{tmp_path}/{name}.json"} if name != "full" else {}),
+        }
+        for layout, options in layouts.items()
+        for name in ("full", *nets)
+    ]
+    jobs.append(
+        {
+            "call": "tests.parallel.test_layouts:stock_logits",
+            "arguments": {"checkpoint": str(trained_run), "out": f"{tmp_path}/stock-full"},
+        }
     )
-    assert result.returncode == 0, result.stdout + result.stderr
-    expected, found = losses(run / "one"), losses(tmp_path / "two")
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    assert open_checkpoint(tmp_path / "two").space == open_checkpoint(run / "one").space
+    run_jobs(2, jobs, tmp_path_factory.mktemp("jobs"))
+    one = build_loaded(info)
+    tokens, positions = toy.inputs(batch=3, vocab=VOCABULARY)
+    expected = {}
+    for name, net in {"full": None, **nets}.items():
+        with torch.no_grad(), use_subnetwork(one, net):
+            expected[name] = one(tokens, positions, None)
+    files = sorted(tmp_path.glob("*.[01]"))
+    assert len(files) == 2 * (3 * len(layouts) + 1)
+    for file in files:
+        name = file.stem.split("-")[1]
+        torch.testing.assert_close(torch.load(file), expected[name], rtol=0, atol=1e-5, msg=lambda m, f=file: f"{f.name}: {m}")
+
+
+def build_loaded(info: CheckpointInfo) -> torch.nn.Module:
+    from flextron_mcore.checkpoint.store import load_model
+    from flextron_mcore.model import build_model
+
+    model = build_model(info.model, info.space, initialize=False).eval()
+    load_model(model, info)
+    return model

@@ -89,6 +89,26 @@ def test_neuron_scores_are_equation_4():
     torch.testing.assert_close(scores, hidden.abs().sum(0).double(), rtol=1e-5, atol=1e-3)
 
 
+def test_tokens_that_do_not_count_are_not_scored():
+    _, _, model = case("gpt2 groups")
+
+    def halves():
+        for batch in batches():
+            mask = torch.ones(batch["tokens"].shape)
+            mask[1] = 0
+            yield {**batch, "loss_mask": mask}
+
+    def first_rows():
+        for batch in batches():
+            yield {name: tensor[:1] for name, tensor in batch.items()}
+
+    masked = importance([model], halves, 3, toy.LENGTH, 2)
+    expected = importance([model], first_rows, 3, toy.LENGTH, 1)
+    for i, layer in expected.items():
+        torch.testing.assert_close(masked[i].neurons, layer.neurons, rtol=1e-6, atol=0)
+        torch.testing.assert_close(masked[i].heads, layer.heads, rtol=1e-6, atol=0)
+
+
 def test_the_weighted_score_multiplies_by_the_norm_of_what_follows():
     arch, _, model = case("llama mha")
     plain, weighted = scored(model), scored(model, "activation_weight")

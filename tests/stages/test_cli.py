@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
+import signal
 
 import pytest
 from omegaconf import OmegaConf
 
 from flextron_mcore import cli
-from flextron_mcore.cli import STAGES, compose, config_directory, main
+from flextron_mcore.cli import EXITS, STAGES, compose, config_directory, main
+from flextron_mcore.runtime import signals
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Those of the tests' process, back after each command."""
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    yield
+    for number, handler in zip(signals.SIGNALS, before, strict=True):
+        signal.signal(number, handler)
 
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -20,7 +31,7 @@ def call(capsys, *arguments: str) -> tuple[int, str, str]:
 
 def test_usage_lists_every_stage(capsys):
     code, out, _ = call(capsys)
-    assert code == 0 and all(re.search(rf"^  {name} ", out, re.M) for name in STAGES)
+    assert code == 0 and all(re.search(rf"^  {name} ", out, re.M) for name in (*STAGES, *EXITS))
     assert call(capsys, "--version")[1].strip()
 
 
@@ -41,6 +52,10 @@ def test_every_stage_has_help_and_a_configuration(capsys, stage):
         (["elastic", "max_steps=1"], "elastic: unknown key 'max_steps' (did you mean 'trainer.max_steps'?)"),
         (["elastic", "mode=flextron", "checkpint=x"], "elastic: unknown key 'checkpint' (did you mean 'checkpoint'?)"),
         (["pretrain", "model=tinny"], "pretrain: model=tinny is not known (did you mean 'tiny'?): use one of"),
+        (
+            ["elastic", "checkpoint=/nowhere", "data=/nowhere", "out=x", "model.context_parallel_size=2", "trainer.devices=8"],
+            "model.context_parallel_size=2: needs Transformer Engine's attention",
+        ),
         (["elastic", "checkpoint"], "'checkpoint' is not of the form key=value"),
         (["elastic", "mode=[a"], "elastic: "),
         (["prepare", "--config-dir", "/nowhere", "out=x"], "--config-dir /nowhere: no such directory"),
@@ -64,6 +79,13 @@ def test_unexpected_errors_are_one_line_unless_debug(capsys, monkeypatch):
     assert code == 1 and err == "flextron: failed: RuntimeError: wires crossed; add debug=true for the traceback\n"
     code, _, err = call(capsys, "report", "run=x", "out=y", "debug=true")
     assert code == 1 and "Traceback" in err and err.endswith("flextron: failed: RuntimeError: wires crossed\n")
+
+
+def test_a_stopped_training_has_an_exit_code_of_its_own(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "run_stage", lambda config: signals.stop(signal.SIGTERM, "elastic", 12))
+    code, _, err = call(capsys, "report", "run=x", "out=y")
+    line = "elastic: stopped by SIGTERM after step 12; its checkpoint is written: run the same command again to continue\n"
+    assert code == 75 and err == line
 
 
 def test_own_configuration_directory(tmp_path):

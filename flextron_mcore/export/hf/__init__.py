@@ -14,6 +14,7 @@ from flextron_mcore.export.cut import cut, cut_config, executed_layers
 from flextron_mcore.export.hf import gpt2, llama
 from flextron_mcore.export.hf.target import Target
 from flextron_mcore.export.hf.writer import model_card, write_json, write_weights
+from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters, weight_bytes
 
 TARGETS = (llama.TARGET, gpt2.TARGET)
@@ -30,7 +31,7 @@ def export_hf(
     tokenizer: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write `net` as a dense model into the existing, empty directory `out`.
+    """Write `net` as a dense model into the existing, empty directory `out`. Call on all ranks, which share the weights out.
 
     A network that a stock class of transformers can hold is written as that class, any other as its `Flextron` subclass, whose
     code goes along (`trust_remote_code=True`). Values that no cut changes come from the config that the model was imported from.
@@ -44,35 +45,49 @@ def export_hf(
         raise FlextronError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPES)}")
     if type(max_shard_size) is not int or max_shard_size < 1:
         raise FlextronError(f"max_shard_size={max_shard_size!r} must be a whole number of bytes")
-    if not out.is_dir() or any(out.iterdir()):
-        raise FlextronError(f"out={out}: not an empty directory")
     target = _target(model)
     tensors = cut(info, net)
-    check_space(out, weight_bytes(model, net, dtype))
     layers, reason = executed_layers(net), target.not_stock(model, net)
-    tokenizer = tokenizer or info.tokenizer
-    config = _config(info, net, target, reason, tokenizer) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-    if tokenizer and not copy_tokenizer(tokenizer, out):
-        raise FlextronError(f"tokenizer={tokenizer}: no tokenizer in it (looked for tokenizer.json, tokenizer.model, vocab.json)")
-    if not (out / "generation_config.json").is_file():
-        write_json(out / "generation_config.json", {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None})
-    for name in target.code_files if reason else ():
-        shutil.copyfile(_CODE / f"{name}.py", out / f"{name}.py")
+
+    def prepared() -> dict[str, Any]:
+        """Everything but the weights and config.json, which is returned."""
+        if not out.is_dir() or any(out.iterdir()):
+            raise FlextronError(f"out={out}: not an empty directory")
+        check_space(out, weight_bytes(model, net, dtype))
+        source = tokenizer or info.tokenizer
+        config = _config(info, net, target, reason, source) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+        if source and not copy_tokenizer(source, out):
+            raise FlextronError(
+                f"tokenizer={source}: no tokenizer in it (looked for tokenizer.json, tokenizer.model, vocab.json)"
+            )
+        if not (out / "generation_config.json").is_file():
+            ids = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
+            write_json(out / "generation_config.json", ids)
+        for name in target.code_files if reason else ():
+            shutil.copyfile(_CODE / f"{name}.py", out / f"{name}.py")
+        return config
+
+    config = on_main_process(prepared)
     parts = list(target.parts(model, layers, net.hidden_size))
     parameters = write_weights(out, parts, tensors, DTYPES[dtype], max_shard_size, progress)
     if parameters != count_parameters(model, net):
         raise AssertionError(f"{parameters} parameters written, {count_parameters(model, net)} counted")
     (architecture,) = config["architectures"]
-    card = model_card(architecture, parameters, dtype, layers, net.hidden_size, count_parameters(model))
-    (out / "README.md").write_text(card, encoding="utf-8")
-    write_json(out / "config.json", config)
-    files = list(out.iterdir())
+
+    def finished() -> list[int]:
+        """Bytes of each file."""
+        card = model_card(architecture, parameters, dtype, layers, net.hidden_size, count_parameters(model))
+        (out / "README.md").write_text(card, encoding="utf-8")
+        write_json(out / "config.json", config)
+        return [file.stat().st_size for file in out.iterdir()]
+
+    sizes = on_main_process(finished)
     result = {
         "format": "hf",
         "architecture": architecture,
         "parameters": parameters,
-        "bytes": sum(file.stat().st_size for file in files),
-        "files": len(files),
+        "bytes": sum(sizes),
+        "files": len(sizes),
     }
     return result | ({"reason": reason} if reason else {})
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from flextron_mcore.checkpoint.hf_import.common import INDEX_FILE, WEIGHTS_FILE
 from flextron_mcore.checkpoint.store import LazyTensor
 from flextron_mcore.export.hf.target import Part
+from flextron_mcore.runtime.ranks import place, wait_for_all
 from flextron_mcore.space import LayerChoice
 
 
@@ -33,14 +34,18 @@ def write_weights(
 ) -> int:
     """Write `tensors` (Megatron-Core's names) as the Hugging Face tensors of `parts`; returns the number of parameters.
 
-    One file, or shards of at most max_shard_size bytes with an index. One shard is in memory at a time. A Megatron-Core tensor is
-    read once: what becomes of it goes into one shard. progress is called with the bytes of each.
+    One file, or shards of at most max_shard_size bytes with an index. Call on all ranks: they share the shards. One shard is in
+    memory at a time on each. A Megatron-Core tensor is read once: what becomes of it goes into one shard. progress is called with
+    the bytes of each, scaled to the rank's share.
     """
+    rank, ranks = place()
     shards = _plan(parts, dtype, max_shard_size)
-    index: dict[str, str] = {}
-    parameters = 0
-    for number, shard in enumerate(shards, 1):
-        name = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [WEIGHTS_FILE]
+    sizes = [sum(_numel(part) for part in shard) for shard in shards]
+    parameters, share = sum(sizes), sum(sizes[rank::ranks])
+    for name, shard in list(zip(names, shards, strict=True))[rank::ranks]:
         content: dict[str, torch.Tensor] = {}
         for part in shard:
             whole = tensors[part.source].load().to(dtype)
@@ -50,14 +55,18 @@ def write_weights(
                 # A copy of its own, or safetensors would refuse the views of one tensor.
                 content[key] = tensor.clone(memory_format=torch.contiguous_format)
             if progress:
-                progress(whole.nbytes)
+                progress(whole.nbytes * parameters // share)
         save_file(content, out / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(content, name))
-        parameters += sum(tensor.numel() for tensor in content.values())
-    if len(shards) > 1:
+    if len(shards) > 1 and rank == 0:
         metadata = {"total_size": parameters * dtype.itemsize, "total_parameters": parameters}
+        index = {key: name for name, shard in zip(names, shards, strict=True) for part in shard for key in part.shapes}
         write_json(out / INDEX_FILE, {"metadata": metadata, "weight_map": index})
+    wait_for_all()
     return parameters
+
+
+def _numel(part: Part) -> int:
+    return sum(map(math.prod, part.shapes.values()))
 
 
 def _plan(parts: Sequence[Part], dtype: torch.dtype, max_shard_size: int) -> list[list[Part]]:
@@ -65,7 +74,7 @@ def _plan(parts: Sequence[Part], dtype: torch.dtype, max_shard_size: int) -> lis
     shards: list[list[Part]] = [[]]
     filled = 0
     for part in parts:
-        size = dtype.itemsize * sum(map(math.prod, part.shapes.values()))
+        size = dtype.itemsize * _numel(part)
         if shards[-1] and filled + size > max_shard_size:
             shards.append([])
             filled = 0

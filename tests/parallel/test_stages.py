@@ -1,0 +1,285 @@
+"""Every stage in several processes, at several layouts, gives what one process gives."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from flextron_mcore.checkpoint.store import CheckpointInfo, TensorReader, load_model, open_checkpoint
+from flextron_mcore.model import build_model, use_subnetwork
+from flextron_mcore.space import ElasticSpace, SubNetwork
+from flextron_mcore.stages.evaluate import loaded_model
+from tests import toy
+from tests.parallel.worker import run_jobs, torchrun
+from tests.stages.conftest import stage
+
+TENSOR, PIPELINE = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+VIRTUAL, SEQUENCE = "virtual_pipeline_model_parallel_size", "sequence_parallel"
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "data": (2, {}),
+    "tensor": (2, {TENSOR: 2}),
+    "sequence": (2, {TENSOR: 2, SEQUENCE: True}),
+    "pipeline": (2, {PIPELINE: 2}),
+    "virtual": (2, {PIPELINE: 2, VIRTUAL: 2}),
+    "tensor x pipeline": (4, {TENSOR: 2, PIPELINE: 2}),
+    "data x virtual": (4, {PIPELINE: 2, VIRTUAL: 2}),
+}
+IMPORTED = ("data", "data x virtual")  # import has no layout: once for each number of processes
+LOGITS = {"fp32": {}, "bf16": {"precision": "bf16"}, "net": {"net": "{run}/net.json"}}
+VOCAB = 301  # odd: tensor-parallel ranks pad it
+
+
+@dataclass
+class Start:
+    """A random checkpoint and what the stages make of it in one process."""
+
+    run: Path
+    keys: dict[str, list[str]]  # of each stage that is compared
+    prepared: list[str]
+    net: SubNetwork
+
+    def of_layout(self, name: str) -> list[dict[str, Any]]:
+        """The jobs of a layout: every stage, and logits."""
+        layout = LAYOUTS[name][1]
+        options = [f"model.{key}={str(value).lower()}" for key, value in layout.items()]
+        jobs: list[dict[str, Any]] = []
+        for result, keys in self.keys.items():
+            if result != "import":
+                jobs.append({"stage": result.split()[0], "keys": [*keys, *options, f"out={self.run}/many/{name}/{result}"]})
+            elif name in IMPORTED:
+                jobs.append({"stage": "import", "keys": [*keys, f"out={self.run}/many/{name}/import"]})
+        for case, more in LOGITS.items():
+            more = {key: value.format(run=self.run) for key, value in more.items()}
+            arguments = {"checkpoint": f"{self.run}/start", "layout": layout, "out": f"{self.run}/many/{name}/{case}", **more}
+            jobs.append({"call": "tests.parallel.probe:logits", "arguments": arguments})
+        return jobs
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, text) -> Start:
+    run = tmp_path_factory.mktemp("stages")
+    prepared = [f"input=[{text}/code,{text}/prose]", "vocab_size=300", "valid_fraction=0.2"]
+    stage("prepare", *prepared, f"out={run}/data")
+    arch = toy.config(num_layers=4, num_attention_heads=8, num_query_groups=4, kv_channels=8, vocab_size=VOCAB)
+    space = ElasticSpace.build(arch, granularity=2, heads=[0.5, 1.0], ffn_hidden_size=[0.25, 0.5, 1.0])
+    toy.write(toy.model(arch, space), CheckpointInfo(arch, space), run / "start")
+    net = toy.random_network(arch, space, 1)
+    (run / "net.json").write_text(net.to_json())
+    torch.manual_seed(5)
+    llama = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(llama).save_pretrained(run / "hf")
+    AutoTokenizer.from_pretrained(run / "data" / "tokenizer").save_pretrained(run / "hf")
+    checkpoint, data = f"checkpoint={run}/start", f"data={run}/data"
+    keys = {
+        "import": [f"hf={run}/hf", "space.granularity=2", "space.heads=[0.5,1.0]"],
+        "importance": [
+            checkpoint,
+            data,
+            "samples=11",
+            "model.micro_batch_size=4",
+            "ablation_batches=1",
+            "score=activation_weight",
+        ],
+        "evaluate": [checkpoint, data, "limit_val_batches=3", "model.micro_batch_size=3", "random=1"],
+        "evaluate one sample": [
+            checkpoint,
+            data,
+            "limit_val_batches=1",
+            "model.micro_batch_size=1",
+            f"subnetwork={run}/net.json",
+        ],
+        "export": [checkpoint, "max_shard_size=20000", "verify=true", f"subnetwork={run}/net.json"],
+    }
+    for result, wanted in keys.items():
+        stage(result.split()[0], *wanted, f"out={run}/one/{result}")
+    return Start(run, keys, prepared, net)
+
+
+@pytest.fixture(scope="module")
+def done(start, tmp_path_factory) -> dict[str, list[list[dict[str, Any]]]]:
+    """{layout: for each of its jobs, what each rank returned and printed}: one torchrun for each number of processes."""
+    found = {}
+    for processes in (2, 4):
+        names = [name for name, (needed, _) in LAYOUTS.items() if needed == processes]
+        jobs = {name: start.of_layout(name) for name in names}
+        results = iter(run_jobs(processes, [job for name in names for job in jobs[name]], tmp_path_factory.mktemp("jobs")))
+        found |= {name: [next(results) for _ in jobs[name]] for name in names}
+    return found
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def same_tensors(first: Path, second: Path) -> None:
+    a, b = TensorReader(open_checkpoint(first)), TensorReader(open_checkpoint(second))
+    assert set(a.keys()) == set(b.keys()) and open_checkpoint(first) == open_checkpoint(second)
+    for key in a.keys():
+        assert a.dtype(key) == b.dtype(key) and torch.equal(a.read(key), b.read(key)), key
+
+
+def same_files(first: Path, second: Path, but: tuple[str, ...] = ()) -> None:
+    listed = [{p.relative_to(f): p for p in f.rglob("*") if p.is_file() and p.name not in but} for f in (first, second)]
+    assert listed[0].keys() == listed[1].keys()
+    for name, file in listed[0].items():
+        assert file.read_bytes() == listed[1][name].read_bytes(), name
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_import(start, done, name):
+    one, many = start.run / "one" / "import", start.run / "many" / name / "import"
+    same_tensors(one, many)
+    assert metrics(one) == metrics(many)
+    same_files(one / "tokenizer", many / "tokenizer")
+    writers = {file.name.split("_")[2] for file in many.rglob("*.distcp")}
+    assert len(writers) == LAYOUTS[name][0]  # every rank wrote
+    info = open_checkpoint(many)
+    gpt = build_model(info.model, info.space, initialize=False)
+    load_model(gpt, info)
+    reader = TensorReader(info)
+    for key, tensor in toy.memory_names(gpt).items():
+        if "output_layer" not in key:
+            assert torch.equal(tensor, reader.read(key)), key
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_importance(start, done, name):
+    one, many = start.run / "one" / "importance", start.run / "many" / name / "importance"
+    expected, found = load_file(one / "scores.safetensors"), load_file(many / "scores.safetensors")
+    assert expected.keys() == found.keys()
+    for key, scores in expected.items():
+        torch.testing.assert_close(found[key], scores, rtol=1e-6, atol=0, msg=key)
+    same_tensors(one, many)
+    for row, other in zip(metrics(one)["ablation"], metrics(many)["ablation"], strict=True):
+        assert other == row | {key: pytest.approx(row[key], rel=1e-6) for key in ("loss", "perplexity")}
+    assert not (many / "cache").exists()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("result", ["evaluate", "evaluate one sample"])
+def test_evaluate(start, done, name, result):
+    one, many = start.run / "one" / result, start.run / "many" / name / result
+    expected, found = metrics(one)["networks"], metrics(many)["networks"]
+    assert len(expected) == (1 if "one sample" in result else 4)
+    for row, other in zip(expected, found, strict=True):
+        assert other["name"] == row["name"] and other["subnetwork"] == row["subnetwork"]
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-6)
+    assert not (many / "cache").exists()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_export(start, done, name):
+    one, many = start.run / "one" / "export", start.run / "many" / name / "export"
+    assert len(list(one.glob("*.safetensors"))) > 4
+    same_files(one, many, but=("metrics.json", "config.yaml"))
+    expected, found = metrics(one), metrics(many)
+    assert found.pop("max_logit_difference") < 1e-5 and expected.pop("max_logit_difference") < 1e-5
+    assert {**found, "path": None} == {**expected, "path": None}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_logits(start, done, name):
+    info = open_checkpoint(start.run / "start")
+    tokens, positions = toy.inputs(batch=3, vocab=VOCAB)
+    (model,), (half,) = loaded_model({}, info, "fp32"), loaded_model({}, info, "bf16")
+    with torch.no_grad():
+        expected = {"fp32": model(tokens, positions, None), "bf16": half(tokens, positions, None)}
+        with use_subnetwork(model, start.net):
+            expected["net"] = model(tokens, positions, None)
+    rounding = (expected["bf16"] - expected["fp32"]).abs().mean()
+    assert (expected["net"] - expected["fp32"]).abs().mean() > 10 * rounding > 0
+    for rank in range(LAYOUTS[name][0]):
+        found = {case: torch.load(start.run / "many" / name / f"{case}.{rank}") for case in LOGITS}
+        for case in ("fp32", "net"):
+            torch.testing.assert_close(found[case], expected[case], atol=1e-5, rtol=1e-5)
+        assert found["bf16"].dtype == torch.float32 and (found["bf16"] - expected["fp32"]).abs().mean() < 2 * rounding
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_only_the_main_process_prints(start, done, name):
+    for job in done[name]:
+        main, *others = job
+        assert all("result" in rank for rank in job), job
+        assert not any(rank["printed"] for rank in others)
+    printed = "".join(job[0]["printed"] for job in done[name])
+    tables = {"imported": name in IMPORTED, "sorting, before any training": 1, "validation loss": 2, "exported to": 1}
+    assert {title: printed.count(title) for title in tables} == tables
+
+
+def test_the_command_line_imports(start):
+    """The one way that starts process groups for nothing but the import, and a stage that only the main process runs."""
+    out = start.run / "command"
+    finished = torchrun(2, "flextron_mcore", "import", *start.keys["import"], f"out={out}/import")
+    assert finished.returncode == 0 and finished.stdout.count("imported") == 1, finished.stdout + finished.stderr
+    same_tensors(start.run / "one" / "import", out / "import")
+    finished = torchrun(2, "flextron_mcore", "prepare", *start.prepared, f"out={out}/data")
+    assert finished.returncode == 0 and finished.stdout.count("prepared data") == 1, finished.stdout + finished.stderr
+    same_files(start.run / "data", out / "data", but=("metrics.json", "config.yaml"))
+
+
+def test_what_ranks_refuse_together(start, tmp_path):
+    """An `out` that is there, and a layout that does not fit: the same error on every rank, nothing written; then all goes on."""
+    out = f"out={start.run}/one/evaluate"
+    layout = [f"model.{TENSOR}=2", "space.granularity=1"]
+    jobs = [
+        {"stage": "evaluate", "keys": [*start.keys["evaluate"], out]},
+        {"stage": "export", "keys": [*start.keys["export"], out]},
+        {"stage": "importance", "keys": [*start.keys["importance"], *layout, f"out={tmp_path}/out"]},
+        {"call": "tests.parallel.probe:failing_output", "arguments": {"out": f"{tmp_path}/out", "ranks": [0, 1], "fatal": False}},
+        {"call": "tests.parallel.probe:failing_output", "arguments": {"out": f"{tmp_path}/whole", "ranks": [], "fatal": False}},
+    ]
+    (tmp_path / "jobs").mkdir()
+    *refused, whole = run_jobs(2, jobs, tmp_path / "jobs")
+    texts = [job[0]["error"] for job in refused]
+    assert all(job[1]["error"] == text for job, text in zip(refused, texts, strict=True))
+    assert texts[0] == texts[1] and "exists already" in texts[0] and texts[3] == "bad input"
+    assert f"model.{TENSOR}=2 does not divide space.granularity=1" in texts[2]
+    assert whole[0] == whole[1] == {"result": None, "printed": ""}
+    assert {p.name for p in tmp_path.iterdir()} == {"jobs", "whole"}
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"config.yaml", "part0", "part1"}
+
+
+def test_a_rank_that_fails_leaves_nothing_under_the_final_name(tmp_path):
+    arguments = {"out": f"{tmp_path}/out", "ranks": [1], "fatal": True}
+    (tmp_path / "jobs.json").write_text(json.dumps([{"call": "tests.parallel.probe:failing_output", "arguments": arguments}]))
+    finished = torchrun(2, "tests.parallel.worker", str(tmp_path), timeout=120)
+    assert finished.returncode != 0 and "ValueError: fatal" in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_quickstart(start, tmp_path):
+    """The chain with a model of seconds: as many processes as there are share the batches, and the result is that of one."""
+    model = ["num_layers=2", "hidden_size=32", "num_attention_heads=4", "ffn_hidden_size=64", "max_position_embeddings=32"]
+    training = ["trainer.max_steps=3", "trainer.val_check_interval=3", "trainer.limit_val_batches=1", "model.global_batch_size=8"]
+    evaluation = ["data={out}/data", "limit_val_batches=1"]
+    chain = {
+        "data": start.prepared,
+        "parent": ["model=tiny", "data={out}/data", *(f"model.{key}" for key in model), *training],
+        "sorted": ["checkpoint={out}/parent", "data={out}/data", "samples=5", "ablation_batches=1"],
+        "evaluate_before": ["checkpoint={out}/sorted", *evaluation],
+        "elastic": ["checkpoint={out}/sorted", "data={out}/data", *training],
+        "evaluate": ["checkpoint={out}/elastic", *evaluation],
+    }
+    keys = [f"chain.{name}.keys={json.dumps(value)}" for name, value in chain.items()]
+    stage("quickstart", *keys, f"out={tmp_path}/one")
+    job = {"stage": "quickstart", "keys": [*keys, f"out={tmp_path}/two"]}
+    first, again = run_jobs(2, [job, job], tmp_path)
+    expected, found = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert found["parent_loss"] == pytest.approx(expected["parent_loss"], rel=1e-5)
+    for row, other in zip(expected["networks"], found["networks"], strict=True):
+        assert other["name"] == row["name"] and other["after"] == pytest.approx(row["after"], rel=1e-5)
+    assert first[0]["printed"].count("== elastic:") == 1 and again[0]["printed"].count(": complete") == 10
+    assert not first[1]["printed"] and not again[1]["printed"]
+    assert (tmp_path / "two" / "report" / "index.html").is_file() and (
+        tmp_path / "two" / "export_mixed" / "config.json"
+    ).is_file()

@@ -1,0 +1,324 @@
+"""Continuing a training run: only the same one, only from what is whole, by one process at a time, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
+from flextron_mcore.config import FlextronError
+from flextron_mcore.stages.resume import LOCK_FILE, _lock
+from tests.stages.conftest import TRAIN, pretrain_keys, stage
+
+
+@pytest.fixture
+def tree(chain, tmp_path) -> Path:
+    """The chain's directories, copied, with both training runs unfinished: three of six steps done."""
+    root = tmp_path / "tree"
+    shutil.copytree(chain, root, ignore=shutil.ignore_patterns("tensorboard", "cache", LOCK_FILE, "metrics.json"))
+    for run in ("parent", "elastic"):
+        shutil.rmtree(root / run / "checkpoints" / "iter_0000006")
+    return root
+
+
+def elastic(root: Path, *more: str, out: Path | None = None) -> dict:
+    sizes = ["model.micro_batch_size=4", "model.global_batch_size=8", "trainer.max_steps=6"]
+    places = [f"checkpoint={root}/sorted", f"data={root}/data", f"out={out or root / 'elastic'}"]
+    return stage("elastic", *places, *sizes, *TRAIN, *more)
+
+
+def pretrain(root: Path, *more: str, out: Path | None = None) -> dict:
+    return stage("pretrain", *pretrain_keys(root / "data"), "trainer.max_steps=6", f"out={out or root / 'parent'}", *more)
+
+
+def losses(run: Path) -> list[list[float]]:
+    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [[row["step"], row["loss"], *row.get("subnetwork_losses", [])] for row in rows if row["event"] == "train"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != LOCK_FILE}
+
+
+def refused(run: Path, call: Callable[[], object], message: str) -> str:
+    """`call` is refused with one line, and `run` is as it was."""
+    before = contents(run)
+    with pytest.raises(FlextronError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+    assert contents(run) == before
+    return str(error.value)
+
+
+def edit(file: Path, change: Callable[[dict], object]) -> None:
+    table = json.loads(file.read_text())
+    change(table)
+    file.write_text(json.dumps(table))
+
+
+# ---- what is the same run ----
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("trainer.max_steps=7", r"holds a run with trainer.max_steps=6, not 7: choose another out, or overwrite=true"),
+        ("data_weights.code=2", r"holds a run with data_weights.code=None, not 2"),
+        ("space.granularity=1", r"holds a run with space.granularity=None, not 1"),
+        ("checkpoint={root}/parent", r"holds a run with checkpoint=.*/sorted, not .*/parent"),
+    ],
+)
+def test_another_run_is_refused(tree, change, message):
+    key = change.format(root=tree)
+    refused(tree / "elastic", lambda: elastic(tree, f"+{key}" if key.startswith("data_weights.") else key), message)
+
+
+def test_another_form_of_the_optimizer_is_refused(tree):
+    """The state on disk of the distributed optimizer is of another form."""
+    file = tree / "elastic" / "config.yaml"
+    file.write_text(file.read_text().replace("use_distributed_optimizer: false", "use_distributed_optimizer: true"))
+    message = r"holds a run with model.ddp.use_distributed_optimizer=True, not False"
+    refused(tree / "elastic", lambda: elastic(tree), message)
+
+
+def test_other_data_under_the_same_path_are_refused(tree):
+    file = tree / "data" / "code_train.bin"
+    tokens = bytearray(file.read_bytes())
+    tokens[100] ^= 1
+    file.write_bytes(tokens)
+    for run, train in (("parent", pretrain), ("elastic", elastic)):
+        refused(tree / run, lambda train=train: train(tree), f"holds a run on other data than is now in data={tree}/data: choose")
+
+
+def swap_tokens(folder: Path) -> None:
+    def swap(table: dict) -> None:
+        vocab = table["model"]["vocab"]
+        first, second = list(vocab)[270:272]
+        vocab[first], vocab[second] = vocab[second], vocab[first]
+
+    edit(folder / "tokenizer.json", swap)
+
+
+def test_another_tokenizer_under_the_same_path_is_refused(tree):
+    swap_tokens(tree / "data" / "tokenizer")
+    message = f"holds a run on data of another tokenizer than that of data={tree}/data: choose another out"
+    refused(tree / "parent", lambda: pretrain(tree), message)
+
+
+@pytest.mark.parametrize("name", ["elastic", "evaluate", "importance"])
+def test_data_of_another_tokenizer_than_the_models_are_refused(tree, tmp_path, name):
+    """Of the same size, so that only the tokens tell. A tokenizer that is laid out anew is the same."""
+    keys = [f"checkpoint={tree}/sorted", f"data={tree}/data", f"out={tmp_path}/out"]
+    folder = tree / "sorted" / "tokenizer"
+    edit(folder / "tokenizer.json", lambda table: None)
+    assert (folder / "tokenizer.json").read_bytes() != (tree / "data" / "tokenizer" / "tokenizer.json").read_bytes()
+    if name == "evaluate":
+        stage(name, *keys, "limit_val_batches=1")
+        shutil.rmtree(tmp_path / "out")
+    swap_tokens(folder)
+    with pytest.raises(FlextronError, match=f"data={tree}/data: prepared with another tokenizer than the model's") as error:
+        stage(name, *keys)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d["space"].update(ffn_hidden_size=[32, 64]), r"checkpoint.space.ffn_hidden_size=\[16, .*\], not \[32, 64\]"),
+        (lambda d: d["model"].update(rotary_base=5e5), r"checkpoint.model.rotary_base=10000.0, not 500000.0"),
+        (lambda d: d.update(sorted=False), r"checkpoint.sorted=True, not False"),
+    ],
+)
+def test_another_source_under_the_same_path_is_refused(tree, change, message):
+    edit(open_checkpoint(tree / "sorted").path / "flextron.json", change)
+    refused(tree / "elastic", lambda: elastic(tree), f"holds a run with {message}: choose another out")
+
+
+def test_what_does_not_change_the_result_may_change(tree, chain):
+    """Layout, places, and the weights that the run started from: the losses are those of the uninterrupted run."""
+    moved = tree.with_name("moved")
+    tree.rename(moved)
+    source = open_checkpoint(moved / "sorted").path
+    edit(source / "flextron.json", lambda d: d.update(step=99, dtype="bf16"))
+    source.rename(source.with_name("iter_0000099"))
+    config = (moved / "elastic" / "config.yaml").read_text()
+    elastic(
+        moved, "model.micro_batch_size=2", "model.ddp.overlap_grad_reduce=true", "exp_manager.create_tensorboard_logger=false"
+    )
+    found, expected = losses(moved / "elastic"), losses(chain / "elastic")
+    assert found[:3] == expected[:3]
+    for row, wanted in zip(found, expected, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5)
+    assert (moved / "elastic" / "config.yaml").read_text() == config
+
+
+def test_a_run_moved_alone_continues_and_its_data_may_move(tree, tmp_path, chain):
+    (tree / "elastic").rename(tmp_path / "other")
+    (tree / "data").rename(tmp_path / "data")
+    elastic(tree, f"checkpoint={chain}/sorted", f"data={tmp_path}/data", out=tmp_path / "other")
+    assert losses(tmp_path / "other") == losses(chain / "elastic")
+
+
+def test_a_run_without_a_checkpoint_starts_anew(tree):
+    shutil.rmtree(tree / "elastic" / "checkpoints")
+    edit(open_checkpoint(tree / "sorted").path / "flextron.json", lambda d: d["model"].update(rotary_base=5e5))
+    elastic(tree)
+    rows = [json.loads(line) for line in (tree / "elastic" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "validation"] == [0, 4, 6]
+    assert open_checkpoint(tree / "elastic").model.rotary_base == 5e5
+
+
+def test_a_run_of_before_the_fingerprints_continues(tree, chain):
+    file = tree / "elastic" / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    assert set(values.pop("fingerprints")) == {"data", "tokenizer"}
+    values.update(data=f"{tree}/data")
+    file.write_text(yaml.safe_dump(values))
+    shutil.copytree(tree / "data", tree / "copy")
+    refused(tree / "elastic", lambda: elastic(tree, f"data={tree}/copy"), "holds a run with data=.*/data, not .*/copy")
+    elastic(tree)
+    assert losses(tree / "elastic") == losses(chain / "elastic")
+
+
+# ---- what is damaged ----
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_continues(tree, chain):
+    run = tree / "elastic"
+    shutil.copytree(chain / "elastic" / "checkpoints" / "iter_0000006", run / "checkpoints" / "iter_0000006")
+    newest = run / "checkpoints" / "iter_0000006"
+    file = max(newest.iterdir(), key=lambda p: p.stat().st_size)
+    size = file.stat().st_size
+    with file.open("r+b") as stream:
+        stream.truncate(1024)
+    message = f"{file.name} is truncated: 1024 bytes, not {size}; remove {newest} to continue from iter_0000003"
+    refused(run, lambda: elastic(tree), message)
+    shutil.rmtree(newest)
+    elastic(tree)
+    assert losses(run) == losses(chain / "elastic")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "a: [", "a: {b: 1\n  c", "- 1\n- 2\n", "text", "\0\0\0\0", b"\xff\xfe\x00\xd8", "a: ${\n", "<<: 3\n"],
+    ids=repr,
+)
+def test_a_damaged_configuration_is_named(tree, content):
+    file = tree / "elastic" / "config.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = r"elastic/config.yaml: is damaged \(.*\): bring it back from a copy, choose another out, or overwrite=true"
+    refused(tree / "elastic", lambda: elastic(tree), message)
+
+
+@pytest.mark.parametrize("key", ["model", "stage", "seed"])
+def test_half_a_configuration_is_damaged(tree, key):
+    file = tree / "elastic" / "config.yaml"
+    text = file.read_text()
+    file.write_text(text[: text.index(f"\n{key}:")])
+    refused(tree / "elastic", lambda: elastic(tree), r"elastic/config.yaml: is damaged \(not a configuration\)")
+
+
+def test_a_damaged_log_loses_its_damaged_lines_only(tree):
+    file = tree / "elastic" / "log.jsonl"
+    first, second, third, *rest = [row for row in file.read_bytes().splitlines() if b'"train"' in row]
+    damaged = [first, second[:20], b"\xff\x00", b"[1]", b'{"step": 2}', b"null", third, *rest[:1]]
+    file.write_bytes(b"\n".join(damaged))
+    elastic(tree)
+    assert [row[0] for row in losses(tree / "elastic")] == [1, 3, 4, 5, 6]
+
+
+def test_stray_files_among_the_checkpoints_are_left_alone(tree):
+    folder = tree / "elastic" / "checkpoints"
+    for name in ("latest_checkpointed_iteration.txt", "iter_0000009.bak", "iter_", "iter_0000100"):
+        (folder / name).write_text("stray")
+    (folder / "iter_x").mkdir()
+    elastic(tree)
+    found = {p.name for p in folder.iterdir()} - {p.name for p in list_checkpoints(tree / "elastic")}
+    assert found == {"latest_checkpointed_iteration.txt", "iter_0000009.bak", "iter_", "iter_0000100", "iter_x"}
+
+
+# ---- one process at a time, and disks ----
+
+
+def test_a_run_that_is_being_written_is_left_alone(tree):
+    message = r"process \d+ on \S+ is writing to it: wait for its end, or choose another out"
+    with _lock(tree / "elastic"):
+        refused(tree / "elastic", lambda: elastic(tree), message)
+        refused(tree / "elastic", lambda: elastic(tree, "overwrite=true"), message)
+    (tree / "elastic" / LOCK_FILE).write_text("process 1 on another-node")  # one that was killed holds nothing
+    elastic(tree)
+
+
+def test_overwrite_replaces_all_of_a_run(tree):
+    run = tree / "elastic"
+    (run / "stray").mkdir()
+    (run / "stray" / "file").write_text("x")
+    (run / "link").symlink_to(tree / "sorted")
+    elastic(tree, "trainer.max_steps=2", "overwrite=true")
+    assert [p.name for p in list_checkpoints(run)] == ["iter_0000002"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 2
+    assert not (run / "stray").exists() and not (run / "link").exists() and open_checkpoint(tree / "sorted")
+
+
+def test_overwrite_that_is_killed_can_be_repeated(tree, monkeypatch):
+    """At its first removal the run is no longer complete; after its last it is still known as a stage's."""
+    run = tree / "elastic"
+    (run / "metrics.json").write_text("{}")
+
+    def kill(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for place in ("shutil.rmtree", "flextron_mcore.checkpoint.store.write_whole"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, kill)
+            elastic(tree, "overwrite=true")
+        assert not (run / "metrics.json").exists() and (run / "config.yaml").exists()
+    assert {path.name for path in run.iterdir()} == {"config.yaml", LOCK_FILE}
+    elastic(tree, "trainer.max_steps=1", "overwrite=true")
+
+
+@pytest.mark.parametrize("content", ["file", "directory", "leftover"])
+def test_what_is_at_out_before(tree, tmp_path, content):
+    out = tmp_path / "out"
+    if content == "file":
+        out.write_text("precious")
+        with pytest.raises(FlextronError, match=f"out={out}: is a file"):
+            elastic(tree, "overwrite=true", out=out)
+        assert out.read_text() == "precious"
+        return
+    out.mkdir()
+    if content == "directory":
+        (out / "thesis.txt").write_text("precious")
+        refused(out, lambda: elastic(tree, "overwrite=true", out=out), "was not written by flextron; choose another")
+    else:  # of a process that was killed before it wrote anything else
+        (out / LOCK_FILE).write_text("process 1 on another-node")
+        elastic(tree, "trainer.max_steps=1", out=out)
+
+
+def test_a_read_only_out(tree, make_disk):
+    disk = make_disk("8m")
+    shutil.copytree(tree / "elastic", disk / "run")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for out in (disk / "run", disk / "new", disk / "new" / "deep"):
+        refused(disk, lambda out=out: elastic(tree, out=out), rf"{out}: cannot be written: Read-only file system")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_full_disk_before_the_first_file(tree, make_disk, exists):
+    disk = make_disk("1m")
+    out = disk / "run"
+    if exists:
+        out.mkdir()
+    with suppress(OSError), (disk / "ballast").open("wb") as file:
+        while True:
+            file.write(bytes(1 << 12))
+            file.flush()
+    refused(disk, lambda: elastic(tree, out=out), "cannot be written: No space left on device; nothing was changed")
+    assert out.exists() == exists and not (exists and any(out.iterdir()))

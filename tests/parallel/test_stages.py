@@ -274,6 +274,7 @@ def test_quickstart(start, tmp_path):
     stage("quickstart", *keys, f"out={tmp_path}/one")
     job = {"stage": "quickstart", "keys": [*keys, f"out={tmp_path}/two"]}
     first, again = run_jobs(2, [job, job], tmp_path)
+    assert "result" in first[0] and "result" in again[0], [first, again]
     expected, found = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert found["parent_loss"] == pytest.approx(expected["parent_loss"], rel=1e-5)
     for row, other in zip(expected["networks"], found["networks"], strict=True):

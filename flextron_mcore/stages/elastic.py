@@ -23,7 +23,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
-    check(config, info, data)
+    seq_length = check(config, info, data)
     if not 0 <= config.distillation.weight <= 1 or config.distillation.temperature <= 0:
         raise FlextronError("distillation.weight must be within 0..1 and distillation.temperature above 0")
     model, space = info.model, info.space
@@ -38,7 +38,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         teach=Distillation(config.distillation.weight, config.distillation.temperature),
     )
     with resumable_output(config, info, data) as out:
-        figures = train(config, out, info, data, phase)
+        figures = train(config, out, info, data, phase, seq_length)
         first, last = figures["validation"]["first"], figures["validation"]["last"]
         rows = [[name, first.get(name, float("nan")), last[name]] for name in uniform]
         print_table("validation loss (nats per token), mean over domains", ["network", "before", "after"], rows)

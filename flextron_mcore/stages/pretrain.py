@@ -30,8 +30,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     model = ModelConfig.from_dict(architecture)
     space = ElasticSpace.from_dict(model, OmegaConf.to_container(config.space))
     info = CheckpointInfo(model, space, dtype=config.trainer.precision)
-    check(config, info, data)
+    seq_length = check(config, info, data)
     full = {"full": uniform_family(model, space)["full"]}
     with resumable_output(config, info, data) as out:
-        figures = train(config, out, info, data, Phase(networks=lambda step: [None], validation=lambda step: full))
+        phase = Phase(networks=lambda step: [None], validation=lambda step: full)
+        figures = train(config, out, info, data, phase, seq_length)
         return write_metrics(out, "pretrain", figures)

@@ -40,14 +40,14 @@ class Phase:
     teach: Distillation = field(default_factory=Distillation)
 
 
-def train(config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase) -> dict[str, Any]:
+def train(config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int) -> dict[str, Any]:
     """Train until trainer.max_steps and return the figures of metrics.json. Call on all ranks.
 
-    info: the model and space; its `path` holds the weights to start from, None for a fresh initialisation. A run that was
-    interrupted continues from its newest whole checkpoint in `out`.
+    info: the model and space; its `path` holds the weights to start from, None for a fresh initialisation. seq_length: what `check`
+    found. A run that was interrupted continues from its newest whole checkpoint in `out`.
     """
     with disk_errors(out, KEPT):
-        return _Run(config, out, info, data, phase).train()
+        return _Run(config, out, info, data, phase, seq_length).train()
 
 
 def check(config: Any, info: CheckpointInfo, data: PreparedData) -> int:
@@ -105,10 +105,9 @@ def sequence_length(wanted: int | None, info: CheckpointInfo, data: PreparedData
 
 
 class _Run:
-    def __init__(self, config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase) -> None:
-        self.config, self.out, self.info, self.phase = config, out, info, phase
+    def __init__(self, config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int) -> None:
+        self.config, self.out, self.info, self.phase, self.seq_length = config, out, info, phase, seq_length
         self.options, self.trainer = config.model, config.trainer
-        self.seq_length = check(config, info, data)
         self.ranks = parallel_state.get_data_parallel_world_size()
         self.rank = parallel_state.get_data_parallel_rank()
         self.micro_batches = self.options.global_batch_size // (self.options.micro_batch_size * self.ranks)

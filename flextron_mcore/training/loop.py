@@ -43,8 +43,8 @@ class Phase:
 def train(config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int) -> dict[str, Any]:
     """Train until trainer.max_steps and return the figures of metrics.json. Call on all ranks.
 
-    info: the model and space; its `path` holds the weights to start from, None for a fresh initialisation. seq_length: what `check`
-    found. A run that was interrupted continues from its newest whole checkpoint in `out`.
+    info: the model and space; its `path` holds the weights to start from, None for a fresh initialisation. seq_length: from
+    `check`. A run that was interrupted continues from its newest whole checkpoint in `out`.
     """
     with disk_errors(out, KEPT):
         return _Run(config, out, info, data, phase, seq_length).train()

@@ -96,7 +96,7 @@ def measure(what: str, micro_batches: int) -> None:
     if what == "flushes":
         compared = {"one flush": lambda: passes(networks), "four flushes": lambda: [passes([net]) for net in networks]}
     seconds = _rounds(compared)
-    if distributed.is_main_process():
+    if torch.distributed.get_rank() == 0:
         print(json.dumps(seconds))
 
 

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flextron_mcore.checkpoint.hf_import import import_hf
-from flextron_mcore.checkpoint.store import CheckpointInfo, load_model, write_aside, write_streaming
+from flextron_mcore.checkpoint.store import CheckpointInfo, load_model, write_streaming
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import build_model, use_subnetwork
+from flextron_mcore.runtime.disk import write_aside
 from flextron_mcore.space import SubNetwork
 
 VOCAB, LENGTH = 67, 96

@@ -7,13 +7,10 @@ Writing goes to `RUN/checkpoints/.iter_0000100.tmp`, renamed when whole: a direc
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from flextron_mcore.checkpoint.sharding import dealt_axis, to_disk_order, to_sorted_order
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.runtime.disk import check_space, plain_errors
 from flextron_mcore.runtime.ranks import place, wait_for_all
 from flextron_mcore.space import ElasticSpace
 
@@ -147,89 +145,6 @@ def _remedy(path: Path) -> str:
     if whole:
         return f"remove {path} to continue from {whole.name}"
     return "no older checkpoint beside it is whole: bring it back from a copy, or make it again"
-
-
-@contextlib.contextmanager
-def write_aside(target: Path) -> Iterator[Path]:
-    """A directory beside `target` to write into; it takes the name `target` at the end, or goes if anything fails.
-
-    A full disk becomes a FlextronError.
-    """
-    aside = target.parent / f".{target.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    with disk_errors(target):
-        try:
-            aside.mkdir(parents=True)
-        except OSError as error:
-            raise FlextronError(f"{target}: cannot be written: {error.strerror}") from None
-        try:
-            yield aside
-            publish(aside, target)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-
-
-def publish(aside: Path, target: Path) -> None:
-    """Give a finished directory its name, replacing what had it."""
-    if target.exists():
-        old = target.parent / f".{target.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        aside.rename(target)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a small file at once: it has all of the old content or all of the new, whatever happens."""
-    aside = file.with_name(f".{file.name}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """torch.distributed.checkpoint wraps what goes wrong on a rank in a BaseException of its own: raise what went wrong."""
-    try:
-        yield
-    except dcp.api.CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
-
-
-@contextlib.contextmanager
-def disk_errors(target: Path, state: str = "nothing was changed") -> Iterator[None]:
-    """Turn "no space left", "read-only" and "permission denied", however wrapped, into a FlextronError naming `target`.
-
-    state: what the user has now, for the message.
-    """
-    try:
-        with plain_errors():
-            yield
-    except FlextronError:
-        raise
-    except Exception as error:
-        reason = _disk_error(error)
-        if reason is None:
-            raise
-        raise FlextronError(f"{target}: cannot be written: {reason}; {state}, free space or choose another out=") from None
-
-
-def _disk_error(error: BaseException | None) -> str | None:
-    """The operating system's message if `error` or a cause of it is about writing to disk."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in codes:
-            return error.strerror
-        text = str(error)
-        if "No space left on device" in text or "file write failed" in text or "unexpected pos" in text:
-            return "No space left on device"
-        error = error.__cause__ or error.__context__
-    return None
 
 
 class TensorReader:
@@ -366,16 +281,6 @@ def write_info(directory: Path, info: CheckpointInfo) -> None:
     files = {file.name: file.stat().st_size for file in sorted(directory.iterdir()) if file.is_file() and file.name != INFO_FILE}
     text = json.dumps({**info.to_dict(), "files": files}, indent=1)
     (directory / INFO_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def check_space(directory: Path, need: int) -> None:
-    """Raise FlextronError when the disk of `directory` has less than `need` bytes free."""
-    free = shutil.disk_usage(directory).free
-    if free < need:
-        raise FlextronError(
-            f"{directory.parent}: cannot be written: {need / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free; "
-            "free space or choose another out="
-        )
 
 
 def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:

@@ -12,7 +12,6 @@ import torch
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import cpu, signals, watch
-from flextron_mcore.runtime.ranks import is_main_process as is_main_process
 
 # How long ranks wait for each other. Not a way to find dead ones, which the watch does sooner: one rank may work alone for long.
 TIMEOUT = timedelta(minutes=30)

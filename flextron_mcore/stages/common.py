@@ -24,7 +24,7 @@ def serial_output(config: DictConfig) -> Iterator[Path]:
 
     For a stage that the main process runs alone. Raises FlextronError when `out` exists and overwrite=true is not given.
     """
-    from flextron_mcore.checkpoint.store import write_aside
+    from flextron_mcore.runtime.disk import write_aside
 
     out = Path(config.out)
     check_output(out, config.overwrite)
@@ -40,7 +40,7 @@ def new_output(config: DictConfig) -> Iterator[Path]:
 
     Raises what `serial_output` does, on every rank the same.
     """
-    from flextron_mcore.checkpoint.store import disk_errors
+    from flextron_mcore.runtime.disk import disk_errors
 
     with disk_errors(Path(config.out)), contextlib.ExitStack() as main_process:
         folder = on_main_process(lambda: main_process.enter_context(serial_output(config)))
@@ -78,7 +78,7 @@ def write_config(folder: Path, config: DictConfig) -> None:
 
 def write_metrics(folder: Path, stage: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     """metrics.json, whose presence means that the stage is complete."""
-    from flextron_mcore.checkpoint.store import write_whole
+    from flextron_mcore.runtime.disk import write_whole
 
     metrics = {"stage": stage, **figures}
     if is_main_process():

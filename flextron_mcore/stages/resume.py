@@ -56,8 +56,8 @@ def resumable_output(config: DictConfig, info: CheckpointInfo, data: PreparedDat
 
 @contextlib.contextmanager
 def _open_run(config: DictConfig, info: CheckpointInfo, data: PreparedData) -> Iterator[None]:
-    from flextron_mcore.checkpoint.store import disk_errors
     from flextron_mcore.data.tokenizer import read_vocabulary
+    from flextron_mcore.runtime.disk import disk_errors
 
     out, vocabulary = Path(config.out), read_vocabulary(data.tokenizer)
     values = OmegaConf.to_container(config, resolve=True)
@@ -87,7 +87,7 @@ def _open_run(config: DictConfig, info: CheckpointInfo, data: PreparedData) -> I
 
 def _complete(out: Path, values: Mapping[str, Any], new: bool, tokenizer: Path | None) -> None:
     """Write what a run has from its beginning, as far as it is not there."""
-    from flextron_mcore.checkpoint.store import write_aside, write_whole
+    from flextron_mcore.runtime.disk import write_aside, write_whole
 
     if new:
         write_whole(out / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(values)))

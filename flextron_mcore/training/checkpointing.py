@@ -15,20 +15,12 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from flextron_mcore.checkpoint.store import (
-    CheckpointInfo,
-    check_space,
-    disk_errors,
-    iteration_path,
-    list_checkpoints,
-    plain_errors,
-    publish,
-    write_info,
-)
+from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path, list_checkpoints, write_info
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import unwrap
 from flextron_mcore.runtime.compat import save_options
-from flextron_mcore.runtime.distributed import is_main_process
+from flextron_mcore.runtime.disk import check_space, disk_errors, plain_errors, publish
+from flextron_mcore.runtime.ranks import is_main_process
 
 KEPT = "the last whole checkpoint is kept"
 # One key a layer; optimizer state stored so that any layout can read it.

@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flextron_mcore.checkpoint.store import write_whole
-from flextron_mcore.runtime.distributed import is_main_process
+from flextron_mcore.runtime.disk import write_whole
+from flextron_mcore.runtime.ranks import is_main_process
 
 LOG_FILE = "log.jsonl"
 

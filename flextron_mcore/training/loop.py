@@ -17,14 +17,16 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, disk_errors, list_checkpoints, load_model, open_checkpoint
+from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, load_model, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, batch, check_tokenizer, check_weights, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean
 from flextron_mcore.model import PRECISIONS, build_chunks, check_layout
 from flextron_mcore.pipeline.networks import Batch, Distillation, run_networks
 from flextron_mcore.runtime import signals
-from flextron_mcore.runtime.distributed import is_main_process, stop_agreed
+from flextron_mcore.runtime.disk import disk_errors
+from flextron_mcore.runtime.distributed import stop_agreed
+from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.runtime.seeds import seed_step
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.checkpointing import KEPT, TrainingCheckpointer, at_step, remove_unfinished

@@ -17,11 +17,10 @@ from flextron_mcore.checkpoint.store import (
     load_model,
     open_checkpoint,
     share_out,
-    write_aside,
-    write_whole,
 )
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import build_model, gpt_model, transformer_config
+from flextron_mcore.runtime.disk import write_aside, write_whole
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 

@@ -36,7 +36,7 @@ def terminate_launcher() -> None:
 def signal_group() -> None:
     """SIGUSR1 for the whole process group, again and again until it has ended."""
     script = f"while kill -USR1 -{os.getpgid(0)}; do sleep 0.01; done"
-    subprocess.Popen(["sh", "-c", script], start_new_session=True, stderr=subprocess.DEVNULL)
+    subprocess.Popen(["sh", "-c", script], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not signals.received():
         time.sleep(0.01)
 

@@ -275,7 +275,7 @@ def test_overwrite_that_is_killed_can_be_repeated(tree, monkeypatch):
     def kill(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for place in ("shutil.rmtree", "flextron_mcore.checkpoint.store.write_whole"):
+    for place in ("shutil.rmtree", "flextron_mcore.runtime.disk.write_whole"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(place, kill)
             elastic(tree, "overwrite=true")

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.checkpoint.hf_import import copy_tokenizer
-from flextron_mcore.checkpoint.store import DTYPES, CheckpointInfo, check_space
+from flextron_mcore.checkpoint.store import DTYPES, CheckpointInfo
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.cut import cut, cut_config, executed_layers
 from flextron_mcore.export.hf import gpt2, llama
 from flextron_mcore.export.hf.target import Target
 from flextron_mcore.export.hf.writer import model_card, write_json, write_weights
+from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters, weight_bytes
 

@@ -1,0 +1,34 @@
+"""All or nothing: what stands at a path before and after."""
+
+from __future__ import annotations
+
+import pytest
+
+from flextron_mcore.runtime.disk import write_aside, write_whole
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_directory_is_replaced_when_the_new_one_is_whole(tmp_path, linked):
+    place = tmp_path / "elsewhere" / "place"
+    place.mkdir(parents=True)
+    (place / "old").touch()
+    target = tmp_path / "link" if linked else place
+    if linked:
+        target.symlink_to(place)
+    with pytest.raises(KeyboardInterrupt), write_aside(target) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in place.iterdir()] == ["old"]
+    for _ in range(2):
+        with write_aside(target) as folder:
+            (folder / "new").touch()
+        assert [path.name for path in place.iterdir()] == ["new"]
+    assert target.is_symlink() is linked and [path.name for path in place.parent.iterdir()] == ["place"]
+
+
+def test_a_small_file_is_replaced_at_once(tmp_path):
+    file = tmp_path / "file"
+    write_whole(file, "one")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(file, "\ud800")
+    assert file.read_text() == "one" and list(tmp_path.iterdir()) == [file]

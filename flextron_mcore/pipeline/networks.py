@@ -12,7 +12,6 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from flextron_mcore.config import FlextronError
 from flextron_mcore.model import mask_padding, set_subnetwork, unwrap
 from flextron_mcore.pipeline.losses import distillation, masked_sum
 from flextron_mcore.runtime.distributed import device
@@ -84,12 +83,6 @@ def run_networks(
         counted = tokens if index == 0 else torch.zeros_like(tokens)
         return total, counted.int(), report
 
-    config = unwrap(model[0]).config
-    if config.sequence_parallel and seq_length % config.tensor_model_parallel_size:
-        raise FlextronError(
-            f"model.sequence_parallel=true: model.tensor_model_parallel_size={config.tensor_model_parallel_size} does not "
-            f"divide the sequence length {seq_length}"
-        )
     iterators = [items() for _ in model]
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,

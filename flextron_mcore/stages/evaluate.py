@@ -26,7 +26,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     computed = precision(config, info)
     check_layout(info.model, info.space, config.model, computed)
     networks = _networks(config, info)
-    seq_length = sequence_length(config.model.seq_length, info, data)
+    seq_length = sequence_length(config.model, info, data)
     with new_output(config) as out:
         datasets = valid_datasets(data, seq_length, config.seed, out / "cache")
         model = loaded_model(config.model, info, computed)

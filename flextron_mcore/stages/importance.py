@@ -41,7 +41,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     check_layout(info.model, info.space, config.model, dtype)
     if config.ablation_batches:
         check_granularity(space.granularity, config.model.tensor_model_parallel_size)
-    seq_length, size = sequence_length(config.model.seq_length, info, data), config.model.micro_batch_size
+    seq_length, size = sequence_length(config.model, info, data), config.model.micro_batch_size
     with new_output(config) as out:
         dataset = train_dataset(data, seq_length, config.samples, config.seed, out / "cache", config.data_weights)
         model = loaded_model(config.model, info, dtype)

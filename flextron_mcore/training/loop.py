@@ -55,7 +55,7 @@ def train(config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phas
 def check(config: Any, info: CheckpointInfo, data: PreparedData) -> int:
     """Check what can be checked before anything is written; the sequence length. Raises FlextronError naming the key."""
     options, trainer = config.model, config.trainer
-    seq_length = sequence_length(options.seq_length, info, data)
+    seq_length = sequence_length(options, info, data)
     if trainer.precision not in PRECISIONS:
         raise FlextronError(f"trainer.precision={trainer.precision!r} is not known: use one of {', '.join(PRECISIONS)}")
     ranks = parallel_state.get_data_parallel_world_size()
@@ -92,9 +92,12 @@ def _check_ddp(ddp: Any) -> None:
         )
 
 
-def sequence_length(wanted: int | None, info: CheckpointInfo, data: PreparedData) -> int:
-    """model.seq_length, by default the model's positions. Raises FlextronError where model and data do not fit."""
-    positions = info.model.max_position_embeddings
+def sequence_length(options: Any, info: CheckpointInfo, data: PreparedData) -> int:
+    """model.seq_length, by default the model's positions. Raises FlextronError where model, layout and data do not fit.
+
+    options: the configuration's model section.
+    """
+    wanted, positions = options.seq_length, info.model.max_position_embeddings
     if wanted is not None and not 1 <= wanted <= positions:
         raise FlextronError(f"model.seq_length={wanted} is not within 1..{positions}, the model's max_position_embeddings")
     if data.vocab_size > info.model.vocab_size:
@@ -103,7 +106,13 @@ def sequence_length(wanted: int | None, info: CheckpointInfo, data: PreparedData
             "prepare the data with the model's tokenizer"
         )
     check_tokenizer(data, info.tokenizer)
-    return wanted or positions
+    length = wanted or positions
+    if options.sequence_parallel and length % options.tensor_model_parallel_size:
+        raise FlextronError(
+            f"model.sequence_parallel=true: model.tensor_model_parallel_size={options.tensor_model_parallel_size} does not "
+            f"divide the sequence length {length}: set model.seq_length"
+        )
+    return length
 
 
 class _Run:

@@ -58,6 +58,7 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "TP2 PP2": (4, "llama", [TP2, PP2]),
     "TP2 DP2": (4, "llama", [TP2]),
     "TP2 DP2 everything": (4, "llama", [TP2, SEQUENCE, *GATHER, *FULL]),
+    "PP2 virtual DP2 everything": (4, "llama", [PP2, VIRTUAL, *GATHER, *FULL]),
     "TP2 PP2 SP gpt2": (4, "gpt2", [TP2, PP2, SEQUENCE]),
 }
 # name: (processes, the run it continues in its middle, keys)

@@ -134,7 +134,7 @@ def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> lis
         low, high = (show(name, value) for value in (cost.smallest, cost.full))
         share = f"{cost.smallest / cost.full:.3f} of the full model"
         raise FlextronError(
-            f"budget={text}: {show(name, limit)} is not within {low} (the smallest sub-network, {share}) and {high} (the full one)"
+            f"budget={text}: {show(name, limit)} is not within {low} (the smallest network, {share}) and {high} (the full one)"
         )
     return [Budget(cost, limit)]
 

@@ -82,7 +82,7 @@ def test_several_budgets_hold_together():
         ("fast", "is not a number with a unit, such as 0.6, 25ms, 3.4B or 8GiB"),
         ("1.2.3", "is not a number with a unit"),
         ("7 days", "the unit 'days' is not known: use one of latency, parameters, memory, us, ms"),
-        ("0.1", r"2.2 ms is not within 10 ms \(the smallest sub-network, 0.455 of the full model\) and 22 ms \(the full one\)"),
+        ("0.1", r"2.2 ms is not within 10 ms \(the smallest network, 0.455 of the full model\) and 22 ms \(the full one\)"),
         ("23ms", "23 ms is not within"),
         ("7B", "7 B is not within"),
         ("nan", "is not within|is not a number"),

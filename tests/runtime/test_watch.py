@@ -74,6 +74,7 @@ def suspended_together(rank: int, own: Watch) -> None:
 
 
 def same_error(rank: int, own: Watch) -> None:
+    time.sleep(2 if rank == 0 else 0)
     own.fail("flextron: error: ", "no such file", 2, wait=0)
 
 
@@ -265,7 +266,7 @@ def _world(name: str, results: Path, ranks: int = 3) -> None:
 
 def _worlds(folder: Path) -> None:
     """All scenarios at the same time, each in forked processes: importing torch takes longer than most."""
-    watch.PERIOD, watch.SILENCE, watch.GRACE, watch.START = 0.1, SILENCE, 2.0, 120.0
+    watch.PERIOD, watch.SILENCE, watch.GRACE, watch.START = 0.1, SILENCE, 15.0, 120.0
     for name in SCENARIOS:
         if os.fork() == 0:
             _world(name, folder / name)

@@ -1,0 +1,192 @@
+"""The latency table of a device: milliseconds of every candidate of every block kind (Flextron, eq. 6). No torch import.
+
+A network's latency is the sum of its blocks' and a constant (embedding, final norm, output layer). A table is a JSON file that a
+person can read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.cost import Cost
+from flextron_mcore.space import ElasticSpace, SubNetwork
+
+FORMAT_VERSION = 1
+STATISTICS = ("minimum", "median")
+# What a table should achieve against whole networks: median and 95th percentile of the relative error.
+TRUSTED_MEDIAN, TRUSTED_P95 = 0.03, 0.08
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one thing timed many times."""
+
+    minimum: float
+    median: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Latencies of the candidates of `space`, in its order, at a stated setting on a stated device.
+
+    statistic: the one of STATISTICS that `cost` uses. setting: what was run, such as {"kind": "prefill", "batch_size": 2,
+    "sequence_length": 4096}. machine: device, dtype, versions, load. check: `check_errors` of whole networks.
+    """
+
+    model: ModelConfig
+    space: ElasticSpace
+    setting: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    statistic: str
+    constant: Timing
+    heads: tuple[Timing, ...]
+    ffn_hidden_size: tuple[Timing, ...]
+    check: Mapping[str, float] = field(default_factory=dict)
+
+    def cost(self) -> Cost:
+        """The table as a cost, in milliseconds."""
+        constant, *rest = (getattr(timing, self.statistic) for timing in (self.constant, *self.heads, *self.ffn_hidden_size))
+        split = len(self.heads)
+        return Cost("latency", self.model, self.space, constant, tuple(rest[:split]), tuple(rest[split:]))
+
+    def warning(self) -> str | None:
+        """Why the table should not be trusted; None if it may be."""
+        if not self.check:
+            return "it was not checked against whole networks"
+        median, p95 = self.check["median_error"], self.check["p95_error"]
+        if median > TRUSTED_MEDIAN or p95 > TRUSTED_P95:
+            return (
+                f"its sums are off by {median:.1%} (median) and {p95:.1%} (95th percentile) of whole networks' latency, above "
+                f"{TRUSTED_MEDIAN:.0%} and {TRUSTED_P95:.0%}: measure again on an idle machine, or with more rounds"
+            )
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, a row for every candidate."""
+        attention = []
+        for size, timing in zip(self.space.heads, self.heads, strict=True):
+            choice = self.space.layer_choice(self.model, size, self.model.ffn_hidden_size)
+            names = {"kv_groups": choice.kv_groups, "query_heads_per_group": choice.query_heads_per_group}
+            attention.append({**names, **_milliseconds(timing)})
+        return {
+            "format": FORMAT_VERSION,
+            "machine": dict(self.machine),
+            "setting": dict(self.setting),
+            "statistic": self.statistic,
+            "full_model_ms": self.cost().full,
+            "smallest_network_ms": self.cost().smallest,
+            "check": dict(self.check),
+            "constant": _milliseconds(self.constant),
+            "attention": attention,
+            "mlp": [
+                {"ffn_hidden_size": width, **_milliseconds(timing)}
+                for width, timing in zip(self.space.ffn_hidden_size, self.ffn_hidden_size, strict=True)
+            ],
+            "model": self.model.to_dict(),
+            "space": self.space.to_dict(),
+        }
+
+    @classmethod
+    def from_file(cls, path: str | Path, model: ModelConfig, space: ElasticSpace) -> LatencyTable:
+        """Read a table for `space` of `model`.
+
+        Raises FlextronError for a file that is no table, one of another model, and one that lacks candidates.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if values["format"] != FORMAT_VERSION:
+                raise FlextronError(f"{path}: a latency table of format {values['format']}, not {FORMAT_VERSION}: measure again")
+            if ModelConfig.from_dict(values["model"]) != model:
+                raise FlextronError(f"{path}: is the latency table of another model: measure one with `flextron latency`")
+            heads = {row["kv_groups"] * row["query_heads_per_group"]: _timing(row) for row in values["attention"]}
+            widths = {row["ffn_hidden_size"]: _timing(row) for row in values["mlp"]}
+            for name, rows, wanted in (("heads", heads, space.heads), ("ffn_hidden_size", widths, space.ffn_hidden_size)):
+                if missing := [size for size in wanted if size not in rows]:
+                    raise FlextronError(
+                        f"{path}: lacks the candidates {missing} of space.{name}: measure a table of this checkpoint with "
+                        "`flextron latency`"
+                    )
+            statistic = values["statistic"]
+            if statistic not in STATISTICS:
+                raise FlextronError(f"{path}: statistic {statistic!r} is not known: use one of {', '.join(STATISTICS)}")
+            return cls(
+                model,
+                space,
+                values["setting"],
+                values["machine"],
+                statistic,
+                _timing(values["constant"]),
+                tuple(heads[size] for size in space.heads),
+                tuple(widths[size] for size in space.ffn_hidden_size),
+                values["check"],
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FlextronError(f"{path}: is not a latency table ({type(error).__name__}: {error})") from None
+
+
+def fit(
+    model: ModelConfig,
+    space: ElasticSpace,
+    measured: Sequence[tuple[SubNetwork, float]],
+    setting: Mapping[str, Any],
+    machine: Mapping[str, Any],
+) -> LatencyTable:
+    """The table that explains measured latencies [ms] of whole networks best (least squares).
+
+    Sums are all that such measurements can tell: what every network has goes to the constant, and the smallest candidates of
+    each axis are 0. Raises FlextronError where the networks leave a candidate undetermined.
+    """
+    heads, widths = space.heads, space.ffn_hidden_size
+    unknown = ["the constant", *(f"{size} heads" for size in heads[1:]), *(f"{width} neurons" for width in widths[1:])]
+    rows = []
+    for net, _ in measured:
+        space.check(model, net)
+        rows.append(
+            [1.0]
+            + [float(sum(layer.num_attention_heads == size for layer in net.layers)) for size in heads[1:]]
+            + [float(sum(layer.ffn_hidden_size == width for layer in net.layers)) for width in widths[1:]]
+        )
+    matrix = np.array(rows).reshape(len(measured), len(unknown))
+    if np.linalg.matrix_rank(matrix) < len(unknown):
+        raise FlextronError(
+            f"{len(measured)} measured networks do not determine the {len(unknown)} entries of the table ({', '.join(unknown)}): "
+            "measure more, with different widths in their layers"
+        )
+    found, *_ = np.linalg.lstsq(matrix, np.array([milliseconds for _, milliseconds in measured]), rcond=None)
+    constant, *rest = (Timing(value, value) for value in found.tolist())
+    zero = Timing(0.0, 0.0)
+    split = len(heads) - 1
+    table = LatencyTable(
+        model, space, setting, machine, "median", constant, (zero, *rest[:split]), (zero, *rest[split:])
+    )  # fmt: skip
+    return LatencyTable(**{**vars(table), "check": check_errors(table.cost(), measured)})
+
+
+def check_errors(cost: Cost, measured: Sequence[tuple[SubNetwork, float]]) -> dict[str, float]:
+    """Relative errors of a cost's sums against measured values of whole networks."""
+    errors = np.array([abs(cost.of(net) - value) / value for net, value in measured])
+    return {
+        "networks": len(measured),
+        "median_error": float(np.median(errors)),
+        "p95_error": float(np.percentile(errors, 95)),
+        "largest_error": float(errors.max()),
+    }
+
+
+def _milliseconds(timing: Timing) -> dict[str, float]:
+    return {f"{name}_ms": value for name, value in asdict(timing).items()}
+
+
+def _timing(row: Mapping[str, Any]) -> Timing:
+    values = [float(row[f"{name}_ms"]) for name in STATISTICS]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"a latency of {values} ms")
+    return Timing(*values)

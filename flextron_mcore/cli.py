@@ -43,6 +43,7 @@ STAGES = {
     "import": "a Hugging Face checkpoint to an elastic checkpoint",
     "importance": "rank neurons and heads, sort them, show what sorting gains",
     "elastic": "elastic continued training: the full model and random sub-networks together",
+    "latency": "what every candidate of every block costs on this device",
     "evaluate": "loss and perplexity a domain",
     "export": "a sub-network as a directory that loads elsewhere",
     "report": "one HTML page of a run, and family.json",

@@ -82,6 +82,11 @@ class ElasticSelfAttention(SelfAttention):
             key = self.k_layernorm(key)
         return query, key, value
 
+    def _allocate_memory(self, inference_max_sequence_length: int, batch_size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """KV cache [sequence, batch, g, H] for the groups in use, which must stay the same while it is filled."""
+        shape = (inference_max_sequence_length, batch_size, self.heads[0], dim)
+        return torch.empty(shape, dtype=dtype, device=self.linear_qkv.weight.device)
+
     def part_of_projection(self) -> Selection:
         """The columns of the output projection that belong to the heads in use."""
         (groups, queries), size = self.heads, self.hidden_size_per_attention_head

@@ -23,6 +23,7 @@ PERIOD = 2.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one that are taken for death when all ranks train
 START = 600.0  # the same until then: imports and index building can keep Python's lock, and with it the threads, for minutes
 GRACE = 5.0  # seconds that a rank with an error leaves rank 0 to report the same one
+FAREWELL = 10.0  # seconds that the rank with the last word waits for the others to end
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
 
 _PROC = Path("/proc")
@@ -206,10 +207,11 @@ class Watch:
         if self.from_launcher:
             line, speaks = "torchrun on {}:{} died, or its machine did".format(*self.address), self.local == 0
         else:
-            fate = self._fate(self.first, SILENCE) if self.first and self._is_here(self.first) else None
+            here = bool(self.first) and self._is_here(self.first)
+            speaks = self.local == int(here) or self.rank == 1
+            fate = self._fate(self.first, SILENCE) if here and speaks else None
             known = "died, or its machine did" if self.store else f"did not start within {START:.0f} s"
             line = f"{self._name(0, self.first or None)} {fate or known}"
-            speaks = self.local == 0 or self.rank == 1
         self._end(f"flextron: failed: {line}" if speaks else "", 1)
 
     def _propose(self, line: str, code: int, dead: int = 0) -> NoReturn:
@@ -229,7 +231,7 @@ class Watch:
     def _end(self, line: str, code: int) -> NoReturn:
         self._ending.acquire()  # never released: another thread that comes here waits for the end
         if not self.left:
-            self.leave(3 * PERIOD, last=bool(line))
+            self.leave(FAREWELL, last=bool(line))
         if line:
             os.write(2, f"{line}\n".encode())
         os._exit(code)

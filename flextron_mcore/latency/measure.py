@@ -1,0 +1,219 @@
+"""Measure a latency table: whole networks are run, and their blocks timed where they are.
+
+A block that runs alone, again and again, finds its weights in a cache that no real network leaves it. In place, blocks add up to
+networks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+
+from flextron_mcore.config import ModelConfig
+from flextron_mcore.latency.table import LatencyTable, Timing, check_errors
+from flextron_mcore.model import unwrap, use_subnetwork
+from flextron_mcore.runtime.distributed import device
+from flextron_mcore.space import ElasticSpace, SubNetwork
+from flextron_mcore.training.sampler import draw
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed. prefill: one forward pass over batch_size x prompt_length tokens. generation: the same, then
+    generated_tokens - 1 forward passes of one token each with a KV cache; the milliseconds are those of all passes together.
+    """
+
+    kind: str
+    batch_size: int
+    prompt_length: int
+    generated_tokens: int = 1
+
+
+def measure(
+    model: torch.nn.Module,
+    arch: ModelConfig,
+    space: ElasticSpace,
+    setting: Setting,
+    rounds: int,
+    check_networks: int,
+    seed: int,
+    progress: Callable[[], object] = lambda: None,
+) -> LatencyTable:
+    """The table of this process's device. model: the elastic model, whole on this device, in the dtype to be measured.
+
+    Every round times every candidate in every layer once, and every one of `check_networks` random networks once without
+    timing its blocks; a first round warms up and is not counted. progress is called after every network.
+    """
+    run = _runner(model, setting, arch.vocab_size, seed)
+    whole = draw(arch, space, seed, 0, check_networks, stream=3)
+    samples: dict[Any, list[float]] = defaultdict(list)
+    for round_ in range(rounds + 1):
+        timed = [(net, True) for net in _balanced(arch, space, seed, round_)] + [(net, False) for net in whole]
+        order = np.random.default_rng([seed, round_]).permutation(len(timed))
+        for i in order:
+            net, in_parts = timed[i]
+            with use_subnetwork(model, net):
+                found = _time_blocks(model, net, run) if in_parts else {("network", i): [_time(run)]}
+            for key, values in found.items():
+                if round_:
+                    samples[key] += values
+            progress()
+    timings = {key: Timing(min(values), statistics.median(values)) for key, values in samples.items()}
+    first = len(timed) - check_networks
+    table = LatencyTable(
+        arch,
+        space,
+        asdict(setting),
+        machine(next(model.parameters()).dtype),
+        "median",
+        timings["constant"],
+        tuple(timings["heads", size] for size in space.heads),
+        tuple(timings["ffn", size] for size in space.ffn_hidden_size),
+    )
+    if not check_networks:
+        return table
+    measured = [(net, timings["network", first + i].median) for i, net in enumerate(whole)]
+    return LatencyTable(**{**vars(table), "check": check_errors(table.cost(), measured)})
+
+
+def _balanced(arch: ModelConfig, space: ElasticSpace, seed: int, round_: int) -> list[SubNetwork]:
+    """Networks that together have every candidate at least once in every layer."""
+    count = max(len(space.heads), len(space.ffn_hidden_size))
+    generator = np.random.default_rng([seed, round_, 1])
+
+    def column(sizes: Sequence[int]) -> list[int]:
+        return generator.permutation([sizes[i % len(sizes)] for i in range(count)]).tolist()
+
+    columns = [(column(space.heads), column(space.ffn_hidden_size)) for _ in range(arch.num_layers)]
+    return [
+        SubNetwork(arch.hidden_size, tuple(space.layer_choice(arch, heads[i], widths[i]) for heads, widths in columns))
+        for i in range(count)
+    ]
+
+
+def _runner(model: torch.nn.Module, setting: Setting, vocab_size: int, seed: int) -> Callable[[], None]:
+    """A function that runs what `setting` says, on random tokens."""
+    length = setting.prompt_length + setting.generated_tokens - 1
+    tokens = torch.randint(0, vocab_size, (setting.batch_size, length), generator=torch.Generator().manual_seed(seed))
+    tokens, positions = tokens.to(device()), torch.arange(length, device=device()).expand(setting.batch_size, -1)
+
+    @torch.no_grad()
+    def prefill() -> None:
+        model(tokens, positions, None)
+
+    @torch.no_grad()
+    def generate() -> None:
+        context = StaticInferenceContext(setting.batch_size, length)
+        for start, end in [(0, setting.prompt_length), *((t, t + 1) for t in range(setting.prompt_length, length))]:
+            part = slice(start, end)
+            model(tokens[:, part], positions[:, part], None, inference_context=context, runtime_gather_output=True)
+            context.sequence_len_offset = end
+            context.enable_decode_mode()
+
+    return prefill if setting.kind == "prefill" else generate
+
+
+class _Clock:
+    """Marks in time: of the device's queue with CUDA, of the wall without."""
+
+    def __init__(self) -> None:
+        self.marks: dict[Any, list[Any]] = defaultdict(list)
+
+    def mark(self, key: Any) -> None:
+        if torch.cuda.is_available():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks[key].append(event)
+        else:
+            self.marks[key].append(time.perf_counter())
+
+    def between(self, start: Any, end: Any) -> float:
+        """Milliseconds from each mark `start` to the mark `end` that belongs to it, together."""
+        pairs = zip(self.marks[start], self.marks[end], strict=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            return sum(a.elapsed_time(b) for a, b in pairs)
+        return sum(1000 * (b - a) for a, b in pairs)
+
+
+def _time(run: Callable[[], None]) -> float:
+    """Milliseconds of a run."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    clock = _Clock()
+    clock.mark("start")
+    run()
+    clock.mark("end")
+    return clock.between("start", "end")
+
+
+def _time_blocks(model: torch.nn.Module, net: SubNetwork, run: Callable[[], None]) -> Mapping[Any, list[float]]:
+    """Milliseconds of a run's blocks, by candidate, and what is left."""
+    found: dict[Any, list[float]] = defaultdict(list)
+    clock = _Clock()
+    layers = unwrap(model).decoder.layers
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    with _marked(layers, clock):
+        clock.mark("start")
+        run()
+        clock.mark("end")
+    rest = clock.between("start", "end")
+    for i, choice in enumerate(net.layers):
+        attention, mlp = clock.between(("attention", i), ("mlp", i)), clock.between(("mlp", i), ("done", i))
+        found["heads", choice.num_attention_heads].append(attention)
+        found["ffn", choice.ffn_hidden_size].append(mlp)
+        rest -= attention + mlp
+    found["constant"].append(rest)
+    return found
+
+
+@contextlib.contextmanager
+def _marked(layers: Sequence[torch.nn.Module], clock: _Clock) -> Iterator[None]:
+    """Inside, every layer marks where its attention block begins, where its MLP block does, and where that ends."""
+    with contextlib.ExitStack() as stack:
+        for i, layer in enumerate(layers):
+            for handle in (
+                layer.input_layernorm.register_forward_pre_hook(lambda *_, i=i: clock.mark(("attention", i))),
+                layer.pre_mlp_layernorm.register_forward_pre_hook(lambda *_, i=i: clock.mark(("mlp", i))),
+                layer.register_forward_hook(lambda *_, i=i: clock.mark(("done", i))),
+            ):
+                stack.callback(handle.remove)
+        yield
+
+
+def machine(dtype: torch.dtype) -> dict[str, Any]:
+    """What a latency depends on beside the network."""
+    import megatron.core
+
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "threads": None if cuda else torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "load": None if cuda else os.getloadavg()[0],
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "megatron_core": megatron.core.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    """The CPU's name and its number of cores."""
+    name = platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"

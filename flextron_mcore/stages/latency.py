@@ -1,0 +1,108 @@
+"""`flextron latency`: the latency table of this device (Flextron, section 3.2 and eq. 6)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.stages.common import check_output, new_output, print_table, progress_bar, say, write_metrics
+
+TABLE_FILE = "latency.json"
+KINDS = ("prefill", "generation")
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Measure, or fit to config.measurements; write latency.json and how far its sums are from whole networks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FlextronError("latency: measures one device: start it as one process")
+    from flextron_mcore.runtime import distributed
+
+    distributed.initialize(seed=config.seed)
+    from flextron_mcore.checkpoint.store import open_checkpoint
+
+    check_output(Path(config.out), config.overwrite)
+    info = open_checkpoint(config.checkpoint)
+    if config.measurements is None:
+        table = _measured(config, info)
+    else:
+        table = _fitted(config, info)
+    with new_output(config) as out:
+        (out / TABLE_FILE).write_text(json.dumps(table.to_dict(), indent=1) + "\n", encoding="utf-8")
+        values = table.to_dict()
+        figures = {name: values[name] for name in ("machine", "setting", "full_model_ms", "smallest_network_ms", "check")}
+        metrics = write_metrics(out, "latency", {**figures, "warning": table.warning()})
+    cost = table.cost()
+    rows = [["embedding, final norm, output", "", cost.constant, cost.constant / cost.full]]
+    layers = info.model.num_layers
+    for name, sizes, costs in (
+        ("heads", info.space.heads, cost.heads),
+        ("neurons", info.space.ffn_hidden_size, cost.ffn_hidden_size),
+    ):
+        rows += [[name, size, value, layers * value / cost.full] for size, value in zip(sizes, costs, strict=True)]
+    title = f"milliseconds a layer; full model {cost.full:.4g} ms, smallest network {cost.smallest:.4g} ms"
+    print_table(title, ["block", "candidate", "ms", "share of the full model in all layers"], rows)
+    if table.check:
+        check = table.check
+        say(
+            f"latency: sums against {check['networks']} whole networks: {check['median_error']:.1%} off (median), "
+            f"{check['p95_error']:.1%} (95th percentile)"
+        )
+    if warning := table.warning():
+        say(f"latency: warning: do not trust this table: {warning}")
+    return metrics
+
+
+def _measured(config: DictConfig, info: Any) -> Any:
+    from flextron_mcore.latency.measure import Setting, measure
+    from flextron_mcore.stages.evaluate import loaded_model, precision
+
+    asked, positions = config.setting, info.model.max_position_embeddings
+    if asked.kind not in KINDS:
+        raise FlextronError(f"setting.kind={asked.kind!r} is not known: use one of {', '.join(KINDS)}")
+    generated = asked.generated_tokens if asked.kind == "generation" else 1
+    prompt = asked.prompt_length or (positions if asked.kind == "prefill" else positions // 2)
+    for name, value in (
+        ("setting.batch_size", asked.batch_size),
+        ("setting.generated_tokens", generated),
+        ("rounds", config.rounds),
+    ):
+        if value < 1:
+            raise FlextronError(f"{name}={value} must be at least 1")
+    if not 1 <= prompt + generated - 1 <= positions:
+        raise FlextronError(
+            f"setting: {prompt} tokens of prompt and {generated} generated do not fit the model's {positions} positions"
+        )
+    layout = {"virtual_pipeline_model_parallel_size": None}
+    model = loaded_model(layout, info, precision(config, info))[0]
+    networks = (config.rounds + 1) * (max(len(info.space.heads), len(info.space.ffn_hidden_size)) + config.check_networks)
+    with progress_bar(total=networks, desc="latency", unit="network") as bar:
+        setting = Setting(asked.kind, asked.batch_size, prompt, generated)
+        return measure(model, info.model, info.space, setting, config.rounds, config.check_networks, config.seed, bar.update)
+
+
+def _fitted(config: DictConfig, info: Any) -> Any:
+    from flextron_mcore.latency.table import fit
+    from flextron_mcore.space import SubNetwork
+
+    file = Path(config.measurements)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        measured = []
+        for i, row in enumerate(values):
+            net, where = row["subnetwork"], f"{file}: [{i}].subnetwork"
+            net = SubNetwork.from_file(file.parent / net) if isinstance(net, str) else SubNetwork.from_dict(net, where)
+            info.space.check(info.model, net, where)
+            measured.append((net, float(row["ms"])))
+            if not 0 < measured[-1][1] < float("inf"):
+                raise FlextronError(f"{file}: [{i}].ms={row['ms']} is not a latency")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FlextronError(
+            f'{file}: is not a list of {{"subnetwork": ..., "ms": ...}} ({type(error).__name__}: {error})'
+        ) from None
+    setting = {**OmegaConf.to_container(config.setting), "kind": "fitted", "measurements": len(measured)}
+    return fit(info.model, info.space, measured, setting, {"device": f"fitted to {file.name}"})

@@ -1,0 +1,77 @@
+"""What is timed, with a clock that only the blocks move: the table must find exactly what each of them took."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flextron_mcore.latency import measure as module
+from flextron_mcore.latency.measure import Setting, measure
+from flextron_mcore.latency.table import LatencyTable
+from flextron_mcore.space import ElasticSpace
+from tests import toy
+
+PREFILL, GENERATION = Setting("prefill", 2, 16), Setting("generation", 1, 5, 4)
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has a clock of its own")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass in blocks alone: 1 s for an embedding, 1 s a head, 0.1 s a neuron."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+
+    def moved_by(model: torch.nn.Module) -> list[float]:
+        def take(seconds):
+            now[0] += seconds
+
+        model.embedding.register_forward_hook(lambda *_: take(1.0))
+        for layer in model.decoder.layers:
+            layer.self_attention.register_forward_hook(lambda own, *_: take(own.heads[0] * own.heads[1]))
+            layer.mlp.register_forward_hook(lambda own, *_: take(0.1 * own.width))
+        return now
+
+    return moved_by
+
+
+@pytest.mark.parametrize("setting, passes", [(PREFILL, 1), (GENERATION, 4)], ids=["prefill", "generation"])
+@pytest.mark.parametrize("groups, unit", [(4, "kv_group"), (2, "query_head")])
+def test_the_table_has_what_the_blocks_took(clock, setting, passes, groups, unit):
+    arch = toy.config(num_layers=3, num_query_groups=groups)
+    space = ElasticSpace.build(arch, attention_unit=unit, heads=[0.5, 1.0])
+    model = toy.model(arch, space)
+    clock(model)
+    networks = []
+    table = measure(model, arch, space, setting, 2, 5, seed=1, progress=lambda: networks.append(1))
+    assert table.constant.median == pytest.approx(1000 * passes)
+    assert [t.median for t in table.heads] == pytest.approx([1000 * passes * size for size in space.heads])
+    assert [t.minimum for t in table.ffn_hidden_size] == pytest.approx([100 * passes * width for width in space.ffn_hidden_size])
+    assert table.check["networks"] == 5 and table.check["largest_error"] == pytest.approx(0, abs=1e-9)
+    assert table.warning() is None
+    assert len(networks) == 3 * (4 + 5)
+    assert all(layer.mlp.choice is None and not layer._forward_hooks for layer in model.decoder.layers)
+
+
+def test_sums_that_are_wrong_are_told(clock):
+    """Networks that take longer than their blocks together: the check sees it."""
+    arch = toy.config()
+    space = ElasticSpace.build(arch)
+    model = toy.model(arch, space)
+    now = clock(model)
+    slow = lambda *_: now.__setitem__(0, now[0] + (0 if model.decoder.layers[0]._forward_hooks else 20))  # noqa: E731
+    model.output_layer.register_forward_hook(slow)
+    table = measure(model, arch, space, PREFILL, 1, 4, seed=1)
+    assert table.check["median_error"] > 0.1 and "measure again on an idle machine" in table.warning()
+
+
+def test_the_machine_is_named(tmp_path, clock):
+    import json
+
+    arch = toy.config()
+    space = ElasticSpace.build(arch)
+    model = toy.model(arch, space)
+    clock(model)
+    table = measure(model, arch, space, PREFILL, 1, 0, seed=1)
+    assert table.check == {} and table.machine["dtype"] == "float32" and "cores" in table.machine["device"]
+    (tmp_path / "t.json").write_text(json.dumps(table.to_dict()))
+    assert LatencyTable.from_file(tmp_path / "t.json", arch, space) == table

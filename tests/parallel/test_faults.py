@@ -229,3 +229,18 @@ def test_a_stopped_rank_ends_the_job(runs):
     pattern = r"flextron: failed: rank 1 of 2 \(.*, pid \d+\) was stopped for \d+ s, and was killed"
     assert re.fullmatch(pattern, last_of_ours(lines))
     runs.assert_continues("stopped")
+
+
+def test_a_full_disk_ends_all_ranks_with_one_line(runs, make_disk):
+    """There is room for the first checkpoint and not for the second."""
+    disk = make_disk("1m")
+    (disk / "run").mkdir()
+    (runs.folder / "full").symlink_to(disk / "run")
+    job = runs.start("full", ranks=2)
+    codes, lines = job.finish()
+    assert codes == [2, 2] and not job.left_behind(), lines
+    ours = [line for line in lines if "flextron: " in line]
+    assert len(ours) == 1 and re.search("cannot be written: (No space left|.* GiB needed)", ours[0])
+    assert names(job) == [f"iter_{SAVE_EVERY:07}"]
+    subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+    runs.assert_continues("full")

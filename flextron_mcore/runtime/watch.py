@@ -118,7 +118,7 @@ class Watch:
             is_master=self.has_store,
             multi_tenant=True,  # with the one that init_process_group makes; ours outlives it
             wait_for_workers=False,
-            timeout=timedelta(seconds=START),
+            timeout=timedelta(seconds=START),  # of calls too, which must outlast a suspended job
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return PrefixStore(f"flextron/{attempt}", store)
@@ -210,7 +210,7 @@ class Watch:
             here = bool(self.first) and self._is_here(self.first)
             speaks = self.local == int(here) or self.rank == 1
             fate = self._fate(self.first, SILENCE) if here and speaks else None
-            known = "died, or its machine did" if self.store else f"did not start within {START:.0f} s"
+            known = "died, or its machine did" if self.store else "did not start"
             line = f"{self._name(0, self.first or None)} {fate or known}"
         self._end(f"flextron: failed: {line}" if speaks else "", 1)
 

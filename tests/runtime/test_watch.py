@@ -23,6 +23,17 @@ from flextron_mcore.runtime.watch import Watch
 SILENCE = 6.0
 
 
+def meet(own: Watch, place: str) -> None:
+    """Wait until all ranks of the scenario are here, and know the others as they are now."""
+    turns = own.turns + 3
+    while own.turns < turns:
+        time.sleep(0.05)
+    here = Path(os.environ["SCENARIO"])
+    here.with_suffix(f".{place}{own.rank}").touch()
+    while not all(here.with_suffix(f".{place}{rank}").exists() for rank in range(own.world)):
+        time.sleep(0.05)
+
+
 def run_until_ended() -> None:
     time.sleep(120)
     os._exit(99)
@@ -45,7 +56,7 @@ def signal_itself(rank: int, number: int) -> Callable[[int, Watch], None]:
 def on_machines_of_their_own(scenario: Callable[[int, Watch], None], training: bool) -> Callable[[int, Watch], None]:
     def elsewhere(rank: int, own: Watch) -> None:
         own._identity["machine"] += str(rank)
-        ready(own)  # the others know by now
+        meet(own, "elsewhere")
         if training:
             watch.all_train()
         scenario(rank, own)
@@ -219,17 +230,12 @@ def test_one_process_has_no_watch(monkeypatch):
     assert watch.current() is None
 
 
-def ready(own: Watch) -> None:
-    while own.turns < 3:
-        time.sleep(0.05)
-
-
 def _rank(name: str, rank: int) -> None:
     """One rank of a scenario; never returns."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     watch.start()
     own = watch.current()
-    ready(own)
+    meet(own, "watching")
     SCENARIOS[name](rank, own)
     own.leave()
     os._exit(0)
@@ -242,7 +248,7 @@ def _world(name: str, results: Path, ranks: int = 3) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ.update(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), SCENARIO=str(results))
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     if name == "launcher killed":
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Hugging Face model and text in, a family of sub-networks, two exports and a report out.
+# A Hugging Face model and text in, a family of sub-networks with routers, three exports and a report out.
 #   examples/chain.sh HF_DIR TEXT OUT [keys of `flextron elastic` ...]
 # For example: examples/chain.sh models/TinyLlama corpus run trainer.precision=bf16 trainer.max_steps=2000
 # Run it again after an interruption: what is complete is passed over, training continues.
@@ -20,6 +20,8 @@ stage sorted importance checkpoint="$out/imported" data="$out/data" samples="${S
 stage evaluate_before evaluate checkpoint="$out/sorted" data="$out/data" limit_val_batches=8
 stage elastic elastic checkpoint="$out/sorted" data="$out/data" "$@"
 stage evaluate evaluate checkpoint="$out/elastic" data="$out/data" limit_val_batches=8
+stage latency latency checkpoint="$out/elastic" rounds="${ROUNDS:-20}"
+stage router router checkpoint="$out/elastic" data="$out/data" latency="$out/latency" trainer.max_steps="${ROUTER_STEPS:-1000}"
 # The report holds every network of the family; take one of them as a file and export it.
 stage report report run="$out"
 python3 - "$out" <<'PY'
@@ -31,3 +33,4 @@ json.dump(smallest["subnetwork"], open(f"{run}/smallest.json", "w"))
 PY
 stage export_full export checkpoint="$out/elastic"
 stage export_smallest export checkpoint="$out/elastic" subnetwork="$out/smallest.json"
+stage export_budget export checkpoint="$out/router" budget="0.7 parameters"

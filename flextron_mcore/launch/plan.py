@@ -1,0 +1,244 @@
+"""From the configuration of `launch` to jobs: each with the whole configuration of its stage, which takes earlier results."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.cli import compose, known_keys, merged
+from flextron_mcore.config import FlextronError, ModelConfig, nearest
+from flextron_mcore.space import ElasticSpace
+
+# For each stage, what its keys take: results of the first of these stages that is planned before it or is complete on disk;
+# `data` and `hf` are launch's own keys, `results` its directory. A key in OPTIONAL may stay as it is.
+INPUTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "prepare": {"tokenizer": ("hf",)},
+    "pretrain": {"data": ("data",)},
+    "import": {"hf": ("hf",)},
+    "importance": {"checkpoint": ("pretrain", "import"), "data": ("data",)},
+    "elastic": {"checkpoint": ("importance",), "data": ("data",)},
+    "latency": {"checkpoint": ("elastic",)},
+    "router": {"checkpoint": ("elastic",), "data": ("data",), "latency": ("latency",)},
+    "joint": {"checkpoint": ("router",), "data": ("data",)},
+    "sensitivity": {"checkpoint": ("joint", "router", "elastic"), "data": ("data",)},
+    "compare": {"checkpoint": ("joint", "router"), "data": ("data",), "sensitivity": ("sensitivity",)},
+    "evaluate": {"checkpoint": ("joint", "router", "elastic"), "data": ("data",)},
+    "export": {"checkpoint": ("joint", "router", "elastic", "importance", "pretrain", "import")},
+    "report": {"run": ("results",)},
+}
+OPTIONAL = {("prepare", "tokenizer"), ("router", "latency"), ("compare", "sensitivity")}
+TRAINS = ("pretrain", "elastic", "router", "joint")
+PARALLEL = (*TRAINS, "importance", "sensitivity", "compare", "evaluate")  # the others are one process
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage as a job. config: of the stage, resolved. complete: its result is on disk already."""
+
+    name: str
+    stage: str
+    config: DictConfig
+    nodes: int
+    devices: int  # processes a node
+    time_limit: int  # seconds
+    complete: bool
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.devices
+
+    @property
+    def trains(self) -> bool:
+        return self.stage in TRAINS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All jobs in order, and what must be mended before they can run, a line each."""
+
+    jobs: list[Job]
+    problems: list[str]
+    model: ModelConfig
+    space: ElasticSpace
+    results: Path
+
+    @property
+    def to_run(self) -> list[Job]:
+        return [job for job in self.jobs if not job.complete]
+
+
+def plan(config: DictConfig) -> Plan:
+    """Plan config.stages. Raises FlextronError for a configuration that no input could make right."""
+    results = Path(config.run.results_dir).expanduser().absolute()
+    model = architecture(config)
+    stages = list(config.stages)
+    if not stages:
+        raise FlextronError("stages=[]: name at least one of " + ", ".join(INPUTS))
+    for stage in stages:
+        if stage not in INPUTS:
+            raise FlextronError(f"stages: '{stage}' is not known{nearest(stage, INPUTS)}: use {', '.join(INPUTS)}")
+        if stages.count(stage) > 1:
+            raise FlextronError(f"stages: '{stage}' is named twice")
+    jobs: list[Job] = []
+    problems: list[str] = []
+    for stage in stages:
+        for name, keys in _instances(config, stage):
+            job = _job(config, model, results, name, stage, keys, [j.stage for j in jobs], problems)
+            jobs.append(job)
+    spaces = [job.config.space for job in jobs if job.stage in ("pretrain", "import")] or [_defaults("import").space]
+    space = ElasticSpace.build(model, **OmegaConf.to_container(spaces[0]))
+    return Plan(jobs, problems, model, space, results)
+
+
+def architecture(config: DictConfig) -> ModelConfig:
+    """The model that config.model describes. A vocabulary that the tokenizer decides counts as prepare's."""
+    values = {field.name: config.model[field.name] for field in fields(ModelConfig)}
+    if values.get("vocab_size") is None:
+        values["vocab_size"] = int(config.get("prepare", {}).get("vocab_size") or _defaults("prepare").vocab_size)
+    return ModelConfig.from_dict(values)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a stage has finished there."""
+    return (folder / "metrics.json").is_file()
+
+
+def seconds(limit: str, key: str) -> int:
+    """Seconds of a time limit as Slurm writes it: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    text = str(limit)
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", text):
+        raise FlextronError(f"{key}={text}: is not a time; write it as 04:00:00 or 1-12:00:00")
+    numbers = [int(part) for part in parts]
+    if dash:
+        hours, minutes, rest_seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, rest_seconds = numbers
+    else:
+        hours, (minutes, rest_seconds) = 0, [*numbers, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest_seconds
+
+
+def clock(total: int) -> str:
+    """Seconds as trainer.max_time takes them: days:hours:minutes:seconds."""
+    return f"{total // 86400:02d}:{total // 3600 % 24:02d}:{total // 60 % 60:02d}:{total % 60:02d}"
+
+
+def _instances(config: DictConfig, stage: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, keys) of the jobs of a stage: one, but for the exports of several budgets."""
+    if stage != "export" or not config.budgets or {"budget", "subnetwork"} & config.get("export", {}).keys():
+        return [(stage, {})]
+    return [(f"export_{_word(budget)}", {"budget": budget}) for budget in OmegaConf.to_container(config.budgets)]
+
+
+def _word(budget: Any) -> str:
+    return re.sub(r"[^0-9A-Za-z.]+", "_", str(budget)).strip("_")
+
+
+def _job(
+    config: DictConfig,
+    model: ModelConfig,
+    results: Path,
+    name: str,
+    stage: str,
+    keys: Mapping[str, Any],
+    before: list[str],
+    problems: list[str],
+) -> Job:
+    own = OmegaConf.to_container(config[stage]) if stage in config else {}
+    run = {**config.run, **own.pop("run", {})}
+    base = _defaults(stage)
+    shared = [OmegaConf.to_container(config.training)] if stage in TRAINS else []
+    if stage in PARALLEL:
+        shared.append(_layout(config))
+    if stage == "pretrain":
+        shared.append({"model": {field.name: config.model[field.name] for field in fields(ModelConfig)}})
+    for values in shared:  # of these each stage takes the keys that it has
+        base = merged(base, _only(values, set(known_keys(base))))
+    base = merged(base, {"out": str(results / name), "seed": config.seed, "debug": config.debug})
+    base = merged(base, {**own, **keys})
+    for key, sources in INPUTS[stage].items():
+        if key in own:
+            continue
+        value = _source(config, results, sources, before)
+        if value is not None:
+            base = merged(base, {key: value})
+        elif (stage, key) not in OPTIONAL:
+            wanted = " or ".join(sources)
+            problems.append(
+                f"{stage}: needs the result of {wanted}, which is neither among the stages before it nor complete in {results}: "
+                f"add it to stages=[...], or set {stage}.{key}="
+            )
+    limit = seconds(run["time_limit"], "run.time_limit")
+    if stage in TRAINS and config.cluster.type == "slurm" and base.trainer.max_time is None:
+        reserve = seconds(run["stop_before"], "run.stop_before")
+        if reserve >= limit:
+            raise FlextronError(
+                f"{stage}: run.stop_before={run['stop_before']} leaves nothing of run.time_limit={run['time_limit']}"
+            )
+        base = merged(base, {"trainer": {"max_time": clock(limit - reserve)}})
+    nodes, devices = 1, 1
+    if stage in PARALLEL:
+        nodes, devices = base.trainer.num_nodes or 1, base.trainer.devices or 1
+        base = merged(base, {"trainer": {"num_nodes": nodes, "devices": devices}})
+    missing = sorted(OmegaConf.missing_keys(base) - {key for key in INPUTS[stage]})
+    if missing:
+        problems.append(f"{stage}: missing {', '.join(f'{stage}.{key}=' for key in missing)}")
+    OmegaConf.resolve(base)
+    return Job(name, stage, base, nodes, devices, limit, is_complete(results / name))
+
+
+@functools.cache
+def _composed(stage: str) -> DictConfig:
+    return compose(stage)
+
+
+def _defaults(stage: str) -> DictConfig:
+    """The configuration of a stage as it is shipped."""
+    return copy.deepcopy(_composed(stage))
+
+
+def _layout(config: DictConfig) -> dict[str, Any]:
+    layouts = OmegaConf.to_container(config.layouts)
+    if config.gpus not in layouts:
+        raise FlextronError(
+            f"gpus={config.gpus}: layouts has one for {', '.join(map(str, layouts))}; choose one of them, or add yours: "
+            f"'layouts={{{config.gpus}: {{trainer: {{num_nodes: ..., devices: ...}}, model: {{...}}}}}}'"
+        )
+    return layouts[config.gpus]
+
+
+def _only(values: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
+    """The part of a nested mapping whose keys are known."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if prefix + name not in known:
+            continue
+        kept[name] = _only(value, known, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+    return kept
+
+
+def _source(config: DictConfig, results: Path, sources: tuple[str, ...], before: list[str]) -> str | None:
+    for source in sources:
+        if source == "results":
+            return str(results)
+        if source == "hf":
+            return config.hf and str(Path(config.hf).expanduser().absolute())
+        if source == "data" and not ("prepare" in before or is_complete(results / "prepare")):
+            return str(Path(config.data).expanduser().absolute())
+        stage = "prepare" if source == "data" else source
+        if stage in before or is_complete(results / stage):
+            return str(results / stage)
+    return None

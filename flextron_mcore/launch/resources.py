@@ -1,0 +1,112 @@
+"""What the jobs need and cost: the table of a dry run, and the refusal of what cannot fit."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.launch.plan import Job, Plan
+
+if TYPE_CHECKING:
+    from flextron_mcore.launch.estimate import Estimate
+
+# For the CUDA context, NCCL's buffers and fragmentation: bytes, and a share of what is estimated (docs/estimates.md).
+RESERVE, RESERVED_SHARE = 2 * 2**30, 0.05
+
+
+def check_memory(config: DictConfig, plan: Plan) -> None:
+    """Raise FlextronError naming the stage whose layout does not fit into the memory of a GPU."""
+    size = gpu_memory(config)
+    for job in plan.to_run:
+        found = _estimate(plan, job)
+        if size is None or found is None or found.memory * (1 + RESERVED_SHARE) + RESERVE <= size:
+            continue
+        parts = ", ".join(
+            f"{name} {value / 1e9:.1f}"
+            for name, value in (
+                ("weights", found.weights),
+                ("gradients", found.gradients),
+                ("optimizer", found.optimizer),
+                ("activations", found.activations),
+            )
+        )
+        raise FlextronError(
+            f"{job.stage}: needs {found.memory / 1e9:.1f} GB of each GPU ({parts}) and {RESERVED_SHARE:.0%} + "
+            f"{RESERVE >> 30} GiB in reserve; it has {size / 1e9:.0f} GB (cluster.gpu.memory): use more GPUs, or raise "
+            f"{job.stage}.model.tensor_model_parallel_size"
+        )
+
+
+def gpu_memory(config: DictConfig) -> int | None:
+    """Bytes of cluster.gpu.memory; None where it is not given."""
+    text = config.cluster.gpu.memory
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB)", str(text).strip())
+    if not match:
+        raise FlextronError(f"cluster.gpu.memory={text}: write it as 80GB or 80GiB")
+    return int(float(match[1]) * (10**9 if match[2] == "GB" else 2**30))
+
+
+def print_resources(config: DictConfig, plan: Plan) -> None:
+    """A row a job: nodes, GPUs, tokens, memory, operations, hours, jobs."""
+    from flextron_mcore.stages.common import print_table
+
+    peak, utilisation = config.cluster.gpu.peak_tflops, config.cluster.utilisation
+    rows = []
+    total = 0.0
+    for job in plan.to_run:
+        row = [job.name, str(job.nodes), str(job.ranks)]
+        found = _estimate(plan, job)
+        if found is None:
+            rows.append([*row, *["-"] * 9])
+            continue
+        memory = [found.weights, found.gradients, found.optimizer, found.activations, found.memory]
+        # Evaluation reads all of the data unless limit_val_batches is set.
+        row += [_count(found.tokens), *(f"{value / 1e9:.1f}" for value in memory), f"{found.flops:.2e}" if found.tokens else "-"]
+        if not peak or not found.tokens:
+            rows.append([*row, "-", "-"])
+            continue
+        hours = found.hours(job.ranks, peak * 1e12, utilisation)
+        total += hours * job.ranks
+        usable = job.time_limit / 3600
+        rows.append([*row, f"{hours:.2f}", str(max(1, -int(-hours // usable)))])
+    columns = [
+        "job",
+        "nodes",
+        "ranks",
+        "tokens",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "together",
+        "FLOPs",
+        "hours",
+        "jobs",
+    ]
+    title = "estimates; memory in GB of the fullest rank, without the CUDA context"
+    if peak:
+        title += f"; hours at {utilisation:.0%} of {peak:g} TFLOP/s a GPU: {total:,.0f} GPU hours"
+    print_table(title, columns, rows)
+
+
+def _estimate(plan: Plan, job: Job) -> Estimate | None:
+    from flextron_mcore.launch.estimate import estimate
+
+    if job.stage not in ESTIMATED or job.config.get("measurements"):
+        return None
+    return estimate(plan.model, plan.space, job.config, job.ranks, job.config.trainer.precision or "bf16")
+
+
+ESTIMATED = ("pretrain", "importance", "elastic", "router", "joint", "latency", "sensitivity", "evaluate", "compare")
+
+
+def _count(tokens: int) -> str:
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if tokens >= size:
+            return f"{tokens / size:.3g} {letter}"
+    return str(tokens) if tokens else "all"

@@ -1,0 +1,38 @@
+"""`flextron status`: what became of the jobs that were launched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from flextron_mcore.config import FlextronError, nearest
+from flextron_mcore.launch.follow import State, log_files, read_record, states
+from flextron_mcore.stages.common import print_table
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Print the jobs of the newest launch in config.run, or the log of one."""
+    results = Path(config.run).expanduser().absolute()
+    records = read_record(results)
+    if config.logs:
+        known = {record.name: record for record in records}
+        if config.logs not in known:
+            raise FlextronError(f"logs={config.logs}: no such job{nearest(config.logs, known)}: use one of {', '.join(known)}")
+        files = log_files(known[config.logs])
+        if not files:
+            raise FlextronError(f"logs={config.logs}: nothing was logged yet in {known[config.logs].logs}")
+        print(files[0])
+        lines = files[0].read_text(errors="replace").splitlines()
+        print("\n".join(lines[-config.lines :] if config.lines else lines))
+        return {"log": str(files[0])}
+    found = states(results, records)
+    print_states(results, found)
+    return {"jobs": {state.record.name: state.state for state in found}}
+
+
+def print_states(results: Path, found: list[State]) -> None:
+    """The table of `flextron status`."""
+    rows = [[s.record.name, s.record.id, s.state.lower(), s.progress or s.error] for s in found]
+    print_table(str(results), ["job", "id", "state", ""], rows)

@@ -1,0 +1,54 @@
+"""Latencies are the device's: work that the host only queues is in the block that queued it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from flextron_mcore.latency.measure import Setting, device_name, measure, time_networks
+from flextron_mcore.space import ElasticSpace
+from tests import toy
+
+PAUSE = 30.0  # milliseconds; the blocks of the toy model take less than one each
+
+
+@pytest.fixture(scope="module")
+def pause():
+    """A function that keeps the device busy for at least PAUSE milliseconds, at once or, with CUDA, after the host went on."""
+    if not torch.cuda.is_available():
+        return lambda: time.sleep(PAUSE / 1000)
+    cycles, milliseconds = 1_000_000, 0.0
+    while milliseconds < PAUSE:
+        cycles *= 2
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        torch.cuda.synchronize()
+        milliseconds = start.elapsed_time(end)
+    return lambda: torch.cuda._sleep(2 * cycles)  # clocks vary
+
+
+@pytest.mark.parametrize("setting", [Setting("prefill", 2, 16), Setting("generation", 1, 5, 3)], ids=["prefill", "generation"])
+def test_the_table_has_the_devices_time(pause, setting, device):
+    arch = toy.config()
+    space = ElasticSpace.build(arch)
+    model = toy.model(arch, space)
+    slow = [
+        layer.mlp.register_forward_hook(lambda own, *_: pause() if own.width == 24 else None) for layer in model.decoder.layers
+    ]
+    table = measure(model, arch, space, setting, 2, 0, seed=1)
+    passes = setting.generated_tokens
+    times = dict(zip(space.ffn_hidden_size, (timing.minimum for timing in table.ffn_hidden_size), strict=True))
+    assert times.pop(24) >= passes * PAUSE
+    others = [*times.values(), table.constant.minimum, *(timing.minimum for timing in table.heads)]
+    assert 0 < min(others) and max(others) < passes * PAUSE
+    half, full = time_networks(model, arch, [space.uniform(arch, 2, 24), None], setting, rounds=1, seed=1)
+    assert half.minimum >= 2 * passes * PAUSE > full.minimum
+    for handle in slow:
+        handle.remove()
+    assert table.machine["device"] == device_name()
+    if device.type == "cuda":
+        assert table.machine["device"] == torch.cuda.get_device_name() and table.machine["threads"] is None

@@ -1,0 +1,27 @@
+"""What the tests of launching share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from flextron_mcore import cli
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., DictConfig]:
+    """The configuration that `flextron launch` with these arguments would run."""
+
+    def composed(*arguments: str) -> DictConfig:
+        seen: list[DictConfig] = []
+        runs, cli.run_stage = cli.run_stage, seen.append
+        try:
+            cli._main(["launch", f"base_results_dir={tmp_path}/results", f"data_dir={tmp_path}/data", *arguments])
+        finally:
+            cli.run_stage = runs
+        return seen[0]
+
+    return composed

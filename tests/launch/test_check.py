@@ -1,0 +1,153 @@
+"""What is refused on the login node, one line each, before anything is written or submitted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flextron_mcore import cli
+from flextron_mcore.config import FlextronError
+from flextron_mcore.launch import follow
+from flextron_mcore.launch.check import missing
+from flextron_mcore.launch.plan import plan
+from tests.hf_toy import llama, save
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch) -> Path:
+    """A directory in which nothing is missing: an image, a checkpoint, sbatch on the PATH."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sbatch").write_text("#!/bin/sh\nexit 1\n")
+    (tools / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools))
+    (tmp_path / "image.sqsh").touch()
+    return tmp_path
+
+
+def problems(launch, tmp_path: Path, *arguments: str) -> list[str]:
+    config = launch("cluster.account=a", "model=smoke", f"container={tmp_path}/image.sqsh", *arguments)
+    found = missing(config, plan(config))
+    assert all("\n" not in line for line in found)
+    return found
+
+
+def test_nothing_is_missing(launch, ready):
+    assert problems(launch, ready) == []
+    assert not (ready / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["container=none.sqsh"], "container=none.sqsh: no such file"),
+        (["container=null"], "container=: jobs of this cluster run in containers"),
+        (["base_results_dir=/proc/flextron"], "run.results_dir=/proc/flextron/smoke: cannot be written"),
+        (["base_results_dir=a/nemo_runs"], "NeMo-Run takes /nemo_run for its own directory"),
+        (["stages=[importance]"], "importance: needs the result of pretrain or import"),
+        (["stages=[pretrain]", "data=nowhere"], "nowhere/data.json: cannot be read"),
+        (["stages=[import]", "hf=nowhere"], "nowhere: no such directory"),
+        (["stages=[import]"], "import: needs the result of hf"),
+        (["stages=[elastic]", "elastic.checkpoint=nowhere", "data=x"], "nowhere"),
+    ],
+)
+def test_what_is_missing_is_named(launch, ready, monkeypatch, arguments, message):
+    monkeypatch.chdir(ready)
+    found = problems(launch, ready, *arguments)
+    assert any(message in line for line in found), found
+
+
+def test_an_image_of_a_registry_is_not_looked_for(launch, ready):
+    assert problems(launch, ready, "container=nvcr.io#nvidia/pytorch:25.09-py3") == []
+
+
+def test_without_slurm_there_is_a_line(launch, ready):
+    (ready / "bin" / "sbatch").unlink()
+    assert problems(launch, ready) == ["sbatch: not found; launch on a login node of the cluster, or with cluster=local"]
+
+
+def test_another_model_is_not_taken_for_the_one_that_was_checked(launch, ready):
+    save(llama(), ready / "hf")
+    found = problems(launch, ready, "stages=[import]", f"hf={ready}/hf")
+    assert len(found) == 1 and found[0].startswith(f"hf={ready}/hf: is another model than model= says"), found
+
+
+def test_launch_refuses_before_it_writes(ready, tmp_path):
+    arguments = ["launch", "cluster.account=a", "model=smoke", f"base_results_dir={tmp_path}/results", "container=none.sqsh"]
+    with pytest.raises(FlextronError, match=r"container=none.sqsh: no such file"):
+        cli._main(arguments)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_missing_account_is_a_missing_key(tmp_path):
+    with pytest.raises(FlextronError, match=r"launch: missing cluster.account="):
+        cli._main(["launch", "model=smoke", f"base_results_dir={tmp_path}/results"])
+
+
+def test_a_stage_reads_what_launch_wrote(launch, tmp_path, monkeypatch):
+    """--config FILE is the stage with exactly those keys; of another stage or with unknown keys it is refused."""
+    from omegaconf import OmegaConf
+
+    job = plan(launch("cluster=local", "model=smoke")).jobs[3]
+    file = tmp_path / "elastic.yaml"
+    file.write_text(OmegaConf.to_yaml(job.config))
+    seen = []
+    monkeypatch.setattr(cli, "run_stage", seen.append)
+    cli._main(["elastic", "--config", str(file)])
+    assert json.dumps(OmegaConf.to_container(seen[0])) == json.dumps(OmegaConf.to_container(job.config))
+    for arguments, message in (
+        (["router", "--config", str(file)], "is not a configuration of router"),
+        (["elastic", "--config", str(tmp_path / "none.yaml")], "cannot be read"),
+        (["elastic", f"--config={file}", "trainer.max_steps=3"], "holds all keys"),
+    ):
+        with pytest.raises(FlextronError, match=message):
+            cli._main(arguments)
+    file.write_text(file.read_text().replace("max_steps", "max_stepz"))
+    with pytest.raises(FlextronError, match=r"elastic: unknown key 'trainer.max_stepz' \(did you mean 'trainer.max_steps'\?\)"):
+        cli._main(["elastic", "--config", str(file)])
+
+
+def test_a_local_chain_ends_at_the_first_failure(tmp_path, capfd, monkeypatch):
+    """For real: a stage that is done, one that fails, and its line; and again, which skips the first."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # those of the tests' own process group
+        monkeypatch.delenv(name, raising=False)
+    keys = [
+        "launch",
+        "cluster=local",
+        "model=smoke",
+        "gpus=1",
+        f"base_results_dir={tmp_path}",
+        "stages=[prepare,pretrain,importance]",
+    ]
+    keys += [f"prepare.input={Path(__file__).parent}", "pretrain.data_weights={nothing: 1}"]
+    for complete in (False, True):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(keys)
+        out, err = capfd.readouterr()
+        assert ended.value.code == 1
+        assert ("prepare: complete in" in out) is complete
+        lines = err.strip().splitlines()
+        assert lines[-1] == "flextron: failed: pretrain: ended with exit code 2; the stages after it were not run"
+        assert any(line.startswith("flextron: error: ") and "data_weights" in line for line in lines)
+    assert not (tmp_path / "smoke" / "importance").exists()
+
+
+def test_nothing_is_replaced_while_jobs_run(ready):
+    """A job that is queued again reads its configuration again."""
+    results = ready / "results" / "smoke"
+    (results / "launch").mkdir(parents=True)
+    follow.write_record(results, "x", [follow.Record("prepare", "prepare", "7", str(ready), None)])
+    (ready / "bin" / "squeue").write_text("#!/bin/sh\necho 7 PENDING\n")
+    (ready / "bin" / "squeue").chmod(0o755)
+    arguments = [
+        "launch",
+        "cluster.account=a",
+        "model=smoke",
+        f"base_results_dir={ready}/results",
+        f"container={ready}/image.sqsh",
+    ]
+    with pytest.raises(FlextronError, match="prepare: job 7 of an earlier launch is pending"):
+        cli._main(arguments)
+    assert [path.name for path in (results / "launch").iterdir()] == ["jobs.json"]

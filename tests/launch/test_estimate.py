@@ -1,0 +1,247 @@
+"""The figures of launch/estimate.py against what the model really keeps and computes; ranks: tests/parallel/test_estimate.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from megatron.core.transformer.module import Float16Module
+from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
+
+from flextron_mcore.blocks import Blocks
+from flextron_mcore.cli import compose
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.launch.activations import networks, saved_chunk, saved_head, saved_layer
+from flextron_mcore.launch.estimate import Estimate, estimate
+from flextron_mcore.launch.flops import Costs
+from flextron_mcore.launch.layout import Layout, Rank
+from flextron_mcore.layers.gate import new_gates
+from flextron_mcore.model import build_model, set_subnetwork, use_subnetwork
+from flextron_mcore.pipeline.networks import Distillation, run_networks
+from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
+from tests import memory, toy
+
+LENGTH, BATCH = 128, 2
+SIZE = dict(
+    num_layers=4, hidden_size=128, num_attention_heads=8, ffn_hidden_size=352, vocab_size=512, max_position_embeddings=LENGTH
+)
+FAMILIES = {
+    "llama": toy.config(**SIZE),
+    "llama gqa tied": toy.config(**SIZE, num_query_groups=4, share_embeddings_and_output_weights=True),
+    "gpt2": toy.config(**SIZE, **toy.GPT2),
+    "gpt2 gqa": toy.config(**SIZE, **toy.GPT2, num_query_groups=4),
+    "nemotron": dataclasses.replace(toy.config(**SIZE), activation="squared-relu", normalization="layernorm1p"),
+    "relu": dataclasses.replace(toy.config(**SIZE), activation="relu"),
+    "tiny": toy.config(max_position_embeddings=LENGTH),
+}
+FULL = ["model.recompute_granularity=full", "model.recompute_method=uniform"]
+RECOMPUTED = {
+    "nothing": [],
+    "every layer": [*FULL, "model.recompute_num_layers=1"],
+    "two layers": [*FULL, "model.recompute_num_layers=2"],
+    "first layer": [FULL[0], "model.recompute_method=block", "model.recompute_num_layers=1"],
+    "mlp": ["model.recompute_granularity=selective", "model.recompute_modules=[mlp]"],
+}
+
+
+def configured(stage: str, *keys: str) -> dict:
+    given = ["out=o", *([] if stage in ("latency",) else ["data=d"]), *([] if stage == "pretrain" else ["checkpoint=c"])]
+    if stage != "latency":
+        given += [f"model.micro_batch_size={BATCH}", f"model.seq_length={LENGTH}"]
+    if stage in ("pretrain", "elastic", "joint", "router"):
+        given += [f"model.global_batch_size={2 * BATCH}"]
+    return OmegaConf.to_container(compose(stage, [*given, *keys]))
+
+
+def said(arch: ModelConfig, config: dict, ranks: int = 1, **more) -> Estimate:
+    return estimate(arch, ElasticSpace.build(arch), config, ranks, "fp32", cuda=False, **more)
+
+
+def built(arch: ModelConfig, config: dict, precision: str = "fp32", frozen: bool = False) -> torch.nn.Module:
+    model = build_model(arch, ElasticSpace.build(arch), config["model"], precision).train().requires_grad_(not frozen)
+    return Float16Module(model.config, model).train() if precision == "bf16" else model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_autograd_keeps(family, precision):
+    arch = FAMILIES[family]
+    compare_kept(arch, configured("pretrain", f"trainer.precision={precision}"), precision)
+
+
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_autograd_keeps_with_recomputation(family, recomputed):
+    compare_kept(FAMILIES[family], configured("pretrain", *RECOMPUTED[recomputed]), "fp32")
+
+
+def compare_kept(arch: ModelConfig, config: dict, precision: str) -> None:
+    model = built(arch, config, precision)
+    tokens, positions = (x.contiguous() for x in toy.inputs(BATCH, vocab=arch.vocab_size, length=LENGTH))
+    with memory.Kept([*model.parameters(), tokens, positions]) as kept:
+        loss = model(tokens, positions, None, labels=tokens)
+    rank = Rank(arch, Layout.read(arch, ElasticSpace.build(arch), config, 1, "fp32", cuda=False), 0)
+    assert rank.parameters == sum(p.numel() for p in model.parameters()) == count_parameters(arch)
+    expected = saved_chunk(rank, arch.num_layers, *saved_layer(rank))[0] + saved_head(rank)
+    random_state = 10_000 * arch.num_layers if rank.layout.recompute[0] else 0  # of the CPU, which checkpoints keep
+    assert expected == pytest.approx(kept.now, rel=0.01, abs=random_state)
+    assert loss.requires_grad
+
+
+PEAKS = {
+    "pretrain": ("pretrain", [], {}),
+    "elastic": ("elastic", [], {"subnets": True}),
+    "distillation": ("elastic", ["distillation.weight=0.5"], {"subnets": True, "teach": Distillation(0.5, 2.0)}),
+    "joint": ("joint", [], {"subnets": True, "gated": True}),
+    "router without surrogate": ("router", ["surrogate.enabled=false"], {"subnets": True, "gated": True, "frozen": True}),
+    "router": ("router", [], {"subnets": True, "forward_only": True, "frozen": True}),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", PEAKS)
+def test_the_peak_of_a_step(stage, precision):
+    """Sub-networks as large as the full model, which a step may draw: the estimate is of that."""
+    arch = dataclasses.replace(FAMILIES["llama"], vocab_size=2048)
+    name, keys, options = PEAKS[stage]
+    config = configured(name, f"trainer.precision={precision}", *keys)
+    options = dict(options)
+    frozen, gated = options.get("frozen", False), options.pop("gated", False)
+    model = built(arch, config, precision, options.pop("frozen", False))
+    if not frozen:
+        model = in_ddp(model)
+    nets = [None, SubNetwork.full(arch)] if options.pop("subnets", False) else [None]
+    gates = [None, *new_gates(1, 2 * arch.num_layers, torch.device("cpu"))] if gated else None
+
+    def batches():
+        for seed in range(2):
+            tokens, positions = toy.inputs(BATCH, seed, arch.vocab_size, LENGTH)
+            mask = torch.ones(BATCH, LENGTH)
+            yield {"tokens": tokens, "labels": tokens.clone(), "position_ids": positions.contiguous(), "loss_mask": mask}
+
+    def step() -> None:
+        run_networks([model], batches, 2, nets, LENGTH, BATCH, gates=gates, **options)
+
+    step()
+    assert said(arch, config).activations == pytest.approx(memory.peak(step), rel=0.1)
+
+
+def in_ddp(model: torch.nn.Module) -> torch.nn.Module:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    wrapped.config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+@pytest.mark.parametrize("family", ["llama", "llama gqa tied", "gpt2"])
+@pytest.mark.parametrize("width", ["full", "half"])
+def test_operations_are_those_that_torch_counts(family, width):
+    arch = FAMILIES[family]
+    space = ElasticSpace.build(arch)
+    heads, ffn = (arch.num_attention_heads, arch.ffn_hidden_size) if width == "full" else (4, arch.ffn_hidden_size // 2)
+    net = space.uniform(arch, heads, ffn)
+    model = build_model(arch, space).train()
+    tokens, positions = toy.inputs(BATCH, vocab=arch.vocab_size, length=LENGTH)
+    with use_subnetwork(model, net), FlopCounterMode(display=False) as forward:
+        loss = model(tokens, positions, None, labels=tokens)
+    with FlopCounterMode(display=False) as backward:
+        loss.sum().backward()
+    # torch does not count the CPU's attention kernel.
+    attention = arch.num_layers * 2 * LENGTH * heads * arch.kv_channels
+    products = BATCH * LENGTH * (Costs(arch, space, LENGTH).of(net) - attention)
+    assert forward.get_total_flops() == pytest.approx(products, rel=1e-6)
+    assert backward.get_total_flops() == pytest.approx(2 * products, rel=1e-6)
+    set_subnetwork(model, None)
+
+
+def test_work_of_the_stages():
+    arch = FAMILIES["llama"]
+    space = ElasticSpace.build(arch)
+    costs = Costs(arch, space, LENGTH)
+    steps = ["trainer.max_steps=100", "trainer.limit_val_batches=null"]  # no validation data is known: none is counted
+    tokens = 100 * 2 * BATCH * LENGTH
+    pretrain = said(arch, configured("pretrain", *steps))
+    assert (pretrain.tokens, pretrain.flops) == (tokens, 3 * tokens * costs.full)
+    elastic = said(arch, configured("elastic", *steps))
+    assert elastic.tokens == tokens and networks(configured("elastic")) == 4
+    assert elastic.flops == pytest.approx(3 * tokens * (costs.full + 3 * costs.drawn()))
+    router = said(arch, configured("router", *steps))
+    assert router.gradients == router.optimizer == 0
+    assert 5 * costs.smallest < router.flops / tokens < 5 * costs.full
+    assert said(arch, configured("joint", *steps, "targets_per_step=4")).flops == pytest.approx(3 * router.flops)
+    again = said(arch, configured("pretrain", *steps, *RECOMPUTED["every layer"]))
+    assert again.flops == pytest.approx(pretrain.flops + tokens * (costs.full - costs.head))
+    # Validation: before, after every 50 steps; 3 batches of 4 samples, of two domains of which one has 5.
+    keys = ["trainer.max_steps=100", "trainer.val_check_interval=50", "trainer.limit_val_batches=3"]
+    validated = said(arch, configured("pretrain", *keys), valid_samples=[5, 100])
+    assert validated.flops - pretrain.flops == pytest.approx(3 * (5 + 12) * LENGTH * costs.full)
+    evaluate = said(arch, configured("evaluate", "limit_val_batches=4"))
+    assert evaluate.tokens == 4 * BATCH * LENGTH
+    assert evaluate.flops == pytest.approx(
+        evaluate.tokens * sum(costs.of(space.uniform(arch, 2 * i, 88 * i)) for i in (1, 2, 3, 4))
+    )
+    importance = said(arch, configured("importance", "samples=16", "ablation_batches=0"))
+    assert (importance.tokens, importance.flops) == (16 * LENGTH, 16 * LENGTH * costs.full)
+    sensitivity = said(arch, configured("sensitivity", "limit_val_batches=1"))
+    blocks, full = Blocks(arch, space), SubNetwork.full(arch)
+    nets = [full, *(blocks.replaced(full, i, k) for i, sizes in enumerate(blocks.sizes) for k in range(len(sizes) - 1))]
+    assert sensitivity.flops == pytest.approx(sensitivity.tokens * sum(map(costs.of, nets)))
+    compare = said(
+        arch, configured("compare", "limit_val_batches=1", "random_at_target=0", "selectors=[matformer]", "targets=[0.8]")
+    )
+    assert compare.flops == pytest.approx(
+        compare.tokens * (1.8 * costs.full + sum(costs.of(space.uniform(arch, 8, 88 * i)) for i in (1, 2, 3, 4)))
+    )
+    latency = said(arch, configured("latency", "rounds=1", "check_networks=2"), ranks=8)
+    assert latency.tokens == 2 * (4 + 2) * 2 * LENGTH and latency.weights == 4 * count_parameters(arch)
+    assert said(arch, configured("latency", "measurements=file.json")).flops == 0
+
+
+def test_expected_cost_of_random_networks():
+    from flextron_mcore.training.sampler import draw
+
+    arch = FAMILIES["llama gqa tied"]
+    space = ElasticSpace.build(arch)
+    costs = Costs(arch, space, LENGTH)
+    for mode in ("flextron", "matformer"):
+        drawn = [costs.of(net) for step in range(300) for net in draw(arch, space, 0, step, 3, mode)]
+        assert costs.drawn(mode) == pytest.approx(sum(drawn) / len(drawn), rel=0.01)
+
+
+def test_hours():
+    figures = Estimate(1, 2, 3, 4, tokens=10, flops=8 * 1e15 * 0.4 * 3600 * 2.5)
+    assert figures.hours(8, 1e15, 0.4) == pytest.approx(2.5)
+    assert figures.memory == 10
+
+
+@pytest.mark.parametrize(
+    "ranks, keys, message",
+    [
+        (3, ["model.tensor_model_parallel_size=2"], "does not divide the 3 rank"),
+        (3, ["model.pipeline_model_parallel_size=3"], "does not divide the model's 4 layers"),
+        (16, ["model.tensor_model_parallel_size=16"], "does not divide space.granularity=2"),
+        (4, [], "model.global_batch_size=4 is not a multiple"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_one_line(ranks, keys, message):
+    with pytest.raises(FlextronError, match=message):
+        said(FAMILIES["llama"], configured("pretrain", *keys), ranks)
+
+
+def test_gpus_keep_less_of_norms_and_parallel_ranks_less_of_everything():
+    arch, config = FAMILIES["llama"], configured("pretrain")
+    space = ElasticSpace.build(arch)
+    one = estimate(arch, space, config, 1, "fp32")
+    assert one.activations < said(arch, config).activations
+    two = estimate(arch, space, configured("pretrain", "model.tensor_model_parallel_size=2"), 2, "fp32")
+    assert all(getattr(two, kind) < getattr(one, kind) for kind in ("weights", "gradients", "optimizer", "activations"))
+
+
+def test_a_login_node_needs_no_torch():
+    code = "import sys, flextron_mcore.launch.estimate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,83 @@
+"""Every command of the operator's guide is run as it is written: what submits jobs as a dry run (tests/slurm submits)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flextron_mcore import cli
+from flextron_mcore.launch import follow
+from tests.stages.conftest import stage
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDES = {"docs/operators.md": 6, "README.md": 3}  # commands of launching in each
+
+
+def commands(file: str) -> list[list[str]]:
+    """The `flextron` commands in the code blocks of a guide."""
+    blocks = (ROOT / file).read_text().split("```")[1::2]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("flextron ")]
+    found = [shlex.split(line, comments=True)[1:] for line in lines]
+    return [words for words in found if words[0] in ("launch", "status") or file != "README.md"]
+
+
+@pytest.fixture
+def desk(text, tmp_path, monkeypatch) -> Iterator[Path]:
+    """An operator's directory: text, a tokenizer, jobs that were launched."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(text / "code", "corpus/code")
+    with gzip.open("corpus/web.jsonl.gz", "wt") as file:
+        for i in range(400):
+            file.write(json.dumps({"text": f"page {i} says what a page says when it is the {i}th of them"}) + "\n")
+    stage("prepare", "input=corpus/code", "vocab_size=300", "out=bpe")
+    shutil.copytree("bpe/tokenizer", "data/Llama-2-7b-hf")
+    results, logs = Path("results/llama2_7b"), Path("logs")
+    (results / "launch").mkdir(parents=True)
+    logs.mkdir()
+    (logs / "log-flextron.elastic_7_0.out").write_text("step 1\n")
+    follow.write_record(results, "x", [follow.Record("elastic", "elastic", "7", str(logs.absolute()), 80000)])
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "squeue").write_text("#!/bin/sh\necho 7 RUNNING\n")
+    (tools / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")  # NeMo-Run wants a shell
+    with Path("/dev/null").open() as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        yield tmp_path
+
+
+@pytest.mark.parametrize("file", GUIDES)
+def test_commands(desk, file, capsys):
+    found = commands(file)
+    assert len(found) == GUIDES[file], found
+    for words in found:
+        if words[0] == "launch" and "dry_run=true" not in words:
+            words = [*words, "dry_run=true"]
+        cli._main(words)
+        out = capsys.readouterr().out
+        if words[0] == "launch":
+            assert "dry run: nothing was written or submitted" in out and "#SBATCH --account=A" in out
+        if words[0] == "status":
+            assert "running" in out or "step 1" in out
+    assert (desk / "data" / "prepared" / "data.json").is_file() or file == "README.md"
+    assert [path.name for path in (desk / "results").iterdir()] == ["llama2_7b"]
+    assert [path.name for path in (desk / "results/llama2_7b/launch").iterdir()] == ["jobs.json"]
+
+
+def test_a_dry_run_shows_scripts_and_figures(desk, capsys):
+    cli._main(["launch", "cluster=bcm", "cluster.account=A", "model=llama2/7b", "dry_run=true", "container=data/x.sqsh"])
+    out = capsys.readouterr().out
+    assert out.count("#!/bin/bash") == 9 and out.count("#SBATCH --kill-on-invalid-dep=yes") == 9
+    elastic = out.partition("# ---- elastic")[2].partition("# ---- latency")[0]
+    assert "#SBATCH --nodes=4" in elastic and "--nproc-per-node 8" in elastic and "scontrol requeue" in elastic
+    assert f"--container-image {desk}/data/x.sqsh" in elastic and f"{desk}/results/llama2_7b:{desk}/results/llama2_7b" in elastic
+    row = next(line for line in out.splitlines() if re.search(r"│ elastic\s", line))
+    assert "83.9 B" in row
+    assert "not ready: container=data/x.sqsh: no such file" in out and "/tmp/tmp" not in elastic

@@ -1,0 +1,168 @@
+"""From a launch's configuration to jobs."""
+
+from __future__ import annotations
+
+import pytest
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.launch.check import check_configuration
+from flextron_mcore.launch.plan import clock, plan, seconds
+from flextron_mcore.launch.resources import check_memory
+
+PAPER = ("gpt3/2b", "gpt3/8b", "llama2/7b", "llama3/8b")
+BARE = ("cluster=slurm", "cluster.account=a")
+
+
+@pytest.mark.parametrize("cluster", ["bcm", "slurm"])
+@pytest.mark.parametrize("gpus", [8, 32, 128])
+@pytest.mark.parametrize("model", PAPER)
+def test_every_configuration_is_whole_and_fits(launch, model, gpus, cluster):
+    config = launch(f"cluster={cluster}", "cluster.account=a", f"model={model}", f"gpus={gpus}")
+    planned = plan(config)
+    check_configuration(config, planned)
+    check_memory(config, planned)
+    assert not planned.problems
+    jobs = {job.name: job for job in planned.jobs}
+    elastic = jobs["elastic"]
+    assert elastic.ranks == gpus
+    options = elastic.config
+    # the paper, section 4
+    assert options.model.global_batch_size == 256 and options.model.seq_length == 4096 and options.trainer.max_steps == 80000
+    assert options.num_subnetworks == 3 and jobs["importance"].config.samples == 512
+    assert all(len(axis) == 4 for axis in (planned.space.heads, planned.space.ffn_hidden_size))
+    assert jobs["router"].config.trainer.max_steps == 1000 and jobs["router"].config.model.global_batch_size == 256
+    joint = jobs["joint"].config
+    assert joint.trainer.max_steps * joint.model.global_batch_size * joint.model.seq_length == pytest.approx(2.62e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "model, parameters, beside_embeddings",
+    # Touvron et al. 2023; Grattafiori et al. 2024; the paper's section 4 for what is not an embedding
+    [("llama2/7b", 6.74e9, 6.48e9), ("llama3/8b", 8.03e9, 6.98e9), ("gpt3/2b", 2.25e9, 1.2e9), ("gpt3/8b", 8.5e9, 6.4e9)],
+)
+def test_models_have_their_sizes(launch, model, parameters, beside_embeddings):
+    from flextron_mcore.space import count_parameters
+
+    arch = plan(launch(*BARE, f"model={model}")).model
+    assert count_parameters(arch) == pytest.approx(parameters, rel=0.01)
+    assert count_parameters(arch, embeddings=False) == pytest.approx(beside_embeddings, rel=0.01)
+
+
+def test_each_stage_takes_the_result_of_the_one_before(launch, tmp_path):
+    planned = plan(launch(*BARE, "model=llama2/7b"))
+    results = tmp_path / "results" / "llama2_7b"
+    jobs = {job.name: job.config for job in planned.jobs}
+    assert list(jobs) == [
+        "import",
+        "importance",
+        "elastic",
+        "latency",
+        "router",
+        "joint",
+        "export_0.4",
+        "export_0.6",
+        "export_0.8",
+    ]
+    assert jobs["import"].hf == f"{tmp_path}/data/Llama-2-7b-hf"
+    taken = {name: config.get("checkpoint") for name, config in jobs.items()}
+    assert taken == {
+        "import": None,
+        "importance": f"{results}/import",
+        "elastic": f"{results}/importance",
+        "latency": f"{results}/elastic",
+        "router": f"{results}/elastic",
+        "joint": f"{results}/router",
+        **{f"export_{budget}": f"{results}/joint" for budget in (0.4, 0.6, 0.8)},
+    }
+    assert jobs["router"].latency == f"{results}/latency" and jobs["elastic"].data == f"{tmp_path}/data/prepared"
+    assert jobs["export_0.6"].budget == 0.6
+    assert all(config.out == str(results / name) for name, config in jobs.items())
+
+
+def test_what_is_complete_is_not_run_again_and_serves_as_input(launch, tmp_path):
+    results = tmp_path / "results" / "llama2_7b"
+    (results / "importance").mkdir(parents=True)
+    arguments = (*BARE, "model=llama2/7b", "stages=[importance,elastic]", f"importance.checkpoint={tmp_path}/mine")
+    assert [job.name for job in plan(launch(*arguments)).to_run] == ["importance", "elastic"]
+    assert plan(launch(*BARE, "model=llama2/7b", "stages=[elastic]")).problems  # there, but not complete
+    (results / "importance" / "metrics.json").write_text("{}")
+    planned = plan(launch(*arguments))
+    assert [job.name for job in planned.to_run] == ["elastic"]
+    only = plan(launch(*BARE, "model=llama2/7b", "stages=[elastic]"))
+    assert not only.problems and only.jobs[0].config.checkpoint == str(results / "importance")
+
+
+def test_keys_of_a_stage_go_to_it_alone(launch):
+    planned = plan(
+        launch(
+            *BARE,
+            "model=llama2/7b",
+            "elastic.trainer.max_steps=7",
+            "elastic.run.time_limit=02:00:00",
+            "training.model.seq_length=2048",
+            "export.budget=25ms",
+        )
+    )
+    jobs = {job.name: job for job in planned.jobs}
+    assert jobs["elastic"].config.trainer.max_steps == 7 and jobs["router"].config.trainer.max_steps == 1000
+    assert jobs["elastic"].time_limit == 7200 and jobs["elastic"].config.trainer.max_time == "00:01:40:00"
+    assert jobs["joint"].time_limit == 86400 and jobs["joint"].config.trainer.max_time == "00:23:40:00"
+    assert {name: job.config.model.seq_length for name, job in jobs.items() if job.trains} == dict.fromkeys(
+        ("elastic", "router", "joint"), 2048
+    )
+    assert jobs["export"].config.budget == "25ms"
+
+
+def test_locally_training_has_no_time_limit(launch):
+    planned = plan(launch("cluster=local", "model=smoke"))
+    assert all(job.config.trainer.max_time is None for job in planned.jobs if job.trains)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["elastic.trainer.max_stepz=7"], r"elastic: unknown key 'trainer.max_stepz' \(did you mean 'trainer.max_steps'\?\)"),
+        (["elastik.trainer.max_steps=7"], r"launch: unknown key 'elastik.trainer.max_steps'"),
+        (["model=llama2/8b"], r"llama2/?=?8b"),
+        (["stages=[import,elastik]"], r"stages: 'elastik' is not known \(did you mean 'elastic'\?\)"),
+        (["stages=[import,import]"], r"stages: 'import' is named twice"),
+        (["stages=[]"], r"stages=\[\]: name at least one"),
+        (["gpus=16"], r"gpus=16: layouts has one for 8, 32, 128"),
+        (["run.time_limit=soon"], r"run.time_limit=soon: is not a time"),
+        (["run.time_limit=00:10:00"], r"run.stop_before=00:20:00 leaves nothing of run.time_limit=00:10:00"),
+        (["elastic.model.tensor_model_parallel_size=3"], r"elastic: .* 32 is not a multiple of .* 3"),
+        (["elastic.model.tensor_model_parallel_size=16"], r"elastic: .*granularity"),
+        (["elastic.model.global_batch_size=24"], r"elastic: model.global_batch_size=24 is not a multiple of .*=1 x 16"),
+        (["elastic.model.seq_length=5000"], r"elastic: model.seq_length=5000 is more than the model's 4096 positions"),
+        (["elastic.trainer.devices=16"], r"elastic: trainer.devices=16 is more than cluster.gpus_per_node=8"),
+        (["elastic.model.pipeline_model_parallel_size=5", "elastic.trainer.devices=5"], r"elastic: "),
+        (["overwrite=true"], r"overwrite=true: is not for launch"),
+        (["cluster.account=''"], r"cluster.account: is empty"),
+        (["cluster.gpu.memory=16GB"], r"elastic: needs [\d.]+ GB of each GPU \(weights .* .* it has 16 GB"),
+        (["cluster.gpu.memory=lots"], r"cluster.gpu.memory=lots: write it as 80GB or 80GiB"),
+        (
+            ["elastic.model.ddp.use_distributed_optimizer=false", "elastic.model.ddp.overlap_param_gather=false"]
+            + ["elastic.model.tensor_model_parallel_size=1", "elastic.model.sequence_parallel=false"],
+            r"elastic: needs",
+        ),
+    ],
+)
+def test_bad_configurations_are_refused(launch, arguments, message):
+    with pytest.raises(FlextronError, match=message) as error:
+        config = launch(*BARE, "model=llama2/7b", *arguments)
+        planned = plan(config)
+        check_configuration(config, planned)
+        check_memory(config, planned)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("30", 1800), ("30:15", 1815), ("04:00:00", 14400), ("1-00:00:00", 86400), ("2-12", 216000), ("1-01:30", 91800)],
+)
+def test_times_are_slurms(text, value):
+    assert seconds(text, "x") == value
+
+
+def test_clock():
+    assert clock(86400 + 3 * 3600 + 61) == "01:03:01:01"

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from flextron_mcore.model import Network
 from flextron_mcore.pipeline.batches import count_batches, share
 from flextron_mcore.pipeline.networks import run_networks
-from flextron_mcore.space import SubNetwork
 
 
 def evaluate(
     model: Sequence[torch.nn.Module],
     datasets: Mapping[str, torch.utils.data.Dataset],
-    networks: Mapping[str, SubNetwork | None],
+    networks: Mapping[str, Network],
     seq_length: int,
     micro_batch_size: int,
     max_samples: int | None = None,

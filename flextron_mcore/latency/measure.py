@@ -14,7 +14,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.latency.table import LatencyTable, Timing, check_errors
+from flextron_mcore.latency.table import STATISTICS, LatencyTable, Timing, check_errors
 from flextron_mcore.model import unwrap, use_subnetwork
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import ElasticSpace, SubNetwork
@@ -56,7 +56,7 @@ def measure(
     Every round times every candidate in every layer once, and every one of `check_networks` random networks once without
     timing its blocks; a first round warms up and is not counted. progress is called after every network.
     """
-    run = _runner(model, setting, arch.vocab_size, seed)
+    run = runner(model, setting, arch.vocab_size, seed)
     whole = draw(arch, space, seed, 0, check_networks, stream=3)
     samples: dict[Any, list[float]] = defaultdict(list)
     for round_ in range(rounds + 1):
@@ -65,7 +65,7 @@ def measure(
         for i in order:
             net, in_parts = timed[i]
             with use_subnetwork(model, net):
-                found = _time_blocks(model, net, run) if in_parts else {("network", i): [_time(run)]}
+                found = _time_candidates(model, net, run) if in_parts else {("network", i): [time_run(run)]}
             for key, values in found.items():
                 if round_:
                     samples[key] += values
@@ -84,8 +84,33 @@ def measure(
     )
     if not check_networks:
         return table
-    measured = [(net, timings["network", first + i].median) for i, net in enumerate(whole)]
-    return LatencyTable(**{**vars(table), "check": check_errors(table.cost(), measured)})
+    # Noise adds up differently in sums of medians and of minima: of the two the one is used that tells whole networks better.
+    found = []
+    for statistic in STATISTICS:
+        table = replace(table, statistic=statistic)
+        measured = [(net, getattr(timings["network", first + i], statistic)) for i, net in enumerate(whole)]
+        found.append(replace(table, check=check_errors(table.cost(), measured)))
+    return min(found, key=lambda table: (table.check["median_error"], table.statistic != "median"))
+
+
+def time_networks(
+    model: torch.nn.Module,
+    arch: ModelConfig,
+    networks: Sequence[SubNetwork | None],
+    setting: Setting,
+    rounds: int,
+    seed: int,
+) -> list[Timing]:
+    """Milliseconds of whole networks (None: the full model), each once a round in random order, after a round to warm up."""
+    run = runner(model, setting, arch.vocab_size, seed)
+    samples: list[list[float]] = [[] for _ in networks]
+    for round_ in range(rounds + 1):
+        for i in np.random.default_rng([seed, round_]).permutation(len(networks)):
+            with use_subnetwork(model, networks[i]):
+                found = time_run(run)
+            if round_:
+                samples[i].append(found)
+    return [Timing(min(values), statistics.median(values)) for values in samples]
 
 
 def _balanced(arch: ModelConfig, space: ElasticSpace, seed: int, round_: int) -> list[SubNetwork]:
@@ -103,7 +128,7 @@ def _balanced(arch: ModelConfig, space: ElasticSpace, seed: int, round_: int) ->
     ]
 
 
-def _runner(model: torch.nn.Module, setting: Setting, vocab_size: int, seed: int) -> Callable[[], None]:
+def runner(model: torch.nn.Module, setting: Setting, vocab_size: int, seed: int) -> Callable[[], None]:
     """A function that runs what `setting` says, on random tokens."""
     length = setting.prompt_length + setting.generated_tokens - 1
     tokens = torch.randint(0, vocab_size, (setting.batch_size, length), generator=torch.Generator().manual_seed(seed))
@@ -148,7 +173,7 @@ class _Clock:
         return sum(1000 * (b - a) for a, b in pairs)
 
 
-def _time(run: Callable[[], None]) -> float:
+def time_run(run: Callable[[], None]) -> float:
     """Milliseconds of a run."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -159,9 +184,19 @@ def _time(run: Callable[[], None]) -> float:
     return clock.between("start", "end")
 
 
-def _time_blocks(model: torch.nn.Module, net: SubNetwork, run: Callable[[], None]) -> Mapping[Any, list[float]]:
+def _time_candidates(model: torch.nn.Module, net: SubNetwork, run: Callable[[], None]) -> Mapping[Any, list[float]]:
     """Milliseconds of a run's blocks, by candidate, and what is left."""
     found: dict[Any, list[float]] = defaultdict(list)
+    parts, rest = time_blocks(model, run)
+    for i, choice in enumerate(net.layers):
+        found["heads", choice.num_attention_heads].append(parts[2 * i])
+        found["ffn", choice.ffn_hidden_size].append(parts[2 * i + 1])
+    found["constant"].append(rest)
+    return found
+
+
+def time_blocks(model: torch.nn.Module, run: Callable[[], None]) -> tuple[list[float], float]:
+    """Milliseconds of each block of a run (of layer l's attention at 2 l, of its MLP at 2 l + 1), and what is left."""
     clock = _Clock()
     layers = unwrap(model).decoder.layers
     if torch.cuda.is_available():
@@ -170,14 +205,10 @@ def _time_blocks(model: torch.nn.Module, net: SubNetwork, run: Callable[[], None
         clock.mark("start")
         run()
         clock.mark("end")
-    rest = clock.between("start", "end")
-    for i, choice in enumerate(net.layers):
-        attention, mlp = clock.between(("attention", i), ("mlp", i)), clock.between(("mlp", i), ("done", i))
-        found["heads", choice.num_attention_heads].append(attention)
-        found["ffn", choice.ffn_hidden_size].append(mlp)
-        rest -= attention + mlp
-    found["constant"].append(rest)
-    return found
+    parts = []
+    for i in range(len(layers)):
+        parts += [clock.between(("attention", i), ("mlp", i)), clock.between(("mlp", i), ("done", i))]
+    return parts, clock.between("start", "end") - sum(parts)
 
 
 @contextlib.contextmanager
@@ -200,7 +231,7 @@ def machine(dtype: torch.dtype) -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "device": device_name(),
         "threads": None if cuda else torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "load": None if cuda else os.getloadavg()[0],
@@ -211,8 +242,10 @@ def machine(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
-    """The CPU's name and its number of cores."""
+def device_name() -> str:
+    """The GPU's name, or the CPU's and its number of cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     name = platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,25 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class RoutedTable:
+    """What a block costs in milliseconds if all its tokens are of one level, routing included; of mixes the mean is.
+
+    hidden_size: of the routers. heads, ffn_hidden_size: of the space's candidates. check: errors of sums against whole networks.
+    """
+
+    hidden_size: int
+    heads: tuple[float, ...]
+    ffn_hidden_size: tuple[float, ...]
+    check: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class LatencyTable:
     """Latencies of the candidates of `space`, in its order, at a stated setting on a stated device.
 
-    statistic: the one of STATISTICS that `cost` uses. setting: what was run, such as {"kind": "prefill", "batch_size": 2,
-    "sequence_length": 4096}. machine: device, dtype, versions, load. check: `check_errors` of whole networks.
+    statistic: the one of STATISTICS that `cost` uses, and that `check` compares. setting: what was run, such as {"kind":
+    "prefill", "batch_size": 2, "sequence_length": 4096}. machine: device, dtype, versions, load. check: `check_errors` of whole
+    networks. routed: the same for blocks whose tokens choose for themselves, by KV policy.
     """
 
     model: ModelConfig
@@ -50,6 +64,12 @@ class LatencyTable:
     heads: tuple[Timing, ...]
     ffn_hidden_size: tuple[Timing, ...]
     check: Mapping[str, float] = field(default_factory=dict)
+    routed: Mapping[str, RoutedTable] = field(default_factory=dict)
+
+    def routed_cost(self, kv_policy: str) -> Cost:
+        """The same for tokens that choose for themselves. Raises KeyError where that was not measured."""
+        routed = self.routed[kv_policy]
+        return replace(self.cost(), heads=routed.heads, ffn_hidden_size=routed.ffn_hidden_size)
 
     def cost(self) -> Cost:
         """The table as a cost, in milliseconds."""
@@ -90,6 +110,7 @@ class LatencyTable:
                 {"ffn_hidden_size": width, **_milliseconds(timing)}
                 for width, timing in zip(self.space.ffn_hidden_size, self.ffn_hidden_size, strict=True)
             ],
+            "routed": {policy: asdict(routed) for policy, routed in self.routed.items()},
             "model": self.model.to_dict(),
             "space": self.space.to_dict(),
         }
@@ -127,6 +148,7 @@ class LatencyTable:
                 tuple(heads[size] for size in space.heads),
                 tuple(widths[size] for size in space.ffn_hidden_size),
                 values["check"],
+                {policy: _routed(row, space) for policy, row in values.get("routed", {}).items()},
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FlextronError(f"{path}: is not a latency table ({type(error).__name__}: {error})") from None
@@ -179,6 +201,13 @@ def check_errors(cost: Cost, measured: Sequence[tuple[SubNetwork, float]]) -> di
         "p95_error": float(np.percentile(errors, 95)),
         "largest_error": float(errors.max()),
     }
+
+
+def _routed(row: Mapping[str, Any], space: ElasticSpace) -> RoutedTable:
+    heads, widths = tuple(map(float, row["heads"])), tuple(map(float, row["ffn_hidden_size"]))
+    if (len(heads), len(widths)) != (len(space.heads), len(space.ffn_hidden_size)):
+        raise ValueError("the routed part is of another space")
+    return RoutedTable(int(row["hidden_size"]), heads, widths, dict(row["check"]))
 
 
 def _milliseconds(timing: Timing) -> dict[str, float]:

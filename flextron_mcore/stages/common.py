@@ -136,8 +136,8 @@ def start(config: DictConfig) -> None:
 
     if config.model.context_parallel_size > 1:
         raise FlextronError(
-            f"model.context_parallel_size={config.model.context_parallel_size}: needs Transformer Engine's attention, "
-            "the local backend has none that is context parallel: leave it at 1"
+            f"model.context_parallel_size={config.model.context_parallel_size}: the elastic attention is not "
+            "context parallel: leave it at 1"
         )
     trainer = config.trainer
     wanted = (trainer.num_nodes or 1) * trainer.devices if trainer.devices else None

@@ -23,7 +23,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
-    seq_length = check(config, info, data)
+    seq_length = check(config, info, data, 1 + config.num_subnetworks)
     if not 0 <= config.distillation.weight <= 1 or config.distillation.temperature <= 0:
         raise FlextronError("distillation.weight must be within 0..1 and distillation.temperature above 0")
     model, space = info.model, info.space

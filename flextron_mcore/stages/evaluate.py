@@ -7,26 +7,23 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.config import FlextronError
 from flextron_mcore.stages.common import discard, new_output, print_table, progress_bar, start, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Evaluate config.subnetwork, or the full model and the uniform family."""
-    start(config)
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.data.blend import open_data, valid_datasets
+    info, data, computed, seq_length = opened(config)
+    from flextron_mcore.data.blend import valid_datasets
     from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
-    from flextron_mcore.model import check_layout
+    from flextron_mcore.model import loaded_model
     from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
-    from flextron_mcore.stages.elastic import check_space
-    from flextron_mcore.training.loop import sequence_length
 
-    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
-    check_space(config, info)
-    computed = precision(config, info)
-    check_layout(info.model, info.space, config.model, computed)
+    if config.selector == "adaptive":
+        from flextron_mcore.stages.adaptive import evaluate_adaptive
+
+        return evaluate_adaptive(config, info, data, computed, seq_length)
     networks = _networks(config, info)
-    seq_length = sequence_length(config.model, info, data)
     with new_output(config) as out:
         datasets = valid_datasets(data, seq_length, config.seed, out / "cache")
         model = loaded_model(config.model, info, computed)
@@ -91,27 +88,30 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
+def opened(config: DictConfig) -> tuple[Any, Any, str, int]:
+    """Start the process groups; checkpoint, data, precision and sequence length of a stage that evaluates networks.
+
+    Raises FlextronError where they do not fit each other or the layout.
+    """
+    start(config)
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.data.blend import open_data
+    from flextron_mcore.model import check_layout
+    from flextron_mcore.stages.elastic import check_space
+    from flextron_mcore.training.loop import sequence_length
+
+    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
+    check_space(config, info)
+    computed = precision(config, info)
+    check_layout(info.model, info.space, config.model, computed)
+    return info, data, computed, sequence_length(config.model, info, data)
+
+
 def precision(config: DictConfig, info: Any) -> str:
     """trainer.precision, or else as stored."""
     from flextron_mcore.model import PRECISIONS
 
     return config.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
-
-
-def loaded_model(options: Any, info: Any, precision: str) -> list[Any]:
-    """This rank's part of the checkpoint's model, a chunk for each of its virtual pipeline stages, ready for evaluation.
-
-    options: the `model` section with the layout.
-    """
-    from megatron.core.transformer.module import Float16Module
-
-    from flextron_mcore.checkpoint.store import load_model
-    from flextron_mcore.model import build_chunks
-
-    chunks = build_chunks(info.model, info.space, options, precision, initialize=False)
-    for gpt in chunks:
-        load_model(gpt, info)
-    return [(Float16Module(gpt.config, gpt) if precision == "bf16" else gpt).eval() for gpt in chunks]
 
 
 def _networks(config: DictConfig, info: Any) -> dict[str, Any]:
@@ -120,7 +120,14 @@ def _networks(config: DictConfig, info: Any) -> dict[str, Any]:
     from flextron_mcore.space import SubNetwork
     from flextron_mcore.training.sampler import random_family
 
-    if config.subnetwork is None:
+    if config.budget is not None:
+        from flextron_mcore.stages.choice import select
+
+        if config.subnetwork is not None:
+            raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
+        net, wanted = select(config, info)
+        networks = {f"{config.selector} {' and '.join(map(str, wanted))}": net}
+    elif config.subnetwork is None:
         networks = uniform_family(info.model, info.space)
         networks = {"full": networks.pop("full"), **networks}
     else:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.stages.choice import select
 from flextron_mcore.stages.common import check_output, new_output, print_table, progress_bar, start, write_metrics
 
 FORMATS = ("hf",)
@@ -27,7 +28,11 @@ def run(config: DictConfig) -> dict[str, Any]:
 
     info = open_checkpoint(config.checkpoint)
     net = SubNetwork.full(info.model)
-    if config.subnetwork is not None:
+    if config.budget is not None:
+        if config.subnetwork is not None:
+            raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
+        net, _ = select(config, info)
+    elif config.subnetwork is not None:
         net = SubNetwork.from_file(config.subnetwork)
         info.space.check(info.model, net, str(config.subnetwork))
     if config.verify:
@@ -63,8 +68,8 @@ def _verify(config: DictConfig, info: Any, net: Any, out: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from flextron_mcore.model import loaded_model
     from flextron_mcore.pipeline.logits import forward_logits
-    from flextron_mcore.stages.evaluate import loaded_model
 
     length = min(info.model.max_position_embeddings, 64)
     if config.model.sequence_parallel:

@@ -21,12 +21,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.checkpoint.sharding import check_granularity
     from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint, write_streaming
     from flextron_mcore.data.blend import open_data, train_dataset
-    from flextron_mcore.model import check_layout
+    from flextron_mcore.model import check_layout, loaded_model
     from flextron_mcore.pipeline.batches import count_batches, share
     from flextron_mcore.sorting.importance import SCORES, collect, importance
     from flextron_mcore.sorting.permutation import order, sorted_tensors
     from flextron_mcore.space import ElasticSpace
-    from flextron_mcore.stages.evaluate import loaded_model, precision
+    from flextron_mcore.stages.evaluate import precision
     from flextron_mcore.training.loop import sequence_length
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime.ranks import is_main_process, on_main_process
 from flextron_mcore.stages.common import check_output, new_output, print_table, progress_bar, say, write_metrics
 
 TABLE_FILE = "latency.json"
@@ -18,8 +19,6 @@ KINDS = ("prefill", "generation")
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Measure, or fit to config.measurements; write latency.json and how far its sums are from whole networks."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise FlextronError("latency: measures one device: start it as one process")
     from flextron_mcore.runtime import distributed
 
     distributed.initialize(seed=config.seed)
@@ -32,7 +31,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     else:
         table = _fitted(config, info)
     with new_output(config) as out:
-        (out / TABLE_FILE).write_text(json.dumps(table.to_dict(), indent=1) + "\n", encoding="utf-8")
+        if is_main_process():
+            (out / TABLE_FILE).write_text(json.dumps(table.to_dict(), indent=1) + "\n", encoding="utf-8")
         values = table.to_dict()
         figures = {name: values[name] for name in ("machine", "setting", "full_model_ms", "smallest_network_ms", "check")}
         metrics = write_metrics(out, "latency", {**figures, "warning": table.warning()})
@@ -52,14 +52,25 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"latency: sums against {check['networks']} whole networks: {check['median_error']:.1%} off (median), "
             f"{check['p95_error']:.1%} (95th percentile)"
         )
+    for policy, routed in table.routed.items():
+        mixed = table.routed_cost(policy)
+        say(
+            f"latency: tokens that choose for themselves, kv_policy={policy}: {mixed.smallest / cost.full:.2f} of the full model "
+            f"with all at the smallest level, {mixed.full / cost.full:.2f} at the largest; sums "
+            f"{routed.check['median_error']:.1%} off whole networks (median)"
+        )
     if warning := table.warning():
         say(f"latency: warning: do not trust this table: {warning}")
     return metrics
 
 
 def _measured(config: DictConfig, info: Any) -> Any:
+    from flextron_mcore.blocks import Blocks
     from flextron_mcore.latency.measure import Setting, measure
-    from flextron_mcore.stages.evaluate import loaded_model, precision
+    from flextron_mcore.latency.routed import measure_routed, networks_per_round
+    from flextron_mcore.layers.dispatch import KV_POLICIES
+    from flextron_mcore.model import loaded_model
+    from flextron_mcore.stages.evaluate import precision
 
     asked, positions = config.setting, info.model.max_position_embeddings
     if asked.kind not in KINDS:
@@ -70,6 +81,8 @@ def _measured(config: DictConfig, info: Any) -> Any:
         ("setting.batch_size", asked.batch_size),
         ("setting.generated_tokens", generated),
         ("rounds", config.rounds),
+        ("routed.rounds", config.routed.rounds),
+        ("routed.hidden_size", config.routed.hidden_size),
     ):
         if value < 1:
             raise FlextronError(f"{name}={value} must be at least 1")
@@ -80,9 +93,23 @@ def _measured(config: DictConfig, info: Any) -> Any:
     layout = {"virtual_pipeline_model_parallel_size": None}
     model = loaded_model(layout, info, precision(config, info))[0]
     networks = (config.rounds + 1) * (max(len(info.space.heads), len(info.space.ffn_hidden_size)) + config.check_networks)
+    setting = Setting(asked.kind, asked.batch_size, prompt, generated)
     with progress_bar(total=networks, desc="latency", unit="network") as bar:
-        setting = Setting(asked.kind, asked.batch_size, prompt, generated)
-        return measure(model, info.model, info.space, setting, config.rounds, config.check_networks, config.seed, bar.update)
+        sizes = config.rounds, config.check_networks, config.seed
+        # Of several processes one measures its device while the others wait.
+        table = on_main_process(lambda: measure(model, info.model, info.space, setting, *sizes, bar.update))
+    if not config.routed.enabled:
+        return table
+    blocks = Blocks(info.model, info.space)
+    policies = KV_POLICIES if info.space.attention_unit == "kv_group" else ("full",)
+    count = (config.routed.rounds + 1) * networks_per_round(blocks) * len(policies)
+    with progress_bar(total=count, desc="latency, routed", unit="network") as bar:
+        sizes = config.routed.rounds, config.routed.hidden_size
+        found = {
+            policy: on_main_process(lambda p=policy: measure_routed(model, blocks, setting, *sizes, p, config.seed, bar.update))
+            for policy in policies
+        }
+    return replace(table, routed={policy: found.get(policy, found["full"]) for policy in KV_POLICIES})
 
 
 def _fitted(config: DictConfig, info: Any) -> Any:

@@ -28,7 +28,7 @@ LOCK_FILE = ".lock"
 # model.ddp.use_distributed_optimizer is none of them: the form of the optimizer's state on disk depends on it.
 _FREE_KEYS = (
     *("out", "overwrite", "debug", "exp_manager"),
-    *("trainer.num_nodes", "trainer.devices", "trainer.log_every_n_steps"),
+    *("trainer.num_nodes", "trainer.devices", "trainer.log_every_n_steps", "trainer.max_time"),
     *("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.virtual_pipeline_model_parallel_size"),
     *("model.num_layers_in_first_pipeline_stage", "model.num_layers_in_last_pipeline_stage"),
     *("model.context_parallel_size", "model.sequence_parallel", "model.micro_batch_size"),

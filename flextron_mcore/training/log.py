@@ -14,6 +14,8 @@ from flextron_mcore.runtime.disk import write_whole
 from flextron_mcore.runtime.ranks import is_main_process
 
 LOG_FILE = "log.jsonl"
+# Figures of a step that TensorBoard gets, where the phase has them.
+SCALARS = ("learning_rate", "grad_norm", "tokens_per_second", "surrogate_loss", "surrogate_error", "constraint_loss")
 
 
 class Log:
@@ -55,7 +57,15 @@ class Log:
         if "subnetwork_losses" in row:
             subs = row["subnetwork_losses"]
             figures["sub-networks"] = f"{sum(subs) / len(subs):.3f}"
-        figures["lr"], figures["tok/s"] = f"{row['learning_rate']:.1e}", f"{row['tokens_per_second']:.0f}"
+        if "surrogate_error" in row:
+            figures["surrogate"] = f"{row['surrogate_error']:.2f}" + (
+                "" if row["routers_follow_surrogate"] else " (not followed)"
+            )
+        if "constraint_loss" in row:
+            figures["constraint"] = f"{row['constraint_loss']:.3f}"
+        if "learning_rate" in row:
+            figures["lr"] = f"{row['learning_rate']:.1e}"
+        figures["tok/s"] = f"{row['tokens_per_second']:.0f}"
         self.bar.set_postfix(figures)
         self.bar.update(1)
         if not self.terminal and (row["step"] % self.every == 0 or row["step"] == self.max_steps):
@@ -65,8 +75,8 @@ class Log:
             self.board.add_scalar("train/loss", row["loss"], row["step"])
             for i, loss in enumerate(row.get("subnetwork_losses", [])):
                 self.board.add_scalar(f"train/subnetwork_{i + 1}_loss", loss, row["step"])
-            for name in ("learning_rate", "grad_norm", "tokens_per_second"):
-                if row[name] is not None:
+            for name in SCALARS:
+                if row.get(name) is not None:
                     self.board.add_scalar(f"train/{name}", row[name], row["step"])
 
     def validation(self, row: dict[str, Any]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import optimizer as mcore_optimizer
@@ -21,25 +22,61 @@ from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, lo
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, batch, check_tokenizer, check_weights, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean
-from flextron_mcore.model import PRECISIONS, build_chunks, check_layout
-from flextron_mcore.pipeline.networks import Batch, Distillation, run_networks
+from flextron_mcore.layers.gate import new_gates
+from flextron_mcore.model import PRECISIONS, Network, build_chunks, check_layout, loaded_model
+from flextron_mcore.pipeline.networks import Batch, Distillation, gate_gradients, run_networks
 from flextron_mcore.runtime import signals
 from flextron_mcore.runtime.disk import disk_errors
-from flextron_mcore.runtime.distributed import stop_agreed
+from flextron_mcore.runtime.distributed import device, stop_agreed
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.runtime.seeds import seed_step
-from flextron_mcore.space import SubNetwork
-from flextron_mcore.training.checkpointing import KEPT, TrainingCheckpointer, at_step, remove_unfinished
+from flextron_mcore.training.checkpointing import (
+    KEPT,
+    Extra,
+    FrozenCheckpointer,
+    TrainingCheckpointer,
+    at_step,
+    remove_unfinished,
+)
 from flextron_mcore.training.log import Log
+
+
+class Learner(Protocol):
+    """What learns beside the model: routers. write (on the main process), read: its state, in a checkpoint's directory."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether it wants the gradients of the gates on the networks' blocks."""
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it learns on all ranks, from what a backward pass leaves there; else on the main process, from losses."""
+
+    def learn(self, step: int, losses: list[float], gate_gradients: torch.Tensor | None) -> dict[str, Any]:
+        """Learn from a step's losses [nats per token], the full model's first; figures for the log.
+
+        gate_gradients: [networks but the full one, blocks], the gradients of each network's loss by its gates.
+        """
+
+    def write(self, folder: Path) -> None: ...
+
+    def read(self, folder: Path) -> None: ...
 
 
 @dataclass
 class Phase:
-    """What a training phase computes. networks(step): the networks of a step, the full model (None) first."""
+    """What a training phase computes. networks(step): the networks of a step, the full model (None) first.
 
-    networks: Callable[[int], list[SubNetwork | None]]
-    validation: Callable[[int], Mapping[str, SubNetwork | None]]
+    Called on all ranks, with the same results. frozen: the model's weights stay as they are, only `learner` learns. finish:
+    called with the model, ready for evaluation, on all ranks before the last checkpoint is written.
+    """
+
+    networks: Callable[[int], list[Network]]
+    validation: Callable[[int], Mapping[str, Network]]
     teach: Distillation = field(default_factory=Distillation)
+    learner: Learner | None = None
+    frozen: bool = False
+    finish: Callable[[list[torch.nn.Module]], None] | None = None
 
 
 def train(config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int) -> dict[str, Any]:
@@ -52,8 +89,11 @@ def train(config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phas
         return _Run(config, out, info, data, phase, seq_length).train()
 
 
-def check(config: Any, info: CheckpointInfo, data: PreparedData) -> int:
-    """Check what can be checked before anything is written; the sequence length. Raises FlextronError naming the key."""
+def check(config: Any, info: CheckpointInfo, data: PreparedData, networks: int = 1) -> int:
+    """Check what can be checked before anything is written; the sequence length. Raises FlextronError naming the key.
+
+    networks: how many a step runs.
+    """
     options, trainer = config.model, config.trainer
     seq_length = sequence_length(options, info, data)
     if trainer.precision not in PRECISIONS:
@@ -68,15 +108,28 @@ def check(config: Any, info: CheckpointInfo, data: PreparedData) -> int:
     if trainer.max_steps < 1:
         raise FlextronError(f"trainer.max_steps={trainer.max_steps} must be at least 1")
     check_layout(info.model, info.space, options, trainer.precision)
-    _check_ddp(options.ddp)
+    duration(trainer.max_time)
+    if "ddp" in options:
+        _check_ddp(options.ddp)
     stages = options.pipeline_model_parallel_size
-    micro_batches = options.global_batch_size // (options.micro_batch_size * ranks) * (1 + config.get("num_subnetworks", 0))
+    micro_batches = options.global_batch_size // (options.micro_batch_size * ranks) * networks
     if options.virtual_pipeline_model_parallel_size and micro_batches % stages:
         raise FlextronError(
             f"model.virtual_pipeline_model_parallel_size: the interleaved schedule needs a multiple of "
             f"model.pipeline_model_parallel_size={stages} micro-batches times networks a step, not {micro_batches}"
         )
     return seq_length
+
+
+def duration(text: str | None) -> float | None:
+    """Seconds of trainer.max_time, DD:HH:MM:SS as in NeMo. Raises FlextronError when it is not."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", str(text))
+    if not match:
+        raise FlextronError(f"trainer.max_time={text}: must be days:hours:minutes:seconds, 00:03:30:00 say")
+    days, hours, minutes, seconds = map(int, match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def _check_ddp(ddp: Any) -> None:
@@ -126,11 +179,21 @@ class _Run:
         samples = self.trainer.max_steps * self.options.global_batch_size
         self.train_data = train_dataset(data, self.seq_length, samples, config.seed, cache, config.data_weights)
         self.valid_data = valid_datasets(data, self.seq_length, config.seed, cache)
-        self.model, self.optimizer, self.scheduler = self._build()
         saving = config.exp_manager.checkpoint_callback_params
-        self.checkpointer = TrainingCheckpointer(
-            out, self.model, self.optimizer, self.scheduler, saving.keep_last, saving.async_save
-        )
+        learner = phase.learner
+        extra = Extra(learner.write, learner.read) if learner else Extra()
+        self.optimizer: Any = None
+        self.checkpointer: TrainingCheckpointer | FrozenCheckpointer
+        if phase.frozen:
+            done = list_checkpoints(out)
+            source = open_checkpoint(done[-1]) if done else info
+            self.model = loaded_model(self.options, source, self.trainer.precision)
+            self.checkpointer = FrozenCheckpointer(out, source, saving.keep_last, extra)
+        else:
+            self.model, self.optimizer, self.scheduler = self._build()
+            self.checkpointer = TrainingCheckpointer(
+                out, self.model, self.optimizer, self.scheduler, saving.keep_last, saving.async_save, extra
+            )
         self.save_interval = saving.every_n_train_steps
 
     def _build(self) -> tuple[list[torch.nn.Module], Any, Any]:
@@ -206,18 +269,22 @@ class _Run:
         if step == 0:
             validation["first"] = self._validate(0, log)
         for chunk in self.model:
-            chunk.train()
+            chunk.train(not self.phase.frozen)
         signals.defer(True)
+        signals.limit(duration(self.trainer.max_time))
         try:
             while step < self.trainer.max_steps:
                 self._step(step, log)
                 step, trained = step + 1, trained + 1
                 if step % self.trainer.val_check_interval == 0 or step == self.trainer.max_steps:
                     validation["last"] = self._validate(step, log)
+                if step == self.trainer.max_steps and self.phase.finish:
+                    self.phase.finish([chunk.eval() for chunk in self.model])
                 stop = stop_agreed() if step < self.trainer.max_steps else 0
                 if stop or step % self.save_interval == 0 or step == self.trainer.max_steps:
                     with self._gathered(), signals.deaf_helpers():
-                        self.checkpointer.save(at_step(self.info, step, dtype=self.trainer.precision))
+                        dtype = self.info.dtype if self.phase.frozen else self.trainer.precision
+                        self.checkpointer.save(at_step(self.info, step, dtype=dtype))
                 if stop:
                     self.checkpointer.close()
                     signals.stop(stop, self.config.stage, step)
@@ -231,6 +298,7 @@ class _Run:
             raise
         finally:
             signals.defer(False)
+            signals.limit(None)
             log.close()
         seconds = time.perf_counter() - started
         tokens = self.options.global_batch_size * self.seq_length
@@ -255,7 +323,7 @@ class _Run:
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:
         """All parameters whole: with overlap_param_gather only training's own forward pass waits for them, module by module."""
-        overlap = self.options.ddp.overlap_param_gather
+        overlap = self.optimizer and self.options.ddp.overlap_param_gather
         for chunk in self.model if overlap else ():
             chunk.disable_forward_pre_hook()
         yield
@@ -265,11 +333,14 @@ class _Run:
     def _step(self, step: int, log: Log) -> None:
         begun = time.perf_counter()
         seed_step(self.config.seed, step)
-        for chunk in self.model:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        networks = self.phase.networks(step)
-        rate = self.optimizer.param_groups[0]["lr"]
+        networks, learner = self.phase.networks(step), self.phase.learner
+        gates = None
+        if learner and learner.gated:
+            gates = [None, *new_gates(len(networks) - 1, 2 * self.info.model.num_layers, device())]
+        if self.optimizer:
+            for chunk in self.model:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
         total = run_networks(
             self.model,
             lambda: self._batches(step),
@@ -277,20 +348,26 @@ class _Run:
             networks,
             self.seq_length,
             self.options.micro_batch_size,
+            forward_only=not (self.optimizer or gates or (learner and learner.everywhere)),
             teach=self.phase.teach if self.phase.teach.weight > 0 else None,
+            gates=gates,
         )
-        _, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=1)
         losses = (total[:, 0] / total[:, 1]).tolist()
-        if not all(map(_finite, losses)):
-            raise FlextronError(f"step {step + 1}: the loss is {losses[0]}: training diverged, lower model.optim.lr")
-        seconds = time.perf_counter() - begun
-        row = {"step": step + 1, "event": "train", "loss": losses[0]}
+        row: dict[str, Any] = {"step": step + 1, "event": "train", "loss": losses[0]}
         if len(losses) > 1:
             row["subnetwork_losses"] = losses[1:]
-        row["learning_rate"] = rate
-        row["grad_norm"] = float(grad_norm) if grad_norm is not None else None
-        row["tokens_per_second"] = self.options.global_batch_size * self.seq_length / seconds
+        if self.optimizer:
+            row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+            _, grad_norm, _ = self.optimizer.step()
+            self.scheduler.step(increment=1)
+            row["grad_norm"] = float(grad_norm) if grad_norm is not None else None
+        if not all(map(_finite, losses)):
+            what = "training diverged, lower model.optim.lr" if self.optimizer else "the checkpoint's weights are not finite"
+            raise FlextronError(f"step {step + 1}: the loss is {losses[0]}: {what}")
+        if learner:
+            gradients = gate_gradients(gates[1:], total[0, 1].item(), self.options.sequence_parallel) if gates else None
+            row |= learner.learn(step, losses, gradients) if is_main_process() or learner.everywhere else {}
+        row["tokens_per_second"] = self.options.global_batch_size * self.seq_length / (time.perf_counter() - begun)
         log.train(row)
 
     def _validate(self, step: int, log: Log) -> dict[str, float]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flextron_mcore.latency import measure as module
-from flextron_mcore.latency.measure import Setting, measure
+from flextron_mcore.latency.measure import Setting, measure, time_networks
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.space import ElasticSpace
 from tests import toy
@@ -50,6 +50,20 @@ def test_the_table_has_what_the_blocks_took(clock, setting, passes, groups, unit
     assert table.warning() is None
     assert len(networks) == 3 * (4 + 5)
     assert all(layer.mlp.choice is None and not layer._forward_hooks for layer in model.decoder.layers)
+
+
+def test_whole_networks(clock):
+    arch = toy.config(num_layers=3)
+    space = ElasticSpace.build(arch)
+    model = toy.model(arch, space)
+    clock(model)
+    networks = [toy.random_network(arch, space, 1), None, toy.random_network(arch, space, 2)]
+    found = time_networks(model, arch, networks, GENERATION, rounds=2, seed=0)
+    for net, timing in zip(networks, found, strict=True):
+        layers = (net or space.uniform(arch, 4, 48)).layers
+        expected = 4000 * (1 + sum(layer.num_attention_heads + 0.1 * layer.ffn_hidden_size for layer in layers))
+        assert (timing.minimum, timing.median) == pytest.approx((expected, expected))
+    assert all(layer.mlp.choice is None for layer in model.decoder.layers)
 
 
 def test_sums_that_are_wrong_are_told(clock):

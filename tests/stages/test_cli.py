@@ -38,7 +38,7 @@ def test_usage_lists_every_stage(capsys):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_help_and_a_configuration(capsys, stage):
     code, out, _ = call(capsys, stage, "--help")
-    assert code == 0 and STAGES[stage] in out and "out: ???" in out
+    assert code == 0 and STAGES[stage] in out and ("out: null" if stage in ("select", "launch", "status") else "out: ???") in out
     assert compose(stage).stage == stage
 
 
@@ -54,7 +54,7 @@ def test_every_stage_has_help_and_a_configuration(capsys, stage):
         (["pretrain", "model=tinny"], "pretrain: model=tinny is not known (did you mean 'tiny'?): use one of"),
         (
             ["elastic", "checkpoint=/nowhere", "data=/nowhere", "out=x", "model.context_parallel_size=2", "trainer.devices=8"],
-            "model.context_parallel_size=2: needs Transformer Engine's attention",
+            "model.context_parallel_size=2: the elastic attention is not context parallel",
         ),
         (["elastic", "checkpoint"], "'checkpoint' is not of the form key=value"),
         (["elastic", "mode=[a"], "elastic: "),
@@ -108,8 +108,10 @@ def test_every_key_of_the_configuration_is_read_somewhere():
     package = package if package.is_dir() else config_directory().parent
     source = "".join(p.read_text() for p in package.rglob("*.py"))
     for stage in STAGES:
-        for key in cli._flat_keys(compose(stage)):
+        for key in cli.known_keys(compose(stage)):
             name = key.split(".")[-1]
             if stage == "quickstart" and (key.startswith("chain") or name in ("input", "model") or name.endswith("_steps")):
                 continue  # composed into the commands of the chain
+            if stage == "launch" and name in ("base_results_dir", "data_dir"):
+                continue  # parts of other values
             assert re.search(rf"\b{name}\b", source), f"{stage}: {key}"

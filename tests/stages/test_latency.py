@@ -64,9 +64,3 @@ def test_what_cannot_be_measured(chain, tmp_path, keys, message):
     with pytest.raises(FlextronError, match=message):
         stage("latency", f"checkpoint={chain}/elastic", *keys, f"out={tmp_path}/out")
     assert not (tmp_path / "out").exists()
-
-
-def test_one_process_measures(chain, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(FlextronError, match="latency: measures one device: start it as one process"):
-        stage("latency", f"checkpoint={chain}/elastic", f"out={tmp_path}/out")

@@ -1,0 +1,106 @@
+"""What routers that choose for every token do on data: loss, average cost, and which levels they choose.
+
+Shape suffixes: N blocks, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from flextron_mcore.blocks import Blocks
+from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import Cost
+from flextron_mcore.evaluation.perplexity import evaluate
+from flextron_mcore.pipeline.networks import run_networks
+from flextron_mcore.routers.adaptive import TokenRouting
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Of one domain: loss [nats per token], and the share of its tokens that chose each candidate, [N, K]."""
+
+    loss: float
+    share_NK: np.ndarray
+
+
+def average(cost: Cost, blocks: Blocks, share_NK: np.ndarray) -> float:
+    """A token's average cost for a mix of levels, in the cost's unit: the same sum over blocks as that of a sub-network."""
+    return cost.constant + float((share_NK * blocks.costs_NK(cost)).sum())
+
+
+def evaluate_routed(
+    model: Sequence[torch.nn.Module],
+    datasets: Mapping[str, torch.utils.data.Dataset],
+    routing: Callable[[], TokenRouting],
+    seq_length: int,
+    micro_batch_size: int,
+    max_samples: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Routed]:
+    """{domain: Routed}, on its samples or its first `max_samples`. Call on all ranks. routing: makes a new one."""
+    found = {}
+    for domain, dataset in datasets.items():
+        at_work = routing()
+        losses = evaluate(model, {domain: dataset}, {"": at_work}, seq_length, micro_batch_size, max_samples)
+        counts_NK = total_counts(at_work.counts_NK)
+        shares_NK = counts_NK / counts_NK.sum(-1, keepdim=True).clamp_min(1)
+        found[domain] = Routed(losses[""][domain], shares_NK.cpu().numpy())
+        if progress:
+            progress(domain)
+    return found
+
+
+def each_token(model: Sequence[torch.nn.Module], routing: TokenRouting, tokens_BS: torch.Tensor) -> np.ndarray:
+    """Levels [N, S] that the routers choose for the tokens of one sequence (B = 1). Call on all ranks."""
+    kept: dict[int, torch.Tensor] = {}
+    routing.kept = kept
+    length = tokens_BS.shape[1]
+    batch = {
+        "tokens": tokens_BS,
+        "labels": torch.zeros_like(tokens_BS),
+        "loss_mask": torch.ones(tokens_BS.shape),
+        "position_ids": torch.arange(length).expand(1, -1),
+    }
+    training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    with torch.no_grad():
+        count = stages if virtual else 1  # the interleaved schedule takes multiples of the stages
+        run_networks(model, lambda: iter([batch] * count), count, [routing], length, 1, forward_only=True)
+    for chunk, was_training in zip(model, training, strict=True):
+        chunk.train(was_training)
+    levels_NS = torch.zeros(len(routing.counts_NK), length, dtype=torch.long, device=routing.counts_NK.device)
+    for block, levels_SB in kept.items():
+        levels_NS[block] = levels_SB[:, 0]
+    torch.distributed.all_reduce(levels_NS, group=parallel_state.get_pipeline_model_parallel_group())
+    return levels_NS.cpu().numpy()
+
+
+def total_counts(counts_NK: torch.Tensor) -> torch.Tensor:
+    """How many tokens chose what, over all data-parallel ranks and pipeline stages."""
+    total_NK = counts_NK.clone()
+    for group in (parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
+        torch.distributed.all_reduce(total_NK, group=group)
+    return total_NK
+
+
+def target_for(calibration: Sequence[tuple[float, float]], share: float, nearest: bool = False) -> float:
+    """The target at which routers spend `share` of the full model's cost on average, between the calibration's points.
+
+    Raises FlextronError where there is no calibration, and, unless the `nearest` will do, where it does not reach that far.
+    """
+    if not calibration:
+        raise FlextronError("the adaptive routers have no calibration: their training did not end; run `flextron router` again")
+    targets, shares = np.array(sorted(calibration)).T
+    shares = np.maximum.accumulate(shares)
+    low, high = shares[0], shares[-1]
+    if not nearest and not low - 0.005 <= share <= high + 0.005:
+        raise FlextronError(f"budget: the adaptive routers spend {low:.3f} to {high:.3f} of the full model's, not {share:.3f}")
+    return float(np.interp(share, shares, targets))

@@ -1,0 +1,107 @@
+"""What blocks cost whose tokens choose for themselves: routers, grouping and all (layers/dispatch.py).
+
+Tokens of one level cost what they cost wherever they are: a block's time is the sum over levels of the share of tokens there
+times a cost of the level. These costs are fitted (least squares) to blocks timed in whole networks, with many mixes of levels,
+and checked against whole networks with other mixes.
+
+Shape suffixes: M mixes, N blocks, K candidates, S sequence, B batch, D hidden channels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from flextron_mcore.blocks import AXES, Blocks
+from flextron_mcore.latency.measure import Setting, runner, time_blocks, time_run
+from flextron_mcore.latency.table import RoutedTable
+from flextron_mcore.layers.dispatch import GivenLevels
+from flextron_mcore.model import use_subnetwork
+from flextron_mcore.runtime.distributed import device
+
+# Mixes that are fitted to, for each candidate, and mixes for the check.
+_MIXES, _CHECKS = 3, 6
+
+
+def networks_per_round(blocks: Blocks) -> int:
+    """How many networks a round times."""
+    return _MIXES * blocks.exists_NK.shape[1] + _CHECKS
+
+
+def measure_routed(
+    model: torch.nn.Module,
+    blocks: Blocks,
+    setting: Setting,
+    rounds: int,
+    hidden_size: int,
+    kv_policy: str,
+    seed: int,
+    progress: Callable[[], object] = lambda: None,
+) -> RoutedTable:
+    """The costs of levels on this device. hidden_size: of the routers. progress is called after every network."""
+    run = runner(model, setting, blocks.model.vocab_size, seed)
+    generator = np.random.default_rng([seed, 9])
+    count = networks_per_round(blocks)
+    mixes_MNK = np.zeros((count, *blocks.exists_NK.shape))
+    for m in range(count):  # some nearly pure, some even
+        for n, sizes in enumerate(blocks.sizes):
+            mixes_MNK[m, n, : len(sizes)] = generator.dirichlet([generator.choice([0.2, 1.0, 5.0])] * len(sizes))
+    length = setting.prompt_length + setting.generated_tokens - 1
+    u_NSB = torch.from_numpy(generator.random((blocks.count, length, setting.batch_size)))
+    router = random_router(blocks.model.hidden_size, hidden_size, blocks.exists_NK.shape[1])
+    routings, shares = [], []
+    for mix_NK in mixes_MNK:
+        edges_NK = torch.from_numpy(mix_NK.cumsum(-1)[:, :-1])
+        levels_NSB = (u_NSB[..., None] > edges_NK[:, None, None]).sum(-1)
+        routings.append(GivenLevels(levels_NSB.to(device()), kv_policy, router))
+        counted = torch.nn.functional.one_hot(levels_NSB, mix_NK.shape[-1]).double().mean((1, 2))
+        shares.append(counted.numpy())
+    times: dict[Any, list[float]] = defaultdict(list)
+    for round_ in range(rounds + 1):
+        for m in np.random.default_rng([seed, round_, 9]).permutation(count):
+            routings[m].begin()
+            with use_subnetwork(model, routings[m]):
+                if m >= count - _CHECKS:
+                    found = {("network", m): time_run(run)}
+                else:
+                    parts, rest = time_blocks(model, run)
+                    found = {(m, n): value for n, value in enumerate(parts)} | {"constant": rest}
+            for key, value in found.items() if round_ else ():
+                times[key].append(value)
+            progress()
+    median = {key: float(np.median(values)) for key, values in times.items()}
+    costs = []
+    for axis in range(len(AXES)):
+        width = len(blocks.sizes[axis])
+        rows = [(m, n) for m in range(count - _CHECKS) for n in range(axis, blocks.count, len(AXES))]
+        matrix = np.array([shares[m][n][:width] for m, n in rows])
+        found, *_ = np.linalg.lstsq(matrix, np.array([median[row] for row in rows]), rcond=None)
+        costs.append(tuple(np.maximum(found, 0.0).tolist()))
+    errors = []
+    for m in range(count - _CHECKS, count):
+        parts = (shares[m][n][: len(blocks.sizes[n])] @ np.array(costs[n % len(AXES)]) for n in range(blocks.count))
+        errors.append(abs(median["constant"] + sum(parts) - median["network", m]) / median["network", m])
+    check = {"networks": _CHECKS, "median_error": float(np.median(errors)), "largest_error": float(max(errors))}
+    return RoutedTable(hidden_size, *costs, check)
+
+
+def random_router(channels: int, hidden_size: int, width: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """What computes as a block's router does (routers/adaptive.py), for `also` of GivenLevels."""
+    return _Router(channels, hidden_size, width)
+
+
+class _Router:
+    def __init__(self, channels: int, hidden_size: int, width: int) -> None:
+        make = lambda *shape: torch.randn(shape, device=device())  # noqa: E731
+        self.token_UD, self.bias_U = make(hidden_size, channels), make(hidden_size)
+        self.out_KU, self.bias_K = make(width, hidden_size), make(width)
+
+    @torch.no_grad()
+    def __call__(self, index: int, hidden_SBD: torch.Tensor) -> torch.Tensor:
+        from flextron_mcore.routers.adaptive import router_logits
+
+        return router_logits(hidden_SBD, self.token_UD, self.bias_U, self.out_KU, self.bias_K).argmax(-1)

@@ -1,0 +1,1 @@
+"""Routers: what a budget should be spent on, learned."""

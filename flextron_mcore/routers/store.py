@@ -1,0 +1,148 @@
+"""Routers in a checkpoint's directory: routers.safetensors, routers.json that says what they are, and the latency table.
+
+They do not depend on the layout of the run that wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from flextron_mcore.blocks import Blocks
+from flextron_mcore.config import FlextronError
+from flextron_mcore.routers.adaptive import AdaptiveRouters
+from flextron_mcore.routers.static import StaticRouters
+
+ROUTERS_FILE, WEIGHTS_FILE, TABLE_FILE = "routers.json", "routers.safetensors", "latency.json"
+STATE_FILE = "router_training.pt"  # what continues their training
+FORMAT_VERSION = 1
+KINDS = ("static", "adaptive")
+Routers = StaticRouters | AdaptiveRouters
+
+
+@dataclass(frozen=True)
+class RouterInfo:
+    """What trained routers are.
+
+    costs: names of the costs that they were trained for. ranges: for each the least and largest target, as shares of the full
+    model's. memory: what a memory cost counts, {"dtype", "batch_size", "length"}. kind: static, or adaptive, which choose for
+    every token, with the attention's kv_policy (layers/dispatch.py). calibration: for adaptive routers, [target, average share of
+    the first cost] on training data, by which a budget finds its target.
+    """
+
+    costs: tuple[str, ...]
+    ranges: tuple[tuple[float, float], ...]
+    hidden_size: int
+    memory: Mapping[str, Any]
+    kind: str = "static"
+    kv_policy: str = "full"
+    calibration: tuple[tuple[float, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for routers.json."""
+        return {
+            "format": FORMAT_VERSION,
+            "kind": self.kind,
+            "costs": list(self.costs),
+            "ranges": [list(pair) for pair in self.ranges],
+            "hidden_size": self.hidden_size,
+            "memory": dict(self.memory),
+            "kv_policy": self.kv_policy,
+            "calibration": [list(pair) for pair in self.calibration],
+        }
+
+
+def write_routers(folder: Path, info: RouterInfo, routers: Routers, table: Mapping[str, Any] | None) -> None:
+    """Write the routers' files into a checkpoint's directory. table: of the latencies they were trained with, as plain types."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in routers.state_dict().items()}, folder / WEIGHTS_FILE)
+    (folder / ROUTERS_FILE).write_text(json.dumps(info.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if table is not None:
+        (folder / TABLE_FILE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def read_routers(folder: Path, blocks: Blocks, kind: str = "static") -> tuple[RouterInfo, Routers]:
+    """The routers of the checkpoint in `folder`; adaptive ones hold the static ones that they started from.
+
+    Raises FlextronError where it has none or they cannot be read.
+    """
+    file = folder / ROUTERS_FILE
+    if not file.is_file():
+        raise FlextronError(
+            f"checkpoint={folder}: has no routers: train them with `flextron router`, or choose another selector (selector=...)"
+        )
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT_VERSION or values["kind"] not in KINDS:
+            raise FlextronError(f"{file}: routers of format {values['format']}, kind {values['kind']!r} are not known here")
+        if kind == "adaptive" and values["kind"] != kind:
+            raise FlextronError(
+                f"checkpoint={folder}: its routers are static: train adaptive ones with `flextron router kind=adaptive`"
+            )
+        ranges = tuple((float(low), float(high)) for low, high in values["ranges"])
+        info = RouterInfo(
+            tuple(values["costs"]),
+            ranges,
+            values["hidden_size"],
+            values["memory"],
+            values["kind"],
+            values.get("kv_policy", "full"),
+            tuple((float(target), float(share)) for target, share in values.get("calibration", ())),
+        )
+        weights = load_file(folder / WEIGHTS_FILE)
+        routers = _made(info, blocks, weights)
+        routers.load_state_dict(weights)
+        if kind != info.kind:
+            info, routers = replace(info, kind="static", hidden_size=_hidden_size(weights)), routers.static
+    except FlextronError:
+        raise
+    except Exception as error:  # safetensors has errors of its own
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        raise FlextronError(f"{file}: the routers cannot be read ({type(error).__name__}: {first})") from None
+    return info, routers
+
+
+def kind_of_routers(folder: Path) -> str | None:
+    """`static`, `adaptive`, or None where there are none that can be read."""
+    try:
+        return str(json.loads((folder / ROUTERS_FILE).read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _made(info: RouterInfo, blocks: Blocks, weights: Mapping[str, torch.Tensor]) -> Routers:
+    if info.kind == "static":
+        return StaticRouters(blocks, len(info.costs), info.hidden_size)
+    return AdaptiveRouters(
+        blocks, len(info.costs), info.hidden_size, StaticRouters(blocks, len(info.costs), _hidden_size(weights))
+    )
+
+
+def _hidden_size(weights: Mapping[str, torch.Tensor]) -> int:
+    return weights["static.shift_NU"].shape[-1]
+
+
+def check_same_table(folder: Path, table: Mapping[str, Any] | None) -> None:
+    """Raise FlextronError where the checkpoint in `folder` was written with another latency table."""
+    file = folder / TABLE_FILE
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if before != json.loads(json.dumps(table)):
+        raise FlextronError(f"{folder}: holds a run with another latency table: choose another out, or overwrite=true")
+
+
+def save_state(file: Path, **parts: Any) -> None:
+    """What a router run needs to continue: the state of modules and optimizers, and plain values."""
+    torch.save({name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}, file)
+
+
+def load_state(file: Path) -> dict[str, Any]:
+    """What `save_state` wrote. Raises FlextronError for a file that cannot be read."""
+    try:
+        return torch.load(file, weights_only=True)
+    except Exception as error:
+        raise FlextronError(f"{file}: cannot be resumed from ({type(error).__name__})") from None

@@ -1,0 +1,1 @@
+"""Which sub-network for a budget: selectors with one interface."""

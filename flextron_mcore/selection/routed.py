@@ -1,0 +1,114 @@
+"""The network that trained routers choose for a budget.
+
+The routers' argmax (eq. 9) is not exactly on the budget: the constraint of eq. 8 is a soft one, and a choice is discrete. So
+costs are divided into narrow cells, and in each the network is found that the routers think likeliest at that cost. A budget
+takes the likeliest of those in the cells just below it, where using more of the budget counts for something too. Where the argmax
+is clear and on the budget, it is what is taken. No surrogate is needed, so this serves after joint tuning too; and since a cell's
+network and its score do not depend on the budget, a larger budget never gets a cheaper network.
+
+Shape suffixes: C costs that the routers were trained for, N blocks, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flextron_mcore.blocks import Blocks
+from flextron_mcore.cost import Budget, Cost
+from flextron_mcore.selection.knapsack import Limit, cheapest
+from flextron_mcore.space import SubNetwork
+
+# Shares of the full model's cost: the width of a cell, and how much of a budget may stay unused where networks are that near.
+CELL = 0.0025
+WITHIN = 0.01
+# How much likelier a network must be to be taken before one that uses more of the budget: log-probability per full cost.
+WORTH = 150.0
+_Found = tuple[float, float, SubNetwork]  # score, cost, network
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Selector of trained routers.
+
+    log_p: log-probabilities [N, K] for targets [C], each 0 for the smallest network's and 1 for the full model's cost of
+    `costs`, by name. ranges: the shares of the full model's cost that they were trained for. A budget of a cost that is not among
+    `costs` is served by the target whose argmax comes nearest to it.
+    """
+
+    blocks: Blocks
+    costs: Mapping[str, Cost]
+    log_p: Callable[[Sequence[float]], np.ndarray]
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    _cells: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def select(self, budgets: Sequence[Budget]) -> SubNetwork:
+        """The network for `budgets`, of which none is exceeded.
+
+        At most WITHIN of the full cost is left of one of them, where any network is that near. With a single budget: monotone.
+        """
+        found = [pick for i in range(len(budgets)) if (pick := self._near(budgets, i))]
+        if not found:  # only together they hold nothing that is near to any
+            spent_NK = sum(self.blocks.costs_NK(budget.cost) / budget.cost.full for budget in budgets)
+            return cheapest(self.blocks, -spent_NK, [(budget.cost, 0.0, budget.limit) for budget in budgets])
+        return max(found, key=lambda pick: pick[:2])[-1]
+
+    def _near(self, budgets: Sequence[Budget], which: int) -> _Found | None:
+        """The likeliest network that uses one of the budgets; for a single budget else the nearest below it."""
+        cost, limit = budgets[which].cost, budgets[which].limit * (1 + 1e-12)
+        others = [budget for i, budget in enumerate(budgets) if i != which]
+        width = CELL * cost.full
+        first, last = 0, int(np.ceil((cost.full - cost.smallest) / width - 1e-9))
+        top = min(max(int(np.floor((limit - cost.smallest) / width)), first), last)
+        inside: list[_Found] = []
+        for cell in range(top, -1, -1):
+            high = min(cost.smallest + (cell + 1) * width, cost.full)
+            if high < limit - WITHIN * cost.full and (inside or others):
+                break
+            found = self._cell(cost, others, high - width, high)
+            if found and found[1] <= limit:
+                inside.append(found)
+                if found[1] < limit - WITHIN * cost.full and len(inside) == 1:
+                    break
+        near = [found for found in inside if found[1] >= limit - WITHIN * cost.full]
+        return max(near or inside, key=lambda found: found[:2], default=None)
+
+    def _cell(self, cost: Cost, others: Sequence[Budget], low: float, high: float) -> _Found | None:
+        """The likeliest network that costs between `low` and `high`."""
+        key = (cost.name, tuple(others), high)
+        if key not in self._cells:
+            values_NK = -np.where(self.blocks.exists_NK, self.log_p(self._targets([Budget(cost, high), *others])), 0.0)
+            limits: list[Limit] = [(cost, low, high), *((other.cost, 0.0, other.limit) for other in others)]
+            net = cheapest(self.blocks, values_NK, limits)
+            self._cells[key] = (self._score(values_NK, net, cost), cost.of(net), net) if net else None
+        return self._cells[key]
+
+    def untrained(self, budget: Budget) -> tuple[float, float] | None:
+        """The range of shares that the routers were trained for, if `budget` is outside of it."""
+        low, high = self.ranges.get(budget.cost.name, (0.0, 1.0))
+        return None if low - 1e-9 <= budget.limit / budget.cost.full <= high + 1e-9 else (low, high)
+
+    def argmax(self, targets: Sequence[float]) -> SubNetwork:
+        """The routers' own choice (eq. 9) for targets between 0 and 1."""
+        return self.blocks.network(self.log_p(targets).argmax(-1).tolist())
+
+    def _targets(self, budgets: Sequence[Budget]) -> list[float]:
+        given = {budget.cost.name: target_of(budget.cost, budget.limit) for budget in budgets}
+        if given.keys() & self.costs.keys():
+            return [given.get(name, 1.0) for name in self.costs]
+        first = budgets[0]
+        if "scan" not in self._cells:
+            tried = [[t] * len(self.costs) for t in np.linspace(0, 1, 101)]
+            self._cells["scan"] = [(targets, self.argmax(targets)) for targets in tried]
+        return min(self._cells["scan"], key=lambda pair: abs(first.cost.of(pair[1]) - first.limit))[0]
+
+    def _score(self, values_NK: np.ndarray, net: SubNetwork, cost: Cost) -> float:
+        unlikely = np.take_along_axis(values_NK, np.array(self.blocks.indices(net))[:, None], 1).sum()
+        return float(WORTH * cost.of(net) / cost.full - unlikely)
+
+
+def target_of(cost: Cost, value: float) -> float:
+    """A cost's value as the routers see it: 0 for the smallest network's, 1 for the full model's."""
+    return (value - cost.smallest) / (cost.full - cost.smallest) if cost.full > cost.smallest else 1.0

@@ -1,0 +1,214 @@
+"""Which network a stage is to take: known costs, budgets, selectors. For select, evaluate, export, compare and router."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.stages.common import say
+
+if TYPE_CHECKING:
+    from flextron_mcore.checkpoint.store import CheckpointInfo
+    from flextron_mcore.cost import Budget, Cost
+    from flextron_mcore.latency.table import LatencyTable
+    from flextron_mcore.routers.adaptive import TokenRouting
+    from flextron_mcore.selection.selectors import Selector
+    from flextron_mcore.space import SubNetwork
+
+SELECTORS = ("router", "uniform", "matformer", "sensitivity", "random")
+Losses = Callable[[Sequence["SubNetwork"]], Sequence[float]]
+
+
+def latency_table(config: DictConfig, info: CheckpointInfo) -> LatencyTable | None:
+    """The table of config.latency (a file, or the directory of `flextron latency`), or else the one beside the routers."""
+    from flextron_mcore.latency.table import LatencyTable
+    from flextron_mcore.routers.store import TABLE_FILE
+
+    file = Path(config.latency) if config.latency else info.path / TABLE_FILE
+    if file.is_dir():
+        file /= TABLE_FILE
+    if not config.latency and not file.is_file():
+        return None
+    return LatencyTable.from_file(file, info.model, info.space)
+
+
+def check_table(table: LatencyTable | None) -> None:
+    """Say what speaks against a table: its own errors, or that it was measured elsewhere."""
+    from flextron_mcore.latency.measure import device_name
+
+    if table is None:
+        return
+    if warning := table.warning():
+        say(f"warning: do not trust the latency table: {warning}")
+    if (where := table.machine.get("device")) != (here := device_name()):
+        say(f"warning: the latency table is of another device: {where}; this one is {here}")
+
+
+def known_costs(config: DictConfig, info: CheckpointInfo, table: LatencyTable | None) -> dict[str, Cost]:
+    """{name: Cost}: the latency where there is a table, parameters, memory as config.kv_cache and config.dtype count it."""
+    from flextron_mcore.cost import memory_cost, parameter_cost
+
+    memory = memory_setting(config, info)
+    costs = {"latency": table.cost()} if table else {}
+    costs["parameters"] = parameter_cost(info.model, info.space)
+    costs["memory"] = memory_cost(info.model, info.space, **memory)
+    return costs
+
+
+def memory_setting(config: DictConfig, info: CheckpointInfo) -> dict[str, Any]:
+    """What a memory cost counts: {"dtype", "batch_size", "length"}."""
+    from flextron_mcore.space import DTYPE_BYTES
+
+    dtype = config.get("dtype") or config.get("trainer", {}).get("precision") or info.dtype
+    if dtype not in DTYPE_BYTES:
+        raise FlextronError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPE_BYTES)}")
+    kv = config.kv_cache
+    length = kv.length or info.model.max_position_embeddings
+    if kv.batch_size < 0 or length < 1:
+        raise FlextronError(f"kv_cache: batch_size={kv.batch_size}, length={length} is not a memory to count")
+    return {"dtype": dtype, "batch_size": kv.batch_size, "length": length}
+
+
+def budgets(config: DictConfig, info: CheckpointInfo, costs: dict[str, Cost]) -> list[Budget]:
+    """config.budget, of which all parts hold together."""
+    from flextron_mcore.cost import parse_budget
+
+    wanted = config.budget
+    found = parse_budget(OmegaConf.to_container(wanted) if OmegaConf.is_config(wanted) else wanted, costs)
+    if not found:
+        raise FlextronError("budget: is empty; give one such as 0.6, 25ms, 3.4B or 8GiB")
+    return found
+
+
+def selector(config: DictConfig, info: CheckpointInfo, name: str, losses: Losses | None = None) -> Selector:
+    """The selector `name`. losses: evaluates networks, for `random`. Raises FlextronError where it lacks what it needs."""
+    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.selection import selectors
+
+    blocks = Blocks(info.model, info.space)
+    if name == "router":
+        return _routed(config, info, blocks)
+    if name == "uniform":
+        return selectors.Uniform(blocks)
+    if name == "matformer":
+        return selectors.MatFormer(blocks)
+    if name == "sensitivity":
+        return selectors.Sensitivity(blocks, _degradations(config, blocks))
+    if name == "random":
+        if losses is None:
+            raise FlextronError("selector=random: evaluates networks: give data=")
+        return selectors.Random(blocks, config.random_networks, config.seed, losses)
+    raise FlextronError(f"selector={name!r} is not known: use one of {', '.join(SELECTORS)}")
+
+
+def select(config: DictConfig, info: CheckpointInfo, losses: Losses | None = None) -> tuple[SubNetwork, list[Budget]]:
+    """The network of config.selector for config.budget, and that budget. The same on every rank, which decides for itself."""
+    table = latency_table(config, info)
+    costs = known_costs(config, info, table)
+    check_table(table)
+    wanted = budgets(config, info, costs)
+    picks = selector(config, info, config.selector, losses)
+    for budget in wanted:
+        if config.selector == "router" and (trained := picks.untrained(budget)):
+            low, high = trained
+            say(f"warning: {budget} is outside of what the routers were trained for, {low:.3g} to {high:.3g} of the full model")
+    return picks.select(wanted), wanted
+
+
+def counted_cost(cost: Cost, table: LatencyTable | None, kv_policy: str, quiet: bool = False) -> Cost:
+    """What tokens that choose for themselves cost, in the unit of `cost`: for a latency what was measured of such blocks.
+
+    quiet: no warning where that was not measured.
+    """
+    if cost.name != "latency" or table is None:
+        return cost
+    if kv_policy not in table.routed:
+        quiet or say(
+            "warning: the latency table knows nothing of tokens that choose for themselves, so routing is not counted: "
+            "measure it with `flextron latency routed.enabled=true`"
+        )
+        return cost
+    return table.routed_cost(kv_policy)
+
+
+def adaptive_routing(config: DictConfig, info: CheckpointInfo) -> tuple[Callable[[], TokenRouting], Cost, float]:
+    """What makes the routing for config.budget and config.kv_policy; the cost that the budget is of; the share of it.
+
+    Raises FlextronError where the checkpoint has no adaptive routers, or they do not serve that budget.
+    """
+    import torch
+
+    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.evaluation.routed import target_for
+    from flextron_mcore.layers.dispatch import KV_POLICIES
+    from flextron_mcore.routers.adaptive import TokenRouting
+    from flextron_mcore.routers.store import read_routers
+    from flextron_mcore.runtime.distributed import device
+
+    described, routers = read_routers(info.path, Blocks(info.model, info.space), "adaptive")
+    if config.budget is None or config.get("subnetwork") is not None:
+        raise FlextronError("selector=adaptive: wants a budget=, and no subnetwork=")
+    policy = config.kv_policy or described.kv_policy
+    if policy not in KV_POLICIES:
+        raise FlextronError(f"kv_policy={policy!r} is not known: use one of {', '.join(KV_POLICIES)}")
+    wanted = budgets(config, info, known_costs(config, info, latency_table(config, info)))
+    if len(wanted) > 1 or wanted[0].cost.name != described.costs[0]:
+        raise FlextronError(
+            f"budget={config.budget}: the checkpoint's adaptive routers serve one budget, of {described.costs[0]}"
+        )
+    cost = wanted[0].cost
+    share = wanted[0].limit / cost.full
+    target_C = torch.ones(len(described.costs))
+    target_C[0] = target_for(described.calibration, share)
+    routers = routers.to(device()).eval()
+    return lambda: TokenRouting(routers, target_C, policy), cost, share
+
+
+def _routed(config: DictConfig, info: CheckpointInfo, blocks: Any) -> Selector:
+    from flextron_mcore.routers.static import log_probabilities
+    from flextron_mcore.routers.store import read_routers
+    from flextron_mcore.selection.routed import Routed
+
+    routers, weights = read_routers(info.path, blocks)
+    costs = known_costs(config, info, latency_table(config, info))
+    if missing := [name for name in routers.costs if name not in costs]:
+        raise FlextronError(f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
+    ranges = dict(zip(routers.costs, routers.ranges, strict=True))
+    return Routed(blocks, {name: costs[name] for name in routers.costs}, log_probabilities(weights), ranges)
+
+
+def _degradations(config: DictConfig, blocks: Any) -> Any:
+    """[blocks, candidates] from the metrics.json of `flextron sensitivity`."""
+    import numpy as np
+
+    from flextron_mcore.blocks import AXES
+    from flextron_mcore.config import ModelConfig
+    from flextron_mcore.space import ElasticSpace
+
+    if not config.sensitivity:
+        raise FlextronError("selector=sensitivity: give sensitivity=, the directory that `flextron sensitivity` wrote")
+    file = Path(config.sensitivity)
+    file = file / "metrics.json" if file.is_dir() else file
+    table = np.full(blocks.exists_NK.shape, np.nan)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        model = ModelConfig.from_dict(values["model"])
+        if model != blocks.model or ElasticSpace.from_dict(model, values["space"]) != blocks.space:
+            raise FlextronError(f"{file}: is of another model or space: measure it with `flextron sensitivity`")
+        for row in values["blocks"]:
+            block = 2 * row["layer"] + AXES.index(row["axis"])
+            table[block, blocks.sizes[block].index(row["size"])] = float(row["degradation"])
+    except FlextronError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise FlextronError(f"{file}: is not what `flextron sensitivity` writes ({type(error).__name__}: {error})") from None
+    for block, sizes in enumerate(blocks.sizes):
+        table[block, len(sizes) - 1] = 0.0
+    if missing := np.argwhere(np.isnan(table) & blocks.exists_NK).tolist():
+        raise FlextronError(f"{file}: lacks candidate {missing[0][1]} of block {missing[0][0]}: measure it again")
+    return np.nan_to_num(table)

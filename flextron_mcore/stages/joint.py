@@ -1,0 +1,44 @@
+"""`flextron joint`: routers and model tuned together, the surrogate dropped (Flextron, section 3.2, last paragraph)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.stages.choice import check_table, known_costs, latency_table
+from flextron_mcore.stages.common import start
+from flextron_mcore.stages.elastic import check_space
+from flextron_mcore.stages.router import check_settings, train_routers
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Tune the model of config.checkpoint and its routers."""
+    start(config)
+    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.data.blend import open_data
+    from flextron_mcore.routers.store import kind_of_routers, read_routers
+    from flextron_mcore.training.loop import check
+    from flextron_mcore.training.router import RouterLearner, RouterSettings
+
+    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
+    check_space(config, info)
+    check_settings(config)
+    blocks = Blocks(info.model, info.space)
+    if kind_of_routers(info.path) == "adaptive":
+        from flextron_mcore.stages.adaptive import train_adaptive
+
+        return train_adaptive(config, info, data)
+    described, routers = read_routers(info.path, blocks)
+    table = latency_table(config, info)
+    check_table(table)
+    known = known_costs(config, info, table)
+    settings = RouterSettings(
+        targets_per_step=config.targets_per_step, surrogate=False, two_sided_from=0.0, **OmegaConf.to_container(config.router)
+    )
+    seq_length = check(config, info, data, 1 + config.targets_per_step)
+    plain = table.to_dict() if table else None
+    costs = [known[name] for name in described.costs]
+    learner = RouterLearner(blocks, costs, described, settings, config.seed, config.trainer.max_steps, plain, routers)
+    return train_routers(config, info, data, learner, seq_length, frozen=False)

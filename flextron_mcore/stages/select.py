@@ -1,0 +1,107 @@
+"""`flextron select`: the sub-network for a budget (Flextron, section 3.2)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.stages import choice
+from flextron_mcore.stages.common import make_parent, print_table, say
+
+if TYPE_CHECKING:
+    from flextron_mcore.checkpoint.store import CheckpointInfo
+    from flextron_mcore.latency.table import LatencyTable
+    from flextron_mcore.space import SubNetwork
+
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Print the network of config.selector for config.budget, and write it to config.out."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FlextronError("select: is for one process")
+    out = Path(config.out) if config.out else None
+    if out and (out.is_dir() or (out.exists() and not config.overwrite)):
+        what = "is a directory; name a file" if out.is_dir() else "exists already; choose another, or overwrite=true"
+        raise FlextronError(f"out={out}: {what}")
+    if config.rounds < 1:
+        raise FlextronError(f"rounds={config.rounds} must be at least 1")
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.cost import show
+    from flextron_mcore.runtime import distributed
+    from flextron_mcore.runtime.disk import disk_errors, write_whole
+
+    distributed.initialize(seed=config.seed)
+    info = open_checkpoint(config.checkpoint)
+    net, budgets = choice.select(config, info, _losses(config, info) if config.data else None)
+    table = choice.latency_table(config, info)
+    costs = choice.known_costs(config, info, table)
+    limits = {budget.cost.name: budget.limit for budget in budgets}
+    measured = _measured(config, info, net, table) if config.measure and table else None
+    rows = []
+    for name, cost in costs.items():
+        value = cost.of(net)
+        limit = show(name, limits[name]) if name in limits else ""
+        rows.append([name, limit, show(name, value), value / cost.full, show(name, cost.full)])
+    if measured:
+        ours, full = measured
+        rows.append(["latency, measured", "", show("latency", ours), ours / full, show("latency", full)])
+    print_table(f"selector {config.selector}", ["cost", "budget", "sub-network", "share", "full model"], rows)
+    say("heads of each layer:   " + " ".join(str(layer.num_attention_heads) for layer in net.layers))
+    say("neurons of each layer: " + " ".join(str(layer.ffn_hidden_size) for layer in net.layers))
+    if out:
+        make_parent(out)
+        with disk_errors(out):
+            write_whole(out, net.to_json())
+        say(f"written to {out}")
+    return {
+        "stage": "select",
+        "selector": config.selector,
+        "subnetwork": net.to_dict(),
+        "costs": {name: {"value": cost.of(net), "share": cost.of(net) / cost.full} for name, cost in costs.items()},
+        "measured": measured and {"ms": measured[0], "full_ms": measured[1]},
+    }
+
+
+def _measured(config: DictConfig, info: CheckpointInfo, net: SubNetwork, table: LatencyTable) -> tuple[float, float] | None:
+    """Milliseconds of the network and of the full model on this device, alternately; None for a table fitted to foreign ones."""
+    from flextron_mcore.latency.measure import Setting, time_networks
+    from flextron_mcore.model import loaded_model
+
+    precision = _PRECISIONS.get(table.machine.get("dtype"))
+    if precision is None:
+        return None
+    layout = {"virtual_pipeline_model_parallel_size": None}
+    model = loaded_model(layout, info, precision)[0]
+    ours, full = time_networks(model, info.model, [net, None], Setting(**table.setting), config.rounds, config.seed)
+    return getattr(ours, table.statistic), getattr(full, table.statistic)
+
+
+def _losses(config: DictConfig, info: CheckpointInfo) -> choice.Losses:
+    """A function that evaluates networks on the validation split of config.data."""
+    import tempfile
+
+    from flextron_mcore.data.blend import open_data, valid_datasets
+    from flextron_mcore.evaluation.perplexity import evaluate, mean
+    from flextron_mcore.model import loaded_model
+    from flextron_mcore.stages.evaluate import precision
+    from flextron_mcore.training.loop import sequence_length
+
+    data = open_data(config.data)
+    options = {"virtual_pipeline_model_parallel_size": None, "sequence_parallel": False, **config.model}
+    seq_length = sequence_length(DictConfig(options), info, data)
+
+    def losses(networks: Any) -> list[float]:
+        named = {str(i): net for i, net in enumerate(networks)}
+        model = loaded_model(options, info, precision(config, info))
+        with tempfile.TemporaryDirectory() as cache:
+            datasets = valid_datasets(data, seq_length, config.seed, Path(cache))
+            size, limit = config.model.micro_batch_size, config.limit_val_batches
+            found = evaluate(model, datasets, named, seq_length, size, limit and limit * size)
+        return [mean(found[name]) for name in named]
+
+    return losses

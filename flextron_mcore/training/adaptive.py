@@ -1,0 +1,203 @@
+"""What input-adaptive routers learn from a step: which levels would have served a token better (Flextron, 3.2).
+
+Networks run with masks that carry a gradient: the change of the loss, to first order, when a token's block uses one part more or
+less. A router's choice is straight through: its probabilities take that gradient. Routers are replicated; every rank learns from
+the blocks and tokens that it has seen, and gradients are summed, so they stay equal on all ranks.
+
+Shape suffixes: S sequence, B batch, N blocks, K candidates, C constrained costs, D hidden channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from flextron_mcore.blocks import Blocks
+from flextron_mcore.cost import Cost
+from flextron_mcore.evaluation.routed import average, total_counts
+from flextron_mcore.routers.adaptive import AdaptiveRouters, Seen, TokenRouting
+from flextron_mcore.routers.store import (
+    STATE_FILE,
+    RouterInfo,
+    check_same_table,
+    load_state,
+    read_routers,
+    save_state,
+    write_routers,
+)
+from flextron_mcore.selection.routed import target_of
+
+
+@dataclass(frozen=True)
+class AdaptiveSettings:
+    """How adaptive routers learn; see conf/stage/router.yaml."""
+
+    targets_per_step: int = 2
+    lr: float = 2e-3
+    noise: float = 0.3
+    constraint_weight: float = 16.0
+
+
+class AdaptiveLearner:
+    """Adaptive routers and their optimizer."""
+
+    gated, everywhere = False, True
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        costs: Sequence[Cost],
+        info: RouterInfo,
+        settings: AdaptiveSettings,
+        seed: int,
+        max_steps: int,
+        routers: AdaptiveRouters,
+        sequence_parallel: bool,
+        counted: Mapping[str, Sequence[Cost]],
+        table: Mapping[str, Any] | None = None,
+    ) -> None:
+        """costs: those of `info`, which targets are of. counted: by KV policy, what tokens' choices really cost, in their units.
+
+        routers: on this rank's device, the same on all ranks.
+        """
+        self.blocks, self.costs, self.info, self.settings, self.table = blocks, list(costs), info, settings, table
+        self.seed, self.max_steps, self.sequence_parallel, self.routers = seed, max_steps, sequence_parallel, routers
+        device = routers.out_NKU.device
+        spans = [cost.full - cost.smallest or 1.0 for cost in self.costs]
+        self.counted = counted
+        counts = counted[info.kv_policy]
+        spent = [blocks.costs_NK(cost) / span for cost, span in zip(counts, spans, strict=True)]
+        self.spent_CNK = torch.tensor(np.array(spent), dtype=torch.float32, device=device)
+        starts = [(mix.constant - cost.smallest) / span for mix, cost, span in zip(counts, self.costs, spans, strict=True)]
+        self.start_C = torch.tensor(starts, device=device)
+        bounds = [
+            [target_of(cost, max(low * cost.full, min(mix.smallest, cost.full))), target_of(cost, high * cost.full)]
+            for cost, mix, (low, high) in zip(self.costs, counts, info.ranges, strict=True)
+        ]
+        self.low_C, self.high_C = torch.tensor(bounds, dtype=torch.float32).T
+        self.trained = [parameter for parameter in routers.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, lr=settings.lr, betas=(0.9, 0.99))
+        self.scale: float | None = None  # of the losses above the full model's
+        self.drawn: list[TokenRouting] = []
+
+    def networks(self, step: int) -> list[TokenRouting]:
+        """The routers at work for this step's targets, with exploration noise."""
+        value = np.random.SeedSequence([self.seed, 8, step]).generate_state(2)
+        generator, count = torch.Generator().manual_seed(int(value[0])), self.settings.targets_per_step
+        part_TC = torch.stack([torch.randperm(count, generator=generator) for _ in self.costs], -1)
+        part_TC = (part_TC + torch.rand(part_TC.shape, generator=generator)) / count
+        targets_TC = self.low_C + (self.high_C - self.low_C) * part_TC
+        self.drawn = [
+            TokenRouting(self.routers, target_C, self.info.kv_policy, self.settings.noise, int(value[1]) + t, masked=True)
+            for t, target_C in enumerate(targets_TC)
+        ]
+        return self.drawn
+
+    def routing(self, share: float) -> TokenRouting:
+        """The routers at work for a share of the (first) cost of the full model, as in evaluation."""
+        return self.at_target(target_of(self.costs[0], share * self.costs[0].full))
+
+    def at_target(self, target: float, kv_policy: str | None = None) -> TokenRouting:
+        """The same for a target between 0 and 1."""
+        target_C = torch.ones(len(self.costs))
+        target_C[0] = target
+        return TokenRouting(self.routers, target_C, kv_policy or self.info.kv_policy)
+
+    def share(self, share_NK: np.ndarray, kv_policy: str | None = None) -> float:
+        """What a mix of levels [N, K] costs a token, as a share of the full model's (first) cost."""
+        mix = self.counted[kv_policy or self.info.kv_policy][0]
+        return average(mix, self.blocks, share_NK) / self.costs[0].full
+
+    def learn(self, step: int, losses: Sequence[float], gate_gradients: Tensor | None = None) -> dict[str, Any]:
+        """Update from what the step's networks have seen, and their losses [nats per token], the full model's first."""
+        above = max(float(np.mean(losses[1:])) - losses[0], 1e-6)
+        self.scale = above if self.scale is None else 0.9 * self.scale + 0.1 * above
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * (1 - 0.9 * step / self.max_steps)
+        self.optimizer.zero_grad()
+        spent_TC = []
+        for routing in self.drawn:
+            # Without a gradient it was computed to be computed again: recomputation.
+            learned = [seen for seen in routing.seen if seen.mask_SBK.grad is not None]
+            counts_NK = torch.zeros_like(routing.counts_NK)
+            for seen in learned:
+                counts_NK[seen.block] += torch.bincount(seen.levels_SB[seen.counted_SB], minlength=counts_NK.shape[1])
+            counts_NK = total_counts(counts_NK)
+            tokens = counts_NK.sum(-1).max()
+            spent_C = average_cost(counts_NK, self.spent_CNK, self.start_C)
+            spent_TC.append(spent_C)
+            over_C = spent_C - routing.target_C
+            # Of several costs the one that is nearest to its target is to reach it; none may exceed it.
+            slope_C = torch.where((over_C > 0) | (over_C == over_C.max()), over_C.sign(), 0.0)
+            price_NK = (slope_C[:, None, None] * self.spent_CNK).sum(0) * self.settings.constraint_weight * self.scale
+            for seen in learned:
+                self._backward(seen, routing, price_NK[seen.block], float(tokens) * len(self.drawn))
+            routing.seen.clear()
+        self._sum_gradients()
+        self.optimizer.step()
+        spent_TC = torch.stack(spent_TC)
+        targets_TC = torch.stack([routing.target_C for routing in self.drawn])
+        self.drawn = []
+        return {
+            "targets": self._shares(targets_TC).tolist(),
+            "costs": self._shares(spent_TC).tolist(),
+            "constraint_loss": float((spent_TC - targets_TC).abs().mean()),
+        }
+
+    def _backward(self, seen: Seen, routing: TokenRouting, price_K: Tensor, tokens: float) -> None:
+        """Gradient of the expected change of the loss, and price, under the router's own probabilities; mean over tokens."""
+        part_SBK = seen.mask_SBK.grad
+        group, ranks = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_world_size()
+        if ranks > 1:  # each has the neurons and heads of its own
+            torch.distributed.all_reduce(part_SBK, group=group)
+        value_SBK = part_SBK.cumsum(-1)
+        counted_SB = seen.counted_SB
+        if self.sequence_parallel and ranks > 1:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            value_SBK, counted_SB = value_SBK.chunk(ranks)[rank], counted_SB.chunk(ranks)[rank]
+        logits_SBK = self.routers(seen.block, seen.hidden_SBD, routing.target_C, routing.start_NK)
+        p_SBK = logits_SBK.softmax(-1)
+        loss_SB = (p_SBK * (value_SBK + price_K)).sum(-1)
+        ((loss_SB * counted_SB).sum() / tokens).backward()
+
+    def _sum_gradients(self) -> None:
+        groups = [parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()]
+        if self.sequence_parallel:
+            groups.append(parallel_state.get_tensor_model_parallel_group())
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            for group in groups:
+                torch.distributed.all_reduce(parameter.grad, group=group)
+
+    def write(self, folder: Path) -> None:
+        """The routers, and what continues their training, into a checkpoint's directory."""
+        write_routers(folder, self.info, self.routers, self.table)
+        save_state(folder / STATE_FILE, routers=self.routers, optimizer=self.optimizer, scale=self.scale)
+
+    def read(self, folder: Path) -> None:
+        """Continue from what `write` left."""
+        check_same_table(folder, self.table)
+        state = load_state(folder / STATE_FILE)
+        self.routers.load_state_dict(state["routers"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scale = state["scale"]
+        self.info = read_routers(folder, self.blocks, "adaptive")[0]
+
+    def _shares(self, targets_TC: Tensor) -> Tensor:
+        """Targets as shares of the full model's costs."""
+        ends = torch.tensor([[cost.smallest / cost.full, 1.0] for cost in self.costs], device=targets_TC.device)
+        return ends[:, 0] + targets_TC * (ends[:, 1] - ends[:, 0])
+
+
+def average_cost(counts_NK: Tensor, spent_CNK: Tensor, start_C: Tensor) -> Tensor:
+    """A token's average cost [C]: what its blocks cost, plus the constant part."""
+    share_NK = counts_NK / counts_NK.sum(-1, keepdim=True).clamp_min(1)
+    return start_C + (share_NK.to(spent_CNK.dtype) * spent_CNK).sum((-1, -2))

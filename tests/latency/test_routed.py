@@ -1,0 +1,70 @@
+"""Costs of blocks whose tokens choose for themselves: what is fitted, and the table that holds it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.latency import routed
+from flextron_mcore.latency.measure import Setting
+from flextron_mcore.latency.table import LatencyTable, RoutedTable
+from flextron_mcore.layers.dispatch import KV_POLICIES
+from tests import toy
+from tests.routing_toy import family, write_table
+
+
+@pytest.mark.parametrize("kind", ["prefill", "generation"])
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+def test_it_measures(kind, kv_policy):
+    blocks = family(2)
+    model, calls = toy.model(blocks.model, blocks.space), []
+    setting = Setting(kind, 2, 8, 4 if kind == "generation" else 1)
+    found = routed.measure_routed(model, blocks, setting, 2, 8, kv_policy, 0, lambda: calls.append(1))
+    assert len(calls) == 3 * routed.networks_per_round(blocks)
+    assert len(found.heads) == len(found.ffn_hidden_size) == 4 and min(*found.heads, *found.ffn_hidden_size) >= 0
+    assert max(found.heads) > 0 and found.check["median_error"] >= 0 and found.hidden_size == 8
+    assert all(layer.mlp.routing is None for layer in model.decoder.layers)
+
+
+def test_costs_of_levels_are_found(monkeypatch):
+    """A clock that knows what levels cost: attention 1, 2, 3, 4 and MLPs 2, 3, 5, 9 ms, for the share of tokens at each."""
+    blocks = family(2)
+    costs = np.array([[1.0, 2, 3, 4], [2, 3, 5, 9]])
+    model = toy.model(blocks.model, blocks.space)
+
+    def parts(model) -> list[float]:
+        found = []
+        for layer in model.decoder.layers:
+            for axis, block in enumerate((layer.self_attention, layer.mlp)):
+                levels = block.routing.given.levels_NSB[block.routing.index]
+                found.append(float(costs[axis][levels.numpy()].mean()))
+        return found
+
+    monkeypatch.setattr(routed, "time_blocks", lambda model, run: (parts(model), 7.0))
+    monkeypatch.setattr(routed, "time_run", lambda run: sum(parts(model)) + 7.0)
+    found = routed.measure_routed(model, blocks, Setting("prefill", 2, 8), 1, 8, "full", 0)
+    assert found.heads == pytest.approx(costs[0]) and found.ffn_hidden_size == pytest.approx(costs[1])
+    assert found.check["largest_error"] < 1e-9
+
+
+def test_the_table_keeps_them(tmp_path):
+    blocks = family(2)
+    toy_run = tmp_path / "run"
+    from flextron_mcore.checkpoint.store import CheckpointInfo
+
+    toy.write(toy.model(blocks.model, blocks.space), CheckpointInfo(blocks.model, blocks.space), toy_run)
+    file = write_table(toy_run, tmp_path / "latency.json")
+    values = json.loads(file.read_text())
+    assert values["routed"] == {}
+    row = {"hidden_size": 8, "heads": [1, 2, 3, 4], "ffn_hidden_size": [2, 3, 4, 5], "check": {"median_error": 0.01}}
+    file.write_text(json.dumps({**values, "routed": {"own": row}}))
+    table = LatencyTable.from_file(file, blocks.model, blocks.space)
+    assert table.routed == {"own": RoutedTable(8, (1.0, 2.0, 3.0, 4.0), (2.0, 3.0, 4.0, 5.0), {"median_error": 0.01})}
+    assert table.routed_cost("own").full == table.cost().constant + 2 * 9
+    assert table.to_dict()["routed"]["own"]["heads"] == (1.0, 2.0, 3.0, 4.0)
+    file.write_text(json.dumps({**values, "routed": {"own": {**row, "heads": [1, 2]}}}))
+    with pytest.raises(FlextronError, match="is not a latency table"):
+        LatencyTable.from_file(file, blocks.model, blocks.space)

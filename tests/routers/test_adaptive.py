@@ -1,0 +1,102 @@
+"""Adaptive routers by themselves: where they start, noise, counting, padding; and which target a budget finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.evaluation.routed import average, target_for
+from flextron_mcore.model import use_subnetwork
+from flextron_mcore.routers.adaptive import AdaptiveRouters, TokenRouting
+from flextron_mcore.routers.static import StaticRouters
+from flextron_mcore.space import SubNetwork
+from tests import toy
+from tests.routing_toy import family, latency
+
+
+@pytest.fixture
+def made():
+    blocks = family(2)
+    static = StaticRouters(blocks, 1, 16)
+    torch.nn.init.normal_(static.out_NKU)
+    routers = AdaptiveRouters(blocks, 1, 8, static)
+    return blocks, routers, toy.model(blocks.model, blocks.space)
+
+
+def run(model, routing, tokens, positions):
+    with torch.no_grad(), use_subnetwork(model, routing):
+        return model(tokens, positions, None)
+
+
+def test_they_start_where_the_static_ones_ended(made):
+    blocks, routers, model = made
+    tokens, positions = toy.inputs()
+    for target in (0.1, 0.5, 0.9):
+        routing = TokenRouting(routers, torch.tensor([target]))
+        routing.begin()
+        found = run(model, routing, tokens, positions)
+        chosen = routers.static(torch.tensor([[target]]))[0].argmax(-1).tolist()
+        expected = run(model, blocks.network(chosen), tokens, positions)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        assert routing.counts_NK.argmax(-1).tolist() == chosen and (routing.counts_NK.sum(-1) == tokens.numel()).all()
+
+
+def test_tokens_choose_for_themselves_and_noise_is_that_of_seed_and_micro_batch(made):
+    _, routers, model = made
+    torch.nn.init.normal_(routers.out_NKU, std=3.0)
+    tokens, positions = toy.inputs()
+
+    def counts(number: int = 0, **settings) -> torch.Tensor:
+        routing = TokenRouting(routers, torch.tensor([0.5]), **settings)
+        routing.begin(number)
+        run(model, routing, tokens, positions)
+        return routing.counts_NK
+
+    assert ((counts() > 0).sum(-1) > 1).any() and counts().equal(counts())
+    noisy = counts(noise=3.0, seed=1)
+    assert noisy.equal(counts(noise=3.0, seed=1)) and not noisy.equal(counts())
+    assert not noisy.equal(counts(noise=3.0, seed=2)) and not noisy.equal(counts(1, noise=3.0, seed=1))
+
+
+@pytest.mark.parametrize("kv_policy", ["full", "own"])
+def test_padding_is_never_routed_and_never_counted(made, kv_policy):
+    _, routers, model = made
+    torch.nn.init.normal_(routers.out_NKU, std=3.0)
+    tokens, positions = toy.inputs()
+    lengths = (toy.LENGTH, 9)
+    padding = torch.arange(toy.LENGTH) >= torch.tensor(lengths)[:, None]
+    routing = TokenRouting(routers, torch.tensor([0.5]), kv_policy)
+    routing.begin(0, None, padding)
+    found = run(model, routing, tokens, positions)
+    assert (routing.counts_NK.sum(-1) == sum(lengths)).all()
+    for row, length in enumerate(lengths):
+        alone = TokenRouting(routers, torch.tensor([0.5]), kv_policy)
+        alone.begin()
+        expected = run(model, alone, tokens[row : row + 1, :length], positions[:1, :length])
+        torch.testing.assert_close(found[row, :length], expected[0], atol=1e-5, rtol=0)
+    counted = TokenRouting(routers, torch.tensor([0.5]), kv_policy)
+    counted.begin(0, (~padding).float())
+    run(model, counted, tokens, positions)
+    assert (counted.counts_NK.sum(-1) == sum(lengths)).all()
+
+
+def test_the_average_cost_of_a_pure_mix_is_the_networks(made):
+    blocks, _, _ = made
+    cost = latency(blocks)
+    net = toy.random_network(blocks.model, blocks.space, 3)
+    pure = torch.eye(4)[blocks.indices(net)].numpy()
+    assert average(cost, blocks, pure) == pytest.approx(cost.of(net))
+    full = torch.eye(4)[blocks.indices(SubNetwork.full(blocks.model))].numpy()
+    assert average(cost, blocks, (pure + full) / 2) == pytest.approx((cost.of(net) + cost.full) / 2)
+
+
+def test_a_budget_finds_its_target():
+    calibration = [(0.0, 0.55), (0.5, 0.6), (0.75, 0.59), (1.0, 0.9)]
+    assert target_for(calibration, 0.575) == pytest.approx(0.25)
+    assert target_for(calibration, 0.75) == pytest.approx(0.875)
+    assert target_for(calibration, 0.5, nearest=True) == 0.0 and target_for(calibration, 0.97, nearest=True) == 1.0
+    with pytest.raises(FlextronError, match=r"spend 0.550 to 0.900 of the full model's, not 0.500"):
+        target_for(calibration, 0.5)
+    with pytest.raises(FlextronError, match="no calibration"):
+        target_for([], 0.5)

@@ -1,0 +1,63 @@
+"""A family with known costs and a known loss, for what chooses among its networks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from flextron_mcore.blocks import Blocks
+from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.cost import Cost
+from flextron_mcore.latency.measure import device_name
+from flextron_mcore.latency.table import LatencyTable, Timing
+from flextron_mcore.space import ElasticSpace, SubNetwork
+from tests import toy
+
+
+def family(layers: int = 4, **space) -> Blocks:
+    arch = toy.config(num_layers=layers)
+    return Blocks(arch, ElasticSpace.build(arch, **space))
+
+
+def latency(blocks: Blocks) -> Cost:
+    """Made-up milliseconds that no two candidates share."""
+    heads = tuple(1.1 * size**0.7 + 0.31 for size in blocks.space.heads)
+    widths = tuple(0.083 * size**0.9 + 0.17 for size in blocks.space.ffn_hidden_size)
+    return Cost("latency", blocks.model, blocks.space, 2.0, heads, widths)
+
+
+def true_loss(blocks: Blocks, seed: int = 0):
+    """network -> loss above the full model's: every block matters differently, and layers next to each other depend."""
+    generator = np.random.default_rng(seed)
+    weights = generator.uniform(0.1, 1.0, blocks.count)
+    pairs = generator.uniform(0.0, 0.15, blocks.count - 1)
+    sizes = np.array([len(candidates) for candidates in blocks.sizes])
+
+    def loss(net: SubNetwork) -> float:
+        missing = 1 - (np.array(blocks.indices(net)) + 1) / sizes
+        return 0.2 * float((weights * missing**2).sum() + (pairs * missing[1:] * missing[:-1]).sum())
+
+    return loss
+
+
+def write_table(checkpoint: Path, file: Path, **changes) -> Path:
+    """A made-up table of a checkpoint's model, so that no test depends on a clock."""
+    info = open_checkpoint(checkpoint)
+    cost = latency(Blocks(info.model, info.space))
+    timing = lambda value: Timing(value, value)  # noqa: E731
+    table = LatencyTable(
+        info.model,
+        info.space,
+        {"kind": "prefill", "batch_size": 1, "prompt_length": 8, "generated_tokens": 1},
+        {"device": device_name(), "dtype": "float32", **changes.pop("machine", {})},
+        "median",
+        timing(cost.constant),
+        tuple(map(timing, cost.heads)),
+        tuple(map(timing, cost.ffn_hidden_size)),
+        {"networks": 20, "median_error": 0.01, "p95_error": 0.02, "largest_error": 0.02},
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**table.to_dict(), **changes}))
+    return file

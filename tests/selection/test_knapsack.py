@@ -1,0 +1,52 @@
+"""The knapsack is exact: against all networks of a small space."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from flextron_mcore.cost import memory_cost, parameter_cost
+from flextron_mcore.selection.knapsack import cheapest
+from tests.routing_toy import family, latency
+
+BLOCKS = family(2, ffn_hidden_size=[0.25, 0.5, 1.0])
+EVERY = [BLOCKS.network(indices) for indices in itertools.product(*(range(len(sizes)) for sizes in BLOCKS.sizes))]
+LATENCY = latency(BLOCKS)
+MEMORY = memory_cost(BLOCKS.model, BLOCKS.space, "bf16", 64, 24)
+
+
+def values_of(values_NK: np.ndarray, net) -> float:
+    return sum(values_NK[block, k] for block, k in enumerate(BLOCKS.indices(net)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_against_all_networks(seed):
+    generator = np.random.default_rng(seed)
+    values_NK = generator.normal(size=BLOCKS.exists_NK.shape) * 10.0 ** generator.integers(-6, 6)
+    for share in generator.uniform(LATENCY.smallest / LATENCY.full, 1, 6):
+        for limits in (
+            [(LATENCY, 0.0, share * LATENCY.full)],
+            [(LATENCY, (share - 0.05) * LATENCY.full, share * LATENCY.full)],
+            [(LATENCY, 0.0, share * LATENCY.full), (MEMORY, 0.0, 0.8 * MEMORY.full)],
+        ):
+            allowed = [net for net in EVERY if all(low <= cost.of(net) <= high for cost, low, high in limits)]
+            found = cheapest(BLOCKS, values_NK, limits)
+            if not allowed:
+                assert found is None
+                continue
+            best = min(values_of(values_NK, net) for net in allowed)
+            assert found in allowed and values_of(values_NK, found) == pytest.approx(best, rel=1e-9)
+
+
+def test_a_limit_that_is_just_met_and_one_that_is_just_not():
+    """Exactly on a network's cost; and one unit below it, although that is less than the solver's tolerance of such a sum."""
+    parameters = parameter_cost(BLOCKS.model, BLOCKS.space)
+    values_NK = -BLOCKS.costs_NK(parameters)
+    for net in EVERY[::7]:
+        value = parameters.of(net)
+        assert parameters.of(cheapest(BLOCKS, values_NK, [(parameters, 0.0, value)])) == value
+        below = [cost for cost in map(parameters.of, EVERY) if cost <= value - 1e-3]
+        found = cheapest(BLOCKS, values_NK, [(parameters, 0.0, value - 1e-3)])
+        assert (found and parameters.of(found)) == (max(below) if below else None)

@@ -1,0 +1,93 @@
+"""From routers' probabilities to the network for a budget."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flextron_mcore.blocks import Blocks
+from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
+from flextron_mcore.selection.knapsack import cheapest
+from flextron_mcore.selection.routed import CELL, WITHIN, Routed, target_of
+from flextron_mcore.space import SubNetwork
+from tests.routing_toy import family, latency
+
+
+def boltzmann(blocks: Blocks, cost: Cost, seed: int):
+    """Routers that know what each block is worth, with noise that depends on the target."""
+    worth = np.random.default_rng(seed).uniform(0.5, 1.5, blocks.count)
+
+    def log_p(targets):
+        noise = np.random.default_rng([seed, int(1e6 * targets[0])]).normal(scale=0.05, size=blocks.exists_NK.shape)
+        share = blocks.costs_NK(cost) / cost.full
+        logits = 30 * worth[:, None] * share - 60 * (1 - targets[0]) * share + noise
+        logits = np.where(blocks.exists_NK, logits, -np.inf)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    return log_p
+
+
+@pytest.mark.parametrize("layers, seed", [(4, 1), (5, 2)])
+def test_budgets_are_used_never_exceeded_and_monotone(layers, seed):
+    blocks = family(layers)
+    cost = latency(blocks)
+    routed = Routed(blocks, {"latency": cost}, boltzmann(blocks, cost, seed))
+    shares = np.sort(np.random.default_rng(seed).uniform(cost.smallest / cost.full, 1, 24))
+    costs = []
+    for share in shares:
+        net = routed.select([Budget(cost, share * cost.full)])
+        blocks.space.check(blocks.model, net)
+        assert cost.of(net) <= share * cost.full * (1 + 1e-9)
+        costs.append(cost.of(net) / cost.full)
+    assert costs == sorted(costs)
+    for share, spent in zip(shares, costs, strict=True):
+        nearest = cheapest(blocks, -blocks.costs_NK(cost), [(cost, 0.0, share * cost.full)])
+        assert share - spent <= max(WITHIN, share - cost.of(nearest) / cost.full) + CELL
+    assert routed.select([Budget(cost, cost.full)]) == SubNetwork.full(blocks.model)
+    smallest = routed.select([Budget(cost, cost.smallest)])
+    assert blocks.indices(smallest) == [0] * blocks.count
+    again = Routed(blocks, {"latency": cost}, boltzmann(blocks, cost, seed))  # whatever was asked before
+    assert again.select([Budget(cost, shares[12] * cost.full)]) == routed.select([Budget(cost, shares[12] * cost.full)])
+
+
+def test_an_argmax_that_is_on_the_budget_is_taken():
+    blocks = family(4)
+    cost = latency(blocks)
+    wanted = blocks.network([2, 1, 3, 0, 1, 2, 2, 3])
+
+    def log_p(targets):
+        p = np.full(blocks.exists_NK.shape, 0.01)
+        p[np.arange(blocks.count), blocks.indices(wanted)] = 0.97
+        return np.log(p)
+
+    routed = Routed(blocks, {"latency": cost}, log_p)
+    for more in (0.0, 0.004, 0.009):
+        assert routed.select([Budget(cost, cost.of(wanted) + more * cost.full)]) == wanted
+    assert routed.argmax([0.3]) == wanted
+
+
+def test_several_budgets_and_costs_that_were_not_trained():
+    blocks = family(4)
+    cost, parameters = latency(blocks), parameter_cost(blocks.model, blocks.space)
+    memory = memory_cost(blocks.model, blocks.space, "bf16", 64, 24)
+    routed = Routed(blocks, {"latency": cost}, boltzmann(blocks, cost, 0))
+    previous = 0.0
+    for share in np.linspace(0.6, 1, 6):
+        net = routed.select([Budget(parameters, share * parameters.full)])
+        assert previous <= parameters.of(net) <= share * parameters.full
+        assert share < 0.62 or share > 0.95 or parameters.of(net) >= (share - WITHIN - CELL) * parameters.full
+        previous = parameters.of(net)
+        budgets = [Budget(cost, share * cost.full), Budget(memory, 0.75 * memory.full)]
+        both = routed.select(budgets)
+        assert all(budget.allows(both) for budget in budgets)
+        assert cost.of(both) >= (share - 0.03) * cost.full or memory.of(both) >= 0.7 * memory.full
+
+
+def test_targets():
+    cost = latency(family(2))
+    assert target_of(cost, cost.smallest) == 0 and target_of(cost, cost.full) == pytest.approx(1)
+    fixed = family(2, heads=[1.0], ffn_hidden_size=[1.0])
+    only = latency(fixed)
+    assert target_of(only, only.full) == 1
+    net = Routed(fixed, {"latency": only}, lambda targets: np.zeros((4, 1))).select([Budget(only, only.full)])
+    assert net == SubNetwork.full(fixed.model)

@@ -1,0 +1,169 @@
+"""router kind=adaptive -> evaluate selector=adaptive, joint: as commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from flextron_mcore.checkpoint.store import TensorReader, list_checkpoints, open_checkpoint
+from flextron_mcore.config import FlextronError
+from flextron_mcore.training.loop import _Run
+from tests.routing_toy import write_table
+from tests.stages.conftest import TRAIN, stage
+
+RUN = [*(key for key in TRAIN if "optim" not in key), "model.micro_batch_size=4", "model.global_batch_size=8"]
+ADAPTIVE = ["kind=adaptive", "targets_per_step=2", "adaptive.calibration_samples=8", "validation_targets=[0.7,0.9]"]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def routed(chain, tmp_path_factory) -> Path:
+    """A directory with static routers, and adaptive ones that started from them."""
+    run = tmp_path_factory.mktemp("adaptive")
+    table = write_table(chain / "elastic", run / "latency" / "latency.json")
+    keys = [f"data={chain}/data", f"latency={table.parent}", *RUN]
+    stage("router", f"checkpoint={chain}/elastic", *keys, "trainer.max_steps=6", f"out={run}/static")
+    files = contents(run / "static")
+    stage("router", *adaptive_keys(chain, run), f"out={run}/adaptive")
+    assert contents(run / "static") == files  # what the new checkpoints share is not written to
+    return run
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in sorted(run.rglob("*")) if file.is_file()}
+
+
+def adaptive_keys(chain: Path, run: Path) -> list[str]:
+    return [f"checkpoint={run}/static", f"data={chain}/data", *RUN, *ADAPTIVE, "trainer.max_steps=8"]
+
+
+def metrics(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def rows(out: Path) -> list[dict]:
+    found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
+
+
+def test_what_is_written(chain, routed):
+    found = metrics(routed / "adaptive")
+    assert found["routers"] == {"kind": "adaptive", "costs": ["latency"], "kv_policy": "full"}
+    shares = [share for _, share in found["calibration"]]
+    assert len(shares) == 9 and max(shares) > min(shares)
+    assert [row["target"] for row in found["adaptive_budgets"]] == [0.7, 0.9]
+    for row in found["adaptive_budgets"]:
+        assert row["adaptive"].keys() == {"full", "own"} and row["static"]["share"] <= row["target"]
+        for measured in row["adaptive"].values():
+            assert measured["loss"].keys() == measured["shares"].keys() == {"code", "prose"}
+            assert all(sum(block) == pytest.approx(1) for levels in measured["levels"].values() for block in levels)
+    train = [row for row in rows(routed / "adaptive") if row["event"] == "train"]
+    assert len(train) == 8 and len(train[0]["targets"]) == len(train[0]["costs"]) == 2
+    validated = [row["losses"] for row in rows(routed / "adaptive") if row["event"] == "validation"]
+    assert validated[0].keys() == {"full", "adaptive 0.7", "adaptive 0.9"}
+    assert len({row["full"] for row in validated}) == 1  # frozen
+    newest = list_checkpoints(routed / "adaptive")[-1]
+    assert json.loads((newest / "routers.json").read_text())["calibration"] == found["calibration"]
+    first, last = (load_file(list_checkpoints(routed / "adaptive")[i] / "routers.safetensors") for i in (0, -1))
+    assert not first["out_NKU"].equal(last["out_NKU"]) and first["static.out_NKU"].equal(last["static.out_NKU"])
+    static = load_file(list_checkpoints(routed / "static")[-1] / "routers.safetensors")
+    assert static["out_NKU"].equal(last["static.out_NKU"])
+
+
+def test_a_checkpoint_with_adaptive_routers_still_serves_static_choices(routed, tmp_path):
+    stage("select", "budget=0.8", f"checkpoint={routed}/static", f"out={tmp_path}/one.json")
+    stage("select", "budget=0.8", f"checkpoint={routed}/adaptive", f"out={tmp_path}/two.json")
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
+
+
+@pytest.mark.parametrize("kv_policy", ["full", "own"])
+def test_evaluate_is_what_the_training_found(chain, routed, tmp_path, kv_policy):
+    budget = "budget=0.9"
+    keys = [f"checkpoint={routed}/adaptive", f"data={chain}/data", "model.micro_batch_size=4", "limit_val_batches=4"]
+    found = stage("evaluate", *keys, "selector=adaptive", budget, f"kv_policy={kv_policy}", f"out={tmp_path}/out")
+    assert found == metrics(tmp_path / "out") and found["kv_policy"] == kv_policy
+    row = metrics(routed / "adaptive")["adaptive_budgets"][1]["adaptive"][kv_policy]
+    assert found["loss"] == pytest.approx(row["loss"], rel=1e-5)
+    assert found["shares"] == pytest.approx(row["shares"], rel=1e-5)
+    again = stage("evaluate", *keys, "selector=adaptive", budget, f"kv_policy={kv_policy}", f"out={tmp_path}/again")
+    assert again["loss"] == found["loss"]  # T7
+
+
+def test_an_interrupted_run_continues_exactly(chain, routed, tmp_path, monkeypatch):
+    step = _Run._step
+
+    def stopping(self, number, log):
+        if number == 5:
+            raise Interrupted
+        step(self, number, log)
+
+    monkeypatch.setattr(_Run, "_step", stopping)
+    with pytest.raises(Interrupted):
+        stage("router", *adaptive_keys(chain, routed), f"out={tmp_path}/parts")
+    monkeypatch.setattr(_Run, "_step", step)
+    assert open_checkpoint(tmp_path / "parts").step == 3
+    older = contents(list_checkpoints(tmp_path / "parts")[-1])
+    stage("router", *adaptive_keys(chain, routed), f"out={tmp_path}/parts", "exp_manager.checkpoint_callback_params.keep_last=9")
+    assert contents(list_checkpoints(tmp_path / "parts")[0]) == older
+    assert rows(tmp_path / "parts") == rows(routed / "adaptive")
+    ends = [load_file(list_checkpoints(out)[-1] / "routers.safetensors") for out in (tmp_path / "parts", routed / "adaptive")]
+    assert all(ends[0][key].equal(ends[1][key]) for key in ends[1])
+
+
+def test_joint_tunes_model_and_adaptive_routers(chain, routed, tmp_path):
+    keys = [f"checkpoint={routed}/adaptive", f"data={chain}/data", *RUN, "validation_targets=[0.9]", "trainer.max_steps=4"]
+    more = ["model.optim.sched.warmup_steps=1", "adaptive.calibration_samples=8", "targets_per_step=2"]
+    stage("joint", *keys, *more, f"out={tmp_path}/joint")
+    before, after = (TensorReader(open_checkpoint(path)) for path in (routed / "adaptive", tmp_path / "joint"))
+    changed = [key for key in before.keys() if not before.read(key).equal(after.read(key))]  # noqa: SIM118
+    assert any("mlp" in key for key in changed) and any("self_attention" in key for key in changed)
+    routers = [load_file(list_checkpoints(run)[-1] / "routers.safetensors") for run in (routed / "adaptive", tmp_path / "joint")]
+    assert not routers[0]["out_NKU"].equal(routers[1]["out_NKU"])
+    plain = stage("joint", *keys, *more, "model.recompute_granularity=full", "model.recompute_method=uniform",
+                  "model.recompute_num_layers=1", f"out={tmp_path}/recomputed")  # fmt: skip
+    assert plain["adaptive_budgets"][0]["adaptive"]["full"]["mean_loss"] == pytest.approx(
+        metrics(tmp_path / "joint")["adaptive_budgets"][0]["adaptive"]["full"]["mean_loss"], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (["kv_policy=none"], "kv_policy='none' is not known: use one of full, own"),
+        (["adaptive.hidden_size=129"], "adaptive.hidden_size=129 is not within 1..128"),
+        (["adaptive.calibration_samples=0"], "adaptive.calibration_samples and targets_per_step must be at least 1"),
+        (["kind=gumbel"], "kind='gumbel' is not known: use static or adaptive"),
+    ],
+)
+def test_bad_input_to_training(chain, routed, tmp_path, keys, message):
+    with pytest.raises(FlextronError, match=message.replace("(", r"\(")):
+        stage("router", *adaptive_keys(chain, routed), *keys, f"out={tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "run, keys, message",
+    [
+        ("static", ["budget=0.9"], "its routers are static: train adaptive ones with `flextron router kind=adaptive`"),
+        ("adaptive", [], "selector=adaptive: wants a budget="),
+        ("adaptive", ["budget=0.9", "kv_policy=some"], "kv_policy='some' is not known"),
+        ("adaptive", ["budget=0.9 parameters"], "serve one budget, of latency"),
+        ("adaptive", ["budget=[0.9,0.9 parameters]"], "serve one budget, of latency"),
+    ],
+)
+def test_bad_input_to_evaluate(chain, routed, tmp_path, run, keys, message):
+    with pytest.raises(FlextronError, match=message):
+        stage("evaluate", f"checkpoint={routed}/{run}", f"data={chain}/data", "selector=adaptive", *keys, f"out={tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adaptive_routers_need_static_ones(chain, tmp_path):
+    keys = [f"checkpoint={chain}/elastic", f"data={chain}/data", *RUN, *ADAPTIVE, "trainer.max_steps=2", f"out={tmp_path}/out"]
+    with pytest.raises(FlextronError, match="has no routers"):
+        stage("router", *keys)

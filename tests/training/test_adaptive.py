@@ -1,0 +1,46 @@
+"""What adaptive routers learn from masks' gradients and from the price, for a loss that is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flextron_mcore.routers.adaptive import AdaptiveRouters, Seen
+from flextron_mcore.routers.static import StaticRouters
+from flextron_mcore.routers.store import RouterInfo
+from flextron_mcore.training.adaptive import AdaptiveLearner, AdaptiveSettings
+from tests.routing_toy import family, latency
+
+
+def learned(parts: list[list[float]], level: int, target: float, weight: float = 0.0) -> torch.Tensor:
+    """The levels [blocks, S] that tokens learn whose parts change the loss by `parts` [S][K], all of them being at `level`."""
+    torch.manual_seed(0)
+    blocks = family(1)
+    cost = latency(blocks)
+    info = RouterInfo(("latency",), ((cost.smallest / cost.full, 1.0),), 8, {}, "adaptive")
+    routers = AdaptiveRouters(blocks, 1, 8, StaticRouters(blocks, 1, 8))
+    settings = AdaptiveSettings(targets_per_step=1, lr=0.05, constraint_weight=weight)
+    learner = AdaptiveLearner(blocks, [cost], info, settings, 0, 100, routers, False, {"full": [cost]})
+    hidden = torch.randn(len(parts), 1, blocks.model.hidden_size)
+    levels = torch.full((len(parts), 1), level)
+    for step in range(60):
+        (routing,) = learner.networks(step)
+        routing.target_C, routing.start_NK = torch.tensor([target]), torch.zeros(blocks.count, 4)
+        for block in range(blocks.count):
+            mask = torch.ones(len(parts), 1, 4, requires_grad=True)
+            mask.grad = torch.tensor(parts)[:, None].clone()
+            routing.seen.append(Seen(block, hidden, levels, mask, torch.ones_like(levels, dtype=torch.bool)))
+        learner.learn(step, [3.0, 3.5])
+    logits = [routers(block, hidden, routing.target_C, routing.start_NK)[:, 0] for block in range(blocks.count)]
+    return torch.stack(logits).argmax(-1)
+
+
+def test_a_token_learns_which_level_serves_it():
+    """A level is worth what its parts are together: the first token wants the second part only, the second token none."""
+    for chosen in learned([[0.0, -9.0, 8.0, 0.0], [0.0, 5.0, 0.0, -1.0]], level=3, target=0.5):
+        assert chosen.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("level, target, wanted", [(3, 0.3, 0), (0, 0.7, 3)])
+def test_the_price_pulls_to_the_budget(level, target, wanted):
+    assert (learned([[0.0] * 4] * 3, level, target, weight=16.0) == wanted).all()

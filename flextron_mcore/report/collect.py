@@ -5,60 +5,40 @@ Every problem in a file is a FlextronError of one line that names the file and t
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.space import SubNetwork
+from flextron_mcore.report.collect_compare import Comparison, Sensitivity, read_comparison, read_sensitivity
+from flextron_mcore.report.collect_routing import ROUTING_STAGES, Routing, read_routing
+from flextron_mcore.report.reader import (
+    Reader,
+    Settings,
+    is_number,
+    read_json,
+    read_lines,
+    read_model,
+    read_settings,
+    read_subnetwork,
+)
+from flextron_mcore.space import SubNetwork, count_parameters
 
-STAGES = ("prepare", "pretrain", "import", "importance", "elastic", "evaluate", "export")
+STAGES = (
+    "prepare",
+    "pretrain",
+    "import",
+    "importance",
+    "elastic",
+    *ROUTING_STAGES,
+    "sensitivity",
+    "evaluate",
+    "compare",
+    "export",
+)
+TRAINING_STAGES = ("pretrain", "elastic", *ROUTING_STAGES)
 BEFORE_WORDS = ("parent", "before")
-
-
-class Reader:
-    """A JSON object together with the place it came from, so that a wrong value can be named."""
-
-    def __init__(self, values: Any, where: str) -> None:
-        if not isinstance(values, Mapping):
-            raise FlextronError(f"{where}: expected a JSON object, not {_kind(values)}")
-        self.values, self.where = values, where
-
-    def _get(self, key: str, wanted: str, good: Callable[[Any], bool]) -> Any:
-        if key not in self.values:
-            raise FlextronError(f"{self.where}: lacks '{key}'")
-        value = self.values[key]
-        if not good(value):
-            raise FlextronError(f"{self.where}: '{key}' must be {wanted}, not {_kind(value)}")
-        return value
-
-    def text(self, key: str) -> str:
-        """A string."""
-        return self._get(key, "a text", lambda v: isinstance(v, str))
-
-    def whole(self, key: str) -> int:
-        """A whole number."""
-        return self._get(key, "a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool))
-
-    def number(self, key: str) -> float:
-        """A number; NaN and infinity, which a diverged network gives, are numbers."""
-        return float(self._get(key, "a number", _is_number))
-
-    def numbers(self, key: str) -> dict[str, float]:
-        """An object whose values are all numbers."""
-        inner = self.inner(key)
-        return {name: inner.number(name) for name in inner.values}
-
-    def inner(self, key: str) -> Reader:
-        """An object."""
-        return Reader(self._get(key, "an object", lambda v: isinstance(v, Mapping)), f"{self.where}: {key}")
-
-    def rows(self, key: str) -> list[Reader]:
-        """A list of objects."""
-        rows = self._get(key, "a list", lambda v: isinstance(v, list))
-        return [Reader(row, f"{self.where}: {key}[{i}]") for i, row in enumerate(rows)]
 
 
 @dataclass(frozen=True)
@@ -83,10 +63,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Training:
-    """One `pretrain` or `elastic` directory. `seconds` of wall time; losses in nats per token.
+    """One directory of a training stage. `seconds` of wall time; losses in nats per token.
 
     train: (step, loss of the full model, losses of the sampled sub-networks); validation: (step, loss of each network).
-    first_loss, last_loss: the full model's first and last validation loss, None where it was not validated.
+    first, last: first and last validation loss of each network. routing: for `router` and `joint`, what trained the routers.
     """
 
     label: str
@@ -97,17 +77,20 @@ class Training:
     tokens_per_second: float
     train: list[tuple[int, float, list[float]]]
     validation: list[tuple[int, dict[str, float]]]
-    first_loss: float | None
-    last_loss: float | None
+    first: dict[str, float]
+    last: dict[str, float]
     settings: Settings
+    routing: Routing | None = None
 
+    @property
+    def first_loss(self) -> float | None:
+        """The full model's first validation loss, None where it was not validated."""
+        return self.first.get("full")
 
-@dataclass(frozen=True)
-class Settings:
-    """Model config and elastic space as a stage wrote them; None where it wrote none."""
-
-    model: dict[str, Any] | None = None
-    space: dict[str, Any] | None = None
+    @property
+    def last_loss(self) -> float | None:
+        """The full model's last validation loss, None where it was not validated."""
+        return self.last.get("full")
 
 
 @dataclass(frozen=True)
@@ -162,6 +145,10 @@ class Series:
     networks: list[Network]
     settings: Settings
 
+    def share(self, net: Network) -> float:
+        """The network's parameters as a fraction of the full model's."""
+        return net.parameters / count_parameters(self.model)
+
     def full(self) -> Network | None:
         """The network that is the whole model, or None."""
         whole = SubNetwork.full(self.model)
@@ -197,6 +184,12 @@ class Run:
     series: list[Series] = field(default_factory=list)
     exports: list[Export] = field(default_factory=list)
     imported: list[Settings] = field(default_factory=list)
+    sensitivities: list[Sensitivity] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+
+    def routed(self) -> list[Training]:
+        """The training stages that trained routers."""
+        return [training for training in self.training if training.routing]
 
     def before(self) -> Series | None:
         """The evaluation before elastic training: the first whose directory name says so, where another one does not."""
@@ -209,10 +202,11 @@ class Run:
         return next((s for s in after if s.label == "evaluate"), after[-1] if after else None)
 
     def settings(self) -> Settings:
-        """Model and space: those of the family, else of the latest training stage, else of the import."""
+        """Model and space: those of the family, else of the latest training stage, else of the import or the analyses."""
         family = self.family()
         found = [family.settings] if family else []
         found += [training.settings for training in reversed(self.training)] + self.imported
+        found += [stage.settings for stage in (*self.comparisons, *self.sensitivities)]
         return Settings(
             next((s.model for s in found if s.model is not None), None),
             next((s.space for s in found if s.space is not None), None),
@@ -233,7 +227,7 @@ def collect(run: Path) -> Run:
     for directory in [run, *children]:
         path = directory / "metrics.json"
         if path.is_file():
-            metrics = Reader(_read_json(path), str(path))
+            metrics = Reader(read_json(path), str(path))
             kind = metrics.text("stage")
             if kind in STAGES:
                 found.append((STAGES.index(kind), directory.resolve().name, directory, metrics))
@@ -247,14 +241,18 @@ def collect(run: Path) -> Run:
         result.stages.append((label, kind))
         if kind == "prepare":
             result.data.append(_data(label, metrics))
-        elif kind in ("pretrain", "elastic"):
+        elif kind in TRAINING_STAGES:
             result.training.append(_training(label, kind, metrics, directory / "log.jsonl"))
         elif kind == "import":
-            result.imported.append(_settings(metrics))
+            result.imported.append(read_settings(metrics))
         elif kind == "importance":
             result.ablations.append(_ablation(label, metrics))
         elif kind == "evaluate":
             result.series.append(_series(label, metrics))
+        elif kind == "sensitivity":
+            result.sensitivities.append(read_sensitivity(label, metrics))
+        elif kind == "compare":
+            result.comparisons.append(read_comparison(label, metrics))
         else:
             result.exports.append(_export(label, metrics, run))
     return result
@@ -269,19 +267,16 @@ def _data(label: str, metrics: Reader) -> Data:
 
 def _training(label: str, kind: str, metrics: Reader, log: Path) -> Training:
     """A resumed run writes some steps again; the later row of a step counts."""
-    train: dict[int, tuple[int, float, list[float]]] = {}
+    train: dict[int, Reader] = {}
     validation: dict[int, tuple[int, dict[str, float]]] = {}
-    for row in _read_lines(log) if log.is_file() else ():
+    for row in read_lines(log) if log.is_file() else ():
         event = row.values.get("event")
         if event == "train":
-            subs = row.values.get("subnetwork_losses") or []
-            if not isinstance(subs, list) or not all(_is_number(x) for x in subs):
-                raise FlextronError(f"{row.where}: 'subnetwork_losses' must be a list of numbers")
-            train[row.whole("step")] = (row.whole("step"), row.number("loss"), [float(x) for x in subs])
+            train[row.whole("step")] = row
         elif event == "validation":
             validation[row.whole("step")] = (row.whole("step"), row.numbers("losses"))
-    logged = [validation[step][1]["full"] for step in sorted(validation) if "full" in validation[step][1]]
-    ends = [_validation_end(metrics, end, logged) for end in ("first", "last")]
+    rows = [train[step] for step in sorted(train)]
+    logged = [validation[step] for step in sorted(validation)]
     return Training(
         label,
         kind,
@@ -289,23 +284,29 @@ def _training(label: str, kind: str, metrics: Reader, log: Path) -> Training:
         metrics.whole("tokens"),
         metrics.number("seconds"),
         metrics.number("tokens_per_second"),
-        [train[step] for step in sorted(train)],
-        [validation[step] for step in sorted(validation)],
-        ends[0],
-        ends[1],
-        _settings(metrics),
+        [_train_row(row) for row in rows],
+        logged,
+        _validation_end(metrics, "first", logged),
+        _validation_end(metrics, "last", logged[::-1]),
+        read_settings(metrics),
+        read_routing(metrics, rows) if kind in ROUTING_STAGES else None,
     )
 
 
-def _validation_end(metrics: Reader, end: str, logged: list[float]) -> float | None:
-    """The full model's `first` or `last` validation loss: from metrics.json, else from the log."""
+def _train_row(row: Reader) -> tuple[int, float, list[float]]:
+    losses = row.number_list("subnetwork_losses") if row.has("subnetwork_losses") else []
+    return row.whole("step"), row.number("loss"), losses
+
+
+def _validation_end(metrics: Reader, end: str, logged: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The `first` or `last` validation loss of each network: from metrics.json, else from the log, which begins at that end."""
     given = metrics.values.get("validation")
     row = given.get(end) if isinstance(given, Mapping) else None
     losses = row.get("losses", row) if isinstance(row, Mapping) else None
-    value = losses.get("full") if isinstance(losses, Mapping) else None
-    if _is_number(value):
-        return float(value)
-    return logged[0 if end == "first" else -1] if logged else None
+    found = {name: float(value) for name, value in losses.items() if is_number(value)} if isinstance(losses, Mapping) else {}
+    for _, values in logged:
+        found = {**values, **found}
+    return found
 
 
 def _ablation(label: str, metrics: Reader) -> Ablation:
@@ -317,30 +318,22 @@ def _ablation(label: str, metrics: Reader) -> Ablation:
 
 
 def _series(label: str, metrics: Reader) -> Series:
-    given = metrics.inner("model")
-    try:
-        model = ModelConfig.from_dict(given.values)
-    except FlextronError as error:
-        raise FlextronError(f"{given.where}: {error}") from None
-    networks = []
+    model, networks = read_model(metrics), []
     for row in metrics.rows("networks"):
-        subnetwork = SubNetwork.from_dict(row.inner("subnetwork").values, f"{row.where}: subnetwork")
-        if len(subnetwork.layers) != model.num_layers:
-            raise FlextronError(f"{row.where}: {len(subnetwork.layers)} layers, but the model has {model.num_layers}")
+        subnetwork = read_subnetwork(row, model)
         sizes = [row.whole(k) for k in ("parameters", "non_embedding_parameters", "weight_bytes", "kv_cache_bytes")]
         mean = row.inner("mean")
         losses = row.numbers("loss"), row.numbers("perplexity"), mean.number("loss"), mean.number("perplexity")
         networks.append(Network(row.text("name"), subnetwork, *sizes, *losses))
     if not networks:
         raise FlextronError(f"{metrics.where}: 'networks' is empty")
-    return Series(label, model, sorted(networks, key=lambda net: -net.parameters), _settings(metrics))
+    return Series(label, model, sorted(networks, key=lambda net: -net.parameters), read_settings(metrics))
 
 
 def _export(label: str, metrics: Reader, run: Path) -> Export:
     path = Path(metrics.text("path"))
     if path.is_absolute() and path.is_relative_to(run.resolve()):
         path = path.relative_to(run.resolve())
-    difference = metrics.values.get("max_logit_difference")
     return Export(
         label,
         metrics.text("format"),
@@ -348,47 +341,9 @@ def _export(label: str, metrics: Reader, run: Path) -> Export:
         metrics.whole("parameters"),
         metrics.whole("bytes"),
         str(path),
-        None if difference is None else metrics.number("max_logit_difference"),
+        metrics.maybe("max_logit_difference"),
     )
-
-
-def _settings(metrics: Reader) -> Settings:
-    model, space = (None if metrics.values.get(key) is None else dict(metrics.inner(key).values) for key in ("model", "space"))
-    return Settings(model, space)
 
 
 def _says_before(label: str) -> bool:
     return any(word in label.lower() for word in BEFORE_WORDS)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise FlextronError(f"{path}: not readable: {error}") from None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FlextronError(f"{path}: not valid JSON: {error}") from None
-
-
-def _read_lines(path: Path) -> Iterator[Reader]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                values = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise FlextronError(f"{path}: line {number} is not valid JSON: {error}") from None
-            yield Reader(values, f"{path}: line {number}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _kind(value: Any) -> str:
-    shown = json.dumps(value)
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."

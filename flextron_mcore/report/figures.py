@@ -1,109 +1,36 @@
-"""The report's figures, each as two PNGs: one on white (also written as a file) and one on transparent for dark pages.
-
-Drawn with matplotlib's Agg canvas and no pyplot, so no global state; equal input gives equal bytes. Losses are in nats per token.
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; lines also differ in marker or dash.
-"""
+"""The figures about data, training and evaluated networks. Losses are in nats per token."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
 
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.report.collect import AblationRow, Network, Series, Training
+from flextron_mcore.report.drawing import (
+    MARKERS,
+    SIZE,
+    Picture,
+    Theme,
+    moving_average,
+    percent_label,
+    picture,
+    ramp,
+    short,
+    stem,
+    tidy,
+)
 from flextron_mcore.space import SubNetwork
 
 Point = tuple[float, float]
-DPI = 200
-SIZE = (5.0, 3.6)  # inches; small enough that 9.5 pt text is readable when the image is as wide as a phone
 MOST_LABELS = 12  # lines named in one legend
 MOST_ROWS = 12  # networks in the picture of widths
 MOST_NUMBERS = 12  # layers up to which that picture has a number in every cell; above, a colour scale
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours for one background. `gap` parts cells; `shades` runs from the smallest share to the largest."""
-
-    background: str
-    ink: str
-    muted: str
-    grid: str
-    after: str
-    before: str
-    gap: str
-    others: tuple[str, ...]
-    shades: tuple[str, ...]
-    lines: tuple[str, ...]
-
-
-LIGHT = Theme(
-    background="#ffffff",
-    ink="#1d2430",
-    muted="#667080",
-    grid="#e3e6eb",
-    after="#0072b2",
-    before="#d55e00",
-    gap="#ffffff",
-    others=("#009e73", "#cc79a7", "#e69f00"),
-    shades=("#f4f7fb", "#9cc4e4", "#0072b2", "#063a63"),
-    lines=("#440154", "#31688e", "#2a9d7c", "#c9a800"),
-)
-DARK = Theme(
-    background="none",
-    ink="#e4e8ee",
-    muted="#9aa4b2",
-    grid="#333a45",
-    after="#56b4e9",
-    before="#f0883e",
-    gap="#1a1f27",
-    others=("#2fc79a", "#e29cc4", "#f0b93a"),
-    shades=("#20262f", "#1f4e79", "#2f86c5", "#9ad4ff"),
-    lines=("#b79cf0", "#56a8e0", "#45c9a0", "#f3dc5c"),
-)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A finished figure. `name` is the file stem, `light` and `dark` are PNG bytes, `alt` describes it in words."""
-
-    name: str
-    alt: str
-    caption: str
-    light: bytes
-    dark: bytes
-
-
-def short(text: str, most: int = 26) -> str:
-    """`text`, cut in the middle to `most` characters for a legend or label."""
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"
-
-
-def percent_label(net: SubNetwork, model: ModelConfig) -> str | None:
-    """`50/25` for a uniform network with 50% of the heads and 25% of the FFN; None for any other network."""
-    executed = [layer for layer in net.layers if layer.executed]
-    if not net.is_uniform or len(executed) < model.num_layers or net.hidden_size != model.hidden_size:
-        return None
-    heads, ffn = executed[0].num_attention_heads / model.num_attention_heads, executed[0].ffn_hidden_size / model.ffn_hidden_size
-    return f"{100 * heads:.0f}/{100 * ffn:.0f}"
-
-
-def moving_average(values: Sequence[float], window: int) -> np.ndarray:
-    """Centred mean over up to `window` values; shorter at both ends, so the curve neither shrinks nor shifts."""
-    half, inside = max(window, 1) // 2, slice(max(window, 1) // 2, max(window, 1) // 2 + len(values))
-    kernel = np.ones(2 * half + 1)
-    return np.convolve(values, kernel)[inside] / np.convolve(np.ones(len(values)), kernel)[inside]
 
 
 def pareto(family: Series, drawn: Sequence[Series], before: Series | None, name: str, caption: str) -> Picture:
@@ -131,7 +58,7 @@ def pareto(family: Series, drawn: Sequence[Series], before: Series | None, name:
         axes.plot([], [], "*", color=theme.muted, markersize=10, linestyle="none", label="full model")
         axes.set(xlabel=f"Parameters ({word}, embeddings included)", ylabel="Mean loss (nats per token)")
         axes.margins(x=0.09, y=0.1)
-        _tidy(axes)
+        tidy(axes)
         if len(drawn) > 1:
             axes.legend(loc="best")
         else:
@@ -145,11 +72,11 @@ def pareto(family: Series, drawn: Sequence[Series], before: Series | None, name:
     words += f"; smallest, {least.name}: {least.mean_loss:.3f} at {least.parameters:,}."
     if before and before in drawn:
         words += f" The series {before.label} shows the same before training."
-    return _picture(name, words, caption, draw)
+    return picture(name, words, caption, draw)
 
 
 def train_curve(training: Training) -> Picture:
-    """Training loss of the full model and, smoothed with their range, of the sampled sub-networks."""
+    """Training loss of the full model and, smoothed with their range, of the step's sub-networks."""
     steps, full = [row[0] for row in training.train], [row[1] for row in training.train]
     subs = [(step, losses) for step, _, losses in training.train if losses]
     window = max(1, len(steps) // 40)
@@ -169,24 +96,25 @@ def train_curve(training: Training) -> Picture:
             style = {"color": theme.ink, "markersize": 4, "linewidth": 1, "label": "full model, validation"}
             axes.plot(*zip(*validated, strict=True), "o--", **style)
         axes.set(xlabel="Step", ylabel="Training loss (nats per token)" if subs else "Loss (nats per token)")
-        _tidy(axes)
+        tidy(axes)
         axes.legend(loc="upper right")
 
     smooth = f"smoothed over {window} logged steps" if window > 1 else "not smoothed"
     words = f"Training loss over {steps[-1]:,} steps; full model from {full[0]:.3f} to {full[-1]:.3f} nats per token."
-    text = f"Training loss of the full model{' and of the sampled sub-networks' if subs else ''}, {smooth}."
-    return _picture(f"{_stem(training.label)}_training", words, text, draw)
+    text = f"Training loss of the full model{' and of the step’s sub-networks' if subs else ''}, {smooth}."
+    return picture(f"{stem(training.label)}_training", words, text, draw)
 
 
 def validation_curves(training: Training) -> list[Picture]:
-    """Validation loss while training: uniform networks (the paper's fig. 10), random ones (fig. 11), and any others."""
+    """Validation loss while training: uniform networks (the paper's fig. 10), random ones (fig. 11), routed ones, any others."""
     names = list(dict.fromkeys(name for _, losses in training.validation for name in losses if name != "full"))
-    groups: dict[str, list[str]] = {"uniform": [], "random": [], "other": []}
+    groups: dict[str, list[str]] = {"uniform": [], "random": [], "router": [], "other": []}
     for name in names:
-        groups[next((g for g in ("uniform", "random") if name.startswith(g)), "other")].append(name)
+        groups[next((g for g in ("uniform", "random", "router") if name.startswith(g)), "other")].append(name)
     texts = {
         "uniform": "Validation loss of uniform sub-networks (the same widths in every layer; as the paper’s figure 10).",
         "random": "Validation loss of random sub-networks (as the paper’s figure 11).",
+        "router": f"{training.label}: validation loss of what the routers choose, by share of the full model’s cost.",
         "other": "Validation loss of the other sub-networks.",
     }
     return [_validation(training, group, members, texts[group]) for group, members in groups.items() if members]
@@ -195,27 +123,26 @@ def validation_curves(training: Training) -> list[Picture]:
 def _validation(training: Training, group: str, names: list[str], caption: str) -> Picture:
     curves = {name: [(step, losses[name]) for step, losses in training.validation if name in losses] for name in ["full", *names]}
     ordered = sorted(names, key=lambda name: -curves[name][-1][1])
-    markers = "osD^vPX<>"
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        colours = LinearSegmentedColormap.from_list("lines", theme.lines)(np.linspace(1, 0, max(len(ordered), 2)))
+        colours = ramp(theme, len(ordered))
         for i, name in enumerate(ordered):
             label = short(name.removeprefix("uniform ")) if i < MOST_LABELS else None
-            marker = markers[i % len(markers)]
+            marker = MARKERS[i % len(MARKERS)]
             axes.plot(*zip(*curves[name], strict=True), marker=marker, markersize=3, linewidth=1.3, color=colours[i], label=label)
         if len(ordered) > MOST_LABELS:
             axes.plot([], [], color="none", label=f"and {len(ordered) - MOST_LABELS} more")
         if curves["full"]:
             axes.plot(*zip(*curves["full"], strict=True), color=theme.ink, linewidth=2.2, label="full model", zorder=4)
         axes.set(xlabel="Step", ylabel="Validation loss (nats per token)")
-        _tidy(axes)
+        tidy(axes)
         figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
 
     rows = (min(len(names), MOST_LABELS + 1) + 2) // 2
     ends = ", ".join(f"{name} {curves[name][0][1]:.3f} to {curves[name][-1][1]:.3f}" for name in curves if curves[name])
     words = f"Validation loss in nats per token, first to last: {ends}."
-    return _picture(f"{_stem(training.label)}_validation_{group}", words, caption, draw, (SIZE[0], SIZE[1] + 0.17 * rows))
+    return picture(f"{stem(training.label)}_validation_{group}", words, caption, draw, (SIZE[0], SIZE[1] + 0.17 * rows))
 
 
 def ablation_bars(rows: Sequence[AblationRow], name: str) -> Picture:
@@ -240,23 +167,28 @@ def ablation_bars(rows: Sequence[AblationRow], name: str) -> Picture:
         axes.set_xticks(range(len(setups)), [short(s) for s in setups])
         axes.set_ylabel("Loss (nats per token)")
         axes.margins(x=0.08, y=0.12)
-        _tidy(axes, x_numbers=False)
+        tidy(axes, x_numbers=False)
         figure.legend(loc="outside lower center", ncols=2 if many else 3)
 
     words = "Bar chart of loss in nats per token: " + "; ".join(f"{r.setup}, {kind(r)}: {r.loss:.3f}" for r in cut)
     words += f"; full model: {base.loss:.3f}." if base else "."
-    return _picture(name, words, "Loss when half of one operator is cut, before any training. Lower is better.", draw)
+    return picture(name, words, "Loss when half of one operator is cut, before any training. Lower is better.", draw)
 
 
 def layer_widths(series: Series) -> Picture | None:
     """Heads and FFN width of every layer of the networks that are not uniform (as the paper's fig. 7); None if all are."""
-    model, layers = series.model, series.model.num_layers
     nets = [net for net in series.networks if not net.subnetwork.is_uniform or not all(a.executed for a in net.subnetwork.layers)]
     if not nets:
         return None
-    shown, left_out, numbered = nets[:MOST_ROWS], len(nets) - MOST_ROWS, layers <= MOST_NUMBERS
+    return layer_grid([(net.name, net.subnetwork) for net in nets], series.model, "layer_widths")
+
+
+def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, name: str, before: str = "") -> Picture:
+    """Heads and FFN width of every layer, a row for each named network, largest first; the caption begins with `before`."""
+    rows, left_out = networks[:MOST_ROWS], len(networks) - MOST_ROWS
+    names, layers, numbered = [name for name, _ in rows], model.num_layers, model.num_layers <= MOST_NUMBERS
     widths = lambda layer: (layer.num_attention_heads, layer.ffn_hidden_size) if layer.executed else (0, 0)  # noqa: E731
-    shares = np.array([[widths(layer) for layer in net.subnetwork.layers] for net in shown])
+    shares = np.array([[widths(layer) for layer in net.layers] for _, net in rows])
     shares = shares / (model.num_attention_heads, model.ffn_hidden_size)
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -271,9 +203,9 @@ def layer_widths(series: Series) -> Picture | None:
                     style = {"ha": "center", "va": "center", "fontsize": 8, "color": "#10151d" if bright else "#ffffff"}
                     axes.text(x, y, f"{100 * value:.0f}" if value else "–", **style)
             axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
-            axes.set_yticks(range(len(shown)), [short(net.name, 18) for net in shown])
+            axes.set_yticks(range(len(names)), [short(row, 18) for row in names])
             axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
-            axes.set_yticks(np.arange(len(shown) + 1) - 0.5, minor=True)
+            axes.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
             axes.grid(which="minor", color=theme.gap, linewidth=1.5 if numbered else 0.7)
             axes.tick_params(which="both", length=0)
             axes.spines[:].set_visible(False)
@@ -285,12 +217,13 @@ def layer_widths(series: Series) -> Picture | None:
             bar.ax.set_yticklabels(["0%", "25%", "50%", "75%", "100%"])
             bar.outline.set_visible(False)
 
-    rows = [", ".join(f"{100 * heads:.0f}/{100 * ffn:.0f}" for heads, ffn in row) for row in shares]
+    kept = [", ".join(f"{100 * heads:.0f}/{100 * ffn:.0f}" for heads, ffn in row) for row in shares]
     words = "Percent of heads / percent of FFN neurons that each layer keeps. "
-    words += "; ".join(f"{net.name}: {row}" for net, row in zip(shown, rows, strict=True)) + "."
-    caption = "Percent of its heads and FFN neurons that each layer keeps (as the paper’s figure 7); – is a skipped layer."
+    words += "; ".join(f"{row}: {shares}" for row, shares in zip(names, kept, strict=True)) + "."
+    caption = f"{before}Percent of its heads and FFN neurons that each layer keeps (as the paper’s figure 7)"
+    caption += "; – is a skipped layer."
     caption += f" The {MOST_ROWS} largest are shown; {left_out} more are in the table." if left_out > 0 else ""
-    return _picture("layer_widths", words, caption, draw, (SIZE[0], 1.3 + 2 * 0.26 * max(len(shown), 2)))
+    return picture(name, words, caption, draw, (SIZE[0], 1.3 + 2 * 0.26 * max(len(names), 2)))
 
 
 def _front(networks: Sequence[Network]) -> list[Network]:
@@ -350,46 +283,3 @@ def _label_points(
                 taken.append(box)
                 break
             label.remove()
-
-
-def _stem(label: str) -> str:
-    """`label` as a safe part of a file name."""
-    return "".join(c if c.isalnum() and c.isascii() or c in "-_" else "_" for c in label) or "run"
-
-
-def _tidy(axes: Axes, x_numbers: bool = True) -> None:
-    axes.grid(axis="y" if not x_numbers else "both")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if x_numbers:
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=axes.get_xlabel() == "Step"))
-
-
-def _picture(
-    name: str, alt: str, caption: str, draw: Callable[[Figure, Theme], None], size: tuple[float, float] = SIZE
-) -> Picture:
-    return Picture(name, alt, caption, _render(draw, size, LIGHT), _render(draw, size, DARK))
-
-
-def _render(draw: Callable[[Figure, Theme], None], size: tuple[float, float], theme: Theme) -> bytes:
-    """PNG bytes. Ignores the user's matplotlibrc, and takes text from the inputs literally (`$` is not mathematics)."""
-    style: dict[str, object] = {
-        "font.family": "DejaVu Sans",
-        "font.size": 9.5,
-        "text.parse_math": False,
-        "grid.color": theme.grid,
-    }
-    style |= {"legend.frameon": False, "legend.fontsize": 9}
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), theme.ink)
-    style |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), theme.muted)
-    style |= dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), theme.background)
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(style)
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure, theme)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-        return buffer.getvalue()

@@ -7,7 +7,6 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import pytest
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.report import build_report, figures
-from flextron_mcore.report.page import big, duration, loss, memory, perplexity, small, spread
+from flextron_mcore.report import build_report
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters, kv_cache_bytes, weight_bytes
+from tests.report import synthetic
+from tests.report.synthetic import write
 
 MODEL = ModelConfig(8, 256, 8, 8192, 512, ffn_hidden_size=1024)
 SPACE = ElasticSpace.build(MODEL, granularity=2)
@@ -104,13 +104,6 @@ def ablation() -> dict[str, Any]:
     return {"stage": "importance", "samples": 512, "score": "activation", "ablation": rows}
 
 
-def write(directory: Path, metrics: dict[str, Any], log: list[dict[str, Any]] | None = None) -> None:
-    directory.mkdir(parents=True)
-    (directory / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    if log is not None:
-        (directory / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
-
-
 def make_run(run: Path) -> Path:
     """A run with every stage, and one of a command that the report does not know."""
     sizes = {
@@ -166,20 +159,6 @@ class Page(HTMLParser):
 
     def sections(self) -> list[str | None]:
         return [attrs.get("id") for tag, attrs in self.tags if tag == "section"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def coarse() -> Iterator[None]:
-    """Small pictures: the tests do not look at pixels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "DPI", 40)
-        yield
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No drawing, which takes most of the time, in tests that are not about pictures."""
-    monkeypatch.setattr(figures, "_render", lambda draw, size, theme: theme.ink.encode())
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +295,43 @@ def test_diverged_networks_are_shown_and_json_stays_strict(tmp_path):
     assert [row["mean"]["loss"] for row in found["family"]].count(None) == 1
 
 
+def test_what_routers_reach_joins_the_summary_and_its_parts_the_page(tmp_path, undrawn):
+    run = make_run(tmp_path / "run")
+    for name, made in (("router", synthetic.routing()), ("joint", synthetic.routing("joint", False))):
+        write(run / name, *made)
+    write(run / "sensitivity", synthetic.sensitivity())
+    write(run / "compare", synthetic.compare())
+    page = Page(build_report(run, tmp_path / "out")["index"].read_text(encoding="utf-8"))
+    results = ["family", "pareto", "widths", "compare", "scaling", "random", "equal", "sensitivity", "budgets", "routers"]
+    assert page.sections() == [*results, "training", "sorting", "data", "exports"]
+    assert "The smallest of its 12 sub-networks" in page.text and "Asked for 60% of the full model’s latency" in page.text
+    heads = [row[0] for row in page.rows]
+    assert heads.count("joint") == 2 and heads.count("elastic") == 2  # in the table of their section, and among the stages
+
+
+@pytest.mark.parametrize(
+    ("stage", "made", "expected", "summary"),
+    [
+        (
+            "router",
+            synthetic.routing(),
+            ["budgets", "routers"],
+            "Router training took 300 steps, 2.46 million tokens and 1 min 1 s.",
+        ),
+        ("joint", synthetic.routing("joint", False), ["budgets", "routers"], "model’s validation loss went from 2.999 to 2.905"),
+        ("compare", (synthetic.compare(),), ["compare", "scaling", "random", "equal"], "Asked for 60% of"),
+        ("sensitivity", (synthetic.sensitivity(),), ["sensitivity"], "this run holds the output of: sensitivity."),
+    ],
+)
+def test_a_run_of_one_stage_about_routers(tmp_path, undrawn, stage, made, expected, summary):
+    write(tmp_path / "run" / stage, *made)
+    result = build_report(tmp_path / "run", tmp_path / "out")
+    page = Page(result["index"].read_text(encoding="utf-8"))
+    assert page.sections() == expected and result["family"] == 0
+    assert summary in page.text
+    assert ["granularity", "2"] in page.rows
+
+
 def test_equal_input_gives_equal_bytes(tmp_path):
     made = []
     for place in ("one", "two"):
@@ -323,9 +339,12 @@ def test_equal_input_gives_equal_bytes(tmp_path):
         write(run / "importance", ablation())
         values = evaluation(trained=True)
         write(run / "evaluate", {**values, "networks": values["networks"][:8]})
+        write(run / "router", *synthetic.routing())
+        write(run / "sensitivity", synthetic.sensitivity())
+        write(run / "compare", synthetic.compare())
         build_report(run, out)
         made.append({path.name: path.read_bytes() for path in out.iterdir()})
-    assert len(made[0]) == 4 and made[0] == made[1]
+    assert len(made[0]) == 11 and made[0] == made[1]
 
 
 def test_bad_input_writes_nothing(tmp_path):
@@ -336,20 +355,3 @@ def test_bad_input_writes_nothing(tmp_path):
         build_report(run, tmp_path / "out")
     assert str(run / "evaluate" / "metrics.json") in str(caught.value) and "\n" not in str(caught.value)
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_number_formats():
-    assert [loss(None), loss(2.34567), loss(math.inf)] == ["–", "2.346", "∞"]
-    assert [perplexity(9.876), perplexity(12345.6)] == ["9.88", "12,346"]
-    assert memory([512, 3 * 2**20]) == ("MiB", ["0.00", "3.00"])
-    assert memory([150 * 2**30, 2**30]) == ("GiB", ["150.0", "1.0"])
-    assert [duration(s) for s in (1.26, 35.2, 59.7, 725, 3600 * 1234 + 61)] == [
-        "1.3 s",
-        "35 s",
-        "1 min 0 s",
-        "12 min 5 s",
-        "1,234 h 1 min",
-    ]
-    assert [spread([4, 4]), spread([2, 3, 8]), spread([256, 1024]), spread([])] == ["4", "4.3 (2–8)", "640 (256–1,024)", "–"]
-    assert [big(999), big(1500), big(89_900_000_000)] == ["999", "1.5 thousand", "89.9 billion"]
-    assert [small(0.0), small(3.14e-6), small(0.25)] == ["0", "3.1e−6", "2.5e−1"]

@@ -1,0 +1,159 @@
+"""How every figure of the report is drawn: themes, style, and a figure as two PNGs, one on white (also written as a file) and one
+on transparent for dark pages.
+
+Drawn with matplotlib's Agg canvas and no pyplot, so no global state; equal input gives equal bytes. Colours are Okabe and Ito's,
+which colour-blind readers can tell apart; lines also differ in marker or dash.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from flextron_mcore.config import ModelConfig
+from flextron_mcore.space import SubNetwork
+
+DPI = 200
+SIZE = (5.0, 3.6)  # inches; small enough that 9.5 pt text is readable when the image is as wide as a phone
+MARKERS = "osD^vPX<>"
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours for one background. `gap` parts cells; `shades` runs from the smallest share to the largest."""
+
+    background: str
+    ink: str
+    muted: str
+    grid: str
+    after: str
+    before: str
+    gap: str
+    others: tuple[str, ...]
+    shades: tuple[str, ...]
+    lines: tuple[str, ...]
+
+
+LIGHT = Theme(
+    background="#ffffff",
+    ink="#1d2430",
+    muted="#667080",
+    grid="#e3e6eb",
+    after="#0072b2",
+    before="#d55e00",
+    gap="#ffffff",
+    others=("#009e73", "#cc79a7", "#e69f00"),
+    shades=("#f4f7fb", "#9cc4e4", "#0072b2", "#063a63"),
+    lines=("#440154", "#31688e", "#2a9d7c", "#c9a800"),
+)
+DARK = Theme(
+    background="none",
+    ink="#e4e8ee",
+    muted="#9aa4b2",
+    grid="#333a45",
+    after="#56b4e9",
+    before="#f0883e",
+    gap="#1a1f27",
+    others=("#2fc79a", "#e29cc4", "#f0b93a"),
+    shades=("#20262f", "#1f4e79", "#2f86c5", "#9ad4ff"),
+    lines=("#b79cf0", "#56a8e0", "#45c9a0", "#f3dc5c"),
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished figure. `name` is the file stem, `light` and `dark` are PNG bytes, `alt` describes it in words."""
+
+    name: str
+    alt: str
+    caption: str
+    light: bytes
+    dark: bytes
+
+
+def short(text: str, most: int = 26) -> str:
+    """`text`, cut in the middle to `most` characters for a legend or label."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"
+
+
+def percent_label(net: SubNetwork, model: ModelConfig) -> str | None:
+    """`50/25` for a uniform network with 50% of the heads and 25% of the FFN; None for any other network."""
+    executed = [layer for layer in net.layers if layer.executed]
+    if not net.is_uniform or len(executed) < model.num_layers or net.hidden_size != model.hidden_size:
+        return None
+    heads, ffn = executed[0].num_attention_heads / model.num_attention_heads, executed[0].ffn_hidden_size / model.ffn_hidden_size
+    return f"{100 * heads:.0f}/{100 * ffn:.0f}"
+
+
+def ramp(theme: Theme, count: int) -> np.ndarray:
+    """`count` colours (RGBA rows), from the last of `theme.lines` to the first, for lines that have an order."""
+    return LinearSegmentedColormap.from_list("lines", theme.lines)(np.linspace(1, 0, max(count, 2)))
+
+
+def moving_average(values: Sequence[float], window: int) -> np.ndarray:
+    """Centred mean over up to `window` values; shorter at both ends, so the curve neither shrinks nor shifts."""
+    half, inside = max(window, 1) // 2, slice(max(window, 1) // 2, max(window, 1) // 2 + len(values))
+    kernel = np.ones(2 * half + 1)
+    return np.convolve(values, kernel)[inside] / np.convolve(np.ones(len(values)), kernel)[inside]
+
+
+def stem(label: str) -> str:
+    """`label` as a safe part of a file name."""
+    return "".join(c if c.isalnum() and c.isascii() or c in "-_" else "_" for c in label) or "run"
+
+
+def tidy(axes: Axes, x_numbers: bool = True) -> None:
+    axes.grid(axis="y" if not x_numbers else "both")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if x_numbers:
+        axes.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 2.5, 5, 10), integer=axes.get_xlabel() in ("Step", "Layer")))
+
+
+def log_scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic y axis for positive `values`, with plain numbers: 1, 2, 5 of each power of ten, of many powers only 1."""
+    axes.set_yscale("log")
+    few = max(values) < 100 * min(values)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def picture(
+    name: str, alt: str, caption: str, draw: Callable[[Figure, Theme], None], size: tuple[float, float] = SIZE
+) -> Picture:
+    return Picture(name, alt, caption, _render(draw, size, LIGHT), _render(draw, size, DARK))
+
+
+def _render(draw: Callable[[Figure, Theme], None], size: tuple[float, float], theme: Theme) -> bytes:
+    """PNG bytes. Ignores the user's matplotlibrc, and takes text from the inputs literally (`$` is not mathematics)."""
+    style: dict[str, object] = {
+        "font.family": "DejaVu Sans",
+        "font.size": 9.5,
+        "text.parse_math": False,
+        "grid.color": theme.grid,
+    }
+    style |= {"legend.frameon": False, "legend.fontsize": 9}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), theme.ink)
+    style |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), theme.muted)
+    style |= dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), theme.background)
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style)
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure, theme)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        return buffer.getvalue()

@@ -1,0 +1,125 @@
+"""What the page is made of: tables, key figures, sections; and numbers as text. Losses are in nats per token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flextron_mcore.report.drawing import Picture
+
+UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+MINUS = "−"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text. The first `left` columns are aligned left, the others right; `strong` is the row to stress."""
+
+    head: list[str]
+    rows: list[list[str]]
+    left: int = 1
+    strong: int | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """One key figure."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: heading, one line of explanation, tables and pictures."""
+
+    key: str
+    title: str
+    note: str
+    tables: list[Table]
+    pictures: list[Picture]
+    beside: bool = False  # table and picture next to each other where there is room
+
+
+def loss(value: float | None) -> str:
+    """Three decimals; – where there is none."""
+    return "–" if value is None else f"{value:,.3f}" if math.isfinite(value) else _odd(value)
+
+
+def perplexity(value: float) -> str:
+    """Two decimals below 1,000, none above."""
+    return _odd(value) if not math.isfinite(value) else f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """A share as percent with one decimal."""
+    return f"{100 * share:.1f}%"
+
+
+def small(value: float) -> str:
+    """A small difference: two digits, 3.1 × 10^-6 written 3.1e-06."""
+    return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+").replace("e-", f"e{MINUS}")
+
+
+def big(count: int) -> str:
+    """A count in three digits with thousand, million or billion."""
+    for size, word in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
+        if count >= size:
+            return f"{count / size:.3g} {word}"
+    return f"{count:,}"
+
+
+def memory(sizes: Sequence[int]) -> tuple[str, list[str]]:
+    """The unit that suits the largest of `sizes` (bytes), and each size in that unit."""
+    power = 0
+    while power + 1 < len(UNITS) and max(sizes, default=0) >= 1024 ** (power + 1):
+        power += 1
+    digits = 0 if power == 0 else 1 if max(sizes) >= 100 * 1024**power else 2
+    return UNITS[power], [f"{size / 1024**power:,.{digits}f}" for size in sizes]
+
+
+def cost_unit(cost: str, largest: float) -> tuple[str, float]:
+    """How to show a cost (a key of OWN_UNITS): its name with the unit that suits `largest`, and how many own units that is."""
+    if cost == "parameters":
+        return ("Parameters (billions)", 1e9) if largest >= 1e9 else ("Parameters (millions)", 1e6)
+    if cost == "memory":
+        power = max(p for p in range(len(UNITS)) if p == 0 or largest >= 1024**p)
+        return f"Memory ({UNITS[power]})", 1024.0**power
+    return "Latency (ms)", 1.0
+
+
+def significant(value: float) -> str:
+    """Four significant digits; very large and small numbers with a power of ten: 1.234e6."""
+    if not math.isfinite(value):
+        return _odd(value)
+    mantissa, _, power = f"{value:.4g}".replace("-", MINUS).partition("e")
+    return f"{mantissa}e{power.lstrip('+').replace(f'{MINUS}0', MINUS).removeprefix('0')}" if power else mantissa
+
+
+def signed(value: float) -> str:
+    """A difference of losses: +0.123, −0.123."""
+    return f"{'+' if value > 0 else ''}{loss(value)}".replace("-", MINUS)
+
+
+def duration(seconds: float) -> str:
+    """35 s, 12 min 5 s, 3 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
+
+
+def spread(widths: Sequence[int]) -> str:
+    """One number if all are equal, else their mean and range; – for none."""
+    if not widths:
+        return "–"
+    low, high = min(widths), max(widths)
+    mean = sum(widths) / len(widths)
+    return f"{low:,}" if low == high else f"{mean:,.{0 if high >= 100 else 1}f} ({low:,}–{high:,})"
+
+
+def _odd(value: float) -> str:
+    return "NaN" if math.isnan(value) else "∞" if value > 0 else f"{MINUS}∞"

@@ -1,0 +1,71 @@
+"""Adaptive routers in the report: what is read, the section's tables, and what the pictures say."""
+
+from __future__ import annotations
+
+import pytest
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.report.collect import Training, collect
+from flextron_mcore.report.sections_routing import routing_sections
+from tests.report import synthetic
+
+
+def made(policies=("full", "own")) -> tuple[dict, list[dict]]:
+    metrics, log = synthetic.routing(steps=6)
+    del metrics["budgets"]
+    budgets = []
+    for target in (0.9, 0.7):
+        mixes = {}
+        for i, policy in enumerate(policies):
+            losses = {"easy": 2.0 + (1 - target) + 0.1 * i, "hard": 4.0 + 2 * (1 - target) + 0.1 * i}
+            levels = {domain: [[0.5, 0.25, 0.25]] * 16 for domain in losses}
+            shares = {"easy": target - 0.1, "hard": target + 0.1}
+            mean = sum(losses.values()) / 2
+            mixes[policy] = {"loss": losses, "mean_loss": mean, "shares": shares, "share": target, "levels": levels}
+        static = {"mean_loss": 3.5, "share": target - 0.01}
+        budgets.append({"target": target, "static": static, "adaptive": mixes})
+    metrics["routers"] = {"kind": "adaptive", "costs": ["latency"], "kv_policy": policies[0]}
+    metrics["adaptive_budgets"], metrics["full_loss"] = budgets, {"easy": 2.0, "hard": 4.0}
+    metrics["token_costs"] = [{"domain": "easy", "budget": 0.9, "texts": ["def", " $f$", "\n"], "shares": [0.9, 0.8, 0.6]}]
+    return metrics, log
+
+
+def read(run, metrics, log) -> Training:
+    synthetic.write(run / "adaptive", metrics, log)
+    return collect(run).training[0]
+
+
+def test_what_is_read(tmp_path):
+    routing = read(tmp_path, *made()).routing
+    assert routing.signal == "straight-through, a token" and not routing.budgets
+    assert [budget.target for budget in routing.adaptive.budgets] == [0.7, 0.9]
+    assert routing.adaptive.budgets[0].adaptive["own"].loss["hard"] == pytest.approx(4.7)
+    assert routing.adaptive.tokens[0].texts[1] == " $f$"
+
+
+@pytest.mark.parametrize("policies", [("full", "own"), ("own",), ("full",)])
+def test_the_section(tmp_path, policies):
+    synthetic.write(tmp_path / "static", *synthetic.routing())
+    read(tmp_path, *made(policies))
+    parts = {part.key: part for part in routing_sections(collect(tmp_path).routed())}
+    part = parts["adaptive_adaptive"]
+    head = ["Budget", "Static", "Share", *(text for policy in policies for text in (f"Adaptive, kv {policy}", "Share"))]
+    assert part.tables[0].head == head
+    assert part.tables[0].rows[0][:4] == ["70.0%", "3.500", "69.0%", "3.450"]
+    assert part.tables[1].rows[1] == ["90.0%", "2.100 at 80.0%", "4.200 at 100.0%"]
+    names = ["adaptive_pareto", "adaptive_domains", "adaptive_allocation", "adaptive_tokens_easy"]
+    assert [picture.name for picture in part.pictures] == names
+    pareto, domains, allocation, heat = part.pictures
+    assert "static 3.500 at 69.0%, 3.500 at 89.0%" in pareto.alt
+    assert "easy 0.300 at 70%, 0.100 at 90%; hard 0.600 at 70%, 0.200 at 90%" in domains.alt
+    assert "easy 0.38, 0.38" in allocation.alt and "90.0%" in allocation.caption
+    assert "60.0% to 90.0%" in heat.alt and "most: 'def'" in heat.alt
+    assert "budgets" in parts and "signals" not in parts  # one static router: nothing to compare it with
+
+
+@pytest.mark.parametrize("lost", ["adaptive_budgets", "full_loss", "token_costs"])
+def test_what_is_missing_is_named(tmp_path, lost):
+    metrics, log = made()
+    del metrics[lost]
+    with pytest.raises(FlextronError, match=lost):
+        read(tmp_path, metrics, log)

@@ -1,10 +1,14 @@
 # Every command a contributor needs. `make` lists them; CONTRIBUTING.md explains them.
 OUT ?= runs/quickstart
 ARGS ?=
+# Two at a time: pytest-xdist keeps a file together, and what starts many processes (tests/conftest.py).
+JOBS ?= -n 2 --no-loadscope-reorder
+IMAGE ?= flextron
+BASE ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-newest lint format bench clean
+.PHONY: help setup quickstart test test-newest test-gpu image lint format bench clean
 
 help: ## list the commands
 	@echo "usage: make COMMAND [ARGS=\"more arguments\"]"
@@ -16,11 +20,17 @@ setup: ## create .venv with this package in it (PYTHON=... picks the interpreter
 quickstart: setup ## the whole chain on this machine, CPU or GPU; results in OUT (default runs/quickstart)
 	.venv/bin/flextron quickstart out=$(OUT) $(ARGS)
 
-test: setup ## all tests, or those named in ARGS
-	$(PY) -m pytest -q $(or $(ARGS),tests)
+test: setup ## all tests, or those named in ARGS, on the CPU
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -q $(JOBS) $(or $(ARGS),tests)
 
 test-newest: ## the same on Python 3.12 or 3.13 with the newest supported Megatron-Core
-	@scripts/test-newest.sh $(ARGS)
+	@scripts/test-newest.sh $(JOBS) $(ARGS)
+
+test-gpu: setup ## the tests of one GPU: the chain in bf16, and the same numbers as on the CPU
+	$(PY) -m pytest -q -rs $(or $(ARGS),tests/gpu)
+
+image: ## the container image IMAGE (default flextron) on BASE, with docker; docs/containers.md for a machine without a registry
+	docker build --tag $(IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) $(ARGS) .
 
 lint: setup ## check style and formatting
 	$(PY) -m ruff check .

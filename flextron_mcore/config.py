@@ -16,6 +16,10 @@ class FlextronError(Exception):
     """Bad input. The message is one line for the user: what is wrong, where, and what to do."""
 
 
+class JobFailed(Exception):
+    """A command that this one started did not succeed. The message is one line for the user: which, and what it said."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: ` (did you mean 'x'?)`, or the empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -127,7 +127,8 @@ def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> lis
         )
     name, scale = UNITS.get(unit, (unit or "latency", None))
     if name not in costs:
-        raise FlextronError(f"budget={text}: is of {name}, which is not known here; known: {', '.join(costs)}")
+        hint = "; give latency=, a table of `flextron latency`" if name == "latency" else ""
+        raise FlextronError(f"budget={text}: is of {name}, which is not known here; known: {', '.join(costs)}{hint}")
     cost = costs[name]
     limit = number * (cost.full if scale is None else scale)
     if not cost.smallest * (1 - 1e-9) <= limit <= cost.full * (1 + 1e-9):

@@ -19,10 +19,13 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.random import HAVE_TE
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flextron_mcore.checkpoint.sharding import check_granularity
+from flextron_mcore.checkpoint.store import CheckpointInfo, load_model
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.layers.dispatch import BlockRouting, Routing
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 from flextron_mcore.specs import elastic_gpt_block_spec
 
@@ -35,10 +38,13 @@ _ACTIVATIONS = {
     "swiglu": F.silu,
     "geglu": F.gelu,
 }
+_BACKENDS = {"local": "local", "transformer_engine": "te"}  # TransformerConfig.transformer_impl -> the spec's backend
 # The dimension of a weight that is split over tensor-parallel ranks.
 _SPLIT = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
 # Options of TransformerConfig that a run's `model` section may set, under Megatron-Core's own names.
+# transformer_impl picks the spec's backend.
 PARALLEL_OPTIONS = (
+    "transformer_impl",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
@@ -65,6 +71,8 @@ def transformer_config(
         raise FlextronError(f"precision {precision!r} is not known: use one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
     values: dict[str, Any] = {k: options[k] for k in PARALLEL_OPTIONS if options and options.get(k) is not None}
+    if values.setdefault("transformer_impl", "local") not in _BACKENDS:
+        raise FlextronError(f"model.transformer_impl={values['transformer_impl']}: use one of {', '.join(_BACKENDS)}")
     if "recompute_modules" in values:
         values["recompute_modules"] = list(values["recompute_modules"])
     values.update(
@@ -115,8 +123,9 @@ def build_model(
     """This rank's part of the elastic GPTModel, freshly initialised, on this rank's device."""
     check_granularity(space.granularity, parallel_state.get_tensor_model_parallel_world_size())
     config = transformer_config(model, options, precision, **overrides)
-    gpt = gpt_model(model, config, elastic_gpt_block_spec(config, space, vp_stage), vp_stage)
-    gpt.decoder.register_forward_hook(_keep_choices)
+    spec = elastic_gpt_block_spec(config, space, vp_stage, _BACKENDS[config.transformer_impl])
+    gpt = gpt_model(model, config, spec, vp_stage)
+    gpt.decoder.register_forward_hook(keep_choices)
     return gpt.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else gpt
 
 
@@ -144,6 +153,10 @@ def check_layout(model: ModelConfig, space: ElasticSpace, options: Mapping[str, 
             f"model.recompute_num_layers={config.recompute_num_layers}: does not divide the "
             f"{' or '.join(map(str, sorted(sizes)))} layers of a stage"
         )
+    if config.transformer_impl == "transformer_engine" and not HAVE_TE:
+        raise FlextronError(
+            "model.transformer_impl=transformer_engine: it cannot be imported here: use local, or NVIDIA's container"
+        )
     if config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules and not HAVE_TE:
         raise FlextronError("model.recompute_modules: layernorm needs Transformer Engine, which is not installed")
 
@@ -158,6 +171,17 @@ def build_chunks(
     # With two pipeline ranks the batched sends of the interleaved schedule cross on gloo.
     overrides = {"overlap_p2p_comm": True, "batch_p2p_comm": False, **overrides}
     return [build_model(model, space, options, precision, stage, **overrides) for stage in range(stages)]
+
+
+def loaded_model(options: Mapping[str, Any], info: CheckpointInfo, precision: str) -> list[torch.nn.Module]:
+    """This rank's part of the checkpoint's model, a chunk for each of its virtual pipeline stages, ready for evaluation.
+
+    options: the `model` section with the layout. No weight wants a gradient.
+    """
+    chunks = build_chunks(info.model, info.space, options, precision, initialize=False)
+    for gpt in chunks:
+        load_model(gpt.requires_grad_(False), info)
+    return [(Float16Module(gpt.config, gpt) if precision == "bf16" else gpt).eval() for gpt in chunks]
 
 
 def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage: int | None = None) -> GPTModel:
@@ -224,9 +248,16 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
     return model
 
 
-def set_subnetwork(model: torch.nn.Module, net: SubNetwork | None) -> None:
-    """Make `model` compute `net` from now on; None for the full model."""
+Network = SubNetwork | Routing | None
+
+
+def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.Tensor] | None = None) -> None:
+    """Make `model` compute `net` from now on; None for the full model, a Routing to choose token by token.
+
+    gates: a scalar for each block (layer l's attention at 2 l, its MLP at 2 l + 1) that its output is multiplied with.
+    """
     gpt = unwrap(model)
+    routing, net = (None, net) if net is None or isinstance(net, SubNetwork) else (net, None)
     if net is not None:
         if len(net.layers) != gpt.config.num_layers:
             raise FlextronError(f"sub-network has {len(net.layers)} layers, the model has {gpt.config.num_layers}")
@@ -237,12 +268,18 @@ def set_subnetwork(model: torch.nn.Module, net: SubNetwork | None) -> None:
         if not all(layer.executed for layer in net.layers):
             raise FlextronError("a sub-network that skips layers: elastic depth is not implemented yet")
     layers = gpt.decoder.layers
-    _set_choices(layers, [None if net is None else net.layers[layer.layer_number - 1] for layer in layers])
+    choices = []
+    for layer in layers:
+        i = layer.layer_number - 1
+        chosen = net and net.layers[i]
+        routed = (routing.block(2 * i), routing.block(2 * i + 1)) if routing else (None, None)
+        choices.append((chosen, *(gates[2 * i : 2 * i + 2] if gates else (None, None)), *routed))
+    _set_choices(layers, choices)
 
 
 @contextlib.contextmanager
-def use_subnetwork(model: torch.nn.Module, net: SubNetwork | None) -> Iterator[None]:
-    """Inside the context `model` computes `net` (None: the full model); the choice before it is restored after."""
+def use_subnetwork(model: torch.nn.Module, net: Network) -> Iterator[None]:
+    """Inside the context `model` computes `net`, as in `set_subnetwork`; the choice before it is restored after."""
     layers = unwrap(model).decoder.layers
     before = _choices(layers)
     set_subnetwork(model, net)
@@ -252,16 +289,24 @@ def use_subnetwork(model: torch.nn.Module, net: SubNetwork | None) -> Iterator[N
         _set_choices(layers, before)
 
 
-def _choices(layers: Sequence[Any]) -> list[LayerChoice | None]:
-    return [layer.mlp.choice for layer in layers]
+_Choice = tuple[LayerChoice | None, torch.Tensor | None, torch.Tensor | None, BlockRouting | None, BlockRouting | None]
 
 
-def _set_choices(layers: Sequence[Any], choices: Sequence[LayerChoice | None]) -> None:
-    for layer, choice in zip(layers, choices, strict=True):
+def _choices(layers: Sequence[Any]) -> list[_Choice]:
+    return [
+        (layer.mlp.choice, *(getattr(block, name) for name in ("gate", "routing") for block in (layer.self_attention, layer.mlp)))
+        for layer in layers
+    ]
+
+
+def _set_choices(layers: Sequence[Any], choices: Sequence[_Choice]) -> None:
+    for layer, (choice, *gates, attention_routing, mlp_routing) in zip(layers, choices, strict=True):
         layer.self_attention.choice = layer.mlp.choice = choice
+        layer.self_attention.gate, layer.mlp.gate = gates
+        layer.self_attention.routing, layer.mlp.routing = attention_routing, mlp_routing
 
 
-def _keep_choices(decoder: torch.nn.Module, args: Any, hidden_states: torch.Tensor) -> None:
+def keep_choices(decoder: torch.nn.Module, args: Any, hidden_states: torch.Tensor) -> None:
     """Forward hook of the layers' block: its backward pass sees the choices of this forward pass.
 
     Activation recomputation runs layers again in the backward pass. By then the choices of another micro-batch are set: with

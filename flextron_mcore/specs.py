@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.random import HAVE_TE
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -11,23 +14,24 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from flextron_mcore.config import FlextronError
+from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.attention import ElasticOutputProjection, ElasticSelfAttention, SDPACoreAttention
 from flextron_mcore.layers.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
 from flextron_mcore.layers.mlp import ElasticMLP
 from flextron_mcore.layers.norm import LayerNorm, RMSNorm
 from flextron_mcore.space import ElasticSpace
 
+BACKENDS = ("local", "te")
+
 
 def elastic_gpt_layer_spec(space: ElasticSpace, normalization: str = "RMSNorm", backend: str = "local") -> ModuleSpec:
     """Spec of one elastic Transformer layer.
 
     normalization: TransformerConfig's name, "RMSNorm" or "LayerNorm". backend: "local", torch's own norms and
-    scaled-dot-product attention. Keys of its checkpoints are those of the stock specs.
+    scaled-dot-product attention, or "te", Transformer Engine's. Keys of its checkpoints are those of the stock specs with both.
+    Raises FlextronError where Transformer Engine cannot be imported.
     """
-    if backend != "local":
-        raise FlextronError(f"backend={backend!r} is not available: use 'local'")
-    norm = norm_class(normalization)
+    norm, core_attention = norm_class(normalization, backend), core_attention_class(backend)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -37,7 +41,7 @@ def elastic_gpt_layer_spec(space: ElasticSpace, normalization: str = "RMSNorm", 
                 params={"attn_mask_type": AttnMaskType.causal, "space": space},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ElasticColumnParallelLinear,
-                    core_attention=SDPACoreAttention,
+                    core_attention=core_attention,
                     linear_proj=ElasticOutputProjection,
                 ),
             ),
@@ -59,14 +63,78 @@ def elastic_gpt_layer_spec(space: ElasticSpace, normalization: str = "RMSNorm", 
 
 
 def elastic_gpt_block_spec(
-    config: TransformerConfig, space: ElasticSpace, vp_stage: int | None = None
+    config: TransformerConfig, space: ElasticSpace, vp_stage: int | None = None, backend: str = "local"
 ) -> TransformerBlockSubmodules:
     """Spec of this pipeline stage's block: elastic layers, and a final norm that knows sequence parallelism."""
-    layer = elastic_gpt_layer_spec(space, config.normalization)
+    layer = elastic_gpt_layer_spec(space, config.normalization, backend)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm_class(config.normalization))
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm_class(config.normalization, backend))
 
 
-def norm_class(normalization: str) -> type:
-    """The local backend's class for TransformerConfig.normalization."""
+def norm_class(normalization: str, backend: str = "local") -> type:
+    """The backend's class for TransformerConfig.normalization."""
+    if _transformer_engine(backend):
+        from flextron_mcore.layers import te
+
+        return te.TERMSNorm if normalization == "RMSNorm" else te.TELayerNorm
     return RMSNorm if normalization == "RMSNorm" else LayerNorm
+
+
+def core_attention_class(backend: str = "local") -> type:
+    """The backend's core attention, for any number of heads."""
+    if _transformer_engine(backend):
+        from flextron_mcore.layers import te
+
+        return te.TECoreAttention
+    return SDPACoreAttention
+
+
+def _transformer_engine(backend: str) -> bool:
+    """Whether `backend` is Transformer Engine's. Raises FlextronError where it is not known or cannot be used."""
+    if backend not in BACKENDS:
+        raise FlextronError(f"backend={backend!r} is not known: use one of {', '.join(BACKENDS)}")
+    if backend == "te" and not HAVE_TE:
+        raise FlextronError("backend='te' needs Transformer Engine, which cannot be imported here: use 'local'")
+    return backend == "te"
+
+
+def default_space(config: Any) -> ElasticSpace:
+    """25, 50, 75 and 100 % of the heads and neurons of a TransformerConfig's model, at the largest granularity that fits."""
+    return ElasticSpace.build(architecture(config))
+
+
+def architecture(config: Any, vocab_size: int = 1, max_position_embeddings: int = 1) -> ModelConfig:
+    """The sizes of a TransformerConfig's layers as a ModelConfig, which is all that a space and its sub-networks depend on."""
+    return ModelConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_position_embeddings,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        activation="swiglu" if config.gated_linear_unit else "gelu",
+    )
+
+
+def elastic_layer_spec(config: Any, vp_stage: int | None = None, space: ElasticSpace | None = None) -> TransformerBlockSubmodules:
+    """The spec of this pipeline stage's elastic layers, for whatever calls a function with its configuration.
+
+    That is Megatron-LM's `--spec flextron_mcore.specs elastic_layer_spec` and `transformer_layer_spec` of Megatron-LM,
+    Megatron-Bridge and NeMo 2. config: a TransformerConfig, or what holds or extends one. space: by default `default_space`.
+    """
+    config = getattr(config, "transformer", config)  # Megatron-LM's GPTModelConfig holds one
+    return elastic_gpt_block_spec(config, space or default_space(config), vp_stage)
+
+
+class ElasticTransformerLayer(TransformerLayer):
+    """A TransformerLayer that finds its elastic submodules in its configuration, over `default_space`."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        spec = elastic_gpt_layer_spec(default_space(config), config.normalization)
+        super().__init__(config, spec.submodules, *args, **kwargs)
+
+
+# The same as an object, for what takes a ModuleSpec and calls no function (`gpt_builder` of Megatron-LM's model_provider).
+elastic_layer = ModuleSpec(module=ElasticTransformerLayer)

@@ -14,6 +14,7 @@ TREE=$PWD/.cache-newest/debian13
 LOG=$PWD/.cache-newest/debootstrap.log
 SUITE=trixie
 if [ $# = 0 ]; then set -- tests; fi
+export CUDA_VISIBLE_DEVICES= # the tests of a GPU are `make test-gpu`
 
 say() { echo "test-newest: $*"; }
 fail() {

@@ -9,6 +9,9 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+
 from flextron_mcore.cli import prepare_environment
 
 prepare_environment()
@@ -17,6 +20,27 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from flextron_mcore.runtime import distributed  # noqa: E402
+
+# Tests that start several processes each, which would only wait for each other if they ran side by side.
+MANY_PROCESSES = ("tests/slurm", "tests/parallel", "tests/examples")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> object:
+    """With `-n` (pytest-xdist), a file's tests stay on one worker, as do all those of MANY_PROCESSES together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "processes" if nodeid.startswith(MANY_PROCESSES) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first: begun last, it would leave one worker alone with it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.nodeid.startswith(MANY_PROCESSES))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def call(*command: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    env.update(OMP_NUM_THREADS="1", SAMPLES="16", PATH=f"{Path(sys.executable).parent}:{env['PATH']}", PYTHONPATH=str(ROOT))
+    env.update(OMP_NUM_THREADS="1", SAMPLES="16", ROUNDS="1", ROUTER_STEPS="4", PYTHONPATH=str(ROOT))
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
 
 

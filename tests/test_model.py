@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.random import HAVE_TE
 
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.model import (
@@ -61,8 +62,19 @@ def test_unwrap_finds_the_model():
 
 
 def test_the_spec_says_which_backends_there_are():
-    with pytest.raises(FlextronError, match="backend='te' is not available: use 'local'"):
-        elastic_gpt_layer_spec(ElasticSpace.build(toy.config()), backend="te")
+    with pytest.raises(FlextronError, match="backend='apex' is not known: use one of local, te"):
+        elastic_gpt_layer_spec(ElasticSpace.build(toy.config()), backend="apex")
+    with pytest.raises(FlextronError, match="model.transformer_impl=apex: use one of local, transformer_engine"):
+        transformer_config(toy.config(), {"transformer_impl": "apex"})
+
+
+@pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed: tests/gpu/test_te.py")
+def test_transformer_engine_is_asked_for_where_it_is_not():
+    space = ElasticSpace.build(toy.config())
+    with pytest.raises(FlextronError, match="backend='te' needs Transformer Engine, which cannot be imported here: use 'local'"):
+        elastic_gpt_layer_spec(space, backend="te")
+    with pytest.raises(FlextronError, match="model.transformer_impl=transformer_engine: it cannot be imported here"):
+        check_layout(toy.config(), space, {"transformer_impl": "transformer_engine"})
 
 
 RECOMPUTATIONS = {
@@ -72,10 +84,11 @@ RECOMPUTATIONS = {
 }
 
 
+@pytest.mark.parametrize("family", [toy.LLAMA, toy.GPT2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("recompute", RECOMPUTATIONS.values(), ids=RECOMPUTATIONS)
-def test_recomputation_uses_the_choice_of_its_forward_pass(recompute):
+def test_recomputation_uses_the_choice_of_its_forward_pass(recompute, family):
     """Two networks in flight, as in a pipeline: both forward passes come before both backward passes."""
-    arch = toy.config(num_layers=4)
+    arch = toy.config(num_layers=4, **family)
     space = ElasticSpace.build(arch)
     networks = [toy.random_network(arch, space, seed) for seed in (1, 2)]
     gradients = []

@@ -25,14 +25,18 @@ def config(**changes) -> ModelConfig:
 
 
 def model(arch: ModelConfig, space: ElasticSpace, seed: int = 0) -> torch.nn.Module:
-    """Random weights; norms and biases too, so that a lost one shows."""
+    """Random weights; norms and biases too, so that a lost one shows.
+
+    Norms scale by about 0.75 whatever their form: logits are of the same size, and so is what rounding does to them.
+    """
     torch.manual_seed(seed)
     gpt = build_model(arch, space)
     with torch.no_grad():
-        for parameter in gpt.parameters():
+        for name, parameter in gpt.named_parameters():
             parameter.normal_(std=0.25)
             if parameter.dim() == 1:
-                parameter.add_(0.75)
+                zero_centered = arch.normalization == "layernorm1p" and name.endswith("layernorm.weight")
+                parameter.add_(0.75 - zero_centered)
     return gpt.eval()
 
 

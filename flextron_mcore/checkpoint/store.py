@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from flextron_mcore.checkpoint.sharding import dealt_axis, to_disk_order, to_sorted_order
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.runtime.compat import know_paths
 from flextron_mcore.runtime.disk import check_space, plain_errors
 from flextron_mcore.runtime.ranks import place, wait_for_all
 from flextron_mcore.space import ElasticSpace
@@ -33,6 +34,7 @@ FORMAT_VERSION = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _ITERATION = re.compile(r"iter_(\d+)$")
+know_paths()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ from megatron.core.transformer.module import MegatronModule
 
 from flextron_mcore.checkpoint.sharding import ATTENTION_AXES, deal
 from flextron_mcore.config import FlextronError
+from flextron_mcore.layers.dispatch import BlockRouting
+from flextron_mcore.layers.gate import gated
 from flextron_mcore.layers.linear import ElasticRowParallelLinear, Selection
+from flextron_mcore.layers.routed_attention import level_of_heads, masked_keys, routed_attention
 from flextron_mcore.space import ElasticSpace, LayerChoice
 
 
@@ -26,7 +29,8 @@ class ElasticSelfAttention(SelfAttention):
     """Megatron-Core's SelfAttention that can compute with a part of its heads.
 
     Everything between the two projections (rotary embedding, KV cache, core attention, recomputation) is Megatron-Core's.
-    `choice` is the LayerChoice in use, None for all heads; `use_subnetwork` sets it.
+    `choice` is the LayerChoice in use, None for all heads, unless `routing` chooses token by token (layers/routed_attention.py);
+    `use_subnetwork` sets them, and `gate` (layers/gate.py).
     """
 
     def __init__(self, config, submodules, layer_number: int, space: ElasticSpace, **kwargs: Any) -> None:
@@ -38,6 +42,8 @@ class ElasticSelfAttention(SelfAttention):
             )
         self.space = space
         self.choice: LayerChoice | None = None
+        self.gate: torch.Tensor | None = None
+        self.routing: BlockRouting | None = None
         self.linear_proj.part = self.part_of_projection
 
     @property
@@ -51,6 +57,22 @@ class ElasticSelfAttention(SelfAttention):
         if self.choice is None:
             return self.num_query_groups_per_partition, self.group_size
         return self.choice.kv_groups // self.world_size, self.choice.query_heads_per_group
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any):  # type: ignore[override]
+        """Megatron-Core's, with the gate: [S, B, C] -> ([S, B, C], bias or None)."""
+        if self.routing is None:
+            return gated(super().forward(hidden_states, attention_mask, *args, **kwargs), self.gate)
+        levels_SB = self.routing.levels(hidden_states, self.config.sequence_parallel)
+        if self.routing.masked:
+            mask_SBK, own_mask = self.routing.masks(levels_SB), masked_keys(self, levels_SB)
+            self.linear_proj.mask = mask_SBK.index_select(-1, level_of_heads(self, levels_SB.device))
+            attention_mask = attention_mask if own_mask is None else own_mask
+            out = super().forward(hidden_states, attention_mask, *args, **kwargs)
+            self.linear_proj.mask = None
+            return gated(out, self.gate)
+        if attention_mask is not None:
+            raise FlextronError("routing token by token knows the causal mask only: attention_mask must be None")
+        return gated(routed_attention(self, hidden_states, levels_SB, *args, **kwargs), self.gate)
 
     def get_query_key_value_tensors(
         self,
@@ -89,8 +111,11 @@ class ElasticSelfAttention(SelfAttention):
 
     def part_of_projection(self) -> Selection:
         """The columns of the output projection that belong to the heads in use."""
-        (groups, queries), size = self.heads, self.hidden_size_per_attention_head
-        rows = self.linear_proj.weight.shape[0]
+        return self.projection(*self.heads)
+
+    def projection(self, groups: int, queries: int) -> Selection:
+        """The columns of the output projection for the first `queries` query heads of the first `groups` groups of this rank."""
+        size, rows = self.hidden_size_per_attention_head, self.linear_proj.weight.shape[0]
         shape = (rows, self.num_query_groups_per_partition, self.group_size, size)
         return Selection(shape, ((slice(None), slice(groups), slice(queries)),), (rows, groups * queries * size))
 
@@ -107,10 +132,17 @@ class ElasticSelfAttention(SelfAttention):
 
 
 class ElasticOutputProjection(ElasticRowParallelLinear):
-    """The output projection of ElasticSelfAttention, which owns the choice of heads and sets `part`."""
+    """The output projection of ElasticSelfAttention, which owns the choice of heads and sets `part`, and `mask` [S, B, heads]."""
 
-    def forward(self, input_: torch.Tensor):  # type: ignore[override]
-        """[S, B, g*q*H] -> ([S, B, C], bias or None)."""
+    mask: torch.Tensor | None = None
+
+    def forward(self, input_: Any, *args: Any):  # type: ignore[override]
+        """[S, B, g*q*H] -> ([S, B, C], bias or None); with more arguments as ElasticRowParallelLinear."""
+        if args:
+            return super().forward([self.observe(x) for x in input_], *args)
+        if self.mask is not None:
+            heads = input_.unflatten(-1, (self.mask.shape[-1], -1))
+            input_ = (heads * self.mask.to(heads.dtype).unsqueeze(-1)).flatten(-2)
         return super().forward(self.observe(input_), self.part())
 
     def observe(self, heads_SBd: torch.Tensor) -> torch.Tensor:
@@ -135,9 +167,7 @@ class SDPACoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if config.context_parallel_size > 1:
-            raise FlextronError(
-                "model.context_parallel_size > 1 needs Transformer Engine's attention: the local backend has none"
-            )
+            raise FlextronError("model.context_parallel_size > 1 is not supported by the elastic attention")
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout

@@ -5,6 +5,7 @@ Shape suffixes: S sequence, B batch, C hidden channels, D output rows of this ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+
+from flextron_mcore.layers.dispatch import put_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -98,26 +101,54 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
     weight must be used inside the forward pass of the module that owns it.
     """
 
-    def forward(self, input_: torch.Tensor, *parts: tuple[Selection, Selection]) -> list[torch.Tensor]:  # type: ignore[override]
-        """x @ weight.T + bias for each of `parts` (selections of weight and bias): [S, B, C] -> [S, B, d], split over ranks."""
+    def forward(  # type: ignore[override]
+        self, input_: torch.Tensor, *parts: tuple[Selection, Selection], rows: Sequence[torch.Tensor | None] | None = None
+    ) -> list[torch.Tensor]:
+        """x @ weight.T + bias for each of `parts` (selections of weight and bias): [S, B, C] -> [S, B, d], split over ranks.
+
+        rows: for each part the tokens that it is for, as indices [n] among the S*B tokens (None: all): [n, d].
+        """
         weights = take_all(self.weight, *(weight for weight, _ in parts))
         biases = take_all(self.bias, *(bias for _, bias in parts))
-        if len(parts) == 1:
+        if len(parts) == 1 and rows is None:
             return [_product(input_, weights[0], biases[0], self, self.allreduce_dgrad, self.sequence_parallel)]
         # Gathered, or marked for the gradient's all-reduce, once for all products.
         if self.sequence_parallel:
             x_SBC = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             x_SBC = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        return [_product(x_SBC, weight, bias, self) for weight, bias in zip(weights, biases, strict=True)]
+        if rows is None:
+            return [_product(x_SBC, weight, bias, self) for weight, bias in zip(weights, biases, strict=True)]
+        x_NC = x_SBC.flatten(0, 1)
+        taken: dict[int, torch.Tensor] = {}  # parts for the same tokens share them
+        for row in rows:
+            if id(row) not in taken:
+                taken[id(row)] = take_rows(x_NC, row)
+        return [_product(taken[id(row)], *pair, self) for row, pair in zip(rows, zip(weights, biases, strict=True), strict=True)]
 
 
 class ElasticRowParallelLinear(RowParallelLinear):
     """Megatron-Core's row-parallel layer, multiplying with a part of its weight."""
 
-    def forward(self, input_: torch.Tensor, part: Selection) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
-        """[S, B, d] -> ([S, B, C] summed, and with sequence parallelism scattered, over tensor-parallel ranks; bias or None)."""
-        out_SBC = _product(input_, take(self.weight, part), None, self)
+    def forward(  # type: ignore[override]
+        self,
+        input_: torch.Tensor | Sequence[torch.Tensor],
+        part: Selection | Sequence[Selection],
+        rows: Sequence[torch.Tensor | None] | None = None,
+        shape: torch.Size | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[S, B, d] -> ([S, B, C] summed, and with sequence parallelism scattered, over tensor-parallel ranks; bias or None).
+
+        For groups of tokens with a part of the weight each: rows are the tokens of a group, as indices among the S*B tokens of
+        `shape` [S, B] (None: all of them), input_ is [n, d] and `part` a selection for each group. Tokens of no group get zeros.
+        """
+        if rows is None:
+            return self._reduce(_product(input_, take(self.weight, part), None, self))
+        products = [_product(x, weight, None, self) for x, weight in zip(input_, take_all(self.weight, *part), strict=True)]
+        return self._reduce(put_rows(products, rows, shape.numel()).view(*shape, len(self.weight)))
+
+    def _reduce(self, out_SBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sum over tensor-parallel ranks, and the bias."""
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out_SBC, group=self.tp_group), self.bias
         return reduce_from_tensor_model_parallel_region(out_SBC, group=self.tp_group), self.bias

@@ -5,12 +5,15 @@ Shape suffixes: S sequence, B batch, C hidden channels, F neurons of this rank, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP
 
 from flextron_mcore.checkpoint.sharding import MLP_AXES, deal
+from flextron_mcore.layers.dispatch import BlockRouting, Group, by_level
+from flextron_mcore.layers.gate import gated
 from flextron_mcore.layers.linear import Selection
 from flextron_mcore.space import ElasticSpace, LayerChoice
 
@@ -18,8 +21,9 @@ from flextron_mcore.space import ElasticSpace, LayerChoice
 class ElasticMLP(MLP):
     """Megatron-Core's MLP that can compute with a prefix of its neurons.
 
-    `choice` is the LayerChoice in use, None for the full width; `use_subnetwork` sets it. Each tensor-parallel rank holds its
-    neurons in decreasing importance and uses the first `choice.ffn_hidden_size / T` of them.
+    `choice` is the LayerChoice in use, None for the full width, unless `routing` chooses token by token; `use_subnetwork` sets
+    them, and `gate` (layers/gate.py). Each tensor-parallel rank holds its neurons in decreasing importance and uses the first
+    `choice.ffn_hidden_size / T` of them.
     """
 
     def __init__(self, config, submodules, space: ElasticSpace, pg_collection=None, tp_group=None, **kwargs: Any) -> None:
@@ -29,30 +33,71 @@ class ElasticMLP(MLP):
         self.space = space
         self.tensor_parallel_size = self.linear_fc1.tp_group.size()
         self.choice: LayerChoice | None = None
+        self.gate: torch.Tensor | None = None
+        self.routing: BlockRouting | None = None
 
     @property
     def width(self) -> int:
         """Neurons in use on this rank."""
-        full = self.config.ffn_hidden_size if self.choice is None else self.choice.ffn_hidden_size
-        return full // self.tensor_parallel_size
+        return self._local(None if self.choice is None else self.choice.ffn_hidden_size)
+
+    def _local(self, neurons: int | None) -> int:
+        return (self.config.ffn_hidden_size if neurons is None else neurons) // self.tensor_parallel_size
 
     def forward(self, hidden_states: torch.Tensor, per_token_scale=None, **kwargs: Any):
         """[S, B, C] -> ([S, B, C], bias or None), the bias being added by the layer's bias-dropout-add."""
-        activation, fc2 = self.config.activation_func, self.linear_fc2
-        channels, out_channels = hidden_states.shape[-1], fc2.weight.shape[0]
-        full, width = self.config.ffn_hidden_size // self.tensor_parallel_size, self.width
-        blocks = 2 if self.config.gated_linear_unit else 1
-        parts = []
-        for i in range(blocks):  # gate and up: their prefixes do not lie together in fc1's weight
-            index = (slice(i, i + 1), slice(width))
-            weight = Selection((blocks, full, channels), (index,), (width, channels))
-            parts.append((weight, Selection((blocks, full), (index,), (width,))))
-        products = self.linear_fc1(hidden_states, *parts)
-        hidden_SBf = activation(products[0])
-        if blocks == 2:
-            hidden_SBf = hidden_SBf * products[1]
-        hidden_SBf = self.observe(hidden_SBf)
-        return fc2(hidden_SBf, Selection((out_channels, full), ((slice(None), slice(width)),), (out_channels, width)))
+        if self.routing is None:
+            (hidden_SBf,) = self._hidden(self.linear_fc1(hidden_states, *self._rows(self.width)))
+            out, bias = self.linear_fc2(self.observe(hidden_SBf), self._columns(self.width))
+        else:
+            out, bias = self._routed(hidden_states)
+        out, bias = gated((out, bias), self.gate)
+        # A view: recomputation would take the parameter itself, as a result, for something that it made, and never end.
+        return out, None if bias is None else bias.view_as(bias)
+
+    def _routed(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Each token with the width of its own level (layers/dispatch.py)."""
+        levels_SB = self.routing.levels(hidden_states, self.config.sequence_parallel)
+        widths = [self._local(size) for size in self.space.ffn_hidden_size]
+        if self.routing.masked:
+            (hidden_SBF,) = self._hidden(self.linear_fc1(hidden_states, *self._rows(widths[-1])))
+            mask_SBK = self.routing.masks(levels_SB)[..., : len(widths)]
+            sizes = torch.tensor([high - low for low, high in zip([0, *widths], widths, strict=False)], device=levels_SB.device)
+            hidden_SBF = hidden_SBF * mask_SBK.to(hidden_SBF.dtype).repeat_interleave(sizes, -1)
+            return self.linear_fc2(self.observe(hidden_SBF), self._columns(widths[-1]))
+        groups = by_level(levels_SB)
+        if not groups:
+            groups = [Group(0, levels_SB.new_empty(0))]
+        parts = [part for group in groups for part in self._rows(widths[group.level])]
+        rows = [group.rows for group in groups for _ in range(self._blocks)]
+        hidden = [self.observe(h) for h in self._hidden(self.linear_fc1(hidden_states, *parts, rows=rows))]
+        columns = [self._columns(widths[group.level]) for group in groups]
+        return self.linear_fc2(hidden, columns, [group.rows for group in groups], levels_SB.shape)
+
+    @property
+    def _blocks(self) -> int:
+        """Parts of fc1's weight: gate and up, whose prefixes do not lie together, or one."""
+        return 2 if self.config.gated_linear_unit else 1
+
+    def _rows(self, width: int) -> list[tuple[Selection, Selection]]:
+        """The selections of fc1's weight and bias for the first `width` neurons of this rank."""
+        blocks, full, channels = self._blocks, self._local(None), self.linear_fc1.weight.shape[1]
+        indices = [(slice(i, i + 1), slice(width)) for i in range(blocks)]
+        return [
+            (Selection((blocks, full, channels), (index,), (width, channels)), Selection((blocks, full), (index,), (width,)))
+            for index in indices
+        ]
+
+    def _columns(self, width: int) -> Selection:
+        rows = self.linear_fc2.weight.shape[0]
+        return Selection((rows, self._local(None)), ((slice(None), slice(width)),), (rows, width))
+
+    def _hidden(self, products: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What enters fc2, from fc1's products: one, or gate and up, for each group of tokens."""
+        activation = self.config.activation_func
+        if self._blocks == 1:
+            return [activation(product) for product in products]
+        return [activation(gate) * up for gate, up in zip(products[::2], products[1::2], strict=True)]
 
     def observe(self, hidden_SBf: torch.Tensor) -> torch.Tensor:
         """What enters fc2. Importance scoring and the masked oracle of the tests replace this on an instance."""

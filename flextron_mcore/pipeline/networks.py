@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from flextron_mcore.model import mask_padding, set_subnetwork, unwrap
+from flextron_mcore.model import Network, mask_padding, set_subnetwork, unwrap
 from flextron_mcore.pipeline.losses import distillation, masked_sum
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import SubNetwork
@@ -32,32 +32,39 @@ def run_networks(
     model: Sequence[torch.nn.Module],
     batches: Callable[[], Iterator[Batch]],
     num_batches: int,
-    networks: Sequence[SubNetwork | None],
+    networks: Sequence[Network],
     seq_length: int,
     micro_batch_size: int,
     forward_only: bool = False,
     teach: Distillation | None = None,
+    gates: Sequence[Sequence[Tensor] | None] | None = None,
 ) -> Tensor:
     """Run `num_batches` micro-batches through each of `networks`; the first is the full model when training.
 
     model: this rank's virtual-pipeline chunks (usually one). batches: makes an iterator of this rank's micro-batches.
     Returns [len(networks), 2] float64, the same on all ranks: sums of the language-model loss and of tokens over the
     data-parallel group. Unless forward_only, gradients are left in the model: of the sum over networks of the mean loss, since
-    only the full model's tokens are counted and Megatron-Core divides by that count.
+    only the full model's tokens are counted and Megatron-Core divides by that count. gates: for each network those of its blocks,
+    or None; `gate_gradients` has what they gathered.
     """
     per_batch = len(networks)
 
-    def items() -> Iterator[tuple[Batch, int]]:
-        for batch in batches():
+    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+
+    def items() -> Iterator[tuple[Batch, int, int]]:
+        for number, batch in enumerate(batches()):
             on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
             for index in range(per_batch):  # the networks of a micro-batch follow each other: its teacher lives briefly
-                yield on_device, index
+                yield on_device, index, number * ranks + rank
 
     teacher: list[Tensor] = []
 
-    def forward_step(iterator: Iterator[tuple[Batch, int]], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
-        batch, index = next(iterator)
-        set_subnetwork(chunk, networks[index])
+    def forward_step(iterator: Iterator[tuple[Batch, int, int]], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
+        batch, index, number = next(iterator)
+        network = networks[index]
+        if network is not None and not isinstance(network, SubNetwork):
+            network.begin(number, batch["loss_mask"])
+        set_subnetwork(chunk, network, gates[index] if gates else None)
         output = chunk(batch["tokens"], batch["position_ids"], None, labels=None if teach else batch["labels"])
         return output, partial(loss_function, batch, index, unwrap(chunk))
 
@@ -106,3 +113,19 @@ def run_networks(
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
     return total.cpu()
+
+
+def gate_gradients(gates: Sequence[Sequence[Tensor]], tokens: float, sequence_parallel: bool) -> Tensor:
+    """Gradients of each network's mean loss by its gates after `run_networks`: [networks, blocks], the same on all ranks.
+
+    tokens: how many the loss is the mean over. A rank's gates know the layers, samples and (with sequence parallelism) positions
+    of that rank.
+    """
+    zero = torch.zeros((), device=device())
+    found = torch.stack([torch.stack([zero if gate.grad is None else gate.grad for gate in row]) for row in gates]).double()
+    groups = [parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()]
+    if sequence_parallel:
+        groups.append(parallel_state.get_tensor_model_parallel_group())
+    for group in groups:
+        torch.distributed.all_reduce(found, group=group)
+    return (found / tokens).cpu()

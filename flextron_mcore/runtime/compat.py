@@ -1,11 +1,18 @@
-"""What differs between the supported versions of Megatron-Core (0.16.1 to 0.19)."""
+"""What differs between the supported versions of Megatron-Core (0.16.1 to 0.19), and of Python in what they write."""
 
 from __future__ import annotations
 
 import inspect
+import pathlib
+import sys
 from typing import Any
 
 from megatron.core import dist_checkpointing
+
+
+def know_paths() -> None:
+    """Let this Python read checkpoints that 3.13 wrote: torch pickles paths into .metadata, whose module has a new name there."""
+    sys.modules.setdefault("pathlib._local", pathlib)
 
 
 def save_options() -> dict[str, Any]:

@@ -22,7 +22,7 @@ def initialize(parallel: Mapping[str, Any] | None = None, seed: int = 1234) -> N
 
     parallel: NeMo's names tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size. May be
     called again for another layout after Megatron-Core's destroy_model_parallel. Without a launcher it is a world of one process.
-    Raises FlextronError when the number of processes does not fit the layout, or what the launcher must tell them is missing.
+    Raises FlextronError when the number of processes does not fit the layout or the GPUs, or the launcher tells too little.
     """
     cpu.enable()
     from megatron.core import parallel_state, tensor_parallel
@@ -53,7 +53,13 @@ def initialize(parallel: Mapping[str, Any] | None = None, seed: int = 1234) -> N
                 os.environ["MASTER_PORT"] = str(free.getsockname()[1])
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= gpus:
+                raise FlextronError(
+                    f"process {local} of this node (LOCAL_RANK) sees {gpus} GPU(s): start as many processes a node as it has "
+                    "GPUs, and let each see all of them"
+                )
+            torch.cuda.set_device(local)
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -76,7 +82,7 @@ def shutdown() -> None:
 
 
 def stop_agreed() -> int:
-    """The number of the signal to stop for that came to any rank (`signals.defer`); 0 if none did. Call on all ranks."""
+    """What any rank received to stop for (`signals.received`); 0 if none did. Call on all ranks."""
     number = torch.tensor([signals.received()], dtype=torch.int32, device=device())
     torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
     watch.all_train()

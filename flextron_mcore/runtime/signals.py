@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: what schedulers send before they take the machine away.
+"""SIGTERM and SIGUSR1: what schedulers send before they take the machine away. And the time that a process may train for.
 
 While training they ask for a stop after the step in progress; at any other time they end the process at once.
 """
@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues the run
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+TIME_IS_UP = 1000  # `received` when it is no signal: larger than any signal's number
 
 _deferred = False
 _received = 0
+_deadline: float | None = None
 
 
 class Stopped(BaseException):
@@ -53,15 +56,24 @@ def defer(wanted: bool) -> None:
     _deferred, _received = wanted, 0
 
 
+def limit(seconds: float | None) -> None:
+    """How long this process may train, counted from its start; None: for ever."""
+    global _deadline
+    import psutil
+
+    _deadline = None if seconds is None else psutil.Process().create_time() + seconds
+
+
 def received() -> int:
-    """The number of the first signal that came since they are deferred; 0 if none did."""
-    return _received
+    """What to stop for: the number of the first signal that came since they are deferred, else TIME_IS_UP if it is, else 0."""
+    return _received or (TIME_IS_UP if _deadline is not None and time.time() >= _deadline else 0)
 
 
 def stop(number: int, stage: str, step: int) -> NoReturn:
-    """Raise Stopped for a signal that was received: training ended after `step`, whose checkpoint is whole."""
+    """Raise Stopped for what was received: training ended after `step`, whose checkpoint is whole."""
     ignore()
-    reason = f"stopped by {signal.Signals(number).name} after step {step}"
+    cause = "trainer.max_time" if number == TIME_IS_UP else signal.Signals(number).name
+    reason = f"stopped by {cause} after step {step}"
     raise Stopped(f"{stage}: {reason}; its checkpoint is written: run the same command again to continue")
 
 

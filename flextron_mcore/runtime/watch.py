@@ -161,15 +161,14 @@ class Watch:
         name = self._name(neighbour, peer)
         if peer is None:
             return f"{name} did not start within {START:.0f} s" if silent >= START else None
-        if peer["beat"] == "left":
-            return None
+        fate = None
         if self._is_here(peer):
             fate = self._fate(peer, silent)
-            ended = fate and json.loads(self.store.get(f"rank/{neighbour}"))["beat"] == "left"
-            return f"{name} {fate}" if fate and not ended else None
-        if silent >= self.patience:
-            return f"{name} has given no sign of life for {self.patience:.0f} s: it died, or its machine did"
-        return None
+        elif silent >= self.patience:
+            fate = f"has given no sign of life for {self.patience:.0f} s: it died, or its machine did"
+        if not fate or json.loads(self.store.get(f"rank/{neighbour}"))["beat"] == "left":
+            return None
+        return f"{name} {fate}"
 
     def _is_here(self, peer: dict[str, Any]) -> bool:
         return bool(peer["machine"]) and peer["machine"] == self._identity["machine"]
@@ -190,11 +189,12 @@ class Watch:
 
     def _watch_store(self) -> None:
         """A call to the store of a machine that is gone may never return: notice that the other thread makes no turns."""
-        turns, silent = 0, 0.0
+        seen, silent = None, 0.0
         while not self.left:
             time.sleep(PERIOD)
-            silent = silent + PERIOD if self.turns == turns else 0.0
-            turns = self.turns
+            now = self.turns, self.store  # the store too: connecting may have taken longer than a turn may
+            silent = silent + PERIOD if now == seen else 0.0
+            seen = now
             if silent >= (SILENCE if self.store else START):
                 self._store_is_gone()
 

@@ -10,12 +10,12 @@ from omegaconf import OmegaConf
 
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
+from flextron_mcore.model import loaded_model
 from flextron_mcore.pipeline.logits import forward_logits
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.ranks import wait_for_all
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.stages.common import new_output
-from flextron_mcore.stages.evaluate import loaded_model
 from tests import toy
 
 

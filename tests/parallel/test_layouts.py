@@ -166,16 +166,24 @@ class Runs:
         ]
 
     def jobs(self, processes: int) -> list[dict[str, Any]]:
-        jobs = []
+        """Runs and, after them, what continues them, those of the same process groups together."""
+        runs, more = [], []
         for name, (count, model, layout) in LAYOUTS.items():
             if count == processes:
-                jobs.append({"stage": "elastic", "keys": self.keys(name, model, *layout)})
+                runs.append([{"stage": "elastic", "keys": self.keys(name, model, *layout), "layout": groups(layout)}])
         for name, (count, source, layout) in CONTINUED.items():
             if count == processes:
                 copy = {"source": str(self.path(source)), "run": str(self.path(name))}
-                jobs.append({"call": "tests.parallel.test_layouts:interrupt", "arguments": copy})
-                jobs.append({"stage": "elastic", "keys": self.keys(name, LAYOUTS[source][1], *layout)})
-        return jobs
+                keys = self.keys(name, LAYOUTS[source][1], *layout)
+                call = {"call": "tests.parallel.test_layouts:interrupt", "arguments": copy, "layout": groups(layout)}
+                more.append([call, {"stage": "elastic", "keys": keys, "layout": groups(layout)}])
+        order = lambda jobs: jobs[0]["layout"]  # noqa: E731
+        return [job for jobs in (*sorted(runs, key=order), *sorted(more, key=order)) for job in jobs]
+
+
+def groups(layout: list[str]) -> str:
+    """What decides the process groups of a layout."""
+    return " ".join(key for key in layout if "_parallel_size=" in key)
 
 
 @pytest.fixture(scope="module")

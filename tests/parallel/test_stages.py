@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, TensorReader, load_model, open_checkpoint
-from flextron_mcore.model import build_model, use_subnetwork
+from flextron_mcore.model import build_model, loaded_model, use_subnetwork
 from flextron_mcore.space import ElasticSpace, SubNetwork
-from flextron_mcore.stages.evaluate import loaded_model
 from tests import toy
 from tests.parallel.worker import run_jobs, torchrun
+from tests.routing_toy import write_table
 from tests.stages.conftest import stage
 
 TENSOR, PIPELINE = "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -32,6 +32,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data x virtual": (4, {PIPELINE: 2, VIRTUAL: 2}),
 }
 IMPORTED = ("data", "data x virtual")  # import has no layout: once for each number of processes
+# Routing adds nothing to a layout but broadcasts and the gates' sums: every group of ranks once.
+ROUTED = ("sequence", "tensor x pipeline", "data x virtual")
+ROUTING = ("router", "router straight through", "router adaptive", "joint", "sensitivity", "compare")
 LOGITS = {"fp32": {}, "bf16": {"precision": "bf16"}, "net": {"net": "{run}/net.json"}}
 VOCAB = 301  # odd: tensor-parallel ranks pad it
 
@@ -51,6 +54,8 @@ class Start:
         options = [f"model.{key}={str(value).lower()}" for key, value in layout.items()]
         jobs: list[dict[str, Any]] = []
         for result, keys in self.keys.items():
+            if result in ROUTING and name not in ROUTED:
+                continue
             if result != "import":
                 jobs.append({"stage": result.split()[0], "keys": [*keys, *options, f"out={self.run}/many/{name}/{result}"]})
             elif name in IMPORTED:
@@ -59,7 +64,7 @@ class Start:
             more = {key: value.format(run=self.run) for key, value in more.items()}
             arguments = {"checkpoint": f"{self.run}/start", "layout": layout, "out": f"{self.run}/many/{name}/{case}", **more}
             jobs.append({"call": "tests.parallel.probe:logits", "arguments": arguments})
-        return jobs
+        return [{**job, "layout": name} for job in jobs]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,9 @@ def start(tmp_path_factory, text) -> Start:
     LlamaForCausalLM(llama).save_pretrained(run / "hf")
     AutoTokenizer.from_pretrained(run / "data" / "tokenizer").save_pretrained(run / "hf")
     checkpoint, data = f"checkpoint={run}/start", f"data={run}/data"
+    train = ["model.micro_batch_size=2", "model.global_batch_size=8", "trainer.max_steps=3", "trainer.limit_val_batches=1"]
+    train += ["exp_manager.create_tensorboard_logger=false", "exp_manager.checkpoint_callback_params.async_save=false"]
+    router = [checkpoint, data, f"latency={write_table(run / 'start', run / 'latency.json')}", "targets_per_step=3", *train]
     keys = {
         "import": [f"hf={run}/hf", "space.granularity=2", "space.heads=[0.5,1.0]"],
         "importance": [
@@ -97,6 +105,19 @@ def start(tmp_path_factory, text) -> Start:
             "limit_val_batches=1",
             "model.micro_batch_size=1",
             f"subnetwork={run}/net.json",
+        ],
+        "router": router,
+        "router straight through": [*router, "surrogate.enabled=false"],
+        "router adaptive": [
+            *(f"checkpoint={run}/one/router", data, *train, "kind=adaptive", "targets_per_step=2"),
+            *("validation_targets=[0.8]", "adaptive.calibration_samples=8"),
+        ],
+        "joint": [f"checkpoint={run}/one/router", data, *train, "targets_per_step=3"],
+        "sensitivity": [checkpoint, data, "limit_val_batches=1", "model.micro_batch_size=2"],
+        "compare": [
+            *(f"checkpoint={run}/one/router", data, "selectors=[router,uniform,sensitivity,random]", "random_networks=3"),
+            *("targets=[0.8]", "random_at_target=3", "limit_val_batches=1", "model.micro_batch_size=2"),
+            f"sensitivity={run}/one/sensitivity",
         ],
         "export": [checkpoint, "max_shard_size=20000", "verify=true", f"subnetwork={run}/net.json"],
     }
@@ -177,6 +198,52 @@ def test_evaluate(start, done, name, result):
     assert not (many / "cache").exists()
 
 
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("result", ["router", "router straight through", "joint"])
+def test_routers(start, done, name, result):
+    """The same losses, the same routers, the same choices (T5)."""
+    one, many = start.run / "one" / result, start.run / "many" / name / result
+    expected, found = ([json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()] for run in (one, many))
+    for row, other in zip(expected, found, strict=True):
+        assert other.keys() == row.keys()
+        if row["event"] == "train":
+            assert other["targets"] == row["targets"] and other["costs"] == row["costs"]
+            assert other["subnetwork_losses"] == pytest.approx(row["subnetwork_losses"], rel=1e-5)
+            assert other["constraint_loss"] == pytest.approx(row["constraint_loss"], rel=1e-3, abs=1e-5)
+    routers = [load_file(open_checkpoint(run).path / "routers.safetensors") for run in (one, many)]
+    for key, tensor in routers[0].items():
+        torch.testing.assert_close(routers[1][key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+    assert metrics(many)["budgets"] == metrics(one)["budgets"]
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_adaptive_routers(start, done, name):
+    """The same levels for the same tokens, in training, calibration and evaluation, and the same routers."""
+    one, many = (start.run / part / "router adaptive" for part in ("one", f"many/{name}"))
+    expected, found = ([json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()] for run in (one, many))
+    for row, other in zip(expected, found, strict=True):
+        if row["event"] == "train":
+            assert other["targets"] == row["targets"]
+            for key in ("subnetwork_losses", "costs"):
+                torch.testing.assert_close(torch.tensor(other[key]), torch.tensor(row[key]), rtol=1e-5, atol=1e-6)
+    routers = [load_file(open_checkpoint(run).path / "routers.safetensors") for run in (one, many)]
+    for key, tensor in routers[0].items():
+        torch.testing.assert_close(routers[1][key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+    for row, other in zip(metrics(one)["adaptive_budgets"], metrics(many)["adaptive_budgets"], strict=True):
+        for policy, wanted in row["adaptive"].items():
+            assert other["adaptive"][policy]["shares"] == pytest.approx(wanted["shares"], rel=1e-5)
+            assert other["adaptive"][policy]["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_sensitivity_and_selectors(start, done, name):
+    one, many = start.run / "one", start.run / "many" / name
+    near = lambda row, *keys: row | {key: pytest.approx(row[key], rel=1e-6, abs=1e-5) for key in keys}  # noqa: E731
+    for stage_, rows, keys in (("sensitivity", "blocks", ["degradation"]), ("compare", "networks", ["loss", "mean_loss"])):
+        for row, other in zip(metrics(one / stage_)[rows], metrics(many / stage_)[rows], strict=True):
+            assert other == near(row, "loss", *keys)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_export(start, done, name):
     one, many = start.run / "one" / "export", start.run / "many" / name / "export"
@@ -212,7 +279,8 @@ def test_only_the_main_process_prints(start, done, name):
         assert all("result" in rank for rank in job), job
         assert not any(rank["printed"] for rank in others)
     printed = "".join(job[0]["printed"] for job in done[name])
-    tables = {"imported": name in IMPORTED, "sorting, before any training": 1, "validation loss": 2, "exported to": 1}
+    tables = {"imported": name in IMPORTED, "sorting, before any training": 1, "KV MiB": 2, "exported to": 1}
+    tables |= {"what the routers choose": 3 * (name in ROUTED), "with one smaller": name in ROUTED}
     assert {title: printed.count(title) for title in tables} == tables
 
 
@@ -269,6 +337,11 @@ def test_quickstart(start, tmp_path):
         "evaluate_before": ["checkpoint={out}/sorted", *evaluation],
         "elastic": ["checkpoint={out}/sorted", "data={out}/data", *training],
         "evaluate": ["checkpoint={out}/elastic", *evaluation],
+        "latency": ["checkpoint={out}/elastic", "rounds=1", "check_networks=2", "setting.prompt_length=8"],
+        "router": ["checkpoint={out}/elastic", "data={out}/data", "latency={out}/latency", *training],
+        "sensitivity": ["checkpoint={out}/router", *evaluation],
+        "compare": ["checkpoint={out}/router", "sensitivity={out}/sensitivity", *evaluation, "random_at_target=2"],
+        "joint": ["checkpoint={out}/router", "data={out}/data", *training],
     }
     keys = [f"chain.{name}.keys={json.dumps(value)}" for name, value in chain.items()]
     stage("quickstart", *keys, f"out={tmp_path}/one")
@@ -279,7 +352,7 @@ def test_quickstart(start, tmp_path):
     assert found["parent_loss"] == pytest.approx(expected["parent_loss"], rel=1e-5)
     for row, other in zip(expected["networks"], found["networks"], strict=True):
         assert other["name"] == row["name"] and other["after"] == pytest.approx(row["after"], rel=1e-5)
-    assert first[0]["printed"].count("== elastic:") == 1 and again[0]["printed"].count(": complete") == 10
+    assert first[0]["printed"].count("== elastic:") == 1 and again[0]["printed"].count(": complete") == 16
     assert not first[1]["printed"] and not again[1]["printed"]
     assert (tmp_path / "two" / "report" / "index.html").is_file() and (
         tmp_path / "two" / "export_mixed" / "config.json"

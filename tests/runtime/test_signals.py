@@ -15,11 +15,14 @@ from flextron_mcore.runtime import signals
 def ends():
     """The signals taken over for a test: what they ended the process with."""
     before = [signal.getsignal(number) for number in signals.SIGNALS]
+    interrupt = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it, and its children do
     calls = []
     signals.install(lambda text, code: calls.append((text, code)))
     yield calls
     signals.defer(False)
-    for number, handler in zip(signals.SIGNALS, before, strict=True):
+    for number, handler in zip((*signals.SIGNALS, signal.SIGINT), (*before, interrupt), strict=True):
         signal.signal(number, handler)
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,10 +79,11 @@ def take_long_in_training(rank: int, own: Watch) -> None:
 
 def suspended_together(rank: int, own: Watch) -> None:
     if rank == 0:
-        children = [int(p) for p in Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()]
-        script = f"kill -STOP {' '.join(map(str, children))}; sleep {1.5 * SILENCE}; kill -CONT {' '.join(map(str, children))}"
+        stopped = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()
+        script = f"kill -STOP {' '.join(stopped)}; sleep {1.5 * SILENCE}; "
+        script += "; sleep 1; ".join(f"kill -CONT {pid}" for pid in stopped)
         subprocess.Popen(["sh", "-c", script], start_new_session=True)
-    time.sleep(1.5 * SILENCE + 4)
+    time.sleep(1.5 * SILENCE + 6)
 
 
 def same_error(rank: int, own: Watch) -> None:
@@ -107,7 +109,7 @@ def error_without_another(rank: int, own: Watch) -> None:
 
 def last_leaves_early(rank: int, own: Watch) -> None:
     if rank < 2:
-        time.sleep(3)
+        time.sleep(1.5 * SILENCE)
 
 
 def first_leaves_early(rank: int, own: Watch) -> None:
@@ -144,6 +146,7 @@ SCENARIOS: dict[str, Callable[[int, Watch], None]] = {
     "error for a dead rank": error_for_a_dead_rank,
     "error without another": error_without_another,
     "last leaves early": last_leaves_early,
+    "last leaves early elsewhere": on_machines_of_their_own(last_leaves_early, training=True),
     "first leaves early": first_leaves_early,
     "launcher killed": launcher_killed,
 }
@@ -189,7 +192,7 @@ def test_silence_is_death_on_another_machine(outcome):
 @pytest.mark.parametrize("name", ["long start elsewhere", "long step", "suspended"])
 def test_what_takes_long_is_not_death(outcome, name):
     found = outcome[name]
-    assert found.codes == [0, 0, 0] and not found.lines
+    assert (found.codes, found.lines) == ([0, 0, 0], [])
 
 
 def test_an_error_is_printed_by_one_rank(outcome):
@@ -206,10 +209,10 @@ def test_an_error_waits_for_its_cause(outcome):
     assert found.codes == [1, 1, 1] and found.lines == ["flextron: failed: connection closed by peer"]
 
 
-@pytest.mark.parametrize("name", ["last leaves early", "first leaves early"])
+@pytest.mark.parametrize("name", ["last leaves early", "last leaves early elsewhere", "first leaves early"])
 def test_a_rank_that_is_done_is_not_dead(outcome, name):
     found = outcome[name]
-    assert found.codes == [0, 0, 0] and not found.lines
+    assert (found.codes, found.lines) == ([0, 0, 0], [])
 
 
 def test_ranks_end_with_their_launcher(outcome):
@@ -222,6 +225,20 @@ def test_a_process_is_known_by_its_start_too():
     started = int(watch._stat("self")[19])
     assert watch.process_state(os.getpid(), started) in "RS"
     assert watch.process_state(os.getpid(), started + 1) is None  # the number belongs to another process by now
+
+
+def test_a_store_that_was_long_in_coming_is_not_gone(monkeypatch):
+    """The patience of a turn begins when the store is there: connecting has its own, which is longer."""
+    for name, value in {"PERIOD": 0.02, "SILENCE": 1.0, "START": 60.0}.items():
+        monkeypatch.setattr(watch, name, value)
+    own, gone = Watch.__new__(Watch), threading.Event()
+    own.left, own.turns, own.store = False, 0, None
+    monkeypatch.setattr(own, "_store_is_gone", lambda: (gone.set(), setattr(own, "left", True)))
+    threading.Thread(target=own._watch_store, daemon=True).start()
+    assert not gone.wait(1.5)
+    own.store = object()
+    assert not gone.wait(0.25)  # before, at the next look
+    assert gone.wait(10)
 
 
 def test_one_process_has_no_watch(monkeypatch):

@@ -1,0 +1,316 @@
+"""Attention in which every token uses the heads of its own level (layers/dispatch.py).
+
+Heads are computed in blocks: block k holds those that level k has and level k - 1 has not, and is computed for the tokens of
+level k or higher, its participants. With `kv_policy=full` all tokens write keys and values for all heads, and only queries and
+the output projection are routed. With `own`, and whole KV groups as units, the participants write keys and values too, and
+attend to each other only: causal attention over the sub-sequence that they form, at its tokens' own positions.
+
+Shape suffixes: S sequence, B batch, N tokens (S*B), n participants of a sequence, T keys, G KV groups of this rank, g those of a
+block, q query heads of a group in a block, H channels of a head, K candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.layers.dispatch import Participants, by_level, take_rows
+
+_FEW = 16  # tokens
+
+if TYPE_CHECKING:
+    from flextron_mcore.layers.attention import ElasticSelfAttention
+
+
+@dataclass(frozen=True)
+class HeadBlock:
+    """The heads that a level adds, on this rank: query heads `queries` of each of the KV groups `groups`."""
+
+    groups: slice
+    queries: slice
+
+
+def head_blocks(attention: ElasticSelfAttention) -> list[HeadBlock]:
+    """One for each candidate of the space, smallest first."""
+    sizes, ranks, group_size = attention.space.heads, attention.world_size, attention.group_size
+    if attention.space.attention_unit == "kv_group":
+        counts = [0, *(size // group_size // ranks for size in sizes)]
+        return [HeadBlock(slice(low, high), slice(group_size)) for low, high in pairwise(counts)]
+    counts = [0, *(size // attention.config.num_query_groups for size in sizes)]
+    return [HeadBlock(slice(attention.num_query_groups_per_partition), slice(low, high)) for low, high in pairwise(counts)]
+
+
+def _joined(blocks: list[HeadBlock], participants: list[Participants | None]) -> list[tuple[HeadBlock, Participants]]:
+    """The blocks that have participants; neighbours in which all tokens take part are one block."""
+    found: list[tuple[HeadBlock, Participants]] = []
+    for block, those in zip(blocks, participants, strict=True):
+        if those is None:
+            continue
+        if found and those.rows is None and found[-1][1].rows is None:
+            before = found.pop()[0]
+            if before.groups == block.groups:
+                block = HeadBlock(block.groups, slice(before.queries.start, block.queries.stop))
+            else:
+                block = HeadBlock(slice(before.groups.start, block.groups.stop), block.queries)
+        found.append((block, those))
+    return found
+
+
+def level_of_heads(attention: ElasticSelfAttention, device: torch.device) -> Tensor:
+    """The block that each query head of this rank belongs to: [heads]."""
+    level_GQ = torch.zeros(attention.num_query_groups_per_partition, attention.group_size, dtype=torch.long, device=device)
+    for level, block in enumerate(head_blocks(attention)):
+        level_GQ[block.groups, block.queries] = level
+    return level_GQ.flatten()
+
+
+def own_keys(attention: ElasticSelfAttention) -> bool:
+    """Whether a token writes keys and values only for what it uses: with query heads as units it uses all KV groups."""
+    return attention.routing.kv_policy == "own" and attention.space.attention_unit == "kv_group"
+
+
+def masked_keys(attention: ElasticSelfAttention, levels_SB: Tensor) -> Tensor | None:
+    """Mask [B, heads, S, S] of the keys that a token must not see with `own` keys, None where it is the causal one."""
+    if not own_keys(attention):
+        return None
+    length = len(levels_SB)
+    taken_hSB = levels_SB >= level_of_heads(attention, levels_SB.device)[:, None, None]
+    position = torch.arange(length, device=levels_SB.device)
+    # Every token sees itself: what does not take part is multiplied with zero afterwards, and must be a number.
+    allowed = taken_hSB.permute(2, 0, 1)[:, :, None, :] & (position <= position[:, None]) | (position == position[:, None])
+    return allowed.logical_not()
+
+
+@dataclass
+class OwnCache:
+    """Keys and values of one block of heads, of the tokens that take part in it only.
+
+    counts_B: how many of each sequence there are. The room grows with the longest one.
+    """
+
+    counts_B: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    ROOM = 32
+
+    def append(self, participants: Participants, key_nBgH: Tensor, value_nBgH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the participants' keys and values; all keys and values [T, B, g, H], and the mask [B, 1, n, T] of hidden ones."""
+        before_B, valid_nB = self.counts_B, participants.valid_nB
+        self.counts_B = before_B + valid_nB.sum(0)
+        needed = int(self.counts_B.max())
+        if self.keys is None or needed > len(self.keys):
+            room = -(-needed // self.ROOM) * self.ROOM
+            self.keys, self.values = (_grown(old, room, new) for old, new in ((self.keys, key_nBgH), (self.values, value_nBgH)))
+        slots_nB = before_B + torch.arange(len(valid_nB), device=valid_nB.device)[:, None]
+        where = slots_nB[valid_nB], valid_nB.nonzero()[:, 1]
+        self.keys[where], self.values[where] = key_nBgH[valid_nB], value_nBgH[valid_nB]
+        hidden = torch.arange(needed, device=valid_nB.device) > slots_nB.T[:, None, :, None]
+        return self.keys[:needed], self.values[:needed], hidden
+
+
+def _grown(old: Tensor | None, room: int, like: Tensor) -> Tensor:
+    new = like.new_zeros(room, *like.shape[1:])
+    if old is not None:
+        new[: len(old)] = old
+    return new
+
+
+@dataclass
+class _Position:
+    """Where the tokens at hand lie in the sequence: from `start` on; rotary: angles of all positions, or None."""
+
+    start: int
+    rotary: Tensor | None
+    config: Any = field(repr=False, default=None)
+
+    def rotate(self, x_nBhH: Tensor, index_nB: Tensor | None) -> Tensor:
+        """Rotary embedding at positions start + index (None: at start, start + 1, ...)."""
+        if self.rotary is None:
+            return x_nBhH
+        if index_nB is None:
+            angles = self.rotary[self.start : self.start + len(x_nBhH)]
+        else:
+            angles = self.rotary[self.start + index_nB].flatten(2, -2)
+        return apply_rotary_pos_emb(x_nBhH, angles, self.config)
+
+
+def routed_attention(
+    attention: ElasticSelfAttention,
+    hidden_states: Tensor,
+    levels_SB: Tensor,
+    key_value_states: Tensor | None = None,
+    inference_context: Any = None,
+    rotary_pos_emb: Any = None,
+    inference_params: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention of tokens with levels: [S, B, C] -> ([S, B, C], bias or None). Arguments as Megatron-Core's attention."""
+    context = inference_context or inference_params
+    unsupported = [name for name in ("packed_seq_params", "attention_bias", "rotary_pos_cos") if kwargs.get(name) is not None]
+    if unsupported or (context is not None and not context.is_static_batching()) or attention.config.apply_rope_fusion:
+        raise FlextronError(
+            "routing token by token does not support "
+            + (" and ".join(unsupported) or "dynamic batching and fused rotary embeddings")
+        )
+    start = context.sequence_len_offset if context is not None else 0
+    rotary = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+    position = _Position(start, rotary, attention.config)
+    blocks = head_blocks(attention)
+    participants = Participants.by_level(levels_SB, len(blocks))
+    if own_keys(attention):
+        heads = _own(attention, hidden_states, blocks, participants, position, context)
+    else:
+        heads = _full(attention, hidden_states, blocks, participants, position, context)
+    return _project(attention, heads, levels_SB, blocks)
+
+
+def _full(
+    attention: ElasticSelfAttention,
+    hidden_states: Tensor,
+    blocks: list[HeadBlock],
+    participants: list[Participants | None],
+    position: _Position,
+    context: Any,
+) -> list[Tensor]:
+    """Blocks' heads [S, B, G or g, q, H], in order, where they have participants; keys and values of all tokens."""
+    size, group_size, groups = _sizes(attention)
+    channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
+    length = _length(attention, hidden_states)
+    present = _joined(blocks, participants)
+    # Parts of the weight that do not lie together are copied, which is more than the product itself for a few tokens.
+    few = length * batch <= _FEW and all(found.rows is None for _, found in present)
+    first = 0 if few else group_size
+    parts = [_selection(slice(groups), slice(first, group_size + 2), size, group_size, groups, channels)]
+    if not few:
+        parts += [_selection(block.groups, block.queries, size, group_size, groups, channels) for block, _ in present]
+    rows = [None] if few else [None, *(found.rows for _, found in present)]
+    products = attention.linear_qkv(hidden_states, *parts, rows=rows)
+    mixed = products[0].view(length, batch, groups, group_size + 2 - first, size)
+    key, value = _normed(attention.k_layernorm, mixed[..., -2, :]), mixed[..., -1, :]
+    if few:
+        products += [mixed[:, :, block.groups, block.queries].flatten(2) for block, _ in present]
+    key = position.rotate(key, None)
+    if context is not None:
+        key, value = _cached(attention, context, key, value)
+    out = []
+    for (block, found), product in zip(present, products[1:], strict=True):
+        query = _normed(attention.q_layernorm, product.view(len(found.index_nB), batch, product.shape[-1] // size, size))
+        query = position.rotate(query, None if found.rows is None else found.index_nB)
+        mask = None
+        if found.rows is not None:
+            seen_nB = position.start + found.index_nB
+            mask = torch.arange(len(key), device=key.device) > seen_nB.T[:, None, :, None]
+        heads = _attend(attention, query, key[:, :, block.groups], value[:, :, block.groups], mask)
+        out.append(found.scatter(heads, length))
+    return out
+
+
+def _own(
+    attention: ElasticSelfAttention,
+    hidden_states: Tensor,
+    blocks: list[HeadBlock],
+    participants: list[Participants | None],
+    position: _Position,
+    context: Any,
+) -> list[Tensor]:
+    """The same with keys and values of each block's participants only."""
+    size, group_size, groups = _sizes(attention)
+    channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
+    present = [(level, found) for level, found in enumerate(participants) if found is not None]
+    parts = [_selection(blocks[level].groups, slice(group_size + 2), size, group_size, groups, channels) for level, _ in present]
+    length = _length(attention, hidden_states)
+    caches = None
+    if context is not None:
+        caches = context.key_value_memory_dict.setdefault(
+            attention.layer_number,
+            [OwnCache(torch.zeros(batch, dtype=torch.long, device=hidden_states.device)) for _ in blocks],
+        )
+    products = attention.linear_qkv(hidden_states, *parts, rows=[found.rows for _, found in present]) if present else []
+    out = []
+    for (level, found), product in zip(present, products, strict=True):
+        of = blocks[level].groups
+        mixed = product.view(len(found.index_nB), batch, of.stop - of.start, (group_size + 2) * size)
+        query, key, value = mixed.split([group_size * size, size, size], dim=3)
+        query = _normed(attention.q_layernorm, query.reshape(*query.shape[:2], -1, size))
+        key = _normed(attention.k_layernorm, key)
+        index = None if found.rows is None else found.index_nB
+        query, key, mask = position.rotate(query, index), position.rotate(key, index), None
+        if caches is not None:
+            key, value, mask = caches[level].append(found, key, value)
+        # Filling follows a sequence's own participants, which therefore do not see it.
+        out.append(found.scatter(_attend(attention, query, key, value, mask), length))
+    return out
+
+
+def _attend(attention: ElasticSelfAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Core attention: [n, B, h, H], [T, B, g, H] x 2 -> [n, B, h, H]; mask None: causal, the last query sees all keys."""
+    kind = AttnMaskType.causal if mask is None else AttnMaskType.arbitrary
+    return attention.core_attention(query, key, value, mask, attn_mask_type=kind).view(*query.shape)
+
+
+def _project(
+    attention: ElasticSelfAttention, heads: list[Tensor], levels_SB: Tensor, blocks: list[HeadBlock]
+) -> tuple[Tensor, Tensor | None]:
+    """The output projection of each token's own heads."""
+    found = by_level(levels_SB)
+    size, group_size, groups = _sizes(attention)
+    if not heads:  # padding only
+        first = blocks[0]
+        empty = attention.linear_proj.weight.new_zeros(0, first.groups.stop * first.queries.stop * size)
+        part = attention.projection(first.groups.stop, first.queries.stop)
+        return attention.linear_proj([empty], [part], [levels_SB.new_empty(0)], levels_SB.shape)
+    by_groups = attention.space.attention_unit == "kv_group"
+    parts, inputs = [], []
+    # Blocks follow each other in the order of the projection's columns: groups, or query heads of every group.
+    whole = [block.unflatten(2, (-1, group_size) if by_groups else (groups, -1)) for block in heads]
+    whole_NGQH = torch.cat(whole, 2 if by_groups else 3).flatten(0, 1)
+    for group in found:
+        count, queries = blocks[group.level].groups.stop, blocks[group.level].queries.stop
+        inputs.append(take_rows(whole_NGQH[:, :count, :queries], group.rows).flatten(1))
+        parts.append(attention.projection(count, queries))
+    return attention.linear_proj(inputs, parts, [group.rows for group in found], levels_SB.shape)
+
+
+def _cached(attention: ElasticSelfAttention, context: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Put into, and take from, Megatron-Core's cache of the layer: all keys and values up to now."""
+    layer, start = attention.layer_number, context.sequence_len_offset
+    if layer not in context.key_value_memory_dict:
+        context.key_value_memory_dict[layer] = tuple(
+            attention._allocate_memory(context.max_sequence_length, context.max_batch_size, key.shape[-1], key.dtype)
+            for _ in range(2)
+        )
+    end, batch = start + len(key), key.shape[1]
+    for memory, new in zip(context.key_value_memory_dict[layer], (key, value), strict=True):
+        memory[start:end, :batch] = new
+    return tuple(memory[:end, :batch] for memory in context.key_value_memory_dict[layer])  # type: ignore[return-value]
+
+
+def _normed(norm: torch.nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+def _length(attention: ElasticSelfAttention, hidden_states: Tensor) -> int:
+    """S, of which a rank has a part with sequence parallelism."""
+    return len(hidden_states) * (attention.world_size if attention.config.sequence_parallel else 1)
+
+
+def _sizes(attention: ElasticSelfAttention) -> tuple[int, int, int]:
+    """Channels of a head, query heads of a group, KV groups of this rank."""
+    return attention.hidden_size_per_attention_head, attention.group_size, attention.num_query_groups_per_partition
+
+
+def _selection(groups: slice, heads: slice, size: int, group_size: int, count: int, channels: int):
+    """Rows of linear_qkv's weight and bias: of KV groups `groups` the heads `heads`, of which key and value are the last two."""
+    from flextron_mcore.layers.linear import Selection
+
+    full, index = (count, group_size + 2, size), ((groups, heads),)
+    rows = len(range(*groups.indices(count))) * len(range(*heads.indices(group_size + 2))) * size
+    return Selection((*full, channels), index, (rows, channels), dim=1), Selection(full, index, (rows,), dim=1)

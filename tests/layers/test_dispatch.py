@@ -1,0 +1,161 @@
+"""Routing token by token: dispatch = masks, one level = the static sub-network, prefill = decoding (T10)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+
+from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.model import set_subnetwork, use_subnetwork
+from flextron_mcore.space import ElasticSpace
+from tests import toy
+from tests.layers.test_equality import ATTENTION, KINDS, case
+
+
+class Fixed:
+    """Given levels [blocks, S, B] for a model's tokens, of which those from `start` on are at hand."""
+
+    def __init__(self, levels: torch.Tensor, kv_policy: str, sizes: tuple[int, int], masked: bool = False) -> None:
+        self.all, self.kv_policy, self.sizes, self.masked, self.start = levels, kv_policy, sizes, masked, 0
+        self.leaves: dict[int, torch.Tensor] = {}
+
+    def block(self, index: int) -> Fixed.Block:
+        return Fixed.Block(self, index)
+
+    class Block:
+        def __init__(self, outer: Fixed, index: int) -> None:
+            self.outer, self.index, self.kv_policy, self.masked = outer, index, outer.kv_policy, outer.masked
+
+        def levels(self, hidden, sequence_parallel):
+            start = self.outer.start
+            return self.outer.all[self.index, start : start + len(hidden)]
+
+        def masks(self, levels):
+            mask = (levels[..., None] >= torch.arange(self.outer.sizes[self.index % 2])).float().requires_grad_()
+            self.outer.leaves[self.index] = mask
+            return mask
+
+
+def levels_of(space: ElasticSpace, layers: int, seed: int = 0, batch: int = 2, length: int = toy.LENGTH, least: int = 0):
+    """Random levels of every block, and how many levels there are."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (len(space.heads), len(space.ffn_hidden_size))
+    rows = [torch.randint(least, sizes[n % 2], (length, batch), generator=generator) for n in range(2 * layers)]
+    return torch.stack(rows), sizes
+
+
+def oracle(model: torch.nn.Module, levels: torch.Tensor, space: ElasticSpace, kv_policy: str, tokens, positions) -> torch.Tensor:
+    """Written down from the definition: the full model, what a token does not use times zero, and its keys hidden."""
+    arch = model.config
+    for layer, (attention_SB, mlp_SB) in zip(model.decoder.layers, levels.unflatten(0, (-1, 2)), strict=True):
+        widths, heads = torch.tensor(space.ffn_hidden_size), torch.tensor(space.heads)
+        neurons = torch.arange(arch.ffn_hidden_size) < widths[mlp_SB.clamp(0)][..., None]
+        layer.mlp.observe = lambda hidden, keep=neurons & (mlp_SB >= 0)[..., None]: hidden * keep
+        size, queries = arch.kv_channels, arch.num_attention_heads // arch.num_query_groups
+        number = torch.arange(arch.num_attention_heads)
+        if space.attention_unit == "kv_group":
+            used = number < heads[attention_SB.clamp(0)][..., None]
+        else:
+            used = number % queries < (heads // arch.num_query_groups)[attention_SB.clamp(0)][..., None]
+        used = used & (attention_SB >= 0)[..., None]  # [S, B, heads]
+        layer.self_attention.linear_proj.observe = lambda x, keep=used, n=size: x * keep.repeat_interleave(n, -1)
+        if kv_policy == "own" and space.attention_unit == "kv_group":
+            length = len(used)
+            causal, itself = torch.ones(length, length, dtype=torch.bool).tril(), torch.eye(length, dtype=torch.bool)
+            allowed = used.permute(1, 2, 0)[:, :, None] & causal | itself
+            core = layer.self_attention.core_attention
+            core.forward = lambda q, k, v, mask=None, a=allowed, c=core, **kwargs: type(c).forward(c, q, k, v, ~a)
+    logits = model(tokens, positions, None)
+    for layer in model.decoder.layers:
+        del layer.mlp.observe, layer.self_attention.linear_proj.observe
+        layer.self_attention.core_attention.__dict__.pop("forward", None)
+    return logits
+
+
+def gradients(model: torch.nn.Module, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    model.zero_grad()
+    (logits * weights).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dispatch_is_the_masked_oracle(kind, attention, kv_policy):
+    arch, space = case(kind, attention)
+    model, (tokens, positions) = toy.model(arch, space), toy.inputs()
+    for seed, least in ((0, 0), (1, -1)):  # without and with padding
+        levels, sizes = levels_of(space, arch.num_layers, seed, least=least)
+        expected = oracle(model, levels, space, kv_policy, tokens, positions)
+        wanted = gradients(model, expected)
+        for masked in (False, True):
+            with use_subnetwork(model, Fixed(levels, kv_policy, sizes, masked)):
+                found = model(tokens, positions, None)
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+                for name, gradient in gradients(model, found).items():
+                    scale = max(wanted[name].abs().max().item(), 1)
+                    torch.testing.assert_close(gradient, wanted[name], atol=1e-5 * scale, rtol=1e-4, msg=f"{masked} {name}")
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_all_tokens_at_one_level_are_the_static_sub_network(attention, kv_policy):
+    arch, space = case("llama", attention)
+    model, (tokens, positions) = toy.model(arch, space), toy.inputs()
+    sizes = (len(space.heads), len(space.ffn_hidden_size))
+    for heads in range(sizes[0]):
+        level = torch.tensor([heads, (heads + 1) % sizes[1]] * arch.num_layers)
+        net = space.uniform(arch, space.heads[level[0]], space.ffn_hidden_size[level[1]])
+        routing = Fixed(level[:, None, None].expand(-1, toy.LENGTH, 2), kv_policy, sizes)
+        with torch.no_grad():
+            with use_subnetwork(model, net):
+                expected = model(tokens, positions, None)
+            with use_subnetwork(model, routing):
+                torch.testing.assert_close(model(tokens, positions, None), expected, atol=1e-5, rtol=0)
+    set_subnetwork(model, None)
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_decoding_is_prefill(kind, attention, kv_policy):
+    arch, space = case(kind, attention)
+    model, (tokens, positions) = toy.model(arch, space), toy.inputs()
+    levels, sizes = levels_of(space, arch.num_layers, 5)
+    context, prompt, found = StaticInferenceContext(len(tokens), toy.LENGTH), 7, []
+    routing = Fixed(levels, kv_policy, sizes)
+    with torch.no_grad(), use_subnetwork(model, routing):
+        expected = model(tokens, positions, None)
+        for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, toy.LENGTH))]:
+            part, routing.start = slice(start, end), start
+            logits = model(
+                tokens[:, part], positions[:, part], None, inference_context=context, runtime_gather_output=True
+            )  # fmt: skip
+            found.append(logits[:, -1])
+            context.sequence_len_offset = end
+            context.enable_decode_mode()
+    torch.testing.assert_close(torch.stack(found, 1), expected[:, prompt - 1 :], atol=1e-5, rtol=0)
+    if kv_policy == "own" and space.attention_unit == "kv_group":
+        for number, caches in context.key_value_memory_dict.items():
+            used = levels[2 * (number - 1)]
+            for level, cache in enumerate(caches):
+                assert (cache.counts_B == (used >= level).sum(0)).all()
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("length, batch, least", [(1, 1, 0), (1, 3, -1), (5, 0, 0), (6, 2, None)])
+def test_unusual_inputs(length, batch, least, kv_policy):
+    """A sequence of one token, an empty batch, padding only."""
+    arch, space = case("llama", "mha")
+    model = toy.model(arch, space)
+    tokens, positions = toy.inputs(batch, length=length)
+    levels, sizes = levels_of(space, arch.num_layers, 0, batch, length, 0 if least is None else least)
+    if least is None:
+        levels = torch.full_like(levels, -1)
+    with torch.no_grad(), use_subnetwork(model, Fixed(levels, kv_policy, sizes)):
+        found = model(tokens, positions, None)
+    assert found.shape[:2] == (batch, length)
+    if batch:
+        torch.testing.assert_close(found, oracle(model, levels, space, kv_policy, tokens, positions), atol=1e-5, rtol=0)

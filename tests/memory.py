@@ -1,0 +1,109 @@
+"""What tensors take: resident bytes of a training run, and the peak of allocations while something runs on the CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """{address: bytes} of what the tensors lie in."""
+    found = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+
+
+def peak(run: Callable[[], object]) -> int | None:
+    """The most bytes that are allocated at a time while `run` runs, above what there was before.
+
+    None where that cannot be known: gloo frees what it sent in a thread of its own, which the profiler does not see.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
+    now = most = 0
+    for *_, size in changes:
+        now += size
+        most = max(most, now)
+    return most if now < 0.05 * most else None
+
+
+class Kept:
+    """What autograd keeps for backward passes, without `given` tensors: bytes now, and the most of them at a time."""
+
+    def __init__(self, given: Iterable[torch.Tensor]) -> None:
+        self.given, self.counts, self.now, self.most = storages(given), Counter(), 0, 0
+
+    def __enter__(self) -> Kept:
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Saved(self, tensor), lambda saved: saved.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+
+
+class _Saved:
+    def __init__(self, kept: Kept, tensor: torch.Tensor) -> None:
+        self.kept, self.tensor = kept, tensor
+        ((self.key, self.size),) = storages([tensor]).items() or ((0, 0),)
+        if self.key in kept.given:
+            self.size = 0
+        if not kept.counts[self.key]:
+            kept.now += self.size
+            kept.most = max(kept.most, kept.now)
+        kept.counts[self.key] += 1
+
+    def __del__(self) -> None:
+        self.kept.counts[self.key] -= 1
+        if not self.kept.counts[self.key]:
+            self.kept.now -= self.size
+
+
+def training(arch: dict[str, Any], data: str, out: str, keys: list[str]) -> dict[str, Any]:
+    """Bytes of this rank in a run of `pretrain`: resident after an optimizer step, the peak above that in the next one.
+
+    kept: of that peak what autograd keeps.
+    """
+    from flextron_mcore.checkpoint.store import CheckpointInfo
+    from flextron_mcore.cli import compose
+    from flextron_mcore.config import ModelConfig
+    from flextron_mcore.data.blend import open_data
+    from flextron_mcore.space import ElasticSpace
+    from flextron_mcore.stages.common import start
+    from flextron_mcore.training.log import Log
+    from flextron_mcore.training.loop import Phase, _Run, check
+
+    config = compose("pretrain", [f"data={data}", f"out={out}", *keys])
+    start(config)
+    model, prepared = ModelConfig.from_dict(arch), open_data(data)
+    info = CheckpointInfo(model, ElasticSpace.build(model, granularity=2), dtype=config.trainer.precision)
+    length = check(config, info, prepared)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(config, folder, info, prepared, Phase(lambda step: [None], lambda step: {}), length)
+    for chunk in run.model:
+        chunk.train()
+    log = Log(folder, 0, config.trainer.max_steps, config)
+    run._step(0, log)
+    parameters = [p for chunk in run.model for p in chunk.parameters()]
+    weights = storages(parameters)
+    gradients = storages(p.main_grad for p in parameters)
+    inner = [o.optimizer for o in getattr(run.optimizer, "chained_optimizers", [run.optimizer])]
+    held = [t for o in inner for state in o.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    held += [p for o in inner for group in o.param_groups for p in group["params"]]
+    optimizer = {k: v for k, v in storages(held).items() if k not in weights and k not in gradients}
+    found = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+    sizes = {name: sum(values.values()) for name, values in found.items()}
+    sizes["activations"] = peak(lambda: run._step(1, log))
+    with Kept(parameters) as kept:
+        run._step(2, log)
+    sizes["kept"] = kept.most
+    log.close()
+    return sizes

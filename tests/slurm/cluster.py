@@ -33,6 +33,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "mariadb-in
 SPANK_HEADER = Path("/usr/include/slurm/spank.h")
 NODES = ("node1", "node2")
 CPUS, GPUS = 16, 8  # of a node, whatever this machine has; GPUs are plain files that are counted and never opened
+SOCKET_NAME = 107  # bytes of a Unix socket's path
 STARTED = 120.0  # seconds that everything may take to come up on a busy machine
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
 # What an outer Slurm, or a process group of the tests, would tell the jobs.
@@ -244,8 +245,11 @@ def supervise(folder: Path, spank: bool) -> None:
 
 
 def _start(folder: Path, spank: bool) -> None:
+    # A job's step has a Unix socket among its node's files, and starts only if the kernel takes the name.
+    if (spare := SOCKET_NAME - len(f"{folder}/spool-{NODES[0]}/{NODES[0]}_99999.4294967291")) < 0:
+        raise RuntimeError(f"{folder}: {-spare} letters too many for Slurm's sockets in it: take a shorter folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("log", "state", *(f"spool-{node}" for node in NODES)):
+    for name in ("log", "state", "tmp", *(f"spool-{node}" for node in NODES)):
         (folder / name).mkdir()
     controller, accounting, database, *ports = _free_ports(3 + len(NODES))
     names: dict[str, object] = dict(folder=folder, user=getpass.getuser(), host=socket.gethostname().split(".")[0])
@@ -267,7 +271,8 @@ def _start(folder: Path, spank: bool) -> None:
     files += [f"--{name}={folder}/munge.{name[:-5]}" for name in ("pid-file", "seed-file")]
     _daemon(folder, "munged", "--foreground", "--force", *files, f"--log-file={folder}/log/munged.log")
 
-    database_at = ["--no-defaults", f"--user={names['user']}", f"--datadir={folder}/mysql"]
+    # Its temporary tables too: two databases that are installed at once would take each other's.
+    database_at = ["--no-defaults", f"--user={names['user']}", f"--datadir={folder}/mysql", f"--tmpdir={folder}/tmp"]
     _run("mariadb-install-db", *database_at, "--auth-root-authentication-method=normal", "--skip-test-db")
     (folder / "database.sql").write_text(DATABASE)
     small = ["--innodb-buffer-pool-size=64M", "--innodb-log-file-size=32M", "--innodb-lock-wait-timeout=900"]

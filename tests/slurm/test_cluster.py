@@ -120,12 +120,21 @@ def processes(folder: Path) -> set[int]:
     return found
 
 
-def test_a_second_cluster_and_its_end_when_the_tests_are_killed(slurm, tmp_path):
+def test_a_folder_with_too_long_a_name(tmp_path):
+    """Its jobs would be held with nothing said but launch_failed."""
+    folder = tmp_path / ("long" * 20)
+    with pytest.raises(RuntimeError, match="letters too many for Slurm's sockets"), Cluster(folder):
+        pass
+    assert not folder.exists()
+
+
+def test_a_second_cluster_and_its_end_when_the_tests_are_killed(slurm, tmp_path_factory):
     """Both work beside each other; kill -9 of what wanted the second leaves nothing of it, not even its running job."""
+    second = tmp_path_factory.mktemp("second")
     code = f"""
 from pathlib import Path
 from {Cluster.__module__} import Cluster
-with Cluster(Path({str(tmp_path / "second")!r}), spank=False) as slurm:
+with Cluster(Path({str(second)!r}), spank=False) as slurm:
     job = slurm.submit("--nodes=2", "--output=/dev/null", "--wrap=srun sleep 600")
     slurm.wait_for(job, lambda shown: shown["JobState"] == "RUNNING")
     print("running", flush=True)
@@ -135,12 +144,12 @@ with Cluster(Path({str(tmp_path / "second")!r}), spank=False) as slurm:
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
     try:
         assert owner.stdout and owner.stdout.readline() == "running\n"
-        assert len(processes(tmp_path / "second")) > 8
+        assert len(processes(second)) > 8
         assert slurm.run("sinfo", "--noheader", "--Node", "--partition=batch", "--format=%N").split() == ["node1", "node2"]
     finally:
         owner.send_signal(signal.SIGKILL)
         owner.wait()
     deadline = time.monotonic() + 60
-    while left := processes(tmp_path / "second"):
+    while left := processes(second):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)

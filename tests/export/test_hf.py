@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import train_tokenizer
-from flextron_mcore.export.hf import export_hf
+from flextron_mcore.export.formats import Job
+from flextron_mcore.export.hf import write
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters
 from tests import hf_toy, toy
 
@@ -49,7 +50,7 @@ def networks(info: CheckpointInfo) -> dict[str, SubNetwork]:
 
 def exported(info: CheckpointInfo, net: SubNetwork, out: Path, **options) -> dict:
     out.mkdir()
-    return export_hf(info, net, out, **options)
+    return write(Job(info, net, out, **options))
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -314,9 +315,9 @@ def test_bad_arguments(tmp_path):
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.gpt2(), tmp_path / "hf"), tmp_path / "run")
     full = SubNetwork.full(info.model)
     with pytest.raises(FlextronError, match="not an empty directory"):
-        export_hf(info, full, tmp_path / "none")
+        write(Job(info, full, tmp_path / "none"))
     with pytest.raises(FlextronError, match="not an empty directory"):
-        export_hf(info, full, tmp_path / "hf")
+        write(Job(info, full, tmp_path / "hf"))
     with pytest.raises(FlextronError, match="dtype='fp8' is not known"):
         exported(info, full, tmp_path / "dtype", dtype="fp8")
     with pytest.raises(FlextronError, match="max_shard_size='1GB' must be a whole number of bytes"):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from flextron_mcore.checkpoint.hf_import import copy_tokenizer
 from flextron_mcore.checkpoint.store import DTYPES, CheckpointInfo
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.cut import cut, cut_config, executed_layers
+from flextron_mcore.export.formats import Format, Job, rounding
 from flextron_mcore.export.hf import gpt2, llama
 from flextron_mcore.export.hf.target import Target
 from flextron_mcore.export.hf.writer import model_card, write_json, write_weights
@@ -23,29 +25,16 @@ _CODE = Path(__file__).parent / "code"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def export_hf(
-    info: CheckpointInfo,
-    net: SubNetwork,
-    out: Path,
-    dtype: str | None = None,
-    max_shard_size: int = 10**9,
-    tokenizer: Path | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """Write `net` as a dense model into the existing, empty directory `out`. Call on all ranks, which share the weights out.
+def write(job: Job) -> dict[str, Any]:
+    """Write job.net as a dense model. Call on all ranks, which share the weights out.
 
     A network that a stock class of transformers can hold is written as that class, any other as its `Flextron` subclass, whose
     code goes along (`trust_remote_code=True`). Values that no cut changes come from the config that the model was imported from.
-    dtype: fp32, bf16 or fp16; default: the checkpoint's. max_shard_size: bytes of one weights file, about what is in memory at a
-    time. tokenizer: default the one beside the checkpoint. progress: called with the bytes of each tensor written.
     Returns format, architecture, parameters, bytes and files (of the whole directory); `reason` if no stock class was possible.
     Raises FlextronError for a model of no family, a network outside the space, or an `out` that is not an empty directory.
     """
-    out, model, dtype = Path(out), info.model, dtype or info.dtype
-    if dtype not in DTYPES:
-        raise FlextronError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPES)}")
-    if type(max_shard_size) is not int or max_shard_size < 1:
-        raise FlextronError(f"max_shard_size={max_shard_size!r} must be a whole number of bytes")
+    info, net, out, dtype, tokenizer = job.info, job.net, job.out, job.dtype, job.tokenizer
+    model = info.model
     target = _target(model)
     tensors = cut(info, net)
     layers, reason = executed_layers(net), target.not_stock(model, net)
@@ -55,11 +44,10 @@ def export_hf(
         if not out.is_dir() or any(out.iterdir()):
             raise FlextronError(f"out={out}: not an empty directory")
         check_space(out, weight_bytes(model, net, dtype))
-        source = tokenizer or info.tokenizer
-        config = _config(info, net, target, reason, source) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-        if source and not copy_tokenizer(source, out):
+        config = _config(info, net, target, reason, tokenizer) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+        if tokenizer and not copy_tokenizer(tokenizer, out):
             raise FlextronError(
-                f"tokenizer={source}: no tokenizer in it (looked for tokenizer.json, tokenizer.model, vocab.json)"
+                f"tokenizer={tokenizer}: no tokenizer in it (looked for tokenizer.json, tokenizer.model, vocab.json)"
             )
         if not (out / "generation_config.json").is_file():
             ids = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
@@ -70,7 +58,7 @@ def export_hf(
 
     config = on_main_process(prepared)
     parts = list(target.parts(model, layers, net.hidden_size))
-    parameters = write_weights(out, parts, tensors, DTYPES[dtype], max_shard_size, progress)
+    parameters = write_weights(out, parts, tensors, DTYPES[dtype], job.max_shard_size, job.progress)
     if parameters != count_parameters(model, net):
         raise AssertionError(f"{parameters} parameters written, {count_parameters(model, net)} counted")
     (architecture,) = config["architectures"]
@@ -91,6 +79,18 @@ def export_hf(
         "files": len(sizes),
     }
     return result | ({"reason": reason} if reason else {})
+
+
+def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Of the directory, in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    exported = AutoModelForCausalLM.from_pretrained(job.out, trust_remote_code=True, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return exported(tokens_BS).logits
+
+
+FORMAT = Format(write, logits, rounding)
 
 
 def _target(model: ModelConfig) -> Target:

@@ -1,0 +1,88 @@
+"""The forms that a sub-network can be exported in. Each is a package or module here with a `FORMAT`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.space import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+    from flextron_mcore.checkpoint.store import CheckpointInfo
+    from flextron_mcore.space import SubNetwork
+
+FORMATS = {
+    "hf": "flextron_mcore.export.hf",
+    "hf_elastic": "flextron_mcore.export.hf_elastic",
+    "trtllm": "flextron_mcore.export.trtllm",
+    "gguf": "flextron_mcore.export.gguf",
+    "megatron": "flextron_mcore.export.megatron",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export.
+
+    out: an existing, empty directory. dtype: fp32, bf16 or fp16; default: the checkpoint's. max_shard_size: bytes of one weights
+    file, about what is in memory at a time. tokenizer: a directory; default: the one beside the checkpoint. progress: called with
+    the bytes of each tensor written. options: the format's own, `conf/stage/export.yaml`.
+    Raises FlextronError for a value that means nothing.
+    """
+
+    info: CheckpointInfo
+    net: SubNetwork
+    out: Path
+    dtype: str | None = None
+    max_shard_size: int = 10**9
+    tokenizer: Path | None = None
+    progress: Callable[[int], None] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", self.dtype or self.info.dtype)
+        object.__setattr__(self, "tokenizer", self.tokenizer or self.info.tokenizer)
+        if self.dtype not in DTYPE_BYTES:
+            raise FlextronError(f"dtype={self.dtype!r} is not known: use one of {', '.join(DTYPE_BYTES)}")
+        if type(self.max_shard_size) is not int or self.max_shard_size < 1:
+            raise FlextronError(f"max_shard_size={self.max_shard_size!r} must be a whole number of bytes")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How to write a form and to read it back.
+
+    write: on all ranks; returns format, architecture, parameters, bytes, files. Raises FlextronError for what it cannot hold.
+    logits: (job, one of `networks`, tokens [batch, sequence]) -> logits [batch, sequence, vocabulary] in fp32, computed from
+        what was written and nothing else; on the main process.
+    tolerance: the largest difference from the checkpoint's logits that rounding explains.
+    networks: which of them `logits` is asked for.
+    """
+
+    write: Callable[[Job], dict[str, Any]]
+    logits: Callable[[Job, SubNetwork, torch.Tensor], torch.Tensor]
+    tolerance: Callable[[Job], float]
+    networks: Callable[[Job], list[SubNetwork]] = lambda job: [job.net]
+
+
+def check_format(name: str) -> None:
+    """Raises FlextronError for a format that there is not."""
+    if name not in FORMATS:
+        raise FlextronError(f"format={name!r} is not known: use one of {', '.join(FORMATS)}")
+
+
+def get_format(name: str) -> Format:
+    """The format called `name`. Raises FlextronError."""
+    check_format(name)
+    return importlib.import_module(FORMATS[name]).FORMAT
+
+
+def rounding(job: Job) -> float:
+    """What logits may differ by: fp32 rounding, or where the export is narrower than the checkpoint, that dtype's."""
+    return 1e-4 if job.dtype in (job.info.dtype, "fp32") else 0.25

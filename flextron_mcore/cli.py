@@ -50,6 +50,7 @@ STAGES = {
     "select": "the sub-network for a budget: 0.6, 25ms, 3.4B, 8GiB",
     "compare": "selectors side by side, and random sub-networks of equal cost",
     "evaluate": "loss and perplexity a domain",
+    "generate": "text from a sub-network, or with a choice for every token",
     "export": "a sub-network as a directory that loads elsewhere",
     "report": "one HTML page of a run, and family.json",
     "quickstart": "the whole chain on this machine",

@@ -34,6 +34,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 IMPORTED = ("data", "data x virtual")  # import has no layout: once for each number of processes
 # Routing adds nothing to a layout but broadcasts and the gates' sums: every group of ranks once.
 ROUTED = ("sequence", "tensor x pipeline", "data x virtual")
+DECODING = "tensor"  # no other layout decodes text
 ROUTING = ("router", "router straight through", "router adaptive", "joint", "sensitivity", "compare")
 LOGITS = {"fp32": {}, "bf16": {"precision": "bf16"}, "net": {"net": "{run}/net.json"}}
 VOCAB = 301  # odd: tensor-parallel ranks pad it
@@ -54,7 +55,7 @@ class Start:
         options = [f"model.{key}={str(value).lower()}" for key, value in layout.items()]
         jobs: list[dict[str, Any]] = []
         for result, keys in self.keys.items():
-            if result in ROUTING and name not in ROUTED:
+            if (result in ROUTING and name not in ROUTED) or ("generate" in result and name != DECODING):
                 continue
             if result != "import":
                 jobs.append({"stage": result.split()[0], "keys": [*keys, *options, f"out={self.run}/many/{name}/{result}"]})
@@ -88,6 +89,7 @@ def start(tmp_path_factory, text) -> Start:
     train = ["model.micro_batch_size=2", "model.global_batch_size=8", "trainer.max_steps=3", "trainer.limit_val_batches=1"]
     train += ["exp_manager.create_tensorboard_logger=false", "exp_manager.checkpoint_callback_params.async_save=false"]
     router = [checkpoint, data, f"latency={write_table(run / 'start', run / 'latency.json')}", "targets_per_step=3", *train]
+    text_keys = ["prompt=['def x(',import]", "max_new_tokens=6", f"tokenizer={run}/data/tokenizer"]
     keys = {
         "import": [f"hf={run}/hf", "space.granularity=2", "space.heads=[0.5,1.0]"],
         "importance": [
@@ -118,6 +120,11 @@ def start(tmp_path_factory, text) -> Start:
             *(f"checkpoint={run}/one/router", data, "selectors=[router,uniform,sensitivity,random]", "random_networks=3"),
             *("targets=[0.8]", "random_at_target=3", "limit_val_batches=1", "model.micro_batch_size=2"),
             f"sensitivity={run}/one/sensitivity",
+        ],
+        "generate": [checkpoint, *text_keys, f"subnetwork={run}/net.json"],
+        "generate adaptive": [
+            *(f"checkpoint={run}/one/router adaptive", *text_keys, "selector=adaptive", "budget=0.85", "kv_policy=own"),
+            *("temperature=1", "top_k=20"),
         ],
         "export": [checkpoint, "max_shard_size=20000", "verify=true", f"subnetwork={run}/net.json"],
     }
@@ -242,6 +249,14 @@ def test_sensitivity_and_selectors(start, done, name):
     for stage_, rows, keys in (("sensitivity", "blocks", ["degradation"]), ("compare", "networks", ["loss", "mean_loss"])):
         for row, other in zip(metrics(one / stage_)[rows], metrics(many / stage_)[rows], strict=True):
             assert other == near(row, "loss", *keys)
+
+
+@pytest.mark.parametrize("result", ["generate", "generate adaptive"])
+def test_generate(start, done, result):
+    one, many = (json.loads((start.run / part / result).read_text()) for part in ("one", f"many/{DECODING}"))
+    for key in ("texts", "tokens", "subnetwork"):
+        assert many.get(key) == one.get(key)
+    assert many.get("share") == pytest.approx(one.get("share"), rel=1e-6) and ("share" in one) is ("adaptive" in result)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from flextron_mcore.checkpoint.store import TensorReader, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
+from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.training.loop import _Run
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, stage
@@ -50,6 +51,23 @@ def metrics(out: Path) -> dict:
 def rows(out: Path) -> list[dict]:
     found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
+
+
+def test_text_from_a_choice_for_every_token(routed):
+    keys = [f"checkpoint={routed}/adaptive", "prompt=['def main(',import]", "max_new_tokens=6", "selector=adaptive"]
+    low, high = calibrated(routed)
+    found = {policy: stage("generate", *keys, f"budget={(low + high) / 2}", f"kv_policy={policy}") for policy in KV_POLICIES}
+    for figures in found.values():
+        assert figures["cost"] == "latency" and low - 0.1 < figures["share"] < high + 0.1
+        assert [row["prompt"] for row in figures["texts"]] == ["def main(", "import"]
+    again = stage("generate", *keys, f"budget={(low + high) / 2}", "kv_policy=own")
+    assert again["texts"] == found["own"]["texts"] and again["share"] == found["own"]["share"]
+
+
+def calibrated(run: Path) -> tuple[float, float]:
+    """The least and the most that the adaptive routers spend."""
+    shares = [share for _, share in metrics(run / "adaptive")["calibration"]]
+    return min(shares), max(shares)
 
 
 def test_what_is_written(chain, routed):

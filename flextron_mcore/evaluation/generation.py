@@ -1,0 +1,123 @@
+"""Text from a sub-network, or with a choice for every token: decoding with Megatron-Core's KV cache.
+
+Shape suffixes: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+from flextron_mcore.model import Network, use_subnetwork
+from flextron_mcore.runtime.distributed import device
+from flextron_mcore.space import SubNetwork
+
+
+@dataclass(frozen=True)
+class Generated:
+    """ids: what was added to each prompt, its end-of-text token included.
+
+    Seconds of the first pass, over as much as the shortest prompt has, and of all that followed.
+    """
+
+    ids: list[list[int]]
+    prompt_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest; with a temperature above 0 drawn, of the top_k likeliest if that is not 0."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    seed: int = 1234
+
+
+def generate(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    network: Network,
+    max_new_tokens: int,
+    end: int | None = None,
+    sampling: Sampling | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> Generated:
+    """Continue `prompts`, each of at least one token, by at most max_new_tokens tokens, or until the token `end`.
+
+    model: whole on this rank, or its tensor-parallel part; all ranks get the same. Sequences are computed together, and each is
+    what it would be alone: the cache is filled with as many tokens as the shortest prompt has; where another prompt has more,
+    these follow one by one. With a routing, the tokens of sequences that have ended are not counted. progress: after each token.
+    """
+    sampling = sampling or Sampling()
+    lengths = [len(prompt) for prompt in prompts]
+    total = max(lengths) + max_new_tokens
+    tokens = torch.zeros(len(prompts), total, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(list(prompt))
+    limits = [length + max_new_tokens for length in lengths]
+    generator = torch.Generator().manual_seed(sampling.seed)
+    context = StaticInferenceContext(len(prompts), total)
+    positions = torch.arange(total).expand(len(prompts), -1)
+    began, done, start = time.perf_counter(), [False] * len(prompts), 0
+    prompt_seconds = 0.0
+    for stop in range(min(lengths), total):
+        logits_BV = _next(model, network, context, tokens, positions, start, stop, done)
+        start = stop
+        chosen = _choose(logits_BV, sampling, generator)
+        for i, length in enumerate(lengths):
+            if length <= stop < limits[i] and not done[i]:
+                tokens[i, stop] = chosen[i]
+                if chosen[i] == end:
+                    limits[i] = stop + 1
+            done[i] = stop + 1 >= limits[i]
+        progress()
+        if not prompt_seconds:
+            prompt_seconds = time.perf_counter() - began
+        if all(done):
+            break
+    seconds = time.perf_counter() - began - prompt_seconds
+    return Generated([tokens[i, n : limits[i]].tolist() for i, n in enumerate(lengths)], prompt_seconds, seconds)
+
+
+@torch.no_grad()
+def _next(
+    model: torch.nn.Module,
+    network: Network,
+    context: StaticInferenceContext,
+    tokens: Tensor,
+    positions: Tensor,
+    start: int,
+    stop: int,
+    done: Sequence[bool],
+) -> Tensor:
+    """Logits of the token after tokens[:, start:stop], which are added to the cache: [B, V] on the CPU."""
+    part = slice(start, stop)
+    if network is not None and not isinstance(network, SubNetwork):
+        network.begin(0, (~torch.tensor(done))[:, None].expand(-1, stop - start).to(device()))
+    with use_subnetwork(model, network):
+        logits = model(
+            tokens[:, part].to(device()),
+            positions[:, part].to(device()),
+            None,
+            inference_context=context,
+            runtime_gather_output=True,
+        )
+    context.sequence_len_offset = stop
+    context.enable_decode_mode()
+    return logits[:, -1].float().cpu()
+
+
+def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1).tolist()
+    scaled_BV = logits_BV / sampling.temperature
+    if sampling.top_k:
+        least_B1 = scaled_BV.topk(min(sampling.top_k, scaled_BV.shape[-1])).values[:, -1:]
+        scaled_BV = scaled_BV.masked_fill(scaled_BV < least_B1, -torch.inf)
+    return torch.multinomial(scaled_BV.softmax(-1), 1, generator=generator).squeeze(-1).tolist()

@@ -1,0 +1,129 @@
+"""`flextron generate`: text from a sub-network, or with a choice for every token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime.ranks import is_main_process, on_main_process
+from flextron_mcore.stages.common import make_parent, progress_bar, say, start
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Continue config.prompt with config.subnetwork, the choice for config.budget, or the full model."""
+    layout = config.model
+    if layout.pipeline_model_parallel_size > 1:
+        raise FlextronError("generate: decodes on tensor-parallel ranks only: model.pipeline_model_parallel_size=1")
+    if layout.sequence_parallel:
+        raise FlextronError("generate: a single token cannot be split over ranks: model.sequence_parallel=false")
+    if config.max_new_tokens < 1 or config.temperature < 0 or config.top_k < 0:
+        raise FlextronError("generate: max_new_tokens must be at least 1, temperature and top_k at least 0")
+    out = Path(config.out) if config.out else None
+    if out and (out.is_dir() or (out.exists() and not config.overwrite)):
+        what = "is a directory; name a file" if out.is_dir() else "exists already; choose another, or overwrite=true"
+        raise FlextronError(f"out={out}: {what}")
+    start(config)
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.data.tokenizer import open_tokenizer
+    from flextron_mcore.evaluation.generation import Sampling, generate
+    from flextron_mcore.model import check_layout, loaded_model
+    from flextron_mcore.runtime.disk import disk_errors, write_whole
+    from flextron_mcore.runtime.distributed import device
+    from flextron_mcore.stages.evaluate import precision
+
+    info = open_checkpoint(config.checkpoint)
+    computed = precision(config, info)
+    check_layout(info.model, info.space, layout, computed)
+    folder = config.tokenizer or info.tokenizer
+    if folder is None:
+        raise FlextronError(f"checkpoint={info.path}: has no tokenizer beside it: give tokenizer=, a directory")
+    tokenizer = open_tokenizer(folder)
+    texts = _prompts(config)
+    # Without the mark of a text's end, which encoding a corpus adds.
+    prompts = [list(ids[:-1]) or [tokenizer.eod] for ids in tokenizer.encode_batch(texts)]
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    if longest > info.model.max_position_embeddings:
+        raise FlextronError(
+            f"max_new_tokens={config.max_new_tokens}: with a prompt of {longest - config.max_new_tokens} tokens that is more "
+            f"than the model's {info.model.max_position_embeddings} positions"
+        )
+    network, spent = _network(config, info)
+    (model,) = loaded_model({**layout, "virtual_pipeline_model_parallel_size": None}, info, computed)
+    sampling = Sampling(config.temperature, config.top_k, config.seed)
+    with progress_bar(total=longest - min(map(len, prompts)), desc="generate", unit="token", leave=False) as bar:
+        found = generate(model, prompts, network, config.max_new_tokens, tokenizer.eod, sampling, bar.update)
+    continued = [tokenizer.decode(ids) for ids in found.ids]
+    count = sum(map(len, found.ids))
+    steps = max(map(len, found.ids)) - 1
+    figures: dict[str, Any] = {
+        "stage": "generate",
+        "texts": [{"prompt": prompt, "continued": text} for prompt, text in zip(texts, continued, strict=True)],
+        "tokens": count,
+        "prompt_ms": 1000 * found.prompt_seconds,
+        "ms_per_token": 1000 * found.decode_seconds / steps if steps else None,
+        "device": str(device()),
+        **spent(),
+    }
+    for prompt, text in zip(texts, continued, strict=True):
+        say(prompt + text)
+    speed = f", {figures['ms_per_token']:.3g} ms a token after the first" if steps else ""
+    cost = f"; {figures['share']:.3f} of the full model's {figures['cost']}" if "share" in figures else ""
+    say(f"generate: {count} tokens, prompts in {figures['prompt_ms']:.3g} ms{speed}{cost}")
+    if out and is_main_process():
+        make_parent(out)
+        with disk_errors(out):
+            write_whole(out, json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def _prompts(config: DictConfig) -> list[str]:
+    """config.prompt: a text or a list of them; or the lines of config.prompts."""
+    if (config.prompt is None) == (config.prompts is None):
+        raise FlextronError("generate: give prompt=, a text or a list of them, or prompts=, a file with one a line")
+    if config.prompt is not None:
+        found = [config.prompt] if isinstance(config.prompt, str | int | float) else list(config.prompt)
+        found = [str(text) for text in found]
+    else:
+        try:
+            lines = on_main_process(lambda: Path(config.prompts).read_text(encoding="utf-8").splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise FlextronError(f"prompts={config.prompts}: cannot be read as text: {error}") from None
+        found = [line for line in lines if line.strip()]
+    if not found:
+        raise FlextronError("generate: there is no prompt")
+    return found
+
+
+def _network(config: DictConfig, info: Any) -> tuple[Any, Any]:
+    """What is to compute, and a function that says after it has what was spent, as a share of the full model's cost."""
+    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.evaluation.routed import average
+    from flextron_mcore.space import SubNetwork
+    from flextron_mcore.stages.choice import adaptive_routing, counted_cost, latency_table, select
+
+    if config.selector == "adaptive":
+        make, cost, _ = adaptive_routing(config, info)
+        routing = make()
+        mix = counted_cost(cost, latency_table(config, info), routing.kv_policy)
+
+        def spent() -> dict[str, Any]:
+            counts_NK = routing.counts_NK.cpu().numpy()
+            share_NK = counts_NK / counts_NK.sum(-1, keepdims=True)
+            return {"cost": cost.name, "share": average(mix, Blocks(info.model, info.space), share_NK) / cost.full}
+
+        return routing, spent
+    if config.budget is not None:
+        if config.subnetwork is not None:
+            raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
+        net, budgets = select(config, info)
+        cost = budgets[0].cost
+        return net, lambda: {"cost": cost.name, "share": cost.of(net) / cost.full, "subnetwork": net.to_dict()}
+    if config.subnetwork is None:
+        return None, dict
+    net = SubNetwork.from_file(config.subnetwork)
+    info.space.check(info.model, net, str(config.subnetwork))
+    return net, lambda: {"subnetwork": net.to_dict()}

@@ -1,0 +1,100 @@
+"""Decoding with the cache, several prompts together: what one pass over the whole text would choose, for each alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flextron_mcore.blocks import Blocks
+from flextron_mcore.evaluation.generation import Sampling, generate
+from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.model import use_subnetwork
+from flextron_mcore.routers.adaptive import AdaptiveRouters, TokenRouting
+from flextron_mcore.routers.static import StaticRouters
+from flextron_mcore.space import ElasticSpace
+from tests import toy
+
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5], [3]]
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def case():
+    arch = toy.config(num_query_groups=2)
+    space = ElasticSpace.build(arch, granularity=1, heads=[2, 4], ffn_hidden_size=[12, 48])
+    return arch, space, toy.model(arch, space)
+
+
+def networks(case, kind: str):
+    """A function that makes the network anew: a routing counts what it has seen."""
+    arch, space, _ = case
+    if kind == "whole model":
+        return lambda: None
+    if kind == "sub-network":
+        net = toy.random_network(arch, space, 2)
+        return lambda: net
+    blocks = Blocks(arch, space)
+    torch.manual_seed(3)
+    routers = AdaptiveRouters(blocks, 1, 16, StaticRouters(blocks, 1, 16))
+    with torch.no_grad():
+        routers.out_NKU.normal_(std=2)
+    return lambda: TokenRouting(routers, torch.tensor([0.5]), kind)
+
+
+@torch.no_grad()
+def by_whole_passes(model, make, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor | None]:
+    """Greedy decoding without a cache; and how many tokens chose what in a pass over all that was computed."""
+    ids, network = list(prompt), None
+    for _ in range(count):
+        network = make()
+        if hasattr(network, "begin"):
+            network.begin()
+        with use_subnetwork(model, network):
+            logits = model(torch.tensor([ids]), torch.arange(len(ids))[None], None)
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :], getattr(network, "counts_NK", None)
+
+
+@pytest.mark.parametrize("kind", ["whole model", "sub-network", *KV_POLICIES])
+def test_together_is_each_alone(case, kind):
+    make = networks(case, kind)
+    *_, model = case
+    network = make()
+    found = generate(model, PROMPTS, network, NEW)
+    alone = [by_whole_passes(model, make, prompt, NEW) for prompt in PROMPTS]
+    assert found.ids == [ids for ids, _ in alone]
+    assert len({tuple(ids) for ids in found.ids}) == len(PROMPTS)
+    if alone[0][1] is not None:  # every token that was computed is counted once, padding and what has ended not
+        assert torch.equal(network.counts_NK, sum(counts for _, counts in alone))
+        assert (network.counts_NK.sum(0)[:2] > 0).all()
+
+
+def test_the_end_of_a_text(case):
+    *_, model = case
+    whole = generate(model, PROMPTS, None, NEW).ids
+    end = whole[0][2]
+    found = generate(model, PROMPTS, None, NEW, end).ids
+    for ids, other in zip(found, whole, strict=True):
+        assert ids == (other[: other.index(end) + 1] if end in other else other)
+    assert len(found[0]) <= 3
+
+
+def test_drawn_tokens(case):
+    *_, model = case
+    draw = lambda **options: generate(model, PROMPTS, None, NEW, sampling=Sampling(**options)).ids  # noqa: E731
+    greedy = draw()
+    assert draw(temperature=2.0) == draw(temperature=2.0) != draw(temperature=2.0, seed=5)
+    assert draw(temperature=2.0) != greedy
+    assert draw(temperature=2.0, top_k=1) == greedy == draw(temperature=1e-4)
+    with torch.no_grad():
+        logits_V = model(torch.tensor([[3]]), torch.tensor([[0]]), None)[0, -1]
+    two = set(logits_V.topk(2).indices.tolist())
+    firsts = {generate(model, [[3]], None, 1, sampling=Sampling(5.0, 2, seed)).ids[0][0] for seed in range(30)}
+    assert firsts == two
+
+
+def test_progress_is_told(case):
+    *_, model = case
+    seen: list[int] = []
+    generate(model, PROMPTS, None, NEW, progress=lambda: seen.append(1))
+    assert len(seen) == max(map(len, PROMPTS)) + NEW - min(map(len, PROMPTS))

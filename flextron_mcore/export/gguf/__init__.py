@@ -1,0 +1,109 @@
+"""Export as one GGUF file for llama.cpp, architecture `deci`: a Llama whose layers differ in heads and FFN width.
+
+Source: the GGUF specification, and llama.cpp's loader and graph of `deci` (src/models/deci.cpp).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.export.cut import cut, executed_layers
+from flextron_mcore.export.formats import Format, Job
+from flextron_mcore.export.gguf import tokenizer
+from flextron_mcore.export.gguf.forward import forward
+from flextron_mcore.export.gguf.writer import FILE, TYPES, card, write_file
+from flextron_mcore.export.hf import llama
+from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.space import SubNetwork, count_parameters
+
+# Largest difference of logits that a type's rounding explains, in units of the logits' own size (`_logit_scale`): rounding is
+# relative, so it grows with them. Measured on small random networks, whose rounding averages out least: f16 0.01, q8_0 0.25.
+_ROUNDING = {"f16": 0.04, "q8_0": 1.0}
+
+
+def write(job: Job) -> dict[str, Any]:
+    """Write job.net as model.gguf, with a README.md. Call on all ranks; the main process writes, a tensor at a time.
+
+    options: type, of the weight matrices: f32, f16 or q8_0; default: f32 of an fp32 export, else f16. Vectors are always f32.
+    Returns format, architecture, parameters, bytes, files.
+    Raises FlextronError for a model that is no Llama, a tokenizer that llama.cpp lacks, weights too large for f16, a network
+    outside the space, or an `out` that is not an empty directory.
+    """
+    require_library()
+    model, layers = job.info.model, executed_layers(job.net)
+    if misfits := llama.misfits(model):
+        raise FlextronError(
+            f"format=gguf: llama.cpp holds layers of different widths for Llama only, which needs {', '.join(misfits)}: "
+            "use format=hf or format=trtllm"
+        )
+    kind, tensors = _type(job), cut(job.info, job.net)
+
+    def written() -> int:
+        if not job.out.is_dir() or any(job.out.iterdir()):
+            raise FlextronError(f"out={job.out}: not an empty directory")
+        vocabulary = tokenizer.read(job.tokenizer, model.vocab_size) if job.tokenizer else None
+        parts = list(llama.parts(model, layers, job.net.hidden_size))
+        try:
+            parameters = write_file(
+                job.out / FILE, model, layers, job.net.hidden_size, parts, tensors, vocabulary, kind, job.progress
+            )
+            text = card(parameters, count_parameters(model), kind, layers, job.net.hidden_size, vocabulary)
+            (job.out / "README.md").write_text(text, encoding="utf-8")
+        except BaseException:
+            (job.out / FILE).unlink(missing_ok=True)  # never half a model
+            raise
+        return parameters
+
+    parameters = on_main_process(written)
+    if parameters != count_parameters(model, job.net):
+        raise AssertionError(f"{parameters} parameters written, {count_parameters(model, job.net)} counted")
+    sizes = [file.stat().st_size for file in job.out.iterdir()]
+    return {"format": "gguf", "architecture": "deci", "parameters": parameters, "bytes": sum(sizes), "files": len(sizes)}
+
+
+def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Of the file, computed here as llama.cpp does in fp32."""
+    require_library()
+    return forward(job.out / FILE, tokens_BS)
+
+
+def tolerance(job: Job) -> float:
+    """Of f32, rounding of the sums; of the others, that of the weights, relative to the size of the logits."""
+    scale, kind = _logit_scale(job), _type(job)
+    return 1e-4 * max(1.0, scale) + _ROUNDING.get(kind, 0.0) * scale
+
+
+FORMAT = Format(write, logits, tolerance)
+
+
+def require_library() -> None:
+    """Raises FlextronError where the package gguf is not installed."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise FlextronError("format=gguf needs the Python package gguf: pip install 'flextron_mcore[gguf]'") from None
+
+
+def _type(job: Job) -> str:
+    kind = job.options.get("type")
+    if kind is None:
+        return "f32" if job.dtype == "fp32" else "f16"
+    if kind not in TYPES:
+        raise FlextronError(f"gguf.type={kind!r} is not known: use one of {', '.join(TYPES)}")
+    if job.dtype != job.info.dtype:
+        raise FlextronError(f"dtype={job.dtype} and gguf.type={kind} are two ways to say how weights are stored: give one")
+    return kind
+
+
+def _logit_scale(job: Job) -> float:
+    """Standard deviation that logits have: the final norm's scale times a row of the output layer, summed over channels."""
+    tensors = cut(job.info, job.net)
+    rows = tensors.get("output_layer.weight") or tensors["embedding.word_embeddings.weight"]
+    gain_C = tensors["decoder.final_layernorm.weight"].load().float()
+    channel_C = torch.linalg.vector_norm(rows.load(), dim=0, dtype=torch.float32) / math.sqrt(job.info.model.vocab_size)
+    return torch.linalg.vector_norm(gain_C * channel_C).item()

@@ -1,0 +1,301 @@
+"""A Hugging Face tokenizer as the `tokenizer.ggml.*` keys of a GGUF file, where llama.cpp splits text as it does.
+
+llama.cpp has two kinds that a Llama uses: `gpt2`, byte-level BPE by rank of merges, with a named way to cut text into words first;
+and `llama`, sentencepiece's BPE by score of pieces, where unknown characters become bytes.
+Source: llama.cpp, src/llama-vocab.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flextron_mcore.config import FlextronError
+
+if TYPE_CHECKING:
+    import gguf
+
+_SPACE = "▁"  # sentencepiece's
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# pre_tokenizer of tokenizer.json, as `_pre_tokenizer` shortens it -> (llama.cpp's name, its ignore_merges)
+_PRE_TOKENIZERS = {
+    "words": ("gpt-2", False),
+    "digits, words": ("smollm", False),
+    f"split {_LLAMA3}, bytes": ("llama-bpe", True),
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What llama.cpp is told. tokens, types (gguf.TokenType) and scores by id; merges as `left right`, best first."""
+
+    model: str
+    pre: str | None
+    tokens: Sequence[str]
+    types: Sequence[int]
+    scores: Sequence[float] | None
+    merges: Sequence[str] | None
+    ids: Mapping[str, int]  # bos, eos, unk, pad: those that there are
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str | None
+
+    def add_to(self, writer: gguf.GGUFWriter) -> None:
+        """Write the keys."""
+        writer.add_tokenizer_model(self.model)
+        if self.pre:
+            writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.scores is not None:
+            writer.add_token_scores(self.scores)
+        if self.merges is not None:
+            writer.add_token_merges(self.merges)
+        for name, number in self.ids.items():
+            writer.add_uint32(
+                f"tokenizer.ggml.{'unknown' if name == 'unk' else 'padding' if name == 'pad' else name}_token_id", number
+            )
+        writer.add_add_bos_token(self.add_bos)
+        writer.add_add_eos_token(self.add_eos)
+        writer.add_add_space_prefix(self.add_space_prefix)
+        if self.chat_template:
+            writer.add_chat_template(self.chat_template)
+
+
+def read(folder: Path, vocab_size: int) -> Vocabulary:
+    """The tokenizer of a Hugging Face directory, for a model of `vocab_size` tokens; ids without a token are marked unused.
+
+    Raises FlextronError where llama.cpp would split text in another way, and for a damaged or missing file.
+    """
+    file = next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
+    if file is None:
+        raise FlextronError(
+            f"tokenizer={folder}: no tokenizer in it that GGUF can hold (looked for tokenizer.json, tokenizer.model)"
+        )
+    try:
+        config = _json(folder / "tokenizer_config.json")
+        if file.name == "tokenizer.model":
+            return _from_sentencepiece(file, config, vocab_size)
+        return _from_tokenizer_json(_json(file), config, vocab_size)
+    except _Unlike as error:
+        raise FlextronError(f"tokenizer={folder}: llama.cpp cannot split text as it does: {error}; use format=hf") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FlextronError(f"{file}: is not a tokenizer ({type(error).__name__}: {' '.join(str(error).split())})") from None
+
+
+class _Unlike(Exception):
+    """What llama.cpp has no like of."""
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def _from_tokenizer_json(values: dict[str, Any], config: dict[str, Any], vocab_size: int) -> Vocabulary:
+    model, added = values["model"], values.get("added_tokens") or []
+    if model["type"] != "BPE":
+        raise _Unlike(f"its model is {model['type']}, not BPE")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise _Unlike(f"{key}={model[key]!r}")
+    for entry in added:
+        if odd := [key for key in ("single_word", "lstrip", "rstrip") if entry.get(key)]:
+            raise _Unlike(f"its token {entry['content']!r} has {odd[0]}")
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    vocab = {**model["vocab"], **{entry["content"]: entry["id"] for entry in added}}
+    special = {entry["content"]: bool(entry["special"]) for entry in added}
+    tokens, types = _tokens(vocab, special, vocab_size)
+    sentencepiece = bool(model.get("byte_fallback"))
+    if sentencepiece:
+        pre, prefix = None, _space_prefix(values)
+        scores = _scores(tokens, model["vocab"], merges, special)
+        _mark_bytes(tokens, types, model.get("unk_token"))
+    else:
+        scores, prefix = None, False
+        if values.get("normalizer") is not None:
+            raise _Unlike(f"it changes text before splitting it (normalizer {values['normalizer'].get('type')})")
+        shortened = _pre_tokenizer(values.get("pre_tokenizer"))
+        if shortened not in _PRE_TOKENIZERS:
+            raise _Unlike(f"its pre-tokenizer ({shortened[:60]}) is not GPT-2's, Llama 3's or SmolLM's")
+        pre, ignore_merges = _PRE_TOKENIZERS[shortened]
+        if bool(model.get("ignore_merges")) != ignore_merges:
+            raise _Unlike(f"ignore_merges={not ignore_merges} with the pre-tokenizer {pre}")
+    before, after = _template(values.get("post_processor"))
+    ids = _special_ids(config, vocab, model.get("unk_token"))
+    if before is not None:
+        ids["bos"] = vocab[before]
+    if after is not None and vocab[after] != ids["eos"]:
+        raise _Unlike(f"it ends a text with {after!r}, which is not its end-of-text token")
+    return Vocabulary(
+        model="llama" if sentencepiece else "gpt2",
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=None if sentencepiece else [" ".join(merge) for merge in merges],
+        ids=ids,
+        add_bos=before is not None,
+        add_eos=after is not None,
+        add_space_prefix=prefix,
+        chat_template=_chat_template(config),
+    )
+
+
+def _tokens(vocab: Mapping[str, int], special: Mapping[str, bool], size: int) -> tuple[list[str], list[int]]:
+    """Text and type by id. special: of the added tokens, whether they are control tokens."""
+    from gguf import TokenType
+
+    if (last := max(vocab.values())) >= size:
+        raise _Unlike(f"it has tokens up to {last}, the model {size}")
+    if len(set(vocab.values())) < len(vocab):
+        raise _Unlike("two of its tokens have the same id")
+    tokens: list[str | None] = [None] * size
+    types = [int(TokenType.UNUSED)] * size
+    for token, number in vocab.items():
+        tokens[number] = token
+        types[number] = int(TokenType.NORMAL if token not in special else
+                            TokenType.CONTROL if special[token] else TokenType.USER_DEFINED)  # fmt: skip
+    names = (name for i in range(2 * size) if (name := f"[PAD{i}]") not in vocab)  # llama.cpp wants every text once
+    return [next(names) if token is None else token for token in tokens], types
+
+
+def _mark_bytes(tokens: Sequence[str], types: list[int], unknown: str | None) -> None:
+    """Types of the tokens that only sentencepiece has."""
+    from gguf import TokenType
+
+    number = {token: i for i, token in enumerate(tokens)}
+    for byte in range(256):
+        if (token := f"<0x{byte:02X}>") not in number:
+            raise _Unlike(f"it lacks the byte {token}")
+        types[number[token]] = int(TokenType.BYTE)
+    if unknown in number:
+        types[number[unknown]] = int(TokenType.UNKNOWN)
+
+
+def _scores(
+    tokens: Sequence[str], vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], special: Mapping[str, bool]
+) -> list[float]:
+    """Minus the rank of the merges that make a token; sentencepiece merges the neighbours whose token has the best score.
+
+    That is the same only where all merges that make one token are ranked together, and every pair of pieces that reads as a
+    token is a merge.
+    """
+    rank: dict[str, int] = {}
+    latest = None
+    for left, right in merges:
+        if (made := left + right) != latest and made in rank:
+            raise _Unlike(f"its merges into {made!r} are of different ranks")
+        rank.setdefault(made, len(rank))
+        latest = made
+    known = set(merges)
+    for token in vocab.keys() - special.keys():
+        for left, right in _halves(token):
+            if (len(left) == 1 or left in vocab) and (len(right) == 1 or right in vocab) and (left, right) not in known:
+                raise _Unlike(f"it does not merge {left!r} and {right!r} into {token!r}")
+    return [-float(rank.get(token, 0)) for token in tokens]
+
+
+def _halves(token: str) -> Iterator[tuple[str, str]]:
+    return ((token[:i], token[i:]) for i in range(1, len(token)))
+
+
+def _space_prefix(values: dict[str, Any]) -> bool:
+    """Whether a text is given a space in front, of a tokenizer that otherwise only writes spaces as sentencepiece does."""
+    normalizer, pre = values.get("normalizer"), values.get("pre_tokenizer")
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
+    if pre is None and steps in ([{"type": "Prepend", "prepend": _SPACE}, replace], [replace]):
+        return len(steps) == 2
+    if normalizer is None and pre and pre["type"] == "Metaspace" and pre["replacement"] == _SPACE and pre.get("split") is False:
+        # "first" adds none to a text that begins with a space, where llama.cpp, as sentencepiece, does: docs/gguf.md.
+        return pre["prepend_scheme"] != "never"
+    raise _Unlike("it does not write spaces as sentencepiece's Llama does (normalizer and pre_tokenizer of tokenizer.json)")
+
+
+def _pre_tokenizer(value: dict[str, Any] | None) -> str:
+    """A pre_tokenizer of tokenizer.json in a few words, the same for the same behaviour."""
+    if value is None:
+        return "none"
+    kind = value["type"]
+    if kind == "Sequence":
+        return ", ".join(_pre_tokenizer(step) for step in value["pretokenizers"])
+    if kind == "ByteLevel" and not value["add_prefix_space"]:
+        return "words" if value.get("use_regex", True) else "bytes"
+    if kind == "Digits" and value["individual_digits"]:
+        return "digits"
+    if kind == "Split" and value["behavior"] == "Isolated" and not value["invert"] and "Regex" in value["pattern"]:
+        return f"split {value['pattern']['Regex']}"
+    return kind
+
+
+def _template(value: dict[str, Any] | None) -> tuple[str | None, str | None]:
+    """The tokens that a post_processor of tokenizer.json puts before and after a text."""
+    if value is None or value["type"] == "ByteLevel":
+        return None, None
+    if value["type"] == "Sequence":
+        found = [_template(step) for step in value["processors"]]
+        return next((pair for pair in found if pair != (None, None)), (None, None))
+    if value["type"] != "TemplateProcessing":
+        raise _Unlike(f"its post-processor is {value['type']}")
+    pieces = [piece.get("SpecialToken", {}).get("id") for piece in value["single"]]  # None for the text
+    text = pieces.index(None)
+    before, after = pieces[:text], pieces[text + 1 :]
+    if len(before) > 1 or len(after) > 1:
+        raise _Unlike("it puts more than one token before or after a text")
+    return (before or [None])[0], (after or [None])[0]
+
+
+def _special_ids(config: dict[str, Any], vocab: Mapping[str, int], unknown: str | None) -> dict[str, int]:
+    """Ids of tokenizer_config.json. llama.cpp takes ids of its own for bos and eos where it is told none."""
+    ids = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        token = config.get(f"{name}_token") or (unknown if name == "unk" else None)
+        token = token["content"] if isinstance(token, dict) else token
+        if token in vocab:
+            ids[name] = vocab[token]
+    if "eos" not in ids:
+        raise _Unlike("it has no end-of-text token (eos_token of tokenizer_config.json), and llama.cpp would take one of its own")
+    return {"bos": ids["eos"], **ids}
+
+
+def _chat_template(config: dict[str, Any]) -> str | None:
+    template = config.get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _from_sentencepiece(file: Path, config: dict[str, Any], vocab_size: int) -> Vocabulary:
+    """A tokenizer.model alone, which llama.cpp splits text by as sentencepiece does."""
+    from gguf import TokenType
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    proto = import_protobuf().ModelProto.FromString(file.read_bytes())
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type != 2:
+        raise _Unlike("its sentencepiece model is not BPE")
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        raise _Unlike("it changes text before splitting it (its sentencepiece normalizer)")
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    tokens, types = _tokens(vocab, {}, vocab_size)
+    scores = [0.0] * vocab_size
+    for i, piece in enumerate(proto.pieces):
+        types[i], scores[i] = piece.type, piece.score  # the numbers of the types are the same
+    if types.count(TokenType.BYTE) != 256:
+        raise _Unlike("it has no bytes for unknown characters")
+    named = {f"{name}_token": getattr(trainer, f"{name}_piece") for name in ("bos", "eos", "unk")}
+    return Vocabulary(
+        model="llama",
+        pre=None,
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=None,
+        ids=_special_ids({**named, **config}, vocab, None),
+        add_bos=bool(config.get("add_bos_token", True)),
+        add_eos=bool(config.get("add_eos_token", False)),
+        add_space_prefix=normalizer.add_dummy_prefix,
+        chat_template=_chat_template(config),
+    )

@@ -1,0 +1,130 @@
+"""Export a sub-network as a checkpoint of TensorRT-LLM releases that build engines (up to 1.2): config.json, rank{N}.safetensors.
+
+Releases with the PyTorch backend (1.0 and newer) load the `hf` export, with the package in `runtime/`: docs/tensorrt_llm.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from flextron_mcore.checkpoint.hf_import import copy_tokenizer
+from flextron_mcore.checkpoint.store import DTYPES
+from flextron_mcore.config import FlextronError
+from flextron_mcore.export.cut import cut
+from flextron_mcore.export.formats import Format, Job, rounding
+from flextron_mcore.export.hf.writer import write_json
+from flextron_mcore.export.trtllm.pieces import pieces
+from flextron_mcore.export.trtllm.plan import APPROXIMATED, Plan, config, make_plan
+from flextron_mcore.export.trtllm.readback import checkpoint_logits
+from flextron_mcore.export.trtllm.writer import write_ranks
+from flextron_mcore.runtime.disk import check_space
+from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.space import SubNetwork, count_parameters
+
+_NOTE = "TensorRT-LLM computes gelu by its tanh approximation, this model was trained with the exact one: logits differ slightly"
+
+
+def write(job: Job) -> dict[str, Any]:
+    """Write job.net. Call on all ranks, which share the files of TensorRT-LLM's ranks out.
+
+    Returns format, architecture, parameters (of the sub-network), padded_parameters (that the engine computes with: zeros
+    included, and a tied output layer as a tensor of its own), bytes, files; `note` where the engine computes something else.
+    Raises FlextronError for what TensorRT-LLM's classes cannot hold, a tensor-parallel size that does not divide a layer, a
+    network outside the space, or an `out` that is not an empty directory.
+    """
+    info, out, tokenizer = job.info, job.out, job.tokenizer
+    tensors = cut(info, job.net)
+    plan = make_plan(info.model, job.net, job.options)
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    padded = _elements(replace(plan, tp=1, pp=1), 0)
+    stored = plan.tp * sum(_elements(plan, stage) for stage in range(plan.pp))
+    if left := tensors.keys() - {piece.source for stage in range(plan.pp) for piece in pieces(plan, stage)}:
+        raise AssertionError(f"not exported: {', '.join(sorted(left))}")
+    note = _NOTE if info.model.activation in APPROXIMATED else None
+
+    def prepared() -> None:
+        if not out.is_dir() or any(out.iterdir()):
+            raise FlextronError(f"out={out}: not an empty directory")
+        check_space(out, stored * DTYPES[job.dtype].itemsize)
+        if tokenizer and not copy_tokenizer(tokenizer, out / "tokenizer"):
+            raise FlextronError(
+                f"tokenizer={tokenizer}: no tokenizer in it (looked for tokenizer.json, tokenizer.model, vocab.json)"
+            )
+
+    on_main_process(prepared)
+    write_ranks(out, plan, tensors, DTYPES[job.dtype], job.progress)
+
+    def finished() -> list[int]:
+        """Bytes of each file."""
+        write_json(out / "config.json", config(plan, job.dtype))
+        card = _card(plan, parameters, padded, job.dtype, count_parameters(info.model), tokenizer is not None, note)
+        (out / "README.md").write_text(card, encoding="utf-8")
+        return [file.stat().st_size for file in out.rglob("*") if file.is_file()]
+
+    sizes = on_main_process(finished)
+    result = {
+        "format": "trtllm",
+        "architecture": plan.architecture,
+        "parameters": parameters,
+        "padded_parameters": padded,
+        "bytes": sum(sizes),
+        "files": len(sizes),
+    }
+    return result | ({"note": note} if note else {})
+
+
+def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Of the files, ranks merged, by a forward pass of our own: not by TensorRT-LLM, which needs a GPU."""
+    return checkpoint_logits(job.out, tokens_BS)
+
+
+def _tolerance(job: Job) -> float:
+    return max(rounding(job), 0.05) if job.info.model.activation in APPROXIMATED else rounding(job)
+
+
+FORMAT = Format(write, logits, _tolerance)
+
+
+def _elements(plan: Plan, stage: int) -> int:
+    """Of the file of one rank."""
+    return sum(math.prod(shape) for piece in pieces(plan, stage) for shape in piece.shapes.values())
+
+
+def _card(plan: Plan, parameters: int, padded: int, dtype: str, full: int, has_tokenizer: bool, note: str | None) -> str:
+    """README.md."""
+    rows = "\n".join(
+        f"| {i} | {layer.num_attention_heads} | {slot.heads} | {layer.kv_groups} | {slot.kv_heads} | {layer.ffn_hidden_size} | "
+        f"{slot.ffn} |"
+        for i, (layer, slot) in enumerate(zip(plan.layers, plan.slots, strict=True))
+    )
+    world = plan.tp * plan.pp
+    return f"""# A Flextron sub-network for TensorRT-LLM (releases that build engines, up to 1.2)
+
+`{plan.architecture}` in {dtype} for {world} GPU{"s" if world > 1 else ""}: tensor parallel {plan.tp}, pipeline parallel \
+{plan.pp}.
+
+| | parameters |
+|---|---|
+| the sub-network | {parameters:,} |
+| the engine, zeros included | {padded:,} |
+| the elastic model that flextron_mcore cut it from | {full:,} |
+
+Layers that are narrower than what the class holds are filled up with zeros, which change no result:
+
+| layer | query heads | held | key-value heads | held | FFN width | held |
+|---|---|---|---|---|---|---|
+{rows}
+
+Hidden size {plan.hidden_size}.{f" {note}." if note else ""}
+
+```bash
+trtllm-build --checkpoint_dir PATH --output_dir ENGINE
+trtllm-serve ENGINE --backend tensorrt --tokenizer {"PATH/tokenizer" if has_tokenizer else "TOKENIZER"}
+```
+
+Not run on an engine by its exporter. More: docs/tensorrt_llm.md of flextron_mcore.
+"""

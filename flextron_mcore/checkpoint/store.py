@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,21 @@ def write_streaming(
     of each tensor written, scaled to the share. The result is what Megatron-Core's own save of the model gives: the same keys,
     shapes and order, loadable at any layout.
     """
+
+    def dealt(key: str, lazy: LazyTensor) -> LazyTensor:
+        order = dealt_axis(info.model, info.space, key)
+        return lazy if order is None else replace(lazy, load=lambda: to_disk_order(_checked(key, lazy), *order))
+
+    write_torch_dist(directory, {key: dealt(key, lazy) for key, lazy in tensors.items()}, progress)
+    if place()[0] == 0:
+        write_info(directory, info)
+    wait_for_all()
+
+
+def write_torch_dist(
+    directory: Path, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None = None
+) -> None:  # fmt: skip
+    """`write_streaming` of tensors in the order in which they come, and without `flextron.json`."""
     rank, ranks = place()
     sizes = {key: t.dtype.itemsize * torch.Size(t.shape).numel() for key, t in tensors.items()}
     need = sum(sizes.values())
@@ -230,15 +245,23 @@ def write_streaming(
             torch.save([None], payload)
             state[extra.unique_key] = payload
     share = sum(sizes[key] for key in mine)
-    planner = _StreamingPlanner(info, tensors, progress and (lambda size: progress(size * need // share)))
+    planner = _StreamingPlanner(tensors, progress and (lambda size: progress(size * need // share)))
     # A file a tensor: torch's writer keeps the tensors of a file until the file is finished. Nothing passes through a GPU.
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
     dcp.save(state, storage_writer=writer, planner=planner, no_dist=ranks == 1)
     if rank == 0:
-        torch.save({}, directory / "common.pt")
+        # Megatron-LM asks this how to load: by keys of one layer each, as they are here.
+        torch.save({"content_metadata": {"non_homogeneous_layers": True}}, directory / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
-        write_info(directory, info)
     wait_for_all()
+
+
+def _checked(key: str, lazy: LazyTensor) -> torch.Tensor:
+    """The tensor, of the shape and dtype that it was announced with."""
+    tensor = lazy.load()
+    if tuple(tensor.shape) != tuple(lazy.shape) or tensor.dtype != lazy.dtype:
+        raise FlextronError(f"tensor {key}: {tuple(tensor.shape)} {tensor.dtype} instead of {tuple(lazy.shape)} {lazy.dtype}")
+    return tensor
 
 
 def share_out(sizes: Mapping[str, int], ranks: int) -> list[set[str]]:
@@ -255,21 +278,15 @@ def share_out(sizes: Mapping[str, int], ranks: int) -> list[set[str]]:
 class _StreamingPlanner(dcp.DefaultSavePlanner):
     """Makes each tensor when its turn comes."""
 
-    def __init__(self, info: CheckpointInfo, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None) -> None:
+    def __init__(self, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None) -> None:
         super().__init__(flatten_state_dict=False)
-        self._info, self._lazy, self._progress = info, tensors, progress
+        self._lazy, self._progress = tensors, progress
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         if write_item.type == WriteItemType.BYTE_IO:
             return self.lookup_object(write_item.index)  # serialised already
         key = write_item.index.fqn
-        lazy = self._lazy[key]
-        tensor = lazy.load()
-        if tuple(tensor.shape) != tuple(lazy.shape) or tensor.dtype != lazy.dtype:
-            raise FlextronError(f"tensor {key}: {tuple(tensor.shape)} {tensor.dtype} instead of {tuple(lazy.shape)} {lazy.dtype}")
-        dealt = dealt_axis(self._info.model, self._info.space, key)
-        if dealt is not None:
-            tensor = to_disk_order(tensor, *dealt)
+        tensor = _checked(key, self._lazy[key])
         if self._progress:
             self._progress(tensor.nbytes)
         return tensor.contiguous()

@@ -1,0 +1,1 @@
+"""What travels inside an exported directory. It needs Megatron-Core only; nothing in flextron_mcore imports it."""

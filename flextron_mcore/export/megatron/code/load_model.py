@@ -1,0 +1,127 @@
+"""Build the model beside this file from Megatron-Core's own layers, and load its weights.
+
+    import load_model                     # after parallel_state.initialize_model_parallel and the seeding of its random states
+    model = load_model.load(bf16=True)    # a GPTModel, this rank's part; any argument of TransformerConfig may be given
+
+`model_config.json` holds the sizes. Where the layers differ, their widths are in its `block_configs`, in the form of
+Megatron-Core's HeterogeneousTransformerConfig. That form has no number of query heads; where these differ too, `PerLayerConfig`
+adds them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+DIRECTORY = Path(__file__).resolve().parent
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "squared-relu": squared_relu,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+}
+# Fused kernels that need a GPU or compute another function (Megatron-Core's fused GELU is the tanh approximation).
+PLAIN = {
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+}
+
+
+@dataclasses.dataclass
+class PerLayerConfig(HeterogeneousTransformerConfig):
+    """HeterogeneousTransformerConfig whose block_configs may also give each layer's num_attention_heads."""
+
+    def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
+        """The configuration of a layer, counted from 1."""
+        block = json.loads(self.heterogeneous_layers_config_encoded_json)["block_configs"][layer_number - 1]
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig)}
+        values["num_attention_heads"] = block["attention"]["num_attention_heads"]
+        values["num_query_groups"] = block["attention"]["num_query_groups"]
+        values["ffn_hidden_size"] = block["mlp"]["ffn_hidden_size"]
+        return TransformerConfig(**values)
+
+
+def read() -> dict[str, Any]:
+    """`model_config.json`."""
+    return json.loads((DIRECTORY / "model_config.json").read_text(encoding="utf-8"))
+
+
+def transformer_config(**changes: Any) -> TransformerConfig:
+    """The TransformerConfig; `changes` are further arguments, such as precision and layout."""
+    model = read()
+    values = {
+        **model["transformer_config"],
+        "activation_func": ACTIVATIONS[model["activation"]],
+        "hetereogenous_dist_checkpoint": True,  # Megatron-Core's spelling; keys of one layer each
+        **PLAIN,
+        **changes,
+    }
+    if model["block_configs"] is None:
+        return TransformerConfig(**values)
+    values["heterogeneous_layers_config_encoded_json"] = json.dumps({"block_configs": model["block_configs"]})
+    kind = PerLayerConfig if model["query_heads_differ"] else HeterogeneousTransformerConfig
+    return kind(**values)
+
+
+def build(use_te: bool = False, **changes: Any) -> GPTModel:
+    """The GPTModel of this rank, with random weights. use_te: Transformer Engine's layers, not Megatron-Core's local ones."""
+    model, config = read(), transformer_config(**changes)
+    if model["block_configs"] is not None:
+        spec = get_gpt_heterogeneous_layer_spec(config, use_te)
+    elif use_te:
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    options = dict(model["gpt_model"])
+    options["vocab_size"] = -(-options["vocab_size"] // ranks) * ranks  # equal parts
+    gpt = GPTModel(
+        config,
+        spec,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        **options,
+    )
+    if model["rope_scaling"] is not None:  # of Llama 3, with other values than the ones that GPTModel knows
+        gpt.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb._apply_scaling(gpt.rotary_pos_emb.inv_freq, **model["rope_scaling"])
+    return gpt
+
+
+def load(use_te: bool = False, **changes: Any) -> GPTModel:
+    """`build` with the weights of this directory. Call on all ranks."""
+    gpt = build(use_te, **changes)
+    wanted = gpt.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    names = list(wanted)
+    loaded = dist_checkpointing.load(wanted, str(DIRECTORY / read()["checkpoint"]))
+    gpt.load_state_dict({name: loaded[name] for name in names})
+    return gpt
+
+
+def logits(gpt: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+    """This rank's part of the logits [batch, sequence, vocabulary] of tokens [batch, sequence]; without pipeline parallelism."""
+    length = tokens.shape[1]
+    positions = torch.arange(length, device=tokens.device).expand_as(tokens)
+    future = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
+    return gpt(tokens, positions, future)

@@ -60,8 +60,7 @@ class Routed:
         cost, limit = budgets[which].cost, budgets[which].limit * (1 + 1e-12)
         others = [budget for i, budget in enumerate(budgets) if i != which]
         width = CELL * cost.full
-        first, last = 0, int(np.ceil((cost.full - cost.smallest) / width - 1e-9))
-        top = min(max(int(np.floor((limit - cost.smallest) / width)), first), last)
+        top = min(max(int(np.floor((limit - cost.smallest) / width)), 0), self._last(cost))
         inside: list[_Found] = []
         for cell in range(top, -1, -1):
             high = min(cost.smallest + (cell + 1) * width, cost.full)
@@ -74,6 +73,17 @@ class Routed:
                     break
         near = [found for found in inside if found[1] >= limit - WITHIN * cost.full]
         return max(near or inside, key=lambda found: found[:2], default=None)
+
+    def cells(self, cost: Cost) -> list[_Found | None]:
+        """(score, cost, network) of every cell of a cost, cheapest first: what answers each single budget of it."""
+        width = CELL * cost.full
+        bounds = [min(cost.smallest + (cell + 1) * width, cost.full) for cell in range(self._last(cost) + 1)]
+        return [self._cell(cost, [], high - width, high) for high in bounds]
+
+    @staticmethod
+    def _last(cost: Cost) -> int:
+        """The number of the cell that holds the full model."""
+        return int(np.ceil((cost.full - cost.smallest) / (CELL * cost.full) - 1e-9))
 
     def _cell(self, cost: Cost, others: Sequence[Budget], low: float, high: float) -> _Found | None:
         """The likeliest network that costs between `low` and `high`."""

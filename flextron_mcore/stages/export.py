@@ -11,13 +11,17 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Format, Job, check_format, get_format
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.stages.choice import select
-from flextron_mcore.stages.common import check_output, new_output, print_table, progress_bar, start, write_metrics
+from flextron_mcore.stages.common import check_output, new_output, print_table, progress_bar, say, start, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Write config.subnetwork of config.checkpoint to config.out, and with verify=true read it back. Ranks share the shards."""
     check_output(Path(config.out), config.overwrite)
     check_format(config.format)
+    if config.format == "hf_elastic" and not (config.budget is None and config.subnetwork is None):
+        raise FlextronError(
+            "format=hf_elastic: holds every sub-network, so give no subnetwork= or budget=: they are set on the model it loads as"
+        )
     start(config)
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.model import check_layout
@@ -35,7 +39,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if config.verify:
         check_layout(info.model, info.space, config.model)
     written = get_format(config.format)
-    options = OmegaConf.to_container(config[config.format]) if config.format in config else {}
+    options = OmegaConf.to_container(config[config.format], resolve=True) if config.format in config else {}
     with new_output(config) as out:
         with progress_bar(unit="B", unit_scale=True, desc="export") as bar:
             job = Job(info, net, out, config.dtype, config.max_shard_size, None, bar.update, options)
@@ -57,6 +61,8 @@ def run(config: DictConfig) -> dict[str, Any]:
             ]
         ],
     )
+    if "selector" in figures:
+        say(f"budgets are answered by selector {figures['selector']}, with {figures['networks']} networks")
     return metrics
 
 

@@ -1,0 +1,149 @@
+"""Export the whole elastic model as one Hugging Face directory: every sub-network, chosen at run time (docs/many_in_one.md)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.export import hf
+from flextron_mcore.export.formats import Format, Job, rounding
+from flextron_mcore.export.hf.writer import write_json
+from flextron_mcore.export.hf_elastic.family import FAMILY_FILE, build_family, read_networks, write_family
+from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.space import SubNetwork, count_parameters
+
+ROUTERS_FILE = "flextron_routers.safetensors"
+_CODE = Path(__file__).parent / "code"
+_COMMON = ("configuration_flextron_elastic", "flextron_family", "flextron_parts", "flextron_elastic")
+_ANSWERS = 3  # of the table, that are verified
+
+
+def write(job: Job) -> dict[str, Any]:
+    """Write the full model with the code, routers and tables by which it becomes any of its sub-networks. Call on all ranks.
+
+    Weights are those that `hf` writes for the full model, under the stock model's names. Returns format, architecture, parameters
+    (of the full model), bytes, files, selector (which answers budgets), networks (how many the table has).
+    Raises FlextronError for a network that is not the full model, a selector that cannot be tabulated, and what `hf` refuses.
+    """
+    info, out = job.info, job.out
+    if job.net != SubNetwork.full(info.model):
+        raise FlextronError(
+            "format=hf_elastic: holds every sub-network: give no subnetwork= or budget=, they are set on what it loads"
+        )
+    family, routers = on_main_process(lambda: build_family(info, job.dtype, job.options))
+    hf.write(replace(job, options={}))
+
+    def finished() -> tuple[str, list[int]]:
+        """Turn the stock directory into an elastic one: (architecture, bytes of each file)."""
+        for file in out.glob("*.py"):  # of a full model that no stock class can hold
+            file.unlink()
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        target = next(t for t in hf.TARGETS if config["model_type"].removeprefix("flextron_") == t.model_type)
+        elastic, modeling = f"FlextronElastic{target.stock}", f"modeling_flextron_elastic_{target.model_type}"
+        for name in ("per_layer_config", "num_attention_heads_per_layer"):
+            config.pop(name, None)
+        config |= {
+            "architectures": [elastic],
+            "model_type": f"flextron_elastic_{target.model_type}",
+            "auto_map": {
+                "AutoConfig": f"{_COMMON[0]}.FlextronElastic{target.classes}Config",
+                "AutoModelForCausalLM": f"{modeling}.{elastic}",
+            },
+            "head_dim": info.model.kv_channels,
+        }
+        for name in (*_COMMON, modeling):
+            shutil.copyfile(_CODE / f"{name}.py", out / f"{name}.py")
+        write_family(out / FAMILY_FILE, family)
+        if routers is not None:
+            tensors = {name: tensor.detach().float().contiguous() for name, tensor in routers.state_dict().items()}
+            save_file(tensors, out / ROUTERS_FILE, metadata={"format": "pt"})
+        (out / "README.md").write_text(_card(job, elastic, family), encoding="utf-8")
+        write_json(out / "config.json", config)
+        return elastic, [file.stat().st_size for file in out.iterdir()]
+
+    architecture, sizes = on_main_process(finished)
+    return {
+        "format": "hf_elastic",
+        "architecture": architecture,
+        "parameters": count_parameters(info.model),
+        "bytes": sum(sizes),
+        "files": len(sizes),
+        "selector": family["selector"],
+        "networks": len(family["networks"]),
+    }
+
+
+def networks(job: Job) -> list[SubNetwork]:
+    """The full model, the smallest network, one whose layers differ, and some answers of the table."""
+    model, space = job.info.model, job.info.space
+    family = json.loads((job.out / FAMILY_FILE).read_text(encoding="utf-8"))
+    sizes = [(space.heads[i % len(space.heads)], space.ffn_hidden_size[-1 - i % len(space.ffn_hidden_size)]) for i in range(99)]
+    mixed = SubNetwork(model.hidden_size, tuple(space.layer_choice(model, *sizes[i % 99]) for i in range(model.num_layers)))
+    answers = read_networks(job.info, family)
+    some = answers[:: max(len(answers) // _ANSWERS, 1)][:_ANSWERS]
+    smallest = space.uniform(model, space.heads[0], space.ffn_hidden_size[0])
+    return list(dict.fromkeys([SubNetwork.full(model), smallest, mixed, *some]))
+
+
+def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Of the directory, in transformers, which loads it once for all networks."""
+    model = _loaded(job.out, (job.out / "config.json").stat().st_mtime_ns)
+    model.set_subnetwork(net.to_dict())
+    with torch.no_grad():
+        found = model(tokens_BS).logits
+    if net == networks(job)[-1]:
+        _loaded.cache_clear()
+    return found
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: Path, written: int) -> Any:
+    """written: when, so that a directory that is written again is loaded again."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+FORMAT = Format(write, logits, rounding, networks)
+
+
+def _card(job: Job, architecture: str, family: dict[str, Any]) -> str:
+    space, adaptive = job.info.space, family["adaptive"]
+    tokens = "\nmodel.set_budget(0.6, adaptive=True)   # every token chooses for itself" if adaptive else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [flextron]
+---
+# A Flextron model: many in one
+
+`{architecture}`: {count_parameters(job.info.model):,} parameters in {job.dtype}, and all sub-networks of them, chosen at run time
+without reloading.
+
+| | |
+|---|---|
+| query heads of a layer ({space.attention_unit}) | {", ".join(map(str, space.heads))} |
+| neurons of a layer | {", ".join(map(str, space.ffn_hidden_size))} |
+| budgets are of | {", ".join(family["costs"])}; a plain fraction is one of the full model's {family["fraction_of"]} |
+| they are answered by | the selector `{family["selector"]}` |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+prompt = tokenizer("The", return_tensors="pt")
+model.set_budget(0.6)   # or "25ms", "3.4B", "8GiB"; None: the full model{tokens}
+print(model.costs(), model.subnetwork)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+print(model.generate_speculative(prompt.input_ids, draft_budget=0.6))  # a small network drafts for the one that is set
+```
+"""

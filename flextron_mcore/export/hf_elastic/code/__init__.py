@@ -1,0 +1,2 @@
+"""Code that travels inside exported directories (`auto_map`). It needs torch and transformers only, 4.57 or newer, and is loaded
+from there with trust_remote_code=True; nothing in flextron_mcore imports it."""

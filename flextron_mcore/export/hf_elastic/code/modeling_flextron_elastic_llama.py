@@ -1,0 +1,149 @@
+"""Llama whose layers compute a part of their heads and neurons. Positions, masks and generation are transformers' own."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .configuration_flextron_elastic import FlextronElasticLlamaConfig
+from .flextron_elastic import ElasticForCausalLM
+from .flextron_parts import ElasticAttention, ElasticEmbedding, ElasticLinear, neurons_of_each
+
+
+def rows(x, linear, count):
+    """The first `count` outputs of a linear layer, of the channels that come in."""
+    bias = None if linear.bias is None else linear.bias[:count]
+    return F.linear(x, linear.weight[:count, : x.shape[-1]], bias)
+
+
+def columns(x, linear, channels):
+    """The first `channels` outputs from the first inputs of a linear layer, as many as come in."""
+    bias = None if linear.bias is None else linear.bias[:channels]
+    return F.linear(x, linear.weight[:channels, : x.shape[-1]], bias)
+
+
+class ElasticLlamaAttention(ElasticAttention, LlamaAttention):
+    eager = staticmethod(eager_attention_forward)
+
+    @property
+    def extent(self):
+        return self.k_proj.weight.shape[0] // self.head_dim, self.num_key_value_groups, self.head_dim
+
+    def queries(self, x_NC, g, q):
+        G, Q, H = self.extent
+        if q == Q:  # whole groups: the first rows
+            return rows(x_NC, self.q_proj, g * q * H).view(len(x_NC), g, q, H)
+        weight_GhC = self.q_proj.weight.view(G, Q * H, -1)[:g, : q * H, : x_NC.shape[1]]
+        query_GNh = torch.bmm(x_NC.expand(g, -1, -1), weight_GhC.transpose(1, 2))
+        if self.q_proj.bias is not None:
+            query_GNh = query_GNh + self.q_proj.bias.view(G, 1, Q * H)[:g, :, : q * H]
+        return query_GNh.transpose(0, 1).unflatten(-1, (q, H))
+
+    def keys(self, x_NC, g):
+        return rows(x_NC, self.k_proj, g * self.head_dim).view(len(x_NC), g, self.head_dim)
+
+    def values(self, x_NC, g):
+        return rows(x_NC, self.v_proj, g * self.head_dim).view(len(x_NC), g, self.head_dim)
+
+    def projected(self, heads_NgqH, channels):
+        G, Q, H = self.extent
+        g, q = heads_NgqH.shape[1:3]
+        if q == Q:
+            return columns(heads_NgqH.flatten(1), self.o_proj, channels)
+        weight_CGh = self.o_proj.weight.view(-1, G, Q * H)[:channels, :, : q * H]
+        out_NC = sum(F.linear(heads_NgqH[:, group].flatten(1), weight_CGh[:, group]) for group in range(g))
+        return out_NC if self.o_proj.bias is None else out_NC + self.o_proj.bias[:channels]
+
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        cache_position=None,
+        **kwargs,
+    ):
+        cos, sin = position_embeddings
+        return self.attend(
+            hidden_states,
+            lambda query, key: apply_rotary_pos_emb(query, key, cos, sin),
+            attention_mask,
+            past_key_values,
+            {"sin": sin, "cos": cos, "cache_position": cache_position},
+            self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+
+
+class ElasticLlamaMLP(LlamaMLP):
+    def __init__(self, config, layer_idx):
+        super().__init__(config)
+        self.layer_idx = layer_idx
+
+    def forward(self, x):
+        return neurons_of_each(self.layer_idx, x, self.intermediate_size, self.part)
+
+    def part(self, x, neurons):
+        hidden = self.act_fn(rows(x, self.gate_proj, neurons)) * rows(x, self.up_proj, neurons)
+        return columns(hidden, self.down_proj, x.shape[-1])
+
+
+class ElasticLlamaRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        dtype, x = hidden_states.dtype, hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight[: x.shape[-1]] * x.to(dtype)
+
+
+class ElasticLlamaDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.self_attn = ElasticLlamaAttention(config, layer_idx)
+        self.mlp = ElasticLlamaMLP(config, layer_idx)
+        self.input_layernorm = ElasticLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = ElasticLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class FlextronElasticLlamaModel(LlamaModel):
+    config_class = FlextronElasticLlamaConfig
+    _no_split_modules = ["ElasticLlamaDecoderLayer"]
+
+    def __init__(self, config: FlextronElasticLlamaConfig):
+        LlamaPreTrainedModel.__init__(self, config)
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = ElasticEmbedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(ElasticLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = ElasticLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class FlextronElasticLlamaForCausalLM(ElasticForCausalLM, LlamaForCausalLM):
+    config_class = FlextronElasticLlamaConfig
+    _no_split_modules = ["ElasticLlamaDecoderLayer"]
+
+    def __init__(self, config: FlextronElasticLlamaConfig):
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = FlextronElasticLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = ElasticLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @functools.wraps(LlamaForCausalLM.forward)  # generate() looks at the names of the arguments
+    def forward(self, *args, **kwargs):
+        with self.chosen(args, kwargs):
+            return super().forward(*args, **kwargs)

@@ -1,0 +1,180 @@
+"""flextron_family.json: what a directory of all sub-networks says of them, with the answers to every budget.
+
+`selection/routed.py` finds a budget's network among cells of a cost, whose contents do not depend on the budget; so a table of
+the cells answers every budget as it does, without its solver. Selectors with a handful of networks are tabulated as steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flextron_mcore.blocks import Blocks
+from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
+from flextron_mcore.latency.table import LatencyTable
+from flextron_mcore.routers.adaptive import AdaptiveRouters
+from flextron_mcore.routers.static import log_probabilities
+from flextron_mcore.routers.store import TABLE_FILE, RouterInfo, kind_of_routers, read_routers
+from flextron_mcore.selection.routed import CELL, WITHIN, Routed
+from flextron_mcore.selection.selectors import MatFormer, Uniform
+from flextron_mcore.space import DTYPE_BYTES, SubNetwork
+
+FAMILY_FILE = "flextron_family.json"
+FORMAT_VERSION = 1
+_SELECTORS = {"uniform": Uniform, "matformer": MatFormer}
+
+
+@dataclass
+class _Networks:
+    """Networks that the table refers to by number, each once."""
+
+    numbers: dict[SubNetwork, int] = field(default_factory=dict)
+
+    def number(self, net: SubNetwork) -> int:
+        return self.numbers.setdefault(net, len(self.numbers))
+
+
+def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], AdaptiveRouters | None]:
+    """The contents of flextron_family.json, and the checkpoint's adaptive routers if it has such.
+
+    dtype: of the export, which memory is counted in. options: `selector` (default: the routers if the checkpoint has any, else
+    uniform), `latency` (a table, or a directory with one; default: the one beside the routers), `kv_cache` (batch_size, length:
+    what a memory budget counts), `networks` (files of networks that may answer budgets too). Raises FlextronError.
+    """
+    blocks = Blocks(info.model, info.space)
+    name = options.get("selector") or "router"
+    kind = kind_of_routers(info.path) if info.path else None
+    if name == "router" and kind is None:
+        name = "uniform"
+    if name != "router" and name not in _SELECTORS:
+        known = ", ".join(["router", *_SELECTORS])
+        raise FlextronError(f"selector={name}: format=hf_elastic tabulates the answers to every budget, which it can for {known}")
+    table = _latency_table(info, options.get("latency"))
+    kv = options.get("kv_cache") or {}
+    memory = {"batch_size": kv.get("batch_size", 1), "length": kv.get("length") or info.model.max_position_embeddings}
+    costs = {"latency": table.cost()} if table else {}
+    costs["parameters"] = parameter_cost(info.model, info.space)
+    costs["memory"] = memory_cost(info.model, info.space, dtype, **memory)
+    routers = read_routers(info.path, blocks) if name == "router" else None
+    fraction_of = "latency" if table else "parameters"
+    if routers:
+        described, weights = routers
+        if missing := [cost for cost in described.costs if cost not in costs]:
+            raise FlextronError(
+                f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table"
+            )
+        fraction_of = fraction_of if table else described.costs[0]
+        trained = {cost: costs[cost] for cost in described.costs}
+        picks: Any = Routed(blocks, trained, log_probabilities(weights))
+    else:
+        picks = _SELECTORS[name](blocks)
+    networks = _Networks()
+    given = [_given(info, Path(file)) for file in options.get("networks") or ()]
+    answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
+    adaptive, adaptive_routers = _adaptive(info, blocks, kind, costs)
+    values = {
+        "format": FORMAT_VERSION,
+        "model": info.model.to_dict(),
+        "space": info.space.to_dict(),
+        "selector": name,
+        "fraction_of": fraction_of,
+        "cell": CELL,
+        "within": WITHIN,
+        "costs": {cost.name: _cost(cost) for cost in costs.values()},
+        "latency": {"machine": dict(table.machine), "setting": dict(table.setting)} if table else None,
+        "memory": {"dtype": dtype, "bytes_a_number": DTYPE_BYTES[dtype], **memory},
+        "ranges": dict(zip(routers[0].costs, map(list, routers[0].ranges), strict=True)) if routers else {},
+        "adaptive": adaptive,
+        "answers": answers,
+        "networks": [_row(net) for net in networks.numbers],
+    }
+    return values, adaptive_routers
+
+
+def write_family(file: Path, values: Mapping[str, Any]) -> None:
+    """As JSON that a person can read: a network, a cell a line."""
+    text = json.dumps({k: v for k, v in values.items() if k not in ("networks", "answers")}, indent=1)[:-2]
+    tables = []
+    for cost, table in values["answers"].items():
+        parts = [f'"{kind}": [\n   ' + ",\n   ".join(map(json.dumps, lines)) + "\n  ]" for kind, lines in table.items()]
+        tables.append(f'"{cost}": {{\n  ' + ",\n  ".join(parts) + "\n  }")
+    text += ',\n "answers": {\n  ' + ",\n  ".join(tables) + "\n },\n"
+    text += ' "networks": [\n  ' + ",\n  ".join(map(json.dumps, values["networks"])) + "\n ]\n}\n"
+    file.write_text(text, encoding="utf-8")
+
+
+def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNetwork]:
+    """The tabulated networks."""
+    choice = partial(info.space.layer_choice, info.model)
+    rows = [map(choice, row["heads"], row["ffn_hidden_size"]) for row in values["networks"]]
+    return [SubNetwork(info.model.hidden_size, tuple(layers)) for layers in rows]
+
+
+def _latency_table(info: CheckpointInfo, latency: Any) -> LatencyTable | None:
+    if latency is None and (info.path is None or not (info.path / TABLE_FILE).is_file()):
+        return None
+    file = Path(latency or info.path)
+    return LatencyTable.from_file(file / TABLE_FILE if file.is_dir() else file, info.model, info.space)
+
+
+def _given(info: CheckpointInfo, file: Path) -> SubNetwork:
+    net = SubNetwork.from_file(file)
+    info.space.check(info.model, net, str(file))
+    if net.hidden_size != info.model.hidden_size or not all(layer.executed for layer in net.layers):
+        raise FlextronError(
+            f"{file}: is of fewer layers or channels, which budgets do not count: give it to set_subnetwork instead"
+        )
+    return net
+
+
+def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork]) -> dict[str, list]:
+    """The table of one cost: cells [score, cost, network] or null, or steps [cost, network] that rise; given: [cost, network]."""
+    more = [[cost.of(net), networks.number(net)] for net in given]
+    if isinstance(picks, Routed):
+        cells = [found and [*found[:2], networks.number(found[2])] for found in picks.cells(cost)]
+        return {"cells": cells, "given": more}
+    steps: list[list] = []
+    for limit in sorted({cost.of(net) for net in picks.networks()}):
+        net = picks.select([Budget(cost, limit)])
+        if not steps or steps[-1][1] != networks.number(net):
+            steps.append([limit, networks.number(net)])
+    return {"steps": steps, "given": more}
+
+
+def _adaptive(
+    info: CheckpointInfo, blocks: Blocks, kind: str | None, costs: Mapping[str, Cost]
+) -> tuple[dict[str, Any] | None, AdaptiveRouters | None]:
+    if kind != "adaptive":
+        return None, None
+    described: RouterInfo
+    described, routers = read_routers(info.path, blocks, "adaptive")
+    if not described.calibration or described.costs[0] not in costs:
+        return None, None  # their training did not end, or their table is not at hand
+    return {
+        "cost": described.costs[0],
+        "kv_policy": described.kv_policy,
+        "calibration": [list(pair) for pair in described.calibration],
+    }, routers
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {
+        "full": cost.full,
+        "smallest": cost.smallest,
+        "constant": cost.constant,
+        "heads": list(cost.heads),
+        "ffn_hidden_size": list(cost.ffn_hidden_size),
+    }
+
+
+def _row(net: SubNetwork) -> dict[str, Any]:
+    return {
+        "heads": [layer.num_attention_heads for layer in net.layers],
+        "ffn_hidden_size": [layer.ffn_hidden_size for layer in net.layers],
+    }

@@ -33,7 +33,11 @@ setup(
     # The configuration lives in conf/ of the checkout, where people read and copy it, and is installed as flextron_mcore/conf.
     packages=[*find_packages(include=["flextron_mcore", "flextron_mcore.*"]), "flextron_mcore.conf"],
     package_dir={"flextron_mcore.conf": "conf"},
-    package_data={"flextron_mcore.conf": ["*.yaml", "**/*.yaml"], "flextron_mcore.report": ["*.html"]},
+    package_data={
+        "flextron_mcore.conf": ["*.yaml", "**/*.yaml"],
+        "flextron_mcore.report": ["*.html"],
+        "flextron_mcore.export.trtllm": ["runtime/pyproject.toml", "runtime/flextron_trtllm/*.py"],
+    },
     install_requires=[
         "megatron-core>=0.16.1,<0.20",
         "torch>=2.6",

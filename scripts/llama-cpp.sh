@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Build llama.cpp for the CPU and install it into the environment as the Python package llama_cpp, which tests/export/test_gguf.py
+# runs exported files in. Only its sources are on PyPI. Does nothing when that version is there. Needs a C++ compiler; pip brings
+# cmake and ninja where they are missing.
+#
+#   VENV                        directory of the environment; default: .venv
+#   CMAKE_BUILD_PARALLEL_LEVEL  compilers at a time; default: 2
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VERSION=0.3.36
+VENV=${VENV:-.venv}
+LOG=$VENV/llama-cpp.log
+
+say() { echo "llama-cpp: $*"; }
+fail() {
+    echo "llama-cpp: error: $*" >&2
+    exit 1
+}
+
+[ -x "$VENV/bin/python" ] || fail "no environment in $VENV; make it first: make setup"
+if [ "$("$VENV/bin/python" -c 'import llama_cpp; print(llama_cpp.__version__)' 2>/dev/null)" = "$VERSION" ]; then
+    say "version $VERSION is in $VENV"
+    exit 0
+fi
+command -v c++ >/dev/null || command -v g++ >/dev/null || fail "no C++ compiler found; on Debian or Ubuntu: apt-get install g++"
+
+# The library alone (SKBUILD_BUILD_TARGETS), without what only speeds it up or what only its programs use: under half of the work.
+# Not tuned to this machine's CPU, since pip keeps the wheel.
+export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-2}
+export SKBUILD_BUILD_TARGETS=llama
+export CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF -DGGML_CPU_REPACK=OFF -DLLAMA_OPENSSL=OFF"
+say "building llama-cpp-python $VERSION (some minutes, once)"
+started=$SECONDS
+"$VENV/bin/python" -m pip install --verbose --no-input --disable-pip-version-check -c constraints.txt \
+    --no-binary llama-cpp-python "llama-cpp-python==$VERSION" >"$LOG" 2>&1 || {
+    grep -E '^ *(ERROR|error)|CMake Error|: error:' "$LOG" | tail -n 5 >&2 || true
+    fail "could not build llama-cpp-python $VERSION; see $LOG"
+}
+"$VENV/bin/python" -c 'import llama_cpp' || fail "built, but llama_cpp cannot be imported; see $LOG"
+say "done in $((SECONDS - started)) s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import SubNetwork
 
 Batch = Mapping[str, Tensor]
+# (index of the network, number of the micro-batch, its tokens' losses [B, S], final hidden states [S, B, C] of this rank)
+Watch = Callable[[int, int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ def run_networks(
     forward_only: bool = False,
     teach: Distillation | None = None,
     gates: Sequence[Sequence[Tensor] | None] | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Run `num_batches` micro-batches through each of `networks`; the first is the full model when training.
 
@@ -45,7 +49,7 @@ def run_networks(
     Returns [len(networks), 2] float64, the same on all ranks: sums of the language-model loss and of tokens over the
     data-parallel group. Unless forward_only, gradients are left in the model: of the sum over networks of the mean loss, since
     only the full model's tokens are counted and Megatron-Core divides by that count. gates: for each network those of its blocks,
-    or None; `gate_gradients` has what they gathered.
+    or None; `gate_gradients` has what they gathered. watch: told about every micro-batch on the last pipeline stage.
     """
     per_batch = len(networks)
 
@@ -65,10 +69,14 @@ def run_networks(
         if network is not None and not isinstance(network, SubNetwork):
             network.begin(number, batch["loss_mask"])
         set_subnetwork(chunk, network, gates[index] if gates else None)
-        output = chunk(batch["tokens"], batch["position_ids"], None, labels=None if teach else batch["labels"])
-        return output, partial(loss_function, batch, index, unwrap(chunk))
+        gpt = unwrap(chunk)
+        with _final_states(gpt) if watch else contextlib.nullcontext([]) as final:
+            output = chunk(batch["tokens"], batch["position_ids"], None, labels=None if teach else batch["labels"])
+        return output, partial(loss_function, batch, index, number, gpt, final)
 
-    def loss_function(batch: Batch, index: int, gpt: Any, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss_function(
+        batch: Batch, index: int, number: int, gpt: Any, final: list[Tensor], output: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         mask = batch["loss_mask"]
         if teach:
             output = mask_padding(output, gpt.real_vocab_size)
@@ -77,6 +85,8 @@ def run_networks(
             loss_BS = gpt.compute_language_model_loss(batch["labels"], logits_SBV)
         else:
             loss_BS = output
+        if watch:
+            watch(index, number, loss_BS.detach(), final[0])
         total = language = masked_sum(loss_BS, mask)
         if teach and index == 0:
             teacher[:] = [output.detach()]
@@ -113,6 +123,17 @@ def run_networks(
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
     return total.cpu()
+
+
+@contextlib.contextmanager
+def _final_states(gpt: Any) -> Iterator[list[Tensor]]:
+    """Inside, the output of the layers' block is put into the list."""
+    found: list[Tensor] = []
+    handle = gpt.decoder.register_forward_hook(lambda module, args, output: found.append(output.detach()))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def gate_gradients(gates: Sequence[Sequence[Tensor]], tokens: float, sequence_parallel: bool) -> Tensor:

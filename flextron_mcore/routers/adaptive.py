@@ -57,13 +57,14 @@ def router_logits(hidden_SBD: Tensor, token_UD: Tensor, bias_U: Tensor, out_KU: 
 
 @dataclass
 class Seen:
-    """What one block saw in one forward pass while masks are wanted."""
+    """What one block saw in one forward pass, in micro-batch `number`. mask_SBK: where masks are wanted."""
 
     block: int
+    number: int
     hidden_SBD: Tensor
     levels_SB: Tensor
-    mask_SBK: Tensor
     counted_SB: Tensor
+    mask_SBK: Tensor | None = None
 
 
 @dataclass
@@ -71,8 +72,9 @@ class TokenRouting:
     """Routers at work for one target: what `use_subnetwork` takes in place of a SubNetwork.
 
     kv_policy: `full` or `own` (layers/dispatch.py). noise: scale of the Gumbel noise on logits and its seed, for training; none
-    in evaluation. masked: keep what a router's training needs, in `seen`. counts_NK: how many counted tokens chose what. kept:
-    if given, gets each block's levels [S, B] of the last micro-batch.
+    in evaluation. masked, watched: keep what blocks see, for a router's training, in `seen`; masked also computes with masks that
+    get gradients. counts_NK: how many counted tokens chose what. kept: if given, gets each block's levels [S, B] of the last
+    micro-batch.
     """
 
     routers: AdaptiveRouters
@@ -81,6 +83,7 @@ class TokenRouting:
     noise: float = 0.0
     seed: int = 0
     masked: bool = False
+    watched: bool = False
     counts_NK: Tensor = field(default=None)  # type: ignore[assignment]
     seen: list[Seen] = field(default_factory=list)
     counted_SB: Tensor | None = None
@@ -171,8 +174,8 @@ class BlockRouter:
             counted_SB = counted_SB & (self.counted_SB > 0)
         width = routing.counts_NK.shape[1]
         routing.counts_NK[self.index] += torch.bincount(levels_SB[counted_SB], minlength=width)
-        if routing.masked:
-            routing.seen.append(Seen(self.index, hidden_SBD.detach(), levels_SB, torch.empty(0), counted_SB))
+        if routing.masked or routing.watched:
+            routing.seen.append(Seen(self.index, self.number, hidden_SBD.detach(), levels_SB, counted_SB))
 
     def _gumbel(self, shape: tuple[int, ...]) -> Tensor:
         """A function of the seed, the block and the micro-batch alone."""

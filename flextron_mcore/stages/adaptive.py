@@ -93,10 +93,15 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
     from flextron_mcore.routers.store import RouterInfo, read_routers
     from flextron_mcore.runtime.distributed import device
     from flextron_mcore.training.adaptive import AdaptiveLearner, AdaptiveSettings
+    from flextron_mcore.training.token_surrogate import SurrogateSettings
 
     joint = config.stage == "joint"
     values = OmegaConf.to_container(config.adaptive)
     hidden_size = 1 if joint else values.pop("hidden_size")
+    surrogate = None
+    if values.pop("surrogate", False):
+        given = OmegaConf.to_container(config.surrogate)
+        surrogate = SurrogateSettings(**{name: given[name] for name in SurrogateSettings.__dataclass_fields__})
     if not joint and config.kv_policy not in KV_POLICIES:
         raise FlextronError(f"kv_policy={config.kv_policy!r} is not known: use one of {', '.join(KV_POLICIES)}")
     if not 1 <= hidden_size <= MOST_HIDDEN:
@@ -130,6 +135,7 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
             for policy in KV_POLICIES
         },
         table.to_dict() if table else None,
+        surrogate,
     )
 
 

@@ -1,8 +1,9 @@
 """What input-adaptive routers learn from a step: which levels would have served a token better (Flextron, 3.2).
 
-Networks run with masks that carry a gradient: the change of the loss, to first order, when a token's block uses one part more or
-less. A router's choice is straight through: its probabilities take that gradient. Routers are replicated; every rank learns from
-the blocks and tokens that it has seen, and gradients are summed, so they stay equal on all ranks.
+Straight through: networks run with masks that carry a gradient, the change of the loss, to first order, when a token's block uses
+one part more or less; a router's probabilities take it. Or through a surrogate model of a token's loss, with forward passes only.
+Routers are replicated; every rank learns from the blocks and tokens that it has seen, and gradients are summed, so they stay
+equal on all ranks.
 
 Shape suffixes: S sequence, B batch, N blocks, K candidates, C constrained costs, D hidden channels.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from flextron_mcore.blocks import Blocks
 from flextron_mcore.cost import Cost
 from flextron_mcore.evaluation.routed import average, total_counts
+from flextron_mcore.pipeline.networks import Watch
 from flextron_mcore.routers.adaptive import AdaptiveRouters, Seen, TokenRouting
 from flextron_mcore.routers.store import (
     STATE_FILE,
@@ -33,6 +35,7 @@ from flextron_mcore.routers.store import (
     write_routers,
 )
 from flextron_mcore.selection.routed import target_of
+from flextron_mcore.training.token_surrogate import SurrogateSettings, TokenSurrogate, mine
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class AdaptiveLearner:
     """Adaptive routers and their optimizer."""
 
     gated, everywhere = False, True
+    surrogate: TokenSurrogate | None = None
 
     def __init__(
         self,
@@ -62,10 +66,11 @@ class AdaptiveLearner:
         sequence_parallel: bool,
         counted: Mapping[str, Sequence[Cost]],
         table: Mapping[str, Any] | None = None,
+        surrogate: SurrogateSettings | None = None,
     ) -> None:
         """costs: those of `info`, which targets are of. counted: by KV policy, what tokens' choices really cost, in their units.
 
-        routers: on this rank's device, the same on all ranks.
+        surrogate: learn through one. routers: on this rank's device, the same on all ranks.
         """
         self.blocks, self.costs, self.info, self.settings, self.table = blocks, list(costs), info, settings, table
         self.seed, self.max_steps, self.sequence_parallel, self.routers = seed, max_steps, sequence_parallel, routers
@@ -86,6 +91,13 @@ class AdaptiveLearner:
         self.optimizer = torch.optim.Adam(self.trained, lr=settings.lr, betas=(0.9, 0.99))
         self.scale: float | None = None  # of the losses above the full model's
         self.drawn: list[TokenRouting] = []
+        if surrogate:
+            self.surrogate = TokenSurrogate(blocks, surrogate, seed, max_steps, sequence_parallel).to(device)
+
+    @property
+    def watch(self) -> Watch | None:
+        """What the surrogate is told."""
+        return self.surrogate.watch if self.surrogate else None
 
     def networks(self, step: int) -> list[TokenRouting]:
         """The routers at work for this step's targets, with exploration noise."""
@@ -95,7 +107,15 @@ class AdaptiveLearner:
         part_TC = (part_TC + torch.rand(part_TC.shape, generator=generator)) / count
         targets_TC = self.low_C + (self.high_C - self.low_C) * part_TC
         self.drawn = [
-            TokenRouting(self.routers, target_C, self.info.kv_policy, self.settings.noise, int(value[1]) + t, masked=True)
+            TokenRouting(
+                self.routers,
+                target_C,
+                self.info.kv_policy,
+                self.settings.noise,
+                int(value[1]) + t,
+                masked=self.surrogate is None,
+                watched=self.surrogate is not None,
+            )
             for t, target_C in enumerate(targets_TC)
         ]
         return self.drawn
@@ -122,10 +142,13 @@ class AdaptiveLearner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * (1 - 0.9 * step / self.max_steps)
         self.optimizer.zero_grad()
-        spent_TC = []
-        for routing in self.drawn:
-            # Without a gradient it was computed to be computed again: recomputation.
-            learned = [seen for seen in routing.seen if seen.mask_SBK.grad is not None]
+        spent_TC, figures = [], {}
+        if self.surrogate:
+            figures = self.surrogate.learn(step, self.drawn, self.scale)
+        for t, routing in enumerate(self.drawn):
+            learned = routing.seen
+            if not self.surrogate:  # without a gradient it was computed to be computed again: recomputation
+                learned = [seen for seen in learned if seen.mask_SBK.grad is not None]
             counts_NK = torch.zeros_like(routing.counts_NK)
             for seen in learned:
                 counts_NK[seen.block] += torch.bincount(seen.levels_SB[seen.counted_SB], minlength=counts_NK.shape[1])
@@ -138,7 +161,8 @@ class AdaptiveLearner:
             slope_C = torch.where((over_C > 0) | (over_C == over_C.max()), over_C.sign(), 0.0)
             price_NK = (slope_C[:, None, None] * self.spent_CNK).sum(0) * self.settings.constraint_weight * self.scale
             for seen in learned:
-                self._backward(seen, routing, price_NK[seen.block], float(tokens) * len(self.drawn))
+                value_SBK = self.surrogate.values(t, seen) if self.surrogate else self._straight_through(seen)
+                self._backward(seen, routing, value_SBK + price_NK[seen.block], float(tokens) * len(self.drawn))
             routing.seen.clear()
         self._sum_gradients()
         self.optimizer.step()
@@ -146,26 +170,24 @@ class AdaptiveLearner:
         targets_TC = torch.stack([routing.target_C for routing in self.drawn])
         self.drawn = []
         return {
+            **figures,
             "targets": self._shares(targets_TC).tolist(),
             "costs": self._shares(spent_TC).tolist(),
             "constraint_loss": float((spent_TC - targets_TC).abs().mean()),
         }
 
-    def _backward(self, seen: Seen, routing: TokenRouting, price_K: Tensor, tokens: float) -> None:
-        """Gradient of the expected change of the loss, and price, under the router's own probabilities; mean over tokens."""
+    def _straight_through(self, seen: Seen) -> Tensor:
+        """What each level would have changed of the loss, for the tokens of this rank: [S, B, K]."""
         part_SBK = seen.mask_SBK.grad
-        group, ranks = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_world_size()
-        if ranks > 1:  # each has the neurons and heads of its own
-            torch.distributed.all_reduce(part_SBK, group=group)
-        value_SBK = part_SBK.cumsum(-1)
-        counted_SB = seen.counted_SB
-        if self.sequence_parallel and ranks > 1:
-            rank = parallel_state.get_tensor_model_parallel_rank()
-            value_SBK, counted_SB = value_SBK.chunk(ranks)[rank], counted_SB.chunk(ranks)[rank]
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:  # each has the neurons and heads of its own
+            torch.distributed.all_reduce(part_SBK, group=parallel_state.get_tensor_model_parallel_group())
+        return mine(part_SBK.cumsum(-1), self.sequence_parallel)
+
+    def _backward(self, seen: Seen, routing: TokenRouting, loss_SBK: Tensor, tokens: float) -> None:
+        """Gradient of the expected loss, and price, under the router's own probabilities; mean over tokens."""
         logits_SBK = self.routers(seen.block, seen.hidden_SBD, routing.target_C, routing.start_NK)
-        p_SBK = logits_SBK.softmax(-1)
-        loss_SB = (p_SBK * (value_SBK + price_K)).sum(-1)
-        ((loss_SB * counted_SB).sum() / tokens).backward()
+        expected_SB = (logits_SBK.softmax(-1) * loss_SBK).sum(-1)
+        ((expected_SB * mine(seen.counted_SB, self.sequence_parallel)).sum() / tokens).backward()
 
     def _sum_gradients(self) -> None:
         groups = [parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()]
@@ -180,7 +202,10 @@ class AdaptiveLearner:
     def write(self, folder: Path) -> None:
         """The routers, and what continues their training, into a checkpoint's directory."""
         write_routers(folder, self.info, self.routers, self.table)
-        save_state(folder / STATE_FILE, routers=self.routers, optimizer=self.optimizer, scale=self.scale)
+        more = {}
+        if kept := self.surrogate:
+            more = {"surrogate": kept.model, "surrogate_optimizer": kept.optimizer, "error": kept.error}
+        save_state(folder / STATE_FILE, routers=self.routers, optimizer=self.optimizer, scale=self.scale, **more)
 
     def read(self, folder: Path) -> None:
         """Continue from what `write` left."""
@@ -189,6 +214,10 @@ class AdaptiveLearner:
         self.routers.load_state_dict(state["routers"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scale = state["scale"]
+        if self.surrogate:
+            self.surrogate.model.load_state_dict(state["surrogate"])
+            self.surrogate.optimizer.load_state_dict(state["surrogate_optimizer"])
+            self.surrogate.error = state["error"]
         self.info = read_routers(folder, self.blocks, "adaptive")[0]
 
     def _shares(self, targets_TC: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from flextron_mcore.data.blend import PreparedData, batch, check_tokenizer, chec
 from flextron_mcore.evaluation.perplexity import evaluate, mean
 from flextron_mcore.layers.gate import new_gates
 from flextron_mcore.model import PRECISIONS, Network, build_chunks, check_layout, loaded_model
-from flextron_mcore.pipeline.networks import Batch, Distillation, gate_gradients, run_networks
+from flextron_mcore.pipeline.networks import Batch, Distillation, Watch, gate_gradients, run_networks
 from flextron_mcore.runtime import signals
 from flextron_mcore.runtime.disk import disk_errors
 from flextron_mcore.runtime.distributed import device, stop_agreed
@@ -50,7 +50,11 @@ class Learner(Protocol):
 
     @property
     def everywhere(self) -> bool:
-        """Whether it learns on all ranks, from what a backward pass leaves there; else on the main process, from losses."""
+        """Whether it learns on all ranks, from what networks leave there; else on the main process, from losses."""
+
+    @property
+    def watch(self) -> Watch | None:
+        """What is to be told about each micro-batch; with it, a learner everywhere needs no backward pass."""
 
     def learn(self, step: int, losses: list[float], gate_gradients: torch.Tensor | None) -> dict[str, Any]:
         """Learn from a step's losses [nats per token], the full model's first; figures for the log.
@@ -348,9 +352,10 @@ class _Run:
             networks,
             self.seq_length,
             self.options.micro_batch_size,
-            forward_only=not (self.optimizer or gates or (learner and learner.everywhere)),
+            forward_only=not (self.optimizer or gates or (learner and learner.everywhere and not learner.watch)),
             teach=self.phase.teach if self.phase.teach.weight > 0 else None,
             gates=gates,
+            watch=learner.watch if learner else None,
         )
         losses = (total[:, 0] / total[:, 1]).tolist()
         row: dict[str, Any] = {"step": step + 1, "event": "train", "loss": losses[0]}

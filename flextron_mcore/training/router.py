@@ -131,6 +131,10 @@ class RouterLearner:
         """It learns on the main process."""
         return False
 
+    @property
+    def watch(self) -> None:
+        """The step's losses are enough."""
+
     def learn(self, step: int, losses: Sequence[float], gate_gradients_TN: Tensor | None = None) -> dict[str, Any]:
         """Update from the step's losses [nats per token], the full model's first; the figures to log.
 

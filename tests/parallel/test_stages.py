@@ -35,7 +35,8 @@ IMPORTED = ("data", "data x virtual")  # import has no layout: once for each num
 # Routing adds nothing to a layout but broadcasts and the gates' sums: every group of ranks once.
 ROUTED = ("sequence", "tensor x pipeline", "data x virtual")
 DECODING = "tensor"  # no other layout decodes text
-ROUTING = ("router", "router straight through", "router adaptive", "joint", "sensitivity", "compare")
+ADAPTIVE = ("router adaptive", "router adaptive surrogate")
+ROUTING = ("router", "router straight through", *ADAPTIVE, "joint", "sensitivity", "compare")
 LOGITS = {"fp32": {}, "bf16": {"precision": "bf16"}, "net": {"net": "{run}/net.json"}}
 VOCAB = 301  # odd: tensor-parallel ranks pad it
 
@@ -90,6 +91,8 @@ def start(tmp_path_factory, text) -> Start:
     train += ["exp_manager.create_tensorboard_logger=false", "exp_manager.checkpoint_callback_params.async_save=false"]
     router = [checkpoint, data, f"latency={write_table(run / 'start', run / 'latency.json')}", "targets_per_step=3", *train]
     text_keys = ["prompt=['def x(',import]", "max_new_tokens=6", f"tokenizer={run}/data/tokenizer"]
+    adaptive = [f"checkpoint={run}/one/router", data, *train, "kind=adaptive", "targets_per_step=2"]
+    adaptive += ["validation_targets=[0.8]", "adaptive.calibration_samples=8"]
     keys = {
         "import": [f"hf={run}/hf", "space.granularity=2", "space.heads=[0.5,1.0]"],
         "importance": [
@@ -110,10 +113,8 @@ def start(tmp_path_factory, text) -> Start:
         ],
         "router": router,
         "router straight through": [*router, "surrogate.enabled=false"],
-        "router adaptive": [
-            *(f"checkpoint={run}/one/router", data, *train, "kind=adaptive", "targets_per_step=2"),
-            *("validation_targets=[0.8]", "adaptive.calibration_samples=8"),
-        ],
+        "router adaptive": adaptive,
+        "router adaptive surrogate": [*adaptive, "adaptive.surrogate=true", "surrogate.threshold=1e9"],
         "joint": [f"checkpoint={run}/one/router", data, *train, "targets_per_step=3"],
         "sensitivity": [checkpoint, data, "limit_val_batches=1", "model.micro_batch_size=2"],
         "compare": [
@@ -224,13 +225,17 @@ def test_routers(start, done, name, result):
 
 
 @pytest.mark.parametrize("name", ROUTED)
-def test_adaptive_routers(start, done, name):
+@pytest.mark.parametrize("result", ADAPTIVE)
+def test_adaptive_routers(start, done, name, result):
     """The same levels for the same tokens, in training, calibration and evaluation, and the same routers."""
-    one, many = (start.run / part / "router adaptive" for part in ("one", f"many/{name}"))
+    one, many = (start.run / part / result for part in ("one", f"many/{name}"))
     expected, found = ([json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()] for run in (one, many))
     for row, other in zip(expected, found, strict=True):
         if row["event"] == "train":
-            assert other["targets"] == row["targets"]
+            assert other["targets"] == row["targets"] and other.keys() == row.keys()
+            if "surrogate" in result:
+                assert row["routers_follow_surrogate"]
+                assert other["surrogate_error"] == pytest.approx(row["surrogate_error"], rel=1e-3)
             for key in ("subnetwork_losses", "costs"):
                 torch.testing.assert_close(torch.tensor(other[key]), torch.tensor(row[key]), rtol=1e-5, atol=1e-6)
     routers = [load_file(open_checkpoint(run).path / "routers.safetensors") for run in (one, many)]

@@ -113,8 +113,13 @@ def test_evaluate_is_what_the_training_found(chain, routed, tmp_path, kv_policy)
     assert again["loss"] == found["loss"]  # T7
 
 
-def test_an_interrupted_run_continues_exactly(chain, routed, tmp_path, monkeypatch):
-    step = _Run._step
+@pytest.mark.parametrize("surrogate", [False, True])
+def test_an_interrupted_run_continues_exactly(chain, routed, tmp_path, monkeypatch, surrogate):
+    step, whole, keys = _Run._step, routed / "adaptive", adaptive_keys(chain, routed)
+    if surrogate:
+        whole, keys = tmp_path / "whole", [*keys, "adaptive.surrogate=true", "surrogate.threshold=1e9"]
+        stage("router", *keys, f"out={whole}")
+        assert all(row["routers_follow_surrogate"] for row in rows(whole) if row["event"] == "train")
 
     def stopping(self, number, log):
         if number == 5:
@@ -123,14 +128,14 @@ def test_an_interrupted_run_continues_exactly(chain, routed, tmp_path, monkeypat
 
     monkeypatch.setattr(_Run, "_step", stopping)
     with pytest.raises(Interrupted):
-        stage("router", *adaptive_keys(chain, routed), f"out={tmp_path}/parts")
+        stage("router", *keys, f"out={tmp_path}/parts")
     monkeypatch.setattr(_Run, "_step", step)
     assert open_checkpoint(tmp_path / "parts").step == 3
     older = contents(list_checkpoints(tmp_path / "parts")[-1])
-    stage("router", *adaptive_keys(chain, routed), f"out={tmp_path}/parts", "exp_manager.checkpoint_callback_params.keep_last=9")
+    stage("router", *keys, f"out={tmp_path}/parts", "exp_manager.checkpoint_callback_params.keep_last=9")
     assert contents(list_checkpoints(tmp_path / "parts")[0]) == older
-    assert rows(tmp_path / "parts") == rows(routed / "adaptive")
-    ends = [load_file(list_checkpoints(out)[-1] / "routers.safetensors") for out in (tmp_path / "parts", routed / "adaptive")]
+    assert rows(tmp_path / "parts") == rows(whole)
+    ends = [load_file(list_checkpoints(out)[-1] / "routers.safetensors") for out in (tmp_path / "parts", whole)]
     assert all(ends[0][key].equal(ends[1][key]) for key in ends[1])
 
 

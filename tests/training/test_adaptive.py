@@ -29,7 +29,7 @@ def learned(parts: list[list[float]], level: int, target: float, weight: float =
         for block in range(blocks.count):
             mask = torch.ones(len(parts), 1, 4, requires_grad=True)
             mask.grad = torch.tensor(parts)[:, None].clone()
-            routing.seen.append(Seen(block, hidden, levels, mask, torch.ones_like(levels, dtype=torch.bool)))
+            routing.seen.append(Seen(block, 0, hidden, levels, torch.ones_like(levels, dtype=torch.bool), mask))
         learner.learn(step, [3.0, 3.5])
     logits = [routers(block, hidden, routing.target_C, routing.start_NK)[:, 0] for block in range(blocks.count)]
     return torch.stack(logits).argmax(-1)

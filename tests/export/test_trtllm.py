@@ -309,6 +309,23 @@ def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
     assert len(seen) == reads and 0 < stored - sum(seen) < 8000  # the headers
 
 
+@pytest.mark.parametrize("processes", [2, 5, 7])
+def test_processes_share_the_files(processes, tmp_path, monkeypatch):
+    arch = toy.config(**toy.GPT2, num_layers=3)
+    info = made(arch, ElasticSpace.build(arch, 1, "kv_group", [1.0], [1.0]), tmp_path / "run")
+    _, job = exported(info, SubNetwork.full(arch), tmp_path / "out", tp=2, pp=3)
+    plan, seen = make_plan(arch, job.net, job.options), []
+    for process in range(processes):
+        out = tmp_path / f"{process}"
+        out.mkdir()
+        monkeypatch.setattr(writer, "place", lambda process=process: (process, processes))
+        writer.write_ranks(out, plan, cut(info, job.net), torch.float32, None)
+        for file in out.iterdir():
+            assert file.read_bytes() == (job.out / file.name).read_bytes()
+            seen.append(file.name)
+    assert sorted(seen) == [f"rank{rank}.safetensors" for rank in range(6)]
+
+
 def test_the_tokenizer_goes_along(tmp_path):
     arch = toy.config()
     info = made(arch, ElasticSpace.build(arch, 1, "kv_group", [1.0], [1.0]), tmp_path / "run")

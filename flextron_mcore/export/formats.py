@@ -32,7 +32,8 @@ class Job:
 
     out: an existing, empty directory. dtype: fp32, bf16 or fp16; default: the checkpoint's. max_shard_size: bytes of one weights
     file, about what is in memory at a time. tokenizer: a directory; default: the one beside the checkpoint. progress: called with
-    the bytes of each tensor written. options: the format's own, `conf/stage/export.yaml`.
+    the bytes of each tensor written. options: the format's own, `conf/stage/export.yaml`. origin: what chose the network, for
+    the model card.
     Raises FlextronError for a value that means nothing.
     """
 
@@ -44,6 +45,7 @@ class Job:
     tokenizer: Path | None = None
     progress: Callable[[int], None] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", self.dtype or self.info.dtype)

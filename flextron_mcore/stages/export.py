@@ -28,13 +28,14 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.space import SubNetwork, count_parameters
 
     info = open_checkpoint(config.checkpoint)
-    net = SubNetwork.full(info.model)
+    net, origin = SubNetwork.full(info.model), "the full model"
     if config.budget is not None:
         if config.subnetwork is not None:
             raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
-        net, _ = select(config, info)
+        net, wanted = select(config, info)
+        origin = f"selector {config.selector} for {' and '.join(map(str, wanted))}"
     elif config.subnetwork is not None:
-        net = SubNetwork.from_file(config.subnetwork)
+        net, origin = SubNetwork.from_file(config.subnetwork), f"the sub-network in {Path(config.subnetwork).name}"
         info.space.check(info.model, net, str(config.subnetwork))
     if config.verify:
         check_layout(info.model, info.space, config.model)
@@ -42,7 +43,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     options = OmegaConf.to_container(config[config.format], resolve=True) if config.format in config else {}
     with new_output(config) as out:
         with progress_bar(unit="B", unit_scale=True, desc="export") as bar:
-            job = Job(info, net, out, config.dtype, config.max_shard_size, None, bar.update, options)
+            job = Job(info, net, out, config.dtype, config.max_shard_size, None, bar.update, options, origin)
             figures = written.write(job)
         if figures["parameters"] != count_parameters(info.model, net):
             raise FlextronError(f"export: wrote {figures['parameters']} parameters, counted {count_parameters(info.model, net)}")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from flextron_mcore.checkpoint.hf_import import copy_tokenizer
 from flextron_mcore.checkpoint.store import DTYPES, CheckpointInfo
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.cut import cut, cut_config, executed_layers
@@ -16,6 +15,7 @@ from flextron_mcore.export.formats import Format, Job, rounding
 from flextron_mcore.export.hf import gpt2, llama
 from flextron_mcore.export.hf.target import Target
 from flextron_mcore.export.hf.writer import model_card, write_json, write_weights
+from flextron_mcore.export.tokenizer import take_tokenizer
 from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters, weight_bytes
@@ -45,10 +45,8 @@ def write(job: Job) -> dict[str, Any]:
             raise FlextronError(f"out={out}: not an empty directory")
         check_space(out, weight_bytes(model, net, dtype))
         config = _config(info, net, target, reason, tokenizer) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-        if tokenizer and not copy_tokenizer(tokenizer, out):
-            raise FlextronError(
-                f"tokenizer={tokenizer}: no tokenizer in it (looked for tokenizer.json, tokenizer.model, vocab.json)"
-            )
+        if tokenizer:
+            take_tokenizer(tokenizer, out)
         if not (out / "generation_config.json").is_file():
             ids = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
             write_json(out / "generation_config.json", ids)
@@ -65,8 +63,7 @@ def write(job: Job) -> dict[str, Any]:
 
     def finished() -> list[int]:
         """Bytes of each file."""
-        card = model_card(architecture, parameters, dtype, layers, net.hidden_size, count_parameters(model))
-        (out / "README.md").write_text(card, encoding="utf-8")
+        (out / "README.md").write_text(model_card(job, architecture), encoding="utf-8")
         write_json(out / "config.json", config)
         return [file.stat().st_size for file in out.iterdir()]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,11 @@ from safetensors.torch import save_file
 
 from flextron_mcore.checkpoint.hf_import.common import INDEX_FILE, WEIGHTS_FILE
 from flextron_mcore.checkpoint.store import LazyTensor
+from flextron_mcore.export.card import describe
+from flextron_mcore.export.formats import Job
 from flextron_mcore.export.hf.target import Part
 from flextron_mcore.runtime.ranks import place, wait_for_all
-from flextron_mcore.space import LayerChoice
+from flextron_mcore.space import count_parameters
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -83,16 +84,11 @@ def _plan(parts: Sequence[Part], dtype: torch.dtype, max_shard_size: int) -> lis
     return shards
 
 
-def model_card(architecture: str, parameters: int, dtype: str, layers: Sequence[LayerChoice], hidden_size: int, full: int) -> str:
-    """README.md of an export. full: parameters of the model that the sub-network was cut from."""
+def model_card(job: Job, architecture: str) -> str:
+    """README.md of an export of the class `architecture`."""
     custom = architecture.startswith("Flextron")
     trust = ", trust_remote_code=True" if custom else ""
-    rows, first = [], 0
-    for layer, run in itertools.groupby(layers):
-        last = first + len(list(run)) - 1
-        span = f"{first}" if first == last else f"{first}-{last}"
-        rows.append(f"| {span} | {layer.num_attention_heads} | {layer.kv_groups} | {layer.ffn_hidden_size} |")
-        first = last + 1
+    parameters, full = count_parameters(job.info.model, job.net), count_parameters(job.info.model)
     code = (
         "Its layers are transformers' own, each with the widths that `per_layer_config` gives; the Python files here only say so."
         if custom
@@ -105,14 +101,10 @@ tags: [flextron]
 ---
 # A Flextron sub-network
 
-`{architecture}`: {parameters:,} parameters in {dtype}, {parameters / full:.1%} of the {full:,} of the elastic model that
+`{architecture}`: {parameters:,} parameters in {job.dtype}, {parameters / full:.1%} of the {full:,} of the elastic model that
 flextron_mcore cut it from. {code}
 
-| layers | query heads | key-value heads | FFN width |
-|---|---|---|---|
-{chr(10).join(rows)}
-
-Hidden size {hidden_size}.
+{describe(job)}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,6 +112,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
 model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
 prompt = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(prompt.input_ids, max_new_tokens=20)[0]))
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
 ```
 """

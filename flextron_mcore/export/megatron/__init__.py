@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
-from flextron_mcore.checkpoint.hf_import import copy_tokenizer
 from flextron_mcore.checkpoint.store import DTYPES, LazyTensor, iteration_path, write_streaming, write_torch_dist
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.export.card import describe
 from flextron_mcore.export.cut import cut, cut_config, executed_layers
 from flextron_mcore.export.formats import Format, Job, rounding
 from flextron_mcore.export.megatron.arguments import LLAMA3, command_line, not_on_the_command_line
 from flextron_mcore.export.megatron.read import read_logits
+from flextron_mcore.export.tokenizer import take_tokenizer
 from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.runtime.ranks import on_main_process
-from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters, weight_bytes
+from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, weight_bytes
 
 CONFIG_FILE, ARGUMENTS_FILE, CODE_FILE = "model_config.json", "args.txt", "load_model.py"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # where Megatron-LM looks
@@ -52,10 +53,8 @@ def write(job: Job) -> dict[str, Any]:
         if not out.is_dir() or any(out.iterdir()):
             raise FlextronError(f"out={out}: not an empty directory")
         check_space(out, weight_bytes(info.model, net, job.dtype))
-        if job.tokenizer and not copy_tokenizer(job.tokenizer, out / "tokenizer"):
-            raise FlextronError(
-                f"tokenizer={job.tokenizer}: no tokenizer in it (looked for tokenizer.json, tokenizer.model, vocab.json)"
-            )
+        if job.tokenizer:
+            take_tokenizer(job.tokenizer, out / "tokenizer")
         folder.mkdir(parents=True)
 
     on_main_process(prepared)
@@ -183,10 +182,10 @@ def _reason(heads_differ: bool) -> str:
 
 def _card(job: Job, architecture: str, refusal: str | None) -> str:
     """README.md."""
-    parameters, full = count_parameters(job.info.model, job.net), count_parameters(job.info.model)
     if refusal is None:
-        line = f"`{ARGUMENTS_FILE}` has the arguments of Megatron-LM that describe it: give them with\n"
-        line += "`--pretrained-checkpoint PATH/checkpoints --load RUN --save RUN` to train on."
+        line = f"`{ARGUMENTS_FILE}` has the arguments of Megatron-LM that describe it. Give them with\n"
+        line += "`--pretrained-checkpoint PATH/checkpoints --load RUN --save RUN --tokenizer-type HuggingFaceTokenizer\n"
+        line += "--tokenizer-model PATH/tokenizer` to train on in RUN."
     else:
         line = f"There is no `{ARGUMENTS_FILE}` with arguments of Megatron-LM: {refusal}."
     own = (
@@ -196,10 +195,12 @@ def _card(job: Job, architecture: str, refusal: str | None) -> str:
     )
     return f"""# A Flextron sub-network for Megatron-Core
 
-`{architecture}`: {parameters:,} parameters in {job.dtype}, {parameters / full:.1%} of the {full:,} of the elastic model that
-flextron_mcore cut it from. `checkpoints/` holds a torch_dist checkpoint with the names and shapes of Megatron-Core's `GPTModel`,
-`model_config.json` its sizes, `{CODE_FILE}` a few lines that build and load it; they need Megatron-Core only.
+A `{architecture}` in {job.dtype}, cut from an elastic model by flextron_mcore. `checkpoints/` is a torch_dist checkpoint with the
+names and shapes of Megatron-Core's own layers, `{CONFIG_FILE}` has their sizes, and `{CODE_FILE}` is a few lines that
+build and load them. All of it needs Megatron-Core only.
 
 {line}
 {own}
+
+{describe(job)}
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megatron.core.transformer.mlp import MLP
 from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Job, get_format
+from flextron_mcore.export.megatron.arguments import LLAMA3, command_line, not_on_the_command_line
 from flextron_mcore.model import use_subnetwork
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import hf_toy, toy
@@ -158,3 +160,102 @@ def test_training_goes_on(tmp_path):
 def _loss(module, gpt: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
     scores = module.logits(gpt, tokens)
     return torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(
+    "changes, wanted, unwanted",
+    [
+        (
+            dict(num_query_groups=2, rotary_base=5000.0),
+            ["--num-layers 2", "--hidden-size 32", "--num-attention-heads 4", "--group-query-attention", "--num-query-groups 2"]
+            + ["--kv-channels 8", "--ffn-hidden-size 48", "--normalization RMSNorm", "--swiglu", "--disable-bias-linear"]
+            + ["--untie-embeddings-and-output-weights", "--position-embedding-type rope", "--rotary-base 5000"]
+            + ["--max-position-embeddings 24", "--vocab-size 67", "--make-vocab-size-divisible-by 1", "--bf16"],
+            ["gelu", "scaling", "interpolation"],
+        ),
+        (
+            dict(toy.GPT2, share_embeddings_and_output_weights=True, activation="gelu"),
+            ["--normalization LayerNorm", "--position-embedding-type learned_absolute", "--no-bias-gelu-fusion"],
+            ["swiglu", "disable-bias", "untie", "rotary"],
+        ),
+        (toy.GPT2, ["--untie-embeddings-and-output-weights"], ["gelu"]),  # fused, Megatron-LM's GELU is the approximation
+        (
+            dict(rope_scaling={"type": "linear", "factor": 2.0}, activation="squared-relu"),
+            ["--rotary-seq-len-interpolation-factor 2", "--squared-relu"],
+            ["swiglu"],
+        ),
+        (
+            dict(rope_scaling={"type": "llama3", "factor": 16.0, **LLAMA3}),
+            ["--use-rope-scaling", "--rope-scaling-factor 16.0"],
+            ["interpolation"],
+        ),
+    ],
+)
+def test_arguments_of_megatron_lm(changes, wanted, unwanted):
+    arch = toy.config(**changes)
+    assert not_on_the_command_line(arch, SubNetwork.full(arch)) is None
+    lines = command_line(arch, "bf16").splitlines()
+    assert not [line for line in wanted if line not in lines]
+    assert not [line for line in lines for word in unwanted if word in line]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(activation="geglu"), "no activation geglu"),
+        (dict(activation="relu"), "no activation relu"),
+        (dict(toy.GPT2, bias=False), "no activation gelu_tanh without biases"),
+        (dict(rotary_base=777.5), "777.5"),
+        (dict(rope_scaling={"type": "linear", "factor": 2.5}), "2.5"),
+        (dict(rope_scaling={"type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 2.0}), "other frequencies"),
+    ],
+)
+def test_what_megatron_lm_has_no_arguments_for(changes, message):
+    arch = toy.config(**changes)
+    assert message in not_on_the_command_line(arch, SubNetwork.full(arch))
+
+
+def test_what_is_in_the_directory(tmp_path):
+    info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run", dtype="bf16")
+    seen = []
+    for name, net in networks(info).items():
+        out = tmp_path / name.replace(" ", "_")
+        exported(replace(info, step=40), net, out, progress=seen.append)
+        assert (out / "args.txt").is_file() is net.is_uniform
+        assert (out / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "40\n"  # where Megatron-LM looks
+        common = torch.load(out / "checkpoints" / "iter_0000040" / "common.pt")
+        assert common == {"content_metadata": {"non_homogeneous_layers": True}}  # and how it loads
+        blocks = json.loads((out / "model_config.json").read_text())["block_configs"]
+        assert blocks == (None if net.is_uniform else [
+            {"attention": {"num_query_groups": 2, "num_attention_heads": 4}, "mlp": {"ffn_hidden_size": 10}},
+            {"attention": {"num_query_groups": 4, "num_attention_heads": 8}, "mlp": {"ffn_hidden_size": 20}},
+        ])  # fmt: skip
+        card = (out / "README.md").read_text()
+        assert ("--pretrained-checkpoint" in card, "the layers differ" in card) == (net.is_uniform, not net.is_uniform)
+        assert {p.dtype for p in loaded(out).parameters()} == {torch.float32}
+    assert sum(seen) == 2 * sum(count_parameters(info.model, net) for net in networks(info).values())
+
+
+def test_read_back_in_another_process(tmp_path, monkeypatch):
+    info = hf_toy.checkpoint(hf_toy.save(hf_toy.gpt2(), tmp_path / "hf"), tmp_path / "run")
+    net = networks(info)["by layer"]
+    exported(info, net, tmp_path / "out")
+    job = Job(info, net, tmp_path / "out")
+    found = FORMAT.logits(job, net, hf_toy.tokens())
+    torch.testing.assert_close(found, hf_toy.logits(hf_toy.megatron(info), net), atol=1e-5, rtol=0)
+    monkeypatch.setattr("sys.executable", "false")
+    with pytest.raises(FlextronError, match="out: cannot be read back by Megatron-Core: it said nothing"):
+        FORMAT.logits(job, net, hf_toy.tokens())
+
+
+def test_bad_arguments(tmp_path):
+    info = hf_toy.checkpoint(hf_toy.save(hf_toy.gpt2(), tmp_path / "hf"), tmp_path / "run")
+    full = SubNetwork.full(info.model)
+    for folder in ("none", "hf"):
+        with pytest.raises(FlextronError, match="not an empty directory"):
+            FORMAT.write(Job(info, full, tmp_path / folder))
+    with pytest.raises(FlextronError, match="hf: no tokenizer in it"):
+        exported(info, full, tmp_path / "tokenizer", tokenizer=tmp_path / "hf")
+    with pytest.raises(FlextronError, match="not a candidate"):
+        exported(info, SubNetwork(32, (full.layers[0], replace(full.layers[0], ffn_hidden_size=39))), tmp_path / "net")
+    assert not list((tmp_path / "net").iterdir())

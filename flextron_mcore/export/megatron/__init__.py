@@ -57,8 +57,8 @@ def write(job: Job) -> dict[str, Any]:
             take_tokenizer(job.tokenizer, out / "tokenizer")
         folder.mkdir(parents=True)
 
-    on_main_process(prepared)
     tensors = _tensors(job)
+    on_main_process(prepared)
     if net.is_uniform:
         dense = replace(info, model=model, space=_space(model), dtype=job.dtype, path=None)
         write_streaming(folder, dense, tensors, job.progress)

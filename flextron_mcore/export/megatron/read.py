@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,8 @@ import torch
 
 from flextron_mcore.config import FlextronError
 
-_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What a launcher tells its ranks, of which the process is none; torchrun's own would make it wait for a server.
+_LAUNCH = re.compile("(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 
 
 def read_logits(directory: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
@@ -20,7 +22,7 @@ def read_logits(directory: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     with tempfile.TemporaryDirectory(prefix="flextron-read-") as folder:
         tokens, found = Path(folder, "tokens.pt"), Path(folder, "logits.pt")
         torch.save(tokens_BS, tokens)
-        environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
+        environment = {name: value for name, value in os.environ.items() if not _LAUNCH.fullmatch(name)}
         command = [sys.executable, "-m", "flextron_mcore.export.megatron.read", str(directory), str(tokens), str(found)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -11,12 +11,11 @@ block, q query heads of a group in a block, H channels of a head, K candidates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
@@ -47,19 +46,29 @@ def head_blocks(attention: ElasticSelfAttention) -> list[HeadBlock]:
     return [HeadBlock(slice(attention.num_query_groups_per_partition), slice(low, high)) for low, high in pairwise(counts)]
 
 
-def _joined(blocks: list[HeadBlock], participants: list[Participants | None]) -> list[tuple[HeadBlock, Participants]]:
-    """The blocks that have participants; neighbours in which all tokens take part are one block."""
-    found: list[tuple[HeadBlock, Participants]] = []
-    for block, those in zip(blocks, participants, strict=True):
+@dataclass
+class _Run:
+    """Blocks of heads next to each other with the same participants; `levels` of them, which `block` is together."""
+
+    block: HeadBlock
+    levels: list[int]
+    participants: Participants
+
+
+def _runs(blocks: list[HeadBlock], participants: list[Participants | None]) -> list[_Run]:
+    """The blocks that have participants; neighbours in which all tokens take part are one run."""
+    found: list[_Run] = []
+    for level, (block, those) in enumerate(zip(blocks, participants, strict=True)):
         if those is None:
             continue
-        if found and those.rows is None and found[-1][1].rows is None:
-            before = found.pop()[0]
-            if before.groups == block.groups:
-                block = HeadBlock(block.groups, slice(before.queries.start, block.queries.stop))
+        if found and those.rows is None and (last := found[-1]).participants.rows is None:
+            if last.block.groups == block.groups:
+                last.block = HeadBlock(block.groups, slice(last.block.queries.start, block.queries.stop))
             else:
-                block = HeadBlock(slice(before.groups.start, block.groups.stop), block.queries)
-        found.append((block, those))
+                last.block = HeadBlock(slice(last.block.groups.start, block.groups.stop), block.queries)
+            last.levels.append(level)
+        else:
+            found.append(_Run(block, [level], those))
     return found
 
 
@@ -92,28 +101,42 @@ def masked_keys(attention: ElasticSelfAttention, levels_SB: Tensor) -> Tensor | 
 class OwnCache:
     """Keys and values of one block of heads, of the tokens that take part in it only.
 
-    counts_B: how many of each sequence there are. The room grows with the longest one.
+    counts_B: how many of each sequence there are. same: that number where all sequences have it. The room grows with the longest.
     """
 
     counts_B: Tensor
+    same: int | None = 0
     keys: Tensor | None = None
     values: Tensor | None = None
 
     ROOM = 32
 
-    def append(self, participants: Participants, key_nBgH: Tensor, value_nBgH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add the participants' keys and values; all keys and values [T, B, g, H], and the mask [B, 1, n, T] of hidden ones."""
+    def append(self, participants: Participants, key_nBgH: Tensor, value_nBgH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add the participants' keys and values; all keys and values [T, B, g, H], and the mask [B, 1, n, T] of hidden ones.
+
+        No mask where the causal one will do: sequences of the same length, all of whose tokens at hand were appended.
+        """
         before_B, valid_nB = self.counts_B, participants.valid_nB
+        if self.same is not None and (participants.rows is None or valid_nB.shape[1] == 1):
+            start, self.same = self.same, self.same + len(valid_nB)
+            self.counts_B = before_B + len(valid_nB)
+            self._make_room(self.same, key_nBgH, value_nBgH)
+            self.keys[start : self.same], self.values[start : self.same] = key_nBgH, value_nBgH
+            return self.keys[: self.same], self.values[: self.same], None
+        self.same = None
         self.counts_B = before_B + valid_nB.sum(0)
         needed = int(self.counts_B.max())
-        if self.keys is None or needed > len(self.keys):
-            room = -(-needed // self.ROOM) * self.ROOM
-            self.keys, self.values = (_grown(old, room, new) for old, new in ((self.keys, key_nBgH), (self.values, value_nBgH)))
+        self._make_room(needed, key_nBgH, value_nBgH)
         slots_nB = before_B + torch.arange(len(valid_nB), device=valid_nB.device)[:, None]
         where = slots_nB[valid_nB], valid_nB.nonzero()[:, 1]
         self.keys[where], self.values[where] = key_nBgH[valid_nB], value_nBgH[valid_nB]
         hidden = torch.arange(needed, device=valid_nB.device) > slots_nB.T[:, None, :, None]
         return self.keys[:needed], self.values[:needed], hidden
+
+    def _make_room(self, needed: int, key: Tensor, value: Tensor) -> None:
+        if self.keys is None or needed > len(self.keys):
+            room = -(-needed // self.ROOM) * self.ROOM
+            self.keys, self.values = (_grown(old, room, new) for old, new in ((self.keys, key), (self.values, value)))
 
 
 def _grown(old: Tensor | None, room: int, like: Tensor) -> Tensor:
@@ -123,23 +146,27 @@ def _grown(old: Tensor | None, room: int, like: Tensor) -> Tensor:
     return new
 
 
-@dataclass
 class _Position:
-    """Where the tokens at hand lie in the sequence: from `start` on; rotary: angles of all positions, or None."""
+    """Where the tokens at hand lie in the sequence, and what turns their queries and keys there."""
 
-    start: int
-    rotary: Tensor | None
-    config: Any = field(repr=False, default=None)
+    def __init__(self, start: int, length: int, rotary: Tensor | None, dtype: torch.dtype) -> None:
+        """The `length` tokens from `start` on. rotary: angles of all positions, both halves alike; or None."""
+        self.start = start
+        self.cos_S = self.sin_S = None
+        if rotary is not None:  # once for all blocks of heads
+            angles_S = rotary[start : start + length].chunk(2, -1)[0]
+            self.cos_S, self.sin_S = angles_S.cos().to(dtype), angles_S.sin().to(dtype)
 
     def rotate(self, x_nBhH: Tensor, index_nB: Tensor | None) -> Tensor:
         """Rotary embedding at positions start + index (None: at start, start + 1, ...)."""
-        if self.rotary is None:
+        if self.cos_S is None:
             return x_nBhH
-        if index_nB is None:
-            angles = self.rotary[self.start : self.start + len(x_nBhH)]
-        else:
-            angles = self.rotary[self.start + index_nB].flatten(2, -2)
-        return apply_rotary_pos_emb(x_nBhH, angles, self.config)
+        cos, sin = self.cos_S, self.sin_S
+        if index_nB is not None:
+            cos, sin = cos[index_nB].flatten(2, -2), sin[index_nB].flatten(2, -2)
+        half = cos.shape[-1]
+        first, second, rest = x_nBhH.split([half, half, x_nBhH.shape[-1] - 2 * half], dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 def routed_attention(
@@ -162,7 +189,7 @@ def routed_attention(
         )
     start = context.sequence_len_offset if context is not None else 0
     rotary = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
-    position = _Position(start, rotary, attention.config)
+    position = _Position(start, len(levels_SB), rotary, hidden_states.dtype)
     blocks = head_blocks(attention)
     participants = Participants.by_level(levels_SB, len(blocks))
     if own_keys(attention):
@@ -184,24 +211,25 @@ def _full(
     size, group_size, groups = _sizes(attention)
     channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
     length = _length(attention, hidden_states)
-    present = _joined(blocks, participants)
+    present = _runs(blocks, participants)
     # Parts of the weight that do not lie together are copied, which is more than the product itself for a few tokens.
-    few = length * batch <= _FEW and all(found.rows is None for _, found in present)
+    few = length * batch <= _FEW and all(run.participants.rows is None for run in present)
     first = 0 if few else group_size
     parts = [_selection(slice(groups), slice(first, group_size + 2), size, group_size, groups, channels)]
     if not few:
-        parts += [_selection(block.groups, block.queries, size, group_size, groups, channels) for block, _ in present]
-    rows = [None] if few else [None, *(found.rows for _, found in present)]
+        parts += [_selection(run.block.groups, run.block.queries, size, group_size, groups, channels) for run in present]
+    rows = [None] if few else [None, *(run.participants.rows for run in present)]
     products = attention.linear_qkv(hidden_states, *parts, rows=rows)
     mixed = products[0].view(length, batch, groups, group_size + 2 - first, size)
     key, value = _normed(attention.k_layernorm, mixed[..., -2, :]), mixed[..., -1, :]
     if few:
-        products += [mixed[:, :, block.groups, block.queries].flatten(2) for block, _ in present]
+        products += [mixed[:, :, run.block.groups, run.block.queries].flatten(2) for run in present]
     key = position.rotate(key, None)
     if context is not None:
         key, value = _cached(attention, context, key, value)
     out = []
-    for (block, found), product in zip(present, products[1:], strict=True):
+    for run, product in zip(present, products[1:], strict=True):
+        block, found = run.block, run.participants
         query = _normed(attention.q_layernorm, product.view(len(found.index_nB), batch, product.shape[-1] // size, size))
         query = position.rotate(query, None if found.rows is None else found.index_nB)
         mask = None
@@ -224,8 +252,8 @@ def _own(
     """The same with keys and values of each block's participants only."""
     size, group_size, groups = _sizes(attention)
     channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
-    present = [(level, found) for level, found in enumerate(participants) if found is not None]
-    parts = [_selection(blocks[level].groups, slice(group_size + 2), size, group_size, groups, channels) for level, _ in present]
+    present = _runs(blocks, participants)
+    parts = [_selection(run.block.groups, slice(group_size + 2), size, group_size, groups, channels) for run in present]
     length = _length(attention, hidden_states)
     caches = None
     if context is not None:
@@ -233,20 +261,25 @@ def _own(
             attention.layer_number,
             [OwnCache(torch.zeros(batch, dtype=torch.long, device=hidden_states.device)) for _ in blocks],
         )
-    products = attention.linear_qkv(hidden_states, *parts, rows=[found.rows for _, found in present]) if present else []
+    rows = [run.participants.rows for run in present]
+    products = attention.linear_qkv(hidden_states, *parts, rows=rows) if present else []
     out = []
-    for (level, found), product in zip(present, products, strict=True):
-        of = blocks[level].groups
-        mixed = product.view(len(found.index_nB), batch, of.stop - of.start, (group_size + 2) * size)
-        query, key, value = mixed.split([group_size * size, size, size], dim=3)
-        query = _normed(attention.q_layernorm, query.reshape(*query.shape[:2], -1, size))
-        key = _normed(attention.k_layernorm, key)
+    for run, product in zip(present, products, strict=True):
+        found, first = run.participants, run.block.groups.start
+        mixed = product.view(len(found.index_nB), batch, -1, group_size + 2, size)
+        query, key = _normed(attention.q_layernorm, mixed[..., :-2, :]), _normed(attention.k_layernorm, mixed[..., -2:-1, :])
         index = None if found.rows is None else found.index_nB
-        query, key, mask = position.rotate(query, index), position.rotate(key, index), None
-        if caches is not None:
-            key, value, mask = caches[level].append(found, key, value)
-        # Filling follows a sequence's own participants, which therefore do not see it.
-        out.append(found.scatter(_attend(attention, query, key, value, mask), length))
+        query, key = (position.rotate(x.flatten(2, 3), index) for x in (query, key))
+        value = mixed[..., -1, :]
+        if caches is None:
+            # Filling follows a sequence's own participants, which therefore do not see it.
+            out.append(found.scatter(_attend(attention, query, key, value, None), length))
+            continue
+        for level in run.levels:  # each has a cache of its own: of as many tokens as have ever taken part in it
+            of = slice(blocks[level].groups.start - first, blocks[level].groups.stop - first)
+            heads = slice(of.start * group_size, of.stop * group_size)
+            keys, values, mask = caches[level].append(found, key[:, :, of], value[:, :, of])
+            out.append(found.scatter(_attend(attention, query[:, :, heads], keys, values, mask), length))
     return out
 
 

@@ -41,7 +41,7 @@ import flextron_mcore.training.loop, flextron_mcore.export.hf
 """
 # Runs the rest of its arguments as a command, then prints what it took. The command must not be our own child: the kernel starts
 # the peak memory of a new process from that of the process that it is forked from.
-_MEASURE = """
+MEASURE = """
 import json, resource, subprocess, sys, time
 begun = time.perf_counter()
 code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
@@ -73,8 +73,8 @@ def _rows(folder: Path):
     python = [sys.executable, "-c"]
     flextron = [sys.executable, "-m", "flextron_mcore"]
     hf, imported, sorted_, data, exported = (folder / name for name in ("hf", "imported", "sorted", "data", "exported"))
-    _run([*python, "from benchmarks.stream import write_llama as f; f(__import__('sys').argv[1])", str(hf)])
-    _run([*flextron, "prepare", "input=builtin", "vocab_size=1024", f"out={data}"])
+    run_command([*python, "from benchmarks.stream import write_llama as f; f(__import__('sys').argv[1])", str(hf)])
+    run_command([*flextron, "prepare", "input=builtin", "vocab_size=1024", f"out={data}"])
     yield _row("nothing", [*python, _IMPORTS])
     yield _row("import", [*flextron, "import", f"hf={hf}", f"out={imported}"], hf)
     sort = "from benchmarks.stream import sort as f; f(*__import__('sys').argv[1:])"
@@ -89,27 +89,27 @@ def _rows(folder: Path):
 
 def _row(name: str, command: list[str], source: Path | None = None) -> list[str]:
     """The figures of one row; `source` is what the command reads."""
-    copies = [_copy(source)] if source else []
+    copies = [copy_seconds(source)] if source else []
     if source:
         _read(source)
     print(f"stream: {name} ...", file=sys.stderr, flush=True)
-    code, peak, seconds, *processor = json.loads(_run([sys.executable, "-c", _MEASURE, *command]))
+    code, peak, seconds, *processor = json.loads(run_command([sys.executable, "-c", MEASURE, *command]))
     if code:
         raise FlextronError(f"{name}: failed with exit code {code}")
     row = [name, f"{peak / 2**30:.2f}", f"{seconds:.1f}", *(f"{value:.1f}" for value in processor)]
     if source is None:
         return [*row, "-", "-"]
-    copies.append(_copy(source))
+    copies.append(copy_seconds(source))
     copy = sum(copies) / 2
     return [*row, f"{copy:.1f} ({copies[0]:.1f}, {copies[1]:.1f})", f"{seconds / copy:.1f}"]
 
 
-def _run(command: list[str]) -> str:
+def run_command(command: list[str]) -> str:
     """What a command prints, which must succeed."""
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def _copy(source: Path) -> float:
+def copy_seconds(source: Path) -> float:
     """Seconds to copy the files of a directory, synced to the disk."""
     _read(source)
     target = source.parent / "copy"

@@ -54,6 +54,11 @@ def cut(info: CheckpointInfo, net: SubNetwork, reader: TensorReader | None = Non
     return tensors
 
 
+def shapes(model: ModelConfig, net: SubNetwork) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of `cut`, without a checkpoint."""
+    return {name: shape for name, _, shape, _ in _cuts(model, net)}
+
+
 def _load(reader: TensorReader, source: str, shape: tuple[int, ...], take: _Cut) -> torch.Tensor:
     whole = reader.read(source)
     part = take(whole).reshape(shape)

@@ -1,0 +1,101 @@
+"""Export of half of a Llama of 7 billion parameters: peak memory, and time over a copy of the bytes that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import print_settings
+from benchmarks.stream import MEASURE, copy_seconds, run_command
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.stages.common import print_table
+
+NEEDED_BYTES = 30 * 2**30
+FORMATS = ("hf", "megatron")
+# Llama-2-7B's shape.
+MODEL = dict(
+    num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=11008, vocab_size=32000, max_position_embeddings=4096
+)  # fmt: skip
+
+
+def run() -> None:
+    """Print peaks and ratios."""
+    print_settings(
+        "export: half of the heads and neurons of every layer of a random Llama of Llama-2-7B's shape in bf16 (6.74 billion",
+        "parameters): peak resident memory of the process, and its time / a plain copy of the bytes that it writes; both are",
+        "synced to the disk; copy: mean of two, just after",
+    )
+    with tempfile.TemporaryDirectory(prefix="flextron-export-") as name:
+        folder = Path(name)
+        free = shutil.disk_usage(folder).free
+        if free < NEEDED_BYTES:
+            raise FlextronError(
+                f"{folder}: {NEEDED_BYTES / 2**30:.0f} GiB needed, {free / 2**30:.1f} GiB free: set TMPDIR to another disk"
+            )
+        run_command([sys.executable, "-c", "from benchmarks.export import write as f; f(__import__('sys').argv[1])", name])
+        rows = [_row(folder, format_) for format_ in FORMATS]
+    print_table("export", ["format", "parameters", "GiB written", "peak GiB", "seconds", "copy seconds", "export / copy"], rows)
+
+
+def _row(folder: Path, format_: str) -> list[str]:
+    out = folder / "out"
+    command = [sys.executable, "-m", "flextron_mcore", "export", f"checkpoint={folder}/run", f"subnetwork={folder}/half.json"]
+    command += [f"format={format_}", "verify=false", f"out={out}"]
+    print(f"export: {format_} ...", file=sys.stderr, flush=True)
+    code, peak, seconds, *_ = json.loads(run_command([sys.executable, "-c", MEASURE, *command]))
+    if code:
+        raise FlextronError(f"{format_}: failed with exit code {code}")
+    begun = time.perf_counter()
+    for file in out.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened)
+    seconds += time.perf_counter() - begun
+    figures = json.loads((out / "metrics.json").read_text())
+    copies = [copy_seconds(out), copy_seconds(out)]
+    shutil.rmtree(out)
+    copy = sum(copies) / 2
+    return [
+        format_,
+        f"{figures['parameters']:,}",
+        f"{figures['bytes'] / 2**30:.2f}",
+        f"{peak / 2**30:.2f}",
+        f"{seconds:.1f}",
+        f"{copy:.1f} ({copies[0]:.1f}, {copies[1]:.1f})",
+        f"{seconds / copy:.1f}",
+    ]
+
+
+def write(directory: str) -> None:
+    """A random checkpoint as the run `directory`/run, and `directory`/half.json."""
+    from flextron_mcore.cli import prepare_environment
+
+    prepare_environment()
+    import torch
+
+    from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, iteration_path, write_streaming
+    from flextron_mcore.export.cut import shapes
+    from flextron_mcore.space import ElasticSpace, SubNetwork
+
+    model = ModelConfig(**MODEL)
+    space = ElasticSpace.build(model)
+    # One block of random numbers over and over: to draw billions takes longer than to write them.
+    block = torch.empty(2**24, dtype=torch.bfloat16).normal_(std=0.02)
+
+    def fill(shape: tuple[int, ...]) -> torch.Tensor:
+        numel = torch.Size(shape).numel()
+        return block.repeat(-(-numel // block.numel()))[:numel].view(shape)
+
+    tensors = {
+        name: LazyTensor(shape, torch.bfloat16, lambda shape=shape: fill(shape))
+        for name, shape in shapes(model, SubNetwork.full(model)).items()
+    }
+    folder = iteration_path(Path(directory, "run"), 0)
+    folder.mkdir(parents=True)
+    write_streaming(folder, CheckpointInfo(model, space, "bf16"), tensors)
+    Path(directory, "half.json").write_text(space.uniform(model, 16, 5504).to_json())

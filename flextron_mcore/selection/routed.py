@@ -71,6 +71,8 @@ class Routed:
                 inside.append(found)
                 if found[1] < limit - WITHIN * cost.full and len(inside) == 1:
                     break
+        if not (inside or others):
+            return 0.0, cost.smallest, self.least(cost)
         near = [found for found in inside if found[1] >= limit - WITHIN * cost.full]
         return max(near or inside, key=lambda found: found[:2], default=None)
 
@@ -79,6 +81,10 @@ class Routed:
         width = CELL * cost.full
         bounds = [min(cost.smallest + (cell + 1) * width, cost.full) for cell in range(self._last(cost) + 1)]
         return [self._cell(cost, [], high - width, high) for high in bounds]
+
+    def least(self, cost: Cost) -> SubNetwork:
+        """The cheapest network, which answers what is below that of the first cell."""
+        return self.blocks.network(np.where(self.blocks.exists_NK, self.blocks.costs_NK(cost), np.inf).argmin(-1).tolist())
 
     @staticmethod
     def _last(cost: Cost) -> int:

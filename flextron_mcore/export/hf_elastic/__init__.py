@@ -36,7 +36,7 @@ def write(job: Job) -> dict[str, Any]:
     info, out = job.info, job.out
     if job.net != SubNetwork.full(info.model):
         raise FlextronError(
-            "format=hf_elastic: holds every sub-network: give no subnetwork= or budget=, they are set on what it loads"
+            "format=hf_elastic: holds every sub-network: write the full model, and set others on what it loads as"
         )
     family, routers = on_main_process(lambda: build_family(info, job.dtype, job.options))
     hf.write(replace(job, options={}))

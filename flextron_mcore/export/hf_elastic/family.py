@@ -6,8 +6,11 @@ the cells answers every budget as it does, without its solver. Selectors with a 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -76,7 +79,8 @@ def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -
         picks = _SELECTORS[name](blocks)
     networks = _Networks()
     given = [_given(info, Path(file)) for file in options.get("networks") or ()]
-    answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
+    with _quiet_solver():
+        answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
     adaptive, adaptive_routers = _adaptive(info, blocks, kind, costs)
     values = {
         "format": FORMAT_VERSION,
@@ -116,6 +120,20 @@ def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNe
     return [SubNetwork(info.model.hidden_size, tuple(layers)) for layers in rows]
 
 
+@contextlib.contextmanager
+def _quiet_solver() -> Iterator[None]:
+    """HiGHS prints lines of its own to the terminal, from C."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _latency_table(info: CheckpointInfo, latency: Any) -> LatencyTable | None:
     if latency is None and (info.path is None or not (info.path / TABLE_FILE).is_file()):
         return None
@@ -134,11 +152,14 @@ def _given(info: CheckpointInfo, file: Path) -> SubNetwork:
 
 
 def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork]) -> dict[str, list]:
-    """The table of one cost: cells [score, cost, network] or null, or steps [cost, network] that rise; given: [cost, network]."""
+    """The table of one cost: cells [score, cost, network] or null, and the least network; or steps [cost, network] that rise.
+
+    given: [cost, network].
+    """
     more = [[cost.of(net), networks.number(net)] for net in given]
     if isinstance(picks, Routed):
         cells = [found and [*found[:2], networks.number(found[2])] for found in picks.cells(cost)]
-        return {"cells": cells, "given": more}
+        return {"cells": cells, "least": [networks.number(picks.least(cost))], "given": more}
     steps: list[list] = []
     for limit in sorted({cost.of(net) for net in picks.networks()}):
         net = picks.select([Budget(cost, limit)])

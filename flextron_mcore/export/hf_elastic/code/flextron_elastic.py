@@ -33,6 +33,7 @@ class ElasticForCausalLM:
     _choice = None  # what is computed: a Static, a Routed, or None for the full model
     _budget = None
     _calls = None  # if a list, gets the number of tokens of each forward pass
+    _drafts = False  # whether this handle drafts, for a sequence without padding
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -196,12 +197,12 @@ class ElasticForCausalLM:
         if input_ids.shape[0] != 1:
             raise ValueError(f"generate_speculative: decodes one sequence, not {input_ids.shape[0]}")
         draft = self.at(network=draft_budget) if isinstance(draft_budget, dict) else self.at(draft_budget)
-        settings = draft.generation_config
+        draft._drafts, settings = True, draft.generation_config
         settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = draft_length, "constant"
         settings.assistant_confidence_threshold = 0.0
         verifier = copy.copy(self)
         verifier._calls = []
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **kwargs}
+        options = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, "max_new_tokens": max_new_tokens, **kwargs}
         begun = time.perf_counter()
         out = verifier.generate(input_ids, assistant_model=draft, **options)
         seconds = time.perf_counter() - begun
@@ -210,6 +211,12 @@ class ElasticForCausalLM:
         drafted = sum(verifier._calls) - input_ids.shape[1] - (len(verifier._calls) - 1)
         accepted = sequences.shape[1] - input_ids.shape[1] - len(verifier._calls)
         return SpeculativeOutput(sequences, drafted, max(accepted, 0), len(verifier._calls), seconds, input_ids.shape[1])
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, *args, **kwargs):
+        # transformers 5 loses a mask of ones before it asks the draft, which then takes tokens with the padding's id for padding.
+        if self._drafts:
+            return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, *args, **kwargs)
 
 
 class SpeculativeOutput:

@@ -175,7 +175,7 @@ class Family:
         """The index of the network for a budget: the one that `flextron select` takes, unless a given one uses more of it."""
         table, most = self.values["answers"][name], limit * (1 + 1e-12)
         if "cells" in table:
-            found = self._routed(table["cells"], name, most)
+            found = self._routed(table, name, most)
         else:
             found = ([index for least, index in table["steps"] if least <= most] or [None])[-1]
         used = 0.0 if found is None else self.cost(name, self.network(found))
@@ -187,9 +187,9 @@ class Family:
             raise ValueError(f"budget: no network of selector {self.selector} keeps to {name} <= {show(name, limit)} ({share})")
         return found
 
-    def _routed(self, cells, name, limit):
+    def _routed(self, table, name, limit):
         """Of the cells just below the limit the one with the best score: [score, cost, network] (selection/routed.py)."""
-        cost, width, within = self.costs[name], self.values["cell"], self.values["within"]
+        cells, cost, width, within = table["cells"], self.costs[name], self.values["cell"], self.values["within"]
         full, smallest = cost["full"], cost["smallest"]
         top = min(max(math.floor((limit - smallest) / (width * full)), 0), len(cells) - 1)
         inside = []
@@ -203,7 +203,7 @@ class Family:
                     break
         near = [found for found in inside if found[1] >= limit - within * full]
         best = max(near or inside, key=lambda found: found[:2], default=None)
-        return best and best[2]
+        return best[2] if best else table["least"][0]
 
     def target(self, share):
         """Where the adaptive routers spend `share` of the full model's cost on average, by their calibration."""

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
-from flextron_mcore.checkpoint.hf_import import copy_tokenizer
 from flextron_mcore.checkpoint.store import DTYPES
 from flextron_mcore.config import FlextronError
+from flextron_mcore.export.card import describe
 from flextron_mcore.export.cut import cut
 from flextron_mcore.export.formats import Format, Job, rounding
 from flextron_mcore.export.hf.writer import write_json
+from flextron_mcore.export.tokenizer import take_tokenizer
 from flextron_mcore.export.trtllm.pieces import pieces
 from flextron_mcore.export.trtllm.plan import APPROXIMATED, Plan, config, make_plan
 from flextron_mcore.export.trtllm.readback import checkpoint_logits
 from flextron_mcore.export.trtllm.writer import write_ranks
 from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.runtime.ranks import on_main_process
-from flextron_mcore.space import SubNetwork, count_parameters
+from flextron_mcore.space import SubNetwork
 
 _NOTE = "TensorRT-LLM computes gelu by its tanh approximation, this model was trained with the exact one: logits differ slightly"
 
@@ -50,10 +51,8 @@ def write(job: Job) -> dict[str, Any]:
         if not out.is_dir() or any(out.iterdir()):
             raise FlextronError(f"out={out}: not an empty directory")
         check_space(out, stored * DTYPES[job.dtype].itemsize)
-        if tokenizer and not copy_tokenizer(tokenizer, out / "tokenizer"):
-            raise FlextronError(
-                f"tokenizer={tokenizer}: no tokenizer in it (looked for tokenizer.json, tokenizer.model, vocab.json)"
-            )
+        if tokenizer:
+            take_tokenizer(tokenizer, out / "tokenizer")
 
     on_main_process(prepared)
     write_ranks(out, plan, tensors, DTYPES[job.dtype], job.progress)
@@ -61,8 +60,7 @@ def write(job: Job) -> dict[str, Any]:
     def finished() -> list[int]:
         """Bytes of each file."""
         write_json(out / "config.json", config(plan, job.dtype))
-        card = _card(plan, parameters, padded, job.dtype, count_parameters(info.model), tokenizer is not None, note)
-        (out / "README.md").write_text(card, encoding="utf-8")
+        (out / "README.md").write_text(_card(job, plan, padded, note), encoding="utf-8")
         return [file.stat().st_size for file in out.rglob("*") if file.is_file()]
 
     sizes = on_main_process(finished)
@@ -94,36 +92,27 @@ def _elements(plan: Plan, stage: int) -> int:
     return sum(math.prod(shape) for piece in pieces(plan, stage) for shape in piece.shapes.values())
 
 
-def _card(plan: Plan, parameters: int, padded: int, dtype: str, full: int, has_tokenizer: bool, note: str | None) -> str:
+def _card(job: Job, plan: Plan, padded: int, note: str | None) -> str:
     """README.md."""
-    rows = "\n".join(
-        f"| {i} | {layer.num_attention_heads} | {slot.heads} | {layer.kv_groups} | {slot.kv_heads} | {layer.ffn_hidden_size} | "
-        f"{slot.ffn} |"
-        for i, (layer, slot) in enumerate(zip(plan.layers, plan.slots, strict=True))
-    )
+    held = "\n".join(f"| {i} | {slot.heads} | {slot.kv_heads} | {slot.ffn} |" for i, slot in enumerate(plan.slots))
     world = plan.tp * plan.pp
     return f"""# A Flextron sub-network for TensorRT-LLM (releases that build engines, up to 1.2)
 
-`{plan.architecture}` in {dtype} for {world} GPU{"s" if world > 1 else ""}: tensor parallel {plan.tp}, pipeline parallel \
-{plan.pp}.
+`{plan.architecture}` in {job.dtype} for {world} GPU{"s" if world > 1 else ""}: tensor parallel {plan.tp}, pipeline parallel \
+{plan.pp}.{f" {note}." if note else ""}
 
-| | parameters |
-|---|---|
-| the sub-network | {parameters:,} |
-| the engine, zeros included | {padded:,} |
-| the elastic model that flextron_mcore cut it from | {full:,} |
+{describe(job)}
 
-Layers that are narrower than what the class holds are filled up with zeros, which change no result:
+Layers that are narrower than what the class holds are filled up with zeros, which change no result. The engine computes with
+{padded:,} parameters, zeros included:
 
-| layer | query heads | held | key-value heads | held | FFN width | held |
-|---|---|---|---|---|---|---|
-{rows}
-
-Hidden size {plan.hidden_size}.{f" {note}." if note else ""}
+| layer | query heads | key-value heads | FFN width |
+|---|---|---|---|
+{held}
 
 ```bash
 trtllm-build --checkpoint_dir PATH --output_dir ENGINE
-trtllm-serve ENGINE --backend tensorrt --tokenizer {"PATH/tokenizer" if has_tokenizer else "TOKENIZER"}
+trtllm-serve ENGINE --backend tensorrt --tokenizer {"PATH/tokenizer" if job.tokenizer else "TOKENIZER"}
 ```
 
 Not run on an engine by its exporter. More: docs/tensorrt_llm.md of flextron_mcore.

@@ -174,14 +174,10 @@ def _padded_slots(layers: tuple[LayerChoice, ...]) -> list[Slot]:
 def _deci_slots(layers: tuple[LayerChoice, ...]) -> list[Slot]:
     """All with the query heads of the widest layer; KV heads as many as the layer has, or the next number that divides those.
 
-    There always is one: a space varies the groups or the queries of a group, not both.
+    These always leave room for the layer's own: a space varies the groups or the queries of a group, not both.
     """
     heads = max(layer.num_attention_heads for layer in layers)
-
-    def fits(kv_heads: int, layer: LayerChoice) -> bool:
-        return heads % kv_heads == 0 and heads // kv_heads >= layer.query_heads_per_group
-
-    chosen = [next(n for n in range(layer.kv_groups, heads + 1) if fits(n, layer)) for layer in layers]
+    chosen = [next(n for n in range(layer.kv_groups, heads + 1) if heads % n == 0) for layer in layers]
     return [Slot(n, heads // n, layer.ffn_hidden_size) for n, layer in zip(chosen, layers, strict=True)]
 
 

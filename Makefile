@@ -8,14 +8,17 @@ BASE ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-newest test-gpu image lint format bench clean
+.PHONY: help setup setup-llama-cpp quickstart test test-newest test-gpu image lint format bench clean
 
 help: ## list the commands
 	@echo "usage: make COMMAND [ARGS=\"more arguments\"]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: ## create .venv with this package in it (PYTHON=... picks the interpreter)
 	@scripts/setup.sh
+
+setup-llama-cpp: setup ## llama.cpp in .venv, built from source (some minutes), for the tests that run exported GGUF files
+	@scripts/llama-cpp.sh
 
 quickstart: setup ## the whole chain on this machine, CPU or GPU; results in OUT (default runs/quickstart)
 	.venv/bin/flextron quickstart out=$(OUT) $(ARGS)

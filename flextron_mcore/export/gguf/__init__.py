@@ -6,13 +6,12 @@ Source: the GGUF specification, and llama.cpp's loader and graph of `deci` (src/
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.export.cut import cut, executed_layers
+from flextron_mcore.export.cut import cut
 from flextron_mcore.export.formats import Format, Job
 from flextron_mcore.export.gguf import tokenizer
 from flextron_mcore.export.gguf.forward import forward
@@ -35,34 +34,30 @@ def write(job: Job) -> dict[str, Any]:
     outside the space, or an `out` that is not an empty directory.
     """
     require_library()
-    model, layers = job.info.model, executed_layers(job.net)
+    model, kind = job.info.model, _type(job)
     if misfits := llama.misfits(model):
         raise FlextronError(
             f"format=gguf: llama.cpp holds layers of different widths for Llama only, which needs {', '.join(misfits)}: "
             "use format=hf or format=trtllm"
         )
-    kind, tensors = _type(job), cut(job.info, job.net)
+    job.info.space.check(model, job.net)
 
-    def written() -> int:
+    def written() -> tuple[int, list[int]]:
+        """Parameters, and the bytes of each file."""
         if not job.out.is_dir() or any(job.out.iterdir()):
             raise FlextronError(f"out={job.out}: not an empty directory")
         vocabulary = tokenizer.read(job.tokenizer, model.vocab_size) if job.tokenizer else None
-        parts = list(llama.parts(model, layers, job.net.hidden_size))
         try:
-            parameters = write_file(
-                job.out / FILE, model, layers, job.net.hidden_size, parts, tensors, vocabulary, kind, job.progress
-            )
-            text = card(parameters, count_parameters(model), kind, layers, job.net.hidden_size, vocabulary)
-            (job.out / "README.md").write_text(text, encoding="utf-8")
+            parameters = write_file(job, kind, vocabulary)
+            (job.out / "README.md").write_text(card(job, kind, vocabulary), encoding="utf-8")
         except BaseException:
             (job.out / FILE).unlink(missing_ok=True)  # never half a model
             raise
-        return parameters
+        return parameters, [file.stat().st_size for file in job.out.iterdir()]
 
-    parameters = on_main_process(written)
+    parameters, sizes = on_main_process(written)
     if parameters != count_parameters(model, job.net):
         raise AssertionError(f"{parameters} parameters written, {count_parameters(model, job.net)} counted")
-    sizes = [file.stat().st_size for file in job.out.iterdir()]
     return {"format": "gguf", "architecture": "deci", "parameters": parameters, "bytes": sum(sizes), "files": len(sizes)}
 
 

@@ -1,6 +1,6 @@
 """A Hugging Face tokenizer as the `tokenizer.ggml.*` keys of a GGUF file, where llama.cpp splits text as it does.
 
-llama.cpp has two kinds that a Llama uses: `gpt2`, byte-level BPE by rank of merges, with a named way to cut text into words first;
+llama.cpp has two kinds that a Llama uses: `gpt2`, byte-level BPE by rank of merges, with a named way to cut text into words;
 and `llama`, sentencepiece's BPE by score of pieces, where unknown characters become bytes.
 Source: llama.cpp, src/llama-vocab.cpp.
 """
@@ -78,6 +78,8 @@ def read(folder: Path, vocab_size: int) -> Vocabulary:
         )
     try:
         config = _json(folder / "tokenizer_config.json")
+        if (folder / "chat_template.jinja").is_file():  # where transformers 5 writes it
+            config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         if file.name == "tokenizer.model":
             return _from_sentencepiece(file, config, vocab_size)
         return _from_tokenizer_json(_json(file), config, vocab_size)
@@ -272,7 +274,10 @@ def _from_sentencepiece(file: Path, config: dict[str, Any], vocab_size: int) -> 
     from gguf import TokenType
     from transformers.convert_slow_tokenizer import import_protobuf
 
-    proto = import_protobuf().ModelProto.FromString(file.read_bytes())
+    try:
+        proto = import_protobuf().ModelProto.FromString(file.read_bytes())
+    except Exception as error:  # protobuf's own class
+        raise ValueError(error) from None
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != 2:
         raise _Unlike("its sentencepiece model is not BPE")

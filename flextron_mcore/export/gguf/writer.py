@@ -5,21 +5,23 @@ Shape suffixes: N heads, P the two halves of a head, I channels of a half.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from flextron_mcore.checkpoint.store import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.export.card import describe
+from flextron_mcore.export.cut import cut, executed_layers
+from flextron_mcore.export.formats import Job
 from flextron_mcore.export.gguf.tokenizer import Vocabulary
+from flextron_mcore.export.hf import llama
 from flextron_mcore.export.hf.target import Part
 from flextron_mcore.runtime.disk import check_space
-from flextron_mcore.space import LayerChoice
+from flextron_mcore.space import LayerChoice, count_parameters
 
 if TYPE_CHECKING:
     import gguf
@@ -43,25 +45,17 @@ _NAMES = {  # of transformers' Llama, without "model." and the layer
 }
 
 
-def write_file(
-    file: Path,
-    model: ModelConfig,
-    layers: Sequence[LayerChoice],
-    hidden_size: int,
-    parts: Sequence[Part],
-    tensors: Mapping[str, LazyTensor],
-    vocabulary: Vocabulary | None,
-    kind: str,
-    progress: Callable[[int], None] | None,
-) -> int:
-    """Write `tensors` (Megatron-Core's names), split as `parts` says; returns the number of parameters.
+def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
+    """Write job.net as FILE in job.out; returns the number of parameters.
 
-    kind: one of TYPES. progress: called with the bytes of each tensor. Raises FlextronError where the disk is too small.
+    kind: one of TYPES. Raises FlextronError where the disk is too small, or a weight too large.
     """
     import gguf
 
-    writer = gguf.GGUFWriter(file, "deci")
-    _add_metadata(writer, model, layers, hidden_size, kind)
+    model, layers, tensors = job.info.model, executed_layers(job.net), cut(job.info, job.net)
+    parts = list(llama.parts(model, layers, job.net.hidden_size))
+    writer = gguf.GGUFWriter(job.out / FILE, "deci")
+    _add_metadata(writer, model, layers, job.net.hidden_size, kind)
     if vocabulary:
         vocabulary.add_to(writer)
     else:
@@ -72,7 +66,7 @@ def write_file(
         stored = _stored_type(shape, kind)
         total += _nbytes(shape, stored)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), _nbytes(shape, stored), stored)
-    check_space(file.parent, total)
+    check_space(job.out, total)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -88,12 +82,12 @@ def write_file(
                 data = _encode(_name(name), _permuted(name, tensor, model.kv_channels), _stored_type(shape, kind))
                 writer.write_tensor_data(data)
                 parameters += tensor.numel()
-                if progress:
-                    progress(data.nbytes)
+                if job.progress:
+                    job.progress(data.nbytes)
     except OSError as error:
         if error.errno is None:  # numpy's tofile gives no reason: bytes that the disk did not take
             raise FlextronError(
-                f"{file.parent}: cannot be written: No space left on device; free space or choose another out="
+                f"{job.out}: cannot be written: No space left on device; free space or choose another out="
             ) from None
         raise
     finally:
@@ -196,36 +190,25 @@ def _encode(name: str, tensor: torch.Tensor, stored: gguf.GGMLQuantizationType) 
     return quants.quantize(values, stored)
 
 
-def card(
-    parameters: int, full: int, kind: str, layers: Sequence[LayerChoice], hidden_size: int, vocabulary: Vocabulary | None
-) -> str:
-    """README.md of an export. full: parameters of the model that the sub-network was cut from."""
-    rows, first = [], 0
-    for layer, run in itertools.groupby(layers):
-        last = first + len(list(run)) - 1
-        span = f"{first}" if first == last else f"{first}-{last}"
-        rows.append(f"| {span} | {layer.num_attention_heads} | {layer.kv_groups} | {layer.ffn_hidden_size} |")
-        first = last + 1
+def card(job: Job, kind: str, vocabulary: Vocabulary | None) -> str:
+    """README.md of an export."""
+    parameters, full = count_parameters(job.info.model, job.net), count_parameters(job.info.model)
+    costs = describe(replace(job, dtype="fp32" if kind == "f32" else "fp16")).splitlines()
+    costs = [line for line in costs if not line.startswith("| weights |")]  # which knows no q8_0
     if vocabulary is None:
-        use = "It has no tokenizer: llama.cpp loads it and takes token ids, not text (`llama_cpp.Llama.eval`)."
+        use = "llama.cpp loads it and takes token ids, not text (`llama_cpp.Llama.eval`)."
     else:
-        use = f"""```bash
-llama-cli -m {FILE} -p "The" -n 20 -no-cnv
-```"""
+        use = f'```bash\nllama-cli -m {FILE} -p "The" -n 20 -no-cnv\n```'
     return f"""---
-tags: [flextron, gguf]
 pipeline_tag: text-generation
+tags: [flextron, gguf]
 ---
 # A Flextron sub-network
 
-GGUF of architecture `deci` for llama.cpp: {parameters:,} parameters, weight matrices in {kind}, {parameters / full:.1%} of the
-{full:,} of the elastic model that flextron_mcore cut it from.
+GGUF of architecture `deci`, for llama.cpp: {parameters:,} parameters, {parameters / full:.1%} of the {full:,} of the elastic
+model that flextron_mcore cut it from. Weight matrices are in {kind}; the file has {(job.out / FILE).stat().st_size:,} bytes.
 
-| layers | query heads | key-value heads | FFN width |
-|---|---|---|---|
-{chr(10).join(rows)}
-
-Hidden size {hidden_size}.
+{chr(10).join(costs)}
 
 {use}
 """

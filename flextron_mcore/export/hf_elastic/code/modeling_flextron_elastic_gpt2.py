@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .configuration_flextron_elastic import FlextronElasticGPT2Config
 from .flextron_elastic import ElasticForCausalLM
+from .flextron_family import Family  # noqa: F401  (transformers 4 fetches only what this file itself imports)
 from .flextron_parts import ElasticAttention, ElasticEmbedding, ElasticLayerNorm, ElasticLinear, neurons_of_each
 
 

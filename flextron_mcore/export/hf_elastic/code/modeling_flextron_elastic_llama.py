@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import (
 
 from .configuration_flextron_elastic import FlextronElasticLlamaConfig
 from .flextron_elastic import ElasticForCausalLM
+from .flextron_family import Family  # noqa: F401  (transformers 4 fetches only what this file itself imports)
 from .flextron_parts import ElasticAttention, ElasticEmbedding, ElasticLinear, neurons_of_each
 
 

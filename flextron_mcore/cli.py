@@ -36,6 +36,7 @@ def _end_with_parent() -> None:
 # Spawned: multiprocessing runs the main module again under this name, which imports this one. Else it is an alias of __main__.
 if getattr(sys.modules.get("__mp_main__"), "__name__", None) == "__mp_main__":
     _end_with_parent()
+    importlib.import_module("flextron_mcore.runtime.cpu").import_megatron()  # which it needs in any case
 
 STAGES = {
     "prepare": "text to Megatron datasets with a tokenizer",

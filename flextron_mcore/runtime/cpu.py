@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -57,12 +58,28 @@ class _Event:
         return 0.0
 
 
+def import_megatron() -> None:
+    """Import Megatron-Core, without CUDA in half the time.
+
+    It hands its fused functions to torch.compile, which loads all of torch's compiler; a run on the CPU calls none of them.
+    """
+    if torch.cuda.is_available() or "megatron.core" in sys.modules:
+        return
+    compile_ = torch.compile
+    torch.compile = lambda model=None, **options: model if model is not None else lambda function: function
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        torch.compile = compile_
+
+
 def enable() -> None:
     """Make Megatron-Core run on the CPU. No effect with CUDA or when called again. Call before building anything from it."""
     global _enabled
     if _enabled or torch.cuda.is_available():
         return
     _enabled = True
+    import_megatron()
     _patch_cuda_namespace()
     with torch.device("meta"):  # torch lists its factories at the first use of a device context; it must not list the wrappers
         torch.empty(0)

@@ -184,11 +184,11 @@ class Cluster:
         words = self.run("scontrol", "show", "job", "--oneliner", str(job)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: int, timeout: float = 120) -> str:
+    def wait(self, job: int, timeout: float = 300) -> str:
         """The job's last state, once it has ended."""
         return self.wait_for(job, lambda shown: shown["JobState"] in FINAL, timeout)["JobState"]
 
-    def wait_for(self, job: int, reached: Callable[[dict[str, str]], bool], timeout: float = 120) -> dict[str, str]:
+    def wait_for(self, job: int, reached: Callable[[dict[str, str]], bool], timeout: float = 300) -> dict[str, str]:
         """What is known of the job as soon as `reached` holds of it. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while True:

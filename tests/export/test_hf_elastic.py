@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import dataclass, replace
@@ -164,6 +165,29 @@ def test_hidden_size_and_depth(maker, tmp_path):
                 assert torch.equal(greedy(model, prompt, use_cache=cached), greedy(expected, prompt))
             assert model.costs()["parameters"] == count_parameters(info.model, net)
         assert "latency" not in model.costs() and model.subnetwork == net.to_dict()
+
+
+@pytest.mark.parametrize("maker", [hf_toy.llama, hf_toy.gpt2])
+def test_a_layer_that_was_skipped_has_keys_for_later(maker, tmp_path):
+    """As in a model whose layer adds nothing until the switch, but has a cache."""
+    theirs = maker()
+    info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run", {"depth": [1, 2]})
+    write(info, tmp_path / "out")
+    model, tokens, full = hf_toy.load(tmp_path / "out"), hf_toy.tokens(2, 12), SubNetwork.full(info.model)
+    silent = copy.deepcopy(theirs)
+    layer = silent.model.layers[0] if maker is hf_toy.llama else silent.transformer.h[0]
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if any(part in name for part in ("o_proj", "down_proj", "c_proj")):
+                parameter.zero_()
+        cache = DynamicCache()
+        pieces = [(silent, tokens[:, :6]), (theirs, tokens[:, 6:])]
+        expected = torch.cat([each(piece, past_key_values=cache, use_cache=True).logits for each, piece in pieces], 1)
+    skipping = replace(full, layers=(replace(full.layers[0], executed=False), full.layers[1]))
+    close(in_steps(model, tokens, [skipping, full], [0, 6], ["full", "full"]), expected)
+    own = in_steps(model, tokens, [skipping, full], [0, 6], ["own", "own"])
+    close(own[:, :6], expected[:, :6])
+    assert own.isfinite().all() and not torch.allclose(own[:, 6:], expected[:, 6:], atol=1e-3)
 
 
 class Operands(TorchFunctionMode):

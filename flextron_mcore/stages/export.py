@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Format, Job, check_format, get_format
+from flextron_mcore.runtime.memory import keep_freed_memory
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.stages.choice import select
 from flextron_mcore.stages.common import check_output, new_output, print_table, progress_bar, say, start, write_metrics
@@ -23,6 +24,7 @@ def run(config: DictConfig) -> dict[str, Any]:
             "format=hf_elastic: holds every sub-network, so give no subnetwork= or budget=: they are set on the model it loads as"
         )
     start(config)
+    keep_freed_memory()
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.model import check_layout
     from flextron_mcore.space import SubNetwork, count_parameters

@@ -208,28 +208,35 @@ class LazyTensor:
 
 
 def write_streaming(
-    directory: Path, info: CheckpointInfo, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None = None
+    directory: Path,
+    info: CheckpointInfo,
+    tensors: Mapping[str, LazyTensor],
+    progress: Callable[[int], None] | None = None,
+    common: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model's checkpoint into the empty `directory`, holding one tensor in memory at a time.
 
     Call on all ranks, with the same arguments: each makes and writes its share of the tensors. progress is called with the bytes
-    of each tensor written, scaled to the share. The result is what Megatron-Core's own save of the model gives: the same keys,
-    shapes and order, loadable at any layout.
+    of each tensor written, scaled to the share. common: plain values that every load returns beside the tensors. The result is
+    what Megatron-Core's own save of the model gives: the same keys, shapes and order, loadable at any layout.
     """
 
     def dealt(key: str, lazy: LazyTensor) -> LazyTensor:
         order = dealt_axis(info.model, info.space, key)
         return lazy if order is None else replace(lazy, load=lambda: to_disk_order(_checked(key, lazy), *order))
 
-    write_torch_dist(directory, {key: dealt(key, lazy) for key, lazy in tensors.items()}, progress)
+    write_torch_dist(directory, {key: dealt(key, lazy) for key, lazy in tensors.items()}, progress, common)
     if place()[0] == 0:
         write_info(directory, info)
     wait_for_all()
 
 
 def write_torch_dist(
-    directory: Path, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None = None
-) -> None:  # fmt: skip
+    directory: Path,
+    tensors: Mapping[str, LazyTensor],
+    progress: Callable[[int], None] | None = None,
+    common: Mapping[str, Any] | None = None,
+) -> None:
     """`write_streaming` of tensors in the order in which they come, and without `flextron.json`."""
     rank, ranks = place()
     sizes = {key: t.dtype.itemsize * torch.Size(t.shape).numel() for key, t in tensors.items()}
@@ -250,8 +257,7 @@ def write_torch_dist(
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
     dcp.save(state, storage_writer=writer, planner=planner, no_dist=ranks == 1)
     if rank == 0:
-        # Megatron-LM asks this how to load: by keys of one layer each, as they are here.
-        torch.save({"content_metadata": {"non_homogeneous_layers": True}}, directory / "common.pt")
+        torch.save(dict(common or {}), directory / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
     wait_for_all()
 

@@ -29,6 +29,8 @@ from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, weight_b
 
 CONFIG_FILE, ARGUMENTS_FILE, CODE_FILE = "model_config.json", "args.txt", "load_model.py"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # where Megatron-LM looks
+# Megatron-LM asks this how to load: by keys of one layer each.
+_COMMON = {"content_metadata": {"non_homogeneous_layers": True}}
 _CODE = Path(__file__).parent / "code" / CODE_FILE
 
 
@@ -61,9 +63,9 @@ def write(job: Job) -> dict[str, Any]:
     on_main_process(prepared)
     if net.is_uniform:
         dense = replace(info, model=model, space=_space(model), dtype=job.dtype, path=None)
-        write_streaming(folder, dense, tensors, job.progress)
+        write_streaming(folder, dense, tensors, job.progress, _COMMON)
     else:
-        write_torch_dist(folder, tensors, job.progress)
+        write_torch_dist(folder, tensors, job.progress, _COMMON)
 
     def finished() -> list[int]:
         """Bytes of each file."""

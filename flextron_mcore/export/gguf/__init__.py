@@ -21,7 +21,7 @@ from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters
 
 # Largest difference of logits that a type's rounding explains, in units of the logits' own size (`_logit_scale`): rounding is
-# relative, so it grows with them. Measured on small random networks, whose rounding averages out least: f16 0.01, q8_0 0.25.
+# relative, so it grows with them. The most in 46 small random networks, whose rounding averages out least: f16 0.012, q8_0 0.48.
 _ROUNDING = {"f16": 0.04, "q8_0": 1.0}
 
 

@@ -138,7 +138,8 @@ def _from_tokenizer_json(values: dict[str, Any], config: dict[str, Any], vocab_s
         tokens=tokens,
         types=types,
         scores=scores,
-        merges=None if sentencepiece else [" ".join(merge) for merge in merges],
+        # llama.cpp wants one at least: that of two characters that bytes never become meets no text
+        merges=None if sentencepiece else [" ".join(merge) for merge in merges or [(_SPACE, _SPACE)]],
         ids=ids,
         add_bos=before is not None,
         add_eos=after is not None,
@@ -184,15 +185,18 @@ def _scores(
     """Minus the rank of the merges that make a token; sentencepiece merges the neighbours whose token has the best score.
 
     That is the same only where all merges that make one token are ranked together, and every pair of pieces that reads as a
-    token is a merge.
+    token is a merge. Runs of one character may share a rank (Llama 2's spaces do): docs/gguf.md says what that means.
     """
+    spans: dict[str, list[int]] = {}  # the first and the last merge that makes a token, in the order of the first
+    for number, (left, right) in enumerate(merges):
+        spans.setdefault(left + right, [number, number])[1] = number
     rank: dict[str, int] = {}
-    latest = None
-    for left, right in merges:
-        if (made := left + right) != latest and made in rank:
-            raise _Unlike(f"its merges into {made!r} are of different ranks")
-        rank.setdefault(made, len(rank))
-        latest = made
+    before, end = "", -1
+    for place, (token, (first, last)) in enumerate(spans.items()):
+        if first < end and len({*before, *token}) > 1:
+            raise _Unlike(f"its merges into {before!r} and into {token!r} take turns")
+        rank[token] = rank[before] if first < end else place
+        before, end = token, max(end, last)
     known = set(merges)
     for token in vocab.keys() - special.keys():
         for left, right in _halves(token):

@@ -185,8 +185,8 @@ def _encode(name: str, tensor: torch.Tensor, stored: gguf.GGMLQuantizationType) 
     from gguf import GGMLQuantizationType, quants
 
     values = np.ascontiguousarray(tensor.numpy())
-    if stored is GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
-        raise FlextronError(f"gguf.type: {name} has a weight of {np.abs(values).max():.3g}, f16 ends at 65504: use gguf.type=f32")
+    if stored is GGMLQuantizationType.F16 and (largest := max(values.max(), -values.min())) > np.finfo(np.float16).max:
+        raise FlextronError(f"gguf.type: {name} has a weight of {largest:.3g}, f16 ends at 65504: use gguf.type=f32")
     return quants.quantize(values, stored)
 
 

@@ -100,7 +100,9 @@ def test_commands_in_the_documents_exist():
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/setup.sh", "scripts/test-newest.sh", "scripts/build-image.sh", "examples/slurm/elastic.sbatch", ".ci/run"]
+    "script",
+    ["scripts/setup.sh", "scripts/test-newest.sh", "scripts/llama-cpp.sh", "scripts/build-image.sh"]
+    + ["examples/slurm/elastic.sbatch", ".ci/run"],
 )
 def test_shell_scripts_are_executable_and_parse(script):
     assert os.access(ROOT / script, os.X_OK)

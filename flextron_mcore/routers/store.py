@@ -18,6 +18,7 @@ from flextron_mcore.blocks import Blocks
 from flextron_mcore.config import FlextronError
 from flextron_mcore.routers.adaptive import AdaptiveRouters
 from flextron_mcore.routers.static import StaticRouters
+from flextron_mcore.space import SubNetwork
 
 ROUTERS_FILE, WEIGHTS_FILE, TABLE_FILE = "routers.json", "routers.safetensors", "latency.json"
 STATE_FILE = "router_training.pt"  # what continues their training
@@ -33,7 +34,8 @@ class RouterInfo:
     costs: names of the costs that they were trained for. ranges: for each the least and largest target, as shares of the full
     model's. memory: what a memory cost counts, {"dtype", "batch_size", "length"}. kind: static, or adaptive, which choose for
     every token, with the attention's kv_policy (layers/dispatch.py). calibration: for adaptive routers, [target, average share of
-    the first cost] on training data, by which a budget finds its target.
+    the first cost] on training data, by which a budget finds its target. measured: [candidates of the blocks, loss] of networks
+    that static routers may choose (training/measured.py).
     """
 
     costs: tuple[str, ...]
@@ -43,6 +45,7 @@ class RouterInfo:
     kind: str = "static"
     kv_policy: str = "full"
     calibration: tuple[tuple[float, float], ...] = ()
+    measured: tuple[tuple[tuple[int, ...], float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for routers.json."""
@@ -55,7 +58,12 @@ class RouterInfo:
             "memory": dict(self.memory),
             "kv_policy": self.kv_policy,
             "calibration": [list(pair) for pair in self.calibration],
+            "measured": [[list(indices), loss] for indices, loss in self.measured],
         }
+
+    def losses(self, blocks: Blocks) -> dict[SubNetwork, float]:
+        """`measured`, by network."""
+        return {blocks.network(indices): loss for indices, loss in self.measured}
 
 
 def write_routers(folder: Path, info: RouterInfo, routers: Routers, table: Mapping[str, Any] | None) -> None:
@@ -93,6 +101,7 @@ def read_routers(folder: Path, blocks: Blocks, kind: str = "static") -> tuple[Ro
             values["kind"],
             values.get("kv_policy", "full"),
             tuple((float(target), float(share)) for target, share in values.get("calibration", ())),
+            tuple((tuple(indices), float(loss)) for indices, loss in values.get("measured", ())),
         )
         weights = load_file(folder / WEIGHTS_FILE)
         routers = _made(info, blocks, weights)

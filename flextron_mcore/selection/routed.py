@@ -3,8 +3,9 @@
 The routers' argmax (eq. 9) is not exactly on the budget: the constraint of eq. 8 is a soft one, and a choice is discrete. So
 costs are divided into narrow cells, and in each the network is found that the routers think likeliest at that cost. A budget
 takes the likeliest of those in the cells just below it, where using more of the budget counts for something too. Where the argmax
-is clear and on the budget, it is what is taken. No surrogate is needed, so this serves after joint tuning too; and since a cell's
-network and its score do not depend on the budget, a larger budget never gets a cheaper network.
+is clear and on the budget, it is what is taken. No surrogate is needed, so this serves after joint tuning too. Where losses of
+networks were measured (training/measured.py), a cell's is the best of these. Since a cell's network and its score do not depend
+on the budget, a larger budget never gets a cheaper network.
 
 Shape suffixes: C costs that the routers were trained for, N blocks, K candidates.
 """
@@ -35,13 +36,14 @@ class Routed:
 
     log_p: log-probabilities [N, K] for targets [C], each 0 for the smallest network's and 1 for the full model's cost of
     `costs`, by name. ranges: the shares of the full model's cost that they were trained for. A budget of a cost that is not among
-    `costs` is served by the target whose argmax comes nearest to it.
+    `costs` is served by the target whose argmax comes nearest to it. measured: losses of networks, for budgets of the first cost.
     """
 
     blocks: Blocks
     costs: Mapping[str, Cost]
     log_p: Callable[[Sequence[float]], np.ndarray]
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    measured: Mapping[SubNetwork, float] = field(default_factory=dict)
     _cells: dict = field(default_factory=dict, compare=False, repr=False)
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
@@ -94,6 +96,10 @@ class Routed:
     def _cell(self, cost: Cost, others: Sequence[Budget], low: float, high: float) -> _Found | None:
         """The likeliest network that costs between `low` and `high`."""
         key = (cost.name, tuple(others), high)
+        if self.measured and not others and cost.name == next(iter(self.costs)):
+            inside = [(-loss, cost.of(net), net) for net, loss in self.measured.items()]
+            inside = [found for found in inside if low <= found[1] <= high * (1 + 1e-12)]
+            return max(inside, key=lambda found: found[:2], default=None)
         if key not in self._cells:
             values_NK = -np.where(self.blocks.exists_NK, self.log_p(self._targets([Budget(cost, high), *others])), 0.0)
             limits: list[Limit] = [(cost, low, high), *((other.cost, 0.0, other.limit) for other in others)]

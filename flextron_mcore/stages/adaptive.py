@@ -90,7 +90,7 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
     from flextron_mcore.blocks import Blocks
     from flextron_mcore.layers.dispatch import KV_POLICIES
     from flextron_mcore.routers.adaptive import AdaptiveRouters
-    from flextron_mcore.routers.store import RouterInfo, read_routers
+    from flextron_mcore.routers.store import read_routers
     from flextron_mcore.runtime.distributed import device
     from flextron_mcore.training.adaptive import AdaptiveLearner, AdaptiveSettings
     from flextron_mcore.training.token_surrogate import SurrogateSettings
@@ -115,9 +115,9 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
     known = known_costs(config, info, table)
     if missing := [name for name in described.costs if name not in known]:
         raise FlextronError(f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
-    told, routers = described, found
+    told, routers = replace(described, measured=()), found  # which will be another model's
     if not joint:
-        told = RouterInfo(described.costs, described.ranges, hidden_size, described.memory, "adaptive", config.kv_policy)
+        told = replace(described, hidden_size=hidden_size, kind="adaptive", kv_policy=config.kv_policy)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             routers = AdaptiveRouters(blocks, len(described.costs), hidden_size, found)
@@ -245,7 +245,8 @@ class _Measured:
         learner, cost = self.learner, self.learner.costs[0]
         static = learner.routers.static
         device = static.shift_NU.device
-        picks = Selected(learner.blocks, {c.name: c for c in learner.costs}, log_probabilities(static.cpu()))
+        costs, losses = {c.name: c for c in learner.costs}, learner.info.losses(learner.blocks)
+        picks = Selected(learner.blocks, costs, log_probabilities(static.cpu()), measured=losses)
         net = picks.select([Budget(cost, share * cost.full)])
         static.to(device)
         return net

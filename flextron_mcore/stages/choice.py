@@ -179,7 +179,8 @@ def _routed(config: DictConfig, info: CheckpointInfo, blocks: Any) -> Selector:
     if missing := [name for name in routers.costs if name not in costs]:
         raise FlextronError(f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
     ranges = dict(zip(routers.costs, routers.ranges, strict=True))
-    return Routed(blocks, {name: costs[name] for name in routers.costs}, log_probabilities(weights), ranges)
+    trained = {name: costs[name] for name in routers.costs}
+    return Routed(blocks, trained, log_probabilities(weights), ranges, routers.losses(blocks))
 
 
 def _degradations(config: DictConfig, blocks: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -40,5 +41,6 @@ def run(config: DictConfig) -> dict[str, Any]:
     seq_length = check(config, info, data, 1 + config.targets_per_step)
     plain = table.to_dict() if table else None
     costs = [known[name] for name in described.costs]
+    described = replace(described, measured=())  # was another model's
     learner = RouterLearner(blocks, costs, described, settings, config.seed, config.trainer.max_steps, plain, routers)
     return train_routers(config, info, data, learner, seq_length, frozen=False)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.stages.choice import check_table, known_costs, latency_table, memory_setting
-from flextron_mcore.stages.common import print_table, say, start, write_metrics
+from flextron_mcore.stages.common import print_table, progress_bar, say, start, write_metrics
 from flextron_mcore.stages.elastic import check_space
 from flextron_mcore.stages.resume import resumable_output
 
@@ -83,6 +86,7 @@ def train_routers(
         frozen=frozen,
     )
     with resumable_output(config, info, data) as out:
+        phase.finish = partial(_measure, config, out, data, learner, seq_length) if config.measured_samples else None
         figures = train(config, out, info, data, phase, seq_length)
         rows = on_main_process(lambda: [_budget(learner, target) for target in targets])
         first, last = figures["validation"]["first"], figures["validation"]["last"]
@@ -106,6 +110,27 @@ def train_routers(
                     "only: train longer, or with a larger model.global_batch_size"
                 )
         return write_metrics(out, config.stage, {**figures, "routers": described, "budgets": rows})
+
+
+def _measure(config: DictConfig, out: Path, data: Any, learner: RouterLearner, seq_length: int, model: Any) -> None:
+    """Measure the networks that the routers may choose, on training data, into the learner's `info`."""
+    from flextron_mcore.data.blend import train_dataset
+    from flextron_mcore.evaluation.perplexity import evaluate
+    from flextron_mcore.training.measured import measured
+
+    samples = config.measured_samples
+    dataset = train_dataset(data, seq_length, samples, config.seed, out / "cache", config.data_weights)
+
+    def measure(networks: Sequence[Any], count: int) -> list[float]:
+        names = {str(i): net for i, net in enumerate(networks)}
+        with progress_bar(total=len(networks), desc="measured", unit="network") as bar:
+            size = config.model.micro_batch_size
+            found = evaluate(model, {"train": dataset}, names, seq_length, size, count, lambda _: bar.update())
+        return [found[name]["train"] for name in names]
+
+    losses = measured(learner, measure, samples)
+    indices = ((tuple(learner.blocks.indices(net)), loss) for net, loss in losses.items())
+    learner.info = replace(learner.info, measured=tuple(indices))
 
 
 def validation_targets(wanted: Sequence[float] | None, cost: Cost, allowed: tuple[float, float]) -> list[float]:
@@ -145,6 +170,8 @@ def _range(targets: Mapping[str, Any], cost: Cost) -> tuple[float, float]:
 
 def check_settings(config: DictConfig) -> None:
     router, surrogate = config.router, config.get("surrogate", {})
+    if config.measured_samples < 0:
+        raise FlextronError(f"measured_samples={config.measured_samples} must be at least 0")
     counts = {"targets_per_step": config.targets_per_step}
     counts |= {f"router.{name}": router[name] for name in ("hidden_size", "updates_per_step", "batch_size") if name in router}
     names = ("hidden_size", "updates_per_step", "batch_size")

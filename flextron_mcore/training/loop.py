@@ -72,7 +72,7 @@ class Phase:
     """What a training phase computes. networks(step): the networks of a step, the full model (None) first.
 
     Called on all ranks, with the same results. frozen: the model's weights stay as they are, only `learner` learns. finish:
-    called with the model, ready for evaluation, on all ranks before the last checkpoint is written.
+    called with the model, ready for evaluation, on all ranks before the last validation and checkpoint.
     """
 
     networks: Callable[[int], list[Network]]
@@ -280,10 +280,11 @@ class _Run:
             while step < self.trainer.max_steps:
                 self._step(step, log)
                 step, trained = step + 1, trained + 1
+                if step == self.trainer.max_steps and self.phase.finish:
+                    with self._gathered():
+                        self.phase.finish([chunk.eval() for chunk in self.model])
                 if step % self.trainer.val_check_interval == 0 or step == self.trainer.max_steps:
                     validation["last"] = self._validate(step, log)
-                if step == self.trainer.max_steps and self.phase.finish:
-                    self.phase.finish([chunk.eval() for chunk in self.model])
                 stop = stop_agreed() if step < self.trainer.max_steps else 0
                 if stop or step % self.save_interval == 0 or step == self.trainer.max_steps:
                     with self._gathered(), signals.deaf_helpers():

@@ -106,7 +106,8 @@ class RouterLearner:
 
     def selector(self) -> Routed:
         """What the routers choose now, without noise."""
-        return Routed(self.blocks, {cost.name: cost for cost in self.costs}, log_probabilities(self.routers))
+        costs = {cost.name: cost for cost in self.costs}
+        return Routed(self.blocks, costs, log_probabilities(self.routers), measured=self.info.losses(self.blocks))
 
     def choose(self, share: float) -> SubNetwork:
         """What the routers choose now for a share of the (first) cost of the full model."""

@@ -74,7 +74,7 @@ def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -
             )
         fraction_of = fraction_of if table else described.costs[0]
         trained = {cost: costs[cost] for cost in described.costs}
-        picks: Any = Routed(blocks, trained, log_probabilities(weights))
+        picks: Any = Routed(blocks, trained, log_probabilities(weights), measured=described.losses(blocks))
     else:
         picks = _SELECTORS[name](blocks)
     networks = _Networks()

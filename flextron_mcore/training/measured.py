@@ -1,0 +1,68 @@
+"""What the networks that trained routers may choose really lose, measured once: the last word on every budget.
+
+A surrogate is as good as the batches that it learned from; the best networks of one cost differ by less. So those that the
+routers think best, and the surrogate, which knows how blocks depend on each other, are run on the same training samples. Two
+rounds: all of them on few samples, and on all samples those that would be chosen. `selection/routed.py` takes the best of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.selection.routed import CELL, WITHIN
+from flextron_mcore.space import SubNetwork
+from flextron_mcore.training.router import RouterLearner
+
+_MORE = 3  # networks that are tried beside each cell's likeliest
+_FIRST = 4  # one sample in so many is enough to tell which would be chosen
+Measure = Callable[[Sequence[SubNetwork], int], Sequence[float]]
+
+
+def measured(learner: RouterLearner, measure: Measure, samples: int) -> dict[SubNetwork, float]:
+    """{network: loss} of those that matter for budgets of the first cost. Call on all ranks.
+
+    measure: losses of networks on the first so many samples, the same for all of them.
+    """
+    cost = learner.costs[0]
+    tried = on_main_process(lambda: _candidates(learner))
+    losses = dict(zip(tried, measure(tried, max(samples // _FIRST, 1)), strict=True))
+    final: dict[SubNetwork, None] = {}
+    count = int(np.ceil((cost.full - cost.smallest) / (CELL * cost.full)))
+    for high in ((cost.full - i * CELL * cost.full) * (1 + 1e-12) for i in range(count + 1)):
+        inside = [net for net in tried if high - WITHIN * cost.full <= cost.of(net) <= high]
+        if inside:
+            final[min(inside, key=losses.__getitem__)] = None
+    return dict(zip(final, measure(list(final), samples), strict=True))
+
+
+def _candidates(learner: RouterLearner) -> list[SubNetwork]:
+    cells = [found[-1] for found in learner.selector().cells(learner.costs[0]) if found]
+    return list(dict.fromkeys(net for likeliest in cells for net in (likeliest, *_neighbours(learner, likeliest))))
+
+
+@torch.no_grad()
+def _neighbours(learner: RouterLearner, net: SubNetwork) -> list[SubNetwork]:
+    """Those that the surrogate thinks best of the networks that differ in two blocks at most and cost as much, but for WITHIN."""
+    if learner.surrogate is None:
+        return []
+    blocks, cost = learner.blocks, learner.costs[0]
+    costs_NK, exists_NK = blocks.costs_NK(cost), blocks.exists_NK
+    own_N = np.array(blocks.indices(net))
+    step_NK = costs_NK - np.take_along_axis(costs_NK, own_N[:, None], 1)
+    moves = [(n, k) for n, k in np.argwhere(exists_NK) if k != own_N[n]]
+    pairs = [((n, k), (m, j)) for n, k in moves for m, j in moves if n < m]
+    spent = [step_NK[a] + step_NK[b] for a, b in pairs]
+    near = [pair for pair, more in zip(pairs, spent, strict=True) if -WITHIN * cost.full <= more <= 0]
+    near += [(move, move) for move in moves if -WITHIN * cost.full <= step_NK[move] <= 0]
+    if not near:
+        return []
+    rows = np.repeat(own_N[None], len(near), 0)
+    for row, pair in zip(rows, near, strict=True):
+        for n, k in pair:
+            row[n] = k
+    losses = learner.surrogate(torch.nn.functional.one_hot(torch.from_numpy(rows), exists_NK.shape[1]).float())
+    return [blocks.network(rows[i].tolist()) for i in losses.argsort()[:_MORE].tolist()]

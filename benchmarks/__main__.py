@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 
-BENCHMARKS = ("slice", "step", "gradients", "ranks", "stream", "dispatch", "export")
+BENCHMARKS = ("slice", "step", "gradients", "ranks", "stream", "dispatch", "export", "llama_cpp")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

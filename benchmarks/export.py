@@ -9,11 +9,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import print_settings
 from benchmarks.stream import MEASURE, copy_seconds, run_command
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.stages.common import print_table
+
+if TYPE_CHECKING:
+    from flextron_mcore.space import ElasticSpace
 
 NEEDED_BYTES = 30 * 2**30
 FORMATS = ("hf", "megatron")
@@ -76,14 +80,22 @@ def write(directory: str) -> None:
     from flextron_mcore.cli import prepare_environment
 
     prepare_environment()
+    from flextron_mcore.space import ElasticSpace
+
+    model = ModelConfig(**MODEL)
+    space = ElasticSpace.build(model)
+    random_run(Path(directory, "run"), model, space)
+    Path(directory, "half.json").write_text(space.uniform(model, 16, 5504).to_json())
+
+
+def random_run(run: Path, model: ModelConfig, space: ElasticSpace) -> None:
+    """A checkpoint of random numbers in bf16."""
     import torch
 
     from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, iteration_path, write_streaming
     from flextron_mcore.export.cut import shapes
-    from flextron_mcore.space import ElasticSpace, SubNetwork
+    from flextron_mcore.space import SubNetwork
 
-    model = ModelConfig(**MODEL)
-    space = ElasticSpace.build(model)
     # One block of random numbers over and over: to draw billions takes longer than to write them.
     block = torch.empty(2**24, dtype=torch.bfloat16).normal_(std=0.02)
 
@@ -95,7 +107,6 @@ def write(directory: str) -> None:
         name: LazyTensor(shape, torch.bfloat16, lambda shape=shape: fill(shape))
         for name, shape in shapes(model, SubNetwork.full(model)).items()
     }
-    folder = iteration_path(Path(directory, "run"), 0)
+    folder = iteration_path(run, 0)
     folder.mkdir(parents=True)
     write_streaming(folder, CheckpointInfo(model, space, "bf16"), tensors)
-    Path(directory, "half.json").write_text(space.uniform(model, 16, 5504).to_json())

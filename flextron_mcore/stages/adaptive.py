@@ -118,6 +118,11 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
     told, routers = replace(described, measured=()), found  # which will be another model's
     if not joint:
         told = replace(described, hidden_size=hidden_size, kind="adaptive", kv_policy=config.kv_policy)
+        if table and (routed := table.routed.get(config.kv_policy)) and routed.hidden_size != hidden_size:
+            say(
+                f"router: warning: the latency table counts routers with {routed.hidden_size} hidden units, "
+                f"not adaptive.hidden_size={hidden_size}"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             routers = AdaptiveRouters(blocks, len(described.costs), hidden_size, found)

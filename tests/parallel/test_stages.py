@@ -124,7 +124,7 @@ def start(tmp_path_factory, text) -> Start:
         ],
         "generate": [checkpoint, *text_keys, f"subnetwork={run}/net.json"],
         "generate adaptive": [
-            *(f"checkpoint={run}/one/router adaptive", *text_keys, "selector=adaptive", "budget=0.85", "kv_policy=own"),
+            *(f"checkpoint={run}/one/router adaptive", *text_keys, "selector=adaptive", "budget=0.93", "kv_policy=own"),
             *("temperature=1", "top_k=20"),
         ],
         "export": [checkpoint, "max_shard_size=20000", "verify=true", f"subnetwork={run}/net.json"],

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from flextron_mcore.checkpoint.store import TensorReader, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
+from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.training.loop import _Run
 from tests.routing_toy import write_table
@@ -184,6 +185,19 @@ def test_bad_input_to_evaluate(chain, routed, tmp_path, run, keys, message):
     with pytest.raises(FlextronError, match=message):
         stage("evaluate", f"checkpoint={routed}/{run}", f"data={chain}/data", "selector=adaptive", *keys, f"out={tmp_path}/out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_that_counts_other_routers(chain, routed, tmp_path, capsys):
+    info = open_checkpoint(routed / "static")
+    cost = LatencyTable.from_file(info.path / "latency.json", info.model, info.space).cost()
+    same = {"hidden_size": 32, "heads": list(cost.heads), "ffn_hidden_size": list(cost.ffn_hidden_size), "check": {}}
+    table = write_table(routed / "static", tmp_path / "latency.json", routed={"full": same})
+    keys = [*adaptive_keys(chain, routed), f"latency={table}", "trainer.max_steps=1"]
+    for size in (32, 16):
+        stage("router", *keys, f"adaptive.hidden_size={size}", f"out={tmp_path}/{size}")
+        printed = capsys.readouterr().out
+        assert ("counts routers with 32 hidden units, not adaptive.hidden_size=16" in printed) is (size == 16)
+        assert "routing is not counted" not in printed
 
 
 def test_adaptive_routers_need_static_ones(chain, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from flextron_mcore.model import Network, use_subnetwork
+from flextron_mcore.model import Network, unwrap, use_subnetwork
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import SubNetwork
 
@@ -110,7 +110,7 @@ def _next(
         )
     context.sequence_len_offset = stop
     context.enable_decode_mode()
-    return logits[:, -1].float().cpu()
+    return logits[:, -1, : unwrap(model).real_vocab_size].float().cpu()  # without what pads it to equal parts for ranks
 
 
 def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ def write_weights(
 ) -> int:
     """Write `tensors` (Megatron-Core's names) as the Hugging Face tensors of `parts`; returns the number of parameters.
 
-    One file, or shards of at most max_shard_size bytes with an index. Call on all ranks: they share the shards. One shard is in
-    memory at a time on each. A Megatron-Core tensor is read once: what becomes of it goes into one shard. progress is called with
-    the bytes of each, scaled to the rank's share.
+    One file, or shards of at most max_shard_size bytes with an index. Call on all ranks: they share the shards. Two shards are in
+    memory at a time on each, one being gathered while the other is written. A Megatron-Core tensor is read once: what becomes of
+    it goes into one shard. progress is called with the bytes of each, scaled to the rank's share.
     """
     rank, ranks = place()
     shards = _plan(parts, dtype, max_shard_size)
@@ -46,24 +47,36 @@ def write_weights(
         names = [WEIGHTS_FILE]
     sizes = [sum(_numel(part) for part in shard) for shard in shards]
     parameters, share = sum(sizes), sum(sizes[rank::ranks])
-    for name, shard in list(zip(names, shards, strict=True))[rank::ranks]:
-        content: dict[str, torch.Tensor] = {}
-        for part in shard:
-            whole = tensors[part.source].load().to(dtype)
-            for (key, shape), tensor in zip(part.shapes.items(), part.split(whole), strict=True):
-                if tuple(tensor.shape) != shape:
-                    raise AssertionError(f"{key}: {tuple(tensor.shape)} instead of {shape}")
-                # A copy of its own, or safetensors would refuse the views of one tensor.
-                content[key] = tensor.clone(memory_format=torch.contiguous_format)
-            if progress:
-                progress(whole.nbytes * parameters // share)
-        save_file(content, out / name, metadata={"format": "pt"})
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+        for name, shard in list(zip(names, shards, strict=True))[rank::ranks]:
+            content: dict[str, torch.Tensor] = {}
+            for part in shard:
+                whole = tensors[part.source].load().to(dtype)
+                for (key, shape), tensor in zip(part.shapes.items(), part.split(whole), strict=True):
+                    if tuple(tensor.shape) != shape:
+                        raise AssertionError(f"{key}: {tuple(tensor.shape)} instead of {shape}")
+                    content[key] = _owned(tensor)
+                if progress:
+                    progress(whole.nbytes * parameters // share)
+            if writing:
+                writing.result()
+            writing = writer.submit(save_file, content, out / name, metadata={"format": "pt"})
+        if writing:
+            writing.result()
     if len(shards) > 1 and rank == 0:
         metadata = {"total_size": parameters * dtype.itemsize, "total_parameters": parameters}
         index = {key: name for name, shard in zip(names, shards, strict=True) for part in shard for key in part.shapes}
         write_json(out / INDEX_FILE, {"metadata": metadata, "weight_map": index})
     wait_for_all()
     return parameters
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    """With memory of its own, or safetensors would refuse the views of one tensor."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _numel(part: Part) -> int:

@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import print_settings
-from benchmarks.stream import MEASURE, copy_seconds, run_command
+from benchmarks.stream import MEASURE, copy_seconds, room, run_command
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.stages.common import print_table
 
@@ -34,14 +33,8 @@ def run() -> None:
         "parameters): peak resident memory of the process, and its time / a plain copy of the bytes that it writes; both are",
         "synced to the disk; copy: mean of two, just after",
     )
-    with tempfile.TemporaryDirectory(prefix="flextron-export-") as name:
-        folder = Path(name)
-        free = shutil.disk_usage(folder).free
-        if free < NEEDED_BYTES:
-            raise FlextronError(
-                f"{folder}: {NEEDED_BYTES / 2**30:.0f} GiB needed, {free / 2**30:.1f} GiB free: set TMPDIR to another disk"
-            )
-        run_command([sys.executable, "-c", "from benchmarks.export import write as f; f(__import__('sys').argv[1])", name])
+    with room("export", NEEDED_BYTES) as folder:
+        run_command([sys.executable, "-c", "from benchmarks.export import write as f; f(__import__('sys').argv[1])", str(folder)])
         rows = [_row(folder, format_) for format_ in FORMATS]
     print_table("export", ["format", "parameters", "GiB written", "peak GiB", "seconds", "copy seconds", "export / copy"], rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import print_settings
@@ -50,6 +52,18 @@ print(json.dumps([code, used.ru_maxrss * 1024, seconds, used.ru_utime, used.ru_s
 """
 
 
+@contextlib.contextmanager
+def room(benchmark: str, needed: int) -> Iterator[Path]:
+    """A temporary directory. Raises FlextronError where its disk has not so many bytes free."""
+    with tempfile.TemporaryDirectory(prefix=f"flextron-{benchmark}-") as name:
+        free = shutil.disk_usage(name).free
+        if free < needed:
+            raise FlextronError(
+                f"{name}: {needed / 2**30:.0f} GiB needed, {free / 2**30:.1f} GiB free: set TMPDIR to another disk"
+            )
+        yield Path(name)
+
+
 def run() -> None:
     """Print peaks and ratios."""
     print_settings(
@@ -58,13 +72,7 @@ def run() -> None:
         "parameters); sources are in the page cache (read just before); checkpoints and copies are synced to the disk, the",
         "export is not; copy: mean of one before and one after; 'nothing': a process that only imports what the stages import",
     )
-    with tempfile.TemporaryDirectory(prefix="flextron-stream-") as name:
-        folder = Path(name)
-        free = shutil.disk_usage(folder).free
-        if free < NEEDED_BYTES:
-            raise FlextronError(
-                f"{folder}: {NEEDED_BYTES / 2**30:.0f} GiB needed, {free / 2**30:.1f} GiB free: set TMPDIR to another disk"
-            )
+    with room("stream", NEEDED_BYTES) as folder:
         rows = list(_rows(folder))
     print_table("stream", ["stage", "peak GiB", "seconds", "user", "system", "copy seconds", "stage / copy"], rows)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flextron_mcore.checkpoint.hf_import import import_hf
@@ -52,6 +54,33 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
         n_embd=32, n_inner=40, n_layer=2, n_head=4, n_positions=LENGTH, vocab_size=VOCAB, bos_token_id=3, eos_token_id=5
     )
     return _random(GPT2LMHeadModel(GPT2Config(**{**values, **changes})))
+
+
+def any_model(draw: Callable[..., Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A small model of either family, odd shapes too, by Hypothesis' `data.draw`; a space with every number of heads."""
+    groups, queries, layers = (draw(st.integers(1, 3), name) for name in ("groups", "queries", "layers"))
+    size, tied = draw(st.sampled_from([4, 6, 8]), "head size"), draw(st.booleans(), "tied")
+    heads = groups * queries
+    if draw(st.booleans(), "gpt2"):
+        groups, queries = heads, 1
+        model = gpt2(n_embd=heads * size, n_inner=24, n_layer=layers, n_head=heads, tie_word_embeddings=tied)
+    else:
+        biased = draw(st.booleans(), "biases")
+        model = llama(
+            hidden_size=heads * draw(st.integers(2, 9), "channels a head"),
+            intermediate_size=24,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            head_dim=size,
+            tie_word_embeddings=tied,
+            attention_bias=biased,
+            mlp_bias=biased,
+        )
+    unit = draw(st.sampled_from(["kv_group", "query_head"]), "unit")
+    step = queries if unit == "kv_group" else groups
+    counts = list(range(step, heads + 1, step))
+    return model, {"granularity": 1, "attention_unit": unit, "heads": counts, "ffn_hidden_size": [1, 7, 24]}
 
 
 def _random(model: PreTrainedModel) -> PreTrainedModel:

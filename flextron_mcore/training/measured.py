@@ -3,6 +3,8 @@
 A surrogate is as good as the batches that it learned from; the best networks of one cost differ by less. So those that the
 routers think best, and the surrogate, which knows how blocks depend on each other, are run on the same training samples. Two
 rounds: all of them on few samples, and on all samples those that would be chosen. `selection/routed.py` takes the best of these.
+
+Shape suffixes: N blocks, K candidates, M moves, each of one block to another candidate.
 """
 
 from __future__ import annotations
@@ -53,16 +55,15 @@ def _neighbours(learner: RouterLearner, net: SubNetwork) -> list[SubNetwork]:
     costs_NK, exists_NK = blocks.costs_NK(cost), blocks.exists_NK
     own_N = np.array(blocks.indices(net))
     step_NK = costs_NK - np.take_along_axis(costs_NK, own_N[:, None], 1)
-    moves = [(n, k) for n, k in np.argwhere(exists_NK) if k != own_N[n]]
-    pairs = [((n, k), (m, j)) for n, k in moves for m, j in moves if n < m]
-    spent = [step_NK[a] + step_NK[b] for a, b in pairs]
-    near = [pair for pair, more in zip(pairs, spent, strict=True) if -WITHIN * cost.full <= more <= 0]
-    near += [(move, move) for move in moves if -WITHIN * cost.full <= step_NK[move] <= 0]
-    if not near:
+    others_NK = exists_NK & (np.arange(exists_NK.shape[1]) != own_N[:, None])
+    block_M, candidate_M = np.argwhere(others_NK).T
+    i, j = np.triu_indices(len(block_M))  # where i = j, one move alone
+    spent = step_NK[block_M[i], candidate_M[i]] + np.where(i == j, 0.0, step_NK[block_M[j], candidate_M[j]])
+    near = ((block_M[i] != block_M[j]) | (i == j)) & (spent <= 0) & (spent >= -WITHIN * cost.full)
+    if not near.any():
         return []
-    rows = np.repeat(own_N[None], len(near), 0)
-    for row, pair in zip(rows, near, strict=True):
-        for n, k in pair:
-            row[n] = k
+    rows = np.repeat(own_N[None], near.sum(), 0)
+    for move in (i[near], j[near]):
+        rows[np.arange(len(rows)), block_M[move]] = candidate_M[move]
     losses = learner.surrogate(torch.nn.functional.one_hot(torch.from_numpy(rows), exists_NK.shape[1]).float())
     return [blocks.network(rows[i].tolist()) for i in losses.argsort()[:_MORE].tolist()]

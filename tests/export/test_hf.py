@@ -100,39 +100,13 @@ def test_export_is_the_sub_network(case, tmp_path):
 
 
 @settings(max_examples=8, deadline=None)
-@given(
-    data=st.data(),
-    layers=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    queries=st.integers(1, 3),
-    size=st.sampled_from([4, 6, 8]),
-    tied=st.booleans(),
-)
-def test_any_shape(data, layers, groups, queries, size, tied, tmp_path_factory):
+@given(data=st.data())
+def test_any_shape(data, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("any")
-    unit = data.draw(st.sampled_from(["kv_group", "query_head"]), "unit")
-    if data.draw(st.sampled_from(["llama", "gpt2"]), "family") == "llama":
-        biased = data.draw(st.booleans(), "biases")
-        theirs = hf_toy.llama(
-            hidden_size=groups * queries * data.draw(st.integers(2, 9), "channels a head"),
-            intermediate_size=24,
-            num_hidden_layers=layers,
-            num_attention_heads=groups * queries,
-            num_key_value_heads=groups,
-            head_dim=size,
-            tie_word_embeddings=tied,
-            attention_bias=biased,
-            mlp_bias=biased,
-        )
-    else:
-        groups, queries = groups * queries, 1
-        theirs = hf_toy.gpt2(n_embd=groups * size, n_inner=24, n_layer=layers, n_head=groups, tie_word_embeddings=tied)
-    heads = groups * queries
-    step = queries if unit == "kv_group" else groups
-    space = {"granularity": 1, "attention_unit": unit, "heads": list(range(step, heads + 1, step)), "ffn_hidden_size": [1, 7, 24]}
+    theirs, space = hf_toy.any_model(data.draw)
     info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run", space)
     widths = st.tuples(st.sampled_from(info.space.heads), st.sampled_from(info.space.ffn_hidden_size))
-    drawn = data.draw(st.lists(widths, min_size=layers, max_size=layers), "widths")
+    drawn = data.draw(st.lists(widths, min_size=info.model.num_layers, max_size=info.model.num_layers), "widths")
     net = SubNetwork(info.model.hidden_size, tuple(info.space.layer_choice(info.model, *width) for width in drawn))
     expected = hf_toy.logits(hf_toy.masked(theirs, info.model, net))
     figures = exported(info, net, tmp_path / "out")

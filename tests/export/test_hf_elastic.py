@@ -99,35 +99,10 @@ def test_every_sub_network_is_the_checkpoints(cases, name):
 
 
 @settings(max_examples=6, deadline=None)
-@given(
-    data=st.data(),
-    layers=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    queries=st.integers(1, 3),
-    size=st.sampled_from([4, 6]),
-    tied=st.booleans(),
-)
-def test_any_shape(data, layers, groups, queries, size, tied, tmp_path_factory):
+@given(data=st.data())
+def test_any_shape(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("any")
-    unit = data.draw(st.sampled_from(["kv_group", "query_head"]), "unit")
-    if data.draw(st.booleans(), "llama"):
-        theirs = hf_toy.llama(
-            hidden_size=groups * queries * data.draw(st.integers(2, 5), "channels a head"),
-            intermediate_size=24,
-            num_hidden_layers=layers,
-            num_attention_heads=groups * queries,
-            num_key_value_heads=groups,
-            head_dim=size,
-            tie_word_embeddings=tied,
-            attention_bias=tied,
-            mlp_bias=tied,
-        )
-    else:
-        groups, queries = groups * queries, 1
-        theirs = hf_toy.gpt2(n_embd=groups * size, n_inner=24, n_layer=layers, n_head=groups, tie_word_embeddings=tied)
-    step = queries if unit == "kv_group" else groups
-    heads = list(range(step, groups * queries + 1, step))
-    space = {"granularity": 1, "attention_unit": unit, "heads": heads, "ffn_hidden_size": [1, 7, 24]}
+    theirs, space = hf_toy.any_model(data.draw)
     info = hf_toy.checkpoint(hf_toy.save(theirs, root / "hf"), root / "run", space)
     write(info, root / "out")
     model = hf_toy.load(root / "out")

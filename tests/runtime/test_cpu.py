@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from megatron.core import tensor_parallel
@@ -18,6 +21,19 @@ def test_cuda_names_the_cpu():
     assert torch.zeros(3, device="meta").device.type == "meta"
     with torch.device("meta"):
         assert torch.ones(2).device.type == "meta"
+
+
+def test_megatron_is_imported_without_the_compiler_which_is_there_afterwards():
+    code = """
+import sys
+from flextron_mcore.runtime import cpu
+cpu.import_megatron()
+assert "megatron.core" in sys.modules and "torch._inductor.compile_fx" not in sys.modules
+import torch
+assert torch.compile.__module__ == "torch"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_enabling_again_changes_nothing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from flextron_mcore.checkpoint.sharding import check_granularity
 from flextron_mcore.checkpoint.store import CheckpointInfo, load_model
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.dispatch import BlockRouting, Routing
+from flextron_mcore.layers.linear import ElasticOutputLayer
+from flextron_mcore.layers.weighted import WeightedNetwork, mask
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 from flextron_mcore.specs import elastic_gpt_block_spec
 
@@ -205,6 +208,8 @@ def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage
         vp_stage=vp_stage,
     )
     gpt.real_vocab_size = model.vocab_size
+    if gpt.post_process:
+        gpt.output_layer.__class__ = ElasticOutputLayer  # GPTModel makes its own; the parameters are the same
     for module in gpt.modules():
         # Megatron-Core 0.16 forgets to mark weights that it does not initialise; gradient norms would leave parts of them out.
         dim = next((dim for kind, dim in _SPLIT.items() if isinstance(module, kind)), None)
@@ -248,62 +253,110 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
     return model
 
 
-Network = SubNetwork | Routing | None
+Network = SubNetwork | Routing | WeightedNetwork | None
 
 
 def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.Tensor] | None = None) -> None:
-    """Make `model` compute `net` from now on; None for the full model, a Routing to choose token by token.
+    """Make `model` compute `net` from now on; None for the full model.
 
-    gates: a scalar for each block (layer l's attention at 2 l, its MLP at 2 l + 1) that its output is multiplied with.
+    A Routing chooses token by token, a WeightedNetwork computes everything and weighs it. gates: a scalar for each block (layer
+    l's attention at 2 l, its MLP at 2 l + 1) that its output is multiplied with.
     """
     gpt = unwrap(model)
-    routing, net = (None, net) if net is None or isinstance(net, SubNetwork) else (net, None)
-    if net is not None:
-        if len(net.layers) != gpt.config.num_layers:
-            raise FlextronError(f"sub-network has {len(net.layers)} layers, the model has {gpt.config.num_layers}")
-        if net.hidden_size != gpt.config.hidden_size:
-            raise FlextronError(
-                f"hidden_size {net.hidden_size} < {gpt.config.hidden_size}: elastic hidden size is not implemented yet"
-            )
-        if not all(layer.executed for layer in net.layers):
-            raise FlextronError("a sub-network that skips layers: elastic depth is not implemented yet")
-    layers = gpt.decoder.layers
-    choices = []
-    for layer in layers:
-        i = layer.layer_number - 1
-        chosen = net and net.layers[i]
-        routed = (routing.block(2 * i), routing.block(2 * i + 1)) if routing else (None, None)
-        choices.append((chosen, *(gates[2 * i : 2 * i + 2] if gates else (None, None)), *routed))
-    _set_choices(layers, choices)
+    layers, final = gpt.decoder.layers, None
+    choices = [_Choice(gates=tuple(gates[2 * i : 2 * i + 2])) if gates else _Choice() for i in _numbers(layers)]
+    if isinstance(net, SubNetwork):
+        _check(gpt, net)
+        choices = [replace(choice, widths=net.layers[i]) for i, choice in zip(_numbers(layers), choices, strict=True)]
+        if net.hidden_size < gpt.config.hidden_size:
+            choices = [replace(choice, channels=(net.hidden_size,) * 2) for choice in choices]
+            if choices and not gpt.post_process:
+                choices[-1] = replace(choices[-1], channels=(net.hidden_size, gpt.config.hidden_size))
+    elif isinstance(net, WeightedNetwork):
+        space: ElasticSpace = layers[0].mlp.space
+        final = mask(net.hidden_K, space.hidden_size)
+        choices = [_weighted(layer, net, final) for layer in layers]
+    elif net is not None:
+        choices = [
+            replace(choice, routing=(net.block(2 * i), net.block(2 * i + 1)))
+            for i, choice in zip(_numbers(layers), choices, strict=True)
+        ]
+    _set_choices(gpt.decoder, (choices, final))
 
 
 @contextlib.contextmanager
 def use_subnetwork(model: torch.nn.Module, net: Network) -> Iterator[None]:
     """Inside the context `model` computes `net`, as in `set_subnetwork`; the choice before it is restored after."""
-    layers = unwrap(model).decoder.layers
-    before = _choices(layers)
+    decoder = unwrap(model).decoder
+    before = _choices(decoder)
     set_subnetwork(model, net)
     try:
         yield
     finally:
-        _set_choices(layers, before)
+        _set_choices(decoder, before)
 
 
-_Choice = tuple[LayerChoice | None, torch.Tensor | None, torch.Tensor | None, BlockRouting | None, BlockRouting | None]
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What is set on a layer: on itself, and pairs for its attention and its MLP."""
+
+    channels: tuple[int, int] | None = None
+    widths: LayerChoice | None = None
+    gates: tuple[torch.Tensor | None, ...] = (None, None)
+    routing: tuple[BlockRouting | None, ...] = (None, None)
+    masks: tuple[torch.Tensor | None, ...] = (None, None)
+    norm_mask: torch.Tensor | None = None
 
 
-def _choices(layers: Sequence[Any]) -> list[_Choice]:
-    return [
-        (layer.mlp.choice, *(getattr(block, name) for name in ("gate", "routing") for block in (layer.self_attention, layer.mlp)))
-        for layer in layers
-    ]
+def _numbers(layers: Sequence[Any]) -> list[int]:
+    return [layer.layer_number - 1 for layer in layers]
 
 
-def _set_choices(layers: Sequence[Any], choices: Sequence[_Choice]) -> None:
-    for layer, (choice, *gates, attention_routing, mlp_routing) in zip(layers, choices, strict=True):
-        layer.self_attention.choice = layer.mlp.choice = choice
-        layer.self_attention.gate, layer.mlp.gate = gates
-        layer.self_attention.routing, layer.mlp.routing = attention_routing, mlp_routing
+def _check(gpt: GPTModel, net: SubNetwork) -> None:
+    full = gpt.config.hidden_size
+    if len(net.layers) != gpt.config.num_layers:
+        raise FlextronError(f"sub-network has {len(net.layers)} layers, the model has {gpt.config.num_layers}")
+    if not 0 < net.hidden_size <= full:
+        raise FlextronError(f"sub-network has hidden_size {net.hidden_size}, the model has {full}")
+    if net.hidden_size < full and gpt.post_process and not isinstance(gpt.output_layer, ElasticOutputLayer):
+        raise FlextronError(f"hidden_size {net.hidden_size} < {full}: wants a model of flextron_mcore.model.build_model")
+
+
+def _weighted(layer: Any, net: WeightedNetwork, norm_mask: torch.Tensor) -> _Choice:
+    i, attention, mlp = layer.layer_number - 1, layer.self_attention, layer.mlp
+    space: ElasticSpace = mlp.space
+    neurons = mask(net.neurons_LK[i], [size // mlp.tensor_parallel_size for size in space.ffn_hidden_size])
+    if space.attention_unit == "kv_group":
+        groups = [size // attention.group_size // attention.world_size for size in space.heads]
+        heads = mask(net.heads_LK[i], groups).repeat_interleave(attention.group_size)
+    else:
+        queries = [size // attention.config.num_query_groups for size in space.heads]
+        heads = mask(net.heads_LK[i], queries).repeat(attention.num_query_groups_per_partition)
+    gate = net.layers_L[i]
+    return _Choice(gates=(gate, gate), masks=(heads, neurons), norm_mask=norm_mask)
+
+
+def _choices(decoder: torch.nn.Module) -> tuple[list[_Choice], torch.Tensor | None]:
+    """What is set on the layers, and on the final norm."""
+    found = []
+    for layer in decoder.layers:
+        blocks = (layer.self_attention, layer.mlp)
+        pairs = [tuple(getattr(block, name) for block in blocks) for name in ("gate", "routing", "mask")]
+        norm_mask = getattr(layer.input_layernorm, "mask", None)
+        found.append(_Choice(layer.channels, layer.mlp.choice, *pairs, norm_mask))
+    return found, getattr(decoder.final_layernorm, "mask", None)
+
+
+def _set_choices(decoder: torch.nn.Module, chosen: tuple[Sequence[_Choice], torch.Tensor | None]) -> None:
+    choices, final = chosen
+    for layer, choice in zip(decoder.layers, choices, strict=True):
+        blocks = (layer.self_attention, layer.mlp)
+        layer.channels = choice.channels
+        for block, gate, routing, units in zip(blocks, choice.gates, choice.routing, choice.masks, strict=True):
+            block.choice, block.gate, block.routing, block.mask = choice.widths, gate, routing, units
+        layer.input_layernorm.mask = layer.pre_mlp_layernorm.mask = choice.norm_mask
+    if decoder.final_layernorm is not None:
+        decoder.final_layernorm.mask = final
 
 
 def keep_choices(decoder: torch.nn.Module, args: Any, hidden_states: torch.Tensor) -> None:
@@ -314,12 +367,11 @@ def keep_choices(decoder: torch.nn.Module, args: Any, hidden_states: torch.Tenso
     """
     if decoder.config.recompute_granularity is None or not hidden_states.requires_grad:
         return
-    layers = decoder.layers
-    captured = _choices(layers)
+    captured = _choices(decoder)
 
     def restore(grad: torch.Tensor) -> None:  # the first thing that happens in the block's backward pass
-        current = _choices(layers)
-        _set_choices(layers, captured)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _set_choices(layers, current))
+        current = _choices(decoder)
+        _set_choices(decoder, captured)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _set_choices(decoder, current))
 
     hidden_states.register_hook(restore)

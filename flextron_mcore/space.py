@@ -34,6 +34,9 @@ class LayerChoice:
         return self.kv_groups * self.query_heads_per_group
 
 
+SKIPPED = LayerChoice(False, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class SubNetwork:
     """The complete choice of one sub-network: hidden size, and the widths of every layer."""
@@ -105,6 +108,8 @@ class ElasticSpace:
         group stays and loses query heads.
     granularity: the largest tensor-parallel size ever to be used; it divides every candidate of FFN width and, with `kv_group`,
         every number of groups (checkpoint/sharding.py).
+    hidden_size: channels of the residual stream, one choice for the whole network. depth: numbers of executed layers.
+    layer_ranking: the layers, most important first: a network of depth d executes the first d of them (`executed`).
     """
 
     granularity: int
@@ -113,6 +118,7 @@ class ElasticSpace:
     ffn_hidden_size: tuple[int, ...]
     hidden_size: tuple[int, ...]
     depth: tuple[int, ...]
+    layer_ranking: tuple[int, ...]
 
     @classmethod
     def build(
@@ -124,19 +130,21 @@ class ElasticSpace:
         ffn_hidden_size: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
         hidden_size: Sequence[float] = (1.0,),
         depth: Sequence[float] = (1.0,),
+        layer_ranking: Sequence[int] | None = None,
     ) -> ElasticSpace:
         """Resolve fractions (floats in (0, 1]) and integers (sizes) against `model`.
 
-        granularity None: 8, or where that does not divide every candidate the largest of 4, 2, 1 that does. attention_unit None:
-        kv_group where the candidates are whole groups, else query_head. Raises FlextronError for a candidate that is out of range
-        or does not divide; the full size is added where it is missing.
+        layer_ranking None: the order of the model, until `flextron importance` ranks them. granularity None: 8, or where that
+        does not divide every candidate the largest of 4, 2, 1 that does. attention_unit None: kv_group where the candidates are
+        whole groups, else query_head. Raises FlextronError for a candidate that is out of range or does not divide; the full size
+        is added where it is missing.
         """
         if granularity is None or attention_unit is None:
             first_error: FlextronError | None = None
             for unit in ATTENTION_UNITS if attention_unit is None else (attention_unit,):
                 for size in AUTOMATIC_GRANULARITIES if granularity is None else (granularity,):
                     try:
-                        return cls.build(model, size, unit, heads, ffn_hidden_size, hidden_size, depth)
+                        return cls.build(model, size, unit, heads, ffn_hidden_size, hidden_size, depth, layer_ranking)
                     except FlextronError as error:
                         failed = error
                 first_error = first_error or failed
@@ -145,6 +153,11 @@ class ElasticSpace:
             raise FlextronError(f"space.granularity must be a whole number of at least 1, not {granularity!r}")
         if attention_unit not in ATTENTION_UNITS:
             raise FlextronError(f"space.attention_unit={attention_unit!r} is not known: use one of {', '.join(ATTENTION_UNITS)}")
+        ranking = tuple(range(model.num_layers)) if layer_ranking is None else tuple(layer_ranking)
+        if sorted(ranking) != list(range(model.num_layers)):
+            raise FlextronError(
+                f"space.layer_ranking={list(ranking)}: must hold each of the layers 0..{model.num_layers - 1} once"
+            )
         if attention_unit == "kv_group":
             step, why = granularity * model.query_heads_per_group, f"granularity {granularity}"
             if model.query_heads_per_group > 1:
@@ -160,10 +173,11 @@ class ElasticSpace:
                 "hidden_size",
                 hidden_size,
                 model.hidden_size,
-                granularity if len(hidden_size) > 1 else 1,
-                f"granularity {granularity}",
+                1,
+                "1",
             ),
             _candidates("depth", depth, model.num_layers, 1, "1"),
+            ranking,
         )
 
     def layer_choice(self, model: ModelConfig, heads: int, ffn_hidden_size: int) -> LayerChoice:
@@ -174,9 +188,20 @@ class ElasticSpace:
             groups, per_group = model.num_query_groups, heads // model.num_query_groups
         return LayerChoice(True, groups, per_group, ffn_hidden_size)
 
-    def uniform(self, model: ModelConfig, heads: int, ffn_hidden_size: int) -> SubNetwork:
-        """The sub-network with the same widths in every layer."""
-        return SubNetwork(model.hidden_size, (self.layer_choice(model, heads, ffn_hidden_size),) * model.num_layers)
+    def uniform(
+        self, model: ModelConfig, heads: int, ffn_hidden_size: int, hidden_size: int | None = None, depth: int | None = None
+    ) -> SubNetwork:
+        """The sub-network with the same widths in every layer; None for all channels, all layers."""
+        choices = (self.layer_choice(model, heads, ffn_hidden_size),) * model.num_layers
+        return self.network(model, choices, hidden_size, depth)
+
+    def network(
+        self, model: ModelConfig, choices: Sequence[LayerChoice], hidden_size: int | None = None, depth: int | None = None
+    ) -> SubNetwork:
+        """The sub-network of these widths, of which only the `depth` most important layers are executed; None for all."""
+        kept = set(self.layer_ranking[:depth])
+        layers = tuple(choice if i in kept else SKIPPED for i, choice in enumerate(choices))
+        return SubNetwork(hidden_size or model.hidden_size, layers)
 
     def check(self, model: ModelConfig, net: SubNetwork, where: str = "sub-network") -> None:
         """Raise FlextronError unless `net` is a member of this space."""
@@ -190,6 +215,8 @@ class ElasticSpace:
             executed = sum(layer.executed for layer in net.layers)
             raise FlextronError(f"{where}: {executed} executed layers are not a candidate {list(self.depth)} of this space")
         for i, layer in enumerate(net.layers):
+            if not layer.executed:
+                continue  # it has no widths
             if layer.ffn_hidden_size not in self.ffn_hidden_size:
                 raise FlextronError(
                     f"{where}: layers[{i}].ffn_hidden_size {layer.ffn_hidden_size} is not a candidate "

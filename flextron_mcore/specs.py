@@ -12,13 +12,14 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.attention import ElasticOutputProjection, ElasticSelfAttention, SDPACoreAttention
 from flextron_mcore.layers.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
 from flextron_mcore.layers.mlp import ElasticMLP
 from flextron_mcore.layers.norm import LayerNorm, RMSNorm
+from flextron_mcore.layers.transformer_layer import ElasticTransformerLayer
 from flextron_mcore.space import ElasticSpace
 
 BACKENDS = ("local", "te")
@@ -33,7 +34,7 @@ def elastic_gpt_layer_spec(space: ElasticSpace, normalization: str = "RMSNorm", 
     """
     norm, core_attention = norm_class(normalization, backend), core_attention_class(backend)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ElasticTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
@@ -128,8 +129,8 @@ def elastic_layer_spec(config: Any, vp_stage: int | None = None, space: ElasticS
     return elastic_gpt_block_spec(config, space or default_space(config), vp_stage)
 
 
-class ElasticTransformerLayer(TransformerLayer):
-    """A TransformerLayer that finds its elastic submodules in its configuration, over `default_space`."""
+class DefaultElasticLayer(ElasticTransformerLayer):
+    """An elastic layer that finds its elastic submodules in its configuration, over `default_space`."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         spec = elastic_gpt_layer_spec(default_space(config), config.normalization)
@@ -137,4 +138,4 @@ class ElasticTransformerLayer(TransformerLayer):
 
 
 # The same as an object, for what takes a ModuleSpec and calls no function (`gpt_builder` of Megatron-LM's model_provider).
-elastic_layer = ModuleSpec(module=ElasticTransformerLayer)
+elastic_layer = ModuleSpec(module=DefaultElasticLayer)

@@ -51,7 +51,7 @@ def random_network(arch: ModelConfig, space: ElasticSpace, seed: int) -> SubNetw
     layers: tuple[LayerChoice, ...] = tuple(
         space.layer_choice(arch, pick(space.heads), pick(space.ffn_hidden_size)) for _ in range(arch.num_layers)
     )
-    return SubNetwork(arch.hidden_size, layers)
+    return space.network(arch, layers, pick(space.hidden_size), pick(space.depth))
 
 
 def memory_names(model) -> dict[str, torch.Tensor]:

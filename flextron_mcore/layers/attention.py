@@ -1,7 +1,7 @@
 """Elastic self-attention: the first KV groups, or the first query heads of every group (Flextron, eq. 2).
 
-Shape suffixes: S sequence, B batch, C hidden channels, G KV groups of this rank, Q query heads of a group, H channels of a head;
-small letters for the part in use.
+Shape suffixes: S sequence, B batch, C hidden channels in use, G KV groups of this rank, Q query heads of a group, H channels of a
+head; small letters for the part in use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ElasticSelfAttention(SelfAttention):
 
     Everything between the two projections (rotary embedding, KV cache, core attention, recomputation) is Megatron-Core's.
     `choice` is the LayerChoice in use, None for all heads, unless `routing` chooses token by token (layers/routed_attention.py);
-    `use_subnetwork` sets them, and `gate` (layers/gate.py).
+    `use_subnetwork` sets them, `gate` (layers/gate.py), and `mask` of this rank's heads (layers/weighted.py).
     """
 
     def __init__(self, config, submodules, layer_number: int, space: ElasticSpace, **kwargs: Any) -> None:
@@ -44,7 +44,9 @@ class ElasticSelfAttention(SelfAttention):
         self.choice: LayerChoice | None = None
         self.gate: torch.Tensor | None = None
         self.routing: BlockRouting | None = None
+        self.mask: torch.Tensor | None = None
         self.linear_proj.part = self.part_of_projection
+        self.channels = config.hidden_size
 
     @property
     def group_size(self) -> int:
@@ -60,7 +62,9 @@ class ElasticSelfAttention(SelfAttention):
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any):  # type: ignore[override]
         """Megatron-Core's, with the gate: [S, B, C] -> ([S, B, C], bias or None)."""
+        self.channels = hidden_states.shape[-1]
         if self.routing is None:
+            self.linear_proj.mask = self.mask
             return gated(super().forward(hidden_states, attention_mask, *args, **kwargs), self.gate)
         levels_SB = self.routing.levels(hidden_states, self.config.sequence_parallel)
         if self.routing.masked:
@@ -86,14 +90,15 @@ class ElasticSelfAttention(SelfAttention):
             raise FlextronError("attention_output_gate and fused_single_qkv_rope are not supported by the elastic attention")
         (groups, queries), size = self.heads, self.hidden_size_per_attention_head
         layer = self.linear_qkv
-        channels = layer.weight.shape[1]
+        hidden, channels = layer.weight.shape[1], hidden_states.shape[-1]
         full = (self.num_query_groups_per_partition, self.group_size + 2, size)
         if queries == self.group_size:
             indices = ((slice(groups),),)
         else:  # the first query heads, then key and value
             indices = ((slice(groups), slice(queries)), (slice(groups), slice(self.group_size, None)))
         rows = groups * (queries + 2) * size
-        weight = Selection((*full, channels), indices, (rows, channels), dim=1)
+        within = tuple((*index, ..., slice(channels)) for index in indices)
+        weight = Selection((*full, hidden), within, (rows, channels), dim=1)
         (mixed,) = layer(hidden_states, (weight, Selection(full, indices, (rows,), dim=1)))
         mixed = mixed.view(*mixed.shape[:2], groups, (queries + 2) * size)
         query, key, value = mixed.split([queries * size, size, size], dim=3)
@@ -117,7 +122,8 @@ class ElasticSelfAttention(SelfAttention):
         """The columns of the output projection for the first `queries` query heads of the first `groups` groups of this rank."""
         size, rows = self.hidden_size_per_attention_head, self.linear_proj.weight.shape[0]
         shape = (rows, self.num_query_groups_per_partition, self.group_size, size)
-        return Selection(shape, ((slice(None), slice(groups), slice(queries)),), (rows, groups * queries * size))
+        index = (slice(self.channels), slice(groups), slice(queries))
+        return Selection(shape, (index,), (self.channels, groups * queries * size))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         """Vanilla keys and shapes; KV groups in dealt order where they are the elastic unit (checkpoint/sharding.py)."""
@@ -132,7 +138,7 @@ class ElasticSelfAttention(SelfAttention):
 
 
 class ElasticOutputProjection(ElasticRowParallelLinear):
-    """The output projection of ElasticSelfAttention, which owns the choice of heads and sets `part`, and `mask` [S, B, heads]."""
+    """The output projection of ElasticSelfAttention, which owns the choice of heads; it sets `part`, and `mask` [(S, B,) heads]."""
 
     mask: torch.Tensor | None = None
 

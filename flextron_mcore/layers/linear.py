@@ -1,12 +1,14 @@
 """Products with a part of a weight, on Megatron-Core's column- and row-parallel functions.
 
-Shape suffixes: S sequence, B batch, C hidden channels, D output rows of this rank, d the part of them in use.
+Shape suffixes: S sequence, B batch, C hidden channels, c the part of them in use, D output rows of this rank, d the part of them
+in use, V vocabulary of this rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import (
@@ -18,11 +20,13 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 
 from flextron_mcore.layers.dispatch import put_rows, take_rows
+from flextron_mcore.layers.norm import first
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Selection:
     """
 
     shape: tuple[int, ...]
-    indices: tuple[tuple[slice, ...], ...]
+    indices: tuple[tuple[Any, ...], ...]
     result: tuple[int, ...]
     dim: int = 0
 
@@ -137,7 +141,7 @@ class ElasticRowParallelLinear(RowParallelLinear):
         rows: Sequence[torch.Tensor | None] | None = None,
         shape: torch.Size | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[S, B, d] -> ([S, B, C] summed, and with sequence parallelism scattered, over tensor-parallel ranks; bias or None).
+        """[S, B, d] -> ([S, B, c] summed, and with sequence parallelism scattered, over tensor-parallel ranks; bias or None).
 
         For groups of tokens with a part of the weight each: rows are the tokens of a group, as indices among the S*B tokens of
         `shape` [S, B] (None: all of them), input_ is [n, d] and `part` a selection for each group. Tokens of no group get zeros.
@@ -147,11 +151,28 @@ class ElasticRowParallelLinear(RowParallelLinear):
         products = [_product(x, weight, None, self) for x, weight in zip(input_, take_all(self.weight, *part), strict=True)]
         return self._reduce(put_rows(products, rows, shape.numel()).view(*shape, len(self.weight)))
 
-    def _reduce(self, out_SBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _reduce(self, out_SBc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sum over tensor-parallel ranks, and the bias."""
+        bias = first(self.bias, out_SBc.shape[-1])
         if self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(out_SBC, group=self.tp_group), self.bias
-        return reduce_from_tensor_model_parallel_region(out_SBC, group=self.tp_group), self.bias
+            return reduce_scatter_to_sequence_parallel_region(out_SBc, group=self.tp_group), bias
+        return reduce_from_tensor_model_parallel_region(out_SBc, group=self.tp_group), bias
+
+
+class ElasticOutputLayer(ColumnParallelLinear):
+    """The output layer of a GPTModel, for as many channels as reach it."""
+
+    def forward(  # type: ignore[override]
+        self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """[S, B, c] -> ([S, B, V], None). weight: the embedding's [V, C], where it is shared."""
+        weight, channels = self.weight if weight is None else weight, input_.shape[-1]
+        if channels == weight.shape[1]:
+            return super().forward(input_, weight, runtime_gather_output)
+        # Not by _Take: the embedding shares this weight, and its gradient comes by autograd.
+        logits_SBV = _product(input_, weight[:, :channels], None, self, self.allreduce_dgrad, self.sequence_parallel)
+        gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
+        return gather_from_tensor_model_parallel_region(logits_SBV, group=self.tp_group) if gather else logits_SBV, None
 
 
 def _product(

@@ -1,6 +1,6 @@
 """Elastic MLP: the first d neurons (Flextron, eq. 1).
 
-Shape suffixes: S sequence, B batch, C hidden channels, F neurons of this rank, f those in use.
+Shape suffixes: S sequence, B batch, C hidden channels in use, F neurons of this rank, f those in use.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class ElasticMLP(MLP):
     """Megatron-Core's MLP that can compute with a prefix of its neurons.
 
     `choice` is the LayerChoice in use, None for the full width, unless `routing` chooses token by token; `use_subnetwork` sets
-    them, and `gate` (layers/gate.py). Each tensor-parallel rank holds its neurons in decreasing importance and uses the first
-    `choice.ffn_hidden_size / T` of them.
+    them, `gate` (layers/gate.py), and `mask` of this rank's neurons (layers/weighted.py). Each tensor-parallel rank holds its
+    neurons in decreasing importance and uses the first `choice.ffn_hidden_size / T` of them.
     """
 
     def __init__(self, config, submodules, space: ElasticSpace, pg_collection=None, tp_group=None, **kwargs: Any) -> None:
@@ -35,6 +35,7 @@ class ElasticMLP(MLP):
         self.choice: LayerChoice | None = None
         self.gate: torch.Tensor | None = None
         self.routing: BlockRouting | None = None
+        self.mask: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -47,8 +48,11 @@ class ElasticMLP(MLP):
     def forward(self, hidden_states: torch.Tensor, per_token_scale=None, **kwargs: Any):
         """[S, B, C] -> ([S, B, C], bias or None), the bias being added by the layer's bias-dropout-add."""
         if self.routing is None:
-            (hidden_SBf,) = self._hidden(self.linear_fc1(hidden_states, *self._rows(self.width)))
-            out, bias = self.linear_fc2(self.observe(hidden_SBf), self._columns(self.width))
+            channels = hidden_states.shape[-1]
+            (hidden_SBf,) = self._hidden(self.linear_fc1(hidden_states, *self._rows(self.width, channels)))
+            if self.mask is not None:
+                hidden_SBf = hidden_SBf * self.mask.to(hidden_SBf.dtype)
+            out, bias = self.linear_fc2(self.observe(hidden_SBf), self._columns(self.width, channels))
         else:
             out, bias = self._routed(hidden_states)
         out, bias = gated((out, bias), self.gate)
@@ -58,20 +62,20 @@ class ElasticMLP(MLP):
     def _routed(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Each token with the width of its own level (layers/dispatch.py)."""
         levels_SB = self.routing.levels(hidden_states, self.config.sequence_parallel)
-        widths = [self._local(size) for size in self.space.ffn_hidden_size]
+        widths, channels = [self._local(size) for size in self.space.ffn_hidden_size], hidden_states.shape[-1]
         if self.routing.masked:
-            (hidden_SBF,) = self._hidden(self.linear_fc1(hidden_states, *self._rows(widths[-1])))
+            (hidden_SBF,) = self._hidden(self.linear_fc1(hidden_states, *self._rows(widths[-1], channels)))
             mask_SBK = self.routing.masks(levels_SB)[..., : len(widths)]
             sizes = torch.tensor([high - low for low, high in zip([0, *widths], widths, strict=False)], device=levels_SB.device)
             hidden_SBF = hidden_SBF * mask_SBK.to(hidden_SBF.dtype).repeat_interleave(sizes, -1)
-            return self.linear_fc2(self.observe(hidden_SBF), self._columns(widths[-1]))
+            return self.linear_fc2(self.observe(hidden_SBF), self._columns(widths[-1], channels))
         groups = by_level(levels_SB)
         if not groups:
             groups = [Group(0, levels_SB.new_empty(0))]
-        parts = [part for group in groups for part in self._rows(widths[group.level])]
+        parts = [part for group in groups for part in self._rows(widths[group.level], channels)]
         rows = [group.rows for group in groups for _ in range(self._blocks)]
         hidden = [self.observe(h) for h in self._hidden(self.linear_fc1(hidden_states, *parts, rows=rows))]
-        columns = [self._columns(widths[group.level]) for group in groups]
+        columns = [self._columns(widths[group.level], channels) for group in groups]
         return self.linear_fc2(hidden, columns, [group.rows for group in groups], levels_SB.shape)
 
     @property
@@ -79,18 +83,21 @@ class ElasticMLP(MLP):
         """Parts of fc1's weight: gate and up, whose prefixes do not lie together, or one."""
         return 2 if self.config.gated_linear_unit else 1
 
-    def _rows(self, width: int) -> list[tuple[Selection, Selection]]:
-        """The selections of fc1's weight and bias for the first `width` neurons of this rank."""
-        blocks, full, channels = self._blocks, self._local(None), self.linear_fc1.weight.shape[1]
+    def _rows(self, width: int, channels: int) -> list[tuple[Selection, Selection]]:
+        """The selections of fc1's weight and bias for the first `width` neurons of this rank, and the first channels."""
+        blocks, full, hidden = self._blocks, self._local(None), self.linear_fc1.weight.shape[1]
         indices = [(slice(i, i + 1), slice(width)) for i in range(blocks)]
         return [
-            (Selection((blocks, full, channels), (index,), (width, channels)), Selection((blocks, full), (index,), (width,)))
+            (
+                Selection((blocks, full, hidden), ((*index, slice(channels)),), (width, channels)),
+                Selection((blocks, full), (index,), (width,)),
+            )
             for index in indices
         ]
 
-    def _columns(self, width: int) -> Selection:
-        rows = self.linear_fc2.weight.shape[0]
-        return Selection((rows, self._local(None)), ((slice(None), slice(width)),), (rows, width))
+    def _columns(self, width: int, channels: int) -> Selection:
+        shape = (self.linear_fc2.weight.shape[0], self._local(None))
+        return Selection(shape, ((slice(channels), slice(width)),), (channels, width))
 
     def _hidden(self, products: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What enters fc2, from fc1's products: one, or gate and up, for each group of tokens."""

@@ -1,6 +1,9 @@
-"""Normalisation layers for the local backend.
+"""Normalisation layers for the local backend, over as many channels as their input has.
 
 Megatron-Core's own torch wrapper refuses sequence parallelism and zero-centred scales; these do not.
+`mask` [C] weighs the channels, in the statistics too (layers/weighted.py).
+
+Shape suffixes: C hidden channels, c the part in use.
 """
 
 from __future__ import annotations
@@ -14,13 +17,23 @@ import torch.nn.functional as F
 class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square normalisation over the last dimension."""
 
+    mask: torch.Tensor | None = None
+
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark_sequence_parallel(self, config)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., c] -> [..., c], with the first c of the scales."""
+        if self.mask is not None:
+            return masked_norm(x, self.weight, None, self.eps, self.mask)
+        return F.rms_norm(x, x.shape[-1:], first(self.weight, x.shape[-1]), self.eps)
+
 
 class LayerNorm(torch.nn.LayerNorm):
     """Layer normalisation over the last dimension; with `layernorm_zero_centered_gamma` the scale is 1 + weight."""
+
+    mask: torch.Tensor | None = None
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -30,9 +43,30 @@ class LayerNorm(torch.nn.LayerNorm):
         _mark_sequence_parallel(self, config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., C] -> [..., C]."""
-        weight = self.weight + 1 if self.zero_centered else self.weight
-        return F.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps)
+        """[..., c] -> [..., c], with the first c of the scales and biases."""
+        channels = x.shape[-1]
+        weight = first(self.weight, channels)
+        weight = weight + 1 if self.zero_centered else weight
+        if self.mask is not None:
+            return masked_norm(x, weight, self.bias, self.eps, self.mask)
+        return F.layer_norm(x, x.shape[-1:], weight, first(self.bias, channels), self.eps)
+
+
+def masked_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, mask_C: torch.Tensor
+) -> torch.Tensor:
+    """[..., C] -> [..., C]: LayerNorm with a bias, RMSNorm without, of channels that count as much as the mask says."""
+    channels, x32 = mask_C.sum(), x.float()
+    if bias is not None:
+        x32 = x32 - (x32 * mask_C).sum(-1, keepdim=True) / channels
+    variance = (x32.square() * mask_C).sum(-1, keepdim=True) / channels
+    out = x32 * (variance + eps).rsqrt() * weight
+    return ((out if bias is None else out + bias) * mask_C).to(x.dtype)
+
+
+def first(vector_C: torch.Tensor | None, channels: int) -> torch.Tensor | None:
+    """The first channels of a parameter (None for an absent one)."""
+    return vector_C if vector_C is None or len(vector_C) == channels else vector_C[:channels]
 
 
 def _mark_sequence_parallel(module: torch.nn.Module, config) -> None:

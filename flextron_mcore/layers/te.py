@@ -1,4 +1,4 @@
-"""Transformer Engine's norms and core attention, for any number of heads: the spec's backend "te".
+"""Transformer Engine's norms and core attention, for any number of channels and heads: the spec's backend "te".
 
 Importing this imports transformer_engine. It has not been run: no machine with a GPU was at hand. tests/gpu/test_te.py compares
 it with the local backend.
@@ -10,12 +10,14 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformer_engine.pytorch as te
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.layers.norm import first, masked_norm
 
 
 def _options(config) -> dict[str, Any]:
@@ -37,15 +39,40 @@ class _NoExtraState:
 class TERMSNorm(_NoExtraState, te.RMSNorm):
     """Root-mean-square normalisation over the last dimension."""
 
+    mask: torch.Tensor | None = None
+
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps, **_options(config))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., c] -> [..., c]; of a part of the channels with torch's norm, for its own is made for one size."""
+        channels = x.shape[-1]
+        if self.mask is not None:
+            return masked_norm(x, self.weight, None, self.eps, self.mask)
+        if channels == len(self.weight):
+            return super().forward(x)
+        return F.rms_norm(x, (channels,), first(self.weight, channels), self.eps)
 
 
 class TELayerNorm(_NoExtraState, te.LayerNorm):
     """Layer normalisation over the last dimension; with `layernorm_zero_centered_gamma` the scale is 1 + weight."""
 
+    mask: torch.Tensor | None = None
+
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps, **_options(config))
+        self.zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., c] -> [..., c], as in TERMSNorm."""
+        channels = x.shape[-1]
+        if channels == len(self.weight) and self.mask is None:
+            return super().forward(x)
+        weight = first(self.weight, channels)
+        weight = weight + 1 if self.zero_centered else weight
+        if self.mask is not None:
+            return masked_norm(x, weight, self.bias, self.eps, self.mask)
+        return F.layer_norm(x, (channels,), weight, first(self.bias, channels), self.eps)
 
 
 class TECoreAttention(MegatronModule):

@@ -18,9 +18,10 @@ def draw(
 ) -> list[SubNetwork]:
     """`count` sub-networks for a step.
 
-    flextron: heads and FFN width of every layer drawn independently and uniformly. matformer: heads stay full and all layers
-    share one FFN width; the widths of one step are distinct while there are enough of them (MatFormer, arXiv:2310.07707).
-    stream: separates independent uses of the same seed and step (0 training, 1 validation).
+    flextron: heads and FFN width of every layer drawn independently and uniformly, and where they are elastic the hidden size and
+    the number of layers of each network. matformer: heads stay full and all layers share one FFN width; the widths of one step
+    are distinct while there are enough of them (MatFormer, arXiv:2310.07707). stream: separates independent uses of the same seed
+    and step (0 training, 1 validation).
     """
     if mode not in MODES:
         raise FlextronError(f"mode={mode!r} is not known: use one of {', '.join(MODES)}")
@@ -33,13 +34,16 @@ def draw(
     shape = (count, model.num_layers)
     heads = generator.integers(len(space.heads), size=shape)
     widths = generator.integers(len(space.ffn_hidden_size), size=shape)
+    sizes, depths = (generator.integers(len(axis), size=count) for axis in (space.hidden_size, space.depth))
     return [
-        SubNetwork(
-            model.hidden_size,
-            tuple(
+        space.network(
+            model,
+            [
                 space.layer_choice(model, space.heads[h], space.ffn_hidden_size[w])
                 for h, w in zip(heads[j], widths[j], strict=True)
-            ),
+            ],
+            space.hidden_size[sizes[j]],
+            space.depth[depths[j]],
         )
         for j in range(count)
     ]

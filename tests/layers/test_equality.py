@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-from flextron_mcore.config import ModelConfig
+from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.model import gpt_model, set_subnetwork, transformer_config, use_subnetwork
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
+from flextron_mcore.specs import elastic_gpt_layer_spec
 from tests import toy
 
 KINDS = {
@@ -48,7 +53,11 @@ def stock_logits(model: torch.nn.Module, tokens: torch.Tensor, positions: torch.
 
 def mask_like(model: torch.nn.Module, net: SubNetwork) -> None:
     """The oracle: the full model with the unused neurons and heads multiplied by zero."""
+    norms = [model.decoder.final_layernorm]
     for layer, choice in zip(model.decoder.layers, net.layers, strict=True):
+        norms += [layer.input_layernorm, layer.pre_mlp_layernorm]
+        if not choice.executed:
+            layer.forward = lambda hidden_states, **_: (hidden_states, None)
         neurons = (torch.arange(layer.mlp.width) < choice.ffn_hidden_size).float()
         attention = layer.self_attention
         groups, queries = attention.heads
@@ -57,14 +66,27 @@ def mask_like(model: torch.nn.Module, net: SubNetwork) -> None:
         layer.mlp.observe = lambda hidden, mask=neurons: hidden * mask
         channels = heads.flatten()
         attention.linear_proj.observe = lambda hidden, mask=channels: hidden * mask
+    for norm in norms:  # all that reads the residual stream
+        norm.forward = lambda x, norm=norm: normed(norm, x, net.hidden_size)
+
+
+def normed(norm: torch.nn.Module, x: torch.Tensor, channels: int) -> torch.Tensor:
+    """The norm by its definition over the first channels; zero in the others."""
+    mask = (torch.arange(x.shape[-1]) < channels).float()
+    rms = isinstance(norm, torch.nn.RMSNorm)
+    x = (x if rms else x - (x * mask).sum(-1, keepdim=True) / channels) * mask
+    x = x / ((x**2).sum(-1, keepdim=True) / channels + norm.eps).sqrt()
+    weight = norm.weight + (not rms and norm.zero_centered)
+    return (x * weight if rms else x * weight + norm.bias) * mask
 
 
 def dense(arch: ModelConfig, model: torch.nn.Module, net: SubNetwork) -> torch.nn.Module:
     """A stock model of the sub-network's size, its weights cut by hand."""
-    choice = net.layers[0]
+    kept = [i for i, layer in enumerate(net.layers) if layer.executed]
+    choice, c = net.layers[kept[0]], net.hidden_size
     small = ModelConfig(
-        **{**arch.to_dict(), "num_attention_heads": choice.num_attention_heads,
-           "num_query_groups": choice.kv_groups, "ffn_hidden_size": choice.ffn_hidden_size}
+        **{**arch.to_dict(), "num_attention_heads": choice.num_attention_heads, "num_query_groups": choice.kv_groups,
+           "ffn_hidden_size": choice.ffn_hidden_size, "hidden_size": c, "num_layers": len(kept)}
     )  # fmt: skip
     g, q, f, h = choice.kv_groups, choice.query_heads_per_group, choice.ffn_hidden_size, arch.kv_channels
     state = {}
@@ -80,6 +102,14 @@ def dense(arch: ModelConfig, model: torch.nn.Module, net: SubNetwork) -> torch.n
             value = torch.cat([groups[:, :q], groups[:, -2:]], 1).reshape(g * (q + 2) * h, *value.shape[1:])
         elif name.endswith("linear_proj.weight"):
             value = value.view(-1, arch.num_query_groups, arch.query_heads_per_group, h)[:, :g, :q].reshape(len(value), -1)
+        if name.endswith(("linear_fc1.weight", "linear_qkv.weight", "embeddings.weight", "output_layer.weight")):
+            value = value[:, :c]
+        elif "linear_fc1" not in name and "linear_qkv" not in name:  # projections back, their biases, norms
+            value = value[:c]
+        if layer := re.match(r"decoder\.layers\.(\d+)\.", name):
+            if int(layer[1]) not in kept:
+                continue
+            name = f"decoder.layers.{kept.index(int(layer[1]))}.{name[layer.end() :]}"
         state[name] = value
     return stock(small, state)
 
@@ -122,20 +152,21 @@ def test_masked_is_sliced_is_dense(kind, attention):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(
     groups=st.integers(1, 4), queries=st.integers(1, 3), size=st.sampled_from([4, 6, 8]), ffn=st.integers(1, 40),
-    hidden=st.integers(8, 40), kind=st.sampled_from(sorted(KINDS)), unit=st.sampled_from(["kv_group", "query_head"]),
-    seed=st.integers(0, 10**6),
+    hidden=st.integers(8, 40), narrow=st.integers(1, 8), depth=st.integers(1, 3), kind=st.sampled_from(sorted(KINDS)),
+    unit=st.sampled_from(["kv_group", "query_head"]), seed=st.integers(0, 10**6),
 )  # fmt: skip
-def test_random_spaces_and_networks_with_gradients(groups, queries, size, ffn, hidden, kind, unit, seed):
+def test_random_spaces_and_networks_with_gradients(groups, queries, size, ffn, hidden, narrow, depth, kind, unit, seed):
     """Logits and gradients of per-layer networks in odd shapes against the masked oracle."""
     arch = toy.config(
         **KINDS[kind], hidden_size=hidden, num_attention_heads=groups * queries, num_query_groups=groups, kv_channels=size,
-        ffn_hidden_size=ffn,
+        ffn_hidden_size=ffn, num_layers=3, share_embeddings_and_output_weights=bool(seed % 2),
     )  # fmt: skip
     step = queries if unit == "kv_group" else groups
     heads = [step * (i + 1) for i in range(groups * queries // step)]
     space = ElasticSpace.build(
-        arch, granularity=1, attention_unit=unit, heads=heads, ffn_hidden_size=sorted({1, (ffn + 1) // 2, ffn})
-    )
+        arch, granularity=1, attention_unit=unit, heads=heads, ffn_hidden_size=sorted({1, (ffn + 1) // 2, ffn}),
+        hidden_size=[narrow, hidden], depth=[depth, 3], layer_ranking=[(seed + i) % 3 for i in range(3)],
+    )  # fmt: skip
     net = toy.random_network(arch, space, seed)
     space.check(arch, net)
     tokens, positions = toy.inputs(seed=seed)
@@ -148,10 +179,15 @@ def test_random_spaces_and_networks_with_gradients(groups, queries, size, ffn, h
         with use_subnetwork(model, None if masked else net):
             logits = model(tokens, positions, None)
             logits.square().mean().backward()
-        results.append((logits, {n: p.grad.clone() for n, p in model.named_parameters()}))
+        results.append((logits, {n: grad_of(p) for n, p in model.named_parameters()}))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
     for name, grad in results[0][1].items():
         torch.testing.assert_close(grad, results[1][1][name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def grad_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A skipped layer's parameters have none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 
 
 def test_choice_is_restored_and_nested():
@@ -168,17 +204,44 @@ def test_choice_is_restored_and_nested():
     assert model.decoder.layers[0].mlp.choice is None
 
 
-def test_what_is_not_implemented_says_so():
-    from dataclasses import replace
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_size_and_depth_are_those_of_a_dense_model(kind, tied):
+    """All axes together; a skipped layer is not run."""
+    arch = toy.config(**KINDS[kind], num_layers=4, num_query_groups=2, share_embeddings_and_output_weights=tied)
+    space = ElasticSpace.build(
+        arch, heads=[0.5, 1.0], hidden_size=[0.25, 0.5, 1.0], depth=[1, 3, 4], layer_ranking=[2, 0, 3, 1]
+    )  # fmt: skip
+    tokens, positions = toy.inputs()
+    for hidden, depth, heads, width in [(8, 4, 4, 48), (16, 3, 2, 24), (32, 1, 2, 12), (8, 1, 4, 24)]:
+        net = space.uniform(arch, heads, width, hidden, depth)
+        space.check(arch, net)
+        assert [i for i, layer in enumerate(net.layers) if layer.executed] == sorted([2, 0, 3, 1][:depth])
+        model = toy.model(arch, space)
+        run = []
+        for layer in model.decoder.layers:
+            layer.self_attention.register_forward_hook(lambda module, *_, run=run: run.append(module.layer_number - 1))
+        with torch.no_grad():
+            small = dense(arch, model, net)
+            with use_subnetwork(model, net):
+                sliced = model(tokens, positions, None)
+            assert run == sorted([2, 0, 3, 1][:depth])
+            mask_like(model, net)
+            masked = model(tokens, positions, None)
+        torch.testing.assert_close(sliced, masked, atol=1e-5, rtol=0)
+        torch.testing.assert_close(sliced, stock_logits(small, tokens, positions), atol=1e-5, rtol=0)
+        assert count_parameters(arch, net) == sum(p.numel() for p in small.parameters())
 
-    from flextron_mcore.config import FlextronError
 
+def test_a_network_of_another_model_is_refused():
     arch, space = case("llama", "mha")
     model = toy.model(arch, space)
     full = SubNetwork.full(arch)
-    with pytest.raises(FlextronError, match="hidden size is not implemented yet"):
-        set_subnetwork(model, replace(full, hidden_size=16))
-    with pytest.raises(FlextronError, match="depth is not implemented yet"):
-        set_subnetwork(model, replace(full, layers=(replace(full.layers[0], executed=False), full.layers[1])))
     with pytest.raises(FlextronError, match="has 1 layers, the model has 2"):
         set_subnetwork(model, replace(full, layers=full.layers[:1]))
+    with pytest.raises(FlextronError, match="has hidden_size 64, the model has 32"):
+        set_subnetwork(model, replace(full, hidden_size=64))
+    config = transformer_config(arch)
+    stock_ends = GPTModel(config, elastic_gpt_layer_spec(space), arch.vocab_size, arch.max_position_embeddings)
+    with pytest.raises(FlextronError, match="wants a model of flextron_mcore.model.build_model"):
+        set_subnetwork(stock_ends, replace(full, hidden_size=16))

@@ -1,17 +1,17 @@
 """What a sub-network costs, and budgets for it. No torch import.
 
-Latency, parameters and memory are all sums over blocks (Flextron, eq. 6), so one description serves them: selectors, routers and
-reports see a `Cost`, never where it comes from.
+Latency, parameters and memory are all sums over blocks (Flextron, eq. 6), one for every hidden size, so one description serves
+them: selectors, routers and reports see a `Cost`, never where it comes from.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.space import DTYPE_BYTES, ElasticSpace, LayerChoice, SubNetwork, count_parameters, kv_cache_bytes
+from flextron_mcore.space import DTYPE_BYTES, SKIPPED, ElasticSpace, LayerChoice, SubNetwork, count_parameters, kv_cache_bytes
 
 # unit as a user writes it: cost, and how many of the cost's own unit it is
 UNITS = {
@@ -29,9 +29,10 @@ OWN_UNITS = {"latency": "ms", "parameters": "parameters", "memory": "bytes"}
 
 @dataclass(frozen=True)
 class Cost:
-    """A sum: a constant, and for every layer that of its attention block and that of its MLP block.
+    """A sum: a constant, and for every executed layer that of its attention block and that of its MLP block.
 
-    name: a key of OWN_UNITS, which has the unit. heads, ffn_hidden_size: the cost of each candidate of `space`, in its order.
+    name: a key of OWN_UNITS, which has the unit. heads, ffn_hidden_size: the cost of each candidate of `space`, in its order,
+    with all hidden channels. narrow: the same for every smaller hidden size of the space.
     """
 
     name: str
@@ -40,13 +41,19 @@ class Cost:
     constant: float
     heads: tuple[float, ...]
     ffn_hidden_size: tuple[float, ...]
+    narrow: tuple[tuple[int, Cost], ...] = ()
+
+    def at(self, hidden_size: int) -> Cost:
+        """The sum for networks of this hidden size."""
+        return self if hidden_size == self.model.hidden_size else dict(self.narrow)[hidden_size]
 
     def of(self, net: SubNetwork) -> float:
         """Cost of a member of the space."""
-        return self.constant + sum(self.layer(layer) for layer in net.layers if layer.executed)
+        cost = self.at(net.hidden_size)
+        return cost.constant + sum(cost.layer(layer) for layer in net.layers if layer.executed)
 
     def layer(self, choice: LayerChoice) -> float:
-        """Cost of an executed layer."""
+        """Cost of an executed layer with all hidden channels."""
         heads = self.space.heads.index(choice.num_attention_heads)
         return self.heads[heads] + self.ffn_hidden_size[self.space.ffn_hidden_size.index(choice.ffn_hidden_size)]
 
@@ -58,7 +65,8 @@ class Cost:
     @property
     def smallest(self) -> float:
         """The least that a member of the space costs."""
-        return self.constant + self.model.num_layers * (min(self.heads) + min(self.ffn_hidden_size))
+        sums = [self, *(cost for _, cost in self.narrow)]
+        return min(c.constant + self.space.depth[0] * (min(c.heads) + min(c.ffn_hidden_size)) for c in sums)
 
 
 def parameter_cost(model: ModelConfig, space: ElasticSpace) -> Cost:
@@ -78,15 +86,17 @@ def memory_cost(model: ModelConfig, space: ElasticSpace, dtype: str, batch_size:
 def _additive(name: str, model: ModelConfig, space: ElasticSpace, measure: Callable[[SubNetwork], float]) -> Cost:
     """The parts of a measure that is such a sum, found with one executed layer; what a layer always has goes to its heads."""
 
-    def one_layer(heads: int, width: int) -> float:
-        layers = [LayerChoice(False, 0, 0, 0)] * model.num_layers
-        layers[0] = space.layer_choice(model, heads, width)
-        return measure(SubNetwork(model.hidden_size, tuple(layers)))
+    def at(hidden_size: int) -> Cost:
+        def one_layer(heads: int, width: int) -> float:
+            layers = [space.layer_choice(model, heads, width), *[SKIPPED] * (model.num_layers - 1)]
+            return measure(SubNetwork(hidden_size, tuple(layers)))
 
-    constant = measure(SubNetwork(model.hidden_size, (LayerChoice(False, 0, 0, 0),) * model.num_layers))
-    heads = tuple(one_layer(size, 0) - constant for size in space.heads)
-    widths = tuple(one_layer(space.heads[0], width) - heads[0] - constant for width in space.ffn_hidden_size)
-    return Cost(name, model, space, constant, heads, widths)
+        constant = measure(SubNetwork(hidden_size, (SKIPPED,) * model.num_layers))
+        heads = tuple(one_layer(size, 0) - constant for size in space.heads)
+        widths = tuple(one_layer(space.heads[0], width) - heads[0] - constant for width in space.ffn_hidden_size)
+        return Cost(name, model, space, constant, heads, widths)
+
+    return replace(at(model.hidden_size), narrow=tuple((size, at(size)) for size in space.hidden_size[:-1]))
 
 
 @dataclass(frozen=True)

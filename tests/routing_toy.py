@@ -11,7 +11,7 @@ from flextron_mcore.blocks import Blocks
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.cost import Cost
 from flextron_mcore.latency.measure import device_name
-from flextron_mcore.latency.table import LatencyTable, Timing
+from flextron_mcore.latency.table import LatencyTable, Timing, Timings
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
 
@@ -53,9 +53,14 @@ def write_table(checkpoint: Path, file: Path, **changes) -> Path:
         {"kind": "prefill", "batch_size": 1, "prompt_length": 8, "generated_tokens": 1},
         {"device": device_name(), "dtype": "float32", **changes.pop("machine", {})},
         "median",
-        timing(cost.constant),
-        tuple(map(timing, cost.heads)),
-        tuple(map(timing, cost.ffn_hidden_size)),
+        {
+            size: Timings(
+                timing(cost.at(size).constant),
+                tuple(map(timing, cost.at(size).heads)),
+                tuple(map(timing, cost.at(size).ffn_hidden_size)),
+            )
+            for size in info.space.hidden_size
+        },
         {"networks": 20, "median_error": 0.01, "p95_error": 0.02, "largest_error": 0.02},
     )
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.latency.table import STATISTICS, LatencyTable, Timing, check_errors
+from flextron_mcore.latency.table import STATISTICS, LatencyTable, Timing, Timings, check_errors
 from flextron_mcore.model import unwrap, use_subnetwork
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import ElasticSpace, SubNetwork
@@ -53,8 +53,8 @@ def measure(
 ) -> LatencyTable:
     """The table of this process's device. model: the elastic model, whole on this device, in the dtype to be measured.
 
-    Every round times every candidate in every layer once, and every one of `check_networks` random networks once without
-    timing its blocks; a first round warms up and is not counted. progress is called after every network.
+    Every round times every candidate in every layer once at every hidden size, and every one of `check_networks` random networks
+    once without timing its blocks; a first round warms up and is not counted. progress is called after every network.
     """
     run = runner(model, setting, arch.vocab_size, seed)
     whole = draw(arch, space, seed, 0, check_networks, stream=3)
@@ -78,9 +78,14 @@ def measure(
         asdict(setting),
         machine(next(model.parameters()).dtype),
         "median",
-        timings["constant"],
-        tuple(timings["heads", size] for size in space.heads),
-        tuple(timings["ffn", size] for size in space.ffn_hidden_size),
+        {
+            hidden: Timings(
+                timings[hidden, "constant"],
+                tuple(timings[hidden, "heads", size] for size in space.heads),
+                tuple(timings[hidden, "ffn", size] for size in space.ffn_hidden_size),
+            )
+            for hidden in space.hidden_size
+        },
     )
     if not check_networks:
         return table
@@ -114,18 +119,26 @@ def time_networks(
 
 
 def _balanced(arch: ModelConfig, space: ElasticSpace, seed: int, round_: int) -> list[SubNetwork]:
-    """Networks that together have every candidate at least once in every layer."""
-    count = max(len(space.heads), len(space.ffn_hidden_size))
+    """Networks that together have every candidate at least once in every layer, at every hidden size."""
+    count = balanced(space) // len(space.hidden_size)
     generator = np.random.default_rng([seed, round_, 1])
 
     def column(sizes: Sequence[int]) -> list[int]:
         return generator.permutation([sizes[i % len(sizes)] for i in range(count)]).tolist()
 
-    columns = [(column(space.heads), column(space.ffn_hidden_size)) for _ in range(arch.num_layers)]
-    return [
-        SubNetwork(arch.hidden_size, tuple(space.layer_choice(arch, heads[i], widths[i]) for heads, widths in columns))
-        for i in range(count)
-    ]
+    networks = []
+    for size in space.hidden_size:
+        columns = [(column(space.heads), column(space.ffn_hidden_size)) for _ in range(arch.num_layers)]
+        networks += [
+            SubNetwork(size, tuple(space.layer_choice(arch, heads[i], widths[i]) for heads, widths in columns))
+            for i in range(count)
+        ]
+    return networks
+
+
+def balanced(space: ElasticSpace) -> int:
+    """How many networks a round times in parts."""
+    return len(space.hidden_size) * max(len(space.heads), len(space.ffn_hidden_size))
 
 
 def runner(model: torch.nn.Module, setting: Setting, vocab_size: int, seed: int) -> Callable[[], None]:
@@ -185,13 +198,14 @@ def time_run(run: Callable[[], None]) -> float:
 
 
 def _time_candidates(model: torch.nn.Module, net: SubNetwork, run: Callable[[], None]) -> Mapping[Any, list[float]]:
-    """Milliseconds of a run's blocks, by candidate, and what is left."""
+    """Milliseconds of a run's blocks, by hidden size and candidate, and what is left."""
     found: dict[Any, list[float]] = defaultdict(list)
+    hidden = net.hidden_size
     parts, rest = time_blocks(model, run)
     for i, choice in enumerate(net.layers):
-        found["heads", choice.num_attention_heads].append(parts[2 * i])
-        found["ffn", choice.ffn_hidden_size].append(parts[2 * i + 1])
-    found["constant"].append(rest)
+        found[hidden, "heads", choice.num_attention_heads].append(parts[2 * i])
+        found[hidden, "ffn", choice.ffn_hidden_size].append(parts[2 * i + 1])
+    found[hidden, "constant"].append(rest)
     return found
 
 

@@ -1,13 +1,14 @@
 """The latency table of a device: milliseconds of every candidate of every block kind (Flextron, eq. 6). No torch import.
 
-A network's latency is the sum of its blocks' and a constant (embedding, final norm, output layer). A table is a JSON file that a
-person can read.
+A network's latency is the sum of its blocks' and a constant (embedding, final norm, output layer), all of its hidden size. A
+table is a JSON file that a person can read.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,20 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Timings:
+    """What networks of one hidden size are made of: the constant, and each candidate in the space's order."""
+
+    constant: Timing
+    heads: tuple[Timing, ...]
+    ffn_hidden_size: tuple[Timing, ...]
+
+    def costs(self, statistic: str) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
+        """One of STATISTICS of them all."""
+        get = operator.attrgetter(statistic)
+        return get(self.constant), tuple(map(get, self.heads)), tuple(map(get, self.ffn_hidden_size))
+
+
+@dataclass(frozen=True)
 class RoutedTable:
     """What a block costs in milliseconds if all its tokens are of one level, routing included; of mixes the mean is.
 
@@ -48,7 +63,7 @@ class RoutedTable:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Latencies of the candidates of `space`, in its order, at a stated setting on a stated device.
+    """Latencies of the candidates of `space` at a stated setting on a stated device, by hidden size.
 
     statistic: the one of STATISTICS that `cost` uses, and that `check` compares. setting: what was run, such as {"kind":
     "prefill", "batch_size": 2, "sequence_length": 4096}. machine: device, dtype, versions, load. check: `check_errors` of whole
@@ -60,9 +75,7 @@ class LatencyTable:
     setting: Mapping[str, Any]
     machine: Mapping[str, Any]
     statistic: str
-    constant: Timing
-    heads: tuple[Timing, ...]
-    ffn_hidden_size: tuple[Timing, ...]
+    timings: Mapping[int, Timings]
     check: Mapping[str, float] = field(default_factory=dict)
     routed: Mapping[str, RoutedTable] = field(default_factory=dict)
 
@@ -73,9 +86,11 @@ class LatencyTable:
 
     def cost(self) -> Cost:
         """The table as a cost, in milliseconds."""
-        constant, *rest = (getattr(timing, self.statistic) for timing in (self.constant, *self.heads, *self.ffn_hidden_size))
-        split = len(self.heads)
-        return Cost("latency", self.model, self.space, constant, tuple(rest[:split]), tuple(rest[split:]))
+        costs = {
+            size: Cost("latency", self.model, self.space, *timings.costs(self.statistic))
+            for size, timings in self.timings.items()
+        }
+        return replace(costs.pop(self.model.hidden_size), narrow=tuple(costs.items()))
 
     def warning(self) -> str | None:
         """Why the table should not be trusted; None if it may be."""
@@ -90,12 +105,8 @@ class LatencyTable:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, a row for every candidate."""
-        attention = []
-        for size, timing in zip(self.space.heads, self.heads, strict=True):
-            choice = self.space.layer_choice(self.model, size, self.model.ffn_hidden_size)
-            names = {"kv_groups": choice.kv_groups, "query_heads_per_group": choice.query_heads_per_group}
-            attention.append({**names, **_milliseconds(timing)})
+        """Plain types, a row for every candidate; what networks of a smaller hidden size take is in a part of its own."""
+        narrow = [{"hidden_size": size, **self._rows(size)} for size in self.space.hidden_size[:-1]]
         return {
             "format": FORMAT_VERSION,
             "machine": dict(self.machine),
@@ -104,16 +115,24 @@ class LatencyTable:
             "full_model_ms": self.cost().full,
             "smallest_network_ms": self.cost().smallest,
             "check": dict(self.check),
-            "constant": _milliseconds(self.constant),
-            "attention": attention,
-            "mlp": [
-                {"ffn_hidden_size": width, **_milliseconds(timing)}
-                for width, timing in zip(self.space.ffn_hidden_size, self.ffn_hidden_size, strict=True)
-            ],
+            **self._rows(self.model.hidden_size),
+            **({"narrow": narrow} if narrow else {}),
             "routed": {policy: asdict(routed) for policy, routed in self.routed.items()},
             "model": self.model.to_dict(),
             "space": self.space.to_dict(),
         }
+
+    def _rows(self, hidden_size: int) -> dict[str, Any]:
+        timings, attention = self.timings[hidden_size], []
+        for size, timing in zip(self.space.heads, timings.heads, strict=True):
+            choice = self.space.layer_choice(self.model, size, self.model.ffn_hidden_size)
+            names = {"kv_groups": choice.kv_groups, "query_heads_per_group": choice.query_heads_per_group}
+            attention.append({**names, **_milliseconds(timing)})
+        mlp = [
+            {"ffn_hidden_size": width, **_milliseconds(timing)}
+            for width, timing in zip(self.space.ffn_hidden_size, timings.ffn_hidden_size, strict=True)
+        ]
+        return {"constant": _milliseconds(timings.constant), "attention": attention, "mlp": mlp}
 
     @classmethod
     def from_file(cls, path: str | Path, model: ModelConfig, space: ElasticSpace) -> LatencyTable:
@@ -127,14 +146,8 @@ class LatencyTable:
                 raise FlextronError(f"{path}: a latency table of format {values['format']}, not {FORMAT_VERSION}: measure again")
             if ModelConfig.from_dict(values["model"]) != model:
                 raise FlextronError(f"{path}: is the latency table of another model: measure one with `flextron latency`")
-            heads = {row["kv_groups"] * row["query_heads_per_group"]: _timing(row) for row in values["attention"]}
-            widths = {row["ffn_hidden_size"]: _timing(row) for row in values["mlp"]}
-            for name, rows, wanted in (("heads", heads, space.heads), ("ffn_hidden_size", widths, space.ffn_hidden_size)):
-                if missing := [size for size in wanted if size not in rows]:
-                    raise FlextronError(
-                        f"{path}: lacks the candidates {missing} of space.{name}: measure a table of this checkpoint with "
-                        "`flextron latency`"
-                    )
+            parts = {model.hidden_size: values, **{part["hidden_size"]: part for part in values.get("narrow", ())}}
+            _check_candidates(path, "hidden_size", parts, space.hidden_size)
             statistic = values["statistic"]
             if statistic not in STATISTICS:
                 raise FlextronError(f"{path}: statistic {statistic!r} is not known: use one of {', '.join(STATISTICS)}")
@@ -144,9 +157,7 @@ class LatencyTable:
                 values["setting"],
                 values["machine"],
                 statistic,
-                _timing(values["constant"]),
-                tuple(heads[size] for size in space.heads),
-                tuple(widths[size] for size in space.ffn_hidden_size),
+                {size: _timings(path, parts[size], space) for size in space.hidden_size},
                 values["check"],
                 {policy: _routed(row, space) for policy, row in values.get("routed", {}).items()},
             )
@@ -163,33 +174,37 @@ def fit(
 ) -> LatencyTable:
     """The table that explains measured latencies [ms] of whole networks best (least squares).
 
-    Sums are all that such measurements can tell: what every network has goes to the constant, and the smallest candidates of
-    each axis are 0. Raises FlextronError where the networks leave a candidate undetermined.
+    Sums are all that such measurements can tell: what every network of a hidden size has goes to its constant, and the smallest
+    candidates of each axis are 0, but where the depth varies too: there the smallest heads have what a layer takes. Raises
+    FlextronError where the networks leave an entry undetermined.
     """
-    heads, widths = space.heads, space.ffn_hidden_size
-    unknown = ["the constant", *(f"{size} heads" for size in heads[1:]), *(f"{width} neurons" for width in widths[1:])]
-    rows = []
-    for net, _ in measured:
+    heads, widths = space.heads if len(space.depth) > 1 else space.heads[1:], space.ffn_hidden_size[1:]
+    entries = ["the constant", *(f"{size} heads" for size in heads), *(f"{width} neurons" for width in widths)]
+    rows = np.zeros((len(measured), len(space.hidden_size), len(entries)))
+    for row, (net, _) in zip(rows, measured, strict=True):
         space.check(model, net)
-        rows.append(
-            [1.0]
-            + [float(sum(layer.num_attention_heads == size for layer in net.layers)) for size in heads[1:]]
-            + [float(sum(layer.ffn_hidden_size == width for layer in net.layers)) for width in widths[1:]]
-        )
-    matrix = np.array(rows).reshape(len(measured), len(unknown))
-    if np.linalg.matrix_rank(matrix) < len(unknown):
+        layers = [layer for layer in net.layers if layer.executed]
+        row[space.hidden_size.index(net.hidden_size)] = [
+            1.0,
+            *(sum(layer.num_attention_heads == size for layer in layers) for size in heads),
+            *(sum(layer.ffn_hidden_size == width for layer in layers) for width in widths),
+        ]
+    matrix = rows.reshape(len(measured), -1)
+    if np.linalg.matrix_rank(matrix) < matrix.shape[1]:
+        sizes = f" at each of the hidden sizes {list(space.hidden_size)}" if len(space.hidden_size) > 1 else ""
         raise FlextronError(
-            f"{len(measured)} measured networks do not determine the {len(unknown)} entries of the table ({', '.join(unknown)}): "
-            "measure more, with different widths in their layers"
+            f"{len(measured)} measured networks do not determine the {matrix.shape[1]} entries of the table "
+            f"({', '.join(entries)}{sizes}): measure more, with different widths in their layers"
         )
     found, *_ = np.linalg.lstsq(matrix, np.array([milliseconds for _, milliseconds in measured]), rcond=None)
-    constant, *rest = (Timing(value, value) for value in found.tolist())
-    zero = Timing(0.0, 0.0)
-    split = len(heads) - 1
-    table = LatencyTable(
-        model, space, setting, machine, "median", constant, (zero, *rest[:split]), (zero, *rest[split:])
-    )  # fmt: skip
-    return LatencyTable(**{**vars(table), "check": check_errors(table.cost(), measured)})
+    timings = {}
+    for size, part in zip(space.hidden_size, found.reshape(len(space.hidden_size), -1).tolist(), strict=True):
+        constant, *rest = (Timing(value, value) for value in part)
+        smallest = [Timing(0.0, 0.0)] * (len(space.heads) - len(heads))
+        split = len(heads)
+        timings[size] = Timings(constant, (*smallest, *rest[:split]), (Timing(0.0, 0.0), *rest[split:]))
+    table = LatencyTable(model, space, setting, machine, "median", timings)
+    return replace(table, check=check_errors(table.cost(), measured))
 
 
 def check_errors(cost: Cost, measured: Sequence[tuple[SubNetwork, float]]) -> dict[str, float]:
@@ -201,6 +216,25 @@ def check_errors(cost: Cost, measured: Sequence[tuple[SubNetwork, float]]) -> di
         "p95_error": float(np.percentile(errors, 95)),
         "largest_error": float(errors.max()),
     }
+
+
+def _timings(path: str | Path, part: Mapping[str, Any], space: ElasticSpace) -> Timings:
+    heads = {row["kv_groups"] * row["query_heads_per_group"]: _timing(row) for row in part["attention"]}
+    widths = {row["ffn_hidden_size"]: _timing(row) for row in part["mlp"]}
+    _check_candidates(path, "heads", heads, space.heads)
+    _check_candidates(path, "ffn_hidden_size", widths, space.ffn_hidden_size)
+    return Timings(
+        _timing(part["constant"]),
+        tuple(heads[size] for size in space.heads),
+        tuple(widths[size] for size in space.ffn_hidden_size),
+    )
+
+
+def _check_candidates(path: str | Path, axis: str, known: Mapping[int, Any], wanted: Sequence[int]) -> None:
+    if missing := [size for size in wanted if size not in known]:
+        raise FlextronError(
+            f"{path}: lacks the candidates {missing} of space.{axis}: measure a table of this checkpoint with `flextron latency`"
+        )
 
 
 def _routed(row: Mapping[str, Any], space: ElasticSpace) -> RoutedTable:

@@ -37,13 +37,12 @@ def run(config: DictConfig) -> dict[str, Any]:
         figures = {name: values[name] for name in ("machine", "setting", "full_model_ms", "smallest_network_ms", "check")}
         metrics = write_metrics(out, "latency", {**figures, "warning": table.warning()})
     cost = table.cost()
-    rows = [["embedding, final norm, output", "", cost.constant, cost.constant / cost.full]]
-    layers = info.model.num_layers
-    for name, sizes, costs in (
-        ("heads", info.space.heads, cost.heads),
-        ("neurons", info.space.ffn_hidden_size, cost.ffn_hidden_size),
-    ):
-        rows += [[name, size, value, layers * value / cost.full] for size, value in zip(sizes, costs, strict=True)]
+    rows, layers, space = [], info.model.num_layers, info.space
+    for hidden in reversed(space.hidden_size):
+        part, at = cost.at(hidden), f" at {hidden} channels" if len(space.hidden_size) > 1 else ""
+        rows += [["embedding, final norm, output" + at, "", part.constant, part.constant / cost.full]]
+        for name, sizes, costs in (("heads", space.heads, part.heads), ("neurons", space.ffn_hidden_size, part.ffn_hidden_size)):
+            rows += [[name + at, size, value, layers * value / cost.full] for size, value in zip(sizes, costs, strict=True)]
     title = f"milliseconds a layer; full model {cost.full:.4g} ms, smallest network {cost.smallest:.4g} ms"
     print_table(title, ["block", "candidate", "ms", "share of the full model in all layers"], rows)
     if table.check:
@@ -66,7 +65,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def _measured(config: DictConfig, info: Any) -> Any:
     from flextron_mcore.blocks import Blocks
-    from flextron_mcore.latency.measure import Setting, measure
+    from flextron_mcore.latency.measure import Setting, balanced, measure
     from flextron_mcore.latency.routed import measure_routed, networks_per_round
     from flextron_mcore.layers.dispatch import KV_POLICIES
     from flextron_mcore.model import loaded_model
@@ -92,7 +91,7 @@ def _measured(config: DictConfig, info: Any) -> Any:
         )
     layout = {"virtual_pipeline_model_parallel_size": None}
     model = loaded_model(layout, info, precision(config, info))[0]
-    networks = (config.rounds + 1) * (max(len(info.space.heads), len(info.space.ffn_hidden_size)) + config.check_networks)
+    networks = (config.rounds + 1) * (balanced(info.space) + config.check_networks)
     setting = Setting(asked.kind, asked.batch_size, prompt, generated)
     with progress_bar(total=networks, desc="latency", unit="network") as bar:
         sizes = config.rounds, config.check_networks, config.seed

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.latency.table import LatencyTable, Timing, check_errors, fit
+from flextron_mcore.latency.table import LatencyTable, Timing, Timings, check_errors, fit
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 
@@ -24,9 +24,7 @@ def table(**changes) -> LatencyTable:
         setting={"kind": "prefill", "batch_size": 2, "sequence_length": 24},
         machine={"device": "abacus"},
         statistic="minimum",
-        constant=timings[0],
-        heads=tuple(timings[1:3]),
-        ffn_hidden_size=tuple(timings[3:]),
+        timings={ARCH.hidden_size: Timings(timings[0], tuple(timings[1:3]), tuple(timings[3:]))},
     )
     return LatencyTable(**{**values, **changes})
 

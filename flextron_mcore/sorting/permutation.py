@@ -1,4 +1,7 @@
-"""Permute a checkpoint's units into decreasing importance (Flextron, section 3.1), tensor by tensor, from disk to disk."""
+"""Permute a checkpoint's units into decreasing importance (Flextron, section 3.1), tensor by tensor, from disk to disk.
+
+Shape suffixes: C hidden channels, F neurons, G KV groups, Q query heads of a group.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,21 @@ from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, TensorRe
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.sorting.importance import LayerScores
 from flextron_mcore.space import ElasticSpace
+
+# Where tensors have the channels of the residual stream, by the last two parts of their names.
+CHANNEL_AXES = {
+    "word_embeddings.weight": 1,
+    "position_embeddings.weight": 1,
+    "output_layer.weight": 1,
+    "linear_qkv.weight": 1,
+    "linear_proj.weight": 0,
+    "linear_proj.bias": 0,
+    "linear_fc1.weight": 1,
+    "linear_fc2.weight": 0,
+    "linear_fc2.bias": 0,
+    **{f"{norm}weight": 0 for norm in ("final_layernorm.", "linear_qkv.layer_norm_", "linear_fc1.layer_norm_")},
+    **{f"{norm}bias": 0 for norm in ("final_layernorm.", "linear_qkv.layer_norm_", "linear_fc1.layer_norm_")},
+}
 
 
 @dataclass(frozen=True)
@@ -52,13 +70,25 @@ def permute(model: ModelConfig, name: str, tensor: Tensor, layer: LayerOrder) ->
     return tensor
 
 
-def sorted_tensors(info: CheckpointInfo, orders: Mapping[int, LayerOrder]) -> dict[str, LazyTensor]:
-    """The checkpoint's tensors in their new order, made one at a time when they are written."""
+def permute_channels(name: str, tensor: Tensor, channels_C: Tensor) -> Tensor:
+    """One tensor with the channels of the residual stream in their new order. name: as in `permute`."""
+    axis = CHANNEL_AXES.get(name)
+    return tensor if axis is None else tensor.index_select(axis, channels_C)
+
+
+def sorted_tensors(
+    info: CheckpointInfo, orders: Mapping[int, LayerOrder], channels_C: Tensor | None = None
+) -> dict[str, LazyTensor]:
+    """The checkpoint's tensors in their new order, made one at a time when they are written.
+
+    channels_C: where each channel of the residual stream comes from; None to leave them.
+    """
     reader = TensorReader(info)
 
     def load(key: str) -> Tensor:
-        tensor = reader.read(key)
-        layer = re.match(r"decoder\.layers\.(\d+)\.", key)
-        return permute(info.model, ".".join(key.split(".")[-2:]), tensor, orders[int(layer[1])]) if layer else tensor
+        tensor, name = reader.read(key), ".".join(key.split(".")[-2:])
+        if layer := re.match(r"decoder\.layers\.(\d+)\.", key):
+            tensor = permute(info.model, name, tensor, orders[int(layer[1])])
+        return tensor if channels_C is None else permute_channels(name, tensor, channels_C)
 
     return {key: LazyTensor(reader.shape(key), reader.dtype(key), lambda key=key: load(key)) for key in reader.keys()}

@@ -23,7 +23,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.data.blend import open_data, train_dataset
     from flextron_mcore.model import check_layout, loaded_model
     from flextron_mcore.pipeline.batches import count_batches, share
-    from flextron_mcore.sorting.importance import SCORES, collect, importance
+    from flextron_mcore.sorting.importance import LAYER_SCORES, SCORES, collect, importance, removal_errors
     from flextron_mcore.sorting.permutation import order, sorted_tensors
     from flextron_mcore.space import ElasticSpace
     from flextron_mcore.stages.evaluate import precision
@@ -32,8 +32,11 @@ def run(config: DictConfig) -> dict[str, Any]:
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     if config.score not in SCORES:
         raise FlextronError(f"score={config.score!r} is not known: use one of {', '.join(SCORES)}")
-    if config.samples < 1:
-        raise FlextronError(f"samples={config.samples} must be at least 1")
+    if config.layer_score not in LAYER_SCORES:
+        raise FlextronError(f"layer_score={config.layer_score!r} is not known: use one of {', '.join(LAYER_SCORES)}")
+    for name in ("samples", "layer_samples"):
+        if config[name] < 1:
+            raise FlextronError(f"{name}={config[name]} must be at least 1")
     wanted = {k: v for k, v in OmegaConf.to_container(config.space).items() if v is not None}
     # Sorting writes all units anew, so this is the stage that may change the space.
     space = ElasticSpace.from_dict(info.model, {**info.space.to_dict(), **wanted})
@@ -57,15 +60,27 @@ def run(config: DictConfig) -> dict[str, Any]:
                     bar.update()
 
             scores = collect(importance(model, batches, count, seq_length, size, config.score), info.model.num_layers)
+        layers: dict[str, list[float]] = {}
+        if len(space.depth) > 1:
+            samples = min(config.layer_samples, config.samples)
+            say(f"importance: leaving out each layer in turn on {samples} sequences")
+            layers["mse"] = removal_errors(
+                model, lambda: share(dataset, samples, size), count_batches(samples, size), info.model, seq_length, size
+            )
+            layers["block_influence"] = [layer.influence for layer in scores.layers.values()]
+            ranking = sorted(range(info.model.num_layers), key=lambda i: -layers[config.layer_score][i])
+            space = replace(space, layer_ranking=tuple(ranking))
         del model  # sorting streams from disk to disk
-        orders = {i: order(space, layer) for i, layer in scores.items()}
+        orders = {i: order(space, layer) for i, layer in scores.layers.items()}
+        channels = scores.channels.argsort(descending=True, stable=True) if len(space.hidden_size) > 1 else None
         folder = iteration_path(out, info.step)
         folder.mkdir(parents=True, exist_ok=True)
-        write_streaming(folder, replace(info, space=space, sorted=True, path=None), sorted_tensors(info, orders))
+        write_streaming(folder, replace(info, space=space, sorted=True, path=None), sorted_tensors(info, orders, channels))
         if config.ablation_batches:
             table.measure(loaded_model(config.model, open_checkpoint(folder), dtype), "sorted")
         discard(out / "cache")
         figures = {"samples": config.samples, "score": config.score, "model": info.model.to_dict(), "space": space.to_dict()}
+        figures |= {"layers": layers} if layers else {}
         if is_main_process():
             if info.tokenizer:
                 shutil.copytree(info.tokenizer, out / "tokenizer")
@@ -93,6 +108,9 @@ class _Ablation:
             "50% heads": space.uniform(arch, _half(space.heads), arch.ffn_hidden_size),
             "50% ffn": space.uniform(arch, arch.num_attention_heads, _half(space.ffn_hidden_size)),
         }
+        whole = (arch.num_attention_heads, arch.ffn_hidden_size)
+        if len(space.hidden_size) > 1:
+            self.networks["50% hidden size"] = space.uniform(arch, *whole, hidden_size=_half(space.hidden_size))
         self.datasets = valid_datasets(data, seq_length, config.seed, out / "cache") if config.ablation_batches else {}
 
     def measure(self, model: list[Any], order_name: str) -> None:
@@ -117,8 +135,8 @@ def _write_scores(out: Path, scores: Any) -> None:
     import torch
     from safetensors.torch import save_file
 
-    tensors = {}
-    for i, layer in scores.items():
+    tensors = {"channels": scores.channels.to(torch.float32)}
+    for i, layer in scores.layers.items():
         tensors[f"layers.{i}.neurons"] = layer.neurons.to(torch.float32)
         tensors[f"layers.{i}.heads"] = layer.heads.to(torch.float32)
     save_file(tensors, out / "scores.safetensors")

@@ -43,7 +43,8 @@ def batches(count=3):
 
 
 def scored(model, score="activation", count=3):
-    return collect(importance([model], lambda: batches(count), count, toy.LENGTH, 2, score), model.config.num_layers)
+    found = importance([model], lambda: batches(count), count, toy.LENGTH, 2, score)
+    return collect(found, model.config.num_layers).layers
 
 
 def by_hand(arch, model):
@@ -102,8 +103,8 @@ def test_tokens_that_do_not_count_are_not_scored():
         for batch in batches():
             yield {name: tensor[:1] for name, tensor in batch.items()}
 
-    masked = importance([model], halves, 3, toy.LENGTH, 2)
-    expected = importance([model], first_rows, 3, toy.LENGTH, 1)
+    masked = importance([model], halves, 3, toy.LENGTH, 2).layers
+    expected = importance([model], first_rows, 3, toy.LENGTH, 1).layers
     for i, layer in expected.items():
         torch.testing.assert_close(masked[i].neurons, layer.neurons, rtol=1e-6, atol=0)
         torch.testing.assert_close(masked[i].heads, layer.heads, rtol=1e-6, atol=0)

@@ -1,8 +1,9 @@
 """A space as a list of blocks with candidates: what routers choose from and selectors optimise over. No torch import.
 
-Block 2 l is the attention of layer l, block 2 l + 1 its MLP. A network is one candidate index a block.
+Of `Blocks`, block 2 l is the attention of layer l, block 2 l + 1 its MLP. A network is one candidate index a block. `Axes` has
+the hidden size and the depth before them, and may have one choice of heads and neurons for all layers.
 
-Shape suffixes: N blocks, K candidates of the block that has most.
+Shape suffixes: N blocks or axes, K candidates of the one that has most.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ class Blocks:
     @property
     def exists_NK(self) -> np.ndarray:
         """True where a block has a candidate."""
-        return self._table([[True] * len(sizes) for sizes in self.sizes], False)
+        return table([[True] * len(sizes) for sizes in self.sizes], False)
 
     def costs_NK(self, cost: Cost) -> np.ndarray:
         """What each candidate adds to a network's cost; 0 where there is none. `cost.constant` comes on top."""
-        return self._table([getattr(cost, axis) for _ in range(self.model.num_layers) for axis in AXES], 0.0)
+        return table([getattr(cost, axis) for _ in range(self.model.num_layers) for axis in AXES], 0.0)
 
     def network(self, indices_N: Sequence[int]) -> SubNetwork:
         """The sub-network of these candidates."""
@@ -58,12 +59,87 @@ class Blocks:
         pairs = [(layer.num_attention_heads, layer.ffn_hidden_size) for layer in net.layers]
         return [sizes.index(size) for sizes, size in zip(self.sizes, [x for pair in pairs for x in pair], strict=True)]
 
+    def total(self, values_NK: np.ndarray, net: SubNetwork) -> float:
+        """The sum of the values of a network's candidates."""
+        return float(np.take_along_axis(values_NK, np.array(self.indices(net))[:, None], 1).sum())
+
+    def least(self, cost: Cost) -> SubNetwork:
+        """The cheapest network."""
+        return self.network(np.where(self.exists_NK, self.costs_NK(cost), np.inf).argmin(-1).tolist())
+
     def replaced(self, net: SubNetwork, block: int, candidate: int) -> SubNetwork:
         """`net` with another candidate in one block."""
         indices = self.indices(net)
         indices[block] = candidate
         return self.network(indices)
 
-    def _table(self, rows: Sequence[Sequence], fill: float | bool) -> np.ndarray:
-        width = max(map(len, rows))
-        return np.array([[*row, *[fill] * (width - len(row))] for row in rows])
+
+@dataclass(frozen=True)
+class Axes:
+    """All axes of `space` over `model`: hidden size, depth, and heads and neurons of every layer.
+
+    uniform: heads and neurons are one choice each for all layers. Candidates are in the space's order, smallest first.
+    """
+
+    model: ModelConfig
+    space: ElasticSpace
+    uniform: bool
+
+    @property
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Candidates of each axis."""
+        pairs = 1 if self.uniform else self.model.num_layers
+        return [self.space.hidden_size, self.space.depth, *(getattr(self.space, axis) for _ in range(pairs) for axis in AXES)]
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.sizes)
+
+    @property
+    def exists_NK(self) -> np.ndarray:
+        """True where an axis has a candidate."""
+        return table([[True] * len(sizes) for sizes in self.sizes], False)
+
+    def network(self, indices_N: Sequence[int]) -> SubNetwork:
+        """The sub-network of these candidates; what is chosen for layers that it skips does not matter."""
+        space, layers = self.space, self.model.num_layers
+        hidden, depth, *rest = indices_N
+        pairs = list(zip(rest[::2], rest[1::2], strict=True)) * (layers if self.uniform else 1)
+        choices = [space.layer_choice(self.model, space.heads[a], space.ffn_hidden_size[m]) for a, m in pairs]
+        return space.network(self.model, choices, space.hidden_size[hidden], space.depth[depth])
+
+    def indices(self, net: SubNetwork) -> list[int]:
+        """The candidates of a member of the space whose layers are the most important; the largest for layers that it skips."""
+        space = self.space
+        largest = space.layer_choice(self.model, space.heads[-1], space.ffn_hidden_size[-1])
+        executed = [layer for layer in net.layers if layer.executed]
+        layers = executed[:1] if self.uniform else [layer if layer.executed else largest for layer in net.layers]
+        found = [space.hidden_size.index(net.hidden_size), space.depth.index(len(executed))]
+        for layer in layers:
+            found += [space.heads.index(layer.num_attention_heads), space.ffn_hidden_size.index(layer.ffn_hidden_size)]
+        return found
+
+    def total(self, values_NK: np.ndarray, net: SubNetwork) -> float:
+        """The sum of the values of a network's candidates, without layers that it skips."""
+        values_N = np.take_along_axis(values_NK, np.array(self.indices(net))[:, None], 1)[:, 0]
+        counted_N = np.ones(self.count, dtype=bool)
+        if not self.uniform:
+            counted_N[2:] = np.repeat([layer.executed for layer in net.layers], 2)
+        return float(values_N[counted_N].sum())
+
+    def least(self, cost: Cost) -> SubNetwork:
+        """The cheapest network."""
+
+        def smallest(hidden: int) -> SubNetwork:
+            part = cost.at(self.space.hidden_size[hidden])
+            pair = [int(np.argmin(part.heads)), int(np.argmin(part.ffn_hidden_size))]
+            return self.network([hidden, 0, *pair * ((self.count - 2) // 2)])
+
+        return min(map(smallest, range(len(self.space.hidden_size))), key=cost.of)
+
+
+def table(rows: Sequence[Sequence], fill: float | bool) -> np.ndarray:
+    """Rows of different lengths as one array."""
+    width = max(map(len, rows))
+    return np.array([[*row, *[fill] * (width - len(row))] for row in rows])

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.blocks import Axes, Blocks
 from flextron_mcore.cost import Budget, Cost
 from flextron_mcore.selection.knapsack import Limit, cheapest
 from flextron_mcore.space import SubNetwork
@@ -39,7 +39,7 @@ class Routed:
     `costs` is served by the target whose argmax comes nearest to it. measured: losses of networks, for budgets of the first cost.
     """
 
-    blocks: Blocks
+    blocks: Blocks | Axes
     costs: Mapping[str, Cost]
     log_p: Callable[[Sequence[float]], np.ndarray]
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -53,8 +53,7 @@ class Routed:
         """
         found = [pick for i in range(len(budgets)) if (pick := self._near(budgets, i))]
         if not found:  # only together they hold nothing that is near to any
-            spent_NK = sum(self.blocks.costs_NK(budget.cost) / budget.cost.full for budget in budgets)
-            return cheapest(self.blocks, -spent_NK, [(budget.cost, 0.0, budget.limit) for budget in budgets])
+            return self._largest(budgets)
         return max(found, key=lambda pick: pick[:2])[-1]
 
     def _near(self, budgets: Sequence[Budget], which: int) -> _Found | None:
@@ -74,7 +73,7 @@ class Routed:
                 if found[1] < limit - WITHIN * cost.full and len(inside) == 1:
                     break
         if not (inside or others):
-            return 0.0, cost.smallest, self.least(cost)
+            return 0.0, cost.smallest, self.blocks.least(cost)
         near = [found for found in inside if found[1] >= limit - WITHIN * cost.full]
         return max(near or inside, key=lambda found: found[:2], default=None)
 
@@ -84,9 +83,13 @@ class Routed:
         bounds = [min(cost.smallest + (cell + 1) * width, cost.full) for cell in range(self._last(cost) + 1)]
         return [self._cell(cost, [], high - width, high) for high in bounds]
 
-    def least(self, cost: Cost) -> SubNetwork:
-        """The cheapest network, which answers what is below that of the first cell."""
-        return self.blocks.network(np.where(self.blocks.exists_NK, self.blocks.costs_NK(cost), np.inf).argmin(-1).tolist())
+    def _largest(self, budgets: Sequence[Budget]) -> SubNetwork:
+        limits: list[Limit] = [(budget.cost, 0.0, budget.limit) for budget in budgets]
+        if isinstance(self.blocks, Blocks):
+            spent_NK = sum(self.blocks.costs_NK(budget.cost) / budget.cost.full for budget in budgets)
+            return cheapest(self.blocks, -spent_NK, limits)
+        rank_NK = np.where(self.blocks.exists_NK, np.arange(self.blocks.exists_NK.shape[1], 0, -1), 0.0)  # large ones first
+        return cheapest(self.blocks, rank_NK, limits)
 
     @staticmethod
     def _last(cost: Cost) -> int:
@@ -101,7 +104,10 @@ class Routed:
             inside = [found for found in inside if low <= found[1] <= high * (1 + 1e-12)]
             return max(inside, key=lambda found: found[:2], default=None)
         if key not in self._cells:
-            values_NK = -np.where(self.blocks.exists_NK, self.log_p(self._targets([Budget(cost, high), *others])), 0.0)
+            log_p_NK = self.log_p(self._targets([Budget(cost, high), *others]))
+            if isinstance(self.blocks, Axes):  # layers may be skipped: what is unlikely counts, not how many choices there are
+                log_p_NK = log_p_NK - log_p_NK.max(-1, keepdims=True)
+            values_NK = -np.where(self.blocks.exists_NK, log_p_NK, 0.0)
             limits: list[Limit] = [(cost, low, high), *((other.cost, 0.0, other.limit) for other in others)]
             net = cheapest(self.blocks, values_NK, limits)
             self._cells[key] = (self._score(values_NK, net, cost), cost.of(net), net) if net else None
@@ -127,8 +133,7 @@ class Routed:
         return min(self._cells["scan"], key=lambda pair: abs(first.cost.of(pair[1]) - first.limit))[0]
 
     def _score(self, values_NK: np.ndarray, net: SubNetwork, cost: Cost) -> float:
-        unlikely = np.take_along_axis(values_NK, np.array(self.blocks.indices(net))[:, None], 1).sum()
-        return float(WORTH * cost.of(net) / cost.full - unlikely)
+        return WORTH * cost.of(net) / cost.full - self.blocks.total(values_NK, net)
 
 
 def target_of(cost: Cost, value: float) -> float:

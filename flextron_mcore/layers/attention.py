@@ -138,7 +138,7 @@ class ElasticSelfAttention(SelfAttention):
 
 
 class ElasticOutputProjection(ElasticRowParallelLinear):
-    """The output projection of ElasticSelfAttention, which owns the choice of heads; it sets `part`, and `mask` [(S, B,) heads]."""
+    """The output projection of ElasticSelfAttention, which chooses the heads: it sets `part`, and `mask` [(S, B,) heads]."""
 
     mask: torch.Tensor | None = None
 

@@ -32,7 +32,7 @@ class LayerScores:
 
     neurons: Tensor
     heads: Tensor
-    influence: float = 0.0  # 1 - cos(what enters the layer, what leaves it), summed over tokens
+    influence: float = 0.0  # 1 - cos(what enters the layer, what leaves it), mean over tokens
 
 
 @dataclass
@@ -72,7 +72,7 @@ def importance(
         channels_C = stack.enter_context(_observed_norms(model, current))
         for chunk in model:
             chunk.eval()
-        run_networks(model, noted, num_batches, [None], seq_length, micro_batch_size, forward_only=True)
+        total = run_networks(model, noted, num_batches, [None], seq_length, micro_batch_size, forward_only=True)
         groups = [parallel_state.get_data_parallel_group()]
         if layers[0].config.sequence_parallel:
             groups.append(parallel_state.get_tensor_model_parallel_group())
@@ -91,7 +91,7 @@ def importance(
             scores[layer.layer_number - 1] = LayerScores(
                 _undeal(_gather(found.neurons), ranks, space.granularity),
                 _undeal(heads, ranks, space.granularity) if space.attention_unit == "kv_group" else heads,
-                influence.item(),
+                influence.item() / total[0, 1].item(),
             )
         for group in (*groups, parallel_state.get_pipeline_model_parallel_group()):
             torch.distributed.all_reduce(channels_C, group=group)

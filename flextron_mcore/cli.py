@@ -47,6 +47,7 @@ STAGES = {
     "latency": "what every candidate of every block costs on this device",
     "router": "train routers, which choose the sub-network for a budget",
     "joint": "tune routers and model together",
+    "gumbel": "train the model and one router for all axes together",
     "sensitivity": "what each block loses when it alone is made smaller",
     "select": "the sub-network for a budget: 0.6, 25ms, 3.4B, 8GiB",
     "compare": "selectors side by side, and random sub-networks of equal cost",

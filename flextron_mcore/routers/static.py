@@ -1,6 +1,6 @@
-"""Static routers: every elastic block has a small MLP from the budget to its candidates (Flextron, eq. 9).
+"""Static routers: every elastic block, or axis, has a small MLP from the budget to its candidates (Flextron, eq. 9).
 
-Shape suffixes: T targets, C costs that are constrained, N blocks, K candidates, U hidden units of a router.
+Shape suffixes: T targets, C costs that are constrained, N blocks or axes, K candidates, U hidden units of a router.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.blocks import Axes, Blocks
 
 # Logits that the routers start from, over the candidates from smallest to largest: the full model is a little more likely.
 _START = 1.0
@@ -24,7 +24,7 @@ class StaticRouters(torch.nn.Module):
     over that range: a router can tell near-by budgets apart from the first step on.
     """
 
-    def __init__(self, blocks: Blocks, costs: int, hidden_size: int) -> None:
+    def __init__(self, blocks: Blocks | Axes, costs: int, hidden_size: int) -> None:
         super().__init__()
         exists_NK = torch.from_numpy(blocks.exists_NK)
         count, width = exists_NK.shape

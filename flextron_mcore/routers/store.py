@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.blocks import Axes, Blocks
 from flextron_mcore.config import FlextronError
 from flextron_mcore.routers.adaptive import AdaptiveRouters
 from flextron_mcore.routers.static import StaticRouters
@@ -23,7 +23,7 @@ from flextron_mcore.space import SubNetwork
 ROUTERS_FILE, WEIGHTS_FILE, TABLE_FILE = "routers.json", "routers.safetensors", "latency.json"
 STATE_FILE = "router_training.pt"  # what continues their training
 FORMAT_VERSION = 1
-KINDS = ("static", "adaptive")
+KINDS = ("static", "adaptive", "gumbel")
 Routers = StaticRouters | AdaptiveRouters
 
 
@@ -32,10 +32,10 @@ class RouterInfo:
     """What trained routers are.
 
     costs: names of the costs that they were trained for. ranges: for each the least and largest target, as shares of the full
-    model's. memory: what a memory cost counts, {"dtype", "batch_size", "length"}. kind: static, or adaptive, which choose for
-    every token, with the attention's kv_policy (layers/dispatch.py). calibration: for adaptive routers, [target, average share of
-    the first cost] on training data, by which a budget finds its target. measured: [candidates of the blocks, loss] of networks
-    that static routers may choose (training/measured.py).
+    model's. memory: what a memory cost counts, {"dtype", "batch_size", "length"}. kind: static; adaptive, which choose for every
+    token, with the attention's kv_policy (layers/dispatch.py); or gumbel, which choose on all axes, `uniform` for all layers.
+    calibration: for adaptive routers, [target, average share of the first cost] on training data, by which a budget finds its
+    target. measured: [candidates of the blocks, loss] of networks that static routers may choose (training/measured.py).
     """
 
     costs: tuple[str, ...]
@@ -46,6 +46,7 @@ class RouterInfo:
     kv_policy: str = "full"
     calibration: tuple[tuple[float, float], ...] = ()
     measured: tuple[tuple[tuple[int, ...], float], ...] = ()
+    uniform: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for routers.json."""
@@ -59,11 +60,17 @@ class RouterInfo:
             "kv_policy": self.kv_policy,
             "calibration": [list(pair) for pair in self.calibration],
             "measured": [[list(indices), loss] for indices, loss in self.measured],
+            "uniform": self.uniform,
         }
+
+    def choices(self, blocks: Blocks) -> Blocks | Axes:
+        """What they choose from, in the space of `blocks`."""
+        return Axes(blocks.model, blocks.space, self.uniform) if self.kind == "gumbel" else blocks
 
     def losses(self, blocks: Blocks) -> dict[SubNetwork, float]:
         """`measured`, by network."""
-        return {blocks.network(indices): loss for indices, loss in self.measured}
+        choices = self.choices(blocks)
+        return {choices.network(indices): loss for indices, loss in self.measured}
 
 
 def write_routers(folder: Path, info: RouterInfo, routers: Routers, table: Mapping[str, Any] | None) -> None:
@@ -75,7 +82,8 @@ def write_routers(folder: Path, info: RouterInfo, routers: Routers, table: Mappi
 
 
 def read_routers(folder: Path, blocks: Blocks, kind: str = "static") -> tuple[RouterInfo, Routers]:
-    """The routers of the checkpoint in `folder`; adaptive ones hold the static ones that they started from.
+    """The routers of the checkpoint in `folder`; adaptive ones hold the static ones that they started from, which kind static
+    wants.
 
     Raises FlextronError where it has none or they cannot be read.
     """
@@ -90,7 +98,7 @@ def read_routers(folder: Path, blocks: Blocks, kind: str = "static") -> tuple[Ro
             raise FlextronError(f"{file}: routers of format {values['format']}, kind {values['kind']!r} are not known here")
         if kind == "adaptive" and values["kind"] != kind:
             raise FlextronError(
-                f"checkpoint={folder}: its routers are static: train adaptive ones with `flextron router kind=adaptive`"
+                f"checkpoint={folder}: its routers are {values['kind']}: train adaptive ones with `flextron router kind=adaptive`"
             )
         ranges = tuple((float(low), float(high)) for low, high in values["ranges"])
         info = RouterInfo(
@@ -102,11 +110,12 @@ def read_routers(folder: Path, blocks: Blocks, kind: str = "static") -> tuple[Ro
             values.get("kv_policy", "full"),
             tuple((float(target), float(share)) for target, share in values.get("calibration", ())),
             tuple((tuple(indices), float(loss)) for indices, loss in values.get("measured", ())),
+            bool(values.get("uniform", False)),
         )
         weights = load_file(folder / WEIGHTS_FILE)
         routers = _made(info, blocks, weights)
         routers.load_state_dict(weights)
-        if kind != info.kind:
+        if (kind, info.kind) == ("static", "adaptive"):
             info, routers = replace(info, kind="static", hidden_size=_hidden_size(weights)), routers.static
     except FlextronError:
         raise
@@ -125,8 +134,8 @@ def kind_of_routers(folder: Path) -> str | None:
 
 
 def _made(info: RouterInfo, blocks: Blocks, weights: Mapping[str, torch.Tensor]) -> Routers:
-    if info.kind == "static":
-        return StaticRouters(blocks, len(info.costs), info.hidden_size)
+    if info.kind != "adaptive":
+        return StaticRouters(info.choices(blocks), len(info.costs), info.hidden_size)
     return AdaptiveRouters(
         blocks, len(info.costs), info.hidden_size, StaticRouters(blocks, len(info.costs), _hidden_size(weights))
     )

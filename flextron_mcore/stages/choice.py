@@ -178,7 +178,7 @@ def _routed(config: DictConfig, info: CheckpointInfo, blocks: Any) -> Selector:
     costs = known_costs(config, info, latency_table(config, info))
     if missing := [name for name in routers.costs if name not in costs]:
         raise FlextronError(f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
-    ranges = dict(zip(routers.costs, routers.ranges, strict=True))
+    ranges, blocks = dict(zip(routers.costs, routers.ranges, strict=True)), routers.choices(blocks)
     trained = {name: costs[name] for name in routers.costs}
     return Routed(blocks, trained, log_probabilities(weights), ranges, routers.losses(blocks))
 

@@ -13,11 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from flextron_mcore.config import FlextronError
 from flextron_mcore.stages.choice import check_table, known_costs, latency_table, memory_setting
 from flextron_mcore.stages.common import print_table, progress_bar, say, start, write_metrics
-from flextron_mcore.stages.elastic import check_space
+from flextron_mcore.stages.elastic import check_space, check_widths_only
 from flextron_mcore.stages.resume import resumable_output
 
 if TYPE_CHECKING:
     from flextron_mcore.cost import Cost
+    from flextron_mcore.pipeline.networks import Distillation
+    from flextron_mcore.routers.store import RouterInfo
     from flextron_mcore.training.router import RouterLearner
 
 
@@ -27,12 +29,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.blocks import Blocks
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.data.blend import open_data
-    from flextron_mcore.routers.store import RouterInfo
     from flextron_mcore.training.loop import check
     from flextron_mcore.training.router import RouterLearner, RouterSettings
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
+    check_widths_only(info, "`flextron router`")
     if config.kind == "adaptive":
         from flextron_mcore.stages.adaptive import train_adaptive
 
@@ -41,18 +43,9 @@ def run(config: DictConfig) -> dict[str, Any]:
         raise FlextronError(f"kind={config.kind!r} is not known: use static or adaptive")
     table = latency_table(config, info)
     check_table(table)
-    known = known_costs(config, info, table)
-    names = config.costs or (["latency"] if table else ["parameters"])
-    names = [names] if isinstance(names, str) else list(names)
-    for name in names:
-        if name not in known:
-            hint = ": give latency=, a table of `flextron latency`" if name == "latency" else ""
-            raise FlextronError(f"costs: {name!r} is not known here{hint}; known: {', '.join(known)}")
-    costs = [known[name] for name in names]
-    ranges = [_range(config.targets, cost) for cost in costs]
     check_settings(config)
     router, surrogate = (OmegaConf.to_container(config[name]) for name in ("router", "surrogate"))
-    described = RouterInfo(tuple(names), tuple(ranges), router.pop("hidden_size"), memory_setting(config, info))
+    described, costs = described_routers(config, info, table, router.pop("hidden_size"))
     settings = RouterSettings(
         targets_per_step=config.targets_per_step,
         surrogate=surrogate.pop("enabled"),
@@ -66,10 +59,35 @@ def run(config: DictConfig) -> dict[str, Any]:
     return train_routers(config, info, data, learner, seq_length, frozen=True)
 
 
+def described_routers(config: DictConfig, info: Any, table: Any, hidden_size: int) -> tuple[RouterInfo, list[Cost]]:
+    """What the routers of a configuration are, and the costs that they are for."""
+    from flextron_mcore.routers.store import RouterInfo
+
+    known = known_costs(config, info, table)
+    names = config.costs or (["latency"] if table else ["parameters"])
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in known:
+            hint = ": give latency=, a table of `flextron latency`" if name == "latency" else ""
+            raise FlextronError(f"costs: {name!r} is not known here{hint}; known: {', '.join(known)}")
+    costs = [known[name] for name in names]
+    ranges = [_range(config.targets, cost) for cost in costs]
+    return RouterInfo(tuple(names), tuple(ranges), hidden_size, memory_setting(config, info)), costs
+
+
 def train_routers(
-    config: DictConfig, info: Any, data: Any, learner: RouterLearner, seq_length: int, frozen: bool
+    config: DictConfig,
+    info: Any,
+    data: Any,
+    learner: RouterLearner,
+    seq_length: int,
+    frozen: bool,
+    teach: Distillation | None = None,
 ) -> dict[str, Any]:
     """Train, print what the routers choose, and write metrics.json."""
+    from flextron_mcore.layers.weighted import WeightedNetwork
+    from flextron_mcore.pipeline.networks import Distillation
+    from flextron_mcore.runtime.distributed import device
     from flextron_mcore.runtime.ranks import on_main_process
     from flextron_mcore.training.loop import Phase, train
 
@@ -79,9 +97,14 @@ def train_routers(
     def choices() -> dict[str, Any]:
         return on_main_process(lambda: {f"router {target:g}": learner.choose(target) for target in targets})
 
+    def networks(step: int) -> list[Any]:
+        drawn = on_main_process(lambda: learner.networks(step))
+        return [None, *(WeightedNetwork.of(net, device()) if isinstance(net, list) else net for net in drawn)]
+
     phase = Phase(
-        networks=lambda step: on_main_process(lambda: [None, *learner.networks(step)]),
+        networks=networks,
         validation=lambda step: {"full": None, **choices()},
+        teach=teach or Distillation(),
         learner=learner,
         frozen=frozen,
     )

@@ -23,6 +23,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, batch, check_tokenizer, check_weights, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean
 from flextron_mcore.layers.gate import new_gates
+from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import PRECISIONS, Network, build_chunks, check_layout, loaded_model
 from flextron_mcore.pipeline.networks import Batch, Distillation, Watch, gate_gradients, run_networks
 from flextron_mcore.runtime import signals
@@ -56,10 +57,11 @@ class Learner(Protocol):
     def watch(self) -> Watch | None:
         """What is to be told about each micro-batch; with it, a learner everywhere needs no backward pass."""
 
-    def learn(self, step: int, losses: list[float], gate_gradients: torch.Tensor | None) -> dict[str, Any]:
+    def learn(self, step: int, losses: list[float], gradients: Any) -> dict[str, Any]:
         """Learn from a step's losses [nats per token], the full model's first; figures for the log.
 
-        gate_gradients: [networks but the full one, blocks], the gradients of each network's loss by its gates.
+        gradients: [networks but the full one, blocks], of each network's loss by its gates, where it is `gated`; of weighted
+        networks, if any, what their `gradients` gives.
         """
 
     def write(self, folder: Path) -> None: ...
@@ -371,7 +373,10 @@ class _Run:
             what = "training diverged, lower model.optim.lr" if self.optimizer else "the checkpoint's weights are not finite"
             raise FlextronError(f"step {step + 1}: the loss is {losses[0]}: {what}")
         if learner:
-            gradients = gate_gradients(gates[1:], total[0, 1].item(), self.options.sequence_parallel) if gates else None
+            tokens, parallel = total[0, 1].item(), self.options.sequence_parallel
+            gradients = gate_gradients(gates[1:], tokens, parallel) if gates else None
+            if weighted := [net for net in networks if isinstance(net, WeightedNetwork)]:
+                gradients = [net.gradients(tokens, parallel) for net in weighted]
             row |= learner.learn(step, losses, gradients) if is_main_process() or learner.everywhere else {}
         row["tokens_per_second"] = self.options.global_batch_size * self.seq_length / (time.perf_counter() - begun)
         log.train(row)

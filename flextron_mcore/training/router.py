@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.blocks import Axes, Blocks
 from flextron_mcore.cost import Budget, Cost
 from flextron_mcore.routers.static import StaticRouters, gates, log_probabilities
 from flextron_mcore.routers.store import STATE_FILE, RouterInfo, check_same_table, load_state, save_state, write_routers
@@ -28,7 +28,7 @@ from flextron_mcore.space import SubNetwork
 # Networks that are run are large more often than small ones: the nearer to the full model, the less losses differ, and the more
 # of them it takes to tell which blocks matter.
 LARGE = 2.0
-_DRAW, _LEARN = 0, 1  # streams of random numbers of a step
+DRAW, LEARN = 0, 1  # streams of random numbers of a step
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RouterLearner:
 
     def __init__(
         self,
-        blocks: Blocks,
+        blocks: Blocks | Axes,
         costs: Sequence[Cost],
         info: RouterInfo,
         settings: RouterSettings,
@@ -69,10 +69,7 @@ class RouterLearner:
         self.blocks, self.costs, self.settings, self.seed, self.max_steps = blocks, list(costs), settings, seed, max_steps
         self.info, self.table = info, table
         spans = [cost.full - cost.smallest or 1.0 for cost in self.costs]
-        self.spent_CNK = torch.tensor(
-            np.array([blocks.costs_NK(cost) / span for cost, span in zip(self.costs, spans, strict=True)]), dtype=torch.float32
-        )
-        self.start_C = torch.tensor([(c.constant - c.smallest) / s for c, s in zip(self.costs, spans, strict=True)])
+        self._prepare(spans)
         bounds = [
             [target_of(cost, share * cost.full) for share in pair] for cost, pair in zip(self.costs, info.ranges, strict=True)
         ]
@@ -90,14 +87,21 @@ class RouterLearner:
         self.seen_indices: list[Tensor] = []
         self.seen_losses: list[Tensor] = []
         self.error: float | None = None
+        self.scale: float | None = None  # of the losses above the full model's, where no pairs are kept
         self.steps_followed = 0  # in which routers had the surrogate's gradient
         self.drawn: tuple[Tensor, Tensor] | None = None
+
+    def _prepare(self, spans: Sequence[float]) -> None:
+        """What candidates cost, in shares of the span between the smallest and the full network."""
+        spent = [self.blocks.costs_NK(cost) / span for cost, span in zip(self.costs, spans, strict=True)]
+        self.spent_CNK = torch.tensor(np.array(spent), dtype=torch.float32)
+        self.start_C = torch.tensor([(c.constant - c.smallest) / s for c, s in zip(self.costs, spans, strict=True)])
 
     # What a step runs.
 
     def networks(self, step: int) -> list[SubNetwork]:
         """The routers' choices for this step's targets, with exploration noise."""
-        generator = self._generator(step, _DRAW)
+        generator = self._generator(step, DRAW)
         with torch.no_grad():
             targets_TC = self._targets(self.settings.targets_per_step, generator, LARGE)
             indices_TN = self._choose(self.routers(targets_TC), generator)
@@ -145,7 +149,7 @@ class RouterLearner:
         degradation_T = (torch.tensor(losses[1:], dtype=torch.float64) - losses[0]).float()
         self.seen_indices.append(indices_TN)
         self.seen_losses.append(degradation_T)
-        generator = self._generator(step, _LEARN)
+        generator = self._generator(step, LEARN)
         figures: dict[str, Any] = {
             "targets": self._shares(targets_TC).tolist(),
             "costs": [[cost.of(self.blocks.network(row)) / cost.full for cost in self.costs] for row in indices_TN.tolist()],
@@ -262,8 +266,10 @@ class RouterLearner:
         more = {}
         if self.surrogate:
             more = {"surrogate": self.surrogate, "surrogate_optimizer": self.surrogate_optimizer}
-        seen = {"indices": torch.cat(self.seen_indices), "losses": torch.cat(self.seen_losses)}
-        plain = {"seen": seen, "error": self.error, "steps_followed": self.steps_followed}
+        seen = {}
+        if self.seen_losses:
+            seen = {"indices": torch.cat(self.seen_indices), "losses": torch.cat(self.seen_losses)}
+        plain = {"seen": seen, "error": self.error, "steps_followed": self.steps_followed, "scale": self.scale}
         save_state(folder / STATE_FILE, routers=self.routers, optimizer=self.optimizer, **plain, **more)
 
     def read(self, folder: Path) -> None:
@@ -275,7 +281,9 @@ class RouterLearner:
         if self.surrogate:
             self.surrogate.load_state_dict(state["surrogate"])
             self.surrogate_optimizer.load_state_dict(state["surrogate_optimizer"])
-        self.seen_indices, self.seen_losses = [state["seen"]["indices"]], [state["seen"]["losses"]]
+        if state["seen"]:
+            self.seen_indices, self.seen_losses = [state["seen"]["indices"]], [state["seen"]["losses"]]
+        self.scale = state.get("scale")
         self.error, self.steps_followed = state["error"], state["steps_followed"]
 
     # Draws.

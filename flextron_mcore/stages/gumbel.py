@@ -1,0 +1,57 @@
+"""`flextron gumbel`: the model and one router for all axes, trained in one phase (LLaMaFlex)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.stages.choice import check_table, latency_table
+from flextron_mcore.stages.common import start
+from flextron_mcore.stages.elastic import check_space, distillation
+from flextron_mcore.stages.router import check_settings, described_routers, train_routers
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Train the model of config.checkpoint, and a router, which starts from the checkpoint's where it has one of this kind."""
+    start(config)
+    from dataclasses import replace
+
+    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.data.blend import open_data
+    from flextron_mcore.routers.store import kind_of_routers, read_routers
+    from flextron_mcore.training.gumbel import GumbelLearner, GumbelSettings
+    from flextron_mcore.training.loop import check
+
+    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
+    check_space(config, info)
+    table = latency_table(config, info)
+    check_table(table)
+    check_settings(config)
+    router = OmegaConf.to_container(config.router)
+    if not 1 <= router["weighted_per_step"] <= config.targets_per_step:
+        raise FlextronError(
+            f"router.weighted_per_step={router['weighted_per_step']} is not within 1 and "
+            f"targets_per_step={config.targets_per_step}"
+        )
+    if min(router["temperature"]) <= 0:
+        raise FlextronError(f"router.temperature={router['temperature']}: must be two numbers above 0, the first and the last")
+    described, costs = described_routers(config, info, table, router.pop("hidden_size"))
+    described = replace(described, kind="gumbel", uniform=router.pop("uniform"))
+    blocks, started = Blocks(info.model, info.space), None
+    if kind_of_routers(info.path) == "gumbel":
+        before, started = read_routers(info.path, blocks)
+        if (before.uniform, before.costs) != (described.uniform, described.costs):
+            raise FlextronError(
+                f"checkpoint={info.path}: its router was trained with router.uniform={str(before.uniform).lower()} and "
+                f"costs={list(before.costs)}"
+            )
+    settings = GumbelSettings(targets_per_step=config.targets_per_step, **router)
+    seq_length = check(config, info, data, 1 + config.targets_per_step)
+    plain = table.to_dict() if table else None
+    learner = GumbelLearner(
+        described.choices(blocks), costs, described, settings, config.seed, config.trainer.max_steps, plain, started
+    )
+    return train_routers(config, info, data, learner, seq_length, frozen=False, teach=distillation(config))

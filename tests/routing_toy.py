@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,15 @@ def family(layers: int = 4, **space) -> Blocks:
 
 def latency(blocks: Blocks) -> Cost:
     """Made-up milliseconds that no two candidates share."""
-    heads = tuple(1.1 * size**0.7 + 0.31 for size in blocks.space.heads)
-    widths = tuple(0.083 * size**0.9 + 0.17 for size in blocks.space.ffn_hidden_size)
-    return Cost("latency", blocks.model, blocks.space, 2.0, heads, widths)
+
+    def at(channels: int) -> Cost:
+        share = channels / blocks.model.hidden_size
+        heads = tuple(1.1 * size**0.7 * share + 0.31 for size in blocks.space.heads)
+        widths = tuple(0.083 * size**0.9 * share + 0.17 for size in blocks.space.ffn_hidden_size)
+        return Cost("latency", blocks.model, blocks.space, 0.4 + 1.6 * share, heads, widths)
+
+    narrow = tuple((size, at(size)) for size in blocks.space.hidden_size[:-1])
+    return replace(at(blocks.model.hidden_size), narrow=narrow)
 
 
 def true_loss(blocks: Blocks, seed: int = 0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.blocks import Axes, Blocks
 from flextron_mcore.cost import memory_cost, parameter_cost
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
@@ -40,3 +40,24 @@ def test_costs_are_the_sums_of_the_table():
             net = toy.random_network(arch, space, seed)
             picked = np.take_along_axis(table, np.array(blocks.indices(net))[:, None], 1)
             assert cost.constant + picked.sum() == cost.of(net)
+
+
+def test_all_axes():
+    arch = toy.config(num_layers=3)
+    space = ElasticSpace.build(arch, heads=[0.5, 1.0], hidden_size=[8, 16, 32], depth=[1, 2, 3], layer_ranking=[1, 2, 0])
+    layered, uniform = Axes(arch, space, False), Axes(arch, space, True)
+    assert layered.sizes == [space.hidden_size, space.depth, *[space.heads, space.ffn_hidden_size] * 3] and layered.count == 8
+    assert uniform.sizes == layered.sizes[:4]
+    for seed in range(20):
+        net = toy.random_network(arch, space, seed)
+        assert layered.network(layered.indices(net)) == net
+    assert [layer.executed for layer in layered.network([0, 1, 0, 0, 0, 0, 0, 0]).layers] == [False, True, True]
+    net = uniform.network([1, 0, 0, 2])
+    assert net == space.uniform(arch, 2, 36, 16, 1) and uniform.indices(net) == [1, 0, 0, 2]
+    assert layered.network(layered.indices(SubNetwork.full(arch))) == SubNetwork.full(arch)
+    # A layer that is skipped has no value, whatever was chosen for it.
+    values_NK = np.arange(32.0).reshape(8, 4)
+    assert layered.total(values_NK, layered.network([1, 0, 1, 3, 0, 2, 1, 3])) == 1 + 4 + 16 + 22
+    assert uniform.total(values_NK[:4], net) == 1 + 4 + 8 + 14
+    for cost in (parameter_cost(arch, space), memory_cost(arch, space, "bf16", 2, 24)):
+        assert cost.of(layered.least(cost)) == cost.of(uniform.least(cost)) == cost.smallest

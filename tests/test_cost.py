@@ -22,15 +22,18 @@ def case(name: str):
     return arch, ElasticSpace.build(arch, attention_unit=unit, heads=[0.5, 1.0])
 
 
+@pytest.mark.parametrize("axes", [{}, {"hidden_size": [7, 16, 32], "depth": [1, 3]}])
 @pytest.mark.parametrize("name", KINDS)
-def test_sums_are_the_exact_counts(name):
+def test_sums_are_the_exact_counts(name, axes):
     arch, space = case(name)
+    space = ElasticSpace.from_dict(arch, {**space.to_dict(), **axes})
     parameters, memory = parameter_cost(arch, space), memory_cost(arch, space, "bf16", 3, 100)
     for seed in range(20):
         net = toy.random_network(arch, space, seed)
         assert parameters.of(net) == count_parameters(arch, net)
         assert memory.of(net) == weight_bytes(arch, net, "bf16") + kv_cache_bytes(arch, net, 3, 100, "bf16")
-    full, least = SubNetwork.full(arch), space.uniform(arch, space.heads[0], space.ffn_hidden_size[0])
+    full = SubNetwork.full(arch)
+    least = space.uniform(arch, space.heads[0], space.ffn_hidden_size[0], space.hidden_size[0], space.depth[0])
     for cost in (parameters, memory):
         assert (cost.full, cost.smallest) == (cost.of(full), cost.of(least))
 

@@ -22,49 +22,66 @@ Limit = tuple[Cost, float, float]  # a cost, its least and its largest value
 def cheapest(blocks: Blocks | Axes, values_NK: np.ndarray, limits: Sequence[Limit]) -> SubNetwork | None:
     """The network with the least sum of `values_NK` whose costs are within `limits`; None if there is no such network.
 
-    Over blocks solved as an integer program by HiGHS, to optimality; over all axes one such program for every hidden size and
-    depth that may hold the best, where a layer that is skipped has no value. There, no value may be below 0.
+    Solved as an integer program by HiGHS, to optimality; over all axes one for every hidden size and depth that may hold the
+    best. There, a layer that is skipped has no value, and no value may be below 0.
     """
     if isinstance(blocks, Axes):
-        return _uniform(blocks, values_NK, limits) if blocks.uniform else _any(blocks, values_NK, limits)
+        return _any(blocks, values_NK, limits)
     return _solve(
         values_NK, blocks.exists_NK, [(blocks.costs_NK(cost), cost, *bounds) for cost, *bounds in limits], blocks.network, limits
     )
 
 
+def every_size(axes: Axes, values_NK: np.ndarray, limits: Sequence[Limit]) -> list[SubNetwork]:
+    """As `cheapest`, but of every hidden size and depth with a network within the limits."""
+    found = [_of_size(axes, values_NK, limits, hidden, depth) for hidden, depth in _sizes(axes)]
+    return [net for net in found if net]
+
+
+def _sizes(axes: Axes) -> list[tuple[int, int]]:
+    return list(itertools.product(range(len(axes.space.hidden_size)), range(len(axes.space.depth))))
+
+
 def _any(axes: Axes, values_NK: np.ndarray, limits: Sequence[Limit]) -> SubNetwork | None:
-    space, best, found = axes.space, np.inf, None
-    pairs = itertools.product(range(len(space.hidden_size)), range(len(space.depth)))
-    for value, hidden, depth in sorted((values_NK[0, h] + values_NK[1, d], h, d) for h, d in pairs):
+    best, found = np.inf, None
+    for value, hidden, depth in sorted((values_NK[0, h] + values_NK[1, d], h, d) for h, d in _sizes(axes)):
         if value >= best:
             break
-        kept = np.array(sorted(space.layer_ranking[: space.depth[depth]]))
-        rows = 2 + np.stack([2 * kept, 2 * kept + 1], -1).ravel()
-
-        def network(indices: Sequence[int], rows: np.ndarray = rows, hidden: int = hidden, depth: int = depth) -> SubNetwork:
-            whole = np.zeros(axes.count, dtype=int)
-            whole[[0, 1]], whole[rows] = (hidden, depth), indices
-            return axes.network(whole.tolist())
-
-        costs = []
-        for cost, *bounds in limits:
-            part = cost.at(space.hidden_size[hidden])
-            pair = Blocks(axes.model, space).costs_NK(part)[: 2 * len(kept)]  # the same in all layers
-            costs.append((pair, part, *bounds))
-        net = _solve(values_NK[rows], axes.exists_NK[rows], costs, network, limits)
+        net = _of_size(axes, values_NK, limits, hidden, depth)
         if net and (total := axes.total(values_NK, net)) < best:
             best, found = total, net
     return found
 
 
-def _uniform(axes: Axes, values_NK: np.ndarray, limits: Sequence[Limit]) -> SubNetwork | None:
-    indices_MN = np.array(list(itertools.product(*(range(len(sizes)) for sizes in axes.sizes))))
-    values_M = np.take_along_axis(values_NK[None], indices_MN[..., None], -1).sum((1, 2))
-    for i in values_M.argsort(kind="stable"):
-        net = axes.network(indices_MN[i].tolist())
-        if all(least <= cost.of(net) <= most * (1 + 1e-12) for cost, least, most in limits):
-            return net
-    return None
+def _of_size(axes: Axes, values_NK: np.ndarray, limits: Sequence[Limit], hidden: int, depth: int) -> SubNetwork | None:
+    """The best network of the given candidates of hidden size and depth."""
+    space = axes.space
+    if axes.uniform:
+        pairs = itertools.product(range(len(space.heads)), range(len(space.ffn_hidden_size)))
+        networks = [axes.network([hidden, depth, *pair]) for pair in pairs]
+        fitting = [net for net in networks if all(low <= cost.of(net) <= high * (1 + 1e-12) for cost, low, high in limits)]
+        return min(fitting, key=lambda net: axes.total(values_NK, net), default=None)
+    kept = np.array(sorted(space.layer_ranking[: space.depth[depth]]))
+    rows = 2 + np.stack([2 * kept, 2 * kept + 1], -1).ravel()
+
+    def network(indices: Sequence[int]) -> SubNetwork:
+        whole = np.zeros(axes.count, dtype=int)
+        whole[[0, 1]], whole[rows] = (hidden, depth), indices
+        return axes.network(whole.tolist())
+
+    blocks, count = Blocks(axes.model, space), len(rows)  # of which the first are like the rest
+    parts = [(cost.at(space.hidden_size[hidden]), *bounds) for cost, *bounds in limits]
+    if not all(_reaches(cost, len(kept), *bounds) for cost, *bounds in parts):
+        return None
+    costs = [(blocks.costs_NK(cost)[:count], cost, *bounds) for cost, *bounds in parts]
+    exists_NK = blocks.exists_NK[:count]
+    return _solve(values_NK[rows, : exists_NK.shape[1]], exists_NK, costs, network, limits)
+
+
+def _reaches(cost: Cost, layers: int, least: float, most: float) -> bool:
+    """Whether networks of that many layers lie on both sides of the bounds, or between them."""
+    low, high = (cost.constant + layers * (pick(cost.heads) + pick(cost.ffn_hidden_size)) for pick in (min, max))
+    return low <= most * (1 + 1e-12) and high >= least * (1 - 1e-12)
 
 
 def _solve(

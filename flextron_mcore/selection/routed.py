@@ -19,7 +19,7 @@ import numpy as np
 
 from flextron_mcore.blocks import Axes, Blocks
 from flextron_mcore.cost import Budget, Cost
-from flextron_mcore.selection.knapsack import Limit, cheapest
+from flextron_mcore.selection.knapsack import Limit, cheapest, every_size
 from flextron_mcore.space import SubNetwork
 
 # Shares of the full model's cost: the width of a cell, and how much of a budget may stay unused where networks are that near.
@@ -83,6 +83,18 @@ class Routed:
         bounds = [min(cost.smallest + (cell + 1) * width, cost.full) for cell in range(self._last(cost) + 1)]
         return [self._cell(cost, [], high - width, high) for high in bounds]
 
+    def proposals(self, cost: Cost) -> list[SubNetwork]:
+        """What the routers think likeliest of every cost: in each cell, or over all axes for each size in windows of WITHIN."""
+        if isinstance(self.blocks, Blocks):
+            return [found[-1] for found in self.cells(cost) if found]
+        found: list[SubNetwork] = [self.blocks.least(cost), SubNetwork.full(self.blocks.model)]
+        high = cost.full
+        while high > cost.smallest:
+            limits: list[Limit] = [(cost, high - WITHIN * cost.full, high)]
+            found += every_size(self.blocks, self._values([Budget(cost, high)]), limits)
+            high -= WITHIN * cost.full
+        return found
+
     def _largest(self, budgets: Sequence[Budget]) -> SubNetwork:
         limits: list[Limit] = [(budget.cost, 0.0, budget.limit) for budget in budgets]
         if isinstance(self.blocks, Blocks):
@@ -104,14 +116,18 @@ class Routed:
             inside = [found for found in inside if low <= found[1] <= high * (1 + 1e-12)]
             return max(inside, key=lambda found: found[:2], default=None)
         if key not in self._cells:
-            log_p_NK = self.log_p(self._targets([Budget(cost, high), *others]))
-            if isinstance(self.blocks, Axes):  # layers may be skipped: what is unlikely counts, not how many choices there are
-                log_p_NK = log_p_NK - log_p_NK.max(-1, keepdims=True)
-            values_NK = -np.where(self.blocks.exists_NK, log_p_NK, 0.0)
+            values_NK = self._values([Budget(cost, high), *others])
             limits: list[Limit] = [(cost, low, high), *((other.cost, 0.0, other.limit) for other in others)]
             net = cheapest(self.blocks, values_NK, limits)
             self._cells[key] = (self._score(values_NK, net, cost), cost.of(net), net) if net else None
         return self._cells[key]
+
+    def _values(self, budgets: Sequence[Budget]) -> np.ndarray:
+        """How unlikely the routers think each candidate for these budgets."""
+        log_p_NK = self.log_p(self._targets(budgets))
+        if isinstance(self.blocks, Axes):  # layers may be skipped: what is unlikely counts, not how many choices there are
+            log_p_NK = log_p_NK - log_p_NK.max(-1, keepdims=True)
+        return -np.where(self.blocks.exists_NK, log_p_NK, 0.0)
 
     def untrained(self, budget: Budget) -> tuple[float, float] | None:
         """The range of shares that the routers were trained for, if `budget` is outside of it."""

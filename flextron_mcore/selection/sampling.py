@@ -5,14 +5,15 @@ Shape suffixes: N blocks, K candidates, M draws.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from flextron_mcore.blocks import Blocks
 from flextron_mcore.config import FlextronError
-from flextron_mcore.cost import Budget
-from flextron_mcore.space import SubNetwork
+from flextron_mcore.cost import Budget, Cost
+from flextron_mcore.space import ElasticSpace, SubNetwork
 
 _DRAWS, _IDLE_ROUNDS = 4096, 5
 
@@ -20,7 +21,8 @@ _DRAWS, _IDLE_ROUNDS = 4096, 5
 def draw_near(blocks: Blocks, budgets: Sequence[Budget], count: int, seed: int, within: float = 0.01) -> list[SubNetwork]:
     """Up to `count` different random networks that keep to all `budgets`, and use the first but for `within` of the full cost.
 
-    All networks within these bounds are about equally likely: blocks are drawn with probabilities that fall or rise
+    Where hidden size or depth are elastic, as many of each combination of them as there are. Of one of these all networks
+    within the bounds are about equally likely: blocks are drawn with probabilities that fall or rise
     exponentially with cost, so that the mean is as wanted, and two networks of the same cost have the same probability
     whatever that exponent. Fewer come back where few exist; where none does, the bound is widened. Raises FlextronError where
     the budgets hold no network that can be found.
@@ -35,27 +37,59 @@ def draw_near(blocks: Blocks, budgets: Sequence[Budget], count: int, seed: int, 
 def _draw(blocks: Blocks, budgets: Sequence[Budget], count: int, seed: int, within: float) -> list[SubNetwork]:
     first = budgets[0]
     least = first.limit - within * first.cost.full
-    costs_NK = blocks.costs_NK(first.cost)
-    p_NK = _tilted(costs_NK, blocks.exists_NK, (least + first.limit) / 2 - first.cost.constant)
-    edges_NK = p_NK.cumsum(-1)
     generator = np.random.default_rng(np.random.SeedSequence([seed, 5]))
+    sizes = [_Size(blocks, first.cost, hidden, depth) for hidden, depth in _sizes(blocks.space)]
+    sizes = [size for size in sizes if size.reaches(least, first.limit)]
     found: dict[SubNetwork, None] = {}
     idle = 0  # rounds without a new one
-    while idle < _IDLE_ROUNDS:
+    while sizes and idle < _IDLE_ROUNDS:
         before = len(found)
-        u_MN = generator.random((_DRAWS, blocks.count))
-        indices_MN = (u_MN[..., None] > edges_NK[:, :-1]).sum(-1)
-        cost_M = first.cost.constant + np.take_along_axis(costs_NK[None], indices_MN[..., None], -1).sum((1, 2))
-        fitting = indices_MN[(cost_M >= least) & (cost_M <= first.limit * (1 + 1e-12))]
-        _, firsts = np.unique(fitting, axis=0, return_index=True)
-        for row in np.sort(firsts):
-            net = blocks.network(fitting[row].tolist())
-            if net not in found and all(budget.allows(net) for budget in budgets):
+        for size in sizes:
+            drawn = [net for net in size.draw(least, first.limit, generator) if all(budget.allows(net) for budget in budgets)]
+            new = [net for net in drawn if net not in found]
+            for net in new[: -(-(count - before) // len(sizes))]:
                 found[net] = None
                 if len(found) == count:
                     return list(found)
         idle = 0 if len(found) > before else idle + 1
     return list(found)
+
+
+def _sizes(space: ElasticSpace) -> list[tuple[int, int]]:
+    return list(itertools.product(space.hidden_size, space.depth))
+
+
+class _Size:
+    """Networks of one hidden size and depth."""
+
+    def __init__(self, blocks: Blocks, cost: Cost, hidden_size: int, depth: int) -> None:
+        self.blocks, self.hidden_size, self.depth, self.cost = blocks, hidden_size, depth, cost.at(hidden_size)
+        self.rows = 2 * depth  # the same in all layers
+        self.costs_NK, self.exists_NK = (table[: self.rows] for table in (blocks.costs_NK(self.cost), blocks.exists_NK))
+
+    def reaches(self, least: float, most: float) -> bool:
+        """Whether networks lie on both sides of the bounds, or between them."""
+        low = self.cost.constant + np.where(self.exists_NK, self.costs_NK, np.inf).min(-1).sum()
+        high = self.cost.constant + self.costs_NK.max(-1).sum()
+        return bool(low <= most * (1 + 1e-12) and high >= least * (1 - 1e-12))
+
+    def draw(self, least: float, most: float, generator: np.random.Generator) -> list[SubNetwork]:
+        """Those of a round of draws that cost between `least` and `most`."""
+        p_NK = _tilted(self.costs_NK, self.exists_NK, (least + most) / 2 - self.cost.constant)
+        u_MN = generator.random((_DRAWS, self.rows))
+        indices_MN = (u_MN[..., None] > p_NK.cumsum(-1)[:, :-1]).sum(-1)
+        cost_M = self.cost.constant + np.take_along_axis(self.costs_NK[None], indices_MN[..., None], -1).sum((1, 2))
+        fitting = indices_MN[(cost_M >= least) & (cost_M <= most * (1 + 1e-12))]
+        _, firsts = np.unique(fitting, axis=0, return_index=True)
+        return [self._network(fitting[row].tolist()) for row in np.sort(firsts)]
+
+    def _network(self, indices: Sequence[int]) -> SubNetwork:
+        space = self.blocks.space
+        whole = [0] * self.blocks.count
+        for place, layer in enumerate(sorted(space.layer_ranking[: self.depth])):
+            whole[2 * layer : 2 * layer + 2] = indices[2 * place : 2 * place + 2]
+        choices = self.blocks.network(whole).layers
+        return space.network(self.blocks.model, choices, self.hidden_size, self.depth)
 
 
 def _tilted(costs_NK: np.ndarray, exists_NK: np.ndarray, wanted: float) -> np.ndarray:

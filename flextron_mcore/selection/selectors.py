@@ -5,6 +5,7 @@ A selector is anything with `select(budgets) -> SubNetwork`, the network it thin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,14 +36,20 @@ class Uniform:
     def networks(self) -> list[SubNetwork]:
         """Every one that it knows."""
         model, space = self.blocks.model, self.blocks.space
-        return [space.uniform(model, heads, width) for heads in space.heads for width in space.ffn_hidden_size]
+        axes = itertools.product(space.heads, space.ffn_hidden_size, space.hidden_size, space.depth)
+        return [space.uniform(model, *sizes) for sizes in axes]
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
         model = self.blocks.model
 
         def balance(net: SubNetwork) -> float:
-            layer = net.layers[0]
-            return min(layer.num_attention_heads / model.num_attention_heads, layer.ffn_hidden_size / model.ffn_hidden_size)
+            executed = [layer for layer in net.layers if layer.executed]
+            return min(
+                executed[0].num_attention_heads / model.num_attention_heads,
+                executed[0].ffn_hidden_size / model.ffn_hidden_size,
+                net.hidden_size / model.hidden_size,
+                len(executed) / model.num_layers,
+            )
 
         return _largest("uniform", self.blocks, self.networks(), budgets, balance)
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.stages.common import say
+from flextron_mcore.stages.elastic import check_widths_only
 
 if TYPE_CHECKING:
     from flextron_mcore.checkpoint.store import CheckpointInfo
@@ -98,6 +99,7 @@ def selector(config: DictConfig, info: CheckpointInfo, name: str, losses: Losses
     if name == "matformer":
         return selectors.MatFormer(blocks)
     if name == "sensitivity":
+        check_widths_only(info, "selector=sensitivity")
         return selectors.Sensitivity(blocks, _degradations(config, blocks))
     if name == "random":
         if losses is None:

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from flextron_mcore.stages.common import discard, new_output, print_table, progress_bar, write_metrics
+from flextron_mcore.stages.elastic import check_widths_only
 from flextron_mcore.stages.evaluate import opened
 
 
@@ -19,6 +20,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.model import loaded_model
     from flextron_mcore.space import SubNetwork
 
+    check_widths_only(info, "`flextron sensitivity`")
     blocks, full = Blocks(info.model, info.space), SubNetwork.full(info.model)
     places = [(block, k) for block, sizes in enumerate(blocks.sizes) for k in range(len(sizes) - 1)]
     networks = {"full": full, **{f"{block} {k}": blocks.replaced(full, block, k) for block, k in places}}

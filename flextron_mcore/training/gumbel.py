@@ -36,8 +36,8 @@ class GumbelSettings:
     weighted_per_step: int = 1
     lr: float = 1e-2
     batch_size: int = 32
-    temperature: tuple[float, float] = (1.0, 0.2)
-    soft_until: float = 0.3
+    temperature: tuple[float, float] = (1.0, 0.1)
+    soft_until: float = 0.7
     entropy: tuple[float, float] = (0.1, 0.01)
     constraint_weight: float = 16.0
     two_sided_from: float = 0.3
@@ -125,7 +125,7 @@ class GumbelLearner(RouterLearner):
             "targets": self._shares(targets_TC).tolist(),
             "costs": [[cost.of(net) / cost.full for cost in self.costs] for net in chosen],
             "temperature": self._temperature(step),
-            "constraint_loss": float(constraint),
+            "constraint_loss": constraint.item(),
         }
 
     def _relaxed(self, targets_TC: Tensor, noise_TNK: Tensor, step: int) -> tuple[Tensor, Tensor]:

@@ -42,8 +42,8 @@ def measured(learner: RouterLearner, measure: Measure, samples: int) -> dict[Sub
 
 
 def _candidates(learner: RouterLearner) -> list[SubNetwork]:
-    cells = [found[-1] for found in learner.selector().cells(learner.costs[0]) if found]
-    return list(dict.fromkeys(net for likeliest in cells for net in (likeliest, *_neighbours(learner, likeliest))))
+    proposals = learner.selector().proposals(learner.costs[0])
+    return list(dict.fromkeys(net for likeliest in proposals for net in (likeliest, *_neighbours(learner, likeliest))))
 
 
 @torch.no_grad()

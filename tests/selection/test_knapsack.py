@@ -7,8 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
+from flextron_mcore.blocks import Axes
 from flextron_mcore.cost import memory_cost, parameter_cost
 from flextron_mcore.selection.knapsack import cheapest
+from flextron_mcore.space import ElasticSpace
+from tests import toy
 from tests.routing_toy import family, latency
 
 BLOCKS = family(2, ffn_hidden_size=[0.25, 0.5, 1.0])
@@ -50,3 +53,29 @@ def test_a_limit_that_is_just_met_and_one_that_is_just_not():
         below = [cost for cost in map(parameters.of, EVERY) if cost <= value - 1e-3]
         found = cheapest(BLOCKS, values_NK, [(parameters, 0.0, value - 1e-3)])
         assert (found and parameters.of(found)) == (max(below) if below else None)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_over_all_axes_against_all_networks(seed, uniform):
+    arch = toy.config(num_layers=3)
+    space = ElasticSpace.build(
+        arch, heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0], hidden_size=[8, 32], depth=[1, 2, 3], layer_ranking=[2, 0, 1]
+    )
+    axes, generator = Axes(arch, space, uniform), np.random.default_rng(seed)
+    every = {axes.network(indices) for indices in itertools.product(*(range(len(sizes)) for sizes in axes.sizes))}
+    costs = parameter_cost(arch, space), memory_cost(arch, space, "bf16", 64, 24)
+    values_NK = generator.exponential(size=axes.exists_NK.shape) * 10.0 ** generator.integers(-3, 3)
+    for share in generator.uniform(costs[0].smallest / costs[0].full, 1, 6):
+        for limits in (
+            [(costs[0], 0.0, share * costs[0].full)],
+            [(costs[0], (share - 0.05) * costs[0].full, share * costs[0].full)],
+            [(costs[0], 0.0, share * costs[0].full), (costs[1], 0.0, 0.7 * costs[1].full)],
+        ):
+            allowed = [net for net in every if all(low <= cost.of(net) <= high for cost, low, high in limits)]
+            found = cheapest(axes, values_NK, limits)
+            if not allowed:
+                assert found is None
+                continue
+            best = min(axes.total(values_NK, net) for net in allowed)
+            assert found in allowed and axes.total(values_NK, found) == pytest.approx(best, rel=1e-9)

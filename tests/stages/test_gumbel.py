@@ -1,0 +1,131 @@
+"""importance with all axes -> gumbel -> select, evaluate, export: as commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
+from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import parameter_cost
+from flextron_mcore.routers.store import read_routers
+from flextron_mcore.space import SubNetwork
+from flextron_mcore.training.loop import _Run
+from tests.routing_toy import write_table
+from tests.stages.conftest import TRAIN, stage
+from tests.stages.test_routing import Interrupted, rows
+
+AXES = ["space.hidden_size=[0.5,0.75,1.0]", "space.depth=[1,2]"]
+RUN = [*TRAIN, "model.micro_batch_size=4", "model.global_batch_size=8", "measured_samples=0"]
+
+
+@pytest.fixture(scope="module")
+def axes(chain, tmp_path_factory) -> Path:
+    """A directory with the outputs of importance, latency (made up) and gumbel, for every layer and uniform."""
+    run = tmp_path_factory.mktemp("axes")
+    keys = [f"checkpoint={chain}/parent", f"data={chain}/data", *AXES, "samples=16", "layer_samples=8", "ablation_batches=1"]
+    stage("importance", *keys, f"out={run}/sorted")
+    write_table(run / "sorted", run / "latency" / "latency.json")
+    stage("gumbel", *gumbel_keys(chain, run), "measured_samples=8", f"out={run}/gumbel")
+    stage("gumbel", *gumbel_keys(chain, run), "router.uniform=true", f"out={run}/uniform")
+    return run
+
+
+def gumbel_keys(chain: Path, run: Path) -> list[str]:
+    given = [f"checkpoint={run}/sorted", f"data={chain}/data", f"latency={run}/latency"]
+    return [*given, *RUN, "trainer.max_steps=8", "router.soft_until=0.5"]
+
+
+def test_importance_ranks_layers_and_channels(chain, axes):
+    metrics = json.loads((axes / "sorted" / "metrics.json").read_text())
+    space = open_checkpoint(axes / "sorted").space
+    assert space.hidden_size == (16, 24, 32) and space.depth == (1, 2)
+    errors = metrics["layers"]["mse"]
+    assert list(space.layer_ranking) == sorted(range(2), key=lambda i: -errors[i])
+    assert all(0 < value for part in metrics["layers"].values() for value in part) and len(errors) == 2
+    assert load_file(axes / "sorted" / "scores.safetensors")["channels"].shape == (32,)
+    assert [row["setup"] for row in metrics["ablation"]].count("50% hidden size") == 2
+    out = axes / "by_influence"
+    keys = [f"checkpoint={chain}/parent", f"data={chain}/data", *AXES, "samples=16", "ablation_batches=0"]
+    stage("importance", *keys, "layer_score=block_influence", f"out={out}")
+    influence = json.loads((out / "metrics.json").read_text())["layers"]["block_influence"]
+    assert list(open_checkpoint(out).space.layer_ranking) == sorted(range(2), key=lambda i: -influence[i])
+
+
+def test_what_gumbel_writes(axes):
+    metrics = json.loads((axes / "gumbel" / "metrics.json").read_text())
+    assert metrics["stage"] == "gumbel" and metrics["steps"] == 8
+    assert all(row["share"] <= row["target"] for row in metrics["budgets"])
+    train = [row for row in rows(axes / "gumbel") if row["event"] == "train"]
+    assert len(train) == 8 and len(train[0]["subnetwork_losses"]) == 3
+    assert [row["temperature"] for row in train] == sorted((row["temperature"] for row in train), reverse=True)
+    assert train[0]["learning_rate"] > 0  # the model learns too
+    assert len({row["losses"]["full"] for row in rows(axes / "gumbel") if row["event"] == "validation"}) > 1
+
+
+@pytest.mark.parametrize("name", ["gumbel", "uniform"])
+def test_any_budget_gets_a_network(chain, axes, tmp_path, name):
+    info = open_checkpoint(axes / name)
+    cost, before = parameter_cost(info.model, info.space), 0.0
+    for i, share in enumerate((0.3, 0.45, 0.6, 0.75, 0.9)):
+        file = tmp_path / f"{i}.json"
+        found = stage("select", f"checkpoint={axes}/{name}", f"budget={share} parameters", "measure.rounds=0", f"out={file}")
+        net = SubNetwork.from_file(file)
+        info.space.check(info.model, net)
+        assert before <= cost.of(net) <= share * cost.full
+        assert net.is_uniform or name == "gumbel"
+        before = cost.of(net)
+        assert found
+    stage("evaluate", f"checkpoint={axes}/{name}", f"data={chain}/data", "budget=0.6", "limit_val_batches=1", f"out={tmp_path}/e")
+    exported = stage("export", f"checkpoint={axes}/{name}", "budget=0.6", f"out={tmp_path}/hf")
+    assert exported["architecture"] == "LlamaForCausalLM" or name == "gumbel"
+
+
+def test_an_interrupted_run_continues_exactly(chain, axes, tmp_path, monkeypatch):
+    step = _Run._step
+    monkeypatch.setattr(_Run, "_step", lambda self, n, log: step(self, n, log) if n < 5 else (_ for _ in ()).throw(Interrupted))
+    with pytest.raises(Interrupted):
+        stage("gumbel", *gumbel_keys(chain, axes), "router.uniform=true", f"out={tmp_path}/parts")
+    monkeypatch.undo()
+    assert open_checkpoint(tmp_path / "parts").step == 3
+    stage("gumbel", *gumbel_keys(chain, axes), "router.uniform=true", f"out={tmp_path}/parts")
+    assert rows(tmp_path / "parts") == rows(axes / "uniform")
+    ends = [load_file(list_checkpoints(out)[-1] / "routers.safetensors") for out in (tmp_path / "parts", axes / "uniform")]
+    assert all(ends[0][key].equal(ends[1][key]) for key in ends[1])
+
+
+def test_training_goes_on_from_its_own_checkpoint(chain, axes, tmp_path):
+    from flextron_mcore.blocks import Blocks
+
+    keys = [key for key in gumbel_keys(chain, axes) if not key.startswith(("checkpoint", "trainer.max_steps"))]
+    stage("gumbel", f"checkpoint={axes}/gumbel", *keys, "trainer.max_steps=1", "router.lr=1e-9", f"out={tmp_path}/more")
+    info = open_checkpoint(tmp_path / "more")
+    blocks = Blocks(info.model, info.space)
+    (_, before), (_, after) = (read_routers(open_checkpoint(run).path, blocks) for run in (axes / "gumbel", tmp_path / "more"))
+    for one, other in zip(before.parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name, keys, message",
+    [
+        ("gumbel", ["router.weighted_per_step=4"], "router.weighted_per_step=4 is not within 1 and targets_per_step=3"),
+        ("gumbel", ["router.temperature=[1,0]"], "must be two numbers above 0"),
+        ("gumbel", ["costs=latency", "latency=null"], "costs: 'latency' is not known here: give latency="),
+        ("router", [], r"space.hidden_size is elastic, \[16, 24, 32\], and `flextron router` chooses heads and neurons only"),
+        ("sensitivity", [], "`flextron sensitivity` chooses heads and neurons only"),
+        ("compare", [], "chooses heads and neurons only"),
+    ],
+)
+def test_bad_input(chain, axes, tmp_path, name, keys, message):
+    given = [f"checkpoint={axes}/sorted", f"data={chain}/data", f"out={tmp_path}/out"]
+    given += [f"latency={axes}/latency"] if name != "sensitivity" else []
+    with pytest.raises(FlextronError, match=message):
+        stage(name, *given, *keys)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FlextronError, match="its router was trained with router.uniform=true and costs="):
+        stage("gumbel", f"checkpoint={axes}/uniform", *gumbel_keys(chain, axes)[1:], f"out={tmp_path}/out")

@@ -49,6 +49,7 @@ STAGES = {
     "joint": "tune routers and model together",
     "gumbel": "train the model and one router for all axes together",
     "sensitivity": "what each block loses when it alone is made smaller",
+    "family": "a model for each of several budgets: chosen, evaluated, exported",
     "select": "the sub-network for a budget: 0.6, 25ms, 3.4B, 8GiB",
     "compare": "selectors side by side, and random sub-networks of equal cost",
     "evaluate": "loss and perplexity a domain",

@@ -1,0 +1,84 @@
+"""A command that runs other commands one after another, each in a directory of its own, and continues where it stopped."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime.ranks import on_main_process, wait_for_all
+from flextron_mcore.stages.common import CONFIG_FILE, METRICS_FILE, make_parent, say, write_config
+
+
+def run_chain(
+    config: DictConfig,
+    chain: Mapping[str, tuple[str, Sequence[str]]],
+    describes: str,
+    prepare: Callable[[str], None] = lambda stage: None,
+) -> dict[str, float]:
+    """Run {name: (stage, keys)} into config.out/NAME, but for what is complete there; the seconds of those that ran.
+
+    Under torchrun the processes share the batches of every command. describes: the key of `config` that must be the same when an
+    interrupted chain is continued. prepare: called on the main process before each command. Every key is checked before the
+    first minute is spent.
+    """
+    from flextron_mcore.cli import compose, run_stage
+
+    out = Path(config.out)
+    for stage, keys in chain.values():
+        compose(stage, [*keys, f"out={quoted(out / 'x')}"])
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        from megatron.core import parallel_state
+
+        from flextron_mcore.runtime import distributed
+
+        distributed.initialize(seed=config.seed)
+    on_main_process(lambda: _make_output(config, describes))
+    seconds: dict[str, float] = {}
+    for name, (stage, keys) in chain.items():
+        folder = out / name
+        if on_main_process(lambda file=folder / METRICS_FILE: file.is_file()):
+            say(f"== {name}: complete")
+            continue
+        say(f"== {name}: flextron {stage} {' '.join(keys)} out={folder}")
+        on_main_process(lambda stage=stage: prepare(stage))
+        begun = time.perf_counter()
+        composed = compose(stage, [*keys, f"out={quoted(folder)}", f"seed={config.seed}", f"debug={config.debug}"])
+        if ranks > 1 and "global_batch_size" in composed.get("model", {}):  # the chain is written for one process
+            model = composed.model
+            model.micro_batch_size = math.gcd(model.micro_batch_size, model.global_batch_size // ranks)
+        # Half-written directories exist only for training, which continues them.
+        run_stage(composed)
+        if ranks > 1:
+            wait_for_all()
+            parallel_state.destroy_model_parallel()  # the next command has a layout of its own
+        seconds[name] = time.perf_counter() - begun
+    return seconds
+
+
+def _make_output(config: DictConfig, describes: str) -> None:
+    """The directory of the whole chain: made, or found with the same chain. Raises FlextronError when it is another's."""
+    out, stage = Path(config.out), config.stage
+    if config.overwrite and (out / CONFIG_FILE).is_file():
+        shutil.rmtree(out)
+    if out.exists() and any(out.iterdir()):
+        if not (out / CONFIG_FILE).is_file():
+            raise FlextronError(f"out={out}: exists and is not a {stage}; choose another")
+        before = OmegaConf.load(out / CONFIG_FILE)
+        if before.get(describes) != config[describes]:
+            raise FlextronError(f"out={out}: holds a {stage} with other settings; choose another, or overwrite=true")
+    make_parent(out)
+    out.mkdir(exist_ok=True)
+    write_config(out, config)
+
+
+def quoted(value: object) -> str:
+    """A value as a Hydra override takes it."""
+    return "'" + str(value).replace("'", r"\'") + "'"

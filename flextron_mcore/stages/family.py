@@ -1,0 +1,121 @@
+"""`flextron family`: a model for every budget from one checkpoint, in one go (LLaMaFlex: train once, deploy many)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.stages import choice
+from flextron_mcore.stages.chain import quoted, run_chain
+from flextron_mcore.stages.common import METRICS_FILE, make_parent, print_table, say, write_metrics
+
+if TYPE_CHECKING:
+    from flextron_mcore.cost import Cost
+    from flextron_mcore.space import SubNetwork
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Choose, evaluate and export a network for each of config.budgets, and report."""
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.export.formats import check_format
+
+    budgets = OmegaConf.to_container(config.budgets)
+    if not isinstance(budgets, list) or not budgets:
+        raise FlextronError(f"budgets={budgets}: must be a list such as [0.4, 0.6, 25ms]")
+    for format_ in config.formats:
+        check_format(format_)
+        if format_ == "hf_elastic":
+            raise FlextronError("formats: hf_elastic holds every sub-network in one directory: use `flextron export`")
+    if config.selector == "random":
+        raise FlextronError("selector=random: evaluates networks; use `flextron select`")
+    info, out = open_checkpoint(config.checkpoint), Path(config.out)
+    names = [_name(budget) for budget in budgets]
+    if len(set(names)) < len(names):
+        raise FlextronError(f"budgets={budgets}: has one twice")
+    chosen = {}
+    for name, budget in zip(names, budgets, strict=True):
+        chosen[name], _ = choice.select(DictConfig({**config, "budget": budget}), info)
+    costs = choice.known_costs(config, info, choice.latency_table(config, info))
+    chain = _chain(config, names, out)
+
+    def write(stage: str) -> None:
+        for name, net in chosen.items():
+            make_parent(out / "networks" / name)
+            (out / "networks" / f"{name}.json").write_text(net.to_json(), encoding="utf-8")
+
+    config = DictConfig({**config, "asked": {name: getattr(config, name) for name in ("checkpoint", "budgets", "selector")}})
+    run_chain(config, chain, "asked", write)
+    rows = on_main_process(lambda: [_row(name, net, costs, out, config) for name, net in chosen.items()])
+    _print(rows, costs)
+    say(f"report: {out / 'report' / 'index.html'}")
+    return write_metrics(out, "family", {"selector": config.selector, "model": info.model.to_dict(), "networks": rows})
+
+
+def _name(budget: Any) -> str:
+    """A directory's name."""
+    text = ",".join(map(str, budget)) if isinstance(budget, list) else str(budget)
+    return re.sub(r"[^A-Za-z0-9.,-]+", "_", text.strip())
+
+
+def _chain(config: DictConfig, names: list[str], out: Path) -> dict[str, tuple[str, list[str]]]:
+    checkpoint = f"checkpoint={quoted(config.checkpoint)}"
+    files = {name: quoted(out / "networks" / f"{name}.json") for name in names}
+    chain: dict[str, tuple[str, list[str]]] = {}
+    if config.data is not None:
+        keys = [checkpoint, f"data={quoted(config.data)}", f"subnetwork=[{','.join(files.values())}]"]
+        keys += [f"limit_val_batches={'null' if config.limit_val_batches is None else config.limit_val_batches}"]
+        chain["evaluate"] = "evaluate", [*keys, f"model.micro_batch_size={config.model.micro_batch_size}"]
+    more = [f"verify={str(config.verify).lower()}", *([f"dtype={config.dtype}"] if config.dtype else [])]
+    for name in names:
+        for format_ in config.formats:
+            chain[f"{name}_{format_}"] = "export", [checkpoint, f"subnetwork={files[name]}", f"format={format_}", *more]
+    chain["report"] = "report", [f"run={quoted(out)}"]
+    return chain
+
+
+def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, config: DictConfig) -> dict[str, Any]:
+    executed = [layer for layer in net.layers if layer.executed]
+    row = {
+        "budget": name,
+        "subnetwork": net.to_dict(),
+        "costs": {kind: {"value": cost.of(net), "share": cost.of(net) / cost.full} for kind, cost in costs.items()},
+        "hidden_size": net.hidden_size,
+        "depth": len(executed),
+        "mean_heads": sum(layer.num_attention_heads for layer in executed) / len(executed),
+        "mean_ffn_hidden_size": sum(layer.ffn_hidden_size for layer in executed) / len(executed),
+        "uniform": net.is_uniform,
+        "exports": {format_: f"{name}_{format_}" for format_ in config.formats},
+        "loss": None,
+    }
+    file = out / "evaluate" / METRICS_FILE
+    if config.data is not None and file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))["networks"]
+        row["loss"] = next(each["mean"]["loss"] for each in found if each["name"] == name)
+    return row
+
+
+def _print(rows: list[dict[str, Any]], costs: dict[str, Cost]) -> None:
+    from flextron_mcore.cost import show
+
+    print_table(
+        "the family: what each budget gets",
+        ["budget", *costs, "hidden size", "layers", "heads (mean)", "neurons (mean)", "loss"],
+        [
+            [
+                row["budget"],
+                *(f"{show(kind, row['costs'][kind]['value'])} ({row['costs'][kind]['share']:.3f})" for kind in costs),
+                row["hidden_size"],
+                row["depth"],
+                f"{row['mean_heads']:g}",
+                f"{row['mean_ffn_hidden_size']:g}",
+                "" if row["loss"] is None else row["loss"],
+            ]
+            for row in rows
+        ],
+    )

@@ -25,7 +25,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.export.formats import check_format
 
-    budgets = OmegaConf.to_container(config.budgets)
+    budgets = OmegaConf.to_container(config).get("budgets")
     if not isinstance(budgets, list) or not budgets:
         raise FlextronError(f"budgets={budgets}: must be a list such as [0.4, 0.6, 25ms]")
     for format_ in config.formats:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from transformers import DynamicCache, PreTrainedModel
 from flextron_mcore.blocks import Blocks
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
-from flextron_mcore.export import hf
 from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.layers.dispatch import KV_POLICIES, GivenLevels
 from flextron_mcore.model import use_subnetwork
@@ -46,9 +44,19 @@ def write(info: CheckpointInfo, out: Path, **options) -> dict:
     return FORMAT.write(Job(info, SubNetwork.full(info.model), out, **options))
 
 
-def make(name: str, root: Path, **changes) -> Case:
-    maker, options, unit = CASES[name]
-    space = {**SPACE, **unit, **changes}
+DEEP_SPACE = {"hidden_size": [0.5, 0.75, 1.0], "depth": [1, 2, 3], "layer_ranking": [1, 2, 0]}
+KV_GROUP, QUERY_HEAD = {"attention_unit": "kv_group"}, {"attention_unit": "query_head"}
+DEEP = {  # all axes vary
+    "deep llama": (hf_toy.llama, {"num_hidden_layers": 3}, {**KV_GROUP, **DEEP_SPACE}),
+    "deep llama, tied": (hf_toy.llama, {"num_hidden_layers": 3, "tie_word_embeddings": True}, {**KV_GROUP, **DEEP_SPACE}),
+    "deep llama, query heads": (hf_toy.llama, {"num_hidden_layers": 3}, {**QUERY_HEAD, **DEEP_SPACE}),
+    "deep gpt2": (hf_toy.gpt2, {"n_layer": 3}, {**KV_GROUP, **DEEP_SPACE}),
+}
+
+
+def make(name: str, root: Path) -> Case:
+    maker, options, unit = {**CASES, **DEEP}[name]
+    space = {**SPACE, **unit}
     if unit["attention_unit"] == "query_head":
         space["heads"] = [0.5, 1.0]
     theirs = maker(**options)
@@ -112,57 +120,6 @@ def test_any_shape(data, tmp_path_factory):
         close(hf_toy.logits(model), hf_toy.logits(hf_toy.masked(theirs, info.model, net)))
         prompt = hf_toy.tokens(2, 3)
         assert torch.equal(greedy(model, prompt, 4), greedy(model, prompt, 4, use_cache=False))
-
-
-@pytest.mark.parametrize("maker", [hf_toy.llama, hf_toy.gpt2])
-def test_hidden_size_and_depth(maker, tmp_path):
-    """As the dense model of that size that format=hf writes."""
-    theirs = maker()
-    hidden = theirs.config.hidden_size
-    space = {"hidden_size": [hidden // 2, hidden], "depth": [1, 2]}
-    info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run", space)
-    write(info, tmp_path / "out")
-    model = hf_toy.load(tmp_path / "out")
-    full = SubNetwork.full(info.model)
-    small = info.space.layer_choice(info.model, info.space.heads[0], info.space.ffn_hidden_size[0])
-    skipped = replace(full.layers[0], executed=False)
-    sizes = [(hidden // 2, (small, full.layers[1])), (hidden, (skipped, small)), (hidden // 2, (small, skipped))]
-    for number, net in enumerate(SubNetwork(*size) for size in sizes):
-        dense = tmp_path / f"dense{number}"
-        dense.mkdir()
-        hf.write(Job(info, net, dense))
-        expected = hf_toy.load(dense)
-        for policy in KV_POLICIES:
-            model.set_subnetwork(net.to_dict(), kv_policy=policy)
-            close(hf_toy.logits(model), hf_toy.logits(expected), f"{number}")
-            prompt = hf_toy.tokens(2, 4)
-            for cached in (True, False):
-                assert torch.equal(greedy(model, prompt, use_cache=cached), greedy(expected, prompt))
-            assert model.costs()["parameters"] == count_parameters(info.model, net)
-        assert "latency" not in model.costs() and model.subnetwork == net.to_dict()
-
-
-@pytest.mark.parametrize("maker", [hf_toy.llama, hf_toy.gpt2])
-def test_a_layer_that_was_skipped_has_keys_for_later(maker, tmp_path):
-    """As in a model whose layer adds nothing until the switch, but has a cache."""
-    theirs = maker()
-    info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run", {"depth": [1, 2]})
-    write(info, tmp_path / "out")
-    model, tokens, full = hf_toy.load(tmp_path / "out"), hf_toy.tokens(2, 12), SubNetwork.full(info.model)
-    silent = copy.deepcopy(theirs)
-    layer = silent.model.layers[0] if maker is hf_toy.llama else silent.transformer.h[0]
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if any(part in name for part in ("o_proj", "down_proj", "c_proj")):
-                parameter.zero_()
-        cache = DynamicCache()
-        pieces = [(silent, tokens[:, :6]), (theirs, tokens[:, 6:])]
-        expected = torch.cat([each(piece, past_key_values=cache, use_cache=True).logits for each, piece in pieces], 1)
-    skipping = replace(full, layers=(replace(full.layers[0], executed=False), full.layers[1]))
-    close(in_steps(model, tokens, [skipping, full], [0, 6], ["full", "full"]), expected)
-    own = in_steps(model, tokens, [skipping, full], [0, 6], ["own", "own"])
-    close(own[:, :6], expected[:, :6])
-    assert own.isfinite().all() and not torch.allclose(own[:, 6:], expected[:, 6:], atol=1e-3)
 
 
 class Operands(TorchFunctionMode):
@@ -341,13 +298,29 @@ def test_what_is_written(cases):
     assert len(nets) >= 4 and nets[0] == job.net and any(not net.is_uniform for net in nets)
     for net in nets:
         close(FORMAT.logits(job, net, hf_toy.tokens()), hf_toy.logits(case.megatron, net))
+    deep = cases("deep gpt2").info
+    checked = FORMAT.networks(Job(deep, SubNetwork.full(deep.model), cases("deep gpt2").folder))
+    assert {net.hidden_size for net in checked} == set(deep.space.hidden_size)
+    assert {sum(layer.executed for layer in net.layers) for net in checked} == set(deep.space.depth)
     files = {file.stem for file in case.folder.glob("*.py")}
     modeling = (case.folder / "modeling_flextron_elastic_llama.py").read_text()
     # transformers 4.57 fetches what this file itself imports, and nothing that those import.
     assert set(re.findall(r"^from \.(\w+)", modeling, re.M)) == files - {"modeling_flextron_elastic_llama"}
     for file in case.folder.glob("*.py"):
         imports = re.findall(r"^ *(?:from|import) ([\w.]+)", file.read_text(), re.M)
-        standard = {"contextlib", "contextvars", "copy", "functools", "json", "math", "pathlib", "re", "shutil", "time"}
+        standard = {
+            "contextlib",
+            "contextvars",
+            "copy",
+            "functools",
+            "inspect",
+            "json",
+            "math",
+            "pathlib",
+            "re",
+            "shutil",
+            "time",
+        }
         assert {name.split(".")[0] for name in imports if not name.startswith(".")} <= {"torch", "transformers"} | standard
     assert "uniform" in (case.folder / "README.md").read_text()
 

@@ -30,7 +30,7 @@ from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo, write_routers
 from flextron_mcore.runtime.ranks import place
 from flextron_mcore.selection import routed
-from flextron_mcore.space import SubNetwork
+from flextron_mcore.space import SubNetwork, count_parameters
 from flextron_mcore.stages import choice
 from tests import hf_toy, toy
 from tests.routing_toy import write_table
@@ -54,14 +54,19 @@ def wide_cells():
 
 
 def routed_checkpoint(
-    root: Path, costs=("latency",), kind="static", kv_policy="full", maker=hf_toy.llama, **space
+    root: Path, costs=("latency",), kind="static", kv_policy="full", maker=hf_toy.llama, uniform=False, **space
 ) -> CheckpointInfo:
     """A checkpoint with routers that prefer this and that, and a latency table if they want one."""
     theirs = maker(**{"num_hidden_layers" if maker is hf_toy.llama else "n_layer": LAYERS})
     info = hf_toy.checkpoint(hf_toy.save(theirs, root / "hf"), root / "run", {**SPACE, **space})
     blocks = Blocks(info.model, info.space)
     torch.manual_seed(len(costs) + LAYERS)
-    routers = StaticRouters(blocks, len(costs), 16)
+    memory = {"dtype": "fp32", "batch_size": 1, "length": hf_toy.LENGTH}
+    described = RouterInfo(
+        tuple(costs), ((0.3, 1.0),) * len(costs), 8 if kind == "adaptive" else 16, memory, kind, kv_policy, CALIBRATION
+    )
+    described = replace(described, uniform=uniform)
+    routers = StaticRouters(described.choices(blocks), len(costs), 16)
     torch.nn.init.normal_(routers.out_NKU, std=2.0)
     torch.nn.init.normal_(routers.bias_NK)
     if kind == "adaptive":
@@ -70,10 +75,6 @@ def routed_checkpoint(
         torch.nn.init.normal_(routers.bias_NK, std=0.3)
     file = write_table(info.path, root / "latency.json") if "latency" in costs else None
     table = LatencyTable.from_file(file, info.model, info.space).to_dict() if file else None
-    memory = {"dtype": "fp32", "batch_size": 1, "length": hf_toy.LENGTH}
-    described = RouterInfo(
-        tuple(costs), ((0.3, 1.0),) * len(costs), 16 if kind == "static" else 8, memory, kind, kv_policy, CALIBRATION
-    )
     write_routers(info.path, described, routers, table)
     return info
 
@@ -140,9 +141,48 @@ def test_answers_are_those_of_select(case, tmp_path):
         assert SubNetwork.from_dict(model.subnetwork) == select("0.7 parameters")
 
 
+ALL_AXES = {
+    "hidden_size": [0.5, 1.0],
+    "depth": [1, 3],
+    "layer_ranking": [1, 2, 0],
+    "heads": [0.5, 1.0],
+    "ffn_hidden_size": [20, 40],
+}
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("maker", [hf_toy.llama, hf_toy.gpt2])
+def test_answers_over_all_axes(maker, uniform, tmp_path):
+    """Of routers that choose the hidden size and the depth too."""
+    info = routed_checkpoint(tmp_path, kind="gumbel", maker=maker, uniform=uniform, attention_unit="kv_group", **ALL_AXES)
+    _, model = export(info, tmp_path / "out")
+    select, known = selected(info)
+    answers = set()
+    for name, cost in known.items():
+        for value in budgets_of(cost, 5):
+            fraction = f"{value / cost.full!r} {name}"
+            model.set_budget(fraction)
+            assert SubNetwork.from_dict(model.subnetwork) == (net := select(fraction)), fraction
+            answers.add(net)
+            for other, theirs in known.items():
+                assert model.costs()[other] == pytest.approx(theirs.of(net))
+    assert len({net.hidden_size for net in answers}) == 2
+    assert {sum(layer.executed for layer in net.layers) for net in answers} == {1, 3}
+    smallest = info.space.uniform(info.model, info.space.heads[0], 20, info.space.hidden_size[0], 1)
+    assert smallest in answers and SubNetwork.full(info.model) in answers
+    megatron = hf_toy.megatron(info)
+    assert answers <= set(family.read_networks(info, model.family.values))
+    for net in sorted(answers, key=known["parameters"].of)[:3]:
+        model.set_budget(f"{known['latency'].of(net)!r}ms")
+        chosen = SubNetwork.from_dict(model.subnetwork)
+        torch.testing.assert_close(hf_toy.logits(model), hf_toy.logits(megatron, chosen), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("axes", ["widths", "all axes"])
 @pytest.mark.parametrize("selector", ["uniform", "matformer"])
-def test_without_routers_a_family_answers(selector, tmp_path):
-    info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run", SPACE)
+def test_without_routers_a_family_answers(selector, axes, tmp_path):
+    space = {**SPACE, "hidden_size": [24, 48], "depth": [1, 2]} if axes == "all axes" else SPACE
+    info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run", space)
     figures, model = export(info, tmp_path / "out", selector="router" if selector == "uniform" else selector)
     assert figures["selector"] == selector == model.family.selector
     assert f"`{selector}`" in (tmp_path / "out" / "README.md").read_text()
@@ -184,6 +224,20 @@ def test_given_networks_answer_too(tmp_path):
         FORMAT.write(
             Job(info, SubNetwork.full(info.model), tmp_path / "bad", options={"networks": [str(tmp_path / "other.json")]})
         )
+
+
+def test_a_given_network_may_be_narrow_and_shallow(tmp_path):
+    """Smaller than all that the selector knows, which has all heads in all layers."""
+    space = {**SPACE, "hidden_size": [24, 48], "depth": [1, 2]}
+    info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run", space)
+    net = info.space.uniform(info.model, 2, 40, 24, 1)
+    (tmp_path / "net.json").write_text(net.to_json())
+    _, model = export(info, tmp_path / "out", selector="matformer", networks=[str(tmp_path / "net.json")])
+    size = count_parameters(info.model, net)
+    model.set_budget(f"{size / 1e3}K")
+    assert SubNetwork.from_dict(model.subnetwork) == net and model.costs()["parameters"] == size
+    with pytest.raises(ValueError, match="no network of selector matformer keeps to parameters"):
+        model.set_budget(f"{(size - 1) / 1e3}K")
 
 
 @torch.no_grad()
@@ -305,7 +359,7 @@ def test_chat_says_what_is_wrong(chatty, tmp_path, monkeypatch, capsys):
 
 
 def test_the_command(chatty, tmp_path):
-    info = routed_checkpoint(tmp_path / "c", attention_unit="kv_group")
+    info = routed_checkpoint(tmp_path / "c", kind="gumbel", attention_unit="kv_group", **ALL_AXES)
     run = info.path.parents[1]
     figures = stage("export", f"checkpoint={run}", "format=hf_elastic", f"out={tmp_path}/out")
     assert figures["max_logit_difference"] < 1e-5 and figures["selector"] == "router"

@@ -82,15 +82,17 @@ def write(job: Job) -> dict[str, Any]:
 
 
 def networks(job: Job) -> list[SubNetwork]:
-    """The full model, the smallest network, one whose layers differ, and some answers of the table."""
+    """The full model, the smallest network, some whose layers differ on all axes, and some answers of the table."""
     model, space = job.info.model, job.info.space
     family = json.loads((job.out / FAMILY_FILE).read_text(encoding="utf-8"))
     sizes = [(space.heads[i % len(space.heads)], space.ffn_hidden_size[-1 - i % len(space.ffn_hidden_size)]) for i in range(99)]
-    mixed = SubNetwork(model.hidden_size, tuple(space.layer_choice(model, *sizes[i % 99]) for i in range(model.num_layers)))
+    choices = [space.layer_choice(model, *sizes[i % 99]) for i in range(model.num_layers)]
+    ends = [(None, None), (space.hidden_size[0], None), (None, space.depth[0]), (space.hidden_size[-2:][0], space.depth[-2:][0])]
+    mixed = [space.network(model, choices, *end) for end in ends]
     answers = read_networks(job.info, family)
     some = answers[:: max(len(answers) // _ANSWERS, 1)][:_ANSWERS]
-    smallest = space.uniform(model, space.heads[0], space.ffn_hidden_size[0])
-    return list(dict.fromkeys([SubNetwork.full(model), smallest, mixed, *some]))
+    smallest = space.uniform(model, space.heads[0], space.ffn_hidden_size[0], space.hidden_size[0], space.depth[0])
+    return list(dict.fromkeys([SubNetwork.full(model), smallest, *mixed, *some]))
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
@@ -132,6 +134,8 @@ without reloading.
 |---|---|
 | query heads of a layer ({space.attention_unit}) | {", ".join(map(str, space.heads))} |
 | neurons of a layer | {", ".join(map(str, space.ffn_hidden_size))} |
+| hidden size | {", ".join(map(str, space.hidden_size))} |
+| layers | {", ".join(map(str, space.depth))} |
 | budgets are of | {", ".join(family["costs"])}; a plain fraction is one of the full model's {family["fraction_of"]} |
 | they are answered by | the selector `{family["selector"]}` |
 

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from flextron_mcore.routers.static import log_probabilities
 from flextron_mcore.routers.store import TABLE_FILE, RouterInfo, kind_of_routers, read_routers
 from flextron_mcore.selection.routed import CELL, WITHIN, Routed
 from flextron_mcore.selection.selectors import MatFormer, Uniform
-from flextron_mcore.space import DTYPE_BYTES, SubNetwork
+from flextron_mcore.space import DTYPE_BYTES, SKIPPED, SubNetwork
 
 FAMILY_FILE = "flextron_family.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SELECTORS = {"uniform": Uniform, "matformer": MatFormer}
 
 
@@ -64,19 +63,8 @@ def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -
     costs = {"latency": table.cost()} if table else {}
     costs["parameters"] = parameter_cost(info.model, info.space)
     costs["memory"] = memory_cost(info.model, info.space, dtype, **memory)
-    routers = read_routers(info.path, blocks) if name == "router" else None
-    fraction_of = "latency" if table else "parameters"
-    if routers:
-        described, weights = routers
-        if missing := [cost for cost in described.costs if cost not in costs]:
-            raise FlextronError(
-                f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table"
-            )
-        fraction_of = fraction_of if table else described.costs[0]
-        trained = {cost: costs[cost] for cost in described.costs}
-        picks: Any = Routed(blocks, trained, log_probabilities(weights), measured=described.losses(blocks))
-    else:
-        picks = _SELECTORS[name](blocks)
+    picks: Any = _routed(info, blocks, costs) if name == "router" else _SELECTORS[name](blocks)
+    ranges = picks.ranges if isinstance(picks, Routed) else {}
     networks = _Networks()
     given = [_given(info, Path(file)) for file in options.get("networks") or ()]
     with _quiet_solver():
@@ -87,13 +75,13 @@ def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -
         "model": info.model.to_dict(),
         "space": info.space.to_dict(),
         "selector": name,
-        "fraction_of": fraction_of,
+        "fraction_of": "latency" if table else next(iter(ranges), "parameters"),
         "cell": CELL,
         "within": WITHIN,
         "costs": {cost.name: _cost(cost) for cost in costs.values()},
         "latency": {"machine": dict(table.machine), "setting": dict(table.setting)} if table else None,
         "memory": {"dtype": dtype, "bytes_a_number": DTYPE_BYTES[dtype], **memory},
-        "ranges": dict(zip(routers[0].costs, map(list, routers[0].ranges), strict=True)) if routers else {},
+        "ranges": {cost: list(pair) for cost, pair in ranges.items()},
         "adaptive": adaptive,
         "answers": answers,
         "networks": [_row(net) for net in networks.numbers],
@@ -115,9 +103,12 @@ def write_family(file: Path, values: Mapping[str, Any]) -> None:
 
 def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNetwork]:
     """The tabulated networks."""
-    choice = partial(info.space.layer_choice, info.model)
-    rows = [map(choice, row["heads"], row["ffn_hidden_size"]) for row in values["networks"]]
-    return [SubNetwork(info.model.hidden_size, tuple(layers)) for layers in rows]
+    networks = []
+    for row in values["networks"]:
+        pairs = zip(row["heads"], row["ffn_hidden_size"], strict=True)
+        layers = [info.space.layer_choice(info.model, *pair) if pair[0] else SKIPPED for pair in pairs]
+        networks.append(SubNetwork(row["hidden_size"], tuple(layers)))
+    return networks
 
 
 @contextlib.contextmanager
@@ -144,11 +135,17 @@ def _latency_table(info: CheckpointInfo, latency: Any) -> LatencyTable | None:
 def _given(info: CheckpointInfo, file: Path) -> SubNetwork:
     net = SubNetwork.from_file(file)
     info.space.check(info.model, net, str(file))
-    if net.hidden_size != info.model.hidden_size or not all(layer.executed for layer in net.layers):
-        raise FlextronError(
-            f"{file}: is of fewer layers or channels, which budgets do not count: give it to set_subnetwork instead"
-        )
     return net
+
+
+def _routed(info: CheckpointInfo, blocks: Blocks, costs: Mapping[str, Cost]) -> Routed:
+    """What the checkpoint's routers choose."""
+    described, weights = read_routers(info.path, blocks)
+    if missing := [cost for cost in described.costs if cost not in costs]:
+        raise FlextronError(f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
+    trained = {cost: costs[cost] for cost in described.costs}
+    ranges = dict(zip(described.costs, described.ranges, strict=True))
+    return Routed(described.choices(blocks), trained, log_probabilities(weights), ranges, described.losses(blocks))
 
 
 def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork]) -> dict[str, list]:
@@ -159,7 +156,7 @@ def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork
     more = [[cost.of(net), networks.number(net)] for net in given]
     if isinstance(picks, Routed):
         cells = [found and [*found[:2], networks.number(found[2])] for found in picks.cells(cost)]
-        return {"cells": cells, "least": [networks.number(picks.least(cost))], "given": more}
+        return {"cells": cells, "least": [networks.number(picks.blocks.least(cost))], "given": more}
     steps: list[list] = []
     for limit in sorted({cost.of(net) for net in picks.networks()}):
         net = picks.select([Budget(cost, limit)])
@@ -185,17 +182,19 @@ def _adaptive(
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
-    return {
-        "full": cost.full,
-        "smallest": cost.smallest,
-        "constant": cost.constant,
-        "heads": list(cost.heads),
-        "ffn_hidden_size": list(cost.ffn_hidden_size),
-    }
+    narrow = {str(size): _sums(part) for size, part in cost.narrow}
+    return {"full": cost.full, "smallest": cost.smallest, **_sums(cost), "narrow": narrow}
+
+
+def _sums(cost: Cost) -> dict[str, Any]:
+    return {"constant": cost.constant, "heads": list(cost.heads), "ffn_hidden_size": list(cost.ffn_hidden_size)}
 
 
 def _row(net: SubNetwork) -> dict[str, Any]:
+    """A network; a layer that it skips has no heads and no neurons."""
+    layers = [layer if layer.executed else SKIPPED for layer in net.layers]
     return {
-        "heads": [layer.num_attention_heads for layer in net.layers],
-        "ffn_hidden_size": [layer.ffn_hidden_size for layer in net.layers],
+        "hidden_size": net.hidden_size,
+        "heads": [layer.num_attention_heads for layer in layers],
+        "ffn_hidden_size": [layer.ffn_hidden_size for layer in layers],
     }

@@ -25,8 +25,8 @@ class ElasticForCausalLM:
     """What a family's class of transformers gains. Bad input raises ValueError with one line.
 
     kv_policy of a choice: with "full", every network writes keys and values of all KV groups (also of layers that it skips), and
-    one that is switched to later finds them all. With "own", a network writes those that it uses only: less work and a smaller
-    cache; positions that lack a group which is used later are not seen by it.
+    one that is switched to later finds them all. With "own", a network writes those that it uses only, and layers that it skips
+    are not executed: less work and a smaller cache; positions that lack a group which is used later are not seen by it.
     """
 
     family = None  # what flextron_family.json holds
@@ -130,7 +130,7 @@ class ElasticForCausalLM:
         """What is computed costs: "parameters", "bytes" of these, "memory" with a KV cache as budgets count it, "latency" in ms.
 
         "share": of each the share of the full model's. Where tokens choose for themselves, their average since the budget was
-        set (the full model's before any). A cost that the directory does not know is left out.
+        set (the full model's before any).
         """
         family, dtype = self._known(), self.dtype
         if self.adaptive:
@@ -143,15 +143,15 @@ class ElasticForCausalLM:
         else:
             network = self._choice.network if self._choice else family.full()
             found = {name: family.cost(name, network) for name in family.costs}
-        share = {name: value / family.costs[name]["full"] for name, value in found.items() if value is not None}
-        found = {name: value for name, value in found.items() if value is not None}
+        share = {name: value / family.costs[name]["full"] for name, value in found.items()}
         return {**found, "bytes": found["parameters"] * _BYTES.get(dtype, dtype.itemsize), "share": share}
 
     def _own(self, kv_policy, default="full"):
         policy = kv_policy or default
         if policy not in KV_POLICIES:
             raise ValueError(f"kv_policy={policy!r} is not known: use one of {', '.join(KV_POLICIES)}")
-        return policy == "own" and self.family.space["attention_unit"] == "kv_group"
+        space = self.family.space
+        return policy == "own" and (space["attention_unit"] == "kv_group" or len(space["depth"]) > 1)
 
     def _static(self, read, index, kv_policy):
         """A tabulated network, or the full one, made when it is first wanted."""

@@ -8,7 +8,7 @@ import math
 import re
 
 FAMILY_FILE = "flextron_family.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # unit as a user writes it: cost, and how many of the cost's own unit it is
 UNITS = {"us": ("latency", 1e-3), "ms": ("latency", 1.0), "s": ("latency", 1e3)}
 UNITS.update({name: ("parameters", size) for name, size in (("K", 1e3), ("M", 1e6), ("B", 1e9))})
@@ -44,20 +44,19 @@ class Family:
             groups, queries = self.model["num_query_groups"], heads // self.model["num_query_groups"]
         return dict(zip(LAYER_KEYS, (True, groups, queries, neurons), strict=True))
 
-    def uniform(self, heads, neurons):
-        """The network whose layers are all alike."""
-        layers = [self.layer(heads, neurons) for _ in range(self.model["num_layers"])]
-        return {"hidden_size": self.model["hidden_size"], "layers": layers}
-
     def full(self):
         """The whole model."""
-        return self.uniform(self.model["num_attention_heads"], self.model["ffn_hidden_size"])
+        sizes = self.model["num_attention_heads"], self.model["ffn_hidden_size"]
+        layers = [self.layer(*sizes) for _ in range(self.model["num_layers"])]
+        return {"hidden_size": self.model["hidden_size"], "layers": layers}
 
     def network(self, index):
-        """One of the tabulated networks."""
+        """One of the tabulated networks; a layer without heads is skipped."""
         row = self.values["networks"][index]
-        layers = [self.layer(heads, neurons) for heads, neurons in zip(row["heads"], row["ffn_hidden_size"], strict=True)]
-        return {"hidden_size": self.model["hidden_size"], "layers": layers}
+        skipped = dict(zip(LAYER_KEYS, (False, 0, 0, 0), strict=True))
+        pairs = zip(row["heads"], row["ffn_hidden_size"], strict=True)
+        layers = [self.layer(heads, neurons) if heads else dict(skipped) for heads, neurons in pairs]
+        return {"hidden_size": row["hidden_size"], "layers": layers}
 
     def check(self, network, where="sub-network"):
         """Raise ValueError unless `network` is a member of the space."""
@@ -77,7 +76,9 @@ class Family:
         if executed not in space["depth"]:
             raise ValueError(f"{where}: {executed} executed layers are not a candidate {space['depth']} of this space")
         allowed = [tuple(self.layer(heads, 0).values())[1:3] for heads in space["heads"]]
-        for i, (_, groups, queries, neurons) in enumerate(layers):
+        for i, (runs, groups, queries, neurons) in enumerate(layers):
+            if not runs:
+                continue  # it has no widths
             if neurons not in space["ffn_hidden_size"]:
                 raise ValueError(
                     f"{where}: layers[{i}].ffn_hidden_size {neurons} is not a candidate {space['ffn_hidden_size']} of this space"
@@ -91,7 +92,7 @@ class Family:
     # Costs.
 
     def cost(self, name, network):
-        """What a network costs, in the cost's own unit; None where that is not known (a latency at another hidden size)."""
+        """What a network costs, in the cost's own unit."""
         layers = [layer for layer in network["layers"] if layer["executed"]]
         if name == "parameters":
             return self.parameters(network)
@@ -100,12 +101,13 @@ class Family:
             numbers = sum(layer["kv_groups"] for layer in layers) * 2 * self.model["kv_channels"]
             numbers *= memory["batch_size"] * memory["length"]
             return (self.parameters(network) + numbers) * memory["bytes_a_number"]
+        cost = self.costs[name]
         if network["hidden_size"] != self.model["hidden_size"]:
-            return None
-        return self.costs[name]["constant"] + sum(self._layer_cost(name, layer) for layer in layers)
+            cost = cost["narrow"][str(network["hidden_size"])]
+        return cost["constant"] + sum(self._layer_cost(cost, layer) for layer in layers)
 
-    def _layer_cost(self, name, layer):
-        cost, space = self.costs[name], self.space
+    def _layer_cost(self, cost, layer):
+        space = self.space
         heads = space["heads"].index(layer["kv_groups"] * layer["query_heads_per_group"])
         return cost["heads"][heads] + cost["ffn_hidden_size"][space["ffn_hidden_size"].index(layer["ffn_hidden_size"])]
 

@@ -37,6 +37,10 @@ class Static:
         names = ("kv_groups", "query_heads_per_group", "ffn_hidden_size")
         self.layers = [tuple(row[name] * bool(row["executed"]) for name in names) for row in network["layers"]]
 
+    def executes(self, layer):
+        """Whether a layer is computed at all."""
+        return bool(self.network["layers"][layer]["executed"])
+
     def heads(self, layer, x_BSC):
         """[(rows of the N tokens, KV groups, query heads of each)]; rows None: all."""
         return [(None, *self.layers[layer][:2])]
@@ -71,6 +75,9 @@ class Routed:
         self.counts_NK = torch.zeros(len(out_NKU), width, dtype=torch.float64)  # how many tokens chose what
         self.counted_BS = None  # which tokens are counted, None for all
         self._placed = {}
+
+    def executes(self, layer):
+        return True
 
     def heads(self, layer, x_BSC):
         return [(rows, *self.sizes[0][level]) for level, rows in self._by_level(2 * layer, x_BSC)]
@@ -108,13 +115,11 @@ class ElasticAttention:
     def attend(self, x_BSC, rotate, mask, cache, cache_kwargs, dropout, **kwargs):
         """[B, S, C] -> ([B, S, C], attention weights or None). rotate: (query, key) [B, heads, S, H] -> the same with positions.
 
-        Unless a choice has keys of its `own`, keys and values of all groups are written, also where a layer is skipped.
+        Unless a choice has keys of its `own`, keys and values of all groups are written. In a skipped layer that is all.
         """
         choice, (G, Q, H) = _ACTIVE.get(), self.extent
         parts = choice.heads(self.layer_idx, x_BSC) if choice else [(None, G, Q)]
         g, q = (max(part[i] for part in parts) for i in (1, 2))
-        if not g and cache is None:
-            return torch.zeros_like(x_BSC), None
         batch, length, x_NC = *x_BSC.shape[:2], x_BSC.flatten(0, 1)
         written = [part[:2] for part in parts] if choice and choice.own else [(None, G)]
         shape = (max(count for _, count in written), H)
@@ -122,7 +127,7 @@ class ElasticAttention:
         query = gathered(parts, x_NC, (g, q, H), self.queries).flatten(1, 2)
         query, key, value = (x.view(batch, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
         query, key = rotate(query, key)
-        if (choice and choice.own) or holds_own(cache, self.layer_idx):
+        if (choice and choice.own) or holds_own(cache, self.layer_idx) or unseen(cache, self.layer_idx, length):
             counts_BS = groups_written(written, len(x_NC), x_BSC.device).view(batch, length)
             if cache is not None:
                 key, value, counts_BS = update_own(cache, self.layer_idx, key, value, counts_BS, cache_kwargs)
@@ -130,7 +135,7 @@ class ElasticAttention:
         elif cache is not None:
             key, value = cache.update(key, value, self.layer_idx, cache_kwargs)
         if not g:
-            return torch.zeros_like(x_BSC), None
+            return x_BSC, None  # what a skipped layer returns is looked at by nobody
         name, module = self.config._attn_implementation, self
         if q != Q:  # attention functions ask the module how many query heads share a key
             module = copy.copy(self)
@@ -145,6 +150,25 @@ class ElasticAttention:
         for rows, some_g, some_q in parts:
             out_NC[rows] = self.projected(heads[rows, :some_g, :some_q], x_NC.shape[1])
         return out_NC.view_as(x_BSC), weights
+
+
+class ElasticLayer:
+    """A decoder layer that may be skipped: what both families share.
+
+    A family's class has `signature`, that of the stock layer's forward, entry(): (the norm before its attention, its attention),
+    and unchanged(x_BSC): what the stock layer would return for that.
+    """
+
+    def forward(self, *args, **kwargs):
+        choice, (norm, attention) = _ACTIVE.get(), self.entry()
+        if choice is None or choice.executes(attention.layer_idx):
+            return super().forward(*args, **kwargs)
+        given = self.signature.bind(self, *args, **kwargs).arguments
+        x_BSC, cache = given["hidden_states"], given.get("past_key_values")
+        if cache is not None and (not choice.own or has_counts(cache, attention.layer_idx)):
+            named = {name: value for name, value in given.items() if name not in ("self", "hidden_states", "kwargs")}
+            attention(norm(x_BSC), **named, **given.get("kwargs", {}))
+        return self.unchanged(x_BSC)
 
 
 def gathered(parts, x_NC, shape, compute):
@@ -163,7 +187,7 @@ def neurons_of_each(layer, x_BSC, full, compute):
     choice = _ACTIVE.get()
     parts = choice.neurons(layer, x_BSC) if choice else [(None, full)]
     if parts[0][0] is None:
-        return compute(x_BSC, parts[0][1]) if parts[0][1] else torch.zeros_like(x_BSC)
+        return compute(x_BSC, parts[0][1])
     x_NC = x_BSC.flatten(0, 1)
     out_NC = torch.empty_like(x_NC)
     for rows, neurons in parts:
@@ -172,7 +196,9 @@ def neurons_of_each(layer, x_BSC, full, compute):
 
 
 # Keys and values of some groups only (kv_policy "own"). A layer of the cache then holds one more "group" of keys, the first,
-# whose first channel says how many groups a position has; so it is cropped, reordered and moved with the rest.
+# whose first channel says how many groups a position has; so it is cropped, reordered and moved with the rest. A layer that was
+# skipped from the start has nothing there: when it is executed first, the positions so far get a count of 0. Only the first layer
+# counts always: transformers asks it how many positions there are.
 
 
 def groups_written(written, count, device):
@@ -191,6 +217,18 @@ def holds_own(cache, index):
     return bool(layer.is_initialized and layer.keys.dim() == 4 and layer.keys.shape[1] == layer.values.shape[1] + 1)
 
 
+def has_counts(cache, index):
+    """Whether a layer that a network skips has to count its positions."""
+    return index == 0 or (index < len(cache.layers) and cache.layers[index].is_initialized)
+
+
+def unseen(cache, index, length):
+    """How many positions before the `length` at hand a layer of the cache lacks, as it was skipped from the start."""
+    if cache is None or index == 0 or type(cache.layers[0]) is not DynamicLayer or has_counts(cache, index):
+        return 0
+    return cache.layers[0].get_seq_length() - length  # the first layer has those at hand already
+
+
 def update_own(cache, index, key_BgSH, value_BgSH, counts_BS, cache_kwargs):
     """Add keys and values to the cache: all keys and values [B, G, T, H], zeros where there are none, and the counts [B, T]."""
     layer = cache.layers[index] if index < len(cache.layers) else None
@@ -205,7 +243,10 @@ def update_own(cache, index, key_BgSH, value_BgSH, counts_BS, cache_kwargs):
         layer.keys, layer.values = _with_groups(layer.keys, more), _with_groups(layer.values, more)
     missing = max(held - value_BgSH.shape[1], 0)
     key_BgSH = _with_groups(_counted(key_BgSH, counts_BS), missing)
-    keys, values = cache.update(key_BgSH, _with_groups(value_BgSH, missing), index, cache_kwargs)
+    value_BgSH = _with_groups(value_BgSH, missing)
+    if before := unseen(cache, index, len(counts_BS[0])):
+        key_BgSH, value_BgSH = (F.pad(x, (0, 0, before, 0)) for x in (key_BgSH, value_BgSH))
+    keys, values = cache.update(key_BgSH, value_BgSH, index, cache_kwargs)
     return keys[:, 1:], values, keys[:, 0, :, 0]
 
 

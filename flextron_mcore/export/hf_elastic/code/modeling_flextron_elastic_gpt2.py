@@ -1,10 +1,12 @@
-"""GPT-2 whose layers compute a part of their heads and neurons. Positions, masks and generation are transformers' own.
+"""GPT-2 whose layers compute a part of their heads and neurons, on a part of the channels, or are skipped.
 
+Positions, masks and generation are transformers' own.
 Its Conv1D stores weights [in, out]; c_attn's outputs are all queries, all keys, all values. Every head is a group of its own.
 """
 
 import copy
 import functools
+import inspect
 
 import torch
 from torch import nn
@@ -22,7 +24,14 @@ from transformers.pytorch_utils import Conv1D
 from .configuration_flextron_elastic import FlextronElasticGPT2Config
 from .flextron_elastic import ElasticForCausalLM
 from .flextron_family import Family  # noqa: F401  (transformers 4 fetches only what this file itself imports)
-from .flextron_parts import ElasticAttention, ElasticEmbedding, ElasticLayerNorm, ElasticLinear, neurons_of_each
+from .flextron_parts import (
+    ElasticAttention,
+    ElasticEmbedding,
+    ElasticLayer,
+    ElasticLayerNorm,
+    ElasticLinear,
+    neurons_of_each,
+)
 
 
 def conv(x, layer, first, count):
@@ -90,7 +99,9 @@ class ElasticGPT2MLP(GPT2MLP):
         return conv(self.act(conv(x, self.c_fc, 0, neurons)), self.c_proj, 0, x.shape[-1])
 
 
-class ElasticGPT2Block(GPT2Block):
+class ElasticGPT2Block(ElasticLayer, GPT2Block):
+    signature = inspect.signature(GPT2Block.forward)
+
     def __init__(self, config, layer_idx):
         one_head = copy.copy(config)
         one_head.num_attention_heads = 1  # as above: the attention is replaced
@@ -99,6 +110,13 @@ class ElasticGPT2Block(GPT2Block):
         self.attn = ElasticGPT2Attention(config, layer_idx)
         self.ln_2 = ElasticLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = ElasticGPT2MLP(config.n_inner or 4 * config.hidden_size, config, layer_idx)
+
+    def entry(self):
+        return self.ln_1, self.attn
+
+    def unchanged(self, x_BSC):
+        # transformers 4 returns attention weights too
+        return x_BSC if self.signature.return_annotation is torch.Tensor else (x_BSC, None)
 
 
 class FlextronElasticGPT2Model(GPT2Model):

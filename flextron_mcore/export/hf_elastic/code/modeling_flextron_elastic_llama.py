@@ -1,6 +1,10 @@
-"""Llama whose layers compute a part of their heads and neurons. Positions, masks and generation are transformers' own."""
+"""Llama whose layers compute a part of their heads and neurons, on a part of the channels, or are skipped.
+
+Positions, masks and generation are transformers' own.
+"""
 
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +25,7 @@ from transformers.models.llama.modeling_llama import (
 from .configuration_flextron_elastic import FlextronElasticLlamaConfig
 from .flextron_elastic import ElasticForCausalLM
 from .flextron_family import Family  # noqa: F401  (transformers 4 fetches only what this file itself imports)
-from .flextron_parts import ElasticAttention, ElasticEmbedding, ElasticLinear, neurons_of_each
+from .flextron_parts import ElasticAttention, ElasticEmbedding, ElasticLayer, ElasticLinear, neurons_of_each
 
 
 def rows(x, linear, count):
@@ -109,13 +113,21 @@ class ElasticLlamaRMSNorm(LlamaRMSNorm):
         return self.weight[: x.shape[-1]] * x.to(dtype)
 
 
-class ElasticLlamaDecoderLayer(LlamaDecoderLayer):
+class ElasticLlamaDecoderLayer(ElasticLayer, LlamaDecoderLayer):
+    signature = inspect.signature(LlamaDecoderLayer.forward)
+
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
         self.self_attn = ElasticLlamaAttention(config, layer_idx)
         self.mlp = ElasticLlamaMLP(config, layer_idx)
         self.input_layernorm = ElasticLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = ElasticLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def entry(self):
+        return self.input_layernorm, self.self_attn
+
+    def unchanged(self, x_BSC):
+        return x_BSC
 
 
 class FlextronElasticLlamaModel(LlamaModel):

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import Network, mask_padding, set_subnetwork, unwrap
 from flextron_mcore.pipeline.losses import distillation, masked_sum
 from flextron_mcore.runtime.distributed import device
@@ -66,7 +67,7 @@ def run_networks(
     def forward_step(iterator: Iterator[tuple[Batch, int, int]], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
         batch, index, number = next(iterator)
         network = networks[index]
-        if network is not None and not isinstance(network, SubNetwork):
+        if not isinstance(network, SubNetwork | WeightedNetwork | None):
             network.begin(number, batch["loss_mask"])
         set_subnetwork(chunk, network, gates[index] if gates else None)
         gpt = unwrap(chunk)

@@ -144,10 +144,12 @@ class Runs:
         llama = toy.config(**size, share_embeddings_and_output_weights=True)
         gpt2 = toy.config(**size, **toy.GPT2, num_query_groups=4)
         for name, arch, space in (
-            ("llama", llama, dict(heads=[0.5, 1.0], ffn_hidden_size=[0.25, 0.5, 1.0])),
-            ("gpt2", gpt2, dict(attention_unit="query_head", heads=[0.5, 1.0])),
+            ("llama", llama, dict(ffn_hidden_size=[0.25, 0.5, 1.0], layer_ranking=[0, 3, 1, 2])),
+            ("gpt2", gpt2, dict(attention_unit="query_head", layer_ranking=[3, 0, 2, 1])),
         ):
-            built = ElasticSpace.build(arch, granularity=4, **space)
+            # Of a network of depth 1, one of two pipeline stages has nothing to execute.
+            axes = dict(heads=[0.5, 1.0], hidden_size=[0.25, 0.5, 1.0], depth=[1, 3, 4])
+            built = ElasticSpace.build(arch, granularity=4, **axes, **space)
             toy.write(toy.model(arch, built), CheckpointInfo(arch, built), root / "start" / name)
 
     def path(self, name: str) -> Path:

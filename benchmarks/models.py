@@ -22,7 +22,8 @@ from flextron_mcore.specs import norm_class
 BATCH, LENGTH = 2, 512
 _SIZE = dict(num_layers=2, hidden_size=512, num_attention_heads=16, vocab_size=1024, max_position_embeddings=LENGTH)
 LLAMA = ModelConfig(**_SIZE, ffn_hidden_size=1408)
-LLAMA_TIED = replace(LLAMA, share_embeddings_and_output_weights=True)
+LLAMA_WORDY = replace(LLAMA, vocab_size=16384)
+LLAMA_TIED = replace(LLAMA_WORDY, share_embeddings_and_output_weights=True)
 LLAMA_DEEP = replace(LLAMA, num_layers=4)
 LLAMA_GQA = ModelConfig(**_SIZE, ffn_hidden_size=1408, num_query_groups=4)
 GPT2 = ModelConfig(

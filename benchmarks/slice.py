@@ -15,6 +15,7 @@ from benchmarks.models import (
     LLAMA_DEEP,
     LLAMA_GQA,
     LLAMA_TIED,
+    LLAMA_WORDY,
     dense,
     elastic,
     forward_backward,
@@ -33,7 +34,8 @@ ALL = "heads + ffn + hidden + depth"
 # name: model, elastic unit of attention, what shrinks
 CASES = {
     "llama": (LLAMA, "kv_group", ("heads + ffn", "ffn", "hidden", "heads + ffn + hidden")),
-    "llama, tied": (LLAMA_TIED, "kv_group", ("hidden",)),
+    "llama, vocabulary 16384": (LLAMA_WORDY, "kv_group", ("hidden",)),
+    "llama, tied, vocabulary 16384": (LLAMA_TIED, "kv_group", ("hidden",)),
     "llama, 4 layers": (LLAMA_DEEP, "kv_group", ("depth", ALL)),
     "llama, 4 KV groups": (LLAMA_GQA, "kv_group", ("heads + ffn",)),
     "llama, 4 KV groups, heads of each": (LLAMA_GQA, "query_head", ("heads + ffn",)),

@@ -22,6 +22,9 @@ from flextron_mcore.specs import norm_class
 BATCH, LENGTH = 2, 512
 _SIZE = dict(num_layers=2, hidden_size=512, num_attention_heads=16, vocab_size=1024, max_position_embeddings=LENGTH)
 LLAMA = ModelConfig(**_SIZE, ffn_hidden_size=1408)
+LLAMA_WORDY = replace(LLAMA, vocab_size=16384)
+LLAMA_TIED = replace(LLAMA_WORDY, share_embeddings_and_output_weights=True)
+LLAMA_DEEP = replace(LLAMA, num_layers=4)
 LLAMA_GQA = ModelConfig(**_SIZE, ffn_hidden_size=1408, num_query_groups=4)
 GPT2 = ModelConfig(
     **_SIZE, activation="gelu_tanh", normalization="layernorm", position_embedding_type="learned_absolute", bias=True
@@ -38,30 +41,34 @@ def elastic(model: ModelConfig, space: ElasticSpace) -> torch.nn.Module:
 
 
 def dense(model: ModelConfig, net: SubNetwork, fully_stock: bool = False) -> torch.nn.Module:
-    """A GPTModel of Megatron-Core's own layers, each built with its widths in `net`, in Megatron-Core's DDP.
+    """A GPTModel of Megatron-Core's own layers, those that `net` executes, each built with its widths, in Megatron-Core's DDP.
 
     The layers are those of the local spec with the core attention and the norms of the elastic layers, so that only slicing
     differs; fully_stock leaves these Megatron-Core's own, too.
     """
-    configs = [transformer_config(_cut(model, choice)) for choice in net.layers]
+    choices = [choice for choice in net.layers if choice.executed]
+    shapes = [_cut(model, choice, net.hidden_size, len(choices)) for choice in choices]
+    configs = [transformer_config(shape) for shape in shapes]
     layer = get_gpt_layer_local_spec(normalization=configs[0].normalization)
     spec = layer
     if not fully_stock:
         norm, parts = norm_class(configs[0].normalization), layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = norm
         parts.self_attention.submodules.core_attention = SDPACoreAttention
-        spec = TransformerBlockSubmodules(layer_specs=[layer] * model.num_layers, layer_norm=norm)
-    gpt = gpt_model(_cut(model, net.layers[0]), configs[0], spec)
+        spec = TransformerBlockSubmodules(layer_specs=[layer] * len(choices), layer_norm=norm)
+    gpt = gpt_model(shapes[0], configs[0], spec)
     for i, config in enumerate(configs):
-        if net.layers[i] != net.layers[0]:
+        if choices[i] != choices[0]:
             gpt.decoder.layers[i] = build_module(layer, config=config, layer_number=i + 1)
     return _wrapped(gpt.to(device()))
 
 
-def _cut(model: ModelConfig, choice: LayerChoice) -> ModelConfig:
-    """`model` with the widths of `choice` in every layer; the size of a head stays."""
+def _cut(model: ModelConfig, choice: LayerChoice, hidden_size: int, num_layers: int) -> ModelConfig:
+    """`model` with so many layers of the widths of `choice`; the size of a head stays."""
     return replace(
         model,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
         num_attention_heads=choice.num_attention_heads,
         num_query_groups=choice.kv_groups,
         ffn_hidden_size=choice.ffn_hidden_size,
@@ -90,5 +97,15 @@ def forward_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor], wit
 
     def run() -> None:
         model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"]).sum().backward()
+
+    return run
+
+
+def prefill(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """A function that runs the model forward for its logits, without gradients."""
+
+    @torch.no_grad()
+    def run() -> None:
+        model(batch["tokens"], batch["position_ids"], None)
 
     return run

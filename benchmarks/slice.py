@@ -1,4 +1,4 @@
-"""A sub-network over a dense model of its shape: forward and backward of one micro-batch."""
+"""A sub-network over a dense model of its shape: forward and backward of one micro-batch, and forward alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import Ratio, interleaved, print_settings, ratio
-from benchmarks.models import DESCRIPTION, GPT2, LLAMA, LLAMA_GQA, dense, elastic, forward_backward, micro_batch
+from benchmarks.models import (
+    DESCRIPTION,
+    GPT2,
+    LLAMA,
+    LLAMA_DEEP,
+    LLAMA_GQA,
+    LLAMA_TIED,
+    LLAMA_WORDY,
+    dense,
+    elastic,
+    forward_backward,
+    micro_batch,
+    prefill,
+)
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import set_subnetwork
 from flextron_mcore.runtime import distributed
@@ -17,12 +30,16 @@ from flextron_mcore.stages.common import print_table
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 ROUNDS = 7
+ALL = "heads + ffn + hidden + depth"
 # name: model, elastic unit of attention, what shrinks
 CASES = {
-    "llama": (LLAMA, "kv_group", ("heads + ffn", "ffn")),
+    "llama": (LLAMA, "kv_group", ("heads + ffn", "ffn", "hidden", "heads + ffn + hidden")),
+    "llama, vocabulary 16384": (LLAMA_WORDY, "kv_group", ("hidden",)),
+    "llama, tied, vocabulary 16384": (LLAMA_TIED, "kv_group", ("hidden",)),
+    "llama, 4 layers": (LLAMA_DEEP, "kv_group", ("depth", ALL)),
     "llama, 4 KV groups": (LLAMA_GQA, "kv_group", ("heads + ffn",)),
     "llama, 4 KV groups, heads of each": (LLAMA_GQA, "query_head", ("heads + ffn",)),
-    "gpt2": (GPT2, "kv_group", ("heads + ffn", "ffn")),
+    "gpt2": (GPT2, "kv_group", ("heads + ffn", "ffn", "hidden", "heads + ffn + hidden")),
 }
 
 
@@ -30,48 +47,61 @@ def run() -> None:
     """Print the ratios."""
     distributed.initialize()
     print_settings(
-        "slice: forward + backward of a uniform sub-network / of a dense Megatron-Core model of its shape",
+        "slice: a uniform sub-network / a dense Megatron-Core model of its shape",
+        "forward + backward of a micro-batch; prefill: forward for its logits, without gradients",
         DESCRIPTION,
         f"median (quartiles) of {ROUNDS} paired rounds; 'fastest': ratio of the fastest times",
         "dense: stock model with the elastic layers' attention kernel and norms; stock: Megatron-Core's local spec unchanged",
     )
-    rows, medians = [], []
+    rows, medians, forwards = [], [], []
     with tqdm(desc="slice", unit="row") as bar:
         for name, (model, unit, axes) in CASES.items():
             space = ElasticSpace.build(model, attention_unit=unit, heads=FRACTIONS, ffn_hidden_size=FRACTIONS)
             ours = elastic(model, space)
             for axis in axes:
                 for fraction in FRACTIONS if axis == axes[0] else FRACTIONS[:-1]:
-                    heads = space.heads[-1] if axis == "ffn" else round(fraction * space.heads[-1])
-                    net = space.uniform(model, heads, round(fraction * model.ffn_hidden_size))
-                    milliseconds, to_dense, to_stock = _compare(ours, model, net)
-                    figures = [str(to_dense), f"{to_dense.minima:.3f}", str(to_stock)]
+                    milliseconds, to_dense, to_stock, forward = _compare(ours, model, _network(model, space, axis, fraction))
+                    figures = [str(to_dense), f"{to_dense.minima:.3f}", str(to_stock), str(forward)]
                     rows.append([name, axis, f"{fraction:.0%}", *milliseconds, *figures])
                     if fraction < 1:
                         medians.append(to_dense.median)
+                        forwards.append(forward.median)
                     bar.update()
     print_table(
         "slice",
-        ["model", "shrunk", "width", "elastic ms", "dense ms", "stock ms", "elastic / dense", "fastest", "elastic / stock"],
+        ["model", "shrunk", "width", "elastic ms", "dense ms", "stock ms", "elastic / dense", "fastest", "elastic / stock"]
+        + ["prefill elastic / dense"],
         rows,
     )
-    print(
-        f"elastic / dense below 100 %: {statistics.median(medians):.3f} (median row), {max(medians):.3f} (highest row)",
-        flush=True,
-    )
+    for what, found in (("forward + backward", medians), ("prefill", forwards)):
+        print(
+            f"{what}, elastic / dense below 100 %: {statistics.median(found):.3f} (median row), {max(found):.3f} (highest row)",
+            flush=True,
+        )
 
 
-def _compare(ours: torch.nn.Module, model: ModelConfig, net: SubNetwork) -> tuple[list[str], Ratio, Ratio]:
-    """Fastest milliseconds of elastic, dense and stock; elastic / dense; elastic / stock."""
+def _network(model: ModelConfig, space: ElasticSpace, axes: str, fraction: float) -> SubNetwork:
+    """The sub-network with this fraction of the `axes`, and all of the others."""
+    full = {"heads": model.num_attention_heads, "ffn": model.ffn_hidden_size, "hidden": model.hidden_size}
+    full["depth"] = model.num_layers
+    sizes = [round(size * (fraction if axis in axes.split(" + ") else 1)) for axis, size in full.items()]
+    return space.uniform(model, *sizes)
+
+
+def _compare(ours: torch.nn.Module, model: ModelConfig, net: SubNetwork) -> tuple[list[str], Ratio, Ratio, Ratio]:
+    """Fastest milliseconds of elastic, dense and stock; elastic / dense; elastic / stock; elastic / dense forward alone."""
     set_subnetwork(ours, net)
     batch = micro_batch(model.vocab_size)
+    theirs = dense(model, net)
     seconds = interleaved(
         {
             "elastic": forward_backward(ours, batch),
-            "dense": forward_backward(dense(model, net), batch),
+            "dense": forward_backward(theirs, batch),
             "stock": forward_backward(dense(model, net, fully_stock=True), batch, with_mask=True),
         },
         ROUNDS,
     )
+    forward = interleaved({"elastic": prefill(ours, batch), "dense": prefill(theirs, batch)}, ROUNDS)
     milliseconds = [f"{1000 * min(times):.0f}" for times in seconds.values()]
-    return milliseconds, ratio(seconds["elastic"], seconds["dense"]), ratio(seconds["elastic"], seconds["stock"])
+    to_dense, to_stock = (ratio(seconds["elastic"], seconds[other]) for other in ("dense", "stock"))
+    return milliseconds, to_dense, to_stock, ratio(forward["elastic"], forward["dense"])

@@ -27,7 +27,7 @@ from flextron_mcore.checkpoint.sharding import check_granularity
 from flextron_mcore.checkpoint.store import CheckpointInfo, load_model
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.dispatch import BlockRouting, Routing
-from flextron_mcore.layers.linear import ElasticOutputLayer
+from flextron_mcore.layers.linear import ElasticEmbedding, ElasticOutputLayer
 from flextron_mcore.layers.weighted import WeightedNetwork, mask
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 from flextron_mcore.specs import elastic_gpt_block_spec
@@ -128,6 +128,12 @@ def build_model(
     config = transformer_config(model, options, precision, **overrides)
     spec = elastic_gpt_block_spec(config, space, vp_stage, _BACKENDS[config.transformer_impl])
     gpt = gpt_model(model, config, spec, vp_stage)
+    # GPTModel makes its own ends; the parameters are the same.
+    if gpt.pre_process:
+        gpt.embedding.word_embeddings.__class__ = ElasticEmbedding
+        gpt.embedding.word_embeddings.weight.zero_out_wgrad = False  # nor is it read where the output layer shares the weight
+    if gpt.post_process:
+        gpt.output_layer.__class__ = ElasticOutputLayer
     gpt.decoder.register_forward_hook(keep_choices)
     return gpt.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else gpt
 
@@ -208,8 +214,6 @@ def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage
         vp_stage=vp_stage,
     )
     gpt.real_vocab_size = model.vocab_size
-    if gpt.post_process:
-        gpt.output_layer.__class__ = ElasticOutputLayer  # GPTModel makes its own; the parameters are the same
     for module in gpt.modules():
         # Megatron-Core 0.16 forgets to mark weights that it does not initialise; gradient norms would leave parts of them out.
         dim = next((dim for kind, dim in _SPLIT.items() if isinstance(module, kind)), None)

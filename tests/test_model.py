@@ -89,8 +89,9 @@ RECOMPUTATIONS = {
 def test_recomputation_uses_the_choice_of_its_forward_pass(recompute, family):
     """Two networks in flight, as in a pipeline: both forward passes come before both backward passes."""
     arch = toy.config(num_layers=4, **family)
-    space = ElasticSpace.build(arch)
+    space = ElasticSpace.build(arch, hidden_size=[0.5, 1.0], depth=[2, 4], layer_ranking=[3, 0, 1, 2])
     networks = [toy.random_network(arch, space, seed) for seed in (1, 2)]
+    assert {(net.hidden_size, sum(layer.executed for layer in net.layers)) for net in networks} == {(16, 4), (32, 2)}
     gradients = []
     for options in ({}, recompute):
         torch.manual_seed(0)

@@ -6,14 +6,16 @@ in use, V vocabulary of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
+    VocabParallelEmbedding,
     linear_with_frozen_weight,
     linear_with_grad_accumulation_and_async_allreduce,
 )
@@ -70,32 +72,58 @@ class _Take(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: torch.Tensor, *selections: Selection):  # type: ignore[override]
-        ctx.weight, ctx.selections = weight, selections
+    def forward(ctx, weight: torch.Tensor, embedded: bool, *selections: Selection):  # type: ignore[override]
+        ctx.weight, ctx.embedded, ctx.selections = weight, embedded, selections
         return tuple(selection.take(weight) for selection in selections)
 
     @staticmethod
     def backward(ctx, *grads: torch.Tensor):  # type: ignore[override]
-        weight, selections = ctx.weight, ctx.selections
-        in_place = hasattr(weight, "grad_added_to_main_grad") and getattr(weight, "main_grad", None) is not None
-        full = weight.main_grad if in_place else torch.zeros_like(weight)
-        for selection, grad in zip(selections, grads, strict=True):
-            selection.add(full, grad)
-        if in_place:
-            weight.grad_added_to_main_grad = True
-            # DDP's hook must still fire. The values are never read, so the pages of this tensor are never touched.
-            full = torch.empty_like(weight)
-        return full, *(None for _ in selections)
+        def add(full: torch.Tensor) -> None:
+            for selection, grad in zip(ctx.selections, grads, strict=True):
+                selection.add(full, grad)
+
+        return _accumulated(ctx.weight, add, ctx.embedded), None, *(None for _ in ctx.selections)
 
 
-def take(weight: torch.Tensor | None, selection: Selection) -> torch.Tensor | None:
-    """The selected part of a parameter, differentiable (None for an absent bias)."""
-    return take_all(weight, selection)[0]
+class _Rows(torch.autograd.Function):
+    """Rows of an embedding; the gradient goes where that of `_Take` does: a tied output layer takes from the same weight."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, rows: torch.Tensor):  # type: ignore[override]
+        ctx.weight = weight
+        ctx.save_for_backward(rows)
+        return F.embedding(rows, weight)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
+        (rows,) = ctx.saved_tensors
+        add = lambda full: full.index_add_(0, rows.flatten(), grad.flatten(0, -2).to(full.dtype))  # noqa: E731
+        return _accumulated(ctx.weight, add), None
+
+
+def _accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], another: bool = False) -> torch.Tensor | None:
+    """What a backward pass returns for a parameter that `add` adds the gradient of.
+
+    another: whether another use of the parameter in the same backward pass returns something, too.
+    """
+    if not hasattr(weight, "grad_added_to_main_grad") or getattr(weight, "main_grad", None) is None:
+        full = torch.zeros_like(weight)
+        add(full)
+        return full
+    add(weight.main_grad)
+    weight.grad_added_to_main_grad = True
+    # DDP's hook must still fire. The values are never read, so the pages of this tensor are never touched.
+    return None if another else torch.empty_like(weight)
+
+
+def take(weight: torch.Tensor | None, selection: Selection, embedded: bool = False) -> torch.Tensor | None:
+    """The selected part of a parameter, differentiable (None for an absent bias). embedded: it is an embedding's, too."""
+    return None if weight is None else _Take.apply(weight, embedded, selection)[0]
 
 
 def take_all(weight: torch.Tensor | None, *selections: Selection) -> tuple[torch.Tensor | None, ...]:
     """Several parts of one parameter. Taken together: autograd would add up full-size gradients of separate ones."""
-    return (None,) * len(selections) if weight is None else _Take.apply(weight, *selections)
+    return (None,) * len(selections) if weight is None else _Take.apply(weight, False, *selections)
 
 
 class ElasticColumnParallelLinear(ColumnParallelLinear):
@@ -159,18 +187,32 @@ class ElasticRowParallelLinear(RowParallelLinear):
         return reduce_from_tensor_model_parallel_region(out_SBc, group=self.tp_group), bias
 
 
+class ElasticEmbedding(VocabParallelEmbedding):
+    """The embedding of a GPTModel, whose gradient costs what its tokens cost and not what the vocabulary does."""
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        """[B, S] -> [B, S, C], or with sequence parallelism this rank's part of [S, B, C]."""
+        rows = input_ - self.vocab_start_index
+        elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
+        out_BSC = _Rows.apply(self.weight, rows.masked_fill(elsewhere, 0))
+        if self.tp_group.size() > 1:
+            out_BSC = out_BSC.masked_fill(elsewhere.unsqueeze(-1), 0)
+        if self.reduce_scatter_embeddings:
+            return reduce_scatter_to_sequence_parallel_region(out_BSC.transpose(0, 1).contiguous(), group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(out_BSC, group=self.tp_group)
+
+
 class ElasticOutputLayer(ColumnParallelLinear):
-    """The output layer of a GPTModel, for as many channels as reach it."""
+    """The output layer of a GPTModel, for as many channels as reach it. With a tied weight it wants an ElasticEmbedding."""
 
     def forward(  # type: ignore[override]
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[torch.Tensor, None]:
         """[S, B, c] -> ([S, B, V], None). weight: the embedding's [V, C], where it is shared."""
         weight, channels = self.weight if weight is None else weight, input_.shape[-1]
-        if channels == weight.shape[1]:
-            return super().forward(input_, weight, runtime_gather_output)
-        # Not by _Take: the embedding shares this weight, and its gradient comes by autograd.
-        logits_SBV = _product(input_, weight[:, :channels], None, self, self.allreduce_dgrad, self.sequence_parallel)
+        part = Selection(tuple(weight.shape), ((slice(None), slice(channels)),), (len(weight), channels))
+        used = take(weight, part, embedded=self.weight is None)
+        logits_SBV = _product(input_, used, None, self, self.allreduce_dgrad, self.sequence_parallel)
         gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
         return gather_from_tensor_model_parallel_region(logits_SBV, group=self.tp_group) if gather else logits_SBV, None
 

@@ -56,5 +56,7 @@ class WeightedNetwork:
 def mask(weights_K: Tensor, sizes: Sequence[int]) -> Tensor:
     """[U]: of each unit the weights of the candidates that have it. sizes: the candidates, in units, increasing, the last U."""
     at_least_K = weights_K.flip(0).cumsum(0).flip(0)
-    counts = torch.tensor([high - low for low, high in zip([0, *sizes], sizes, strict=False)], device=weights_K.device)
-    return at_least_K.repeat_interleave(counts, output_size=sizes[-1])
+    # Nothing that saves tensors for its backward pass: layers share a mask, and recomputed ones have such a pass each.
+    return torch.cat(
+        [weight.expand(high - low) for weight, low, high in zip(at_least_K.unbind(), [0, *sizes], sizes, strict=False)]
+    )

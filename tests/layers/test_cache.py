@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -22,10 +24,12 @@ PROMPT = 7
 def test_decoding_is_prefill(name):
     kind, groups, unit = CASES[name]
     arch = toy.config(**kind, num_query_groups=groups)
-    space = ElasticSpace.build(arch, attention_unit=unit, heads=[0.5, 1.0])
+    axes = dict(heads=[0.5, 1.0], hidden_size=[0.5, 1.0], depth=[1, 2], layer_ranking=[1, 0])
+    space = ElasticSpace.build(arch, attention_unit=unit, **axes)
     model = toy.model(arch, space)
     tokens, positions = toy.inputs()
-    for net in (None, toy.random_network(arch, space, 1), space.uniform(arch, space.heads[0], 12)):
+    mixed = replace(toy.random_network(arch, space, 1), hidden_size=32)
+    for net in (None, mixed, space.uniform(arch, space.heads[0], 12), space.uniform(arch, space.heads[0], 12, 16, 1)):
         context = StaticInferenceContext(len(tokens), toy.LENGTH)
         found = []
         with torch.no_grad(), use_subnetwork(model, net):
@@ -40,4 +44,4 @@ def test_decoding_is_prefill(name):
                 context.enable_decode_mode()
         torch.testing.assert_close(torch.stack(found, 1), expected[:, PROMPT - 1 :], atol=1e-5, rtol=0)
         kept = [key.shape[2] for key, _ in context.key_value_memory_dict.values()]
-        assert kept == [layer.kv_groups for layer in (net or SubNetwork.full(arch)).layers]
+        assert kept == [layer.kv_groups for layer in (net or SubNetwork.full(arch)).layers if layer.executed]

@@ -6,28 +6,63 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from omegaconf import OmegaConf
 
-from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.checkpoint.store import load_model, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.model import loaded_model
+from flextron_mcore.layers.attention import ElasticSelfAttention
+from flextron_mcore.layers.weighted import WeightedNetwork
+from flextron_mcore.model import build_chunks, loaded_model
 from flextron_mcore.pipeline.logits import forward_logits
+from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.ranks import wait_for_all
-from flextron_mcore.space import SubNetwork
+from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.stages.common import new_output
 from tests import toy
+from tests.layers.test_weighted import one_hot, soft
+from tests.pipeline.test_networks import batches
 
 
-def logits(checkpoint: str, layout: dict[str, Any], out: str, net: str | None = None, precision: str = "fp32") -> None:
-    """forward_logits of a checkpoint's (sub-)network for fixed tokens, saved as OUT.RANK."""
+def logits(checkpoint: str, layout: dict[str, Any], out: str, net: str | None = None, precision: str = "fp32") -> list[int]:
+    """forward_logits of a checkpoint's (sub-)network for fixed tokens, saved as OUT.RANK. Returns the layers that ran here."""
     layout = {"virtual_pipeline_model_parallel_size": None, **layout}
     distributed.initialize(layout)
     info = open_checkpoint(checkpoint)
     tokens, _ = toy.inputs(batch=3, vocab=info.model.vocab_size)
     chunks = loaded_model(layout, info, precision)
+    ran: set[int] = set()
+    for module in (module for chunk in chunks for module in chunk.modules() if isinstance(module, ElasticSelfAttention)):
+        module.register_forward_hook(lambda attention, *_: ran.add(attention.layer_number - 1))
     torch.save(forward_logits(chunks, SubNetwork.from_file(net) if net else None, tokens), f"{out}.{_rank()}")
     assert all(layer.mlp.choice is None for chunk in chunks for layer in chunk.modules() if hasattr(layer, "mlp"))
+    return sorted(ran)
+
+
+def weighted(checkpoint: str, layout: dict[str, Any], axes: dict[str, Any], net: str) -> dict[str, Any]:
+    """Mean losses in one training flush, and gradients of the weights of those that have some.
+
+    The networks: the full one, one of weights between, one of one-hot weights, and the sub-network that these say.
+    """
+    layout = {"virtual_pipeline_model_parallel_size": None, **layout}
+    distributed.initialize(layout)
+    info = open_checkpoint(checkpoint)
+    space = ElasticSpace.from_dict(info.model, {**info.space.to_dict(), **axes})
+    chunks = build_chunks(info.model, space, layout, initialize=False)
+    for chunk in chunks:
+        load_model(chunk, info)
+    chosen, device = SubNetwork.from_file(net), distributed.device()
+    pair = [WeightedNetwork.of(part, device) for part in (soft(space, info.model.num_layers), one_hot(space, chosen))]
+    ranks = parallel_state.get_data_parallel_world_size()
+    mine = batches(4)[parallel_state.get_data_parallel_rank() :: ranks]
+    total = run_networks(chunks, lambda: iter(mine), len(mine), [None, *pair, chosen], toy.LENGTH, 2)
+    sequence_parallel = bool(layout.get("sequence_parallel"))
+    found = [part.gradients(total[0, 1].item(), sequence_parallel) for part in pair]
+    return {
+        "losses": (total[:, 0] / total[:, 1]).tolist(),
+        "gradients": [[gradient.flatten().tolist() for gradient in part] for part in found],
+    }
 
 
 def failing_output(out: str, ranks: list[int], fatal: bool) -> None:

@@ -20,6 +20,7 @@ from flextron_mcore.model import use_subnetwork
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.stages.common import METRICS_FILE
 from flextron_mcore.training.log import LOG_FILE
+from flextron_mcore.training.sampler import draw
 from tests import toy
 from tests.parallel.worker import run_jobs
 from tests.stages.conftest import stage
@@ -144,10 +145,12 @@ class Runs:
         llama = toy.config(**size, share_embeddings_and_output_weights=True)
         gpt2 = toy.config(**size, **toy.GPT2, num_query_groups=4)
         for name, arch, space in (
-            ("llama", llama, dict(heads=[0.5, 1.0], ffn_hidden_size=[0.25, 0.5, 1.0])),
-            ("gpt2", gpt2, dict(attention_unit="query_head", heads=[0.5, 1.0])),
+            ("llama", llama, dict(ffn_hidden_size=[0.25, 0.5, 1.0], layer_ranking=[0, 3, 1, 2])),
+            ("gpt2", gpt2, dict(attention_unit="query_head", layer_ranking=[3, 0, 2, 1])),
         ):
-            built = ElasticSpace.build(arch, granularity=4, **space)
+            # Of a network of depth 1, one of two pipeline stages has nothing to execute.
+            axes = dict(heads=[0.5, 1.0], hidden_size=[0.25, 0.5, 1.0], depth=[1, 3, 4])
+            built = ElasticSpace.build(arch, granularity=4, **axes, **space)
             toy.write(toy.model(arch, built), CheckpointInfo(arch, built), root / "start" / name)
 
     def path(self, name: str) -> Path:
@@ -227,6 +230,12 @@ def test_what_was_compared_differs_from_run_to_run_and_from_step_to_step(runs):
     losses = {model: trained(runs.path(f"one {model}"))[0] for model in ("llama", "gpt2", "distilled")}
     assert (losses["llama"] - losses["distilled"])[-10:].abs().max() > 1e-3
     assert len({round(loss, 3) for values in losses.values() for loss in values.tolist()}) > 100
+    for model in ("llama", "gpt2"):
+        info = open_checkpoint(runs.path(f"one {model}"))
+        drawn = [net for step in range(STEPS) for net in draw(info.model, info.space, 1234, step, 3)]
+        depths = [sum(layer.executed for layer in net.layers) for net in drawn]
+        assert {net.hidden_size for net in drawn} == {8, 16, 32} and set(depths) == {1, 3, 4}
+        assert depths[-1] < 4  # also in the micro-batch that ends a step, where overlapping reduction waits for all parameters
 
 
 def test_a_trained_checkpoint_is_the_same_function_everywhere(runs, tmp_path, tmp_path_factory):

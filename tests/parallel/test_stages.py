@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, TensorReader, load_model, open_checkpoint
+from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import build_model, loaded_model, use_subnetwork
-from flextron_mcore.space import ElasticSpace, SubNetwork
+from flextron_mcore.space import SKIPPED, ElasticSpace, SubNetwork
 from tests import toy
+from tests.parallel import probe
 from tests.parallel.worker import run_jobs, torchrun
 from tests.routing_toy import write_table
 from tests.stages.conftest import stage
@@ -37,7 +39,11 @@ ROUTED = ("sequence", "tensor x pipeline", "data x virtual")
 DECODING = "tensor"  # no other layout decodes text
 ADAPTIVE = ("router adaptive", "router adaptive surrogate")
 ROUTING = ("router", "router straight through", *ADAPTIVE, "joint", "sensitivity", "compare")
-LOGITS = {"fp32": {}, "bf16": {"precision": "bf16"}, "net": {"net": "{run}/net.json"}}
+# Networks with fewer channels and, of two pipeline stages, one that has nothing to execute.
+SHALLOW = {"first": (8, (0, 1)), "last": (16, (3,))}
+LOGITS = {"fp32": {}, "bf16": {"precision": "bf16"}, **{name: {"net": f"{{run}}/{name}.json"} for name in ("net", *SHALLOW)}}
+AXES = dict(hidden_size=[8, 16, 32], depth=[1, 2, 4])
+WEIGHTED = {"start": "first", "gpt2": "last"}  # checkpoint: the network that is also given as weights
 VOCAB = 301  # odd: tensor-parallel ranks pad it
 
 
@@ -66,6 +72,9 @@ class Start:
             more = {key: value.format(run=self.run) for key, value in more.items()}
             arguments = {"checkpoint": f"{self.run}/start", "layout": layout, "out": f"{self.run}/many/{name}/{case}", **more}
             jobs.append({"call": "tests.parallel.probe:logits", "arguments": arguments})
+        for checkpoint, net in WEIGHTED.items():
+            arguments = {"checkpoint": f"{self.run}/{checkpoint}", "net": f"{self.run}/{net}.json", "axes": AXES}
+            jobs.append({"call": "tests.parallel.probe:weighted", "arguments": {**arguments, "layout": layout}})
         return [{**job, "layout": name} for job in jobs]
 
 
@@ -79,6 +88,12 @@ def start(tmp_path_factory, text) -> Start:
     toy.write(toy.model(arch, space), CheckpointInfo(arch, space), run / "start")
     net = toy.random_network(arch, space, 1)
     (run / "net.json").write_text(net.to_json())
+    for name, (hidden, executed) in SHALLOW.items():
+        layers = tuple(layer if i in executed else SKIPPED for i, layer in enumerate(net.layers))
+        (run / f"{name}.json").write_text(SubNetwork(hidden, layers).to_json())
+    gpt2 = ModelConfig(**{**arch.to_dict(), **toy.GPT2, "share_embeddings_and_output_weights": True})
+    wide = ElasticSpace.build(gpt2, 2, "kv_group", space.heads, space.ffn_hidden_size, **AXES, layer_ranking=[3, 0, 1, 2])
+    toy.write(toy.model(gpt2, wide), CheckpointInfo(gpt2, wide), run / "gpt2")
     torch.manual_seed(5)
     llama = LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -102,6 +117,8 @@ def start(tmp_path_factory, text) -> Start:
             "model.micro_batch_size=4",
             "ablation_batches=1",
             "score=activation_weight",
+            *(f"space.{axis}={sizes}".replace(" ", "") for axis, sizes in AXES.items()),
+            "layer_samples=7",
         ],
         "evaluate": [checkpoint, data, "limit_val_batches=3", "model.micro_batch_size=3", "random=1"],
         "evaluate one sample": [
@@ -123,6 +140,7 @@ def start(tmp_path_factory, text) -> Start:
             f"sensitivity={run}/one/sensitivity",
         ],
         "generate": [checkpoint, *text_keys, f"subnetwork={run}/net.json"],
+        "generate shallow": [f"checkpoint={run}/gpt2", *text_keys, f"subnetwork={run}/last.json"],
         "generate adaptive": [
             *(f"checkpoint={run}/one/router adaptive", *text_keys, "selector=adaptive", "budget=0.93", "kv_policy=own"),
             *("temperature=1", "top_k=20"),
@@ -189,6 +207,9 @@ def test_importance(start, done, name):
     for key, scores in expected.items():
         torch.testing.assert_close(found[key], scores, rtol=1e-6, atol=0, msg=key)
     same_tensors(one, many)
+    layers, others = metrics(one)["layers"], metrics(many)["layers"]
+    assert others == {score: pytest.approx(values, rel=1e-5) for score, values in layers.items()} and len(layers) == 2
+    assert "channels" in expected and len(metrics(one)["ablation"]) == 8
     for row, other in zip(metrics(one)["ablation"], metrics(many)["ablation"], strict=True):
         assert other == row | {key: pytest.approx(row[key], rel=1e-6) for key in ("loss", "perplexity")}
     assert not (many / "cache").exists()
@@ -256,7 +277,7 @@ def test_sensitivity_and_selectors(start, done, name):
             assert other == near(row, "loss", *keys)
 
 
-@pytest.mark.parametrize("result", ["generate", "generate adaptive"])
+@pytest.mark.parametrize("result", ["generate", "generate shallow", "generate adaptive"])
 def test_generate(start, done, result):
     one, many = (json.loads((start.run / part / result).read_text()) for part in ("one", f"many/{DECODING}"))
     for key in ("texts", "tokens", "subnetwork"):
@@ -283,15 +304,45 @@ def test_logits(start, done, name):
     (model,), (half,) = loaded_model({}, info, "fp32"), loaded_model({}, info, "bf16")
     with torch.no_grad():
         expected = {"fp32": model(tokens, positions, None), "bf16": half(tokens, positions, None)}
-        with use_subnetwork(model, start.net):
-            expected["net"] = model(tokens, positions, None)
+        for case in ("net", *SHALLOW):
+            with use_subnetwork(model, SubNetwork.from_file(start.run / f"{case}.json")):
+                expected[case] = model(tokens, positions, None)
     rounding = (expected["bf16"] - expected["fp32"]).abs().mean()
     assert (expected["net"] - expected["fp32"]).abs().mean() > 10 * rounding > 0
     for rank in range(LAYOUTS[name][0]):
         found = {case: torch.load(start.run / "many" / name / f"{case}.{rank}") for case in LOGITS}
-        for case in ("fp32", "net"):
+        for case in ("fp32", "net", *SHALLOW):
             torch.testing.assert_close(found[case], expected[case], atol=1e-5, rtol=1e-5)
         assert found["bf16"].dtype == torch.float32 and (found["bf16"] - expected["fp32"]).abs().mean() < 2 * rounding
+    for job, ranks in zip(start.of_layout(name), done[name], strict=True):
+        case = Path(job.get("arguments", {}).get("out", "")).name
+        if case in SHALLOW:  # a skipped layer is not run, wherever it is
+            assert {layer for rank in ranks for layer in rank["result"]} == set(SHALLOW[case][1])
+
+
+@pytest.fixture(scope="module")
+def weights(start) -> dict[str, Any]:
+    """The result in one process for each checkpoint."""
+    return {
+        checkpoint: probe.weighted(f"{start.run}/{checkpoint}", {}, AXES, f"{start.run}/{net}.json")
+        for checkpoint, net in WEIGHTED.items()
+    }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_of_candidates(start, done, weights, name):
+    """The same losses and gradients on every rank; one-hot weights are the sub-network (T5)."""
+    jobs = zip(start.of_layout(name), done[name], strict=True)
+    found = [ranks for job, ranks in jobs if job.get("call", "").endswith(":weighted")]
+    for ranks, expected in zip(found, weights.values(), strict=True):
+        assert expected["losses"][2] == pytest.approx(expected["losses"][3], rel=1e-5)
+        for rank in ranks:
+            torch.testing.assert_close(
+                torch.tensor(rank["result"]["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=0
+            )
+            for network, others in zip(rank["result"]["gradients"], expected["gradients"], strict=True):
+                for field, other in zip(network, others, strict=True):
+                    torch.testing.assert_close(torch.tensor(field), torch.tensor(other), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

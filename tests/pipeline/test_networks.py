@@ -27,9 +27,10 @@ def batches(count: int = 2, size: int = 2):
 
 
 def case(kind, unit):
-    arch = toy.config(**kind, num_query_groups=2)
-    space = ElasticSpace.build(arch, attention_unit=unit, heads=[0.5, 1.0])
-    networks = [None, *(toy.random_network(arch, space, seed) for seed in range(3))]
+    arch = toy.config(**kind, num_query_groups=2, share_embeddings_and_output_weights=unit == "query_head")
+    axes = dict(heads=[0.5, 1.0], hidden_size=[0.5, 1.0], depth=[1, 2], layer_ranking=[1, 0])
+    space = ElasticSpace.build(arch, attention_unit=unit, **axes)
+    networks = [None, *(toy.random_network(arch, space, seed) for seed in (2, 4, 1))]
     return arch, space, networks
 
 
@@ -54,6 +55,7 @@ def test_gradient_is_that_of_the_summed_losses(kind, unit):
     reference, model = toy.model(arch, space), toy.model(arch, space)
     tokens = sum(batch["loss_mask"].sum() for batch in batches())
     sums = []
+    assert len({net.hidden_size for net in networks[1:]}) == len({net.layers[0].executed for net in networks[1:]}) == 2
     for net in networks:
         with use_subnetwork(reference, net):
             loss = sum(cross_entropy(reference(b["tokens"], b["position_ids"], None), b) for b in batches())

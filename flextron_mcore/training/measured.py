@@ -1,8 +1,9 @@
 """What the networks that trained routers may choose really lose, measured once: the last word on every budget.
 
 A surrogate is as good as the batches that it learned from; the best networks of one cost differ by less. So those that the
-routers think best, and the surrogate, which knows how blocks depend on each other, are run on the same training samples. Two
-rounds: all of them on few samples, and on all samples those that would be chosen. `selection/routed.py` takes the best of these.
+routers think best, and the surrogate, which knows how blocks depend on each other, are run on the same training samples, and all
+networks of costs that few have. Two rounds: all of them on few samples, and on all samples those that would be chosen.
+`selection/routed.py` takes the best of these.
 
 Shape suffixes: N blocks, K candidates, M moves, each of one block to another candidate.
 """
@@ -14,12 +15,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from flextron_mcore.blocks import Axes, Blocks
+from flextron_mcore.cost import Budget
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.selection.routed import CELL, WITHIN
+from flextron_mcore.selection.sampling import draw_near
+from flextron_mcore.selection.selectors import Uniform
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.router import RouterLearner
 
 _MORE = 3  # networks that are tried beside each cell's likeliest
+_FEW = 40  # networks within WITHIN of a cost, which are all tried
+_FEW_IN_ALL = 512
 _FIRST = 4  # one sample in so many is enough to tell which would be chosen
 Measure = Callable[[Sequence[SubNetwork], int], Sequence[float]]
 
@@ -43,7 +50,24 @@ def measured(learner: RouterLearner, measure: Measure, samples: int) -> dict[Sub
 
 def _candidates(learner: RouterLearner) -> list[SubNetwork]:
     proposals = learner.selector().proposals(learner.costs[0])
-    return list(dict.fromkeys(net for likeliest in proposals for net in (likeliest, *_neighbours(learner, likeliest))))
+    near = (net for likeliest in proposals for net in (likeliest, *_neighbours(learner, likeliest)))
+    return list(dict.fromkeys([*near, *_few(learner)]))
+
+
+def _few(learner: RouterLearner) -> list[SubNetwork]:
+    """All networks of costs that few have, near the smallest and the full one: there it is sure that the best is found."""
+    blocks, cost = learner.blocks, learner.costs[0]
+    whole = Blocks(blocks.model, blocks.space)
+    if isinstance(blocks, Axes) and blocks.uniform:
+        networks = Uniform(whole).networks()
+        return networks if len(networks) <= _FEW_IN_ALL else []
+    found: list[SubNetwork] = []
+    high = cost.full
+    while high > cost.smallest:
+        drawn = draw_near(whole, [Budget(cost, high)], _FEW + 1, seed=0, within=WITHIN)
+        found += drawn if len(drawn) <= _FEW else []
+        high -= WITHIN * cost.full
+    return found
 
 
 @torch.no_grad()

@@ -94,9 +94,9 @@ def test_budgets_are_kept_used_monotone_and_well_spent(trained):
         if not axes.uniform:  # uniform networks do not lie so densely
             assert spent[-1] > share - 0.02
         same = [other for other in every if spent[-1] - 0.02 <= cost.of(other) / cost.full <= spent[-1] and other != net]
-        better += [np.mean([loss(axes, other) > loss(axes, net) for other in same])] if same else []
+        better += [loss(axes, other) > loss(axes, net) for other in same]
     assert spent == sorted(spent)
-    assert np.mean(better) > 0.9
+    assert len(better) > 30 and np.mean(better) > 0.9
 
 
 def test_the_bare_argmax_follows_the_target(trained):

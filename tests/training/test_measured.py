@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from flextron_mcore.blocks import Blocks
 from flextron_mcore.cost import Budget
 from flextron_mcore.selection import routed
 from flextron_mcore.selection.routed import WITHIN
+from flextron_mcore.selection.selectors import Uniform
+from flextron_mcore.space import SubNetwork
 from flextron_mcore.training import measured as module
 from flextron_mcore.training.measured import measured
 from tests.routing_toy import family, latency, true_loss
+from tests.training import test_gumbel as gumbel
 from tests.training.test_router import learner, train
 
 CELL = 0.005  # half as many as there are, for time
@@ -57,17 +62,49 @@ def test_budgets_get_better_networks():
     assert after.select([Budget(cost, cost.full)]) == before.select([Budget(cost, cost.full)])
 
 
-def test_without_a_surrogate_the_likeliest_are_measured():
+def test_where_networks_are_few_the_best_of_all_is_found():
+    """A small space, and routers that know nothing yet, without a surrogate."""
     blocks = family(2)
-    cost = latency(blocks)
+    cost, loss = latency(blocks), true_loss(blocks)
     taught = learner(blocks, [cost], max_steps=20, surrogate=False)
     train(blocks, taught, 0, 5)
-    tried: list[int] = []
+    tried: list[set[SubNetwork]] = []
 
     def measure(networks, samples: int) -> list[float]:
-        tried.append(len(networks))
-        return [cost.full - cost.of(net) for net in networks]
+        tried.append(set(networks))
+        return [loss(net) for net in networks]
 
     likeliest = {found[-1] for found in taught.selector().cells(cost) if found}
     losses = measured(taught, measure, 2)
-    assert tried[0] == len(likeliest) and losses.keys() <= likeliest
+    every = {blocks.network(row) for row in itertools.product(*(range(len(sizes)) for sizes in blocks.sizes))}
+    assert likeliest <= tried[0] <= every and losses.keys() <= tried[0]
+    taught.info = replace(taught.info, measured=tuple((tuple(blocks.indices(net)), value) for net, value in losses.items()))
+    beaten = []
+    for share in np.linspace(cost.smallest / cost.full + 0.01, 1, 30):
+        value = loss(taught.selector().select([Budget(cost, share * cost.full)]))
+        beaten += [loss(net) < value for net in every if share - WITHIN <= cost.of(net) / cost.full <= share]
+    assert len(beaten) > 100 and np.mean(beaten) < 0.03  # a budget between two cells may miss one
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_over_all_axes_every_size_is_tried(uniform):
+    taught = gumbel.learner(uniform)
+    cost, axes = taught.costs[0], taught.blocks
+    tried: list[set[SubNetwork]] = []
+
+    def measure(networks, samples: int) -> list[float]:
+        tried.append(set(networks))
+        return [gumbel.loss(axes, net) for net in networks]
+
+    losses = measured(taught, measure, 8)
+    sizes = {(net.hidden_size, sum(layer.executed for layer in net.layers)) for net in tried[0]}
+    assert sizes == set(itertools.product(axes.space.hidden_size, axes.space.depth))
+    if uniform:
+        assert tried[0] == set(Uniform(Blocks(axes.model, axes.space)).networks())
+    budgets = [[Budget(cost, share * cost.full)] for share in np.linspace(0.3, 1, 30)]
+    before = [taught.selector().select(budget) for budget in budgets]
+    taught.info = replace(taught.info, measured=tuple((tuple(axes.indices(net)), value) for net, value in losses.items()))
+    after = [taught.selector().select(budget) for budget in budgets]
+    assert [cost.of(net) for net in after] == sorted(cost.of(net) for net in after)
+    old, new = (np.mean([gumbel.loss(axes, net) for net in found]) for found in (before, after))
+    assert new < old  # what an untrained router proposes

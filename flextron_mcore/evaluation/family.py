@@ -7,15 +7,17 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 
 
 def uniform_family(model: ModelConfig, space: ElasticSpace) -> dict[str, SubNetwork]:
-    """The uniform sub-networks, heads and FFN width growing together, the full model last under the name "full"."""
-    steps = max(len(space.heads), len(space.ffn_hidden_size))
+    """The uniform sub-networks, all axes growing together, the full model last under the name "full"."""
+    axes = {"heads": space.heads, "ffn": space.ffn_hidden_size, "hidden": space.hidden_size, "layers": space.depth}
+    steps = max(map(len, axes.values()))
     family = {}
     for step in range(steps):
-        heads = space.heads[-(-(step + 1) * len(space.heads) // steps) - 1]
-        width = space.ffn_hidden_size[-(-(step + 1) * len(space.ffn_hidden_size) // steps) - 1]
-        name = f"uniform {_percent(heads, model.num_attention_heads)} heads {_percent(width, model.ffn_hidden_size)} ffn"
-        full = (heads, width) == (model.num_attention_heads, model.ffn_hidden_size)
-        family["full" if full else name] = space.uniform(model, heads, width)
+        sizes = {axis: candidates[-(-(step + 1) * len(candidates) // steps) - 1] for axis, candidates in axes.items()}
+        net = space.uniform(model, *sizes.values())
+        shown = [
+            f"{_percent(sizes[axis], axes[axis][-1])} {axis}" for axis in axes if axis in ("heads", "ffn") or len(axes[axis]) > 1
+        ]
+        family["full" if net == SubNetwork.full(model) else f"uniform {' '.join(shown)}"] = net
     return family
 
 

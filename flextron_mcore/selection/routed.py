@@ -24,7 +24,7 @@ from flextron_mcore.space import SubNetwork
 
 # Shares of the full model's cost: the width of a cell, and how much of a budget may stay unused where networks are that near.
 CELL = 0.0025
-WITHIN = 0.01
+WITHIN, WITHIN_AXES = 0.01, 0.0175  # over all axes the good networks lie less densely
 # How much likelier a network must be to be taken before one that uses more of the budget: log-probability per full cost.
 WORTH = 150.0
 _Found = tuple[float, float, SubNetwork]  # score, cost, network
@@ -46,10 +46,15 @@ class Routed:
     measured: Mapping[SubNetwork, float] = field(default_factory=dict)
     _cells: dict = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def within(self) -> float:
+        """Share of the full model's cost that may stay unused where networks are that near."""
+        return WITHIN_AXES if isinstance(self.blocks, Axes) else WITHIN
+
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
         """The network for `budgets`, of which none is exceeded.
 
-        At most WITHIN of the full cost is left of one of them, where any network is that near. With a single budget: monotone.
+        At most `within` of the full cost is left of one of them, where any network is that near. With a single budget: monotone.
         """
         found = [pick for i in range(len(budgets)) if (pick := self._near(budgets, i))]
         if not found:  # only together they hold nothing that is near to any
@@ -65,16 +70,16 @@ class Routed:
         inside: list[_Found] = []
         for cell in range(top, -1, -1):
             high = min(cost.smallest + (cell + 1) * width, cost.full)
-            if high < limit - WITHIN * cost.full and (inside or others):
+            if high < limit - self.within * cost.full and (inside or others):
                 break
             found = self._cell(cost, others, high - width, high)
             if found and found[1] <= limit:
                 inside.append(found)
-                if found[1] < limit - WITHIN * cost.full and len(inside) == 1:
+                if found[1] < limit - self.within * cost.full and len(inside) == 1:
                     break
         if not (inside or others):
             return 0.0, cost.smallest, self.blocks.least(cost)
-        near = [found for found in inside if found[1] >= limit - WITHIN * cost.full]
+        near = [found for found in inside if found[1] >= limit - self.within * cost.full]
         return max(near or inside, key=lambda found: found[:2], default=None)
 
     def cells(self, cost: Cost) -> list[_Found | None]:

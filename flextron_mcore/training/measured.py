@@ -41,8 +41,9 @@ def measured(learner: RouterLearner, measure: Measure, samples: int) -> dict[Sub
     losses = dict(zip(tried, measure(tried, max(samples // _FIRST, 1)), strict=True))
     final: dict[SubNetwork, None] = {}
     count = int(np.ceil((cost.full - cost.smallest) / (CELL * cost.full)))
+    unused = learner.selector().within * cost.full
     for high in ((cost.full - i * CELL * cost.full) * (1 + 1e-12) for i in range(count + 1)):
-        inside = [net for net in tried if high - WITHIN * cost.full <= cost.of(net) <= high]
+        inside = [net for net in tried if high - unused <= cost.of(net) <= high]
         if inside:
             final[min(inside, key=losses.__getitem__)] = None
     return dict(zip(final, measure(list(final), samples), strict=True))

@@ -98,11 +98,18 @@ def to_disk_order(tensor: torch.Tensor, axis: int, units: int, granularity: int,
     return _reorder(tensor, axis, blocks, (units // granularity, granularity))
 
 
-def to_sorted_order(tensor: torch.Tensor, axis: int, units: int, granularity: int, blocks: int = 1) -> torch.Tensor:
-    """Whole tensor, bucket order -> sorted order along `axis`: the inverse of `to_disk_order`."""
-    return _reorder(tensor, axis, blocks, (granularity, units // granularity))
+def to_sorted_order(
+    tensor: torch.Tensor, axis: int, units: int, granularity: int, blocks: int = 1, first: int | None = None
+) -> torch.Tensor:
+    """Whole tensor, bucket order -> sorted order along `axis`: the inverse of `to_disk_order`.
+
+    first: of each block only this many units, rounded up to a multiple of the granularity; nothing else is read.
+    """
+    return _reorder(tensor, axis, blocks, (granularity, units // granularity), first and -(-first // granularity))
 
 
-def _reorder(tensor: torch.Tensor, axis: int, blocks: int, shape: tuple[int, int]) -> torch.Tensor:
+def _reorder(tensor: torch.Tensor, axis: int, blocks: int, shape: tuple[int, int], first: int | None = None) -> torch.Tensor:
+    """Swaps the two axes of `shape` within each block along `axis`; first: keeps so many of what is then the outer one."""
     rows = tensor.shape[axis] // (blocks * shape[0] * shape[1])
-    return tensor.unflatten(axis, (blocks, *shape, rows)).transpose(axis + 1, axis + 2).flatten(axis, axis + 3)
+    swapped = tensor.unflatten(axis, (blocks, *shape, rows)).transpose(axis + 1, axis + 2)
+    return swapped.narrow(axis + 1, 0, first or shape[1]).flatten(axis, axis + 3)

@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from flextron_mcore.checkpoint.sharding import dealt_axis, to_disk_order, to_sorted_order
 from flextron_mcore.config import FlextronError, ModelConfig
@@ -174,19 +175,39 @@ class TensorReader:
         """Stored dtype of a tensor."""
         return self._tensors[key].properties.dtype
 
-    def read(self, key: str) -> torch.Tensor:
-        """The tensor on the CPU in its stored dtype, units in sorted order. Raises FlextronError for a damaged file."""
-        stored = self._tensors[key]
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+    def read(self, key: str, units: int | None = None) -> torch.Tensor:
+        """The tensor on the CPU in its stored dtype, units in sorted order. Raises FlextronError for a damaged file.
+
+        units: where units are stored in dealt order, of each block only the first ones, at least so many. Else it is whole.
+        What was stored as one piece is a view of the mapped file: what nobody looks at is not read.
+        """
         try:
             with plain_errors():
-                dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+                tensor = self._mapped(key)
+                if tensor is None:
+                    stored = self._tensors[key]
+                    tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+                    dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         except Exception as error:
             raise FlextronError(
                 f"{self.info.path}: tensor {key} cannot be read: the checkpoint is damaged ({_first_line(error)})"
             ) from None
         dealt = dealt_axis(self.info.model, self.info.space, key)
-        return tensor[: self.shape(key)[0]] if dealt is None else to_sorted_order(tensor, *dealt)
+        return tensor[: self.shape(key)[0]] if dealt is None else to_sorted_order(tensor, *dealt, first=units)
+
+    def _mapped(self, key: str) -> torch.Tensor | None:
+        """The tensor in its stored order as a view of its file; None if other things are in there, or parts elsewhere."""
+        stored = self._tensors[key]
+        if len(stored.chunks) != 1:
+            return None
+        place = self._reader.read_metadata().storage_data[MetadataIndex(key, stored.chunks[0].offsets)]
+        file = self.info.path / place.relative_path
+        if place.offset or place.length != file.stat().st_size or getattr(place, "transform_descriptors", None):
+            return None
+        tensor = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if tensor.shape != stored.size or tensor.dtype != stored.properties.dtype:
+            raise ValueError(f"{file.name} holds {tuple(tensor.shape)} {tensor.dtype}")
+        return tensor
 
 
 class _CachedReader(dcp.FileSystemReader):
@@ -214,7 +235,7 @@ def write_streaming(
     progress: Callable[[int], None] | None = None,
     common: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model's checkpoint into the empty `directory`, holding one tensor in memory at a time.
+    """Write a model's checkpoint into the empty `directory`, a tensor at a time; meanwhile the next one is made, by a thread.
 
     Call on all ranks, with the same arguments: each makes and writes its share of the tensors. progress is called with the bytes
     of each tensor written, scaled to the share. common: plain values that every load returns beside the tensors. The result is
@@ -255,7 +276,8 @@ def write_torch_dist(
     planner = _StreamingPlanner(tensors, progress and (lambda size: progress(size * need // share)))
     # A file a tensor: torch's writer keeps the tensors of a file until the file is finished. Nothing passes through a GPU.
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
-    dcp.save(state, storage_writer=writer, planner=planner, no_dist=ranks == 1)
+    with planner.ahead:
+        dcp.save(state, storage_writer=writer, planner=planner, no_dist=ranks == 1)
     if rank == 0:
         torch.save(dict(common or {}), directory / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
@@ -282,20 +304,37 @@ def share_out(sizes: Mapping[str, int], ranks: int) -> list[set[str]]:
 
 
 class _StreamingPlanner(dcp.DefaultSavePlanner):
-    """Makes each tensor when its turn comes."""
+    """Makes each tensor while the one before it is written; use within `ahead`."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None) -> None:
         super().__init__(flatten_state_dict=False)
         self._lazy, self._progress = tensors, progress
+        self.ahead = ThreadPoolExecutor(1)
+        self._keys: list[str] = []  # yet to be made, in the order of writing
+        self._next: tuple[str, Future[torch.Tensor]] | None = None
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        plan = super().finish_plan(new_plan)
+        self._keys = [item.index.fqn for item in plan.items if item.type != WriteItemType.BYTE_IO]
+        self._make_next()
+        return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         if write_item.type == WriteItemType.BYTE_IO:
             return self.lookup_object(write_item.index)  # serialised already
-        key = write_item.index.fqn
-        tensor = _checked(key, self._lazy[key])
+        key, made = self._next
+        if key != write_item.index.fqn:
+            raise AssertionError(f"{write_item.index.fqn} is to be written, {key} was made")
+        tensor = made.result()
+        self._make_next()
         if self._progress:
             self._progress(tensor.nbytes)
-        return tensor.contiguous()
+        return tensor
+
+    def _make_next(self) -> None:
+        if self._keys:
+            key = self._keys.pop(0)
+            self._next = key, self.ahead.submit(lambda: _checked(key, self._lazy[key]).contiguous())
 
 
 def write_info(directory: Path, info: CheckpointInfo) -> None:

@@ -47,48 +47,50 @@ def cut(info: CheckpointInfo, net: SubNetwork, reader: TensorReader | None = Non
     reader = reader or TensorReader(info)
     stored = set(reader.keys())
     tensors = {}
-    for name, source, shape, take in _cuts(info.model, net):
+    for name, source, shape, units, take in _cuts(info.model, net):
         if source not in stored:
             raise FlextronError(f"{info.path}: the checkpoint lacks the tensor {source}")
-        tensors[name] = LazyTensor(shape, reader.dtype(source), partial(_load, reader, source, shape, take))
+        tensors[name] = LazyTensor(shape, reader.dtype(source), partial(_load, reader, source, shape, units, take))
     return tensors
 
 
 def shapes(model: ModelConfig, net: SubNetwork) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors of `cut`, without a checkpoint."""
-    return {name: shape for name, _, shape, _ in _cuts(model, net)}
+    return {name: shape for name, _, shape, *_ in _cuts(model, net)}
 
 
-def _load(reader: TensorReader, source: str, shape: tuple[int, ...], take: _Cut) -> torch.Tensor:
-    whole = reader.read(source)
-    part = take(whole).reshape(shape)
-    return part if part.numel() == whole.numel() else part.clone()  # a view would keep the whole in memory
+def _load(reader: TensorReader, source: str, shape: tuple[int, ...], units: int | None, take: _Cut) -> torch.Tensor:
+    part = take(reader.read(source, units)).reshape(shape)
+    # a view would keep the whole in memory
+    return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 
-def _cuts(model: ModelConfig, net: SubNetwork) -> Iterator[tuple[str, str, tuple[int, ...], _Cut]]:
-    """(name in the dense model, name in the supernet, shape in the dense model, how to take it) of every tensor."""
+def _cuts(model: ModelConfig, net: SubNetwork) -> Iterator[tuple[str, str, tuple[int, ...], int | None, _Cut]]:
+    """Of every tensor: name in the dense model, name in the supernet, shape in the dense model, units to read, how to take it."""
     c = net.hidden_size
 
-    def table(name: str, rows: int) -> tuple[str, str, tuple[int, ...], _Cut]:
-        return name, name, (rows, c), lambda weight: weight[:rows, :c]
+    def table(name: str, rows: int) -> tuple[str, str, tuple[int, ...], int | None, _Cut]:
+        return name, name, (rows, c), None, lambda weight: weight[:rows, :c]
 
     yield table("embedding.word_embeddings.weight", model.vocab_size)
     if model.position_embedding_type == "learned_absolute":
         yield table("embedding.position_embeddings.weight", model.max_position_embeddings)
     kept = [i for i, layer in enumerate(net.layers) if layer.executed]
     for new, old in enumerate(kept):
-        for name, (shape, take) in _layer_cuts(model, net.layers[old], c).items():
-            yield f"decoder.layers.{new}.{name}", f"decoder.layers.{old}.{name}", shape, take
+        layer = net.layers[old]
+        for name, (shape, take) in _layer_cuts(model, layer, c).items():
+            units = layer.ffn_hidden_size if name.startswith("mlp") else layer.kv_groups
+            yield f"decoder.layers.{new}.{name}", f"decoder.layers.{old}.{name}", shape, units, take
     for kind in _norm_parts(model):
         name = f"decoder.final_layernorm.{kind}"
-        yield name, name, (c,), lambda vector: vector[:c]
+        yield name, name, (c,), None, lambda vector: vector[:c]
     if not model.share_embeddings_and_output_weights:
         yield table("output_layer.weight", model.vocab_size)
 
 
 def _layer_cuts(model: ModelConfig, choice: LayerChoice, c: int) -> dict[str, tuple[tuple[int, ...], _Cut]]:
-    """Name within a layer -> (shape, how to take it)."""
-    G, Q, H = model.num_query_groups, model.query_heads_per_group, model.kv_channels
+    """Name within a layer -> (shape, how to take it from a tensor of all units, or of the first ones)."""
+    Q, H = model.query_heads_per_group, model.kv_channels
     g, q, f = choice.kv_groups, choice.query_heads_per_group, choice.ffn_hidden_size
     B = 2 if model.gated else 1
     rows = [*range(q), Q, Q + 1]  # of R: the first query heads, the key, the value
@@ -97,7 +99,7 @@ def _layer_cuts(model: ModelConfig, choice: LayerChoice, c: int) -> dict[str, tu
         return vector_C[:c]
 
     def group_rows(tensor: torch.Tensor) -> torch.Tensor:
-        grouped_GRH = tensor.unflatten(0, (G, Q + 2, H))[:g]
+        grouped_GRH = tensor.unflatten(0, (-1, Q + 2, H))[:g]
         return grouped_GRH if q == Q else grouped_GRH[:, rows]
 
     def neurons(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,7 +107,7 @@ def _layer_cuts(model: ModelConfig, choice: LayerChoice, c: int) -> dict[str, tu
 
     cuts: dict[str, tuple[tuple[int, ...], _Cut]] = {
         "self_attention.linear_qkv.weight": ((g * (q + 2) * H, c), lambda w: group_rows(w)[..., :c]),
-        "self_attention.linear_proj.weight": ((c, g * q * H), lambda w: w[:c].unflatten(1, (G, Q, H))[:, :g, :q]),
+        "self_attention.linear_proj.weight": ((c, g * q * H), lambda w: w[:c].unflatten(1, (-1, Q, H))[:, :g, :q]),
         "mlp.linear_fc1.weight": ((B * f, c), lambda w: neurons(w)[..., :c]),
         "mlp.linear_fc2.weight": ((c, f), lambda w: w[:c, :f]),
     }

@@ -26,6 +26,10 @@ def test_orders_are_inverse(granularity, axis, blocks):
     stored = to_disk_order(tensor, axis, UNITS, granularity, blocks)
     assert torch.equal(to_sorted_order(stored, axis, UNITS, granularity, blocks), tensor)
     assert granularity == 1 or not torch.equal(stored, tensor)
+    for first in (1, 8, 11, UNITS):
+        part = to_sorted_order(stored, axis, UNITS, granularity, blocks, first).unflatten(axis, (blocks, -1))
+        kept = -(-first // granularity) * granularity
+        assert torch.equal(part, tensor.unflatten(axis, (blocks, -1)).narrow(axis + 1, 0, kept * part.shape[axis + 1] // kept))
 
 
 @pytest.mark.parametrize("granularity, ranks", [(1, 1), (4, 1), (4, 2), (4, 4), (8, 2)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from flextron_mcore.checkpoint.store import (
     CheckpointInfo,
+    LazyTensor,
     TensorReader,
+    iteration_path,
     load_model,
     open_checkpoint,
     share_out,
+    write_info,
+    write_torch_dist,
 )
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import build_model, gpt_model, transformer_config
@@ -75,6 +80,56 @@ def test_reader_and_loading(name, tmp_path):
     half = build_model(arch, space, precision="bf16", initialize=False)
     load_model(half, info)
     assert torch.equal(half.embedding.word_embeddings.weight, model.embedding.word_embeddings.weight.bfloat16())
+
+
+def test_the_reader_maps_what_is_alone_in_its_file_and_reads_any_other(tmp_path):
+    arch, space, model = case("llama")
+    info, expected = stream(model, CheckpointInfo(arch, space), tmp_path / "run"), toy.memory_names(model)
+    own = iteration_path(tmp_path / "own", 0)
+    own.mkdir(parents=True)
+    dist_checkpointing.save(model.sharded_state_dict(metadata={"non_homogeneous_layers": True}), str(own))
+    write_info(own, info)
+    alone, together = TensorReader(info), TensorReader(open_checkpoint(own))
+    for key, tensor in expected.items():
+        assert alone._mapped(key) is not None and together._mapped(key) is None
+        assert torch.equal(alone.read(key), tensor) and torch.equal(together.read(key), tensor)
+        part = alone.read(key, units=2)
+        assert torch.equal(part, together.read(key, units=2))
+        if "fc1.weight" in key:  # gate and up projections
+            part, tensor = (stacked.unflatten(0, (2, -1)) for stacked in (part, tensor))
+        assert torch.equal(part, tensor[tuple(map(slice, part.shape))])
+        assert (part.numel() < tensor.numel()) == key.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))
+
+
+def test_a_file_with_another_tensor_is_damaged(tmp_path):
+    arch, space, model = case("llama")
+    reader = TensorReader(stream(model, CheckpointInfo(arch, space), tmp_path / "run"))
+    key = "embedding.word_embeddings.weight"
+    (place,) = [entry for index, entry in reader._reader.read_metadata().storage_data.items() if index.fqn == key]
+    file = reader.info.path / place.relative_path
+    size = file.stat().st_size
+    torch.save(torch.load(file).T.contiguous(), file.open("wb"))
+    assert file.stat().st_size == size
+    with pytest.raises(
+        FlextronError, match=r"tensor embedding.* cannot be read: .* damaged \(.*distcp holds \(32, 67\)"
+    ) as error:
+        reader.read(key)
+    assert "\n" not in str(error.value)
+
+
+def test_what_goes_wrong_while_the_next_tensor_is_made(tmp_path):
+    def fail() -> torch.Tensor:
+        raise FlextronError("cannot be made")
+
+    whole = LazyTensor((2,), torch.float32, lambda: torch.ones(2))
+    with pytest.raises(FlextronError, match="cannot be made"), write_aside(tmp_path / "out") as aside:
+        write_torch_dist(aside, {"a": whole, "b": replace(whole, load=fail), "c": whole})
+    with (
+        pytest.raises(FlextronError, match=r"tensor b: \(2,\) torch.float32 instead of \(3,\)"),
+        write_aside(tmp_path / "out") as aside,
+    ):
+        write_torch_dist(aside, {"a": whole, "b": replace(whole, shape=(3,))})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", CASES)

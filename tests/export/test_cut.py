@@ -37,7 +37,7 @@ class Reader:
     def dtype(self, key: str) -> torch.dtype:
         return self.state[key].dtype
 
-    def read(self, key: str) -> torch.Tensor:
+    def read(self, key: str, units: int | None = None) -> torch.Tensor:
         return self.state[key]
 
 

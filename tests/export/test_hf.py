@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
@@ -222,6 +223,16 @@ def test_shards(bytes_a_shard, least, tmp_path):
     original, back = saved_tensors(tmp_path / "hf"), saved_tensors(tmp_path / "out")
     assert original.keys() == back.keys() and all(torch.equal(original[key], back[key]) for key in original)
     assert torch.equal(hf_toy.logits(hf_toy.load(tmp_path / "out")), hf_toy.logits(theirs))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_files_are_those_of_the_safetensors_library(dtype, tmp_path):
+    info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run")
+    exported(info, networks(info)["uniform"], tmp_path / "out", dtype=dtype, max_shard_size=20_000)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    for file in files:
+        assert file.read_bytes() == save(load_file(file), {"format": "pt"})
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

@@ -7,10 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save_file
 
 from flextron_mcore.checkpoint.hf_import.common import INDEX_FILE, WEIGHTS_FILE
 from flextron_mcore.checkpoint.store import LazyTensor
@@ -19,6 +18,8 @@ from flextron_mcore.export.formats import Job
 from flextron_mcore.export.hf.target import Part
 from flextron_mcore.runtime.ranks import place, wait_for_all
 from flextron_mcore.space import count_parameters
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -36,8 +37,8 @@ def write_weights(
 ) -> int:
     """Write `tensors` (Megatron-Core's names) as the Hugging Face tensors of `parts`; returns the number of parameters.
 
-    One file, or shards of at most max_shard_size bytes with an index. Call on all ranks: they share the shards. Two shards are in
-    memory at a time on each, one being gathered while the other is written. A Megatron-Core tensor is read once: what becomes of
+    One file, or shards of at most max_shard_size bytes with an index. Call on all ranks: they share the shards. Each holds two
+    tensors in memory at a time, one being read while the other is written. A Megatron-Core tensor is read once: what becomes of
     it goes into one shard. progress is called with the bytes of each, scaled to the rank's share.
     """
     rank, ranks = place()
@@ -48,22 +49,24 @@ def write_weights(
     sizes = [sum(_numel(part) for part in shard) for shard in shards]
     parameters, share = sum(sizes), sum(sizes[rank::ranks])
     with ThreadPoolExecutor(1) as writer:
-        writing: Future[None] | None = None
         for name, shard in list(zip(names, shards, strict=True))[rank::ranks]:
-            content: dict[str, torch.Tensor] = {}
-            for part in shard:
-                whole = tensors[part.source].load().to(dtype)
-                for (key, shape), tensor in zip(part.shapes.items(), part.split(whole), strict=True):
-                    if tuple(tensor.shape) != shape:
-                        raise AssertionError(f"{key}: {tuple(tensor.shape)} instead of {shape}")
-                    content[key] = _owned(tensor)
-                if progress:
-                    progress(whole.nbytes * parameters // share)
-            if writing:
+            header, begins = _layout({key: shape for part in shard for key, shape in part.shapes.items()}, dtype)
+            with (out / name).open("wb") as file:
+                file.write(header)
+                writing: Future[None] | None = None
+                for part in shard:
+                    whole = tensors[part.source].load().to(dtype)
+                    pieces: dict[int, torch.Tensor] = {}
+                    for (key, shape), tensor in zip(part.shapes.items(), part.split(whole), strict=True):
+                        if tuple(tensor.shape) != shape:
+                            raise AssertionError(f"{key}: {tuple(tensor.shape)} instead of {shape}")
+                        pieces[begins[key]] = tensor.contiguous()
+                    if writing:
+                        writing.result()
+                    writing = writer.submit(_write, file, pieces)
+                    if progress:
+                        progress(whole.nbytes * parameters // share)
                 writing.result()
-            writing = writer.submit(save_file, content, out / name, metadata={"format": "pt"})
-        if writing:
-            writing.result()
     if len(shards) > 1 and rank == 0:
         metadata = {"total_size": parameters * dtype.itemsize, "total_parameters": parameters}
         index = {key: name for name, shard in zip(names, shards, strict=True) for part in shard for key in part.shapes}
@@ -72,11 +75,27 @@ def write_weights(
     return parameters
 
 
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
-    """With memory of its own, or safetensors would refuse the views of one tensor."""
-    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+def _layout(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a safetensors file, and where each tensor begins in it.
+
+    It is what the library writes, which wants all tensors in memory at once.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins, end = {}, 0
+    for key, shape in sorted(shapes.items()):
+        begins[key], end = end, end + dtype.itemsize * math.prod(shape)
+        entries[key] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begins[key], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {key: len(header) + begin for key, begin in begins.items()}
+
+
+def _write(file: BinaryIO, pieces: Mapping[int, torch.Tensor]) -> None:
+    """Contiguous tensors, each where it begins."""
+    for begin, tensor in pieces.items():
+        file.seek(begin)
+        file.write(tensor.flatten().view(torch.uint8).numpy())
 
 
 def _numel(part: Part) -> int:

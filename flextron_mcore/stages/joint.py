@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.config import FlextronError
 from flextron_mcore.stages.choice import check_table, known_costs, latency_table
 from flextron_mcore.stages.common import start
 from flextron_mcore.stages.elastic import check_space
@@ -31,6 +32,10 @@ def run(config: DictConfig) -> dict[str, Any]:
         from flextron_mcore.stages.adaptive import train_adaptive
 
         return train_adaptive(config, info, data)
+    if kind_of_routers(info.path) == "gumbel":
+        raise FlextronError(
+            f"checkpoint={info.path}: its router learns together with the model already: train on with `flextron gumbel`"
+        )
     described, routers = read_routers(info.path, blocks)
     table = latency_table(config, info)
     check_table(table)

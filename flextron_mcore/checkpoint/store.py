@@ -7,26 +7,29 @@ Writing goes to `RUN/checkpoints/.iter_0000100.tmp`, renamed when whole: a direc
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from flextron_mcore.checkpoint.sharding import dealt_axis, to_disk_order, to_sorted_order
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.runtime.compat import know_paths
-from flextron_mcore.runtime.disk import check_space, plain_errors
+from flextron_mcore.runtime.disk import check_space, forget, plain_errors
 from flextron_mcore.runtime.ranks import place, wait_for_all
 from flextron_mcore.space import ElasticSpace
 
@@ -234,19 +237,21 @@ def write_streaming(
     tensors: Mapping[str, LazyTensor],
     progress: Callable[[int], None] | None = None,
     common: Mapping[str, Any] | None = None,
+    elsewhere: bool = False,
 ) -> None:
     """Write a model's checkpoint into the empty `directory`, a tensor at a time; meanwhile the next one is made, by a thread.
 
     Call on all ranks, with the same arguments: each makes and writes its share of the tensors. progress is called with the bytes
-    of each tensor written, scaled to the share. common: plain values that every load returns beside the tensors. The result is
-    what Megatron-Core's own save of the model gives: the same keys, shapes and order, loadable at any layout.
+    of each tensor written, scaled to the share. common: plain values that every load returns beside the tensors. elsewhere: it is
+    not for a stage that follows here, so the page cache need not keep it. The result is what Megatron-Core's own save of the
+    model gives: the same keys, shapes and order, loadable at any layout.
     """
 
     def dealt(key: str, lazy: LazyTensor) -> LazyTensor:
         order = dealt_axis(info.model, info.space, key)
         return lazy if order is None else replace(lazy, load=lambda: to_disk_order(_checked(key, lazy), *order))
 
-    write_torch_dist(directory, {key: dealt(key, lazy) for key, lazy in tensors.items()}, progress, common)
+    write_torch_dist(directory, {key: dealt(key, lazy) for key, lazy in tensors.items()}, progress, common, elsewhere)
     if place()[0] == 0:
         write_info(directory, info)
     wait_for_all()
@@ -257,6 +262,7 @@ def write_torch_dist(
     tensors: Mapping[str, LazyTensor],
     progress: Callable[[int], None] | None = None,
     common: Mapping[str, Any] | None = None,
+    elsewhere: bool = False,
 ) -> None:
     """`write_streaming` of tensors in the order in which they come, and without `flextron.json`."""
     rank, ranks = place()
@@ -276,6 +282,8 @@ def write_torch_dist(
     planner = _StreamingPlanner(tensors, progress and (lambda size: progress(size * need // share)))
     # A file a tensor: torch's writer keeps the tensors of a file until the file is finished. Nothing passes through a GPU.
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
+    if elsewhere:
+        writer.fs = _ForgottenFiles()
     with planner.ahead:
         dcp.save(state, storage_writer=writer, planner=planner, no_dist=ranks == 1)
     if rank == 0:
@@ -301,6 +309,17 @@ def share_out(sizes: Mapping[str, int], ranks: int) -> list[set[str]]:
         shares[rank].add(name)
         loads[rank] += sizes[name]
     return shares
+
+
+class _ForgottenFiles(FileSystem):
+    """Files that leave the page cache when they are written."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes]]:
+        with super().create_stream(path, mode) as stream:
+            yield stream
+        if "w" in mode:
+            forget(path)
 
 
 class _StreamingPlanner(dcp.DefaultSavePlanner):

@@ -31,9 +31,8 @@ class Job:
     """One export.
 
     out: an existing, empty directory. dtype: fp32, bf16 or fp16; default: the checkpoint's. max_shard_size: bytes of one weights
-    file, about what is in memory at a time. tokenizer: a directory; default: the one beside the checkpoint. progress: called with
-    the bytes of each tensor written. options: the format's own, `conf/stage/export.yaml`. origin: what chose the network, for
-    the model card.
+    file. tokenizer: a directory; default: the one beside the checkpoint. progress: called with the bytes of each tensor written.
+    options: the format's own, `conf/stage/export.yaml`. origin: what chose the network, for the model card.
     Raises FlextronError for a value that means nothing.
     """
 

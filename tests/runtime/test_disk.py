@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flextron_mcore.runtime.disk import write_aside, write_whole
+from flextron_mcore.runtime.disk import forget, write_aside, write_whole
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -32,3 +32,13 @@ def test_a_small_file_is_replaced_at_once(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_whole(file, "\ud800")
     assert file.read_text() == "one" and list(tmp_path.iterdir()) == [file]
+
+
+def test_forgetting_a_file_keeps_what_is_in_it(tmp_path):
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"one")
+        file.flush()
+        forget(file.name)
+        file.write(b", two")
+    forget(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"one, two"

@@ -16,6 +16,7 @@ from flextron_mcore.checkpoint.store import LazyTensor
 from flextron_mcore.export.card import describe
 from flextron_mcore.export.formats import Job
 from flextron_mcore.export.hf.target import Part
+from flextron_mcore.runtime.disk import forget
 from flextron_mcore.runtime.ranks import place, wait_for_all
 from flextron_mcore.space import count_parameters
 
@@ -92,10 +93,12 @@ def _layout(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[
 
 
 def _write(file: BinaryIO, pieces: Mapping[int, torch.Tensor]) -> None:
-    """Contiguous tensors, each where it begins."""
+    """Contiguous tensors, each where it begins, to the disk."""
     for begin, tensor in pieces.items():
         file.seek(begin)
         file.write(tensor.flatten().view(torch.uint8).numpy())
+    file.flush()
+    forget(file.name)
 
 
 def _numel(part: Part) -> int:

@@ -63,9 +63,9 @@ def write(job: Job) -> dict[str, Any]:
     on_main_process(prepared)
     if net.is_uniform:
         dense = replace(info, model=model, space=_space(model), dtype=job.dtype, path=None)
-        write_streaming(folder, dense, tensors, job.progress, _COMMON)
+        write_streaming(folder, dense, tensors, job.progress, _COMMON, elsewhere=True)
     else:
-        write_torch_dist(folder, tensors, job.progress, _COMMON)
+        write_torch_dist(folder, tensors, job.progress, _COMMON, elsewhere=True)
 
     def finished() -> list[int]:
         """Bytes of each file."""

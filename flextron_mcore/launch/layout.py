@@ -9,7 +9,7 @@ from typing import Any
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.space import DTYPE_BYTES, ElasticSpace
 
-TRAINED = ("pretrain", "elastic", "joint")  # weights that learn: gradients and optimizer state
+TRAINED = ("pretrain", "elastic", "joint", "gumbel")  # weights that learn: gradients and optimizer state
 LOOPED = (*TRAINED, "router")  # stages of training/loop.py
 
 

@@ -192,7 +192,7 @@ def _evaluated(costs: Costs, config: Mapping[str, Any]) -> float:
 
 
 def _family(costs: Costs, config: Mapping[str, Any]) -> float:
-    """A network for each budget: shares of the cost, whatever it is of, stand for shares of operations; the others count as full."""
+    """A network for each budget: shares of a cost stand for shares of operations, the others count as the full model."""
     words = [str(budget).split() for budget in config["budgets"]]
     shares = [word[0] for word in words if len(word) == 1 or word[1] in OWN_UNITS]
     known = [float(share) for share in shares if re.fullmatch(r"0?\.\d+", share)]
@@ -228,4 +228,6 @@ def _latency(costs: Costs, config: Mapping[str, Any]) -> Work:
     balanced = len(space.hidden_size) * max(len(space.heads), len(space.ffn_hidden_size))
     each = (config["rounds"] + 1) * setting["batch_size"] * (costs.length + generated)  # tokens of a network
     whole = Costs(costs.model, replace(space, depth=space.depth[-1:]), costs.length, costs.tensor).drawn()  # in all layers
-    return Work(each * (balanced + config["check_networks"]), each * (balanced * whole + config["check_networks"] * costs.drawn()))
+    return Work(
+        each * (balanced + config["check_networks"]), each * (balanced * whole + config["check_networks"] * costs.drawn())
+    )

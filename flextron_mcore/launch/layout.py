@@ -40,7 +40,7 @@ class Layout:
             length, world = prompt_length(model, setting), 1
         else:
             options = config["model"]
-            length = options["seq_length"] or model.max_position_embeddings
+            length = options.get("seq_length") or model.max_position_embeddings
         tensor, pipeline = (options.get(f"{kind}_model_parallel_size") or 1 for kind in ("tensor", "pipeline"))
         if world % (tensor * pipeline):
             raise FlextronError(

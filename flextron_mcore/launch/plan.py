@@ -111,7 +111,7 @@ def architecture(config: DictConfig) -> ModelConfig:
 
 
 def _space(config: DictConfig, model: ModelConfig, jobs: list[Job]) -> ElasticSpace:
-    """What may vary: as the stage that makes the checkpoint says, and `importance`, which may change it, whether planned or not."""
+    """What may vary: as the stage says that makes the checkpoint, and `importance`, which may change it, planned or not."""
     made = next((job.stage for job in jobs if job.stage in ("pretrain", "import")), "import")
     values = OmegaConf.to_container(_defaults("import").space)
     for stage in (made, "importance"):

@@ -227,14 +227,53 @@ def test_work_of_the_stages():
     assert said(arch, configured("latency", "measurements=file.json")).flops == 0
 
 
-def test_expected_cost_of_random_networks():
+def four_axes(arch: ModelConfig) -> ElasticSpace:
+    return ElasticSpace.build(arch, hidden_size=(0.5, 0.75, 1.0), depth=(0.5, 1.0))
+
+
+def test_work_where_hidden_size_and_depth_are_elastic():
+    arch = FAMILIES["llama"]
+    space = four_axes(arch)
+    costs = Costs(arch, space, LENGTH)
+    assert costs.smallest == min(costs.of(space.uniform(arch, 2, 88, h, d)) for h in (64, 128) for d in (2, 4))
+    made = lambda stage, *keys: estimate(arch, space, configured(stage, *keys), 1, "fp32", cuda=False)  # noqa: E731
+    steps = ["trainer.max_steps=100", "trainer.limit_val_batches=null"]
+    tokens = 100 * 2 * BATCH * LENGTH
+    one, two = (made("gumbel", *steps, "targets_per_step=4", f"router.weighted_per_step={n}") for n in (1, 2))
+    sliced = costs.budgeted(None, 1.0, 2 / 3)
+    assert one.tokens == tokens and one.flops == pytest.approx(3 * tokens * (2 * costs.full + 3 * sliced))
+    assert two.flops == pytest.approx(3 * tokens * (3 * costs.full + 2 * sliced))
+    assert one.gradients and one.optimizer and networks(configured("gumbel", "targets_per_step=4")) == 5
+    again = made("gumbel", *steps, "targets_per_step=4", *RECOMPUTED["every layer"])
+    assert one.flops < again.flops < 4 / 3 * one.flops
+    # Each of 4 layers is left out once on 8 of 16 samples, beside the full model.
+    importance = made("importance", "samples=16", "layer_samples=8", "ablation_batches=0")
+    three = costs.of(space.network(arch, SubNetwork.full(arch).layers, depth=3))
+    assert importance.flops == pytest.approx(LENGTH * (16 * costs.full + 8 * (costs.full + 4 * three)))
+    tested = made("importance", "samples=16", "layer_samples=8", "ablation_batches=1")
+    nets = [space.uniform(arch, *sizes) for sizes in ((8, 352), (4, 352), (8, 176), (8, 352, 64))]
+    assert tested.flops - importance.flops == pytest.approx(2 * BATCH * LENGTH * sum(map(costs.of, nets)))
+    assert made("latency", "rounds=1", "check_networks=2").tokens == 2 * (3 * 4 + 2) * 2 * LENGTH
+
+
+def test_work_of_a_family():
+    arch, costs = FAMILIES["llama"], Costs(FAMILIES["llama"], ElasticSpace.build(FAMILIES["llama"]), LENGTH)
+    keys = ["checkpoint=c", "data=d", "out=o", "limit_val_batches=3", f"model.micro_batch_size={BATCH}"]
+    config = OmegaConf.to_container(compose("family", [*keys, "budgets=[0.5,0.25 parameters,25ms]"]))
+    family = said(arch, config)
+    assert (family.tokens, family.flops) == (3 * BATCH * LENGTH, pytest.approx(3 * BATCH * LENGTH * 1.75 * costs.full))
+    assert family.weights == 4 * count_parameters(arch) and family.gradients == 0
+
+
+@pytest.mark.parametrize("axes", ["widths", "all"])
+def test_expected_cost_of_random_networks(axes):
     from flextron_mcore.training.sampler import draw
 
     arch = FAMILIES["llama gqa tied"]
-    space = ElasticSpace.build(arch)
+    space = ElasticSpace.build(arch) if axes == "widths" else four_axes(arch)
     costs = Costs(arch, space, LENGTH)
     for mode in ("flextron", "matformer"):
-        drawn = [costs.of(net) for step in range(300) for net in draw(arch, space, 0, step, 3, mode)]
+        drawn = [costs.of(net) for step in range(1000) for net in draw(arch, space, 0, step, 3, mode)]
         assert costs.drawn(mode) == pytest.approx(sum(drawn) / len(drawn), rel=0.01)
 
 

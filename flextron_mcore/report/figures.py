@@ -186,7 +186,9 @@ def layer_widths(series: Series) -> Picture | None:
 def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, name: str, before: str = "") -> Picture:
     """Heads and FFN width of every layer, a row for each named network, largest first; the caption begins with `before`."""
     rows, left_out = networks[:MOST_ROWS], len(networks) - MOST_ROWS
-    names, layers, numbered = [name for name, _ in rows], model.num_layers, model.num_layers <= MOST_NUMBERS
+    narrow = any(net.hidden_size != model.hidden_size for _, net in rows)
+    names = [f"{short(name, 12)}, {net.hidden_size} wide" if narrow else name for name, net in rows]
+    layers, numbered = model.num_layers, model.num_layers <= MOST_NUMBERS
     widths = lambda layer: (layer.num_attention_heads, layer.ffn_hidden_size) if layer.executed else (0, 0)  # noqa: E731
     shares = np.array([[widths(layer) for layer in net.layers] for _, net in rows])
     shares = shares / (model.num_attention_heads, model.ffn_hidden_size)
@@ -203,7 +205,7 @@ def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, n
                     style = {"ha": "center", "va": "center", "fontsize": 8, "color": "#10151d" if bright else "#ffffff"}
                     axes.text(x, y, f"{100 * value:.0f}" if value else "–", **style)
             axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
-            axes.set_yticks(range(len(names)), [short(row, 18) for row in names])
+            axes.set_yticks(range(len(names)), [short(row, 24 if narrow else 18) for row in names])
             axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
             axes.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
             axes.grid(which="minor", color=theme.gap, linewidth=1.5 if numbered else 0.7)
@@ -222,6 +224,7 @@ def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, n
     words += "; ".join(f"{row}: {shares}" for row, shares in zip(names, kept, strict=True)) + "."
     caption = f"{before}Percent of its heads and FFN neurons that each layer keeps (as the paper’s figure 7)"
     caption += "; – is a skipped layer."
+    caption += f" Wide: hidden channels in use, of {model.hidden_size:,}." if narrow else ""
     caption += f" The {MOST_ROWS} largest are shown; {left_out} more are in the table." if left_out > 0 else ""
     return picture(name, words, caption, draw, (SIZE[0], 1.3 + 2 * 0.26 * max(len(names), 2)))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flextron_mcore.config import ModelConfig
+from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.report.reader import Reader, read_model, read_subnetwork
 from flextron_mcore.space import SubNetwork
 
@@ -59,5 +59,7 @@ def read_family(label: str, metrics: Reader) -> Family:
         exports = row.inner("exports")
         names = {format_: exports.text(format_) for format_ in exports.values}
         members.append(Member(row.text("budget"), read_subnetwork(row, model), found, row.maybe("loss"), names))
+    if not members:
+        raise FlextronError(f"{metrics.where}: 'networks' is empty")
     members.sort(key=lambda member: member.costs.get("parameters", (0.0,)))
     return Family(label, model, metrics.text("selector"), members)

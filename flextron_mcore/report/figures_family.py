@@ -6,8 +6,8 @@ import math
 
 from matplotlib.figure import Figure
 
-from flextron_mcore.report.collect_family import Family
-from flextron_mcore.report.drawing import Picture, Theme, picture, short, stem, tidy
+from flextron_mcore.report.collect_family import Family, Member
+from flextron_mcore.report.drawing import Picture, Theme, label_points, picture, short, stem, tidy
 from flextron_mcore.report.parts import cost_unit
 
 SHOWN = ("parameters", "latency")  # costs that losses are drawn against
@@ -18,7 +18,7 @@ def losses(family: Family) -> list[Picture]:
     return [_loss(family, cost) for cost in SHOWN if cost in family.costs and _drawable(family)]
 
 
-def _drawable(family: Family) -> list:
+def _drawable(family: Family) -> list[Member]:
     return [member for member in family.members if member.loss is not None and math.isfinite(member.loss)]
 
 
@@ -29,15 +29,12 @@ def _loss(family: Family, cost: str) -> Picture:
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        axes.plot(*zip(*points, strict=True), "o-", color=theme.after, markersize=5.5, linewidth=1.2)
-        for i, (member, point) in enumerate(zip(members, points, strict=True)):
-            # Names stand above and below the line in turn, so that near ones do not meet.
-            side, place = ("bottom", 7) if i % 2 == 0 else ("top", -7)
-            style = {"ha": "center", "va": side, "fontsize": 8.5, "color": theme.ink}
-            axes.annotate(short(member.budget, 20), point, (0, place), textcoords="offset points", **style)
+        axes.plot(*zip(*points, strict=True), "o", color=theme.after, markersize=5.5)
         axes.set(xlabel=label, ylabel="Mean loss (nats per token)")
         axes.margins(x=0.12, y=0.15)
         tidy(axes)
+        names = [(short(member.budget, 20), point, False) for member, point in zip(members, points, strict=True)]
+        label_points(figure, axes, names, points, theme)
 
     series = ", ".join(f"{member.budget}: {y:.3f} at {x:.4g}" for member, (x, y) in zip(members, points, strict=True))
     words = f"Mean loss in nats per token against {label[0].lower()}{label[1:]}, by budget: {series}."

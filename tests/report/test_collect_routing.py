@@ -1,4 +1,4 @@
-"""Reading `router`, `joint` and `gumbel`: budgets, steps, from where routers follow the surrogate, and that bad values are named."""
+"""Reading `router`, `joint`, `gumbel`: budgets, steps, from where routers follow the surrogate, and that bad values are named."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_without_a_surrogate_the_constraint_is_shown(tmp_path, monkeypatch, kind
 
 def test_relaxed_choices_have_a_temperature(tmp_path, monkeypatch):
     training = read(tmp_path, *synthetic.gumbel())
-    assert "Temperature from 0.97" in dynamics(training).alt
+    assert "Temperature from 0.98" in dynamics(training).alt
     *_, temperature = drawn_by(monkeypatch, training)
     assert temperature.get_title("left") == "Temperature" and temperature.get_yscale() == "log"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.config import FlextronError
 from flextron_mcore.stages.choice import check_table, known_costs, latency_table
 from flextron_mcore.stages.common import start
 from flextron_mcore.stages.elastic import check_space
@@ -32,6 +33,8 @@ def run(config: DictConfig) -> dict[str, Any]:
 
         return train_adaptive(config, info, data)
     described, routers = read_routers(info.path, blocks)
+    if described.kind == "gumbel":
+        raise FlextronError(f"checkpoint={info.path}: its router chooses on all axes: train it on with `flextron gumbel`")
     table = latency_table(config, info)
     check_table(table)
     known = known_costs(config, info, table)

@@ -22,25 +22,34 @@ def activations(rank: Rank, config: Mapping[str, Any]) -> int:
     if stage not in TRAINED and not gates:
         return gathered + _forward(rank) + (_kv_cache(rank, config["setting"]) if stage == "latency" else 0)
     micro_batches = config["model"]["global_batch_size"] // (rank.layout.micro_batch * rank.layout.data)
-    teach = stage == "elastic" and config["distillation"]["weight"] > 0
-    return gathered + _backward(rank, micro_batches * networks(config), stage not in TRAINED, gates, teach)
+    teach = stage in ("elastic", "gumbel") and config["distillation"]["weight"] > 0
+    step = networks(config)
+    weighted = _most(in_flight(rank, micro_batches * step), step, config) if stage == "gumbel" else 0
+    return gathered + _backward(rank, micro_batches * step, stage not in TRAINED, gates, teach, weighted)
 
 
 def networks(config: Mapping[str, Any]) -> int:
     """Networks of a training step."""
-    more = {"elastic": "num_subnetworks", "router": "targets_per_step", "joint": "targets_per_step"}
+    more = {"elastic": "num_subnetworks", **dict.fromkeys(("router", "joint", "gumbel"), "targets_per_step")}
     return 1 + (config[more[config["stage"]]] if config["stage"] in more else 0)
 
 
-def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False) -> tuple[int, int]:
+def _most(flights: int, step: int, config: Mapping[str, Any]) -> int:
+    """The most networks with weights (layers/weighted.py) among the passes in flight, where `step` networks take turns."""
+    weighted, chunks = config["router"]["weighted_per_step"], config["model"]["virtual_pipeline_model_parallel_size"] or 1
+    return min(flights, chunks * (flights // step * weighted + min(flights % step, weighted)))
+
+
+def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False, weighted: bool = False) -> tuple[int, int]:
     """What autograd keeps of a layer's attention block, and of its MLP block, for the backward pass of a micro-batch.
 
-    frozen: no weight wants a gradient. gates: blocks' outputs are multiplied with gates that do.
+    frozen: no weight wants a gradient. gates: blocks' outputs are multiplied with gates that do. weighted: so are channels,
+    heads and neurons too.
     """
     model, layout, n, e = rank.model, rank.layout, rank.tokens, rank.layout.dtype
     h, q, k, f1, f2 = rank.sizes
     inputs = 0 if frozen else rank.stream
-    shared = norm(rank, frozen) + (rank.stream if gates else 0) + _dropout_mask(rank)
+    shared = norm(rank, frozen, weighted) + (rank.stream if gates or weighted else 0) + _dropout_mask(rank)
     mixed = q + 2 * k  # values are a view of the fused product, and keep it
     if model.position_embedding_type == "rope":
         attention = n * (mixed + q + k) * e + 4 * layout.length * model.kv_channels * e
@@ -52,12 +61,17 @@ def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False) -> tuple[
         mlp = n * 3 * f2 * e + (0 if frozen else n * h * e)
     else:
         mlp = inputs + (0 if model.activation == "relu" and not frozen else n * f2 * e)
-    return shared + inputs + attention, shared + mlp + (0 if frozen else n * f2 * e)
+    mlp += 0 if frozen else n * f2 * e
+    if weighted:  # what the masks are multiplied with
+        attention, mlp = attention + n * q * e, mlp + n * f2 * e
+    return shared + inputs + attention, shared + mlp
 
 
-def norm(rank: Rank, frozen: bool = False) -> int:
-    """What a norm keeps: its input and statistics; without CUDA, RMSNorm is several operations, in fp32."""
+def norm(rank: Rank, frozen: bool = False, weighted: bool = False) -> int:
+    """What a norm keeps: its input and statistics; without CUDA, RMSNorm is several operations, in fp32, and weighted all are."""
     rows, h = rank.rows, rank.model.hidden_size
+    if weighted:
+        return rows * (4 * h * (4 if rank.model.normalization == "rmsnorm" else 5) + 8)
     if rank.model.normalization != "rmsnorm":
         return rank.stream + 8 * rows
     if rank.layout.cuda:
@@ -65,9 +79,9 @@ def norm(rank: Rank, frozen: bool = False) -> int:
     return rows * (4 * h * (1 if frozen else 2) + 4)
 
 
-def saved_head(rank: Rank, frozen: bool = False) -> int:
+def saved_head(rank: Rank, frozen: bool = False, weighted: bool = False) -> int:
     """What autograd keeps of the final norm, the output layer and the cross entropy (softmax in fp32, targets)."""
-    return norm(rank, frozen) + (0 if frozen else rank.stream) + rank.tokens * (4 * rank.vocabulary + 9)
+    return norm(rank, frozen, weighted) + (0 if frozen else rank.stream) + rank.tokens * (4 * rank.vocabulary + 9)
 
 
 def in_flight(rank: Rank, micro_batches: int) -> int:
@@ -78,16 +92,19 @@ def in_flight(rank: Rank, micro_batches: int) -> int:
     return min(2 * (stages - rank.index - 1) + (chunks - 1) * stages + 1, chunks * micro_batches)
 
 
-def _backward(rank: Rank, micro_batches: int, frozen: bool, gates: bool, teach: bool) -> int:
+def _backward(rank: Rank, micro_batches: int, frozen: bool, gates: bool, teach: bool, weighted: int) -> int:
+    """weighted: of the passes in flight, those of networks with weights."""
     layout = rank.layout
-    kept, work = saved_chunk(rank, layout.layers[rank.index] // layout.chunks, *saved_layer(rank, frozen, gates))
-    work += _layer_work(rank, frozen)
+    layers = layout.layers[rank.index] // layout.chunks
+    kept, work = saved_chunk(rank, layers, *saved_layer(rank, frozen, gates))
+    more, weighted_work = saved_chunk(rank, layers, *saved_layer(rank, weighted=True))
+    work = _layer_work(rank, frozen) + (weighted_work + _mask_work(rank) if weighted else work)
     flights = in_flight(rank, micro_batches)
-    total = flights * kept
+    total = (flights - weighted) * kept + weighted * more
     if layout.pipeline > 1:  # a stage keeps its outputs until their gradients arrive
         total += (flights - 1 if rank.last else flights) * rank.stream
     # The loss's part is gone when the layers' backward passes begin.
-    return total + (max(_head(rank, frozen, teach), work) if rank.last else work)
+    return total + (max(_head(rank, frozen, teach, weighted > 0), work) if rank.last else work)
 
 
 def saved_chunk(rank: Rank, layers: int, attention: int, mlp: int) -> tuple[int, int]:
@@ -105,16 +122,16 @@ def saved_chunk(rank: Rank, layers: int, attention: int, mlp: int) -> tuple[int,
     return layers * layer, 0
 
 
-def _head(rank: Rank, frozen: bool, teach: bool) -> int:
+def _head(rank: Rank, frozen: bool, teach: bool, weighted: bool) -> int:
     """The output layer and the loss at their peak."""
     n, e, h = rank.tokens, rank.layout.dtype, rank.model.hidden_size
     logits = n * rank.vocabulary
     if teach:
-        return saved_head(rank, frozen) + (TAUGHT - 4) * logits + (8 * logits if rank.padded else 0)
+        return saved_head(rank, frozen, weighted) + (TAUGHT - 4) * logits + (8 * logits if rank.padded else 0)
     copies = (2 * logits if e == 2 else 0) + (e * logits if rank.padded else 0)  # before the softmax in fp32
     gradients = (-2 * logits if e == 2 else 0) + n * h * e  # the softmax becomes its own gradient
     gradients += 0 if frozen else rank.vocabulary * h * e
-    return saved_head(rank, frozen) + max(copies, gradients)
+    return saved_head(rank, frozen, weighted) + max(copies, gradients)
 
 
 def _layer_work(rank: Rank, frozen: bool) -> int:
@@ -129,6 +146,11 @@ def _layer_work(rank: Rank, frozen: bool) -> int:
     first = 3 * rank.stream - e * n * f1 + weights * f1  # most of what was kept of the MLP is gone
     tied = rank.first and rank.last and rank.model.share_embeddings_and_output_weights and not frozen
     return max(second, first) + (rank.vocabulary * h * e if tied else 0)  # which waits for the embedding's part
+
+
+def _mask_work(rank: Rank) -> int:
+    """What the MLP's backward pass works with on top of that where neurons are weighed: their gradients, and the weights'."""
+    return rank.layout.dtype * rank.tokens * rank.sizes[4]
 
 
 def _forward(rank: Rank) -> int:

@@ -24,8 +24,21 @@ def check_configuration(config: DictConfig, plan: Plan) -> None:
             "overwrite=true: is not for launch, whose jobs continue what is there; remove the directory of the stage"
         )
     for job in plan.to_run:
+        _check_axes(plan, job)
         if job.stage in PARALLEL:
             _check_layout(config, plan, job)
+
+
+def _check_axes(plan: Plan, job: Job) -> None:
+    """A stage that knows heads and neurons only would find out when its turn comes."""
+    elastic = [axis for axis in ("hidden_size", "depth") if len(getattr(plan.space, axis)) > 1]
+    sensitivity = "sensitivity" in ((job.config.get("selectors") or ()) if job.stage == "compare" else ())
+    if elastic and (job.stage in ("router", "sensitivity") or sensitivity):
+        what, instead = ("selector sensitivity", "set compare.selectors=") if sensitivity else ("it", "use gumbel")
+        raise FlextronError(
+            f"{job.stage}: space.{elastic[0]} is elastic, and {what} chooses heads and neurons only: {instead}"
+            + ("[router,uniform,matformer]" if sensitivity else "")
+        )
 
 
 def _check_layout(config: DictConfig, plan: Plan, job: Job) -> None:

@@ -6,14 +6,16 @@ that is not masked; the vocabulary with its padding; a backward pass costs two f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from flextron_mcore.blocks import Blocks
 from flextron_mcore.config import ModelConfig
+from flextron_mcore.cost import OWN_UNITS
 from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.launch.layout import LOOPED, Layout
 from flextron_mcore.selection.selectors import MatFormer, Uniform
@@ -32,21 +34,20 @@ class Costs:
     length: int
     tensor: int = 1
 
-    def layer(self, choice: LayerChoice) -> float:
-        """Of a layer."""
-        h, head = self.model.hidden_size, self.model.kv_channels
+    def layer(self, choice: LayerChoice, hidden_size: int | None = None) -> float:
+        """Of a layer that is executed; with all hidden channels for None."""
+        h, head = hidden_size or self.model.hidden_size, self.model.kv_channels
         q, kv = choice.num_attention_heads * head, choice.kv_groups * head
         products = h * (2 * q + 2 * kv) + h * choice.ffn_hidden_size * (3 if self.model.gated else 2)
         return 2.0 * products + 2.0 * self.length * q
 
-    @property
-    def head(self) -> float:
-        """Of the output layer."""
-        return 2.0 * self.model.hidden_size * (-(-self.model.vocab_size // self.tensor) * self.tensor)
+    def head(self, hidden_size: float | None = None) -> float:
+        """Of the output layer; with all hidden channels for None."""
+        return 2.0 * (hidden_size or self.model.hidden_size) * (-(-self.model.vocab_size // self.tensor) * self.tensor)
 
     def of(self, net: SubNetwork) -> float:
         """Of a network."""
-        return self.head + sum(self.layer(layer) for layer in net.layers)
+        return self.head(net.hidden_size) + sum(self.layer(layer, net.hidden_size) for layer in net.layers if layer.executed)
 
     @property
     def full(self) -> float:
@@ -56,15 +57,16 @@ class Costs:
     @property
     def smallest(self) -> float:
         """Of the smallest network."""
-        return self.of(self.space.uniform(self.model, self.space.heads[0], self.space.ffn_hidden_size[0]))
+        axes = (self.space.heads, self.space.ffn_hidden_size, self.space.hidden_size, self.space.depth)
+        return self.of(self.space.uniform(self.model, *(sizes[0] for sizes in axes)))
 
     def drawn(self, mode: str = "flextron") -> float:
         """Expected, of a random network (training/sampler.py)."""
-        heads, widths = self.space.heads, self.space.ffn_hidden_size
+        heads, widths, sizes, depths = self.space.heads, self.space.ffn_hidden_size, self.space.hidden_size, self.space.depth
         if mode == "matformer":
-            heads, widths = (self.model.num_attention_heads,), widths[:-1] or widths
-        layers = [self.layer(self.space.layer_choice(self.model, a, m)) for a in heads for m in widths]
-        return self.head + self.model.num_layers * mean(layers)
+            heads, widths, sizes, depths = heads[-1:], widths[:-1] or widths, sizes[-1:], depths[-1:]
+        choices = [self.space.layer_choice(self.model, a, m) for a in heads for m in widths]
+        return mean(self.head(h) + mean(depths) * mean(self.layer(choice, h) for choice in choices) for h in sizes)
 
     def budgeted(self, low: float | None, high: float, part: float) -> float:
         """Of a network for a budget, `part` of the way from `low` to `high`, shares of the full model's cost."""
@@ -93,16 +95,9 @@ def work(
     limit = config["ablation_batches" if config["stage"] == "importance" else "limit_val_batches"]
     valid = costs.length * _valid(limit and limit * options["micro_batch_size"], valid_samples)
     if config["stage"] == "importance":
-        tokens = config["samples"] * costs.length
-        half = [
-            min(sizes, key=lambda size, full=sizes[-1]: abs(size - full / 2)) for sizes in (space.heads, space.ffn_hidden_size)
-        ]
-        table = [(space.heads[-1], space.ffn_hidden_size[-1]), (half[0], space.ffn_hidden_size[-1]), (space.heads[-1], half[1])]
-        tested = 2 * sum(costs.of(space.uniform(model, *sizes)) for sizes in table) if limit else 0.0  # unsorted, sorted
-        return Work(tokens, tokens * costs.full + valid * tested)
-    return Work(
-        valid, valid * {"evaluate": _evaluated, "sensitivity": _sensitivity, "compare": _compared}[config["stage"]](costs, config)
-    )
+        return _importance(costs, config, valid if limit else 0)
+    each = {"evaluate": _evaluated, "sensitivity": _sensitivity, "compare": _compared, "family": _family}[config["stage"]]
+    return Work(valid, valid * each(costs, config))
 
 
 def _valid(limit: int | None, samples: Sequence[int] | None) -> int:
@@ -112,6 +107,21 @@ def _valid(limit: int | None, samples: Sequence[int] | None) -> int:
     return sum(min(n, limit) if limit else n for n in samples)
 
 
+def _importance(costs: Costs, config: Mapping[str, Any], valid: int) -> Work:
+    """One pass; where depth is elastic one without each layer too; and before and after sorting the table of its gain."""
+    model, space, tokens = costs.model, costs.space, config["samples"] * costs.length
+    flops = tokens * costs.full
+    if len(space.depth) > 1:
+        without = costs.full - costs.layer(SubNetwork.full(model).layers[0])
+        flops += min(config["samples"], config["layer_samples"]) * costs.length * (costs.full + model.num_layers * without)
+    axes = (space.heads, space.ffn_hidden_size, space.hidden_size)
+    full = [sizes[-1] for sizes in axes]
+    table = [full]
+    for i, sizes in enumerate(axes[: 3 if len(space.hidden_size) > 1 else 2]):
+        table.append([*full[:i], min(sizes, key=lambda size, full=sizes[-1]: abs(size - full / 2)), *full[i + 1 :]])
+    return Work(tokens, flops + 2 * valid * sum(costs.of(space.uniform(model, *sizes)) for sizes in table))
+
+
 def _training(costs: Costs, config: Mapping[str, Any], layout: Layout, valid_samples: Sequence[int] | None) -> Work:
     stage, trainer, batch = config["stage"], config["trainer"], config["model"]["global_batch_size"]
     low, high = _range(config)
@@ -119,8 +129,10 @@ def _training(costs: Costs, config: Mapping[str, Any], layout: Layout, valid_sam
         networks = [costs.drawn(config["mode"])] * config["num_subnetworks"]
         family = [costs.of(net) for net in uniform_family(costs.model, costs.space).values()]
         validated = [*family, *[costs.drawn(config["mode"])] * config["validation_subnetworks"]]
-    elif stage in ("router", "joint"):
-        networks = [costs.budgeted(low, high, 1 - 1 / (1 + LARGE))] * config["targets_per_step"]
+    elif stage in ("router", "joint", "gumbel"):
+        weighted = config["router"].get("weighted_per_step", 0)  # computed at full size
+        sliced = [costs.budgeted(low, high, 1 - 1 / (1 + LARGE))] * (config["targets_per_step"] - weighted)
+        networks = [costs.full] * weighted + sliced
         targets = config["validation_targets"]
         shares = [costs.budgeted(low, high, part) for part in _TARGETS] if targets is None else [t * costs.full for t in targets]
         validated = [costs.full, *shares]
@@ -147,13 +159,16 @@ def _range(config: Mapping[str, Any]) -> tuple[float | None, float]:
 
 
 def _trained(costs: Costs, net: float, layout: Layout) -> float:
-    """Forward and backward pass of a network whose forward pass costs `net`, with what is computed again."""
+    """Forward and backward pass of a network whose forward pass costs `net`, with what is computed again.
+
+    Of networks whose hidden size is not known, the output layer counts as that of a mean one.
+    """
     (method, number), total = layout.recompute, costs.model.num_layers
-    again = net - costs.head
+    again = net - costs.head(None if net == costs.full else mean(costs.space.hidden_size))
     if method == "block":
         again *= min(sum(layout.chunks * min(number, layers // layout.chunks) for layers in layout.layers) / total, 1.0)
     elif method == "mlp":
-        full = costs.full - costs.head
+        full = costs.full - costs.head()
         again *= total * 2.0 * costs.model.hidden_size * costs.model.ffn_hidden_size * (3 if costs.model.gated else 2) / full
     return 3 * net + (again if method else 0.0)
 
@@ -174,6 +189,14 @@ def _evaluated(costs: Costs, config: Mapping[str, Any]) -> float:
         files = [Path(given)] if isinstance(given, str) else map(Path, given)
         found = [costs.of(SubNetwork.from_file(file)) if file.is_file() else costs.full for file in files]
     return sum(found) + config["random"] * costs.drawn()
+
+
+def _family(costs: Costs, config: Mapping[str, Any]) -> float:
+    """A network for each budget: shares of a cost stand for shares of operations, the others count as the full model."""
+    words = [str(budget).split() for budget in config["budgets"]]
+    shares = [word[0] for word in words if len(word) == 1 or word[1] in OWN_UNITS]
+    known = [float(share) for share in shares if re.fullmatch(r"0?\.\d+", share)]
+    return costs.full * (sum(known) + len(words) - len(known))
 
 
 def _sensitivity(costs: Costs, config: Mapping[str, Any]) -> float:
@@ -201,6 +224,10 @@ def _latency(costs: Costs, config: Mapping[str, Any]) -> Work:
     if config["measurements"] is not None:
         return Work(0, 0.0)
     generated = setting["generated_tokens"] - 1 if setting["kind"] == "generation" else 0
-    passes = (config["rounds"] + 1) * (max(len(costs.space.heads), len(costs.space.ffn_hidden_size)) + config["check_networks"])
-    tokens = passes * setting["batch_size"] * (costs.length + generated)
-    return Work(tokens, tokens * costs.drawn())
+    space = costs.space
+    balanced = len(space.hidden_size) * max(len(space.heads), len(space.ffn_hidden_size))
+    each = (config["rounds"] + 1) * setting["batch_size"] * (costs.length + generated)  # tokens of a network
+    whole = Costs(costs.model, replace(space, depth=space.depth[-1:]), costs.length, costs.tensor).drawn()  # in all layers
+    return Work(
+        each * (balanced + config["check_networks"]), each * (balanced * whole + config["check_networks"] * costs.drawn())
+    )

@@ -9,7 +9,7 @@ from typing import Any
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.space import DTYPE_BYTES, ElasticSpace
 
-TRAINED = ("pretrain", "elastic", "joint")  # weights that learn: gradients and optimizer state
+TRAINED = ("pretrain", "elastic", "joint", "gumbel")  # weights that learn: gradients and optimizer state
 LOOPED = (*TRAINED, "router")  # stages of training/loop.py
 
 
@@ -40,7 +40,7 @@ class Layout:
             length, world = prompt_length(model, setting), 1
         else:
             options = config["model"]
-            length = options["seq_length"] or model.max_position_embeddings
+            length = options.get("seq_length") or model.max_position_embeddings
         tensor, pipeline = (options.get(f"{kind}_model_parallel_size") or 1 for kind in ("tensor", "pipeline"))
         if world % (tensor * pipeline):
             raise FlextronError(

@@ -16,25 +16,28 @@ from flextron_mcore.cli import compose, known_keys, merged
 from flextron_mcore.config import FlextronError, ModelConfig, nearest
 from flextron_mcore.space import ElasticSpace
 
-# For each stage, what its keys take: results of the first of these stages that is planned before it or is complete on disk;
-# `data` and `hf` are launch's own keys, `results` its directory. A key in OPTIONAL may stay as it is.
+ROUTED = ("gumbel", "joint", "router")  # checkpoints with routers, the one that knows most first
+# For each stage, what its keys take: results of the first of these stages that is planned before it, else of the first that is
+# complete on disk; `data` and `hf` are launch's own keys, `results` its directory. A key in OPTIONAL may stay as it is.
 INPUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "prepare": {"tokenizer": ("hf",)},
     "pretrain": {"data": ("data",)},
     "import": {"hf": ("hf",)},
     "importance": {"checkpoint": ("pretrain", "import"), "data": ("data",)},
     "elastic": {"checkpoint": ("importance",), "data": ("data",)},
-    "latency": {"checkpoint": ("elastic",)},
+    "latency": {"checkpoint": ("elastic", "importance")},
     "router": {"checkpoint": ("elastic",), "data": ("data",), "latency": ("latency",)},
     "joint": {"checkpoint": ("router",), "data": ("data",)},
-    "sensitivity": {"checkpoint": ("joint", "router", "elastic"), "data": ("data",)},
-    "compare": {"checkpoint": ("joint", "router"), "data": ("data",), "sensitivity": ("sensitivity",)},
-    "evaluate": {"checkpoint": ("joint", "router", "elastic"), "data": ("data",)},
-    "export": {"checkpoint": ("joint", "router", "elastic", "importance", "pretrain", "import")},
+    "gumbel": {"checkpoint": ("elastic", "importance"), "data": ("data",), "latency": ("latency",)},
+    "sensitivity": {"checkpoint": (*ROUTED, "elastic"), "data": ("data",)},
+    "compare": {"checkpoint": ROUTED, "data": ("data",), "sensitivity": ("sensitivity",)},
+    "evaluate": {"checkpoint": (*ROUTED, "elastic"), "data": ("data",)},
+    "family": {"checkpoint": ROUTED, "data": ("data",)},
+    "export": {"checkpoint": (*ROUTED, "elastic", "importance", "pretrain", "import")},
     "report": {"run": ("results",)},
 }
-OPTIONAL = {("prepare", "tokenizer"), ("router", "latency"), ("compare", "sensitivity")}
-TRAINS = ("pretrain", "elastic", "router", "joint")
+OPTIONAL = {("prepare", "tokenizer"), ("router", "latency"), ("gumbel", "latency"), ("compare", "sensitivity")}
+TRAINS = ("pretrain", "elastic", "router", "joint", "gumbel")
 PARALLEL = (*TRAINS, "importance", "sensitivity", "compare", "evaluate")  # the others are one process
 
 
@@ -96,9 +99,7 @@ def plan(config: DictConfig) -> Plan:
         for name, keys in _instances(config, stage):
             job = _job(config, model, results, name, stage, keys, [j.stage for j in jobs], problems)
             jobs.append(job)
-    spaces = [job.config.space for job in jobs if job.stage in ("pretrain", "import")] or [_defaults("import").space]
-    space = ElasticSpace.build(model, **OmegaConf.to_container(spaces[0]))
-    return Plan(jobs, problems, model, space, results)
+    return Plan(jobs, problems, model, _space(config, model, jobs), results)
 
 
 def architecture(config: DictConfig) -> ModelConfig:
@@ -107,6 +108,15 @@ def architecture(config: DictConfig) -> ModelConfig:
     if values.get("vocab_size") is None:
         values["vocab_size"] = int(config.get("prepare", {}).get("vocab_size") or _defaults("prepare").vocab_size)
     return ModelConfig.from_dict(values)
+
+
+def _space(config: DictConfig, model: ModelConfig, jobs: list[Job]) -> ElasticSpace:
+    """What may vary: as the stage says that makes the checkpoint, and `importance`, which may change it, planned or not."""
+    made = next((job.stage for job in jobs if job.stage in ("pretrain", "import")), "import")
+    values = OmegaConf.to_container(_defaults("import").space)
+    for stage in (made, "importance"):
+        values |= {name: value for name, value in _own(config, stage).get("space", {}).items() if value is not None}
+    return ElasticSpace.build(model, **values)
 
 
 def is_complete(folder: Path) -> bool:
@@ -138,9 +148,16 @@ def clock(total: int) -> str:
 
 def _instances(config: DictConfig, stage: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, keys) of the jobs of a stage: one, but for the exports of several budgets."""
+    if stage == "family" and config.budgets:
+        return [(stage, {} if "budgets" in _own(config, stage) else {"budgets": OmegaConf.to_container(config.budgets)})]
     if stage != "export" or not config.budgets or {"budget", "subnetwork"} & config.get("export", {}).keys():
         return [(stage, {})]
     return [(f"export_{_word(budget)}", {"budget": budget}) for budget in OmegaConf.to_container(config.budgets)]
+
+
+def _own(config: DictConfig, stage: str) -> dict[str, Any]:
+    """The keys that were set for a stage alone."""
+    return OmegaConf.to_container(config[stage]) if stage in config else {}
 
 
 def _word(budget: Any) -> str:
@@ -157,11 +174,11 @@ def _job(
     before: list[str],
     problems: list[str],
 ) -> Job:
-    own = OmegaConf.to_container(config[stage]) if stage in config else {}
+    own = _own(config, stage)
     run = {**config.run, **own.pop("run", {})}
     base = _defaults(stage)
     shared = [OmegaConf.to_container(config.training)] if stage in TRAINS else []
-    if stage in PARALLEL:
+    if stage in (*PARALLEL, "family"):
         shared.append(_layout(config))
     if stage == "pretrain":
         shared.append({"model": {field.name: config.model[field.name] for field in fields(ModelConfig)}})
@@ -231,14 +248,12 @@ def _only(values: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[
 
 
 def _source(config: DictConfig, results: Path, sources: tuple[str, ...], before: list[str]) -> str | None:
-    for source in sources:
-        if source == "results":
-            return str(results)
-        if source == "hf":
-            return config.hf and str(Path(config.hf).expanduser().absolute())
-        if source == "data" and not ("prepare" in before or is_complete(results / "prepare")):
-            return str(Path(config.data).expanduser().absolute())
-        stage = "prepare" if source == "data" else source
-        if stage in before or is_complete(results / stage):
-            return str(results / stage)
-    return None
+    if sources == ("results",):
+        return str(results)
+    if sources == ("hf",):
+        return config.hf and str(Path(config.hf).expanduser().absolute())
+    stages = ("prepare",) if sources == ("data",) else sources
+    found = [stage for stage in stages if stage in before] or [stage for stage in stages if is_complete(results / stage)]
+    if sources == ("data",) and not found:
+        return str(Path(config.data).expanduser().absolute())
+    return str(results / found[0]) if found else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.launch.plan import Job, Plan
+from flextron_mcore.launch.plan import TRAINS, Job, Plan
 
 if TYPE_CHECKING:
     from flextron_mcore.launch.estimate import Estimate
@@ -97,12 +97,14 @@ def print_resources(config: DictConfig, plan: Plan) -> None:
 def _estimate(plan: Plan, job: Job) -> Estimate | None:
     from flextron_mcore.launch.estimate import estimate
 
-    if job.stage not in ESTIMATED or job.config.get("measurements"):
+    measured_elsewhere = job.stage == "latency" and job.config.measurements
+    unknown = job.stage == "family" and (job.config.data is None or OmegaConf.is_missing(job.config, "budgets"))
+    if job.stage not in ESTIMATED or measured_elsewhere or unknown:
         return None
-    return estimate(plan.model, plan.space, job.config, job.ranks, job.config.trainer.precision or "bf16")
+    return estimate(plan.model, plan.space, job.config, job.ranks, job.config.get("trainer", {}).get("precision") or "bf16")
 
 
-ESTIMATED = ("pretrain", "importance", "elastic", "router", "joint", "latency", "sensitivity", "evaluate", "compare")
+ESTIMATED = (*TRAINS, "importance", "latency", "sensitivity", "evaluate", "compare", "family")
 
 
 def _count(tokens: int) -> str:

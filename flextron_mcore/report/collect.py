@@ -12,6 +12,7 @@ from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.report.collect_compare import Comparison, Sensitivity, read_comparison, read_sensitivity
+from flextron_mcore.report.collect_family import Family, read_family
 from flextron_mcore.report.collect_routing import ROUTING_STAGES, Routing, read_routing
 from flextron_mcore.report.reader import (
     Reader,
@@ -35,6 +36,7 @@ STAGES = (
     "sensitivity",
     "evaluate",
     "compare",
+    "family",
     "export",
 )
 TRAINING_STAGES = ("pretrain", "elastic", *ROUTING_STAGES)
@@ -66,7 +68,7 @@ class Training:
     """One directory of a training stage. `seconds` of wall time; losses in nats per token.
 
     train: (step, loss of the full model, losses of the sampled sub-networks); validation: (step, loss of each network).
-    first, last: first and last validation loss of each network. routing: for `router` and `joint`, what trained the routers.
+    first, last: first and last validation loss of each network. routing: of ROUTING_STAGES, what trained the routers.
     """
 
     label: str
@@ -130,10 +132,16 @@ class Network:
     mean_perplexity: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, as in the metrics.json it was read from."""
+        """Plain types, as in the metrics.json it was read from; hidden size and executed layers on top."""
         values = {**self.__dict__, "subnetwork": self.subnetwork.to_dict()}
         values["mean"] = {"loss": values.pop("mean_loss"), "perplexity": values.pop("mean_perplexity")}
+        values["hidden_size"], values["depth"] = self.subnetwork.hidden_size, self.depth
         return values
+
+    @property
+    def depth(self) -> int:
+        """Executed layers."""
+        return sum(layer.executed for layer in self.subnetwork.layers)
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,7 @@ class Run:
     imported: list[Settings] = field(default_factory=list)
     sensitivities: list[Sensitivity] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    families: list[Family] = field(default_factory=list)
 
     def routed(self) -> list[Training]:
         """The training stages that trained routers."""
@@ -253,6 +262,8 @@ def collect(run: Path) -> Run:
             result.sensitivities.append(read_sensitivity(label, metrics))
         elif kind == "compare":
             result.comparisons.append(read_comparison(label, metrics))
+        elif kind == "family":
+            result.families.append(read_family(label, metrics))
         else:
             result.exports.append(_export(label, metrics, run))
     return result

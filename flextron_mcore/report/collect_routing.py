@@ -1,4 +1,4 @@
-"""What `router` and `joint` write beyond other training stages: their budgets and the signals of each step. No torch import.
+"""What `router`, `joint` and `gumbel` write beyond other training stages: budgets and the signals of each step. No torch import.
 
 Losses are in nats per token, budgets and shares in fractions of the full model's cost.
 """
@@ -15,7 +15,7 @@ from flextron_mcore.report.collect_adaptive import Adaptive, read_adaptive
 from flextron_mcore.report.reader import Reader, read_model, read_subnetwork
 from flextron_mcore.space import SubNetwork
 
-ROUTING_STAGES = ("router", "joint")
+ROUTING_STAGES = ("router", "joint", "gumbel")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RoutingStep:
 
     loss: the full model's; routed: those of the step's routed networks. surrogate_loss: mean squared error of the surrogate on
     the step's new pairs, in nats squared; surrogate_error: that over the variance of the losses. follows: whether the routers
-    were trained by the surrogate.
+    were trained by the surrogate. temperature: of relaxed choices.
     """
 
     step: int
@@ -49,6 +49,7 @@ class RoutingStep:
     surrogate_loss: float | None
     surrogate_error: float | None
     follows: bool
+    temperature: float | None = None
 
     @property
     def excess(self) -> float:
@@ -58,7 +59,10 @@ class RoutingStep:
 
 @dataclass(frozen=True)
 class Routing:
-    """The routers' side of one `router` or `joint` directory. threshold: the surrogate_error below which routers follow it."""
+    """The routers' side of one directory of ROUTING_STAGES.
+
+    threshold: the surrogate_error below which routers follow it. relaxed: they learn from relaxed choices (`gumbel`).
+    """
 
     model: ModelConfig
     costs: list[str]
@@ -67,10 +71,13 @@ class Routing:
     budgets: list[RoutedBudget]
     steps: list[RoutingStep]
     adaptive: Adaptive | None = None
+    relaxed: bool = False
 
     @property
     def signal(self) -> str:
         """What trained the routers, for tables."""
+        if self.relaxed:
+            return "relaxed choices"
         if self.adaptive:
             return "straight-through, a token"
         return "surrogate" if self.surrogate else "straight-through"
@@ -112,6 +119,7 @@ def read_routing(metrics: Reader, rows: Sequence[Reader]) -> Routing:
         routers.number("threshold") if surrogate else routers.maybe("threshold") or 0.0,
         sorted(budgets, key=lambda budget: -budget.target),
         [_step(row) for row in rows],
+        relaxed=metrics.text("stage") == "gumbel",
     )
 
 
@@ -122,4 +130,5 @@ def _step(row: Reader) -> RoutingStep:
         row.number_list("subnetwork_losses") if row.has("subnetwork_losses") else [],
         *(row.maybe(key) for key in ("constraint_loss", "surrogate_loss", "surrogate_error")),
         row.has("routers_follow_surrogate") and row.flag("routers_follow_surrogate"),
+        row.maybe("temperature"),
     )

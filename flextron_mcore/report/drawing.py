@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from flextron_mcore.config import ModelConfig
@@ -127,6 +128,50 @@ def log_scale(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def label_points(
+    figure: Figure,
+    axes: Axes,
+    labels: Sequence[tuple[str, tuple[float, float], bool]],
+    obstacles: Sequence[tuple[float, float]],
+    theme: Theme,
+) -> None:
+    """Name points, (text, point, bold) in this order, where there is room beside each other, the obstacles and the legend."""
+    figure.draw_without_rendering()
+    renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
+    unit = figure.dpi / 72  # pixels a point
+    taken = [axes.get_legend().get_window_extent(renderer).extents] if axes.get_legend() else []
+    for x, y in obstacles:
+        px, py = axes.transData.transform((x, y))
+        taken.append((px - 4 * unit, py - 4 * unit, px + 4 * unit, py + 4 * unit))
+    around = [(7, 0), (-7, 0), (0, 8), (0, -8), (6, 7), (-6, 7), (6, -7), (-6, -7), (0, 16), (0, -16)]
+    around += [(10, 14), (-10, -14), (-10, 14), (10, -14), (14, 22), (-14, -22), (-14, 22), (14, -22)]
+    for text, point, bold in labels:
+        for dx, dy in [(11, 0), (-11, 0), *around] if bold else around:
+            sides = ("left" if dx > 0 else "right" if dx < 0 else "center", "bottom" if dy > 0 else "top" if dy < 0 else "center")
+            near = (0 if dx > 0 else 1 if dx < 0 else 0.5, 0 if dy > 0 else 1)  # the corner where a leader line starts
+            leader = {"arrowstyle": "-", "color": theme.muted, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3, "relpos": near}
+            label = axes.annotate(
+                text,
+                point,
+                (dx, dy),
+                textcoords="offset points",
+                ha=sides[0],
+                va=sides[1],
+                fontsize=8.5,
+                color=theme.ink,
+                fontweight="bold" if bold else "normal",
+                in_layout=False,
+                arrowprops=leader if abs(dy) > 8 else None,
+            )
+            label.update_positions(renderer)
+            left, low, right, high = box = Text.get_window_extent(label, renderer).extents
+            inside = left > frame.x0 and right < frame.x1 and low > frame.y0 and high < frame.y1
+            if inside and not any(left < b[2] and b[0] < right and low < b[3] and b[1] < high for b in taken):
+                taken.append(box)
+                break
+            label.remove()
 
 
 def picture(

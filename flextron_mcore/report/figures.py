@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.report.collect import AblationRow, Network, Series, Training
@@ -17,6 +16,7 @@ from flextron_mcore.report.drawing import (
     SIZE,
     Picture,
     Theme,
+    label_points,
     moving_average,
     percent_label,
     picture,
@@ -186,7 +186,9 @@ def layer_widths(series: Series) -> Picture | None:
 def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, name: str, before: str = "") -> Picture:
     """Heads and FFN width of every layer, a row for each named network, largest first; the caption begins with `before`."""
     rows, left_out = networks[:MOST_ROWS], len(networks) - MOST_ROWS
-    names, layers, numbered = [name for name, _ in rows], model.num_layers, model.num_layers <= MOST_NUMBERS
+    narrow = any(net.hidden_size != model.hidden_size for _, net in rows)
+    names = [f"{short(name, 12)}, {net.hidden_size} wide" if narrow else name for name, net in rows]
+    layers, numbered = model.num_layers, model.num_layers <= MOST_NUMBERS
     widths = lambda layer: (layer.num_attention_heads, layer.ffn_hidden_size) if layer.executed else (0, 0)  # noqa: E731
     shares = np.array([[widths(layer) for layer in net.layers] for _, net in rows])
     shares = shares / (model.num_attention_heads, model.ffn_hidden_size)
@@ -203,7 +205,7 @@ def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, n
                     style = {"ha": "center", "va": "center", "fontsize": 8, "color": "#10151d" if bright else "#ffffff"}
                     axes.text(x, y, f"{100 * value:.0f}" if value else "–", **style)
             axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
-            axes.set_yticks(range(len(names)), [short(row, 18) for row in names])
+            axes.set_yticks(range(len(names)), [short(row, 24 if narrow else 18) for row in names])
             axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
             axes.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
             axes.grid(which="minor", color=theme.gap, linewidth=1.5 if numbered else 0.7)
@@ -222,6 +224,7 @@ def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, n
     words += "; ".join(f"{row}: {shares}" for row, shares in zip(names, kept, strict=True)) + "."
     caption = f"{before}Percent of its heads and FFN neurons that each layer keeps (as the paper’s figure 7)"
     caption += "; – is a skipped layer."
+    caption += f" Wide: hidden channels in use, of {model.hidden_size:,}." if narrow else ""
     caption += f" The {MOST_ROWS} largest are shown; {left_out} more are in the table." if left_out > 0 else ""
     return picture(name, words, caption, draw, (SIZE[0], 1.3 + 2 * 0.26 * max(len(names), 2)))
 
@@ -245,41 +248,10 @@ def _label_points(
     figure: Figure, axes: Axes, series: Series, place: Callable[[Network], Point], obstacles: list[Point], theme: Theme
 ) -> None:
     """Name the points where there is room: the full model first, then the smallest, then down in size."""
-    figure.draw_without_rendering()
-    renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
-    unit = figure.dpi / 72  # pixels a point
-    taken = [axes.get_legend().get_window_extent(renderer).extents] if axes.get_legend() else []
-    for x, y in obstacles:
-        px, py = axes.transData.transform((x, y))
-        taken.append((px - 4 * unit, py - 4 * unit, px + 4 * unit, py + 4 * unit))
     full = series.full()
     nets = [net for net in series.networks if net is full or not full or net.subnetwork != full.subnetwork]
     nets.sort(key=lambda net: (net is not full, net is not series.networks[-1], -net.parameters))
-    around = [(7, 0), (-7, 0), (0, 8), (0, -8), (6, 7), (-6, 7), (6, -7), (-6, -7), (0, 16), (0, -16)]
-    around += [(10, 14), (-10, -14), (-10, 14), (10, -14), (14, 22), (-14, -22), (-14, 22), (14, -22)]
-    for net in nets:
-        text = "full" if net is full else percent_label(net.subnetwork, series.model) or short(net.name, 20)
-        for dx, dy in [(11, 0), (-11, 0), *around] if net is full else around:
-            sides = ("left" if dx > 0 else "right" if dx < 0 else "center", "bottom" if dy > 0 else "top" if dy < 0 else "center")
-            near = (0 if dx > 0 else 1 if dx < 0 else 0.5, 0 if dy > 0 else 1)  # the corner where a leader line starts
-            leader = {"arrowstyle": "-", "color": theme.muted, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3, "relpos": near}
-            label = axes.annotate(
-                text,
-                place(net),
-                (dx, dy),
-                textcoords="offset points",
-                ha=sides[0],
-                va=sides[1],
-                fontsize=8.5,
-                color=theme.ink,
-                fontweight="bold" if net is full else "normal",
-                in_layout=False,
-                arrowprops=leader if abs(dy) > 8 else None,
-            )
-            label.update_positions(renderer)
-            left, low, right, high = box = Text.get_window_extent(label, renderer).extents
-            inside = left > frame.x0 and right < frame.x1 and low > frame.y0 and high < frame.y1
-            if inside and not any(left < b[2] and b[0] < right and low < b[3] and b[1] < high for b in taken):
-                taken.append(box)
-                break
-            label.remove()
+    name = lambda net: percent_label(net.subnetwork, series.model) or short(net.name, 20)  # noqa: E731
+    label_points(
+        figure, axes, [("full" if net is full else name(net), place(net), net is full) for net in nets], obstacles, theme
+    )

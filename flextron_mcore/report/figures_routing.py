@@ -40,7 +40,8 @@ class _Panel:
 def dynamics(training: Training) -> Picture | None:
     """How the routed networks' loss above the full model's and the surrogate's error develop, and where the routers follow it.
 
-    Without a surrogate the loss of the constraint takes its place. None where nothing was logged.
+    Without a surrogate the loss of the constraint takes its place; beside it is the temperature of relaxed choices. None where
+    nothing was logged.
     """
     routing, steps = training.routing, training.routing.steps
     panels = [panel for panel in _panels(routing) if panel.points(steps)[0]]
@@ -110,6 +111,8 @@ def _panels(routing: Routing) -> list[_Panel]:
         panels.append(_Panel("Surrogate’s error (share of losses’ variance)", errors, True, threshold, averaged=True))
     else:
         panels.append(_Panel("Constraint loss", [row.constraint_loss for row in steps]))
+    if routing.relaxed:
+        panels.append(_Panel("Temperature", [row.temperature for row in steps], log=True))
     return panels
 
 

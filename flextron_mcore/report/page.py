@@ -28,6 +28,7 @@ from flextron_mcore.report.sections import (
     training_section,
 )
 from flextron_mcore.report.sections_compare import comparison_sections, comparison_sentence, sensitivity_sections
+from flextron_mcore.report.sections_family import family_sections
 from flextron_mcore.report.sections_routing import routing_sections
 
 KIND_TITLES = {
@@ -35,6 +36,7 @@ KIND_TITLES = {
     "elastic": "Elastic training",
     "router": "Router training",
     "joint": "Joint training",
+    "gumbel": "Training of model and router",
 }
 
 
@@ -75,13 +77,17 @@ def build_report(run: Path, out: Path) -> dict[str, Any]:
 
 
 def family_json(run: Run) -> str:
-    """The family as JSON, largest network first; `before` is null without an evaluation before training, NaN becomes null."""
+    """The family as JSON, largest network first; `before` is null without an evaluation before training, NaN becomes null.
+
+    `budgets`: the networks of each `family` directory.
+    """
     family, before, chosen = run.family(), run.before(), run.settings()
     values = {
         "model": chosen.model,
         "space": chosen.space,
         "family": [net.to_dict() for net in family.networks] if family else [],
         "before": [net.to_dict() for net in before.networks] if before else None,
+        "budgets": {made.label: [member.to_dict() for member in made.members] for made in run.families},
     }
     return json.dumps(_finite(values), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -145,6 +151,7 @@ def sections(run: Run) -> list[Section]:
         if widths:
             note = "Networks whose layers differ: what every layer keeps of its attention heads and of its FFN neurons."
             parts.append(Section("widths", "Widths of every layer", note, [], [widths]))
+    parts += family_sections(run.families)
     parts += comparison_sections(run.comparisons)
     parts += sensitivity_sections(run.sensitivities)
     if run.routed():

@@ -35,7 +35,7 @@ def family_section(run: Run, family: Series) -> Section:
     ]
     if any(net.subnetwork.hidden_size != model.hidden_size for net in nets):
         columns.append((f"Hidden of {model.hidden_size:,}", [f"{net.subnetwork.hidden_size:,}" for net in nets]))
-    depths = [sum(layer.executed for layer in net.subnetwork.layers) for net in nets]
+    depths = [net.depth for net in nets]
     if any(depth != model.num_layers for depth in depths):
         columns.append((f"Layers of {model.num_layers}", [str(depth) for depth in depths]))
     columns += [

@@ -17,7 +17,7 @@ from flextron_mcore.report.sections_adaptive import adaptive_section
 
 
 def routing_sections(routed: Sequence[Training]) -> list[Section]:
-    """The parts of the page about `router` and `joint` stages, for which there is data."""
+    """The parts of the page about `router`, `joint` and `gumbel` stages, for which there is data."""
     parts = [_budgets_section(routed)] if any(t.routing.budgets for t in routed) else []
     parts += [adaptive_section(t) for t in routed if t.routing.adaptive]
     parts.append(_training_section(routed))
@@ -34,11 +34,13 @@ def _budgets_section(routed: Sequence[Training]) -> Section:
         model, budgets = t.routing.model, t.routing.budgets
         head = [f"Budget ({t.label})", "Share", "Share of the bare argmax"]
         head += [f"Heads of {model.num_attention_heads:,}", f"FFN of {model.ffn_hidden_size:,}"]
+        head += [f"Hidden of {model.hidden_size:,}", f"Layers of {model.num_layers}"] if t.routing.relaxed else []
         rows = []
         for budget in budgets:
             layers = [layer for layer in budget.subnetwork.layers if layer.executed]
             widths = [spread([getattr(layer, name) for layer in layers]) for name in ("num_attention_heads", "ffn_hidden_size")]
-            rows.append([budget.name, percent(budget.share), percent(budget.argmax_share), *widths])
+            sizes = [f"{budget.subnetwork.hidden_size:,}", str(len(layers))] if t.routing.relaxed else []
+            rows.append([budget.name, percent(budget.share), percent(budget.argmax_share), *widths, *sizes])
         tables.append(Table(head, rows))
         named = [(budget.name, budget.subnetwork) for budget in budgets]
         pictures.append(figures.layer_grid(named, model, f"{stem(t.label)}_widths", f"{t.label}: "))
@@ -53,11 +55,13 @@ def _training_section(routed: Sequence[Training]) -> Section:
     pictures = []
     for t in routed:
         pictures += [made] if (made := dynamics(t)) else []
-        pictures += [figures.train_curve(t)] if t.kind == "joint" and t.train else []
+        pictures += [figures.train_curve(t)] if t.kind in ("joint", "gumbel") and t.train else []
         pictures += figures.validation_curves(t)
     table = training_table(routed, [("Routers follow", [t.routing.signal for t in routed])])
     note = "Validation is that of the full model, in nats per token. Routers follow the gradient of a surrogate of the loss, or"
-    note += " that of the loss itself through hard choices (straight-through)."
+    note += " that of the loss itself through hard choices (straight-through)"
+    relaxed = any(t.routing.relaxed for t in routed)
+    note += ", or through relaxed ones whose temperature falls, at the end hard ones." if relaxed else "."
     return Section("routers", "Router training", note, [table], pictures)
 
 

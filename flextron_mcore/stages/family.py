@@ -53,8 +53,11 @@ def run(config: DictConfig) -> dict[str, Any]:
     run_chain(config, chain, "asked", write)
     rows = on_main_process(lambda: [_row(name, net, costs, out, config) for name, net in chosen.items()])
     _print(rows, costs)
+    metrics = write_metrics(out, "family", {"selector": config.selector, "model": info.model.to_dict(), "networks": rows})
+    report = {"report": ("report", [f"run={quoted(out)}"])}  # of the rows too
+    run_chain(DictConfig({**config, "overwrite": False}), report, "asked")
     say(f"report: {out / 'report' / 'index.html'}")
-    return write_metrics(out, "family", {"selector": config.selector, "model": info.model.to_dict(), "networks": rows})
+    return metrics
 
 
 def _name(budget: Any) -> str:
@@ -75,7 +78,6 @@ def _chain(config: DictConfig, names: list[str], out: Path) -> dict[str, tuple[s
     for name in names:
         for format_ in config.formats:
             chain[f"{name}_{format_}"] = "export", [checkpoint, f"subnetwork={files[name]}", f"format={format_}", *more]
-    chain["report"] = "report", [f"run={quoted(out)}"]
     return chain
 
 

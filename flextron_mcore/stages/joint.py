@@ -37,6 +37,8 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"checkpoint={info.path}: its router learns together with the model already: train on with `flextron gumbel`"
         )
     described, routers = read_routers(info.path, blocks)
+    if described.kind == "gumbel":
+        raise FlextronError(f"checkpoint={info.path}: its router chooses on all axes: train it on with `flextron gumbel`")
     table = latency_table(config, info)
     check_table(table)
     known = known_costs(config, info, table)

@@ -20,6 +20,7 @@ from flextron_mcore.launch.estimate import Estimate, estimate
 from flextron_mcore.launch.flops import Costs
 from flextron_mcore.launch.layout import Layout, Rank
 from flextron_mcore.layers.gate import new_gates
+from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_model, set_subnetwork, use_subnetwork
 from flextron_mcore.pipeline.networks import Distillation, run_networks
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
@@ -52,7 +53,7 @@ def configured(stage: str, *keys: str) -> dict:
     given = ["out=o", *([] if stage in ("latency",) else ["data=d"]), *([] if stage == "pretrain" else ["checkpoint=c"])]
     if stage != "latency":
         given += [f"model.micro_batch_size={BATCH}", f"model.seq_length={LENGTH}"]
-    if stage in ("pretrain", "elastic", "joint", "router"):
+    if stage in ("pretrain", "elastic", "joint", "router", "gumbel"):
         given += [f"model.global_batch_size={2 * BATCH}"]
     return OmegaConf.to_container(compose(stage, [*given, *keys]))
 
@@ -92,11 +93,34 @@ def compare_kept(arch: ModelConfig, config: dict, precision: str) -> None:
     assert loss.requires_grad
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2 gqa", "nemotron"])
+def test_what_autograd_keeps_of_weighted_candidates(family, precision):
+    arch, config = FAMILIES[family], configured("gumbel", f"trainer.precision={precision}")
+    model = built(arch, config, precision)
+    set_subnetwork(model, weighted_network(arch))
+    tokens, positions = (x.contiguous() for x in toy.inputs(BATCH, vocab=arch.vocab_size, length=LENGTH))
+    with memory.Kept([*model.parameters(), tokens, positions]) as kept:
+        loss = model(tokens, positions, None, labels=tokens)
+    rank = Rank(arch, Layout.read(arch, ElasticSpace.build(arch), config, 1, "fp32", cuda=False), 0)
+    expected = saved_chunk(rank, arch.num_layers, *saved_layer(rank, weighted=True))[0] + saved_head(rank, weighted=True)
+    assert expected == pytest.approx(kept.now, rel=0.01)
+    assert loss.requires_grad
+
+
+def weighted_network(arch: ModelConfig) -> WeightedNetwork:
+    """The full model, as one of which all candidates have weights."""
+    space, layers = ElasticSpace.build(arch), arch.num_layers
+    widths = [[[0.0] * (len(sizes) - 1) + [1.0]] * layers for sizes in (space.heads, space.ffn_hidden_size)]
+    return WeightedNetwork.of([[1.0], [1.0] * layers, *widths], torch.device("cpu"))
+
+
 PEAKS = {
     "pretrain": ("pretrain", [], {}),
     "elastic": ("elastic", [], {"subnets": True}),
     "distillation": ("elastic", ["distillation.weight=0.5"], {"subnets": True, "teach": Distillation(0.5, 2.0)}),
     "joint": ("joint", [], {"subnets": True, "gated": True}),
+    "gumbel": ("gumbel", [], {"subnets": True, "weighted": True}),
     "router without surrogate": ("router", ["surrogate.enabled=false"], {"subnets": True, "gated": True, "frozen": True}),
     "router": ("router", [], {"subnets": True, "forward_only": True, "frozen": True}),
 }
@@ -115,6 +139,7 @@ def test_the_peak_of_a_step(stage, precision):
     if not frozen:
         model = in_ddp(model)
     nets = [None, SubNetwork.full(arch)] if options.pop("subnets", False) else [None]
+    nets[1:] = [weighted_network(arch)] if options.pop("weighted", False) else nets[1:]
     gates = [None, *new_gates(1, 2 * arch.num_layers, torch.device("cpu"))] if gated else None
 
     def batches():
@@ -175,7 +200,7 @@ def test_work_of_the_stages():
     assert 5 * costs.smallest < router.flops / tokens < 5 * costs.full
     assert said(arch, configured("joint", *steps, "targets_per_step=4")).flops == pytest.approx(3 * router.flops)
     again = said(arch, configured("pretrain", *steps, *RECOMPUTED["every layer"]))
-    assert again.flops == pytest.approx(pretrain.flops + tokens * (costs.full - costs.head))
+    assert again.flops == pytest.approx(pretrain.flops + tokens * (costs.full - costs.head()))
     # Validation: before, after every 50 steps; 3 batches of 4 samples, of two domains of which one has 5.
     keys = ["trainer.max_steps=100", "trainer.val_check_interval=50", "trainer.limit_val_batches=3"]
     validated = said(arch, configured("pretrain", *keys), valid_samples=[5, 100])
@@ -202,14 +227,53 @@ def test_work_of_the_stages():
     assert said(arch, configured("latency", "measurements=file.json")).flops == 0
 
 
-def test_expected_cost_of_random_networks():
+def four_axes(arch: ModelConfig) -> ElasticSpace:
+    return ElasticSpace.build(arch, hidden_size=(0.5, 0.75, 1.0), depth=(0.5, 1.0))
+
+
+def test_work_where_hidden_size_and_depth_are_elastic():
+    arch = FAMILIES["llama"]
+    space = four_axes(arch)
+    costs = Costs(arch, space, LENGTH)
+    assert costs.smallest == min(costs.of(space.uniform(arch, 2, 88, h, d)) for h in (64, 128) for d in (2, 4))
+    made = lambda stage, *keys: estimate(arch, space, configured(stage, *keys), 1, "fp32", cuda=False)  # noqa: E731
+    steps = ["trainer.max_steps=100", "trainer.limit_val_batches=null"]
+    tokens = 100 * 2 * BATCH * LENGTH
+    one, two = (made("gumbel", *steps, "targets_per_step=4", f"router.weighted_per_step={n}") for n in (1, 2))
+    sliced = costs.budgeted(None, 1.0, 2 / 3)
+    assert one.tokens == tokens and one.flops == pytest.approx(3 * tokens * (2 * costs.full + 3 * sliced))
+    assert two.flops == pytest.approx(3 * tokens * (3 * costs.full + 2 * sliced))
+    assert one.gradients and one.optimizer and networks(configured("gumbel", "targets_per_step=4")) == 5
+    again = made("gumbel", *steps, "targets_per_step=4", *RECOMPUTED["every layer"])
+    assert one.flops < again.flops < 4 / 3 * one.flops
+    # Each of 4 layers is left out once on 8 of 16 samples, beside the full model.
+    importance = made("importance", "samples=16", "layer_samples=8", "ablation_batches=0")
+    three = costs.of(space.network(arch, SubNetwork.full(arch).layers, depth=3))
+    assert importance.flops == pytest.approx(LENGTH * (16 * costs.full + 8 * (costs.full + 4 * three)))
+    tested = made("importance", "samples=16", "layer_samples=8", "ablation_batches=1")
+    nets = [space.uniform(arch, *sizes) for sizes in ((8, 352), (4, 352), (8, 176), (8, 352, 64))]
+    assert tested.flops - importance.flops == pytest.approx(2 * BATCH * LENGTH * sum(map(costs.of, nets)))
+    assert made("latency", "rounds=1", "check_networks=2").tokens == 2 * (3 * 4 + 2) * 2 * LENGTH
+
+
+def test_work_of_a_family():
+    arch, costs = FAMILIES["llama"], Costs(FAMILIES["llama"], ElasticSpace.build(FAMILIES["llama"]), LENGTH)
+    keys = ["checkpoint=c", "data=d", "out=o", "limit_val_batches=3", f"model.micro_batch_size={BATCH}"]
+    config = OmegaConf.to_container(compose("family", [*keys, "budgets=[0.5,0.25 parameters,25ms]"]))
+    family = said(arch, config)
+    assert (family.tokens, family.flops) == (3 * BATCH * LENGTH, pytest.approx(3 * BATCH * LENGTH * 1.75 * costs.full))
+    assert family.weights == 4 * count_parameters(arch) and family.gradients == 0
+
+
+@pytest.mark.parametrize("axes", ["widths", "all"])
+def test_expected_cost_of_random_networks(axes):
     from flextron_mcore.training.sampler import draw
 
     arch = FAMILIES["llama gqa tied"]
-    space = ElasticSpace.build(arch)
+    space = ElasticSpace.build(arch) if axes == "widths" else four_axes(arch)
     costs = Costs(arch, space, LENGTH)
     for mode in ("flextron", "matformer"):
-        drawn = [costs.of(net) for step in range(300) for net in draw(arch, space, 0, step, 3, mode)]
+        drawn = [costs.of(net) for step in range(1000) for net in draw(arch, space, 0, step, 3, mode)]
         assert costs.drawn(mode) == pytest.approx(sum(drawn) / len(drawn), rel=0.01)
 
 

@@ -35,6 +35,51 @@ def test_every_configuration_is_whole_and_fits(launch, model, gpus, cluster):
     assert joint.trainer.max_steps * joint.model.global_batch_size * joint.model.seq_length == pytest.approx(2.62e9, rel=0.01)
 
 
+@pytest.mark.parametrize("gpus", [8, 32, 128])
+@pytest.mark.parametrize("model", PAPER)
+def test_the_recipe_of_all_axes_is_whole_and_fits(launch, model, gpus, tmp_path):
+    # of gpt3 there is no checkpoint to import
+    config = launch(*BARE, f"model={model}", f"gpus={gpus}", "recipe=llamaflex", "hf=somewhere")
+    planned = plan(config)
+    check_configuration(config, planned)
+    check_memory(config, planned)
+    assert not planned.problems and planned.results.name.endswith("_llamaflex")
+    jobs = {job.name: job.config for job in planned.jobs}
+    gumbel = jobs["gumbel"]
+    assert gumbel.trainer.max_steps * gumbel.model.global_batch_size * gumbel.model.seq_length == pytest.approx(60e9, rel=0.01)
+    assert len(planned.space.hidden_size) == len(planned.space.depth) == 5
+    taken = {name: (config.get("checkpoint"), config.get("latency")) for name, config in jobs.items()}
+    results = str(planned.results)
+    assert taken == {
+        "import": (None, None),
+        "importance": (f"{results}/import", None),
+        "latency": (f"{results}/importance", None),
+        "gumbel": (f"{results}/importance", f"{results}/latency"),
+        "family": (f"{results}/gumbel", None),
+    }
+    assert jobs["family"].budgets == [0.4, 0.6, 0.8] and jobs["family"].model.micro_batch_size == 1
+
+
+def test_stages_take_what_was_planned_before_what_is_complete(launch, tmp_path):
+    """With elastic training first it is that model whose latency is measured and which the router is trained with."""
+    results = tmp_path / "results" / "llama2_7b"
+    (results / "joint").mkdir(parents=True)
+    (results / "joint" / "metrics.json").write_text("{}")
+    stages = "stages=[import,importance,elastic,latency,gumbel,evaluate,family,export,compare]"
+    jobs = {job.name: job for job in plan(launch(*BARE, "model=llama2/7b", stages, "budgets=[25ms]", "family.formats=[]")).jobs}
+    taken = {name: job.config.get("checkpoint") for name, job in jobs.items()}
+    assert taken["latency"] == taken["gumbel"] == f"{results}/elastic"
+    assert {taken[name] for name in ("evaluate", "family", "export_25ms", "compare")} == {f"{results}/gumbel"}
+    assert jobs["gumbel"].trains and jobs["gumbel"].ranks == 32 and jobs["family"].ranks == 1
+    assert jobs["family"].config.budgets == ["25ms"]
+    only = {
+        job.name: job.config for job in plan(launch(*BARE, "model=llama2/7b", "stages=[family]", "family.budgets=[0.7]")).jobs
+    }
+    assert only["family"].checkpoint == f"{results}/joint" and only["family"].budgets == [0.7]
+    unsaid = plan(launch(*BARE, "model=llama2/7b", "stages=[family]", "budgets=null"))
+    assert unsaid.problems == ["family: missing family.budgets="]
+
+
 @pytest.mark.parametrize(
     "model, parameters, beside_embeddings",
     # Touvron et al. 2023; Grattafiori et al. 2024; the paper's section 4 for what is not an embedding
@@ -139,6 +184,15 @@ def test_locally_training_has_no_time_limit(launch):
         (["overwrite=true"], r"overwrite=true: is not for launch"),
         (["cluster.account=''"], r"cluster.account: is empty"),
         (["cluster.gpu.memory=16GB"], r"elastic: needs [\d.]+ GB of each GPU \(weights .* .* it has 16 GB"),
+        (
+            ["importance.space.depth=[0.5,1.0]"],
+            r"router: space.depth is elastic, and it chooses heads and neurons only: use gumbel",
+        ),
+        (
+            ["recipe=llamaflex", "stages=[gumbel,compare]", "compare.selectors=[sensitivity]"],
+            r"compare: space.hidden_size is elastic, and selector sensitivity .*: set compare.selectors=\[router,uniform,",
+        ),
+        (["recipe=llamaflx"], r"recipe=llamaflx is not known \(did you mean 'llamaflex'\?\)"),
         (["cluster.gpu.memory=lots"], r"cluster.gpu.memory=lots: write it as 80GB or 80GiB"),
         (
             ["elastic.model.ddp.use_distributed_optimizer=false", "elastic.model.ddp.overlap_param_gather=false"]

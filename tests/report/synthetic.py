@@ -81,6 +81,37 @@ def routing(kind: str = "router", surrogate: bool = True, steps: int = 300) -> t
     return {**metrics, "routers": {"costs": ["latency"], "surrogate": surrogate, "threshold": 0.2}}, rows
 
 
+def small(target: float) -> SubNetwork:
+    """A narrow network of few layers, the fewer the smaller the target."""
+    hidden, depth = (128, 4) if target < 0.65 else (192, 6) if target < 0.75 else (256, 8)
+    space = ElasticSpace.build(MODEL, granularity=2, hidden_size=(0.5, 0.75, 1.0), depth=(0.5, 0.75, 1.0))
+    return space.network(MODEL, best(target).layers, hidden, depth)
+
+
+def gumbel(steps: int = 300) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """metrics.json and log.jsonl of `gumbel`."""
+    metrics, rows = routing("joint", False, steps)
+    for row in rows:
+        if row["event"] == "train":
+            row["temperature"] = 0.1 ** (row["step"] / steps)
+    budgets = [{**budget, "subnetwork": small(budget["target"]).to_dict()} for budget in metrics["budgets"]]
+    return {**metrics, "stage": "gumbel", "budgets": budgets}, rows
+
+
+def family(latency: bool = True, losses: bool = True) -> dict[str, Any]:
+    """metrics.json of `family`, the largest budget first."""
+    rows, whole = [], count_parameters(MODEL)
+    for target in TARGETS[::-1]:
+        net = small(target)
+        executed = [layer for layer in net.layers if layer.executed]
+        costs = {"parameters": {"value": count_parameters(MODEL, net), "share": count_parameters(MODEL, net) / whole}}
+        costs |= {"latency": {"value": 20.0 * target, "share": target}} if latency else {}
+        row = {"budget": f"{target}", "subnetwork": net.to_dict(), "costs": costs, "hidden_size": net.hidden_size}
+        row |= {"depth": len(executed), "uniform": False, "exports": {"hf": f"{target}_hf"}}
+        rows.append({**row, "loss": 4.0 - target if losses else None})
+    return {"stage": "family", "selector": "router", "model": MODEL.to_dict(), "networks": rows}
+
+
 def sensitivity() -> dict[str, Any]:
     """metrics.json of `sensitivity`."""
     full, blocks = SubNetwork.full(MODEL), []

@@ -53,7 +53,9 @@ def test_no_stage_says_what_was_looked_for(tmp_path):
     (tmp_path / "notes").mkdir()
     put(tmp_path, "latency", {"stage": "latency"})
     message = problem(tmp_path)
-    assert "metrics.json" in message and "elastic, router, joint, sensitivity, evaluate, compare, export" in message
+    assert (
+        "metrics.json" in message and "elastic, router, joint, gumbel, sensitivity, evaluate, compare, family, export" in message
+    )
 
 
 @pytest.mark.parametrize("text", [b'{"stage": "elastic", ', b"", b"[1, 2]", b"{}", b'{"stage": 3}', b"\xff"])

@@ -1,4 +1,4 @@
-"""Reading `router` and `joint`: budgets, steps, from where routers follow the surrogate, and that bad values are named."""
+"""Reading `router`, `joint`, `gumbel`: budgets, steps, from where routers follow the surrogate, and that bad values are named."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def test_joint_has_no_surrogate(tmp_path):
     found = read(tmp_path, *synthetic.routing("joint", surrogate=False)).routing
     assert found.signal == "straight-through" and found.follows_from() is None
     assert {row.surrogate_loss for row in found.steps} == {None}
+
+
+def test_gumbel_has_a_temperature_and_networks_of_all_axes(tmp_path):
+    found = read(tmp_path, *synthetic.gumbel()).routing
+    assert found.relaxed and found.signal == "relaxed choices" and not found.surrogate
+    assert found.steps[-1].temperature == pytest.approx(0.1) and found.steps[0].temperature > 0.9
+    assert found.budgets[-1].subnetwork == synthetic.small(0.6) and found.budgets[-1].subnetwork.hidden_size == 128
 
 
 def test_elastic_has_no_routing(tmp_path):

@@ -56,6 +56,13 @@ def test_without_a_surrogate_the_constraint_is_shown(tmp_path, monkeypatch, kind
     assert [axes.get_title("left") for axes in drawn_by(monkeypatch, training)][1] == "Constraint loss"
 
 
+def test_relaxed_choices_have_a_temperature(tmp_path, monkeypatch):
+    training = read(tmp_path, *synthetic.gumbel())
+    assert "Temperature from 0.98" in dynamics(training).alt
+    *_, temperature = drawn_by(monkeypatch, training)
+    assert temperature.get_title("left") == "Temperature" and temperature.get_yscale() == "log"
+
+
 def test_routers_that_never_follow(tmp_path):
     metrics, log = synthetic.routing(steps=40)
     assert dynamics(read(tmp_path, metrics, log)).alt.endswith("The routers never follow the surrogate.")

@@ -238,7 +238,12 @@ def test_family_json_round_trips(built):
     assert model == MODEL and ElasticSpace.from_dict(model, values["space"]) == SPACE
     assert result["family"] == len(values["family"]) == len(values["before"]) == len(networks())
     given = {row["name"]: {k: v for k, v in row.items() if k != "something_new"} for row in evaluation(trained=True)["networks"]}
-    assert {row["name"]: row for row in values["family"]} == given
+    sizes = {
+        name: {"hidden_size": net.hidden_size, "depth": sum(layer.executed for layer in net.layers)}
+        for name, net in networks().items()
+    }
+    assert {row["name"]: row for row in values["family"]} == {name: {**row, **sizes[name]} for name, row in given.items()}
+    assert sizes["two layers skipped"]["depth"] == 6 and values["budgets"] == {}
     assert {row["name"]: SubNetwork.from_dict(row["subnetwork"]) for row in values["before"]} == networks()
 
 
@@ -293,6 +298,16 @@ def test_diverged_networks_are_shown_and_json_stays_strict(tmp_path):
     refuse = lambda constant: pytest.fail(f"{constant} is not JSON")  # noqa: E731
     found = json.loads((tmp_path / "out" / "family.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert [row["mean"]["loss"] for row in found["family"]].count(None) == 1
+
+
+def test_gumbel_and_family_are_parts_of_the_page(tmp_path, undrawn):
+    write(tmp_path / "run" / "gumbel", *synthetic.gumbel(steps=5))
+    write(tmp_path / "run" / "family", synthetic.family())
+    page = Page(build_report(tmp_path / "run", tmp_path / "out")["index"].read_text(encoding="utf-8"))
+    assert page.sections() == ["models", "budgets", "routers"]
+    assert "Training of model and router took 5 steps" in page.text
+    (rows,) = json.loads((tmp_path / "out" / "family.json").read_text(encoding="utf-8"))["budgets"].values()
+    assert [(row["budget"], row["hidden_size"], row["depth"]) for row in rows][:2] == [("0.6", 128, 4), ("0.7", 192, 6)]
 
 
 def test_what_routers_reach_joins_the_summary_and_its_parts_the_page(tmp_path, undrawn):

@@ -50,6 +50,18 @@ def test_training(tmp_path):
     assert "router 0.6 3.902 to 3.509" in part.pictures[1].alt
 
 
+def test_networks_of_all_axes(tmp_path):
+    parts = sections(tmp_path, gumbel=synthetic.gumbel(steps=5))
+    (table,) = parts["budgets"].tables
+    assert table.head[-2:] == ["Hidden of 256", "Layers of 8"]
+    assert [row[-2:] for row in table.rows] == [["256", "8"], ["256", "8"], ["192", "6"], ["128", "4"]]
+    (picture,) = parts["budgets"].pictures
+    assert "60%, 128 wide: " in picture.alt and picture.alt.endswith("0/0, 0/0, 0/0, 0/0.")  # skipped layers
+    assert "Wide: hidden channels in use, of 256." in picture.caption
+    assert [row[-1] for row in parts["routers"].tables[0].rows] == ["relaxed choices"]
+    assert [picture.name for picture in parts["routers"].pictures][:2] == ["gumbel_dynamics", "gumbel_training"]
+
+
 def test_without_a_log_or_budgets(tmp_path):
     metrics = {**synthetic.routing()[0], "budgets": []}
     parts = sections(tmp_path, router=(metrics,))

@@ -42,7 +42,7 @@ def test_a_family(chain, tmp_path, monkeypatch):
         assert model.num_parameters() == row["costs"]["parameters"]["value"]
         assert json.loads((out / row["exports"]["megatron"] / "metrics.json").read_text())["format"] == "megatron"
     assert small["costs"]["parameters"]["share"] <= 0.6 < large["costs"]["parameters"]["share"] <= 0.8
-    assert (out / "report" / "index.html").is_file()
+    assert "A model for every budget" in (out / "report" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

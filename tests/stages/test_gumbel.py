@@ -131,3 +131,9 @@ def test_bad_input(chain, axes, tmp_path, name, keys, message):
         stage("joint", f"checkpoint={axes}/gumbel", f"data={chain}/data", f"out={tmp_path}/out")
     with pytest.raises(FlextronError, match="its router was trained with router.uniform=true and costs="):
         stage("gumbel", f"checkpoint={axes}/uniform", *gumbel_keys(chain, axes)[1:], f"out={tmp_path}/out")
+
+
+def test_joint_training_is_of_other_routers(chain, axes, tmp_path):
+    with pytest.raises(FlextronError, match="its router chooses on all axes: train it on with `flextron gumbel`"):
+        stage("joint", f"checkpoint={axes}/gumbel", f"data={chain}/data", f"out={tmp_path}/out")
+    assert not (tmp_path / "out").exists()

@@ -32,10 +32,6 @@ def run(config: DictConfig) -> dict[str, Any]:
         from flextron_mcore.stages.adaptive import train_adaptive
 
         return train_adaptive(config, info, data)
-    if kind_of_routers(info.path) == "gumbel":
-        raise FlextronError(
-            f"checkpoint={info.path}: its router learns together with the model already: train on with `flextron gumbel`"
-        )
     described, routers = read_routers(info.path, blocks)
     if described.kind == "gumbel":
         raise FlextronError(f"checkpoint={info.path}: its router chooses on all axes: train it on with `flextron gumbel`")

@@ -127,8 +127,6 @@ def test_bad_input(chain, axes, tmp_path, name, keys, message):
     with pytest.raises(FlextronError, match=message):
         stage(name, *given, *keys)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(FlextronError, match="its router learns together with the model already: train on with"):
-        stage("joint", f"checkpoint={axes}/gumbel", f"data={chain}/data", f"out={tmp_path}/out")
     with pytest.raises(FlextronError, match="its router was trained with router.uniform=true and costs="):
         stage("gumbel", f"checkpoint={axes}/uniform", *gumbel_keys(chain, axes)[1:], f"out={tmp_path}/out")
 

@@ -5,8 +5,11 @@ Shape suffixes: N blocks or axes, K candidates, M networks.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -105,13 +108,14 @@ def _solve(
             row = costs_NK.ravel()[exists] / cost.full
             low, high = ((bound - cost.constant) / cost.full for bound in (least, most))
             constraints.append(LinearConstraint(row, low, max(low, high - slack)))
-        found = milp(
-            values,
-            constraints=constraints,
-            integrality=np.ones(len(exists)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0.0},
-        )
+        with _quiet():
+            found = milp(
+                values,
+                constraints=constraints,
+                integrality=np.ones(len(exists)),
+                bounds=Bounds(0, 1),
+                options={"mip_rel_gap": 0.0},
+            )
         if found.x is None:
             return None
         net = network((exists[found.x.round().astype(bool)] % width).tolist())
@@ -119,3 +123,17 @@ def _solve(
             return net
         slack = slack * 4 or 2e-7  # the solver's tolerance let it exceed a limit by a hair
     return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS prints lines of its own to the terminal, from C."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

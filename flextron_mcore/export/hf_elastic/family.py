@@ -6,11 +6,8 @@ the cells answers every budget as it does, without its solver. Selectors with a 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +64,7 @@ def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -
     ranges = picks.ranges if isinstance(picks, Routed) else {}
     networks = _Networks()
     given = [_given(info, Path(file)) for file in options.get("networks") or ()]
-    with _quiet_solver():
-        answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
+    answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
     adaptive, adaptive_routers = _adaptive(info, blocks, kind, costs)
     values = {
         "format": FORMAT_VERSION,
@@ -77,7 +73,7 @@ def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -
         "selector": name,
         "fraction_of": "latency" if table else next(iter(ranges), "parameters"),
         "cell": CELL,
-        "within": WITHIN,
+        "within": picks.within if isinstance(picks, Routed) else WITHIN,
         "costs": {cost.name: _cost(cost) for cost in costs.values()},
         "latency": {"machine": dict(table.machine), "setting": dict(table.setting)} if table else None,
         "memory": {"dtype": dtype, "bytes_a_number": DTYPE_BYTES[dtype], **memory},
@@ -109,20 +105,6 @@ def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNe
         layers = [info.space.layer_choice(info.model, *pair) if pair[0] else SKIPPED for pair in pairs]
         networks.append(SubNetwork(row["hidden_size"], tuple(layers)))
     return networks
-
-
-@contextlib.contextmanager
-def _quiet_solver() -> Iterator[None]:
-    """HiGHS prints lines of its own to the terminal, from C."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _latency_table(info: CheckpointInfo, latency: Any) -> LatencyTable | None:

@@ -2,7 +2,7 @@
 
 A surrogate is as good as the batches that it learned from; the best networks of one cost differ by less. So those that the
 routers think best, and the surrogate, which knows how blocks depend on each other, are run on the same training samples, and all
-networks of costs that few have. Two rounds: all of them on few samples, and on all samples those that would be chosen.
+networks of costs that few have. Two rounds: all of them on few samples, and on all samples the best within reach of each budget.
 `selection/routed.py` takes the best of these.
 
 Shape suffixes: N blocks, K candidates, M moves, each of one block to another candidate.
@@ -27,7 +27,8 @@ from flextron_mcore.training.router import RouterLearner
 _MORE = 3  # networks that are tried beside each cell's likeliest
 _FEW = 40  # networks within WITHIN of a cost, which are all tried
 _FEW_IN_ALL = 512
-_FIRST = 4  # one sample in so many is enough to tell which would be chosen
+_FIRST = 4  # one sample in so many is enough to tell which are among the best _BEST of those within reach of a budget
+_BEST = 3
 Measure = Callable[[Sequence[SubNetwork], int], Sequence[float]]
 
 
@@ -44,8 +45,7 @@ def measured(learner: RouterLearner, measure: Measure, samples: int) -> dict[Sub
     unused = learner.selector().within * cost.full
     for high in ((cost.full - i * CELL * cost.full) * (1 + 1e-12) for i in range(count + 1)):
         inside = [net for net in tried if high - unused <= cost.of(net) <= high]
-        if inside:
-            final[min(inside, key=losses.__getitem__)] = None
+        final |= dict.fromkeys(sorted(inside, key=losses.__getitem__)[:_BEST])
     return dict(zip(final, measure(list(final), samples), strict=True))
 
 

@@ -56,7 +56,9 @@ def difference(info: CheckpointInfo, job: Job) -> float:
     full = SubNetwork.full(info.model).layers
     wide = tuple(replace(layer, executed=ours.executed) for layer, ours in zip(full, job.net.layers, strict=True))
     arch = replace(info.model, hidden_size=job.net.hidden_size, num_layers=len(layers))
-    model = toy.model(arch, ElasticSpace.from_dict(arch, info.space.to_dict() | {"hidden_size": [1.0], "depth": [1.0]}))
+    model = toy.model(
+        arch, ElasticSpace.from_dict(arch, info.space.to_dict() | {"hidden_size": [1.0], "depth": [1.0], "layer_ranking": None})
+    )
     ours = toy.memory_names(model)
     with torch.no_grad():
         for name, tensor in cut(info, SubNetwork(job.net.hidden_size, wide)).items():
@@ -116,7 +118,7 @@ def test_any_shape(data, llama, bias, tied, seed, tmp_path_factory):
     space = ElasticSpace.build(
         arch, 1, unit, list(range(step, groups * queries + 1, step)), [2, 7, 10, 20], [16, 24], list(range(1, layers + 1))
     )
-    net = toy.random_network(arch, space, seed)
+    net = toy.random_network(arch, replace(space, depth=(layers,)), seed)
     executed = data.draw(st.lists(st.booleans(), min_size=layers, max_size=layers).filter(any), "executed")
     chosen = tuple(replace(layer, executed=run) for layer, run in zip(net.layers, executed, strict=True))
     net = SubNetwork(draw("hidden", 16, 24), chosen)

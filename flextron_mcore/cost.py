@@ -57,6 +57,11 @@ class Cost:
         heads = self.space.heads.index(choice.num_attention_heads)
         return self.heads[heads] + self.ffn_hidden_size[self.space.ffn_hidden_size.index(choice.ffn_hidden_size)]
 
+    def reaches(self, layers: int, least: float, most: float) -> bool:
+        """Whether networks with so many layers and all hidden channels lie between the bounds, or on both sides of them."""
+        low, high = (self.constant + layers * (pick(self.heads) + pick(self.ffn_hidden_size)) for pick in (min, max))
+        return low <= most * (1 + 1e-12) and high >= least * (1 - 1e-12)
+
     @property
     def full(self) -> float:
         """Cost of the full model."""

@@ -74,17 +74,11 @@ def _of_size(axes: Axes, values_NK: np.ndarray, limits: Sequence[Limit], hidden:
 
     blocks, count = Blocks(axes.model, space), len(rows)  # of which the first are like the rest
     parts = [(cost.at(space.hidden_size[hidden]), *bounds) for cost, *bounds in limits]
-    if not all(_reaches(cost, len(kept), *bounds) for cost, *bounds in parts):
+    if not all(cost.reaches(len(kept), *bounds) for cost, *bounds in parts):
         return None
     costs = [(blocks.costs_NK(cost)[:count], cost, *bounds) for cost, *bounds in parts]
     exists_NK = blocks.exists_NK[:count]
     return _solve(values_NK[rows, : exists_NK.shape[1]], exists_NK, costs, network, limits)
-
-
-def _reaches(cost: Cost, layers: int, least: float, most: float) -> bool:
-    """Whether networks of that many layers lie on both sides of the bounds, or between them."""
-    low, high = (cost.constant + layers * (pick(cost.heads) + pick(cost.ffn_hidden_size)) for pick in (min, max))
-    return low <= most * (1 + 1e-12) and high >= least * (1 - 1e-12)
 
 
 def _solve(

@@ -100,13 +100,17 @@ class Routed:
             high -= WITHIN * cost.full
         return found
 
-    def _largest(self, budgets: Sequence[Budget]) -> SubNetwork:
+    def _largest(self, budgets: Sequence[Budget]) -> SubNetwork | None:
+        """The network that uses most of budgets that hold together."""
         limits: list[Limit] = [(budget.cost, 0.0, budget.limit) for budget in budgets]
+        blocks = Blocks(self.blocks.model, self.blocks.space)
+        spent_NK = sum(blocks.costs_NK(budget.cost) / budget.cost.full for budget in budgets)
         if isinstance(self.blocks, Blocks):
-            spent_NK = sum(self.blocks.costs_NK(budget.cost) / budget.cost.full for budget in budgets)
             return cheapest(self.blocks, -spent_NK, limits)
-        rank_NK = np.where(self.blocks.exists_NK, np.arange(self.blocks.exists_NK.shape[1], 0, -1), 0.0)  # large ones first
-        return cheapest(self.blocks, rank_NK, limits)
+        values_NK = np.zeros(self.blocks.exists_NK.shape)
+        values_NK[2:, : spent_NK.shape[1]] = -spent_NK[: len(values_NK) - 2]  # the same in all layers
+        found = every_size(self.blocks, values_NK, limits)
+        return max(found, key=lambda net: sum(budget.cost.of(net) / budget.cost.full for budget in budgets), default=None)
 
     @staticmethod
     def _last(cost: Cost) -> int:

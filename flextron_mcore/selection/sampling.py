@@ -13,7 +13,7 @@ import numpy as np
 from flextron_mcore.blocks import Blocks
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost
-from flextron_mcore.space import ElasticSpace, SubNetwork
+from flextron_mcore.space import SubNetwork
 
 _DRAWS, _IDLE_ROUNDS = 4096, 5
 
@@ -38,8 +38,9 @@ def _draw(blocks: Blocks, budgets: Sequence[Budget], count: int, seed: int, with
     first = budgets[0]
     least = first.limit - within * first.cost.full
     generator = np.random.default_rng(np.random.SeedSequence([seed, 5]))
-    sizes = [_Size(blocks, first.cost, hidden, depth) for hidden, depth in _sizes(blocks.space)]
-    sizes = [size for size in sizes if size.reaches(least, first.limit)]
+    every = itertools.product(blocks.space.hidden_size, blocks.space.depth)
+    near = [(hidden, depth) for hidden, depth in every if first.cost.at(hidden).reaches(depth, least, first.limit)]
+    sizes = [_Size(blocks, first.cost, hidden, depth) for hidden, depth in near]
     found: dict[SubNetwork, None] = {}
     idle = 0  # rounds without a new one
     while sizes and idle < _IDLE_ROUNDS:
@@ -55,10 +56,6 @@ def _draw(blocks: Blocks, budgets: Sequence[Budget], count: int, seed: int, with
     return list(found)
 
 
-def _sizes(space: ElasticSpace) -> list[tuple[int, int]]:
-    return list(itertools.product(space.hidden_size, space.depth))
-
-
 class _Size:
     """Networks of one hidden size and depth."""
 
@@ -66,12 +63,6 @@ class _Size:
         self.blocks, self.hidden_size, self.depth, self.cost = blocks, hidden_size, depth, cost.at(hidden_size)
         self.rows = 2 * depth  # the same in all layers
         self.costs_NK, self.exists_NK = (table[: self.rows] for table in (blocks.costs_NK(self.cost), blocks.exists_NK))
-
-    def reaches(self, least: float, most: float) -> bool:
-        """Whether networks lie on both sides of the bounds, or between them."""
-        low = self.cost.constant + np.where(self.exists_NK, self.costs_NK, np.inf).min(-1).sum()
-        high = self.cost.constant + self.costs_NK.max(-1).sum()
-        return bool(low <= most * (1 + 1e-12) and high >= least * (1 - 1e-12))
 
     def draw(self, least: float, most: float, generator: np.random.Generator) -> list[SubNetwork]:
         """Those of a round of draws that cost between `least` and `most`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,8 +17,6 @@ from flextron_mcore.stages.router import check_settings, described_routers, trai
 def run(config: DictConfig) -> dict[str, Any]:
     """Train the model of config.checkpoint, and a router, which starts from the checkpoint's where it has one of this kind."""
     start(config)
-    from dataclasses import replace
-
     from flextron_mcore.blocks import Blocks
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.data.blend import open_data

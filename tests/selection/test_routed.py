@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.blocks import Axes, Blocks
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.selection.knapsack import cheapest
 from flextron_mcore.selection.routed import CELL, WITHIN, Routed, target_of
@@ -91,3 +93,18 @@ def test_targets():
     assert target_of(only, only.full) == 1
     net = Routed(fixed, {"latency": only}, lambda targets: np.zeros((4, 1))).select([Budget(only, only.full)])
     assert net == SubNetwork.full(fixed.model)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_budgets_that_hold_nothing_near_together_are_used_as_far_as_they_go(uniform):
+    """Over all axes, against all networks: few parameters and little memory leave a lot of both unused."""
+    blocks = family(2, hidden_size=[8, 32], depth=[1, 2], heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0])
+    axes = Axes(blocks.model, blocks.space, uniform)
+    costs = [parameter_cost(axes.model, axes.space), memory_cost(axes.model, axes.space, "bf16", 64, 24)]
+    every = {axes.network(row) for row in itertools.product(*(range(len(sizes)) for sizes in axes.sizes))}
+    routed = Routed(axes, {"parameters": costs[0]}, lambda targets: np.where(axes.exists_NK, 0.0, -np.inf))
+    for shares in ((0.35, 0.6), (0.6, 0.4)):
+        budgets = [Budget(cost, share * cost.full) for cost, share in zip(costs, shares, strict=True)]
+        allowed = [net for net in every if all(budget.allows(net) for budget in budgets)]
+        used = lambda net: sum(cost.of(net) / cost.full for cost in costs)  # noqa: E731
+        assert used(routed._largest(budgets)) == pytest.approx(max(map(used, allowed)))

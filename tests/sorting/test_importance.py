@@ -174,6 +174,46 @@ def test_sorted_half_keeps_the_most_important_neurons(tmp_path):
         torch.testing.assert_close(after(tokens, positions, None), model(tokens, positions, None), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", [toy.LLAMA, toy.GPT2], ids=["llama", "gpt2"])
+def test_sorting_channels_keeps_the_function_and_orders_them_by_importance(kind, tied, tmp_path):
+    """In every tensor alike; the narrow network has the most important channels, all norms' activations summed by hand."""
+    arch = toy.config(**kind, share_embeddings_and_output_weights=tied)
+    space = ElasticSpace.build(arch, hidden_size=[0.5, 1.0])
+    model = toy.model(arch, space)
+
+    def found(of) -> torch.Tensor:
+        return importance([of], lambda: batches(3), 3, toy.LENGTH, 2).channels
+
+    seen = torch.zeros(arch.hidden_size, dtype=torch.float64)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.RMSNorm | torch.nn.LayerNorm)]
+
+    def add(module, args, out) -> None:
+        seen.add_(out.abs().double().sum((0, 1)))
+
+    handles = [norm.register_forward_hook(add) for norm in norms]
+    with torch.no_grad():
+        for batch in batches():
+            model(batch["tokens"], batch["position_ids"], None)
+    for handle in handles:
+        handle.remove()
+    scores = found(model)
+    torch.testing.assert_close(scores, seen, rtol=1e-5, atol=1e-3)
+    info = open_checkpoint(toy.write(model, CheckpointInfo(arch, space), tmp_path / "first"))
+    folder = iteration_path(tmp_path / "second", 0)
+    folder.mkdir(parents=True)
+    orders = {i: order(space, layer) for i, layer in scored(model).items()}
+    channels = scores.argsort(descending=True, stable=True)
+    write_streaming(folder, replace(info, sorted=True), sorted_tensors(info, orders, channels))
+    after = build_model(arch, space, initialize=False).eval()
+    load_model(after, open_checkpoint(folder))
+    tokens, positions = toy.inputs(seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(after(tokens, positions, None), model(tokens, positions, None), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found(after), scores.sort(descending=True).values, rtol=1e-5, atol=1e-3)
+    assert channels.tolist() != list(range(arch.hidden_size))
+
+
 def test_sorting_for_another_space(tmp_path):
     arch, space, model = case("llama query heads")
     other = ElasticSpace.build(arch, granularity=2, attention_unit="kv_group", heads=[1.0])

@@ -46,6 +46,20 @@ def test_draws_are_uniform_and_independent():
     assert chi_square(pairs, 16) < 37.7 and chi_square(layers, 16) < 37.7
 
 
+def test_hidden_sizes_and_depths_are_uniform_and_independent_too():
+    """And the widths of a seed are those that it draws where nothing else is elastic."""
+    space = ElasticSpace.build(ARCH, hidden_size=[0.25, 0.5, 1.0], depth=[1, 2, 3], layer_ranking=[2, 0, 1])
+    networks = [net for step in range(600) for net in draw(ARCH, space, 5, step, 3)]
+    for net in networks[:50]:
+        space.check(ARCH, net)
+        depth = sum(layer.executed for layer in net.layers)
+        assert {i for i, layer in enumerate(net.layers) if layer.executed} == set(space.layer_ranking[:depth])
+    pairs = [(space.hidden_size.index(net.hidden_size), sum(layer.executed for layer in net.layers) - 1) for net in networks]
+    assert chi_square(Counter(3 * hidden + depth for hidden, depth in pairs), 9) < 26.1  # 99.9 % with 8 degrees of freedom
+    for net, plain in zip(networks, (net for step in range(600) for net in draw(ARCH, SPACE, 5, step, 3)), strict=True):
+        assert all(ours == theirs for ours, theirs in zip(net.layers, plain.layers, strict=True) if ours.executed)
+
+
 def test_networks_of_a_step_repeat_as_often_as_chance_has_it():
     """16 networks in the space: each of the 3 pairs of a step is a repetition with probability 1/16."""
     arch = toy.config(num_layers=1)

@@ -80,6 +80,12 @@ def test_families():
     ]  # fmt: skip
     single = ElasticSpace.build(ARCH, heads=[1.0], ffn_hidden_size=[1.0])
     assert list(uniform_family(ARCH, single)) == ["full"]
+    every = ElasticSpace.build(
+        ARCH, hidden_size=[0.5, 1.0], depth=[1, ARCH.num_layers], heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0]
+    )
+    small, full = uniform_family(ARCH, every).items()
+    assert small[0] == f"uniform 50% heads 50% ffn 50% hidden {100 / ARCH.num_layers:.3g}% layers" and full[0] == "full"
+    assert (small[1].hidden_size, sum(layer.executed for layer in small[1].layers)) == (ARCH.hidden_size // 2, 1)
     assert random_family(ARCH, SPACE, 1, 2, 3) == random_family(ARCH, SPACE, 1, 2, 3) != random_family(ARCH, SPACE, 1, 3, 3)
 
 

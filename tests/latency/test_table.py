@@ -98,6 +98,28 @@ def test_a_fit_finds_the_sums_again():
     assert 0 < check_errors(rough.cost(), [(net, truth.of(net)) for net in networks])["largest_error"] < 0.01
 
 
+def test_every_hidden_size_has_its_own_entries(tmp_path):
+    """Fitted, written and read again; with a depth that varies, the smallest heads have what a layer takes."""
+    space = ElasticSpace.build(ARCH, heads=[0.5, 1.0], hidden_size=[8, 16, 32], depth=[1, 2, 3])
+    timings = {}
+    for size in space.hidden_size:
+        values = [Timing(size * value, size * value) for value in (1.0, 2.5, 3.0, 0.0, 1.0, 1.5, 2.0 + size)]
+        timings[size] = Timings(values[0], tuple(values[1:3]), tuple(values[3:]))
+    truth = table(space=space, timings=timings)
+    networks = [toy.random_network(ARCH, space, seed) for seed in range(120)]
+    assert truth.cost().smallest == min(map(truth.cost().of, networks)) == 8 * (1 + 2.5)
+    fitted = fit(ARCH, space, [(net, truth.cost().of(net)) for net in networks[:80]], {}, {})
+    (tmp_path / "t.json").write_text(json.dumps(fitted.to_dict()))
+    read = LatencyTable.from_file(tmp_path / "t.json", ARCH, space)
+    for net in networks:
+        assert fitted.cost().of(net) == pytest.approx(truth.cost().of(net))
+    assert read == fitted
+    with pytest.raises(FlextronError, match=r"lacks the candidates \[24\] of space.hidden_size"):
+        LatencyTable.from_file(tmp_path / "t.json", ARCH, ElasticSpace.build(ARCH, heads=[0.5, 1.0], hidden_size=[24, 32]))
+    with pytest.raises(FlextronError, match=r"do not determine the 18 entries .* at each of the hidden sizes \[8, 16, 32\]"):
+        fit(ARCH, space, [(net, 1.0) for net in networks[:5]], {}, {})
+
+
 def test_too_few_measurements():
     uniform = [(SPACE.uniform(ARCH, heads, 48), 1.0) for heads in SPACE.heads]
     with pytest.raises(FlextronError, match="2 measured networks do not determine the 5 entries of the table"):

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from flextron_mcore.config import FlextronError, JobFailed, nearest
 from flextron_mcore.runtime import signals, watch
+from flextron_mcore.runtime.memory import collect_rarely
 
 
 def _end_with_parent() -> None:
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     os.register_at_fork(after_in_child=_end_with_parent)
+    collect_rarely()
     prepare_environment()
     signals.install(_stopped)
     try:

@@ -182,6 +182,14 @@ class TensorReader:
         """The tensor on the CPU in its stored dtype, units in sorted order. Raises FlextronError for a damaged file.
 
         units: where units are stored in dealt order, of each block only the first ones, at least so many. Else it is whole.
+        """
+        tensor = self.stored(key)
+        dealt = dealt_axis(self.info.model, self.info.space, key)
+        return tensor[: self.shape(key)[0]] if dealt is None else to_sorted_order(tensor, *dealt, first=units)
+
+    def stored(self, key: str) -> torch.Tensor:
+        """As `read`, but all of it and in the order in which it is stored.
+
         What was stored as one piece is a view of the mapped file: what nobody looks at is not read.
         """
         try:
@@ -195,8 +203,7 @@ class TensorReader:
             raise FlextronError(
                 f"{self.info.path}: tensor {key} cannot be read: the checkpoint is damaged ({_first_line(error)})"
             ) from None
-        dealt = dealt_axis(self.info.model, self.info.space, key)
-        return tensor[: self.shape(key)[0]] if dealt is None else to_sorted_order(tensor, *dealt, first=units)
+        return tensor
 
     def _mapped(self, key: str) -> torch.Tensor | None:
         """The tensor in its stored order as a view of its file; None if other things are in there, or parts elsewhere."""
@@ -224,11 +231,15 @@ class _CachedReader(dcp.FileSystemReader):
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when it is written: shape, dtype, and how (units in sorted order)."""
+    """A tensor that is made when it is written: shape, dtype, and how.
+
+    buckets: how many its units lie in (checkpoint/sharding.py); 1: they are in sorted order.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
+    buckets: int = 1
 
 
 def write_streaming(
@@ -239,7 +250,7 @@ def write_streaming(
     common: Mapping[str, Any] | None = None,
     elsewhere: bool = False,
 ) -> None:
-    """Write a model's checkpoint into the empty `directory`, a tensor at a time; meanwhile the next one is made, by a thread.
+    """Write a model's checkpoint into the empty `directory`, a tensor at a time; meanwhile the next ones are made, by a thread.
 
     Call on all ranks, with the same arguments: each makes and writes its share of the tensors. progress is called with the bytes
     of each tensor written, scaled to the share. common: plain values that every load returns beside the tensors. elsewhere: it is
@@ -249,7 +260,9 @@ def write_streaming(
 
     def dealt(key: str, lazy: LazyTensor) -> LazyTensor:
         order = dealt_axis(info.model, info.space, key)
-        return lazy if order is None else replace(lazy, load=lambda: to_disk_order(_checked(key, lazy), *order))
+        if order is None or order[2] == lazy.buckets:
+            return lazy
+        return replace(lazy, load=lambda: to_disk_order(_checked(key, lazy), *order))
 
     write_torch_dist(directory, {key: dealt(key, lazy) for key, lazy in tensors.items()}, progress, common, elsewhere)
     if place()[0] == 0:
@@ -284,7 +297,7 @@ def write_torch_dist(
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
     if elsewhere:
         writer.fs = _ForgottenFiles()
-    with planner.ahead:
+    with planner.ahead, _without_crc():
         dcp.save(state, storage_writer=writer, planner=planner, no_dist=ranks == 1)
     if rank == 0:
         torch.save(dict(common or {}), directory / "common.pt")
@@ -322,29 +335,38 @@ class _ForgottenFiles(FileSystem):
             forget(path)
 
 
+@contextlib.contextmanager
+def _without_crc() -> Iterator[None]:
+    """torch.save without the checksums of a zip file, which torch.load does not look at: they cost as much as the writing."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 class _StreamingPlanner(dcp.DefaultSavePlanner):
-    """Makes each tensor while the one before it is written; use within `ahead`."""
+    """Makes the next two tensors while one is written, since sizes alternate; use within `ahead`."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None) -> None:
         super().__init__(flatten_state_dict=False)
         self._lazy, self._progress = tensors, progress
         self.ahead = ThreadPoolExecutor(1)
         self._keys: list[str] = []  # yet to be made, in the order of writing
-        self._next: tuple[str, Future[torch.Tensor]] | None = None
+        self._made: dict[str, Future[torch.Tensor]] = {}
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         plan = super().finish_plan(new_plan)
         self._keys = [item.index.fqn for item in plan.items if item.type != WriteItemType.BYTE_IO]
-        self._make_next()
+        for _ in range(2):
+            self._make_next()
         return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         if write_item.type == WriteItemType.BYTE_IO:
             return self.lookup_object(write_item.index)  # serialised already
-        key, made = self._next
-        if key != write_item.index.fqn:
-            raise AssertionError(f"{write_item.index.fqn} is to be written, {key} was made")
-        tensor = made.result()
+        tensor = self._made.pop(write_item.index.fqn).result()
         self._make_next()
         if self._progress:
             self._progress(tensor.nbytes)
@@ -353,7 +375,7 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
     def _make_next(self) -> None:
         if self._keys:
             key = self._keys.pop(0)
-            self._next = key, self.ahead.submit(lambda: _checked(key, self._lazy[key]).contiguous())
+            self._made[key] = self.ahead.submit(lambda: _checked(key, self._lazy[key]).contiguous())
 
 
 def write_info(directory: Path, info: CheckpointInfo) -> None:

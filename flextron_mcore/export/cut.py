@@ -12,11 +12,12 @@ from functools import partial
 
 import torch
 
+from flextron_mcore.checkpoint.sharding import dealt_axis
 from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, TensorReader
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.space import LayerChoice, SubNetwork
+from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 
-_Cut = Callable[[torch.Tensor], torch.Tensor]
+_Cut = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
@@ -37,20 +38,27 @@ def executed_layers(net: SubNetwork) -> list[LayerChoice]:
     return [layer for layer in net.layers if layer.executed]
 
 
-def cut(info: CheckpointInfo, net: SubNetwork, reader: TensorReader | None = None) -> dict[str, LazyTensor]:
+def cut(
+    info: CheckpointInfo, net: SubNetwork, reader: TensorReader | None = None, space: ElasticSpace | None = None
+) -> dict[str, LazyTensor]:
     """The tensors of `net` as a dense model, under Megatron-Core's names, in the order of the network.
 
     Skipped layers are left out and the others renumbered; padding of the vocabulary is removed. Each tensor is read from the
-    checkpoint when loaded, each alone. Raises FlextronError when `net` is not in the checkpoint's space or a tensor is missing.
+    checkpoint when loaded, each alone. space: what a uniform `net` is to have as a checkpoint; where its units lie in as many
+    buckets, they are not sorted in between. Raises FlextronError when `net` is not in the checkpoint's space or a tensor is
+    missing.
     """
     info.space.check(info.model, net)
     reader = reader or TensorReader(info)
-    stored = set(reader.keys())
+    stored, dense = set(reader.keys()), cut_config(info.model, net)
     tensors = {}
     for name, source, shape, units, take in _cuts(info.model, net):
         if source not in stored:
             raise FlextronError(f"{info.path}: the checkpoint lacks the tensor {source}")
-        tensors[name] = LazyTensor(shape, reader.dtype(source), partial(_load, reader, source, shape, units, take))
+        lie, to_lie = dealt_axis(info.model, info.space, source), space and dealt_axis(dense, space, name)
+        buckets = lie[2] if lie and to_lie and lie[2] == to_lie[2] else 1
+        load = partial(_load, reader, source, shape, units, take, buckets)
+        tensors[name] = LazyTensor(shape, reader.dtype(source), load, buckets)
     return tensors
 
 
@@ -59,18 +67,22 @@ def shapes(model: ModelConfig, net: SubNetwork) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, _, shape, *_ in _cuts(model, net)}
 
 
-def _load(reader: TensorReader, source: str, shape: tuple[int, ...], units: int | None, take: _Cut) -> torch.Tensor:
-    part = take(reader.read(source, units)).reshape(shape)
+def _load(reader: TensorReader, source: str, shape: tuple[int, ...], units: int | None, take: _Cut, buckets: int) -> torch.Tensor:
+    part = take(reader.read(source, units) if buckets == 1 else reader.stored(source), buckets).reshape(shape)
     # a view would keep the whole in memory
     return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 
 def _cuts(model: ModelConfig, net: SubNetwork) -> Iterator[tuple[str, str, tuple[int, ...], int | None, _Cut]]:
-    """Of every tensor: name in the dense model, name in the supernet, shape in the dense model, units to read, how to take it."""
+    """Of every tensor: name in the dense model, name in the supernet, shape in the dense model, units to read, how to take it.
+
+    It is taken from a tensor whose units lie in so many buckets; where they lie in one (in sorted order), of all units or of the
+    first ones.
+    """
     c = net.hidden_size
 
     def table(name: str, rows: int) -> tuple[str, str, tuple[int, ...], int | None, _Cut]:
-        return name, name, (rows, c), None, lambda weight: weight[:rows, :c]
+        return name, name, (rows, c), None, lambda weight, _: weight[:rows, :c]
 
     yield table("embedding.word_embeddings.weight", model.vocab_size)
     if model.position_embedding_type == "learned_absolute":
@@ -83,33 +95,36 @@ def _cuts(model: ModelConfig, net: SubNetwork) -> Iterator[tuple[str, str, tuple
             yield f"decoder.layers.{new}.{name}", f"decoder.layers.{old}.{name}", shape, units, take
     for kind in _norm_parts(model):
         name = f"decoder.final_layernorm.{kind}"
-        yield name, name, (c,), None, lambda vector: vector[:c]
+        yield name, name, (c,), None, lambda vector, _: vector[:c]
     if not model.share_embeddings_and_output_weights:
         yield table("output_layer.weight", model.vocab_size)
 
 
 def _layer_cuts(model: ModelConfig, choice: LayerChoice, c: int) -> dict[str, tuple[tuple[int, ...], _Cut]]:
-    """Name within a layer -> (shape, how to take it from a tensor of all units, or of the first ones)."""
+    """Name within a layer -> (shape, how to take it)."""
     Q, H = model.query_heads_per_group, model.kv_channels
     g, q, f = choice.kv_groups, choice.query_heads_per_group, choice.ffn_hidden_size
     B = 2 if model.gated else 1
     rows = [*range(q), Q, Q + 1]  # of R: the first query heads, the key, the value
 
-    def first(vector_C: torch.Tensor) -> torch.Tensor:
+    def first(vector_C: torch.Tensor, _: int) -> torch.Tensor:
         return vector_C[:c]
 
-    def group_rows(tensor: torch.Tensor) -> torch.Tensor:
-        grouped_GRH = tensor.unflatten(0, (-1, Q + 2, H))[:g]
-        return grouped_GRH if q == Q else grouped_GRH[:, rows]
+    def group_rows(tensor: torch.Tensor, buckets: int) -> torch.Tensor:
+        grouped_GRH = tensor.unflatten(0, (buckets, -1, Q + 2, H))[:, : g // buckets]
+        return grouped_GRH if q == Q else grouped_GRH[:, :, rows]
 
-    def neurons(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unflatten(0, (B, -1))[:, :f]
+    def neurons(tensor: torch.Tensor, buckets: int) -> torch.Tensor:
+        return tensor.unflatten(0, (B, buckets, -1))[:, :, : f // buckets]
 
     cuts: dict[str, tuple[tuple[int, ...], _Cut]] = {
-        "self_attention.linear_qkv.weight": ((g * (q + 2) * H, c), lambda w: group_rows(w)[..., :c]),
-        "self_attention.linear_proj.weight": ((c, g * q * H), lambda w: w[:c].unflatten(1, (-1, Q, H))[:, :g, :q]),
-        "mlp.linear_fc1.weight": ((B * f, c), lambda w: neurons(w)[..., :c]),
-        "mlp.linear_fc2.weight": ((c, f), lambda w: w[:c, :f]),
+        "self_attention.linear_qkv.weight": ((g * (q + 2) * H, c), lambda w, n: group_rows(w, n)[..., :c]),
+        "self_attention.linear_proj.weight": (
+            (c, g * q * H),
+            lambda w, n: w[:c].unflatten(1, (n, -1, Q, H))[:, :, : g // n, :q],
+        ),
+        "mlp.linear_fc1.weight": ((B * f, c), lambda w, n: neurons(w, n)[..., :c]),
+        "mlp.linear_fc2.weight": ((c, f), lambda w, n: w[:c].unflatten(1, (n, -1))[:, :, : f // n]),
     }
     if model.bias:
         cuts["self_attention.linear_qkv.bias"] = ((g * (q + 2) * H,), group_rows)

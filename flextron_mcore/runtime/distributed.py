@@ -12,6 +12,7 @@ import torch
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import cpu, signals, watch
+from flextron_mcore.runtime.memory import collect_again
 
 # How long ranks wait for each other. Not a way to find dead ones, which the watch does sooner: one rank may work alone for long.
 TIMEOUT = timedelta(minutes=30)
@@ -70,6 +71,7 @@ def initialize(parallel: Mapping[str, Any] | None = None, seed: int = 1234) -> N
         )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    collect_again()
 
 
 def shutdown() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flextron_mcore.checkpoint.sharding import dealt_axis, to_disk_order
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.cut import cut, cut_config, executed_layers
@@ -93,6 +94,32 @@ def test_the_full_network_is_the_checkpoint_and_a_part_owns_its_memory():
     for lazy in cut(info, info.space.uniform(info.model, 2, 12), Reader(state)).values():
         part = lazy.load()
         assert part.untyped_storage().nbytes() == part.nbytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("granularities", [(2, 2), (2, 1), (1, 2)])
+def test_what_lies_in_as_many_buckets_is_not_sorted_in_between(kind, granularities):
+    values, groups, unit = KINDS[kind]
+    arch = toy.config(**values, num_query_groups=4 if unit == "kv_group" else groups)
+    ours, theirs = granularities
+    space = ElasticSpace.build(arch, granularity=ours, attention_unit=unit, heads=[2, 4], ffn_hidden_size=[12, 48])
+    info, state = CheckpointInfo(arch, space), stored(toy.model(arch, space))
+    net = space.uniform(arch, 2, 12)
+
+    class Dealt(Reader):
+        def stored(self, key: str) -> torch.Tensor:
+            order = dealt_axis(arch, space, key)
+            return to_disk_order(self.state[key], *order)
+
+    small = cut_config(arch, net)
+    dense = ElasticSpace.build(small, granularity=theirs, attention_unit=unit, heads=[1.0], ffn_hidden_size=[1.0])
+    direct, kept = cut(info, net, Dealt(state), dense), 0
+    for key, lazy in cut(info, net, Reader(state)).items():
+        order = dealt_axis(small, dense, key)
+        kept += direct[key].buckets > 1
+        wanted = to_disk_order(lazy.load(), *order) if direct[key].buckets > 1 else lazy.load()
+        assert torch.equal(direct[key].load(), wanted), key
+    assert (kept > 0) == (ours == theirs)
 
 
 def test_padding_of_the_vocabulary_is_removed():

@@ -59,10 +59,11 @@ def write(job: Job) -> dict[str, Any]:
             take_tokenizer(job.tokenizer, out / "tokenizer")
         folder.mkdir(parents=True)
 
-    tensors = _tensors(job)
+    space = _space(model) if net.is_uniform else None
+    tensors = _tensors(job, space)
     on_main_process(prepared)
-    if net.is_uniform:
-        dense = replace(info, model=model, space=_space(model), dtype=job.dtype, path=None)
+    if space:
+        dense = replace(info, model=model, space=space, dtype=job.dtype, path=None)
         write_streaming(folder, dense, tensors, job.progress, _COMMON, elsewhere=True)
     else:
         write_torch_dist(folder, tensors, job.progress, _COMMON, elsewhere=True)
@@ -104,7 +105,7 @@ def _dense(model: ModelConfig, net: SubNetwork) -> ModelConfig:
     return replace(model, normalization="layernorm") if model.normalization == "layernorm1p" else model
 
 
-def _tensors(job: Job) -> dict[str, LazyTensor]:
+def _tensors(job: Job, space: ElasticSpace | None) -> dict[str, LazyTensor]:
     """The tensors of `cut` in the dtype of the export."""
     dtype = DTYPES[job.dtype]
 
@@ -114,9 +115,8 @@ def _tensors(job: Job) -> dict[str, LazyTensor]:
             tensor = tensor.float() + 1  # Megatron-Core's "1p" norms store the scale less one
         return tensor.to(dtype)
 
-    return {
-        name: LazyTensor(lazy.shape, dtype, partial(load, name, lazy)) for name, lazy in cut(job.info, job.net).items()
-    }  # fmt: skip
+    tensors = cut(job.info, job.net, space=space)
+    return {name: replace(lazy, dtype=dtype, load=partial(load, name, lazy)) for name, lazy in tensors.items()}
 
 
 def _space(model: ModelConfig) -> ElasticSpace:

@@ -27,7 +27,7 @@ from flextron_mcore.checkpoint.sharding import check_granularity
 from flextron_mcore.checkpoint.store import CheckpointInfo, load_model
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.dispatch import BlockRouting, Routing
-from flextron_mcore.layers.linear import ElasticEmbedding, ElasticOutputLayer
+from flextron_mcore.layers.linear import ElasticEmbedding, ElasticOutputLayer, ElasticPositions
 from flextron_mcore.layers.weighted import WeightedNetwork, mask
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 from flextron_mcore.specs import elastic_gpt_block_spec
@@ -130,12 +130,21 @@ def build_model(
     gpt = gpt_model(model, config, spec, vp_stage)
     # GPTModel makes its own ends; the parameters are the same.
     if gpt.pre_process:
-        gpt.embedding.word_embeddings.__class__ = ElasticEmbedding
+        ends = [(gpt.embedding.word_embeddings, ElasticEmbedding)]
+        if gpt.embedding.add_position_embedding:
+            ends.append((gpt.embedding.position_embeddings, ElasticPositions))
+        for end, kind in ends:
+            end.__class__, end.channels = kind, functools.partial(_channels_of_first_layer, gpt.decoder.layers)
         gpt.embedding.word_embeddings.weight.zero_out_wgrad = False  # nor is it read where the output layer shares the weight
     if gpt.post_process:
         gpt.output_layer.__class__ = ElasticOutputLayer
     gpt.decoder.register_forward_hook(keep_choices)
     return gpt.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else gpt
+
+
+def _channels_of_first_layer(layers: Sequence[Any]) -> int | None:
+    """How many channels of an embedding are used, None for all."""
+    return layers[0].channels[0] if len(layers) and layers[0].channels else None
 
 
 def check_layout(model: ModelConfig, space: ElasticSpace, options: Mapping[str, Any], precision: str = "fp32") -> None:

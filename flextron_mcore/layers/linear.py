@@ -86,19 +86,22 @@ class _Take(torch.autograd.Function):
 
 
 class _Rows(torch.autograd.Function):
-    """Rows of an embedding; the gradient goes where that of `_Take` does: a tied output layer takes from the same weight."""
+    """The first channels of rows of an embedding. Their gradient goes where that of `_Take` does: tied, both share a weight."""
 
     @staticmethod
-    def forward(ctx, weight: torch.Tensor, rows: torch.Tensor):  # type: ignore[override]
-        ctx.weight = weight
+    def forward(ctx, weight: torch.Tensor, rows: torch.Tensor, channels: int | None):  # type: ignore[override]
+        ctx.weight, ctx.channels = weight, channels
         ctx.save_for_backward(rows)
-        return F.embedding(rows, weight)
+        return F.embedding(rows, weight[:, :channels])
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
         (rows,) = ctx.saved_tensors
-        add = lambda full: full.index_add_(0, rows.flatten(), grad.flatten(0, -2).to(full.dtype))  # noqa: E731
-        return _accumulated(ctx.weight, add), None
+
+        def add(full: torch.Tensor) -> None:
+            full[:, : ctx.channels].index_add_(0, rows.flatten(), grad.flatten(0, -2).to(full.dtype))
+
+        return _accumulated(ctx.weight, add), None, None
 
 
 def _accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], another: bool = False) -> torch.Tensor | None:
@@ -188,18 +191,30 @@ class ElasticRowParallelLinear(RowParallelLinear):
 
 
 class ElasticEmbedding(VocabParallelEmbedding):
-    """The embedding of a GPTModel, whose gradient costs what its tokens cost and not what the vocabulary does."""
+    """The word embedding of a GPTModel, whose look-up and gradient cost what its tokens and the channels in use cost."""
+
+    channels: Callable[[], int | None]  # how many the layers use, None for all
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        """[B, S] -> [B, S, C], or with sequence parallelism this rank's part of [S, B, C]."""
+        """[B, S] -> [B, S, c], or with sequence parallelism this rank's part of [S, B, c]."""
         rows = input_ - self.vocab_start_index
         elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
-        out_BSC = _Rows.apply(self.weight, rows.masked_fill(elsewhere, 0))
+        out_BSc = _Rows.apply(self.weight, rows.masked_fill(elsewhere, 0), self.channels())
         if self.tp_group.size() > 1:
-            out_BSC = out_BSC.masked_fill(elsewhere.unsqueeze(-1), 0)
+            out_BSc = out_BSc.masked_fill(elsewhere.unsqueeze(-1), 0)
         if self.reduce_scatter_embeddings:
-            return reduce_scatter_to_sequence_parallel_region(out_BSC.transpose(0, 1).contiguous(), group=self.tp_group)
-        return reduce_from_tensor_model_parallel_region(out_BSC, group=self.tp_group)
+            return reduce_scatter_to_sequence_parallel_region(out_BSc.transpose(0, 1).contiguous(), group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(out_BSc, group=self.tp_group)
+
+
+class ElasticPositions(torch.nn.Embedding):
+    """The learned position embedding of a GPTModel, likewise."""
+
+    channels: Callable[[], int | None]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[B, S] -> [B, S, c]."""
+        return _Rows.apply(self.weight, input, self.channels())
 
 
 class ElasticOutputLayer(ColumnParallelLinear):

@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.layers.linear import ElasticEmbedding, ElasticPositions
 from flextron_mcore.model import gpt_model, set_subnetwork, transformer_config, use_subnetwork
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from flextron_mcore.specs import elastic_gpt_layer_spec
@@ -207,7 +208,7 @@ def test_choice_is_restored_and_nested():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_size_and_depth_are_those_of_a_dense_model(kind, tied):
-    """All axes together; a skipped layer is not run."""
+    """All axes together; a skipped layer is not run, and channels that are not used are not looked up."""
     arch = toy.config(**KINDS[kind], num_layers=4, num_query_groups=2, share_embeddings_and_output_weights=tied)
     space = ElasticSpace.build(
         arch, heads=[0.5, 1.0], hidden_size=[0.25, 0.5, 1.0], depth=[1, 3, 4], layer_ranking=[2, 0, 3, 1]
@@ -221,11 +222,16 @@ def test_hidden_size_and_depth_are_those_of_a_dense_model(kind, tied):
         run = []
         for layer in model.decoder.layers:
             layer.self_attention.register_forward_hook(lambda module, *_, run=run: run.append(module.layer_number - 1))
+        looked_up = []
+        for embedding in model.embedding.children():
+            if isinstance(embedding, (ElasticEmbedding, ElasticPositions)):
+                embedding.register_forward_hook(lambda *args, found=looked_up: found.append(args[-1].shape[-1]))
         with torch.no_grad():
             small = dense(arch, model, net)
             with use_subnetwork(model, net):
                 sliced = model(tokens, positions, None)
             assert run == sorted([2, 0, 3, 1][:depth])
+            assert looked_up == [hidden] * (2 if arch.position_embedding_type == "learned_absolute" else 1)
             mask_like(model, net)
             masked = model(tokens, positions, None)
         torch.testing.assert_close(sliced, masked, atol=1e-5, rtol=0)

@@ -27,7 +27,7 @@ from flextron_mcore.training.router import RouterLearner
 _MORE = 3  # networks that are tried beside each cell's likeliest
 _FEW = 40  # networks within WITHIN of a cost, which are all tried
 _FEW_IN_ALL = 512
-_FIRST = 4  # one sample in so many is enough to tell which are among the best _BEST of those within reach of a budget
+_FIRST = 8  # one sample in so many is enough to tell which are among the best _BEST of those within reach of a budget
 _BEST = 3
 Measure = Callable[[Sequence[SubNetwork], int], Sequence[float]]
 

@@ -39,12 +39,12 @@ def test_budgets_get_better_networks():
 
     def measure(networks, samples: int) -> list[float]:
         rounds.append((len(networks), samples))
-        noise = np.random.default_rng(0).normal(scale=0.002 if samples < 32 else 0.0, size=len(networks))
+        noise = np.random.default_rng(0).normal(scale=0.002 if samples < 64 else 0.0, size=len(networks))
         return [2 + loss(net) + more for net, more in zip(networks, noise, strict=True)]
 
     before = taught.selector()
-    losses = measured(taught, measure, 32)
-    assert [samples for _, samples in rounds] == [8, 32] and rounds[0][0] > 1.5 * rounds[1][0] > 0
+    losses = measured(taught, measure, 64)
+    assert [samples for _, samples in rounds] == [8, 64] and rounds[0][0] > 1.5 * rounds[1][0] > 0
     assert all(losses[net] == 2 + loss(net) for net in losses) and len(losses) == rounds[1][0]
     taught.info = replace(taught.info, measured=tuple((tuple(blocks.indices(net)), value) for net, value in losses.items()))
     after = taught.selector()
@@ -98,10 +98,10 @@ def test_what_few_samples_put_second_can_still_be_chosen():
     best, second = near[:2]
 
     def measure(networks, samples: int) -> list[float]:
-        swapped = {best: loss(second), second: loss(best)} if samples < 32 else {}
+        swapped = {best: loss(second), second: loss(best)} if samples < 64 else {}
         return [swapped.get(net, loss(net)) for net in networks]
 
-    losses = measured(taught, measure, 32)
+    losses = measured(taught, measure, 64)
     assert loss(best) < loss(second) and {best, second} <= losses.keys()
 
 

@@ -14,7 +14,8 @@ import torch
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, TensorReader
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.space import LayerChoice, SubNetwork
+from flextron_mcore.layers.modulation import gain
+from flextron_mcore.space import LayerChoice, SubNetwork, parameter_share
 
 _Cut = Callable[[torch.Tensor], torch.Tensor]
 
@@ -40,17 +41,24 @@ def executed_layers(net: SubNetwork) -> list[LayerChoice]:
 def cut(info: CheckpointInfo, net: SubNetwork, reader: TensorReader | None = None) -> dict[str, LazyTensor]:
     """The tensors of `net` as a dense model, under Megatron-Core's names, in the order of the network.
 
-    Skipped layers are left out and the others renumbered; padding of the vocabulary is removed. Each tensor is read from the
-    checkpoint when loaded, each alone. Raises FlextronError when `net` is not in the checkpoint's space or a tensor is missing.
+    Skipped layers are left out and the others renumbered; padding of the vocabulary is removed. Modulation is multiplied into
+    the last weight and bias of its block, in fp32, to be rounded once. Each tensor is read from the checkpoint when loaded, each
+    alone. Raises FlextronError when `net` is not in the checkpoint's space or a tensor is missing.
     """
     info.space.check(info.model, net)
     reader = reader or TensorReader(info)
     stored = set(reader.keys())
+    share = parameter_share(info.model, net) if info.space.modulation else 1.0
     tensors = {}
     for name, source, shape, units, take in _cuts(info.model, net):
-        if source not in stored:
-            raise FlextronError(f"{info.path}: the checkpoint lacks the tensor {source}")
-        tensors[name] = LazyTensor(shape, reader.dtype(source), partial(_load, reader, source, shape, units, take))
+        modulation = _modulation(source) if share < 1 else None
+        for needed in (source, modulation):
+            if needed and needed not in stored:
+                raise FlextronError(f"{info.path}: the checkpoint lacks the tensor {needed}")
+        dtype, load = reader.dtype(source), partial(_load, reader, source, shape, units, take)
+        if modulation:
+            dtype, load = torch.float32, partial(_modulated, load, reader, modulation, share)
+        tensors[name] = LazyTensor(shape, dtype, load)
     return tensors
 
 
@@ -63,6 +71,16 @@ def _load(reader: TensorReader, source: str, shape: tuple[int, ...], units: int 
     part = take(reader.read(source, units)).reshape(shape)
     # a view would keep the whole in memory
     return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
+
+
+def _modulation(source: str) -> str | None:
+    """The parameter that modulates a block, for a tensor that is the last of it."""
+    block, _, tensor = source.rpartition(".linear_")
+    return f"{block}.modulation" if tensor.startswith(("proj.", "fc2.")) else None
+
+
+def _modulated(load: Callable[[], torch.Tensor], reader: TensorReader, modulation: str, share: float) -> torch.Tensor:
+    return load().float() * gain(reader.read(modulation), share)
 
 
 def _cuts(model: ModelConfig, net: SubNetwork) -> Iterator[tuple[str, str, tuple[int, ...], int | None, _Cut]]:

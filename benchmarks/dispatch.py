@@ -18,12 +18,12 @@ from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.stages.common import print_table
 
-BATCH, LENGTH, GENERATED, ROUNDS, HIDDEN = 2, 1024, 32, 9, 64
-MODEL = ModelConfig(
-    num_layers=2, hidden_size=1024, num_attention_heads=16, ffn_hidden_size=2816, vocab_size=1024, max_position_embeddings=2048
-)
+BATCH, LENGTH, GENERATED, ROUNDS, ROUTER = 2, 1024, 32, 9, 64
+LAYERS, HEADS, VOCAB = 2, 16, 1024
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 MEAN = sum(FRACTIONS) / len(FRACTIONS)
+# Hidden size, KV groups.
+SHAPES = ((1024, 16), (1024, 4), (512, 16), (192, 16))
 
 
 def run() -> None:
@@ -31,31 +31,42 @@ def run() -> None:
     distributed.initialize()
     print_settings(
         "dispatch: tokens with uniformly mixed levels / dense time times their average width, forward only",
-        f"{MODEL.num_layers} layers, hidden {MODEL.hidden_size}, {MODEL.num_attention_heads} heads, FFN {MODEL.ffn_hidden_size}; "
-        f"{BATCH} x {LENGTH} tokens, fp32; levels {', '.join(map(str, FRACTIONS))}, each for a quarter of the tokens",
+        f"{LAYERS} layers, {HEADS} heads, FFN 2.75 x hidden size, vocabulary {VOCAB}; {BATCH} x {LENGTH} tokens, fp32; levels "
+        f"{', '.join(map(str, FRACTIONS))}, each for a quarter of the tokens; routers with {ROUTER} hidden units",
         f"median (quartiles) of {ROUNDS} paired rounds",
     )
-    space = ElasticSpace.build(MODEL, heads=FRACTIONS, ffn_hidden_size=FRACTIONS)
-    model = build_model(MODEL, space).eval()
     rows = []
     with torch.no_grad(), tqdm(desc="dispatch", unit="row") as bar:
-        for name, pair, scale in (*_blocks(model), *_models(model, space)):
-            seconds = interleaved(pair, ROUNDS)
-            (first, ours), (second, theirs) = seconds.items()
-            found = ratio(ours, [value * scale for value in theirs])
-            rows.append([name, first, second, f"{1000 * min(ours):.1f}", f"{1000 * min(theirs):.1f}", f"{scale:g}", str(found)])
-            bar.update()
-    print_table("dispatch", ["what", "A", "B", "A ms", "B ms", "times", "A / (B x times)"], rows)
+        for hidden, groups in SHAPES:
+            arch = ModelConfig(
+                num_layers=LAYERS,
+                hidden_size=hidden,
+                num_attention_heads=HEADS,
+                num_query_groups=groups,
+                ffn_hidden_size=hidden * 11 // 4,
+                vocab_size=VOCAB,
+                max_position_embeddings=2 * LENGTH,
+            )
+            space = ElasticSpace.build(arch, granularity=1, heads=FRACTIONS, ffn_hidden_size=FRACTIONS)
+            model = build_model(arch, space).eval()
+            for name, pair, scale in (*_blocks(model, arch), *_models(model, arch, space)):
+                seconds = interleaved(pair, ROUNDS)
+                (first, ours), (second, theirs) = seconds.items()
+                found = ratio(ours, [value * scale for value in theirs])
+                shape = [str(hidden), str(groups), name, f"{first} / {second}"]
+                rows.append([*shape, f"{1000 * min(ours):.1f}", f"{1000 * min(theirs):.1f}", f"{scale:g}", str(found)])
+                bar.update()
+    print_table("dispatch", ["hidden", "KV groups", "what", "A / B", "A ms", "B ms", "times", "A / (B x times)"], rows)
 
 
 def _levels(length: int = LENGTH, batch: int = BATCH) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, len(FRACTIONS), (2 * MODEL.num_layers, length, batch), generator=generator).to(device())
+    return torch.randint(0, len(FRACTIONS), (2 * LAYERS, length, batch), generator=generator).to(device())
 
 
-def _blocks(model: torch.nn.Module):
+def _blocks(model: torch.nn.Module, arch: ModelConfig):
     layer = model.decoder.layers[0]
-    hidden = torch.randn(LENGTH, BATCH, MODEL.hidden_size, device=device())
+    hidden = torch.randn(LENGTH, BATCH, arch.hidden_size, device=device())
     rotary = model.rotary_pos_emb(LENGTH)
 
     def mlp(routing: GivenLevels | None) -> Callable[[], object]:
@@ -76,7 +87,7 @@ def _blocks(model: torch.nn.Module):
 
         return call
 
-    router = random_router(MODEL.hidden_size, HIDDEN, len(FRACTIONS))
+    router = random_router(arch.hidden_size, ROUTER, len(FRACTIONS))
     yield "MLP", {"mixed": mlp(GivenLevels(_levels())), "dense": mlp(None)}, MEAN
     yield "attention, own keys", {"mixed": attention(GivenLevels(_levels(), "own")), "dense": attention(None)}, MEAN
     yield "attention, all keys", {"mixed": attention(GivenLevels(_levels(), "full")), "dense": attention(None)}, MEAN
@@ -84,20 +95,20 @@ def _blocks(model: torch.nn.Module):
     layer.mlp.routing = layer.self_attention.routing = None
 
 
-def _models(model: torch.nn.Module, space: ElasticSpace):
+def _models(model: torch.nn.Module, arch: ModelConfig, space: ElasticSpace):
     """Mixed levels with routers, and the static network whose layers have the same average width."""
-    tokens = torch.randint(0, MODEL.vocab_size, (BATCH, LENGTH), device=device())
+    tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), device=device())
     half = len(FRACTIONS) // 2
     widths = [(space.heads[i], space.ffn_hidden_size[i]) for i in (half - 1, half)]
-    layers = tuple(space.layer_choice(MODEL, *widths[i % 2]) for i in range(MODEL.num_layers))
-    static = SubNetwork(MODEL.hidden_size, layers)
-    router = random_router(MODEL.hidden_size, HIDDEN, len(FRACTIONS))
-    for policy in ("own", "full"):
+    layers = tuple(space.layer_choice(arch, *widths[i % 2]) for i in range(LAYERS))
+    static = SubNetwork(arch.hidden_size, layers)
+    router = random_router(arch.hidden_size, ROUTER, len(FRACTIONS))
+    for policy, keys in (("own", "own"), ("full", "all")):
         prompt, one = GivenLevels(_levels(), policy, router), GivenLevels(_levels(LENGTH + GENERATED, 1), policy, router)
         pair = {name: _prefill(model, net, tokens) for name, net in (("mixed", prompt), ("static", static))}
-        yield f"prefill, {policy} keys", pair, 1.0
+        yield f"prefill, {keys} keys", pair, 1.0
         pair = {name: _decode(model, net, tokens[:1]) for name, net in (("mixed", one), ("static", static))}
-        yield f"prompt and {GENERATED} tokens, {policy} keys", pair, 1.0
+        yield f"prompt and {GENERATED} tokens, {keys} keys", pair, 1.0
 
 
 def _prefill(model: torch.nn.Module, net: SubNetwork | GivenLevels, tokens: torch.Tensor) -> Callable[[], object]:

@@ -29,7 +29,7 @@ from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.dispatch import BlockRouting, Routing
 from flextron_mcore.layers.linear import ElasticEmbedding, ElasticOutputLayer, ElasticPositions
 from flextron_mcore.layers.weighted import WeightedNetwork, mask
-from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
+from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, parameter_share
 from flextron_mcore.specs import elastic_gpt_block_spec
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -222,7 +222,7 @@ def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage
         seq_len_interpolation_factor=linear_factor,
         vp_stage=vp_stage,
     )
-    gpt.real_vocab_size = model.vocab_size
+    gpt.architecture = model
     for module in gpt.modules():
         # Megatron-Core 0.16 forgets to mark weights that it does not initialise; gradient norms would leave parts of them out.
         dim = next((dim for kind, dim in _SPLIT.items() if isinstance(module, kind)), None)
@@ -244,7 +244,11 @@ def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage
 class _GPTModel(GPTModel):
     """A GPTModel whose loss does not see the padding of the vocabulary, which depends on the layout."""
 
-    real_vocab_size: int
+    architecture: ModelConfig
+
+    @property
+    def real_vocab_size(self) -> int:
+        return self.architecture.vocab_size
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return super().compute_language_model_loss(labels, mask_padding(logits, self.real_vocab_size))
@@ -280,7 +284,8 @@ def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.T
     choices = [_Choice(gates=tuple(gates[2 * i : 2 * i + 2])) if gates else _Choice() for i in _numbers(layers)]
     if isinstance(net, SubNetwork):
         _check(gpt, net)
-        choices = [replace(choice, widths=net.layers[i]) for i, choice in zip(_numbers(layers), choices, strict=True)]
+        share, pairs = _share(gpt, net), zip(_numbers(layers), choices, strict=True)
+        choices = [replace(choice, widths=net.layers[i], share=share) for i, choice in pairs]
         if net.hidden_size < gpt.config.hidden_size:
             choices = [replace(choice, channels=(net.hidden_size,) * 2) for choice in choices]
             if choices and not gpt.post_process:
@@ -290,6 +295,8 @@ def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.T
         final = mask(net.hidden_K, space.hidden_size)
         choices = [_weighted(layer, net, final) for layer in layers]
     elif net is not None:
+        if _modulated(gpt):
+            raise FlextronError("tokens that choose for themselves are no network: a model with modulation has no gains for them")
         choices = [
             replace(choice, routing=(net.block(2 * i), net.block(2 * i + 1)))
             for i, choice in zip(_numbers(layers), choices, strict=True)
@@ -319,6 +326,7 @@ class _Choice:
     routing: tuple[BlockRouting | None, ...] = (None, None)
     masks: tuple[torch.Tensor | None, ...] = (None, None)
     norm_mask: torch.Tensor | None = None
+    share: float | None = None
 
 
 def _numbers(layers: Sequence[Any]) -> list[int]:
@@ -335,6 +343,19 @@ def _check(gpt: GPTModel, net: SubNetwork) -> None:
         raise FlextronError(f"hidden_size {net.hidden_size} < {full}: wants a model of flextron_mcore.model.build_model")
 
 
+def _modulated(gpt: GPTModel) -> bool:
+    return any(layer.mlp.modulation is not None for layer in gpt.decoder.layers)
+
+
+def _share(gpt: GPTModel, net: SubNetwork) -> float | None:
+    """What `net` has of the parameters, where blocks are modulated by it."""
+    if not _modulated(gpt):
+        return None
+    if not isinstance(gpt, _GPTModel):
+        raise FlextronError("a space with modulation wants a model of flextron_mcore.model.build_model")
+    return parameter_share(gpt.architecture, net)
+
+
 def _weighted(layer: Any, net: WeightedNetwork, norm_mask: torch.Tensor) -> _Choice:
     i, attention, mlp = layer.layer_number - 1, layer.self_attention, layer.mlp
     space: ElasticSpace = mlp.space
@@ -346,7 +367,7 @@ def _weighted(layer: Any, net: WeightedNetwork, norm_mask: torch.Tensor) -> _Cho
         queries = [size // attention.config.num_query_groups for size in space.heads]
         heads = mask(net.heads_LK[i], queries).repeat(attention.num_query_groups_per_partition)
     gate = net.layers_L[i]
-    return _Choice(gates=(gate, gate), masks=(heads, neurons), norm_mask=norm_mask)
+    return _Choice(gates=(gate, gate), masks=(heads, neurons), norm_mask=norm_mask, share=net.share)
 
 
 def _choices(decoder: torch.nn.Module) -> tuple[list[_Choice], torch.Tensor | None]:
@@ -356,7 +377,7 @@ def _choices(decoder: torch.nn.Module) -> tuple[list[_Choice], torch.Tensor | No
         blocks = (layer.self_attention, layer.mlp)
         pairs = [tuple(getattr(block, name) for block in blocks) for name in ("gate", "routing", "mask")]
         norm_mask = getattr(layer.input_layernorm, "mask", None)
-        found.append(_Choice(layer.channels, layer.mlp.choice, *pairs, norm_mask))
+        found.append(_Choice(layer.channels, layer.mlp.choice, *pairs, norm_mask, layer.mlp.share))
     return found, getattr(decoder.final_layernorm, "mask", None)
 
 
@@ -367,6 +388,7 @@ def _set_choices(decoder: torch.nn.Module, chosen: tuple[Sequence[_Choice], torc
         layer.channels = choice.channels
         for block, gate, routing, units in zip(blocks, choice.gates, choice.routing, choice.masks, strict=True):
             block.choice, block.gate, block.routing, block.mask = choice.widths, gate, routing, units
+            block.share = choice.share
         layer.input_layernorm.mask = layer.pre_mlp_layernorm.mask = choice.norm_mask
     if decoder.final_layernorm is not None:
         decoder.final_layernorm.mask = final

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,8 @@ class ElasticSpace:
         every number of groups (checkpoint/sharding.py).
     hidden_size: channels of the residual stream, one choice for the whole network. depth: numbers of executed layers.
     layer_ranking: the layers, most important first: a network of depth d executes the first d of them (`executed`).
+    modulation: whether blocks have gains that depend on the network (layers/modulation.py). It changes no network's sizes, so
+        tables and routers of a space serve it with and without.
     """
 
     granularity: int
@@ -119,6 +121,7 @@ class ElasticSpace:
     hidden_size: tuple[int, ...]
     depth: tuple[int, ...]
     layer_ranking: tuple[int, ...]
+    modulation: bool = field(default=False, compare=False)
 
     @classmethod
     def build(
@@ -131,6 +134,7 @@ class ElasticSpace:
         hidden_size: Sequence[float] = (1.0,),
         depth: Sequence[float] = (1.0,),
         layer_ranking: Sequence[int] | None = None,
+        modulation: bool = False,
     ) -> ElasticSpace:
         """Resolve fractions (floats in (0, 1]) and integers (sizes) against `model`.
 
@@ -140,11 +144,12 @@ class ElasticSpace:
         is added where it is missing.
         """
         if granularity is None or attention_unit is None:
+            axes = heads, ffn_hidden_size, hidden_size, depth, layer_ranking, modulation
             first_error: FlextronError | None = None
             for unit in ATTENTION_UNITS if attention_unit is None else (attention_unit,):
                 for size in AUTOMATIC_GRANULARITIES if granularity is None else (granularity,):
                     try:
-                        return cls.build(model, size, unit, heads, ffn_hidden_size, hidden_size, depth, layer_ranking)
+                        return cls.build(model, size, unit, *axes)
                     except FlextronError as error:
                         failed = error
                 first_error = first_error or failed
@@ -158,6 +163,8 @@ class ElasticSpace:
             raise FlextronError(
                 f"space.layer_ranking={list(ranking)}: must hold each of the layers 0..{model.num_layers - 1} once"
             )
+        if not isinstance(modulation, bool):
+            raise FlextronError(f"space.modulation={modulation!r} is neither true nor false")
         if attention_unit == "kv_group":
             step, why = granularity * model.query_heads_per_group, f"granularity {granularity}"
             if model.query_heads_per_group > 1:
@@ -178,6 +185,7 @@ class ElasticSpace:
             ),
             _candidates("depth", depth, model.num_layers, 1, "1"),
             ranking,
+            modulation,
         )
 
     def layer_choice(self, model: ModelConfig, heads: int, ffn_hidden_size: int) -> LayerChoice:
@@ -231,8 +239,8 @@ class ElasticSpace:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON and YAML."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """Plain types, for JSON and YAML; `modulation` only where there is some."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not False}
 
     @classmethod
     def from_dict(cls, model: ModelConfig, values: Mapping[str, Any]) -> ElasticSpace:
@@ -292,6 +300,11 @@ def count_parameters(model: ModelConfig, net: SubNetwork | None = None, embeddin
         if model.position_embedding_type == "learned_absolute":
             total += model.max_position_embeddings * hidden
     return total
+
+
+def parameter_share(model: ModelConfig, net: SubNetwork) -> float:
+    """What `net` has of the full model's parameters, 0..1."""
+    return count_parameters(model, net) / count_parameters(model)
 
 
 def weight_bytes(model: ModelConfig, net: SubNetwork | None = None, dtype: str = "bf16") -> int:

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters, kv_cache_bytes, weight_bytes
+from flextron_mcore.space import (
+    ElasticSpace,
+    LayerChoice,
+    SubNetwork,
+    count_parameters,
+    kv_cache_bytes,
+    parameter_share,
+    weight_bytes,
+)
 from tests import toy
 
 LLAMA2_7B = ModelConfig(
@@ -109,6 +117,7 @@ def test_the_whole_among_fractions_is_the_full_size():
             "space.heads: the full size 32 is not a multiple of 3 (granularity 3); choose a smaller space.granularity",
         ),
         (dict(attention_unit="head"), "space.attention_unit='head' is not known: use one of kv_group, query_head"),
+        (dict(modulation="yes"), "space.modulation='yes' is neither true nor false"),
     ],
 )
 def test_candidates_that_do_not_fit(options, message):
@@ -148,6 +157,10 @@ def test_json_round_trip(seed, unit, tmp_path_factory):
     assert SubNetwork.from_file(file) == net == SubNetwork.from_dict(json.loads(json.dumps(net.to_dict())))
     assert ElasticSpace.from_dict(arch, json.loads(json.dumps(space.to_dict()))) == space
     space.check(arch, net)
+    modulated = replace(space, modulation=True)
+    assert modulated == space and "modulation" not in space.to_dict()  # tables and routers of one are of the other
+    assert ElasticSpace.from_dict(arch, json.loads(json.dumps(modulated.to_dict()))).modulation
+    assert parameter_share(arch, net) == count_parameters(arch, net) / count_parameters(arch) <= 1
 
 
 @pytest.mark.parametrize(

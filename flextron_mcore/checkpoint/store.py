@@ -391,7 +391,8 @@ def write_info(directory: Path, info: CheckpointInfo) -> None:
 def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
     """Load the weights into a built model (this rank's part), a layer at a time so that memory stays that of the model.
 
-    Call on all ranks. Raises FlextronError for a checkpoint that is damaged or of another architecture.
+    Modulation that the checkpoint lacks, since `info` adds it, stays as it is. Call on all ranks. Raises FlextronError for a
+    checkpoint that is damaged or of another architecture.
     """
     from megatron.core import dist_checkpointing
 
@@ -399,9 +400,11 @@ def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
 
     gpt = unwrap(model)
     groups: dict[str, dict[str, Any]] = {}
+    stored = set(TensorReader(info).keys()) if info.space.modulation else set()
     for key, value in gpt.sharded_state_dict(metadata={"non_homogeneous_layers": True}).items():
         layer = re.match(r"decoder\.layers\.\d+\.", key)
-        groups.setdefault(layer[0] if layer else key, {})[key] = value
+        if value.key in stored or not key.endswith(".modulation"):
+            groups.setdefault(layer[0] if layer else key, {})[key] = value
     # Every load is collective: ranks that hold other layers (pipeline stages) take part with nothing to load.
     names: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(names, list(groups))

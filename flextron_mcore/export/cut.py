@@ -15,7 +15,8 @@ import torch
 from flextron_mcore.checkpoint.sharding import dealt_axis
 from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, TensorReader
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
+from flextron_mcore.layers.modulation import gain
+from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, parameter_share
 
 _Cut = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -43,22 +44,27 @@ def cut(
 ) -> dict[str, LazyTensor]:
     """The tensors of `net` as a dense model, under Megatron-Core's names, in the order of the network.
 
-    Skipped layers are left out and the others renumbered; padding of the vocabulary is removed. Each tensor is read from the
-    checkpoint when loaded, each alone. space: what a uniform `net` is to have as a checkpoint; where its units lie in as many
-    buckets, they are not sorted in between. Raises FlextronError when `net` is not in the checkpoint's space or a tensor is
-    missing.
+    Skipped layers are left out and the others renumbered; padding of the vocabulary is removed. Modulation is multiplied into
+    the last weight and bias of its block, in fp32, to be rounded once. Each tensor is read from the checkpoint when loaded, each
+    alone. space: what a uniform `net` is to have as a checkpoint; where its units lie in as many buckets, they are not sorted in
+    between. Raises FlextronError when `net` is not in the checkpoint's space or a tensor is missing.
     """
     info.space.check(info.model, net)
     reader = reader or TensorReader(info)
     stored, dense = set(reader.keys()), cut_config(info.model, net)
+    share = parameter_share(info.model, net) if info.space.modulation else 1.0
     tensors = {}
     for name, source, shape, units, take in _cuts(info.model, net):
-        if source not in stored:
-            raise FlextronError(f"{info.path}: the checkpoint lacks the tensor {source}")
+        modulation = _modulation(source) if share < 1 else None
+        for needed in (source, modulation):
+            if needed and needed not in stored:
+                raise FlextronError(f"{info.path}: the checkpoint lacks the tensor {needed}")
         lie, to_lie = dealt_axis(info.model, info.space, source), space and dealt_axis(dense, space, name)
         buckets = lie[2] if lie and to_lie and lie[2] == to_lie[2] else 1
-        load = partial(_load, reader, source, shape, units, take, buckets)
-        tensors[name] = LazyTensor(shape, reader.dtype(source), load, buckets)
+        dtype, load = reader.dtype(source), partial(_load, reader, source, shape, units, take, buckets)
+        if modulation:
+            dtype, load = torch.float32, partial(_modulated, load, reader, modulation, share)
+        tensors[name] = LazyTensor(shape, dtype, load, buckets)
     return tensors
 
 
@@ -71,6 +77,16 @@ def _load(reader: TensorReader, source: str, shape: tuple[int, ...], units: int 
     part = take(reader.read(source, units) if buckets == 1 else reader.stored(source), buckets).reshape(shape)
     # a view would keep the whole in memory
     return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
+
+
+def _modulation(source: str) -> str | None:
+    """The parameter that modulates a block, for a tensor that is the last of it."""
+    block, _, tensor = source.rpartition(".linear_")
+    return f"{block}.modulation" if tensor.startswith(("proj.", "fc2.")) else None
+
+
+def _modulated(load: Callable[[], torch.Tensor], reader: TensorReader, modulation: str, share: float) -> torch.Tensor:
+    return load().float() * gain(reader.read(modulation), share)
 
 
 def _cuts(model: ModelConfig, net: SubNetwork) -> Iterator[tuple[str, str, tuple[int, ...], int | None, _Cut]]:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.space import DTYPE_BYTES
+from flextron_mcore.space import DTYPE_BYTES, SubNetwork
 
 if TYPE_CHECKING:
     import torch
 
     from flextron_mcore.checkpoint.store import CheckpointInfo
-    from flextron_mcore.space import SubNetwork
 
 FORMATS = {
     "hf": "flextron_mcore.export.hf",
@@ -85,5 +84,9 @@ def get_format(name: str) -> Format:
 
 
 def rounding(job: Job) -> float:
-    """What logits may differ by: fp32 rounding, or where the export is narrower than the checkpoint, that dtype's."""
-    return 1e-4 if job.dtype in (job.info.dtype, "fp32") else 0.25
+    """What logits may differ by: fp32 rounding, or that of the export's dtype.
+
+    Weights are not rounded where they are the checkpoint's own, in its dtype: that is, where no modulation was multiplied in.
+    """
+    as_stored = job.dtype == job.info.dtype and not (job.info.space.modulation and job.net != SubNetwork.full(job.info.model))
+    return 1e-4 if as_stored or job.dtype == "fp32" else 0.25

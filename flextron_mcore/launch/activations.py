@@ -18,7 +18,7 @@ def activations(rank: Rank, config: Mapping[str, Any]) -> int:
     """The peak above weights, gradients and optimizer state."""
     stage = config["stage"]
     gathered = rank.tokens * rank.model.hidden_size * rank.layout.dtype if rank.layout.sequence_parallel else 0
-    gates = stage == "joint" or (stage == "router" and not config["surrogate"]["enabled"])
+    gates = stage == "joint" or (stage == "router" and not config["surrogate"]["enabled"]) or bool(config.get("modulation"))
     if stage not in TRAINED and not gates:
         return gathered + _forward(rank) + (_kv_cache(rank, config["setting"]) if stage == "latency" else 0)
     micro_batches = config["model"]["global_batch_size"] // (rank.layout.micro_batch * rank.layout.data)
@@ -43,8 +43,8 @@ def _most(flights: int, step: int, config: Mapping[str, Any]) -> int:
 def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False, weighted: bool = False) -> tuple[int, int]:
     """What autograd keeps of a layer's attention block, and of its MLP block, for the backward pass of a micro-batch.
 
-    frozen: no weight wants a gradient. gates: blocks' outputs are multiplied with gates that do. weighted: so are channels,
-    heads and neurons too.
+    frozen: no weight wants a gradient. gates: blocks' outputs are multiplied with gates, or modulation, that do. weighted: so are
+    channels, heads and neurons too.
     """
     model, layout, n, e = rank.model, rank.layout, rank.tokens, rank.layout.dtype
     h, q, k, f1, f2 = rank.sizes

@@ -19,8 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from flextron_mcore.checkpoint.sharding import ATTENTION_AXES, deal
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.dispatch import BlockRouting
-from flextron_mcore.layers.gate import gated
 from flextron_mcore.layers.linear import ElasticRowParallelLinear, Selection
+from flextron_mcore.layers.modulation import new_modulation, scaled
 from flextron_mcore.layers.routed_attention import level_of_heads, masked_keys, routed_attention
 from flextron_mcore.space import ElasticSpace, LayerChoice
 
@@ -30,7 +30,8 @@ class ElasticSelfAttention(SelfAttention):
 
     Everything between the two projections (rotary embedding, KV cache, core attention, recomputation) is Megatron-Core's.
     `choice` is the LayerChoice in use, None for all heads, unless `routing` chooses token by token (layers/routed_attention.py);
-    `use_subnetwork` sets them, `gate` (layers/gate.py), and `mask` of this rank's heads (layers/weighted.py).
+    `use_subnetwork` sets them, `gate` (layers/gate.py), `share` (layers/modulation.py), and `mask` of this rank's heads
+    (layers/weighted.py).
     """
 
     def __init__(self, config, submodules, layer_number: int, space: ElasticSpace, **kwargs: Any) -> None:
@@ -43,6 +44,8 @@ class ElasticSelfAttention(SelfAttention):
         self.space = space
         self.choice: LayerChoice | None = None
         self.gate: torch.Tensor | None = None
+        self.modulation = new_modulation(config, space)
+        self.share: float | None = None
         self.routing: BlockRouting | None = None
         self.mask: torch.Tensor | None = None
         self.linear_proj.part = self.part_of_projection
@@ -61,11 +64,15 @@ class ElasticSelfAttention(SelfAttention):
         return self.choice.kv_groups // self.world_size, self.choice.query_heads_per_group
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any):  # type: ignore[override]
-        """Megatron-Core's, with the gate: [S, B, C] -> ([S, B, C], bias or None)."""
+        """Megatron-Core's, with gate and gain: [S, B, C] -> ([S, B, C], bias or None)."""
         self.channels = hidden_states.shape[-1]
+        output = self._output(hidden_states, attention_mask, *args, **kwargs)
+        return scaled(output, self.gate, self.modulation, self.share)
+
+    def _output(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any):
         if self.routing is None:
             self.linear_proj.mask = self.mask
-            return gated(super().forward(hidden_states, attention_mask, *args, **kwargs), self.gate)
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
         levels_SB = self.routing.levels(hidden_states, self.config.sequence_parallel)
         if self.routing.masked:
             mask_SBK, own_mask = self.routing.masks(levels_SB), masked_keys(self, levels_SB)
@@ -73,10 +80,10 @@ class ElasticSelfAttention(SelfAttention):
             attention_mask = attention_mask if own_mask is None else own_mask
             out = super().forward(hidden_states, attention_mask, *args, **kwargs)
             self.linear_proj.mask = None
-            return gated(out, self.gate)
+            return out
         if attention_mask is not None:
             raise FlextronError("routing token by token knows the causal mask only: attention_mask must be None")
-        return gated(routed_attention(self, hidden_states, levels_SB, *args, **kwargs), self.gate)
+        return routed_attention(self, hidden_states, levels_SB, *args, **kwargs)
 
     def get_query_key_value_tensors(
         self,

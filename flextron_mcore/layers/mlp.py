@@ -13,8 +13,8 @@ from megatron.core.transformer.mlp import MLP
 
 from flextron_mcore.checkpoint.sharding import MLP_AXES, deal
 from flextron_mcore.layers.dispatch import BlockRouting, Group, by_level
-from flextron_mcore.layers.gate import gated
 from flextron_mcore.layers.linear import Selection
+from flextron_mcore.layers.modulation import new_modulation, scaled
 from flextron_mcore.space import ElasticSpace, LayerChoice
 
 
@@ -22,8 +22,8 @@ class ElasticMLP(MLP):
     """Megatron-Core's MLP that can compute with a prefix of its neurons.
 
     `choice` is the LayerChoice in use, None for the full width, unless `routing` chooses token by token; `use_subnetwork` sets
-    them, `gate` (layers/gate.py), and `mask` of this rank's neurons (layers/weighted.py). Each tensor-parallel rank holds its
-    neurons in decreasing importance and uses the first `choice.ffn_hidden_size / T` of them.
+    them, `gate` (layers/gate.py), `share` (layers/modulation.py), and `mask` of this rank's neurons (layers/weighted.py). Each
+    tensor-parallel rank holds its neurons in decreasing importance and uses the first `choice.ffn_hidden_size / T` of them.
     """
 
     def __init__(self, config, submodules, space: ElasticSpace, pg_collection=None, tp_group=None, **kwargs: Any) -> None:
@@ -34,6 +34,8 @@ class ElasticMLP(MLP):
         self.tensor_parallel_size = self.linear_fc1.tp_group.size()
         self.choice: LayerChoice | None = None
         self.gate: torch.Tensor | None = None
+        self.modulation = new_modulation(config, space)
+        self.share: float | None = None
         self.routing: BlockRouting | None = None
         self.mask: torch.Tensor | None = None
 
@@ -55,7 +57,7 @@ class ElasticMLP(MLP):
             out, bias = self.linear_fc2(self.observe(hidden_SBf), self._columns(self.width, channels))
         else:
             out, bias = self._routed(hidden_states)
-        out, bias = gated((out, bias), self.gate)
+        out, bias = scaled((out, bias), self.gate, self.modulation, self.share)
         # A view: recomputation would take the parameter itself, as a result, for something that it made, and never end.
         return out, None if bias is None else bias.view_as(bias)
 
@@ -112,9 +114,7 @@ class ElasticMLP(MLP):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         """Vanilla keys and shapes, neurons in dealt order (checkpoint/sharding.py)."""
-        sharded = {}
-        for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
-            sharded.update(module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+        sharded = super(MLP, self).sharded_state_dict(prefix, sharded_offsets, metadata)  # not MLP's: it splits gate and up
         gate_and_up = 2 if self.config.gated_linear_unit else 1
         for name, axis in MLP_AXES.items():
             key, blocks = prefix + name, gate_and_up if axis == 0 else 1

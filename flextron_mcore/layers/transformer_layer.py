@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+
+from flextron_mcore.layers.unused import unused
 
 
 class ElasticTransformerLayer(TransformerLayer):
@@ -33,35 +34,8 @@ class ElasticTransformerLayer(TransformerLayer):
         context = kwargs.get("context")
         if choice is None or choice.executed:
             hidden_states, context = super().forward(hidden_states, *args, **kwargs)
-        elif torch.is_grad_enabled():
-            hidden_states = _Unused.apply(hidden_states, *(p for p in self.parameters() if p.requires_grad))
+        else:
+            hidden_states = unused(hidden_states, self.parameters())
         if self.channels and (missing := self.channels[1] - hidden_states.shape[-1]):
             hidden_states = F.pad(hidden_states, (0, missing))
         return hidden_states, context
-
-
-class _Unused(torch.autograd.Function):
-    """The hidden states as they are, telling Megatron-Core's DDP in the backward pass that these parameters had their turn.
-
-    With overlapping reduction it counts, in the last micro-batch of a step, which parameters had a gradient, and starts when all
-    had one. Matrices are those of which parts are used (`layers/linear.py`): nothing is added, and the pages of what stands for
-    their gradient are never touched.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_states: Tensor, *parameters: Tensor):  # type: ignore[override]
-        ctx.parameters = parameters
-        return hidden_states.view_as(hidden_states)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return grad, *(_nothing(parameter) for parameter in ctx.parameters)
-
-
-def _nothing(parameter: Tensor) -> Tensor | None:
-    if getattr(parameter, "main_grad", None) is None:
-        return None
-    if parameter.dim() < 2:
-        return torch.zeros_like(parameter)
-    parameter.grad_added_to_main_grad = True
-    return torch.empty_like(parameter)

@@ -20,18 +20,22 @@ from torch import Tensor
 class WeightedNetwork:
     """Weights of the candidates, from smallest to largest, and of executing each layer: leaves that gather gradients.
 
-    hidden [K], layers [L], heads [L, K], neurons [L, K]: float32 on this rank's device, the same on all ranks.
+    hidden [K], layers [L], heads [L, K], neurons [L, K]: float32 on this rank's device, the same on all ranks. share: of the
+    parameters, a plain number, by which blocks are modulated (layers/modulation.py): of the network that was drawn, also while
+    weights lie between candidates.
     """
 
     hidden_K: Tensor
     layers_L: Tensor
     heads_LK: Tensor
     neurons_LK: Tensor
+    share: float | None = None
 
     @classmethod
     def of(cls, weights: Sequence[Sequence], device: torch.device) -> WeightedNetwork:
         """From plain numbers, in the order of the fields."""
-        return cls(*(torch.tensor(part, dtype=torch.float32, device=device, requires_grad=True) for part in weights))
+        parts, share = weights[:4], weights[4:]
+        return cls(*(torch.tensor(part, dtype=torch.float32, device=device, requires_grad=True) for part in parts), *share)
 
     def gradients(self, tokens: float, sequence_parallel: bool) -> list[Tensor]:
         """Of the network's mean loss by each of the fields after `run_networks`, the same on all ranks, on the CPU.

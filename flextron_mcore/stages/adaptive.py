@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from flextron_mcore.config import FlextronError
 from flextron_mcore.stages.choice import check_table, counted_cost, known_costs, latency_table
 from flextron_mcore.stages.common import discard, new_output, print_table, progress_bar, say, write_metrics
+from flextron_mcore.stages.elastic import check_not_modulated
 from flextron_mcore.stages.resume import resumable_output
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def train_adaptive(config: DictConfig, info: Any, data: Any) -> dict[str, Any]:
     from flextron_mcore.stages.router import validation_targets
     from flextron_mcore.training.loop import Phase, check, train
 
+    check_not_modulated(info)
     learner = _learner(config, info)
     cost = learner.costs[0]
     targets = validation_targets(config.validation_targets, cost, learner.info.ranges[0])

@@ -65,6 +65,15 @@ def check_widths_only(info: Any, what: str) -> None:
             )
 
 
+def check_not_modulated(info: Any) -> None:
+    """Raise FlextronError where gains depend on the network, which tokens that choose for themselves do not have."""
+    if info.space.modulation:
+        raise FlextronError(
+            f"checkpoint={info.path}: has modulation, gains that depend on the one network in use: its tokens cannot choose for "
+            "themselves; use kind=static, or `flextron gumbel`"
+        )
+
+
 def check_space(config: DictConfig, info: Any) -> None:
     """Raise FlextronError when the configuration asks for another space than the checkpoint's."""
     from flextron_mcore.space import ElasticSpace

@@ -24,7 +24,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.training.gumbel import GumbelLearner, GumbelSettings
     from flextron_mcore.training.loop import check
 
-    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
+    info, data = _modulated(config, open_checkpoint(config.checkpoint)), open_data(config.data)
     check_space(config, info)
     table = latency_table(config, info)
     check_table(table)
@@ -54,3 +54,10 @@ def run(config: DictConfig) -> dict[str, Any]:
         described.choices(blocks), costs, described, settings, config.seed, config.trainer.max_steps, plain, started
     )
     return train_routers(config, info, data, learner, seq_length, frozen=False, teach=distillation(config))
+
+
+def _modulated(config: DictConfig, info: Any) -> Any:
+    """The checkpoint with config.modulation, which may add it. Raises FlextronError where it would take it away."""
+    if config.modulation is False and info.space.modulation:
+        raise FlextronError(f"checkpoint={info.path}: has modulation, which its networks need: leave modulation=false out")
+    return replace(info, space=replace(info.space, modulation=True)) if config.modulation else info

@@ -69,8 +69,11 @@ def _measured(config: DictConfig, info: Any) -> Any:
     from flextron_mcore.latency.routed import measure_routed, networks_per_round
     from flextron_mcore.layers.dispatch import KV_POLICIES
     from flextron_mcore.model import loaded_model
+    from flextron_mcore.stages.elastic import check_not_modulated
     from flextron_mcore.stages.evaluate import precision
 
+    if config.routed.enabled:
+        check_not_modulated(info)
     asked, positions = config.setting, info.model.max_position_embeddings
     if asked.kind not in KINDS:
         raise FlextronError(f"setting.kind={asked.kind!r} is not known: use one of {', '.join(KINDS)}")

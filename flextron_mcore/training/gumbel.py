@@ -22,7 +22,7 @@ from flextron_mcore.blocks import Axes
 from flextron_mcore.cost import Cost
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo
-from flextron_mcore.space import SubNetwork
+from flextron_mcore.space import SubNetwork, parameter_share
 from flextron_mcore.training.router import DRAW, LEARN, RouterLearner, RouterSettings
 
 Weights = list[list]  # the fields of a WeightedNetwork as plain numbers
@@ -98,8 +98,12 @@ class GumbelLearner(RouterLearner):
             soft_TNK, hard_TNK = self._relaxed(targets_TC, noise_TNK, step)
         self.drawn = targets_TC, noise_TNK
         weights_TNK = soft_TNK if step < self.soft_until * self.max_steps else hard_TNK
-        weighted = [[part.tolist() for part in self._weights(row)] for row in weights_TNK[: self.weighted]]
-        return [*weighted, *(self.blocks.network(row) for row in hard_TNK[self.weighted :].argmax(-1).tolist())]
+        drawn = [self.blocks.network(row) for row in hard_TNK.argmax(-1).tolist()]
+        weighted = [
+            [*(part.tolist() for part in self._weights(row)), parameter_share(self.blocks.model, net)]
+            for row, net in zip(weights_TNK[: self.weighted], drawn, strict=False)
+        ]
+        return [*weighted, *drawn[self.weighted :]]
 
     # What is learned from it.
 

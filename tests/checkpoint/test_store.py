@@ -39,7 +39,7 @@ CASES = {
 def case(name):
     kind, groups, unit, granularity = CASES[name]
     arch = toy.config(**kind, num_query_groups=groups)
-    space = ElasticSpace.build(arch, granularity, unit, heads=[1.0])
+    space = ElasticSpace.build(arch, granularity, unit, heads=[1.0], modulation=name == "gpt2")
     return arch, space, toy.model(arch, space)
 
 
@@ -80,6 +80,22 @@ def test_reader_and_loading(name, tmp_path):
     half = build_model(arch, space, precision="bf16", initialize=False)
     load_model(half, info)
     assert torch.equal(half.embedding.word_embeddings.weight, model.embedding.word_embeddings.weight.bfloat16())
+
+
+def test_modulation_is_added_and_its_names(tmp_path):
+    arch, space, model = case("gpt2")
+    names = [f"decoder.layers.{i}.{block}.modulation" for i in range(2) for block in ("self_attention", "mlp")]
+    info = stream(model, CheckpointInfo(arch, space), tmp_path / "with")
+    assert [name for name in TensorReader(info).keys() if name.endswith("modulation")] == names and info.space.modulation
+    plain = replace(space, modulation=False)
+    before = toy.model(arch, plain)
+    info = stream(before, CheckpointInfo(arch, plain), tmp_path / "without")
+    assert not info.space.modulation and "modulation" not in (info.path / "flextron.json").read_text()
+    again = build_model(arch, space, initialize=False)
+    load_model(again, replace(info, space=space))
+    state = again.state_dict()
+    assert not any(state[name].any() for name in names)
+    assert all(torch.equal(state[name], value) for name, value in before.state_dict().items() if value is not None)
 
 
 def test_the_reader_maps_what_is_alone_in_its_file_and_reads_any_other(tmp_path):

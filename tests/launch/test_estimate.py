@@ -63,7 +63,8 @@ def said(arch: ModelConfig, config: dict, ranks: int = 1, **more) -> Estimate:
 
 
 def built(arch: ModelConfig, config: dict, precision: str = "fp32", frozen: bool = False) -> torch.nn.Module:
-    model = build_model(arch, ElasticSpace.build(arch), config["model"], precision).train().requires_grad_(not frozen)
+    space = ElasticSpace.build(arch, modulation=bool(config.get("modulation")))
+    model = build_model(arch, space, config["model"], precision).train().requires_grad_(not frozen)
     return Float16Module(model.config, model).train() if precision == "bf16" else model
 
 
@@ -112,7 +113,7 @@ def weighted_network(arch: ModelConfig) -> WeightedNetwork:
     """The full model, as one of which all candidates have weights."""
     space, layers = ElasticSpace.build(arch), arch.num_layers
     widths = [[[0.0] * (len(sizes) - 1) + [1.0]] * layers for sizes in (space.heads, space.ffn_hidden_size)]
-    return WeightedNetwork.of([[1.0], [1.0] * layers, *widths], torch.device("cpu"))
+    return WeightedNetwork.of([[1.0], [1.0] * layers, *widths, 1.0], torch.device("cpu"))
 
 
 PEAKS = {
@@ -121,6 +122,7 @@ PEAKS = {
     "distillation": ("elastic", ["distillation.weight=0.5"], {"subnets": True, "teach": Distillation(0.5, 2.0)}),
     "joint": ("joint", [], {"subnets": True, "gated": True}),
     "gumbel": ("gumbel", [], {"subnets": True, "weighted": True}),
+    "gumbel, modulated": ("gumbel", ["modulation=true"], {"subnets": True, "weighted": True}),
     "router without surrogate": ("router", ["surrogate.enabled=false"], {"subnets": True, "gated": True, "frozen": True}),
     "router": ("router", [], {"subnets": True, "forward_only": True, "frozen": True}),
 }

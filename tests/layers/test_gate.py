@@ -25,7 +25,7 @@ def loss_of(model, net, gates) -> torch.Tensor:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_are_differences(family, frozen):
     arch = toy.config(**CASES[family])
-    space = ElasticSpace.build(arch)
+    space = ElasticSpace.build(arch, modulation=True)
     model = toy.model(arch, space).requires_grad_(not frozen).double()
     net = toy.random_network(arch, space, 3)
     (gates,) = new_gates(1, 4, torch.device("cpu"))
@@ -41,20 +41,24 @@ def test_gradients_are_differences(family, frozen):
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputation_sees_the_gates(recompute):
+def test_recomputation_sees_the_gates_and_gains(recompute):
     """With two networks in flight, as in a pipeline: the backward pass of the first comes after the forward of the second."""
     arch = toy.config()
-    space = ElasticSpace.build(arch)
+    space = ElasticSpace.build(arch, modulation=True)
     options = {"recompute_granularity": recompute}
     options |= {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
     found = []
     for choices in ({}, options):
         torch.manual_seed(0)
         model = build_model(arch, space, choices).train()
+        gains = [parameter for name, parameter in model.named_parameters() if name.endswith("modulation")]
+        with torch.no_grad():
+            for parameter in gains:
+                parameter += 0.5
         gates = new_gates(2, 4, torch.device("cpu"))
         losses = [loss_of(model, toy.random_network(arch, space, seed), row) for seed, row in enumerate(gates)]
         for loss in losses:
             loss.backward()
-        found.append([[gate.grad.item() for gate in row] for row in gates])
+        found.append([[gate.grad.item() for gate in row] for row in gates] + [parameter.grad.tolist() for parameter in gains])
     for plain, recomputed in zip(*found, strict=True):
         assert recomputed == pytest.approx(plain, rel=1e-4)

@@ -11,7 +11,7 @@ from flextron_mcore.config import ModelConfig
 from flextron_mcore.layers.weighted import WeightedNetwork, mask
 from flextron_mcore.model import build_model, set_subnetwork, use_subnetwork
 from flextron_mcore.pipeline.networks import run_networks
-from flextron_mcore.space import ElasticSpace, SubNetwork
+from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 from tests import toy
 from tests.pipeline.test_networks import batches
 
@@ -27,7 +27,7 @@ def case(name: str) -> tuple[ModelConfig, ElasticSpace]:
     kind, unit = CASES[name]
     arch = toy.config(**kind, num_layers=3, num_query_groups=2, share_embeddings_and_output_weights=name == "llama")
     axes = dict(heads=[0.5, 1.0], ffn_hidden_size=[0.25, 0.5, 1.0], hidden_size=[0.25, 0.5, 1.0], depth=[1, 2, 3])
-    return arch, ElasticSpace.build(arch, attention_unit=unit, **axes, layer_ranking=[1, 2, 0])
+    return arch, ElasticSpace.build(arch, attention_unit=unit, **axes, layer_ranking=[1, 2, 0], modulation=name != "query_head")
 
 
 def one_hot(space: ElasticSpace, net: SubNetwork, heads_of_skipped: int = 0) -> list:
@@ -70,7 +70,7 @@ def test_one_hot_weights_are_the_sliced_network(name):
         net = toy.random_network(arch, space, seed)
         seen.add((net.hidden_size, sum(layer.executed for layer in net.layers)))
         found = []
-        for chosen in (net, weighted(one_hot(space, net))):
+        for chosen in (net, weighted([*one_hot(space, net), parameter_share(arch, net)])):
             model.zero_grad(set_to_none=True)
             with use_subnetwork(model, chosen):
                 logits = model(tokens, positions, None)
@@ -93,10 +93,11 @@ def test_gradients_are_differences_of_the_loss(name, frozen):
     arch, space = case(name)
     model = toy.model(arch, space).requires_grad_(not frozen)
     for weights in (soft(space, 3), one_hot(space, space.uniform(arch, 2, 24, 16, 2))):
-        net = weighted(weights)
+        net = weighted([*weights, 0.4])
         total = run_networks([model], lambda: iter(batches()), 2, [net], toy.LENGTH, 2)
         gradients = net.gradients(total[0, 1].item(), sequence_parallel=False)
-        for field, gradient in zip(fields(net), gradients, strict=True):
+        assert len(gradients) == 4
+        for field, gradient in zip(fields(net), gradients, strict=False):
             leaf = getattr(net, field.name)
             assert gradient.shape == leaf.shape and gradient.dtype == torch.float64
             for index in range(leaf.numel()):
@@ -122,7 +123,10 @@ def test_recomputation_sees_the_weights(recompute):
     for choices in ({}, options):
         torch.manual_seed(0)
         model = build_model(arch, space, choices).train()
-        networks, losses = [weighted(soft(space, 3, seed)) for seed in range(2)], []
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter += 0.5 * name.endswith("modulation")
+        networks, losses = [weighted([*soft(space, 3, seed), 0.3 + 0.4 * seed]) for seed in range(2)], []
         for seed, net in enumerate(networks):
             tokens, positions = toy.inputs(seed=seed)
             with use_subnetwork(model, net):

@@ -145,7 +145,7 @@ class Runs:
         llama = toy.config(**size, share_embeddings_and_output_weights=True)
         gpt2 = toy.config(**size, **toy.GPT2, num_query_groups=4)
         for name, arch, space in (
-            ("llama", llama, dict(ffn_hidden_size=[0.25, 0.5, 1.0], layer_ranking=[0, 3, 1, 2])),
+            ("llama", llama, dict(ffn_hidden_size=[0.25, 0.5, 1.0], layer_ranking=[0, 3, 1, 2], modulation=True)),
             ("gpt2", gpt2, dict(attention_unit="query_head", layer_ranking=[3, 0, 2, 1])),
         ):
             # Of a network of depth 1, one of two pipeline stages has nothing to execute.

@@ -32,7 +32,7 @@ CASES = {
 def case(name):
     kind, groups, unit = CASES[name]
     arch = toy.config(**kind, num_query_groups=groups)
-    space = ElasticSpace.build(arch, attention_unit=unit, heads=[0.5, 1.0])
+    space = ElasticSpace.build(arch, attention_unit=unit, heads=[0.5, 1.0], modulation=name == "gpt2 groups")
     return arch, space, toy.model(arch, space)
 
 
@@ -158,6 +158,9 @@ def test_sorting_keeps_the_function_and_orders_by_importance(name, tmp_path):
         assert (units.diff(dim=-1) <= 1e-3).all()
         changed |= not torch.equal(scores[i].neurons, again.neurons)
     assert changed
+    kept = [parameter for key, parameter in after.named_parameters() if key.endswith("modulation")]
+    given = [parameter for key, parameter in model.named_parameters() if key.endswith("modulation")]
+    assert len(kept) == 4 * space.modulation and all(map(torch.equal, kept, given))
 
 
 def test_sorted_half_keeps_the_most_important_neurons(tmp_path):

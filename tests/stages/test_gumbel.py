@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
+from flextron_mcore.checkpoint.store import CheckpointInfo, TensorReader, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import parameter_cost
 from flextron_mcore.routers.store import read_routers
-from flextron_mcore.space import SubNetwork
+from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.training.loop import _Run
+from tests import toy
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, stage
 from tests.stages.test_routing import Interrupted, rows
 
 AXES = ["space.hidden_size=[0.5,0.75,1.0]", "space.depth=[1,2]"]
+UNIFORM = ["router.uniform=true", "modulation=true"]
 RUN = [*TRAIN, "model.micro_batch_size=4", "model.global_batch_size=8", "measured_samples=0"]
 
 
 @pytest.fixture(scope="module")
 def axes(chain, tmp_path_factory) -> Path:
-    """A directory with the outputs of importance, latency (made up) and gumbel, for every layer and uniform."""
+    """A directory with the outputs of importance, latency (made up) and gumbel, for every layer, and uniform with modulation."""
     run = tmp_path_factory.mktemp("axes")
     keys = [f"checkpoint={chain}/parent", f"data={chain}/data", *AXES, "samples=16", "layer_samples=8", "ablation_batches=1"]
     stage("importance", *keys, f"out={run}/sorted")
     write_table(run / "sorted", run / "latency" / "latency.json")
     stage("gumbel", *gumbel_keys(chain, run), "measured_samples=8", f"out={run}/gumbel")
-    stage("gumbel", *gumbel_keys(chain, run), "router.uniform=true", f"out={run}/uniform")
+    stage("gumbel", *gumbel_keys(chain, run), *UNIFORM, f"out={run}/uniform")
     return run
 
 
@@ -89,13 +92,34 @@ def test_an_interrupted_run_continues_exactly(chain, axes, tmp_path, monkeypatch
     step = _Run._step
     monkeypatch.setattr(_Run, "_step", lambda self, n, log: step(self, n, log) if n < 5 else (_ for _ in ()).throw(Interrupted))
     with pytest.raises(Interrupted):
-        stage("gumbel", *gumbel_keys(chain, axes), "router.uniform=true", f"out={tmp_path}/parts")
+        stage("gumbel", *gumbel_keys(chain, axes), *UNIFORM, f"out={tmp_path}/parts")
     monkeypatch.undo()
     assert open_checkpoint(tmp_path / "parts").step == 3
-    stage("gumbel", *gumbel_keys(chain, axes), "router.uniform=true", f"out={tmp_path}/parts")
+    stage("gumbel", *gumbel_keys(chain, axes), *UNIFORM, f"out={tmp_path}/parts")
     assert rows(tmp_path / "parts") == rows(axes / "uniform")
     ends = [load_file(list_checkpoints(out)[-1] / "routers.safetensors") for out in (tmp_path / "parts", axes / "uniform")]
     assert all(ends[0][key].equal(ends[1][key]) for key in ends[1])
+    parts, whole = modulations(tmp_path / "parts"), modulations(axes / "uniform")
+    assert all(parts[key].equal(whole[key]) for key in whole)
+
+
+def modulations(run: Path) -> dict[str, torch.Tensor]:
+    reader = TensorReader(open_checkpoint(run))
+    return {key: reader.read(key) for key in reader.keys() if key.endswith("modulation")}
+
+
+def test_modulation_is_learned_and_goes_on(chain, axes, tmp_path):
+    """In every block, also of training whose command does not name it."""
+    assert open_checkpoint(axes / "uniform").space.modulation and not open_checkpoint(axes / "gumbel").space.modulation
+    before = modulations(axes / "uniform")
+    assert len(before) == 4 and all(value.all() for value in before.values()) and not modulations(axes / "gumbel")
+    keys = [f"checkpoint={axes}/uniform", f"data={chain}/data", *RUN, "trainer.max_steps=1", "model.optim.sched.warmup_steps=0"]
+    stage("elastic", *[key for key in keys if "measured" not in key], f"out={tmp_path}/elastic")
+    stage("gumbel", *keys, "router.uniform=true", "costs=latency", f"latency={axes}/latency", f"out={tmp_path}/gumbel")
+    for name in ("elastic", "gumbel"):
+        assert open_checkpoint(tmp_path / name).space.modulation
+        after = modulations(tmp_path / name)
+        assert all((after[key] != value).any() for key, value in before.items())
 
 
 def test_training_goes_on_from_its_own_checkpoint(chain, axes, tmp_path):
@@ -129,6 +153,20 @@ def test_bad_input(chain, axes, tmp_path, name, keys, message):
     assert not (tmp_path / "out").exists()
     with pytest.raises(FlextronError, match="its router was trained with router.uniform=true and costs="):
         stage("gumbel", f"checkpoint={axes}/uniform", *gumbel_keys(chain, axes)[1:], f"out={tmp_path}/out")
+
+
+def test_modulation_is_of_whole_networks_and_stays(chain, axes, tmp_path):
+    with pytest.raises(FlextronError, match="uniform.*: has modulation, which its networks need: leave modulation=false out"):
+        stage("gumbel", f"checkpoint={axes}/uniform", *gumbel_keys(chain, axes)[1:], "modulation=false", f"out={tmp_path}/out")
+    arch = open_checkpoint(chain / "sorted").model
+    space = ElasticSpace.build(arch, modulation=True)
+    toy.write(toy.model(arch, space), CheckpointInfo(arch, space), tmp_path / "widths")
+    shutil.copytree(chain / "sorted" / "tokenizer", tmp_path / "widths" / "tokenizer")
+    given = [f"checkpoint={tmp_path}/widths", f"out={tmp_path}/out"]
+    for name, *keys in (("router", f"data={chain}/data", "kind=adaptive"), ("latency", "routed.enabled=true")):
+        with pytest.raises(FlextronError, match="has modulation, gains that depend on the one network in use"):
+            stage(name, *given, *keys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_joint_training_is_of_other_routers(chain, axes, tmp_path):

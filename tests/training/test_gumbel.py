@@ -9,7 +9,7 @@ import torch
 from flextron_mcore.blocks import Axes
 from flextron_mcore.cost import Budget, parameter_cost
 from flextron_mcore.routers.store import RouterInfo
-from flextron_mcore.space import ElasticSpace, SubNetwork
+from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 from flextron_mcore.training.gumbel import GumbelLearner, GumbelSettings
 from tests import toy
 
@@ -64,7 +64,7 @@ def train(taught: GumbelLearner, first: int = 0, last: int = STEPS) -> list[dict
             if isinstance(net, SubNetwork):
                 losses.append(full + loss(taught.blocks, net))
                 continue
-            weights = [torch.tensor(part, requires_grad=True) for part in net]
+            weights = [torch.tensor(part, requires_grad=True) for part in net[:4]]
             value = loss_of(*weights)
             gradients.append(torch.autograd.grad(value, weights))
             losses.append(full + value.item() + 0.005 * generator.normal())
@@ -127,6 +127,15 @@ def test_weights_are_relaxed_first_and_hard_later():
     assert sorted(hard[0]) == [0, 0, 1]
     depth = int(sum(hard[1]))
     assert hard[1] == [float(layer in SPACE.layer_ranking[:depth]) for layer in range(4)]
+
+
+@pytest.mark.parametrize("step", [0, STEPS - 1])
+def test_the_share_of_the_parameters_is_the_drawn_networks(step):
+    """Also where the weights are relaxed: of what the same draws choose as a slice."""
+    taught, sliced = (learner(weighted_per_step=count) for count in (3, 0))
+    rows = taught.networks(step)
+    assert [row[4] for row in rows] == [parameter_share(ARCH, net) for net in sliced.networks(step)]
+    assert len({row[4] for row in rows}) > 1
 
 
 def test_training_continues_exactly(tmp_path):

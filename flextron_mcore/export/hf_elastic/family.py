@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.blocks import Blocks
-from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.checkpoint.store import CheckpointInfo, TensorReader
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.latency.table import LatencyTable
@@ -79,6 +79,7 @@ def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -
         "memory": {"dtype": dtype, "bytes_a_number": DTYPE_BYTES[dtype], **memory},
         "ranges": {cost: list(pair) for cost, pair in ranges.items()},
         "adaptive": adaptive,
+        "modulation": _modulation(info),
         "answers": answers,
         "networks": [_row(net) for net in networks.numbers],
     }
@@ -86,14 +87,15 @@ def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -
 
 
 def write_family(file: Path, values: Mapping[str, Any]) -> None:
-    """As JSON that a person can read: a network, a cell a line."""
-    text = json.dumps({k: v for k, v in values.items() if k not in ("networks", "answers")}, indent=1)[:-2]
+    """As JSON that a person can read: a network, a cell, a layer's modulation a line."""
+    text = json.dumps({k: v for k, v in values.items() if k not in ("networks", "answers", "modulation")}, indent=1)[:-2]
     tables = []
     for cost, table in values["answers"].items():
         parts = [f'"{kind}": [\n   ' + ",\n   ".join(map(json.dumps, lines)) + "\n  ]" for kind, lines in table.items()]
         tables.append(f'"{cost}": {{\n  ' + ",\n  ".join(parts) + "\n  }")
     text += ',\n "answers": {\n  ' + ",\n  ".join(tables) + "\n },\n"
-    text += ' "networks": [\n  ' + ",\n  ".join(map(json.dumps, values["networks"])) + "\n ]\n}\n"
+    lists = [f'"{name}": [\n  ' + ",\n  ".join(map(json.dumps, values[name])) + "\n ]" for name in ("modulation", "networks")]
+    text += " " + ",\n ".join(lists) + "\n}\n"
     file.write_text(text, encoding="utf-8")
 
 
@@ -161,6 +163,15 @@ def _adaptive(
         "kv_policy": described.kv_policy,
         "calibration": [list(pair) for pair in described.calibration],
     }, routers
+
+
+def _modulation(info: CheckpointInfo) -> list[list[list[float]]]:
+    """Of each layer what modulates its attention and its MLP (layers/modulation.py); empty where nothing does."""
+    if not info.space.modulation:
+        return []
+    reader, blocks = TensorReader(info), ("self_attention", "mlp")
+    names = [[f"decoder.layers.{i}.{block}.modulation" for block in blocks] for i in range(info.model.num_layers)]
+    return [[reader.read(name).tolist() for name in layer] for layer in names]
 
 
 def _cost(cost: Cost) -> dict[str, Any]:

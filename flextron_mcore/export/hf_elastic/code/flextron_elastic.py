@@ -93,7 +93,8 @@ class ElasticForCausalLM:
         if network is not None:
             family.check(network)
             network = copy.deepcopy(dict(network))
-        self._choice = Static(network or family.full(), self._own(kv_policy))
+        network = network or family.full()
+        self._choice = Static(network, self._own(kv_policy), family.gains(network))
         self._budget = None
 
     def at(self, budget=None, network=None, **options):
@@ -155,9 +156,10 @@ class ElasticForCausalLM:
 
     def _static(self, read, index, kv_policy):
         """A tabulated network, or the full one, made when it is first wanted."""
-        own = self._own(kv_policy)
+        own, family = self._own(kv_policy), self.family
         if (index, own) not in self._made:
-            self._made[index, own] = Static(self.family.full() if read is None else read(index), own)
+            network = family.full() if read is None else read(index)
+            self._made[index, own] = Static(network, own, family.gains(network))
         return self._made[index, own]
 
     def _routed(self, budget, kv_policy):

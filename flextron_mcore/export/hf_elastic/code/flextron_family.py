@@ -58,6 +58,13 @@ class Family:
         layers = [self.layer(heads, neurons) if heads else dict(skipped) for heads, neurons in pairs]
         return {"hidden_size": row["hidden_size"], "layers": layers}
 
+    def gains(self, network):
+        """What each layer's attention and MLP outputs are multiplied with; None for a model without modulation."""
+        if not self.values.get("modulation"):
+            return None
+        share = self.parameters(network) / self.parameters(self.full())
+        return [[1 + (1 - share) * (first + second * share) for first, second in layer] for layer in self.values["modulation"]]
+
     def check(self, network, where="sub-network"):
         """Raise ValueError unless `network` is a member of the space."""
         model, space = self.model, self.space

@@ -30,10 +30,13 @@ def computing(choice):
 
 
 class Static:
-    """One sub-network for all tokens: `layers` holds (KV groups, query heads of each, neurons); zeros where one is skipped."""
+    """One sub-network for all tokens: `layers` holds (KV groups, query heads of each, neurons); zeros where one is skipped.
 
-    def __init__(self, network, own):
-        self.network, self.own, self.hidden_size = network, own, network["hidden_size"]
+    gains: for each layer what the outputs of its attention and its MLP are multiplied with; None for nothing.
+    """
+
+    def __init__(self, network, own, gains=None):
+        self.network, self.own, self.hidden_size, self.gains = network, own, network["hidden_size"], gains
         names = ("kv_groups", "query_heads_per_group", "ffn_hidden_size")
         self.layers = [tuple(row[name] * bool(row["executed"]) for name in names) for row in network["layers"]]
 
@@ -58,6 +61,7 @@ class Routed:
 
     # As in flextron_mcore/routers/adaptive.py: how much of the static routers' log-probabilities is kept, and at most.
     KEPT, MOST = 0.25, 2.0
+    gains = None
 
     def __init__(self, tensors, target, heads_of, neurons_of, own):
         self.own, self.hidden_size, self.tensors = own, None, tensors
@@ -145,7 +149,7 @@ class ElasticAttention:
         heads, weights = function(module, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         heads = heads.reshape(len(x_NC), g, q, H)
         if parts[0][0] is None:
-            return self.projected(heads, x_NC.shape[1]).view_as(x_BSC), weights
+            return modulated(self.projected(heads, x_NC.shape[1]).view_as(x_BSC), self.layer_idx, 0), weights
         out_NC = torch.empty_like(x_NC)
         for rows, some_g, some_q in parts:
             out_NC[rows] = self.projected(heads[rows, :some_g, :some_q], x_NC.shape[1])
@@ -187,12 +191,18 @@ def neurons_of_each(layer, x_BSC, full, compute):
     choice = _ACTIVE.get()
     parts = choice.neurons(layer, x_BSC) if choice else [(None, full)]
     if parts[0][0] is None:
-        return compute(x_BSC, parts[0][1])
+        return modulated(compute(x_BSC, parts[0][1]), layer, 1)
     x_NC = x_BSC.flatten(0, 1)
     out_NC = torch.empty_like(x_NC)
     for rows, neurons in parts:
         out_NC[rows] = compute(x_NC[rows], neurons)
     return out_NC.view_as(x_BSC)
+
+
+def modulated(out_BSC, layer, block):
+    """The output of a layer's attention (block 0) or MLP (1), with the choice's gain."""
+    choice = _ACTIVE.get()
+    return out_BSC * choice.gains[layer][block] if choice and choice.gains else out_BSC
 
 
 # Keys and values of some groups only (kv_policy "own"). A layer of the cache then holds one more "group" of keys, the first,

@@ -1,0 +1,115 @@
+"""`python -m benchmarks.equal_time STATIC DATA ADAPTIVE [ADAPTIVE ...]`: adaptive choices and static ones that take as long.
+
+STATIC: a run of `flextron router`; ADAPTIVE: runs of `kind=adaptive` that started from it, in one KV policy each; DATA: of
+`flextron data`. The time is a forward pass over validation data with the routers at work, whatever a latency table thinks of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TARGETS, LADDER, EACH, BATCH, SAMPLES, ROUNDS = (0.6, 0.7, 0.8), np.linspace(0.58, 1.0, 15), 3, 8, 48, 15
+
+
+def main() -> None:
+    """Print a table; stop with one line for what cannot be read."""
+    from flextron_mcore.cli import prepare_environment
+    from flextron_mcore.config import FlextronError
+
+    if len(sys.argv) < 4:
+        sys.exit(__doc__.splitlines()[0])
+    prepare_environment()
+    try:
+        _run(sys.argv[1], sys.argv[2], sys.argv[3:])
+    except FlextronError as error:
+        sys.exit(f"benchmarks: {error}")
+
+
+def _run(static: str, data_path: str, adaptive: list[str]) -> None:
+    import torch
+
+    from benchmarks import interleaved, print_settings
+    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.data.blend import batch, open_data, valid_datasets
+    from flextron_mcore.evaluation.perplexity import evaluate, mean
+    from flextron_mcore.evaluation.routed import target_for
+    from flextron_mcore.model import loaded_model
+    from flextron_mcore.routers.adaptive import TokenRouting
+    from flextron_mcore.routers.store import read_routers
+    from flextron_mcore.runtime import distributed
+    from flextron_mcore.stages.common import print_table
+
+    distributed.initialize()
+    info, data = open_checkpoint(static), open_data(data_path)
+    length, blocks = info.model.max_position_embeddings, Blocks(info.model, info.space)
+    print_settings(
+        "equal_time: adaptive routers, and the static routers' network that takes as long",
+        f"a forward pass over {EACH} x {length} tokens of each domain, processor time, median of {ROUNDS} paired rounds; losses:",
+        f"mean over domains, at most {SAMPLES} sequences each; static losses are interpolated between {len(LADDER)} budgets",
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        datasets = valid_datasets(data, length, 1234, cache)
+    model = loaded_model({}, info, "fp32")
+    tokens = torch.cat([batch(dataset, range(EACH))["tokens"] for dataset in datasets.values()])
+    networks: dict[str, Any] = dict(enumerate(_ladder(info, blocks)))
+    found = evaluate(model, datasets, {str(i): net for i, net in networks.items()}, length, BATCH, SAMPLES)
+    losses = [mean(found[str(i)]) for i in networks]
+    rows = []
+    for path in adaptive:
+        described, routers = read_routers(open_checkpoint(path).path, blocks, "adaptive")
+        for share in TARGETS:
+            target = torch.tensor([target_for(described.calibration, share, nearest=True)])
+            chosen = TokenRouting(routers.eval(), target, described.kv_policy)
+            loss = mean(evaluate(model, datasets, {"": chosen}, length, BATCH, SAMPLES)[""])
+            calls = {name: partial(_forward, model[0], net, tokens) for name, net in {**networks, "adaptive": chosen}.items()}
+            with torch.no_grad():
+                seconds = interleaved(calls, ROUNDS)
+            full = np.array(seconds[len(networks) - 1])
+            times = [float(np.median(np.array(seconds[i]) / full)) for i in networks]
+            ours = float(np.median(np.array(seconds["adaptive"]) / full))
+            equal = float(np.interp(ours, np.maximum.accumulate(times), losses))
+            same = float(np.interp(share, np.maximum.accumulate(times), losses))
+            figures = [f"{value:.4f}" for value in (loss, same, equal, equal - loss)]
+            rows.append([Path(path).name, described.kv_policy, f"{share:g}", f"{ours:.3f}", *figures])
+    columns = ["routers", "keys", "budget", "time / full", "loss", "static at the budget", "static at that time", "better by"]
+    print_table("equal_time", columns, rows)
+
+
+def _ladder(info: Any, blocks: Any) -> list[Any]:
+    """What the static routers take for more and more of the full model's cost."""
+    from omegaconf import OmegaConf
+
+    from flextron_mcore.cost import Budget
+    from flextron_mcore.stages.choice import known_costs, latency_table, selector
+
+    config = OmegaConf.create({"latency": None, "kv_cache": {"batch_size": 1, "length": None}, "dtype": None})
+    costs = known_costs(config, info, latency_table(config, info))
+    picks = selector(config, info, "router")
+    cost = costs[next(iter(picks.costs))]
+    return [picks.select([Budget(cost, share * cost.full)]) for share in LADDER]
+
+
+def _forward(model: Any, net: Any, tokens: Any) -> object:
+    import torch
+
+    from flextron_mcore.model import set_subnetwork
+    from flextron_mcore.routers.adaptive import TokenRouting
+
+    if isinstance(net, TokenRouting):
+        net.begin()
+    set_subnetwork(model, net)
+    return model(tokens, torch.arange(tokens.shape[1]).expand(len(tokens), -1), None)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from benchmarks import interleaved, print_settings, ratio
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.stages.common import print_table
 
-PROMPT, GENERATED, ROUNDS, FITTED = 8, 32, 9, 14
+PROMPT, GENERATED, ROUNDS, FITTED = 8, 32, 9, 28
 MODEL = ModelConfig(
     num_layers=6, hidden_size=1024, num_attention_heads=16, ffn_hidden_size=2816, vocab_size=4096, max_position_embeddings=256
 )

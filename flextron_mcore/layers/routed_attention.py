@@ -232,12 +232,13 @@ def _full(
         block, found = run.block, run.participants
         query = _normed(attention.q_layernorm, product.view(len(found.index_nB), batch, product.shape[-1] // size, size))
         query = position.rotate(query, None if found.rows is None else found.index_nB)
-        mask = None
-        if found.rows is not None:
+        keys, values = key[:, :, block.groups], value[:, :, block.groups]
+        if found.rows is not None and (len(key) > length or 2 * len(found.index_nB) <= length):
             seen_nB = position.start + found.index_nB
-            mask = torch.arange(len(key), device=key.device) > seen_nB.T[:, None, :, None]
-        heads = _attend(attention, query, key[:, :, block.groups], value[:, :, block.groups], mask)
-        out.append(found.scatter(heads, length))
+            hidden = torch.arange(len(key), device=key.device) > seen_nB.T[:, None, :, None]
+            out.append(found.scatter(_attend(attention, query, keys, values, hidden), length))
+        else:  # causal attention of all tokens is half of the products; what the others get is never looked at
+            out.append(_attend(attention, found.scatter(query, length), keys, values, None))
     return out
 
 

@@ -1,4 +1,4 @@
-"""What differs between the supported versions of Megatron-Core (0.16.1 to 0.19), and of Python in what they write."""
+"""What is not alike in the supported versions of Megatron-Core (0.16.1 to 0.19), or wrong, and of Python in what they write."""
 
 from __future__ import annotations
 

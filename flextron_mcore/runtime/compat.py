@@ -1,4 +1,4 @@
-"""What differs between the supported versions of Megatron-Core (0.16.1 to 0.19), and of Python in what they write."""
+"""What is not alike in the supported versions of Megatron-Core (0.16.1 to 0.19), or wrong, and of Python in what they write."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel
 
 
 def know_paths() -> None:
@@ -23,3 +24,16 @@ def save_options() -> dict[str, Any]:
     """
     known = inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if "async_strategy" in known else {}
+
+
+def count_padding(model: DistributedDataParallel) -> None:
+    """Let the distributed optimizer save its state as it is; call before it is made.
+
+    All versions leave out the padding at the ends of buckets when they put the state together, and then look parameters up where
+    they are with it: behind a bucket that is no multiple of 128 elements and of the data-parallel size, what is saved is another
+    parameter's. With padding counted, it is not left out.
+    """
+    for buffer in model.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()

@@ -27,6 +27,7 @@ from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import PRECISIONS, Network, build_chunks, check_layout, loaded_model
 from flextron_mcore.pipeline.networks import Batch, Distillation, Watch, gate_gradients, run_networks
 from flextron_mcore.runtime import signals
+from flextron_mcore.runtime.compat import count_padding
 from flextron_mcore.runtime.disk import disk_errors
 from flextron_mcore.runtime.distributed import device, stop_agreed
 from flextron_mcore.runtime.ranks import is_main_process
@@ -222,6 +223,7 @@ class _Run:
         )
         model = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
         for chunk in model:
+            count_padding(chunk)
             chunk.broadcast_params()
         optim = options.optim
         optimizer = get_megatron_optimizer(

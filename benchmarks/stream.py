@@ -99,7 +99,7 @@ def _row(name: str, command: list[str], source: Path | None = None) -> list[str]
     """The figures of one row; `source` is what the command reads."""
     copies = [copy_seconds(source)] if source else []
     if source:
-        _read(source)
+        read_files(source)
     print(f"stream: {name} ...", file=sys.stderr, flush=True)
     code, peak, seconds, *processor = json.loads(run_command([sys.executable, "-c", MEASURE, *command]))
     if code:
@@ -119,7 +119,7 @@ def run_command(command: list[str]) -> str:
 
 def copy_seconds(source: Path) -> float:
     """Seconds to copy the files of a directory, synced to the disk."""
-    _read(source)
+    read_files(source)
     target = source.parent / "copy"
     begun = time.perf_counter()
     shutil.copytree(source, target)
@@ -132,7 +132,7 @@ def copy_seconds(source: Path) -> float:
     return seconds
 
 
-def _read(source: Path) -> None:
+def read_files(source: Path) -> None:
     """Bring the files of a directory into the page cache."""
     for file in source.rglob("*"):
         if file.is_file():

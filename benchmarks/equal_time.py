@@ -17,7 +17,8 @@ import numpy as np
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-TARGETS, LADDER, EACH, BATCH, SAMPLES, ROUNDS = (0.6, 0.7, 0.8), np.linspace(0.58, 1.0, 15), 3, 8, 48, 15
+TARGETS, LADDER = (0.6, 0.7, 0.8), [0.55, 0.65, 0.75, 0.85, 0.9, 0.95, 1.0]
+EACH, BATCH, SAMPLES, ROUNDS = 3, 8, 48, 15
 
 
 def main() -> None:
@@ -55,15 +56,15 @@ def _run(static: str, data_path: str, adaptive: list[str]) -> None:
     print_settings(
         "equal_time: adaptive routers, and the static routers' network that takes as long",
         f"a forward pass over {EACH} x {length} tokens of each domain, processor time, median of {ROUNDS} paired rounds; losses:",
-        f"mean over domains, at most {SAMPLES} sequences each; static losses are interpolated between {len(LADDER)} budgets",
+        f"mean over domains, at most {SAMPLES} sequences each; static ones are interpolated between {len(LADDER) + len(TARGETS)}",
     )
     with tempfile.TemporaryDirectory() as cache:
         datasets = valid_datasets(data, length, 1234, cache)
     model = loaded_model({}, info, "fp32")
     tokens = torch.cat([batch(dataset, range(EACH))["tokens"] for dataset in datasets.values()])
-    networks: dict[str, Any] = dict(enumerate(_ladder(info, blocks)))
-    found = evaluate(model, datasets, {str(i): net for i, net in networks.items()}, length, BATCH, SAMPLES)
-    losses = [mean(found[str(i)]) for i in networks]
+    networks: dict[float, Any] = _static(info, sorted({*TARGETS, *LADDER}))
+    found = evaluate(model, datasets, {str(share): net for share, net in networks.items()}, length, BATCH, SAMPLES)
+    losses = {share: mean(found[str(share)]) for share in networks}
     rows = []
     for path in adaptive:
         described, routers = read_routers(open_checkpoint(path).path, blocks, "adaptive")
@@ -74,19 +75,17 @@ def _run(static: str, data_path: str, adaptive: list[str]) -> None:
             calls = {name: partial(_forward, model[0], net, tokens) for name, net in {**networks, "adaptive": chosen}.items()}
             with torch.no_grad():
                 seconds = interleaved(calls, ROUNDS)
-            full = np.array(seconds[len(networks) - 1])
-            times = [float(np.median(np.array(seconds[i]) / full)) for i in networks]
-            ours = float(np.median(np.array(seconds["adaptive"]) / full))
-            equal = float(np.interp(ours, np.maximum.accumulate(times), losses))
-            same = float(np.interp(share, np.maximum.accumulate(times), losses))
-            figures = [f"{value:.4f}" for value in (loss, same, equal, equal - loss)]
-            rows.append([Path(path).name, described.kv_policy, f"{share:g}", f"{ours:.3f}", *figures])
-    columns = ["routers", "keys", "budget", "time / full", "loss", "static at the budget", "static at that time", "better by"]
+            times = {name: float(np.median(np.divide(values, seconds[LADDER[-1]]))) for name, values in seconds.items()}
+            ours = times.pop("adaptive")
+            equal = float(np.interp(ours, np.maximum.accumulate(list(times.values())), list(losses.values())))
+            pairs = [f"{losses[share]:.4f} ({times[share]:.3f})", f"{loss:.4f} ({ours:.3f})"]
+            rows.append([Path(path).name, described.kv_policy, f"{share:g}", *pairs, f"{equal:.4f}", f"{equal - loss:.4f}"])
+    columns = ["routers", "keys", "budget", "static (time / full)", "adaptive (time / full)", "static at that time", "better by"]
     print_table("equal_time", columns, rows)
 
 
-def _ladder(info: Any, blocks: Any) -> list[Any]:
-    """What the static routers take for more and more of the full model's cost."""
+def _static(info: Any, shares: list[float]) -> dict[float, Any]:
+    """What the static routers take for these shares of the full model's cost."""
     from omegaconf import OmegaConf
 
     from flextron_mcore.cost import Budget
@@ -96,7 +95,7 @@ def _ladder(info: Any, blocks: Any) -> list[Any]:
     costs = known_costs(config, info, latency_table(config, info))
     picks = selector(config, info, "router")
     cost = costs[next(iter(picks.costs))]
-    return [picks.select([Budget(cost, share * cost.full)]) for share in LADDER]
+    return {share: picks.select([Budget(cost, share * cost.full)]) for share in shares}
 
 
 def _forward(model: Any, net: Any, tokens: Any) -> object:

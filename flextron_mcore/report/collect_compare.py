@@ -74,7 +74,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class RandomNetworks:
-    """Random networks of one budget. better_than: the fraction of them whose loss is higher than the routers' network's."""
+    """Random networks of one budget. better_than: the fraction of those that are not the routers' own whose loss is higher."""
 
     target: float
     shares: list[float]

@@ -177,13 +177,15 @@ def _equal_row(name: str, net: SubNetwork, routed: SubNetwork | None, cost: Cost
 def _random(target: float, drawn: Sequence[SubNetwork], cost: Cost, losses: _Losses, rows: Sequence[Any]) -> dict[str, Any]:
     found = [losses.mean(net) for net in drawn]
     router = next((row for row in rows if (row["selector"], row["target"]) == ("router", target)), None)
+    # Where networks are few, chance draws the router's own, too.
+    others = [loss for net, loss in zip(drawn, found, strict=True) if router and net.to_dict() != router["subnetwork"]]
     return {
         "target": target,
         "shares": [cost.of(net) / cost.full for net in drawn],
         "mean_losses": found,
         "router_share": router and router["share"],
         "router_loss": router and router["mean_loss"],
-        "better_than": router and sum(loss > router["mean_loss"] for loss in found) / len(found),
+        "better_than": sum(loss > router["mean_loss"] for loss in others) / len(others) if others else None,
     }
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.distributed import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
 
 
 def know_paths() -> None:

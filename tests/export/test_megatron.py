@@ -13,8 +13,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
+from flextron_mcore.checkpoint.store import CheckpointInfo, TensorReader, open_checkpoint
 from flextron_mcore.config import FlextronError
+from flextron_mcore.export.cut import cut
 from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.export.megatron.arguments import LLAMA3, command_line, not_on_the_command_line
 from flextron_mcore.model import use_subnetwork
@@ -118,6 +119,20 @@ def test_hidden_size_and_depth(make, tmp_path):
     get_format("hf").write(Job(info, net, tmp_path / "as_hf"))
     expected = hf_toy.logits(hf_toy.load(tmp_path / "as_hf"))
     check(tmp_path / "out", exported(info, net, tmp_path / "out"), hf_toy.tokens(), expected)
+
+
+def test_units_that_stay_in_their_buckets_stay_sorted(tmp_path):
+    """Logits cannot tell: they are the same in any order."""
+    arch = toy.config(num_attention_heads=16, num_query_groups=16, kv_channels=2, ffn_hidden_size=64)
+    space = ElasticSpace.build(arch, 2, "kv_group", [8, 16], [32, 64])
+    info = open_checkpoint(toy.write(toy.model(arch, space), CheckpointInfo(arch, space, sorted=True), tmp_path / "run"))
+    net = space.uniform(arch, 8, 32)
+    exported(info, net, tmp_path / "out")
+    dense = open_checkpoint(tmp_path / "out")
+    assert (dense.space.granularity, dense.space.attention_unit) == (2, "kv_group")
+    reader = TensorReader(dense)
+    for name, lazy in cut(info, net).items():
+        assert torch.equal(reader.read(name), lazy.load()), name
 
 
 def test_training_goes_on(tmp_path):

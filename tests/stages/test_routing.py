@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from flextron_mcore.blocks import Blocks
 from flextron_mcore.checkpoint.store import TensorReader, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import memory_cost, parameter_cost
-from flextron_mcore.space import SubNetwork
+from flextron_mcore.space import ElasticSpace, SubNetwork
+from flextron_mcore.stages.compare import _random
 from flextron_mcore.training.loop import _Run
+from tests import toy
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, stage
 
@@ -330,3 +333,15 @@ def test_the_ablation_without_a_surrogate(chain, routed, tmp_path):
     parts = [load_file(folder / "routers.safetensors")[key] for folder in list_checkpoints(tmp_path / "out")]
     assert not parts[0].equal(parts[-1])
     assert metrics["validation"]["first"]["full"] == metrics["validation"]["last"]["full"]
+
+
+def test_the_routers_own_network_is_not_counted_among_random_ones():
+    arch = toy.config()
+    space = ElasticSpace.build(arch, granularity=1, heads=[2, 4], ffn_hidden_size=[12, 48])
+    nets = [space.uniform(arch, *sizes) for sizes in ((2, 12), (2, 48), (4, 12), (4, 48))]
+    losses = SimpleNamespace(mean=dict(zip(nets, (3.0, 2.0, 4.0, 1.0), strict=True)).__getitem__)
+    cost = SimpleNamespace(of=lambda net: 1.0, full=2.0)
+    row = {"selector": "router", "target": 0.5, "subnetwork": nets[1].to_dict(), "share": 0.5, "mean_loss": 2.0}
+    assert _random(0.5, nets, cost, losses, [row])["better_than"] == 2 / 3
+    assert _random(0.5, nets[1:2], cost, losses, [row])["better_than"] is None
+    assert _random(0.5, nets, cost, losses, [])["better_than"] is None

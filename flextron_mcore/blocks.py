@@ -67,6 +67,10 @@ class Blocks:
         """The cheapest network."""
         return self.network(np.where(self.exists_NK, self.costs_NK(cost), np.inf).argmin(-1).tolist())
 
+    def moves_NK(self, net: SubNetwork, cost: Cost) -> np.ndarray:
+        """What `net` would cost more with another candidate in one block; infinite for those that it has, or nobody has."""
+        return _moves_NK(self.costs_NK(cost), self.exists_NK, self.indices(net))
+
     def replaced(self, net: SubNetwork, block: int, candidate: int) -> SubNetwork:
         """`net` with another candidate in one block."""
         indices = self.indices(net)
@@ -137,6 +141,22 @@ class Axes:
             return self.network([hidden, 0, *pair * ((self.count - 2) // 2)])
 
         return min(map(smallest, range(len(self.space.hidden_size))), key=cost.of)
+
+    def moves_NK(self, net: SubNetwork, cost: Cost) -> np.ndarray:
+        """As `Blocks.moves_NK`, of the same hidden size and layers: infinite for others."""
+        executed_L = np.array([layer.executed for layer in net.layers])
+        part = cost.at(net.hidden_size)
+        shared = executed_L.sum() if self.uniform else 1
+        rows = [[size * shared for size in getattr(part, axis)] for axis in AXES] * ((self.count - 2) // 2)
+        costs_NK = table([self.space.hidden_size, self.space.depth, *rows], 0.0)
+        may_N = np.repeat([False, *(executed_L if not self.uniform else [True])], 2)
+        return _moves_NK(costs_NK, self.exists_NK & may_N[:, None], self.indices(net))
+
+
+def _moves_NK(costs_NK: np.ndarray, may_NK: np.ndarray, indices_N: Sequence[int]) -> np.ndarray:
+    own_N1 = np.array(indices_N)[:, None]
+    others_NK = may_NK & (np.arange(costs_NK.shape[1]) != own_N1)
+    return np.where(others_NK, costs_NK - np.take_along_axis(costs_NK, own_N1, 1), np.inf)
 
 
 def table(rows: Sequence[Sequence], fill: float | bool) -> np.ndarray:

@@ -24,7 +24,7 @@ from flextron_mcore.space import SubNetwork
 
 # Shares of the full model's cost: the width of a cell, and how much of a budget may stay unused where networks are that near.
 CELL = 0.0025
-WITHIN, WITHIN_AXES = 0.01, 0.0175  # over all axes the good networks lie less densely
+WITHIN, WITHIN_AXES = 0.01, 0.019  # over all axes the good networks lie less densely
 # How much likelier a network must be to be taken before one that uses more of the budget: log-probability per full cost.
 WORTH = 150.0
 _Found = tuple[float, float, SubNetwork]  # score, cost, network

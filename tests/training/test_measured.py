@@ -44,8 +44,9 @@ def test_budgets_get_better_networks():
 
     before = taught.selector()
     losses = measured(taught, measure, 64)
-    assert [samples for _, samples in rounds] == [8, 64] and rounds[0][0] > 1.5 * rounds[1][0] > 0
-    assert all(losses[net] == 2 + loss(net) for net in losses) and len(losses) == rounds[1][0]
+    assert [samples for _, samples in rounds] == [8] * 5 + [64]
+    assert sum(count for count, _ in rounds[:-1]) > 1.5 * rounds[-1][0] > 0
+    assert all(losses[net] == 2 + loss(net) for net in losses) and len(losses) <= rounds[-1][0]
     taught.info = replace(taught.info, measured=tuple((tuple(blocks.indices(net)), value) for net, value in losses.items()))
     after = taught.selector()
     shares = np.linspace(cost.smallest / cost.full + 0.02, 1, 40)
@@ -127,3 +128,28 @@ def test_over_all_axes_every_size_is_tried(uniform):
     assert [cost.of(net) for net in after] == sorted(cost.of(net) for net in after)
     old, new = (np.mean([gumbel.loss(axes, net) for net in found]) for found in (before, after))
     assert new < old  # what an untrained router proposes
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_what_is_clearly_worse_than_a_cheaper_network_is_no_answer(uniform):
+    """Many networks of half the channels are worse than cheaper ones of all channels: larger budgets keep these."""
+    taught = gumbel.learner(uniform)
+    cost, axes = taught.costs[0], taught.blocks
+    every: dict[SubNetwork, float] = {}
+
+    def measure(networks, samples: int) -> list[float]:
+        found = [2 + 0.3 * (net.hidden_size < axes.space.hidden_size[-1]) + 0.1 * gumbel.loss(axes, net) for net in networks]
+        every.update(zip(networks, found, strict=True))
+        return found
+
+    losses = measured(taught, measure, 8)
+    taught.info = replace(taught.info, measured=tuple((tuple(axes.indices(net)), loss) for net, loss in losses.items()))
+    shares = np.linspace(cost.smallest / cost.full, 1, 200)
+    chosen = [taught.selector().select([Budget(cost, share * cost.full)]) for share in shares]
+    assert all(losses[later] <= 1.005 * losses[net] for net, later in itertools.pairwise(chosen))
+    spent = [cost.of(net) for net in chosen]
+    assert spent == sorted(spent) and all(np.array(spent) <= shares * cost.full * (1 + 1e-9))
+    assert chosen[-1] == SubNetwork.full(axes.model) and chosen[0] == axes.least(cost)
+    ordered = sorted(every, key=cost.of)
+    worse = [net for i, net in enumerate(ordered) if every[net] > 1.02 * min(every[other] for other in ordered[: i + 1])]
+    assert len(worse) > 5 and not losses.keys() & set(worse)

@@ -1,0 +1,82 @@
+"""What is worth measuring next, given what was measured: networks near the best ones. No torch import.
+
+Of the networks of one hidden size and depth, losses are fitted by a trend of the cost and an additive part of every candidate,
+drawn to 0 where little is known. What that thinks best among those that differ from a good network in two blocks at most is
+close to what was measured, so that the fit is asked for little. Measured and fitted again, it finds the next step.
+
+Shape suffixes: S networks, N blocks or axes, K candidates, M moves, each of one block to another candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from flextron_mcore.blocks import Axes, Blocks
+from flextron_mcore.cost import Cost
+from flextron_mcore.space import SubNetwork
+
+_RIDGE = 0.1  # of a candidate that one network has, so much of its effect is left out
+_TREND = 3  # coefficients
+
+
+def size_of(net: SubNetwork) -> tuple[int, int]:
+    """Hidden size and depth."""
+    return net.hidden_size, sum(layer.executed for layer in net.layers)
+
+
+def worth_measuring(
+    choices: Blocks | Axes, cost: Cost, losses: Mapping[SubNetwork, float], near: Iterable[SubNetwork], span: float
+) -> list[SubNetwork]:
+    """Networks that have no loss yet: for each of `near` the likeliest better one that costs as much or up to `span` less, and
+    the one that costs more, up to `span`; of its hidden size and depth."""
+    fits: dict[tuple[int, int], _Fit] = {}
+    found: dict[SubNetwork, None] = {}
+    for net in near:
+        size = size_of(net)
+        if size not in fits:
+            fits[size] = _Fit(choices, cost, {other: losses[other] for other in losses if size_of(other) == size})
+        known = losses.keys() | found.keys()
+        for low, high in ((-span, 0.0), (0.0, span)):
+            found |= dict.fromkeys(fits[size].best_near(net, low, high, known))
+    return list(found)
+
+
+class _Fit:
+    def __init__(self, choices: Blocks | Axes, cost: Cost, losses: Mapping[SubNetwork, float]) -> None:
+        self.choices, self.cost = choices, cost
+        self.exists_NK = choices.exists_NK
+        rows_SN = np.array([choices.indices(net) for net in losses])
+        has_SM = np.eye(self.exists_NK.shape[1])[rows_SN].reshape(len(losses), -1)
+        shares_S, loss_S = np.array([cost.of(net) / cost.full for net in losses]), np.array(list(losses.values()))
+        trend_SD = np.vander(shares_S, min(_TREND, len(losses)))
+        # The trend is not drawn to 0: ridge on what it leaves of both.
+        base_SD, _ = np.linalg.qr(trend_SD)
+        left_SM, left_S = (x - base_SD @ (base_SD.T @ x) for x in (has_SM, loss_S))
+        effect_M = np.linalg.solve(left_SM.T @ left_SM + _RIDGE * np.eye(left_SM.shape[1]), left_SM.T @ left_S)
+        self.effect_NK = effect_M.reshape(self.exists_NK.shape)
+        self.trend_D = np.linalg.lstsq(trend_SD, loss_S - has_SM @ effect_M, rcond=None)[0]
+
+    def best_near(self, net: SubNetwork, low: float, high: float, known: Iterable[SubNetwork]) -> list[SubNetwork]:
+        """The likeliest that differs from `net` in two blocks at most and in cost by `low` to `high`, none of `known`."""
+        own_N = np.array(self.choices.indices(net))
+        costs_NK = self.choices.moves_NK(net, self.cost)
+        changes_NK = self.effect_NK - np.take_along_axis(self.effect_NK, own_N[:, None], 1)
+        block_M, candidate_M = np.nonzero(np.isfinite(costs_NK))
+        i, j = np.triu_indices(len(block_M))  # where i = j, one move alone
+        twice, cost_M, change_M = i != j, costs_NK[block_M, candidate_M], changes_NK[block_M, candidate_M]
+        spent = cost_M[i] + cost_M[j] * twice
+        apart = (block_M[i] != block_M[j]) | ~twice
+        fitting = np.flatnonzero(apart & (spent >= low) & (spent <= high))
+        i, j, twice = i[fitting], j[fitting], twice[fitting]
+        shares = (self.cost.of(net) + spent[fitting]) / self.cost.full
+        expected = np.polyval(self.trend_D, shares) + change_M[i] + change_M[j] * twice
+        for pair in np.argsort(expected, kind="stable"):
+            row_N = own_N.copy()
+            for move in (i[pair], j[pair]):
+                row_N[block_M[move]] = candidate_M[move]
+            other = self.choices.network(row_N.tolist())
+            if other not in known:
+                return [other]
+        return []

@@ -41,6 +41,7 @@ class Shape:
 
 # The last is that of the quickstart.
 SHAPES = (
+    Shape(2048, 16, 16, 1, 1024),
     Shape(1024, 16, 16, 2, 1024),
     Shape(1024, 16, 4, 2, 1024),
     Shape(512, 16, 16, 2, 1024),

@@ -207,7 +207,7 @@ class SDPACoreAttention(MegatronModule):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask, causal = None, False
         if attention_mask is not None:
-            mask = attention_mask.logical_not()
+            mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(attention_mask, -torch.inf)
         elif (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal and length > 1:
             causal = length == source
             if not causal:

@@ -128,15 +128,15 @@ class Participants:
     rows: Tensor | None
 
     @classmethod
-    def by_level(cls, levels_SB: Tensor, count: int) -> list[Participants | None]:
-        """For each of `count` levels the tokens of that level or a higher one; None where there are none."""
-        if not levels_SB.numel():
+    def by_level(cls, levels_SB: Tensor, groups: Sequence[Group], count: int) -> list[Participants | None]:
+        """For each of `count` levels the tokens of that level or a higher one; None where there are none. groups: `by_level`'s."""
+        if not groups:
             return [None] * count
-        least, most = torch.stack(levels_SB.aminmax()).tolist()
         length, batch = levels_SB.shape
         device = levels_SB.device
-        everyone = None
-        if least >= 0:
+        everyone, least, most = None, -1, groups[0].level
+        if groups[0].rows is None or sum(len(group.rows) for group in groups) == length * batch:
+            least = groups[-1].level
             index_nB = torch.arange(length, device=device)[:, None].expand(-1, batch)
             everyone = cls(index_nB, torch.ones(length, batch, dtype=torch.bool, device=device), None)
         return [everyone if level <= least else cls.of(levels_SB >= level) if level <= most else None for level in range(count)]

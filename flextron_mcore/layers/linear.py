@@ -31,6 +31,9 @@ from flextron_mcore.layers.dispatch import put_rows, take_rows
 from flextron_mcore.layers.norm import first
 
 
+_FEW = 512  # tokens: for so few, copying a part of a weight that lies apart is slower than multiplying piece by piece
+
+
 @dataclass(frozen=True)
 class Selection:
     """A part of a weight: view it as `shape`, take each of `indices` (basic slices), join along `dim`, reshape to `result`.
@@ -121,12 +124,18 @@ def _accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], an
 
 def take(weight: torch.Tensor | None, selection: Selection, embedded: bool = False) -> torch.Tensor | None:
     """The selected part of a parameter, differentiable (None for an absent bias). embedded: it is an embedding's, too."""
-    return None if weight is None else _Take.apply(weight, embedded, selection)[0]
+    return None if weight is None else _taken(weight, embedded, selection)[0]
 
 
 def take_all(weight: torch.Tensor | None, *selections: Selection) -> tuple[torch.Tensor | None, ...]:
     """Several parts of one parameter. Taken together: autograd would add up full-size gradients of separate ones."""
-    return (None,) * len(selections) if weight is None else _Take.apply(weight, False, *selections)
+    return (None,) * len(selections) if weight is None else _taken(weight, False, *selections)
+
+
+def _taken(weight: torch.Tensor, embedded: bool, *selections: Selection) -> tuple[torch.Tensor, ...]:
+    if torch.is_grad_enabled():
+        return _Take.apply(weight, embedded, *selections)
+    return tuple(selection.take(weight) for selection in selections)
 
 
 class ElasticColumnParallelLinear(ColumnParallelLinear):
@@ -143,8 +152,12 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
 
         rows: for each part the tokens that it is for, as indices [n] among the S*B tokens (None: all): [n, d].
         """
-        weights = take_all(self.weight, *(weight for weight, _ in parts))
         biases = take_all(self.bias, *(bias for _, bias in parts))
+        if not torch.is_grad_enabled() and not self.sequence_parallel and input_.shape[:-1].numel() <= _FEW:
+            x = input_ if rows is None else input_.flatten(0, 1)
+            inputs = [take_rows(x, row) for row in rows or [None] * len(parts)]
+            return [_of_few(x, self.weight, part, bias) for x, (part, _), bias in zip(inputs, parts, biases, strict=True)]
+        weights = take_all(self.weight, *(weight for weight, _ in parts))
         if len(parts) == 1 and rows is None:
             return [_product(input_, weights[0], biases[0], self, self.allreduce_dgrad, self.sequence_parallel)]
         # Gathered, or marked for the gradient's all-reduce, once for all products.
@@ -232,6 +245,18 @@ class ElasticOutputLayer(ColumnParallelLinear):
         return gather_from_tensor_model_parallel_region(logits_SBV, group=self.tp_group) if gather else logits_SBV, None
 
 
+def _of_few(x: torch.Tensor, weight: torch.Tensor, selection: Selection, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., C] @ part.T + bias for few tokens, without a gradient. The part's pieces [g, d, C] are multiplied where they lie."""
+    pieces = [piece.flatten(1, -2) for piece in selection.parts(weight)]
+    first = pieces[0]
+    if len(pieces) == 1 and (len(first) == 1 or first.stride(0) == first.shape[1] * first.stride(1)):  # no copy
+        return F.linear(x, first.reshape(selection.result), bias)
+    products = [torch.matmul(x.flatten(0, -2), piece.mT) for piece in pieces]
+    joined = products[0] if len(products) == 1 else torch.cat(products, -1)
+    out = joined.transpose(0, 1).reshape(*x.shape[:-1], selection.result[0])
+    return out if bias is None else out + bias
+
+
 def _product(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -240,6 +265,8 @@ def _product(
     allreduce_dgrad: bool = False,
     sequence_parallel: bool = False,
 ) -> torch.Tensor:
+    if not torch.is_grad_enabled() and not sequence_parallel:
+        return F.linear(x, weight, bias)
     function = linear_with_grad_accumulation_and_async_allreduce if weight.requires_grad else linear_with_frozen_weight
     return function(
         input=x,

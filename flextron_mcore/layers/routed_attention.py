@@ -20,9 +20,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.dispatch import Participants, by_level, take_rows
+from flextron_mcore.layers.dispatch import Group, Participants, by_level, take_rows
 
-_FEW = 16  # tokens
+_PARTS, _LEAST = 8, 64  # of the queries of a block of heads: how many parts, and how many queries in each
 
 if TYPE_CHECKING:
     from flextron_mcore.layers.attention import ElasticSelfAttention
@@ -191,12 +191,13 @@ def routed_attention(
     rotary = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
     position = _Position(start, len(levels_SB), rotary, hidden_states.dtype)
     blocks = head_blocks(attention)
-    participants = Participants.by_level(levels_SB, len(blocks))
+    groups = by_level(levels_SB)
+    participants = Participants.by_level(levels_SB, groups, len(blocks))
     if own_keys(attention):
         heads = _own(attention, hidden_states, blocks, participants, position, context)
     else:
         heads = _full(attention, hidden_states, blocks, participants, position, context)
-    return _project(attention, heads, levels_SB, blocks)
+    return _project(attention, heads, levels_SB, groups, blocks)
 
 
 def _full(
@@ -212,33 +213,24 @@ def _full(
     channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
     length = _length(attention, hidden_states)
     present = _runs(blocks, participants)
-    # Parts of the weight that do not lie together are copied, which is more than the product itself for a few tokens.
-    few = length * batch <= _FEW and all(run.participants.rows is None for run in present)
-    first = 0 if few else group_size
-    parts = [_selection(slice(groups), slice(first, group_size + 2), size, group_size, groups, channels)]
-    if not few:
-        parts += [_selection(run.block.groups, run.block.queries, size, group_size, groups, channels) for run in present]
-    rows = [None] if few else [None, *(run.participants.rows for run in present)]
-    products = attention.linear_qkv(hidden_states, *parts, rows=rows)
-    mixed = products[0].view(length, batch, groups, group_size + 2 - first, size)
-    key, value = _normed(attention.k_layernorm, mixed[..., -2, :]), mixed[..., -1, :]
-    if few:
-        products += [mixed[:, :, run.block.groups, run.block.queries].flatten(2) for run in present]
+    parts = [_selection(slice(groups), slice(group_size, group_size + 2), size, group_size, groups, channels)]
+    parts += [_selection(run.block.groups, run.block.queries, size, group_size, groups, channels) for run in present]
+    mixed, *products = attention.linear_qkv(hidden_states, *parts, rows=[None, *(run.participants.rows for run in present)])
+    key, value = mixed.view(length, batch, groups, 2, size).unbind(-2)
+    key = _normed(attention.k_layernorm, key)
     key = position.rotate(key, None)
     if context is not None:
         key, value = _cached(attention, context, key, value)
     out = []
-    for run, product in zip(present, products[1:], strict=True):
+    for run, product in zip(present, products, strict=True):
         block, found = run.block, run.participants
         query = _normed(attention.q_layernorm, product.view(len(found.index_nB), batch, product.shape[-1] // size, size))
         query = position.rotate(query, None if found.rows is None else found.index_nB)
         keys, values = key[:, :, block.groups], value[:, :, block.groups]
-        if found.rows is not None and (len(key) > length or 2 * len(found.index_nB) <= length):
-            seen_nB = position.start + found.index_nB
-            hidden = torch.arange(len(key), device=key.device) > seen_nB.T[:, None, :, None]
-            out.append(found.scatter(_attend(attention, query, keys, values, hidden), length))
-        else:  # causal attention of all tokens is half of the products; what the others get is never looked at
-            out.append(_attend(attention, found.scatter(query, length), keys, values, None))
+        if found.rows is None:
+            out.append(_attend(attention, query, keys, values, None))
+        else:
+            out.append(found.scatter(_attend_up_to(attention, query, keys, values, position.start + found.index_nB), length))
     return out
 
 
@@ -290,11 +282,28 @@ def _attend(attention: ElasticSelfAttention, query: Tensor, key: Tensor, value: 
     return attention.core_attention(query, key, value, mask, attn_mask_type=kind).view(*query.shape)
 
 
+def _attend_up_to(attention: ElasticSelfAttention, query: Tensor, key: Tensor, value: Tensor, seen_nB: Tensor) -> Tensor:
+    """Core attention of queries that each see the keys up to a position of their own, which rises but for filling.
+
+    In parts, for which only keys are computed that one of its queries sees: in one, half of the products would be for nothing.
+    """
+    count = len(query)
+    step = max(-(-count // _PARTS), _LEAST)
+    starts = range(0, count, step)
+    # The largest so far: what shorter sequences are filled up with may lie anywhere.
+    limits = seen_nB.amax(1).cummax(0).values[[min(start + step, count) - 1 for start in starts]] + 1
+    out = []
+    for start, limit in zip(starts, limits.tolist(), strict=True):
+        part = slice(start, start + step)
+        hidden = torch.arange(limit, device=seen_nB.device) > seen_nB[part].T[:, None, :, None]
+        out.append(_attend(attention, query[part], key[:limit], value[:limit], hidden))
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
 def _project(
-    attention: ElasticSelfAttention, heads: list[Tensor], levels_SB: Tensor, blocks: list[HeadBlock]
+    attention: ElasticSelfAttention, heads: list[Tensor], levels_SB: Tensor, found: list[Group], blocks: list[HeadBlock]
 ) -> tuple[Tensor, Tensor | None]:
     """The output projection of each token's own heads."""
-    found = by_level(levels_SB)
     size, group_size, groups = _sizes(attention)
     if not heads:  # padding only
         first = blocks[0]

@@ -72,8 +72,8 @@ def run() -> None:
             )
             space = ElasticSpace.build(arch, granularity=1, heads=FRACTIONS, ffn_hidden_size=FRACTIONS)
             model = build_model(arch, space).eval()
-            for name, pair, scale in (*_blocks(model, shape), *_models(model, arch, space, shape)):
-                seconds = interleaved(pair, ROUNDS)
+            for name, pair, scale, *before in (*_blocks(model, shape), *_models(model, arch, space, shape)):
+                seconds = interleaved(pair, ROUNDS, *before)
                 (first, ours), (second, theirs) = seconds.items()
                 found = ratio(ours, [value * scale for value in theirs])
                 rows.append(
@@ -140,8 +140,11 @@ def _models(model: torch.nn.Module, arch: ModelConfig, space: ElasticSpace, shap
         one = GivenLevels(_levels(PROMPT + GENERATED, 1), policy, router)
         pair = {name: _prefill(model, net, tokens) for name, net in (("mixed", prompt), ("static", static))}
         yield f"prefill, {keys} keys", pair, 1.0
-        pair = {name: _decode(model, net, tokens[:1]) for name, net in (("mixed", one), ("static", static))}
-        yield f"prompt and {GENERATED} tokens, {keys} keys", pair, 1.0
+        both = {name: _Decode(model, net, tokens[:1]) for name, net in (("mixed", one), ("static", static))}
+        prompts = {name: decode.prompt for name, decode in both.items()}
+        yield f"prompt of {PROMPT} tokens, batch 1, {keys} keys", prompts, 1.0
+        tokens_after = {name: decode.one_by_one for name, decode in both.items()}
+        yield f"{GENERATED} tokens after it, one by one, {keys} keys", tokens_after, 1.0, prompts
 
 
 def _prefill(model: torch.nn.Module, net: SubNetwork | GivenLevels, tokens: torch.Tensor) -> Callable[[], object]:
@@ -156,20 +159,28 @@ def _prefill(model: torch.nn.Module, net: SubNetwork | GivenLevels, tokens: torc
     return call
 
 
-def _decode(model: torch.nn.Module, net: SubNetwork | GivenLevels, prompt: torch.Tensor) -> Callable[[], object]:
-    """A short prompt, and tokens one by one with a KV cache, at batch 1."""
-    prompt = prompt[:, :PROMPT]
-    positions = torch.arange(PROMPT + GENERATED, device=device())[None]
+class _Decode:
+    """A prompt, and tokens one by one with a KV cache, at batch 1."""
 
-    def call() -> None:
-        if isinstance(net, GivenLevels):
-            net.begin()
-        set_subnetwork(model, net)
-        context = StaticInferenceContext(1, PROMPT + GENERATED)
-        for start, end in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, PROMPT + GENERATED))]:
-            tokens = prompt if start == 0 else prompt[:, :1]
-            model(tokens, positions[:, start:end], None, inference_context=context, runtime_gather_output=True)
-            context.sequence_len_offset = end
-            context.enable_decode_mode()
+    def __init__(self, model: torch.nn.Module, net: SubNetwork | GivenLevels, tokens: torch.Tensor) -> None:
+        self.model, self.net, self.tokens = model, net, tokens
+        self.positions = torch.arange(PROMPT + GENERATED, device=device())[None]
 
-    return call
+    def prompt(self) -> None:
+        """Fills a new cache."""
+        if isinstance(self.net, GivenLevels):
+            self.net.begin()
+        self.context = StaticInferenceContext(1, PROMPT + GENERATED)
+        self._run(0, PROMPT)
+        self.context.enable_decode_mode()
+
+    def one_by_one(self) -> None:
+        """The tokens after the prompt."""
+        for start in range(PROMPT, PROMPT + GENERATED):
+            self._run(start, start + 1)
+
+    def _run(self, start: int, end: int) -> None:
+        set_subnetwork(self.model, self.net)
+        at = self.tokens[:, start:end], self.positions[:, start:end], None
+        self.model(*at, inference_context=self.context, runtime_gather_output=True)
+        self.context.sequence_len_offset = end

@@ -123,14 +123,15 @@ class ElasticSelfAttention(SelfAttention):
 
     def part_of_projection(self) -> Selection:
         """The columns of the output projection that belong to the heads in use."""
-        return self.projection(*self.heads)
+        groups, queries = self.heads
+        return self.projection(slice(groups), slice(queries))
 
-    def projection(self, groups: int, queries: int) -> Selection:
-        """The columns of the output projection for the first `queries` query heads of the first `groups` groups of this rank."""
+    def projection(self, groups: slice, queries: slice) -> Selection:
+        """The columns of the output projection for query heads `queries` of each of the groups `groups` of this rank."""
         size, rows = self.hidden_size_per_attention_head, self.linear_proj.weight.shape[0]
         shape = (rows, self.num_query_groups_per_partition, self.group_size, size)
-        index = (slice(self.channels), slice(groups), slice(queries))
-        return Selection(shape, (index,), (self.channels, groups * queries * size))
+        count = len(range(*groups.indices(shape[1]))) * len(range(*queries.indices(shape[2])))
+        return Selection(shape, ((slice(self.channels), groups, queries),), (self.channels, count * size))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         """Vanilla keys and shapes; KV groups in dealt order where they are the elastic unit (checkpoint/sharding.py)."""

@@ -1,10 +1,10 @@
-"""Choices token by token, with the work really saved: tokens are grouped, and each group is a product of its own.
+"""Choices token by token, with the work really saved: what each level adds is a product of its own, for the tokens that have it.
 
-Sub-networks are nested, so a token of level k needs the first units only: tokens of one level are multiplied with a prefix of the
-weights, K dense products with no padding and no masks. Levels count a block's candidates from 0, the smallest; a token of level
--1 (padding) takes part in nothing.
+Sub-networks are nested, so level k has the units of level k - 1 and some more. These are computed for the tokens of level k or
+higher: K dense products with no padding and no masks, in which every weight is read once. Levels count a block's candidates from
+0, the smallest; a token of level -1 (padding) takes part in nothing.
 
-Shape suffixes: S sequence, B batch, N tokens (S*B), n tokens of a group, K candidates, C channels.
+Shape suffixes: S sequence, B batch, N tokens (S*B), n tokens that take part, K candidates, C channels.
 """
 
 from __future__ import annotations
@@ -91,27 +91,30 @@ class _GivenBlock:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Tokens of one level; rows: their indices [n] among the N tokens, or None for all of them."""
+class Step:
+    """What levels `first` to `last` add to those below, for tokens `rows` [n] of the N tokens, or None for all of them."""
 
-    level: int
+    first: int
+    last: int
     rows: Tensor | None
 
 
-def by_level(levels_SB: Tensor) -> list[Group]:
-    """The tokens of each level that occurs, highest first, in order of position. Waits for the device once."""
+def by_level(levels_SB: Tensor) -> list[Step]:
+    """The steps up to the highest level that occurs; neighbours with the same tokens are one. Waits for the device."""
     flat_N = levels_SB.flatten()
-    if len(flat_N):
-        least, most = torch.stack(flat_N.aminmax()).tolist()
-        if least == most:  # as when a single token is decoded
-            return [Group(most, None)] if most >= 0 else []
+    if not len(flat_N):
+        return []
+    least, most = torch.stack(flat_N.aminmax()).tolist()
+    if least == most:  # as when a single token is decoded
+        return [Step(0, most, None)] if most >= 0 else []
     order_N = flat_N.argsort(descending=True, stable=True)
-    values, counts = flat_N.unique(return_counts=True)
-    found, start = [], 0
-    for level, count in sorted(zip(values.tolist(), counts.tolist(), strict=True), reverse=True):
-        if level >= 0:
-            found.append(Group(level, None if count == len(flat_N) else order_N[start : start + count]))
-        start += count
+    counts = torch.bincount(flat_N + 1, minlength=most + 2).tolist()[1:]
+    found: list[Step] = []
+    first, taking = 0, sum(counts)
+    for level, count in enumerate(counts):
+        if count:
+            found.append(Step(first, level, None if taking == len(flat_N) else order_N[:taking]))
+            first, taking = level + 1, taking - count
     return found
 
 
@@ -128,15 +131,15 @@ class Participants:
     rows: Tensor | None
 
     @classmethod
-    def by_level(cls, levels_SB: Tensor, groups: Sequence[Group], count: int) -> list[Participants | None]:
-        """For each of `count` levels the tokens of that level or a higher one; None where there are none. groups: `by_level`'s."""
-        if not groups:
+    def by_level(cls, levels_SB: Tensor, count: int) -> list[Participants | None]:
+        """For each of `count` levels the tokens of that level or a higher one; None where there are none."""
+        if not levels_SB.numel():
             return [None] * count
+        least, most = torch.stack(levels_SB.aminmax()).tolist()
         length, batch = levels_SB.shape
         device = levels_SB.device
-        everyone, least, most = None, -1, groups[0].level
-        if groups[0].rows is None or sum(len(group.rows) for group in groups) == length * batch:
-            least = groups[-1].level
+        everyone = None
+        if least >= 0:
             index_nB = torch.arange(length, device=device)[:, None].expand(-1, batch)
             everyone = cls(index_nB, torch.ones(length, batch, dtype=torch.bool, device=device), None)
         return [everyone if level <= least else cls.of(levels_SB >= level) if level <= most else None for level in range(count)]
@@ -154,14 +157,13 @@ class Participants:
         rows = None if least == length else (index_nB * batch + torch.arange(batch, device=mask_SB.device)).flatten()
         return cls(index_nB, valid_nB, rows)
 
-    def scatter(self, values_nBX: Tensor, length: int) -> Tensor:
-        """[n, B, ...] -> [S, B, ...] with zeros for tokens that do not take part."""
+    def without_filling(self, values_nBX: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Values [m, ...] of those that take part, and which of the N tokens they are (None: all)."""
+        flat = values_nBX.flatten(0, 1)
         if self.rows is None:
-            return values_nBX
-        batch = values_nBX.shape[1]
+            return flat, None
         valid = self.valid_nB.flatten()
-        flat = put_rows([take_rows(values_nBX.flatten(0, 1), valid.nonzero().squeeze(-1))], [self.rows[valid]], length * batch)
-        return flat.unflatten(0, (length, batch))
+        return take_rows(flat, valid.nonzero().squeeze(-1)), self.rows[valid]
 
 
 class _TakeRows(torch.autograd.Function):
@@ -182,24 +184,26 @@ def take_rows(x_NX: Tensor, rows: Tensor | None) -> Tensor:
     return x_NX if rows is None else _TakeRows.apply(x_NX, rows)
 
 
-class _PutRows(torch.autograd.Function):
+class _AddRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, count: int, rows: Sequence[Tensor], *parts_nX: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(*rows)
-        whole = sum(map(len, rows)) == count
+    def forward(ctx, count: int, rows: Sequence[Tensor | None], *parts_nX: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.rows = rows
         first = parts_nX[0]
-        out = (first.new_empty if whole else first.new_zeros)(count, *first.shape[1:])
+        out = first.new_zeros(count, *first.shape[1:])
         for row, part in zip(rows, parts_nX, strict=True):
-            out.index_copy_(0, row, part)
+            if row is None:
+                out.add_(part)
+            else:
+                out.index_add_(0, row, part)
         return out
 
     @staticmethod
     def backward(ctx, grad_NX: Tensor):  # type: ignore[override]
-        return None, None, *(grad_NX.index_select(0, rows) for rows in ctx.saved_tensors)
+        return None, None, *(grad_NX if row is None else grad_NX.index_select(0, row) for row in ctx.rows)
 
 
-def put_rows(parts_nX: Sequence[Tensor], rows: Sequence[Tensor | None], count: int) -> Tensor:
-    """[count, ...] with the parts at their rows, which are disjoint, and zeros elsewhere; a part for None is all of it."""
-    if rows[0] is None:
+def add_rows(parts_nX: Sequence[Tensor], rows: Sequence[Tensor | None], count: int) -> Tensor:
+    """[count, ...]: the sum of the parts, each at its rows, which differ from each other (None: all of them)."""
+    if len(parts_nX) == 1 and rows[0] is None:
         return parts_nX[0]
-    return _PutRows.apply(count, rows, *parts_nX)
+    return _AddRows.apply(count, rows, *parts_nX)

@@ -27,9 +27,8 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
-from flextron_mcore.layers.dispatch import put_rows, take_rows
+from flextron_mcore.layers.dispatch import add_rows, take_rows
 from flextron_mcore.layers.norm import first
-
 
 _FEW = 512  # tokens: for so few, copying a part of a weight that lies apart is slower than multiplying piece by piece
 
@@ -187,13 +186,13 @@ class ElasticRowParallelLinear(RowParallelLinear):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, d] -> ([S, B, c] summed, and with sequence parallelism scattered, over tensor-parallel ranks; bias or None).
 
-        For groups of tokens with a part of the weight each: rows are the tokens of a group, as indices among the S*B tokens of
-        `shape` [S, B] (None: all of them), input_ is [n, d] and `part` a selection for each group. Tokens of no group get zeros.
+        For parts of the weight that some tokens have: rows are each part's tokens, as indices [n] among the S*B tokens of `shape`
+        [S, B] (None: all of them), and input_ is [n, d] for each. A token gets the sum over the parts that it has.
         """
         if rows is None:
             return self._reduce(_product(input_, take(self.weight, part), None, self))
         products = [_product(x, weight, None, self) for x, weight in zip(input_, take_all(self.weight, *part), strict=True)]
-        return self._reduce(put_rows(products, rows, shape.numel()).view(*shape, len(self.weight)))
+        return self._reduce(add_rows(products, rows, shape.numel()).view(*shape, len(self.weight)))
 
     def _reduce(self, out_SBc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sum over tensor-parallel ranks, and the bias."""
@@ -246,7 +245,7 @@ class ElasticOutputLayer(ColumnParallelLinear):
 
 
 def _of_few(x: torch.Tensor, weight: torch.Tensor, selection: Selection, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., C] @ part.T + bias for few tokens, without a gradient. The part's pieces [g, d, C] are multiplied where they lie."""
+    """x [..., C] @ part.T + bias for few tokens, without a gradient; the part's pieces [g, d, C] stay where they lie."""
     pieces = [piece.flatten(1, -2) for piece in selection.parts(weight)]
     first = pieces[0]
     if len(pieces) == 1 and (len(first) == 1 or first.stride(0) == first.shape[1] * first.stride(1)):  # no copy

@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.mlp import MLP
 
 from flextron_mcore.checkpoint.sharding import MLP_AXES, deal
-from flextron_mcore.layers.dispatch import BlockRouting, Group, by_level
+from flextron_mcore.layers.dispatch import BlockRouting, Step, by_level
 from flextron_mcore.layers.linear import Selection
 from flextron_mcore.layers.modulation import new_modulation, scaled
 from flextron_mcore.space import ElasticSpace, LayerChoice
@@ -71,35 +71,35 @@ class ElasticMLP(MLP):
             sizes = torch.tensor([high - low for low, high in zip([0, *widths], widths, strict=False)], device=levels_SB.device)
             hidden_SBF = hidden_SBF * mask_SBK.to(hidden_SBF.dtype).repeat_interleave(sizes, -1)
             return self.linear_fc2(self.observe(hidden_SBF), self._columns(widths[-1], channels))
-        groups = by_level(levels_SB)
-        if not groups:
-            groups = [Group(0, levels_SB.new_empty(0))]
-        parts = [part for group in groups for part in self._rows(widths[group.level], channels)]
-        rows = [group.rows for group in groups for _ in range(self._blocks)]
-        hidden = [self.observe(h) for h in self._hidden(self.linear_fc1(hidden_states, *parts, rows=rows))]
-        columns = [self._columns(widths[group.level], channels) for group in groups]
-        return self.linear_fc2(hidden, columns, [group.rows for group in groups], levels_SB.shape)
+        steps = by_level(levels_SB) or [Step(0, 0, levels_SB.new_empty(0))]
+        edges = [0, *widths]
+        ranges = [(edges[step.first], edges[step.last + 1]) for step in steps]
+        parts = [part for low, high in ranges for part in self._rows(high, channels, low)]
+        rows = [step.rows for step in steps]
+        products = self.linear_fc1(hidden_states, *parts, rows=[row for row in rows for _ in range(self._blocks)])
+        columns = [self._columns(high, channels, low) for low, high in ranges]
+        return self.linear_fc2([self.observe(h) for h in self._hidden(products)], columns, rows, levels_SB.shape)
 
     @property
     def _blocks(self) -> int:
         """Parts of fc1's weight: gate and up, whose prefixes do not lie together, or one."""
         return 2 if self.config.gated_linear_unit else 1
 
-    def _rows(self, width: int, channels: int) -> list[tuple[Selection, Selection]]:
-        """The selections of fc1's weight and bias for the first `width` neurons of this rank, and the first channels."""
+    def _rows(self, high: int, channels: int, low: int = 0) -> list[tuple[Selection, Selection]]:
+        """The selections of fc1's weight and bias for neurons `low` to `high` of this rank, and the first channels."""
         blocks, full, hidden = self._blocks, self._local(None), self.linear_fc1.weight.shape[1]
-        indices = [(slice(i, i + 1), slice(width)) for i in range(blocks)]
+        indices = [(slice(i, i + 1), slice(low, high)) for i in range(blocks)]
         return [
             (
-                Selection((blocks, full, hidden), ((*index, slice(channels)),), (width, channels)),
-                Selection((blocks, full), (index,), (width,)),
+                Selection((blocks, full, hidden), ((*index, slice(channels)),), (high - low, channels)),
+                Selection((blocks, full), (index,), (high - low,)),
             )
             for index in indices
         ]
 
-    def _columns(self, width: int, channels: int) -> Selection:
+    def _columns(self, high: int, channels: int, low: int = 0) -> Selection:
         shape = (self.linear_fc2.weight.shape[0], self._local(None))
-        return Selection(shape, ((slice(channels), slice(width)),), (channels, width))
+        return Selection(shape, ((slice(channels), slice(low, high)),), (channels, high - low))
 
     def _hidden(self, products: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What enters fc2, from fc1's products: one, or gate and up, for each group of tokens."""

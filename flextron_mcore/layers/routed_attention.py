@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.dispatch import Group, Participants, by_level, take_rows
+from flextron_mcore.layers.dispatch import Participants
 
 _PARTS, _LEAST = 8, 64  # of the queries of a block of heads: how many parts, and how many queries in each
 
@@ -191,28 +191,25 @@ def routed_attention(
     rotary = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
     position = _Position(start, len(levels_SB), rotary, hidden_states.dtype)
     blocks = head_blocks(attention)
-    groups = by_level(levels_SB)
-    participants = Participants.by_level(levels_SB, groups, len(blocks))
+    present = _runs(blocks, Participants.by_level(levels_SB, len(blocks)))
     if own_keys(attention):
-        heads = _own(attention, hidden_states, blocks, participants, position, context)
+        heads = _own(attention, hidden_states, blocks, present, position, context)
     else:
-        heads = _full(attention, hidden_states, blocks, participants, position, context)
-    return _project(attention, heads, levels_SB, groups, blocks)
+        heads = _full(attention, hidden_states, present, position, context)
+    return _project(attention, heads, present, levels_SB)
 
 
 def _full(
     attention: ElasticSelfAttention,
     hidden_states: Tensor,
-    blocks: list[HeadBlock],
-    participants: list[Participants | None],
+    present: list[_Run],
     position: _Position,
     context: Any,
 ) -> list[Tensor]:
-    """Blocks' heads [S, B, G or g, q, H], in order, where they have participants; keys and values of all tokens."""
+    """The heads of each run [n, B, h, H]; keys and values of all tokens."""
     size, group_size, groups = _sizes(attention)
     channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
     length = _length(attention, hidden_states)
-    present = _runs(blocks, participants)
     parts = [_selection(slice(groups), slice(group_size, group_size + 2), size, group_size, groups, channels)]
     parts += [_selection(run.block.groups, run.block.queries, size, group_size, groups, channels) for run in present]
     mixed, *products = attention.linear_qkv(hidden_states, *parts, rows=[None, *(run.participants.rows for run in present)])
@@ -230,7 +227,7 @@ def _full(
         if found.rows is None:
             out.append(_attend(attention, query, keys, values, None))
         else:
-            out.append(found.scatter(_attend_up_to(attention, query, keys, values, position.start + found.index_nB), length))
+            out.append(_attend_up_to(attention, query, keys, values, position.start + found.index_nB))
     return out
 
 
@@ -238,16 +235,14 @@ def _own(
     attention: ElasticSelfAttention,
     hidden_states: Tensor,
     blocks: list[HeadBlock],
-    participants: list[Participants | None],
+    present: list[_Run],
     position: _Position,
     context: Any,
 ) -> list[Tensor]:
     """The same with keys and values of each block's participants only."""
     size, group_size, groups = _sizes(attention)
     channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
-    present = _runs(blocks, participants)
     parts = [_selection(run.block.groups, slice(group_size + 2), size, group_size, groups, channels) for run in present]
-    length = _length(attention, hidden_states)
     caches = None
     if context is not None:
         caches = context.key_value_memory_dict.setdefault(
@@ -266,13 +261,15 @@ def _own(
         value = mixed[..., -1, :]
         if caches is None:
             # Filling follows a sequence's own participants, which therefore do not see it.
-            out.append(found.scatter(_attend(attention, query, key, value, None), length))
+            out.append(_attend(attention, query, key, value, None))
             continue
+        parts = []
         for level in run.levels:  # each has a cache of its own: of as many tokens as have ever taken part in it
             of = slice(blocks[level].groups.start - first, blocks[level].groups.stop - first)
             heads = slice(of.start * group_size, of.stop * group_size)
             keys, values, mask = caches[level].append(found, key[:, :, of], value[:, :, of])
-            out.append(found.scatter(_attend(attention, query[:, :, heads], keys, values, mask), length))
+            parts.append(_attend(attention, query[:, :, heads], keys, values, mask))
+        out.append(torch.cat(parts, 2) if len(parts) > 1 else parts[0])
     return out
 
 
@@ -301,25 +298,19 @@ def _attend_up_to(attention: ElasticSelfAttention, query: Tensor, key: Tensor, v
 
 
 def _project(
-    attention: ElasticSelfAttention, heads: list[Tensor], levels_SB: Tensor, found: list[Group], blocks: list[HeadBlock]
+    attention: ElasticSelfAttention, heads: list[Tensor], present: list[_Run], levels_SB: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The output projection of each token's own heads."""
-    size, group_size, groups = _sizes(attention)
     if not heads:  # padding only
-        first = blocks[0]
-        empty = attention.linear_proj.weight.new_zeros(0, first.groups.stop * first.queries.stop * size)
-        part = attention.projection(first.groups.stop, first.queries.stop)
-        return attention.linear_proj([empty], [part], [levels_SB.new_empty(0)], levels_SB.shape)
-    by_groups = attention.space.attention_unit == "kv_group"
-    parts, inputs = [], []
-    # Blocks follow each other in the order of the projection's columns: groups, or query heads of every group.
-    whole = [block.unflatten(2, (-1, group_size) if by_groups else (groups, -1)) for block in heads]
-    whole_NGQH = torch.cat(whole, 2 if by_groups else 3).flatten(0, 1)
-    for group in found:
-        count, queries = blocks[group.level].groups.stop, blocks[group.level].queries.stop
-        inputs.append(take_rows(whole_NGQH[:, :count, :queries], group.rows).flatten(1))
-        parts.append(attention.projection(count, queries))
-    return attention.linear_proj(inputs, parts, [group.rows for group in found], levels_SB.shape)
+        part = attention.projection(slice(0), slice(0))
+        return attention.linear_proj(
+            [attention.linear_proj.weight.new_zeros(0, 0)], [part], [levels_SB.new_empty(0)], levels_SB.shape
+        )
+    inputs, rows = zip(
+        *(run.participants.without_filling(values) for run, values in zip(present, heads, strict=True)), strict=True
+    )
+    parts = [attention.projection(run.block.groups, run.block.queries) for run in present]
+    return attention.linear_proj([values.flatten(1) for values in inputs], parts, rows, levels_SB.shape)
 
 
 def _cached(attention: ElasticSelfAttention, context: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ _FEW = 40  # networks within WITHIN of a cost, which are all tried
 _FEW_IN_ALL = 512
 _FIRST = 8  # one sample in so many is enough to tell which are among the best _BEST of those within reach of a budget
 _BEST = 3
-_ROUNDS = 4
+_ROUNDS = 6
 _WORSE = 0.005  # a network whose loss is so much above a cheaper one's, relatively, is no answer to any budget
 Measure = Callable[[Sequence[SubNetwork], int], Sequence[float]]
 

@@ -44,7 +44,7 @@ def test_budgets_get_better_networks():
 
     before = taught.selector()
     losses = measured(taught, measure, 64)
-    assert [samples for _, samples in rounds] == [8] * 5 + [64]
+    assert [samples for _, samples in rounds] == [8] * 7 + [64]
     assert sum(count for count, _ in rounds[:-1]) > 1.5 * rounds[-1][0] > 0
     assert all(losses[net] == 2 + loss(net) for net in losses) and len(losses) <= rounds[-1][0]
     taught.info = replace(taught.info, measured=tuple((tuple(blocks.indices(net)), value) for net, value in losses.items()))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from flextron_mcore.layers import linear, routed_attention
 from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.model import set_subnetwork, use_subnetwork
 from flextron_mcore.space import ElasticSpace
@@ -97,6 +98,28 @@ def test_dispatch_is_the_masked_oracle(kind, attention, kv_policy):
                 for name, gradient in gradients(model, found).items():
                     scale = max(wanted[name].abs().max().item(), 1)
                     torch.testing.assert_close(gradient, wanted[name], atol=1e-5 * scale, rtol=1e-4, msg=f"{masked} {name}")
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_queries_in_parts_and_weights_where_they_lie(attention, kv_policy, monkeypatch):
+    """However many queries a part has, and whether weights are copied or not, with and without a gradient."""
+    arch, space = case("gpt2", attention)
+    model, (tokens, positions) = toy.model(arch, space), toy.inputs(3)
+    levels, sizes = levels_of(space, arch.num_layers, 2, batch=3, least=-1)
+    expected = oracle(model, levels, space, kv_policy, tokens, positions)
+    wanted = gradients(model, expected)
+    for least, few in ((3, 0), (5, 512), (64, 0)):
+        monkeypatch.setattr(routed_attention, "_LEAST", least)
+        monkeypatch.setattr(linear, "_FEW", few)
+        with use_subnetwork(model, Fixed(levels, kv_policy, sizes)):
+            with torch.no_grad():
+                torch.testing.assert_close(model(tokens, positions, None), expected, atol=1e-5, rtol=1e-5)
+            found = model(tokens, positions, None)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            for name, gradient in gradients(model, found).items():
+                scale = max(wanted[name].abs().max().item(), 1)
+                torch.testing.assert_close(gradient, wanted[name], atol=1e-5 * scale, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from omegaconf import OmegaConf
 
 from flextron_mcore.checkpoint.store import load_model, open_checkpoint
@@ -18,7 +19,7 @@ from flextron_mcore.pipeline.logits import forward_logits
 from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.ranks import wait_for_all
-from flextron_mcore.space import ElasticSpace, SubNetwork
+from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 from flextron_mcore.stages.common import new_output
 from tests import toy
 from tests.layers.test_weighted import one_hot, soft
@@ -43,17 +44,23 @@ def logits(checkpoint: str, layout: dict[str, Any], out: str, net: str | None = 
 def weighted(checkpoint: str, layout: dict[str, Any], axes: dict[str, Any], net: str) -> dict[str, Any]:
     """Mean losses in one training flush, and gradients of the weights of those that have some.
 
-    The networks: the full one, one of weights between, one of one-hot weights, and the sub-network that these say.
+    The networks: the full one, one of weights between, one of one-hot weights, and the sub-network that these say. All blocks
+    are modulated.
     """
     layout = {"virtual_pipeline_model_parallel_size": None, **layout}
     distributed.initialize(layout)
     info = open_checkpoint(checkpoint)
-    space = ElasticSpace.from_dict(info.model, {**info.space.to_dict(), **axes})
+    space = ElasticSpace.from_dict(info.model, {**info.space.to_dict(), **axes, "modulation": True})
     chunks = build_chunks(info.model, space, layout, initialize=False)
     for chunk in chunks:
         load_model(chunk, info)
+        with torch.no_grad():
+            for layer in (module for module in chunk.modules() if isinstance(module, TransformerLayer)):
+                layer.self_attention.modulation.copy_(torch.tensor([0.2 * layer.layer_number, -0.3]))
+                layer.mlp.modulation.copy_(torch.tensor([-0.1 * layer.layer_number, 0.4]))
     chosen, device = SubNetwork.from_file(net), distributed.device()
-    pair = [WeightedNetwork.of(part, device) for part in (soft(space, info.model.num_layers), one_hot(space, chosen))]
+    weights = ([*soft(space, info.model.num_layers), 0.6], [*one_hot(space, chosen), parameter_share(info.model, chosen)])
+    pair = [WeightedNetwork.of(part, device) for part in weights]
     ranks = parallel_state.get_data_parallel_world_size()
     mine = batches(4)[parallel_state.get_data_parallel_rank() :: ranks]
     total = run_networks(chunks, lambda: iter(mine), len(mine), [None, *pair, chosen], toy.LENGTH, 2)

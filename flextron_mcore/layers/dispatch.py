@@ -160,8 +160,8 @@ class Participants:
     def without_filling(self, values_nBX: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values [m, ...] of those that take part, and which of the N tokens they are (None: all)."""
         flat = values_nBX.flatten(0, 1)
-        if self.rows is None:
-            return flat, None
+        if self.rows is None or values_nBX.shape[1] == 1:
+            return flat, self.rows
         valid = self.valid_nB.flatten()
         return take_rows(flat, valid.nonzero().squeeze(-1)), self.rows[valid]
 

@@ -102,7 +102,7 @@ class ElasticMLP(MLP):
         return Selection(shape, ((slice(channels), slice(low, high)),), (channels, high - low))
 
     def _hidden(self, products: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What enters fc2, from fc1's products: one, or gate and up, for each group of tokens."""
+        """What enters fc2, from fc1's products: one, or gate and up, for each step."""
         activation = self.config.activation_func
         if self._blocks == 1:
             return [activation(product) for product in products]

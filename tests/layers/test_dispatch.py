@@ -102,11 +102,12 @@ def test_dispatch_is_the_masked_oracle(kind, attention, kv_policy):
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_queries_in_parts_and_weights_where_they_lie(attention, kv_policy, monkeypatch):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_queries_in_parts_and_weights_where_they_lie(batch, attention, kv_policy, monkeypatch):
     """However many queries a part has, and whether weights are copied or not, with and without a gradient."""
     arch, space = case("gpt2", attention)
-    model, (tokens, positions) = toy.model(arch, space), toy.inputs(3)
-    levels, sizes = levels_of(space, arch.num_layers, 2, batch=3, least=-1)
+    model, (tokens, positions) = toy.model(arch, space), toy.inputs(batch)
+    levels, sizes = levels_of(space, arch.num_layers, 2, batch=batch, least=-1)
     expected = oracle(model, levels, space, kv_policy, tokens, positions)
     wanted = gradients(model, expected)
     for least, few in ((3, 0), (5, 512), (64, 0)):

@@ -9,7 +9,7 @@ Shape suffixes: S networks, N blocks or axes, K candidates, M moves, each of one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 
@@ -32,15 +32,17 @@ def worth_measuring(
     """Networks that have no loss yet: for each of `near` the likeliest better one that costs as much or up to `span` less, and
     the one that costs more, up to `span`; of its hidden size and depth."""
     fits: dict[tuple[int, int], _Fit] = {}
-    found: dict[SubNetwork, None] = {}
+    known, found = set(losses), []
     for net in near:
         size = size_of(net)
         if size not in fits:
             fits[size] = _Fit(choices, cost, {other: losses[other] for other in losses if size_of(other) == size})
-        known = losses.keys() | found.keys()
         for low, high in ((-span, 0.0), (0.0, span)):
-            found |= dict.fromkeys(fits[size].best_near(net, low, high, known))
-    return list(found)
+            other = fits[size].best_near(net, low, high, known)
+            if other:
+                found.append(other)
+                known.add(other)
+    return found
 
 
 class _Fit:
@@ -58,7 +60,7 @@ class _Fit:
         self.effect_NK = effect_M.reshape(self.exists_NK.shape)
         self.trend_D = np.linalg.lstsq(trend_SD, loss_S - has_SM @ effect_M, rcond=None)[0]
 
-    def best_near(self, net: SubNetwork, low: float, high: float, known: Iterable[SubNetwork]) -> list[SubNetwork]:
+    def best_near(self, net: SubNetwork, low: float, high: float, known: Container[SubNetwork]) -> SubNetwork | None:
         """The likeliest that differs from `net` in two blocks at most and in cost by `low` to `high`, none of `known`."""
         own_N = np.array(self.choices.indices(net))
         costs_NK = self.choices.moves_NK(net, self.cost)
@@ -78,5 +80,5 @@ class _Fit:
                 row_N[block_M[move]] = candidate_M[move]
             other = self.choices.network(row_N.tolist())
             if other not in known:
-                return [other]
-        return []
+                return other
+        return None

@@ -80,3 +80,17 @@ def test_the_best_of_a_cost_is_found_from_few_that_were_measured():
     assert sum(a == b for a, b in zip(perfect, found, strict=True)) > len(highs) / 2
     missed = [[loss(a) - loss(b) for a, b in zip(nets, perfect, strict=True) if a] for nets in (before, found)]
     assert np.mean(missed[1]) < 0.02 * np.mean(missed[0])
+
+
+def test_where_only_the_cost_counts_as_much_as_may_be_is_spent():
+    choices = family(3)
+    cost = latency(choices)
+    known = {net: 3 - cost.of(net) / cost.full for net in drawn(choices, 40)}
+    every = list(map(choices.network, itertools.product(*(range(len(sizes)) for sizes in choices.sizes))))
+    for net in list(known)[:6]:
+        own = choices.indices(net)
+        reached = [other for other in every if sum(a != b for a, b in zip(choices.indices(other), own, strict=True)) <= 2]
+        steps = [(cost.of(other) - cost.of(net)) / cost.full for other in reached if other not in known]
+        wanted = [max(step for step in steps if low <= step <= high) for low, high in ((-0.05, 0), (0, 0.05))]
+        found = worth_measuring(choices, cost, known, [net], 0.05 * cost.full)
+        assert [(cost.of(other) - cost.of(net)) / cost.full for other in found] == pytest.approx(wanted)

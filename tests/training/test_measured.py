@@ -45,6 +45,7 @@ def test_budgets_get_better_networks():
     before = taught.selector()
     losses = measured(taught, measure, 64)
     assert [samples for _, samples in rounds] == [8] * 7 + [64]
+    assert all(count > 0 for count, _ in rounds)
     assert sum(count for count, _ in rounds[:-1]) > 1.5 * rounds[-1][0] > 0
     assert all(losses[net] == 2 + loss(net) for net in losses) and len(losses) <= rounds[-1][0]
     taught.info = replace(taught.info, measured=tuple((tuple(blocks.indices(net)), value) for net, value in losses.items()))
@@ -153,3 +154,11 @@ def test_what_is_clearly_worse_than_a_cheaper_network_is_no_answer(uniform):
     ordered = sorted(every, key=cost.of)
     worse = [net for i, net in enumerate(ordered) if every[net] > 1.02 * min(every[other] for other in ordered[: i + 1])]
     assert len(worse) > 5 and not losses.keys() & set(worse)
+
+
+def test_the_full_model_stays_though_a_cheaper_network_is_better():
+    blocks = family(2)
+    cost, full = latency(blocks), SubNetwork.full(blocks.model)
+    less, more = sorted((blocks.replaced(full, block, 0) for block in (0, 1)), key=cost.of)
+    kept = module._answers(cost, {full: 2.2, more: 2.5, blocks.least(cost): 3.0, less: 2.0})
+    assert list(kept) == [blocks.least(cost), less, full]

@@ -186,6 +186,11 @@ class SDPACoreAttention(MegatronModule):
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
+    @staticmethod
+    def as_mask(hidden: torch.Tensor) -> torch.Tensor:
+        """What is added to scores: minus infinity where a key is hidden. `forward` takes either, and makes this of the other."""
+        return torch.where(hidden, -torch.inf, 0.0)
+
     def forward(
         self,
         query: torch.Tensor,
@@ -199,8 +204,8 @@ class SDPACoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [S, B, heads, H], key and value [T, B, groups, H] -> [S, B, heads*H].
 
-        attention_mask: None for the causal mask (the last query sees all keys), else boolean, broadcastable to [B, heads, S, T],
-        True where attention is *not* allowed.
+        attention_mask: None for the causal mask (the last query sees all keys), else broadcastable to [B, heads, S, T]: boolean,
+        True where attention is *not* allowed, or `as_mask` of that.
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise FlextronError("packed sequences and attention biases are not supported by the local backend")
@@ -208,7 +213,8 @@ class SDPACoreAttention(MegatronModule):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask, causal = None, False
         if attention_mask is not None:
-            mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(attention_mask, -torch.inf)
+            mask = self.as_mask(attention_mask) if attention_mask.dtype == torch.bool else attention_mask
+            mask = mask.to(query.dtype)
         elif (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal and length > 1:
             causal = length == source
             if not causal:

@@ -1,8 +1,8 @@
 """Choices token by token, with the work really saved: what each level adds is a product of its own, for the tokens that have it.
 
 Sub-networks are nested, so level k has the units of level k - 1 and some more. These are computed for the tokens of level k or
-higher: K dense products with no padding and no masks, in which every weight is read once. Levels count a block's candidates from
-0, the smallest; a token of level -1 (padding) takes part in nothing.
+higher: K dense products with no padding and no masks, in which every weight is read once. Sorted by falling level, these tokens
+are the first ones. Levels count a block's candidates from 0, the smallest; a token of level -1 (padding) takes part in nothing.
 
 Shape suffixes: S sequence, B batch, N tokens (S*B), n tokens that take part, K candidates, C channels.
 """
@@ -90,32 +90,82 @@ class _GivenBlock:
         raise NotImplementedError("given levels have no gradient")
 
 
+class Rows(Protocol):
+    """Which of the N tokens each of several products is for."""
+
+    def take(self, x_NX: Tensor) -> list[Tensor]:
+        """For each product its tokens [n, ...]."""
+
+    def add(self, parts_nX: Sequence[Tensor], count: int) -> Tensor:
+        """[N, ...], of `count` tokens: each the sum over the products that it is in. May overwrite the parts."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """For each product its rows [n] among the N tokens, which differ from each other, or None for all of them."""
+
+    rows: Sequence[Tensor | None]
+
+    def take(self, x_NX: Tensor) -> list[Tensor]:
+        """See Rows."""
+        return [take_rows(x_NX, rows) for rows in self.rows]
+
+    def add(self, parts_nX: Sequence[Tensor], count: int) -> Tensor:
+        """See Rows."""
+        if torch.is_grad_enabled() or self.rows[0] is not None:
+            return _AddRows.apply(count, self.rows, *parts_nX)
+        return _add_rows(parts_nX[0], self.rows[1:], parts_nX[1:])
+
+
+@dataclass(frozen=True)
+class Leading:
+    """For each product the first `counts` of the tokens `order` (None: of all, as they lie); counts fall."""
+
+    order: Tensor | None
+    counts: Sequence[int]
+
+    def take(self, x_NX: Tensor) -> list[Tensor]:
+        """See Rows."""
+        ordered = take_rows(x_NX, self.order)
+        return [ordered[:count] for count in self.counts]
+
+    def add(self, parts_nX: Sequence[Tensor], count: int) -> Tensor:
+        """See Rows."""
+        if torch.is_grad_enabled() and len(parts_nX) > 1:
+            return put_rows(_AddLeading.apply(*parts_nX), self.order, count)
+        return put_rows(_add_leading(parts_nX[0], parts_nX[1:]), self.order, count)
+
+
 @dataclass(frozen=True)
 class Step:
-    """What levels `first` to `last` add to those below, for tokens `rows` [n] of the N tokens, or None for all of them."""
+    """What levels `first` to `last` add to those below, for the first `count` tokens."""
 
     first: int
     last: int
-    rows: Tensor | None
+    count: int
 
 
-def by_level(levels_SB: Tensor) -> list[Step]:
-    """The steps up to the highest level that occurs; neighbours with the same tokens are one. Waits for the device."""
+def by_level(levels_SB: Tensor) -> tuple[Tensor | None, list[Step]]:
+    """The tokens that take part by falling level (None: all of them, as they lie), and the steps up to the highest that occurs.
+
+    Levels that the same tokens have are one step. Where no token takes part, it is one for none. Waits for the device.
+    """
     flat_N = levels_SB.flatten()
-    if not len(flat_N):
-        return []
-    least, most = torch.stack(flat_N.aminmax()).tolist()
+    least, most = torch.stack(flat_N.aminmax()).tolist() if len(flat_N) else (-1, -1)
+    if most < 0:
+        return flat_N[:0], [Step(0, 0, 0)]
     if least == most:  # as when a single token is decoded
-        return [Step(0, most, None)] if most >= 0 else []
+        return None, [Step(0, most, len(flat_N))]
     order_N = flat_N.argsort(descending=True, stable=True)
     counts = torch.bincount(flat_N + 1, minlength=most + 2).tolist()[1:]
     found: list[Step] = []
     first, taking = 0, sum(counts)
+    order_n = order_N[:taking]
     for level, count in enumerate(counts):
         if count:
-            found.append(Step(first, level, None if taking == len(flat_N) else order_N[:taking]))
+            found.append(Step(first, level, taking))
             first, taking = level + 1, taking - count
-    return found
+    return order_n, found
 
 
 @dataclass(frozen=True)
@@ -175,35 +225,73 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_nX: Tensor):  # type: ignore[override]
-        (rows,) = ctx.saved_tensors
-        return grad_nX.new_zeros(ctx.count, *grad_nX.shape[1:]).index_copy_(0, rows, grad_nX), None
+        return put_rows(grad_nX, *ctx.saved_tensors, ctx.count), None
+
+
+class _PutRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_nX: Tensor, rows: Tensor, count: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rows)
+        return _put_rows(x_nX, rows, count)
+
+    @staticmethod
+    def backward(ctx, grad_NX: Tensor):  # type: ignore[override]
+        return take_rows(grad_NX, *ctx.saved_tensors), None, None
 
 
 def take_rows(x_NX: Tensor, rows: Tensor | None) -> Tensor:
     """The rows of a tensor, each at most once (its gradient is copied, not added up); None: all of them."""
-    return x_NX if rows is None else _TakeRows.apply(x_NX, rows)
+    if rows is None:
+        return x_NX
+    return _TakeRows.apply(x_NX, rows) if torch.is_grad_enabled() else x_NX.index_select(0, rows)
+
+
+def put_rows(x_nX: Tensor, rows: Tensor | None, count: int) -> Tensor:
+    """[count, ...]: what `take_rows` takes x from, and zeros elsewhere."""
+    if rows is None:
+        return x_nX
+    return _PutRows.apply(x_nX, rows, count) if torch.is_grad_enabled() else _put_rows(x_nX, rows, count)
+
+
+def _put_rows(x_nX: Tensor, rows: Tensor, count: int) -> Tensor:
+    if len(rows) < count:
+        return x_nX.new_zeros(count, *x_nX.shape[1:]).index_copy_(0, rows, x_nX)
+    place_N = torch.empty_like(rows).scatter_(0, rows, torch.arange(count, device=rows.device))
+    return x_nX.index_select(0, place_N)  # faster than index_copy_
 
 
 class _AddRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, count: int, rows: Sequence[Tensor | None], *parts_nX: Tensor) -> Tensor:  # type: ignore[override]
         ctx.rows = rows
-        first = parts_nX[0]
-        out = first.new_zeros(count, *first.shape[1:])
-        for row, part in zip(rows, parts_nX, strict=True):
-            if row is None:
-                out.add_(part)
-            else:
-                out.index_add_(0, row, part)
-        return out
+        return _add_rows(parts_nX[0].new_zeros(count, *parts_nX[0].shape[1:]), rows, parts_nX)
 
     @staticmethod
     def backward(ctx, grad_NX: Tensor):  # type: ignore[override]
         return None, None, *(grad_NX if row is None else grad_NX.index_select(0, row) for row in ctx.rows)
 
 
-def add_rows(parts_nX: Sequence[Tensor], rows: Sequence[Tensor | None], count: int) -> Tensor:
-    """[count, ...]: the sum of the parts, each at its rows, which differ from each other (None: all of them)."""
-    if len(parts_nX) == 1 and rows[0] is None:
-        return parts_nX[0]
-    return _AddRows.apply(count, rows, *parts_nX)
+class _AddLeading(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *parts_nX: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.counts = [len(part) for part in parts_nX]
+        return _add_leading(parts_nX[0].clone(), parts_nX[1:])
+
+    @staticmethod
+    def backward(ctx, grad_nX: Tensor):  # type: ignore[override]
+        return tuple(grad_nX[:count] for count in ctx.counts)
+
+
+def _add_rows(out_NX: Tensor, rows: Sequence[Tensor | None], parts_nX: Sequence[Tensor]) -> Tensor:
+    for row, part in zip(rows, parts_nX, strict=True):
+        if row is None:
+            out_NX.add_(part)
+        else:
+            out_NX.index_add_(0, row, part)
+    return out_NX
+
+
+def _add_leading(out_nX: Tensor, parts_nX: Sequence[Tensor]) -> Tensor:
+    for part in parts_nX:
+        out_nX[: len(part)].add_(part)
+    return out_nX

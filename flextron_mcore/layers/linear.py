@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
-from flextron_mcore.layers.dispatch import add_rows, take_rows
+from flextron_mcore.layers.dispatch import Rows
 from flextron_mcore.layers.norm import first
 
 _FEW = 512  # tokens: for so few, copying a part of a weight that lies apart is slower than multiplying piece by piece
@@ -145,16 +145,15 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
     """
 
     def forward(  # type: ignore[override]
-        self, input_: torch.Tensor, *parts: tuple[Selection, Selection], rows: Sequence[torch.Tensor | None] | None = None
+        self, input_: torch.Tensor, *parts: tuple[Selection, Selection], rows: Rows | None = None
     ) -> list[torch.Tensor]:
         """x @ weight.T + bias for each of `parts` (selections of weight and bias): [S, B, C] -> [S, B, d], split over ranks.
 
-        rows: for each part the tokens that it is for, as indices [n] among the S*B tokens (None: all): [n, d].
+        rows: which of the S*B tokens each part is for: [n, d].
         """
         biases = take_all(self.bias, *(bias for _, bias in parts))
         if not torch.is_grad_enabled() and not self.sequence_parallel and input_.shape[:-1].numel() <= _FEW:
-            x = input_ if rows is None else input_.flatten(0, 1)
-            inputs = [take_rows(x, row) for row in rows or [None] * len(parts)]
+            inputs = [input_] * len(parts) if rows is None else rows.take(input_.flatten(0, 1))
             return [_of_few(x, self.weight, part, bias) for x, (part, _), bias in zip(inputs, parts, biases, strict=True)]
         weights = take_all(self.weight, *(weight for weight, _ in parts))
         if len(parts) == 1 and rows is None:
@@ -164,14 +163,8 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
             x_SBC = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             x_SBC = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        if rows is None:
-            return [_product(x_SBC, weight, bias, self) for weight, bias in zip(weights, biases, strict=True)]
-        x_NC = x_SBC.flatten(0, 1)
-        taken: dict[int, torch.Tensor] = {}  # parts for the same tokens share them
-        for row in rows:
-            if id(row) not in taken:
-                taken[id(row)] = take_rows(x_NC, row)
-        return [_product(taken[id(row)], *pair, self) for row, pair in zip(rows, zip(weights, biases, strict=True), strict=True)]
+        inputs = [x_SBC] * len(parts) if rows is None else rows.take(x_SBC.flatten(0, 1))
+        return [_product(x, weight, bias, self) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
 
 
 class ElasticRowParallelLinear(RowParallelLinear):
@@ -181,18 +174,18 @@ class ElasticRowParallelLinear(RowParallelLinear):
         self,
         input_: torch.Tensor | Sequence[torch.Tensor],
         part: Selection | Sequence[Selection],
-        rows: Sequence[torch.Tensor | None] | None = None,
+        rows: Rows | None = None,
         shape: torch.Size | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, d] -> ([S, B, c] summed, and with sequence parallelism scattered, over tensor-parallel ranks; bias or None).
 
-        For parts of the weight that some tokens have: rows are each part's tokens, as indices [n] among the S*B tokens of `shape`
-        [S, B] (None: all of them), and input_ is [n, d] for each. A token gets the sum over the parts that it has.
+        For parts of the weight that some tokens have: rows are those of the S*B tokens of `shape` [S, B] that each part is for,
+        and input_ is [n, d] for each. A token gets the sum over the parts that it has.
         """
         if rows is None:
             return self._reduce(_product(input_, take(self.weight, part), None, self))
         products = [_product(x, weight, None, self) for x, weight in zip(input_, take_all(self.weight, *part), strict=True)]
-        return self._reduce(add_rows(products, rows, shape.numel()).view(*shape, len(self.weight)))
+        return self._reduce(rows.add(products, shape.numel()).view(*shape, len(self.weight)))
 
     def _reduce(self, out_SBc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sum over tensor-parallel ranks, and the bias."""

@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.mlp import MLP
 
 from flextron_mcore.checkpoint.sharding import MLP_AXES, deal
-from flextron_mcore.layers.dispatch import BlockRouting, Step, by_level
+from flextron_mcore.layers.dispatch import BlockRouting, Leading, by_level
 from flextron_mcore.layers.linear import Selection
 from flextron_mcore.layers.modulation import new_modulation, scaled
 from flextron_mcore.space import ElasticSpace, LayerChoice
@@ -71,14 +71,17 @@ class ElasticMLP(MLP):
             sizes = torch.tensor([high - low for low, high in zip([0, *widths], widths, strict=False)], device=levels_SB.device)
             hidden_SBF = hidden_SBF * mask_SBK.to(hidden_SBF.dtype).repeat_interleave(sizes, -1)
             return self.linear_fc2(self.observe(hidden_SBF), self._columns(widths[-1], channels))
-        steps = by_level(levels_SB) or [Step(0, 0, levels_SB.new_empty(0))]
+        order, steps = by_level(levels_SB)
         edges = [0, *widths]
         ranges = [(edges[step.first], edges[step.last + 1]) for step in steps]
         parts = [part for low, high in ranges for part in self._rows(high, channels, low)]
-        rows = [step.rows for step in steps]
-        products = self.linear_fc1(hidden_states, *parts, rows=[row for row in rows for _ in range(self._blocks)])
+        counts = [step.count for step in steps]
+        products = self.linear_fc1(
+            hidden_states, *parts, rows=Leading(order, [count for count in counts for _ in range(self._blocks)])
+        )
         columns = [self._columns(high, channels, low) for low, high in ranges]
-        return self.linear_fc2([self.observe(h) for h in self._hidden(products)], columns, rows, levels_SB.shape)
+        hidden = [self.observe(h) for h in self._hidden(products)]
+        return self.linear_fc2(hidden, columns, Leading(order, counts), levels_SB.shape)
 
     @property
     def _blocks(self) -> int:

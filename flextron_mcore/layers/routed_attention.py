@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.dispatch import Participants
+from flextron_mcore.layers.dispatch import Given, Participants
 
 _PARTS, _LEAST = 8, 64  # of the queries of a block of heads: how many parts, and how many queries in each
 
@@ -166,7 +166,8 @@ class _Position:
             cos, sin = cos[index_nB].flatten(2, -2), sin[index_nB].flatten(2, -2)
         half = cos.shape[-1]
         first, second, rest = x_nBhH.split([half, half, x_nBhH.shape[-1] - 2 * half], dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+        turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+        return torch.cat([*turned, rest], dim=-1)
 
 
 def routed_attention(
@@ -212,12 +213,16 @@ def _full(
     length = _length(attention, hidden_states)
     parts = [_selection(slice(groups), slice(group_size, group_size + 2), size, group_size, groups, channels)]
     parts += [_selection(run.block.groups, run.block.queries, size, group_size, groups, channels) for run in present]
-    mixed, *products = attention.linear_qkv(hidden_states, *parts, rows=[None, *(run.participants.rows for run in present)])
+    rows = Given([None, *(run.participants.rows for run in present)])
+    mixed, *products = attention.linear_qkv(hidden_states, *parts, rows=rows)
     key, value = mixed.view(length, batch, groups, 2, size).unbind(-2)
     key = _normed(attention.k_layernorm, key)
     key = position.rotate(key, None)
     if context is not None:
         key, value = _cached(attention, context, key, value)
+    elif any(run.participants.rows is not None for run in present):
+        # A head's keys next to each other in memory: every part of its queries reads them.
+        key, value = (x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for x in (key, value))
     out = []
     for run, product in zip(present, products, strict=True):
         block, found = run.block, run.participants
@@ -249,7 +254,7 @@ def _own(
             attention.layer_number,
             [OwnCache(torch.zeros(batch, dtype=torch.long, device=hidden_states.device)) for _ in blocks],
         )
-    rows = [run.participants.rows for run in present]
+    rows = Given([run.participants.rows for run in present])
     products = attention.linear_qkv(hidden_states, *parts, rows=rows) if present else []
     out = []
     for run, product in zip(present, products, strict=True):
@@ -284,16 +289,20 @@ def _attend_up_to(attention: ElasticSelfAttention, query: Tensor, key: Tensor, v
 
     In parts, for which only keys are computed that one of its queries sees: in one, half of the products would be for nothing.
     """
-    count = len(query)
+    count, length = len(query), len(key)
     step = max(-(-count // _PARTS), _LEAST)
     starts = range(0, count, step)
     # The largest so far: what shorter sequences are filled up with may lie anywhere.
     limits = seen_nB.amax(1).cummax(0).values[[min(start + step, count) - 1 for start in starts]] + 1
+    # A query's row of the mask is what of this lies from `first` on: nothing hidden up to the position that it sees, then all.
+    hidden = attention.core_attention.as_mask(torch.arange(2 * length, device=seen_nB.device) >= length)
+    first_Bn = length - 1 - seen_nB.T
     out = []
     for start, limit in zip(starts, limits.tolist(), strict=True):
         part = slice(start, start + step)
-        hidden = torch.arange(limit, device=seen_nB.device) > seen_nB[part].T[:, None, :, None]
-        out.append(_attend(attention, query[part], key[:limit], value[:limit], hidden))
+        rows = first_Bn[:, part]
+        mask = hidden.unfold(0, limit, 1).index_select(0, rows.flatten()).view(len(rows), 1, -1, limit)
+        out.append(_attend(attention, query[part], key[:limit], value[:limit], mask))
     return torch.cat(out) if len(out) > 1 else out[0]
 
 
@@ -304,13 +313,13 @@ def _project(
     if not heads:  # padding only
         part = attention.projection(slice(0), slice(0))
         return attention.linear_proj(
-            [attention.linear_proj.weight.new_zeros(0, 0)], [part], [levels_SB.new_empty(0)], levels_SB.shape
+            [attention.linear_proj.weight.new_zeros(0, 0)], [part], Given([levels_SB.new_empty(0)]), levels_SB.shape
         )
     inputs, rows = zip(
         *(run.participants.without_filling(values) for run, values in zip(present, heads, strict=True)), strict=True
     )
     parts = [attention.projection(run.block.groups, run.block.queries) for run in present]
-    return attention.linear_proj([values.flatten(1) for values in inputs], parts, rows, levels_SB.shape)
+    return attention.linear_proj([values.flatten(1) for values in inputs], parts, Given(rows), levels_SB.shape)
 
 
 def _cached(attention: ElasticSelfAttention, context: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,6 +98,11 @@ class TECoreAttention(MegatronModule):
             self.attentions[heads, groups] = TEDotProductAttention(config=config, **self.arguments)
         return self.attentions[heads, groups].train(self.training)
 
+    @staticmethod
+    def as_mask(hidden: torch.Tensor) -> torch.Tensor:
+        """What `forward` takes for it: the same."""
+        return hidden
+
     def forward(
         self,
         query: torch.Tensor,

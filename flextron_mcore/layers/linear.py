@@ -37,7 +37,8 @@ _FEW = 512  # tokens: for so few, copying a part of a weight that lies apart is 
 class Selection:
     """A part of a weight: view it as `shape`, take each of `indices` (basic slices), join along `dim`, reshape to `result`.
 
-    With one index the part is a view of the weight wherever its strides allow; with several it is copied.
+    With dim=0 each is reshaped before it is joined. With one index the part is a view of the weight wherever its strides allow;
+    with several it is copied.
     """
 
     shape: tuple[int, ...]
@@ -53,16 +54,21 @@ class Selection:
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """The selected part of `tensor`, of shape `result`."""
         parts = self.parts(tensor)
+        if len(parts) > 1 and self.dim == 0:
+            return torch.cat([part.reshape(-1, *self.result[1:]) for part in parts])
         return (parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)).reshape(self.result)
 
     def add(self, tensor: torch.Tensor, part: torch.Tensor) -> None:
         """Add `part` (of shape `result`) to the selected part of `tensor`, in place."""
         targets = self.parts(tensor)
-        shape = list(targets[0].shape)
-        shape[self.dim] = sum(target.shape[self.dim] for target in targets)
-        sizes = [target.shape[self.dim] for target in targets]
-        for target, piece in zip(targets, part.reshape(shape).split(sizes, self.dim), strict=True):
-            target.add_(piece)
+        if self.dim == 0:
+            pieces = part.flatten().split([target.numel() for target in targets])
+        else:
+            shape, sizes = list(targets[0].shape), [target.shape[self.dim] for target in targets]
+            shape[self.dim] = sum(sizes)
+            pieces = part.reshape(shape).split(sizes, self.dim)
+        for target, piece in zip(targets, pieces, strict=True):
+            target.add_(piece.view(target.shape))
 
 
 class _Take(torch.autograd.Function):
@@ -243,9 +249,11 @@ def _of_few(x: torch.Tensor, weight: torch.Tensor, selection: Selection, bias: t
     first = pieces[0]
     if len(pieces) == 1 and (len(first) == 1 or first.stride(0) == first.shape[1] * first.stride(1)):  # no copy
         return F.linear(x, first.reshape(selection.result), bias)
-    products = [torch.matmul(x.flatten(0, -2), piece.mT) for piece in pieces]
+    products = [torch.matmul(x.flatten(0, -2), piece.mT).transpose(0, 1) for piece in pieces]  # [n, g, d]
+    if len(products) > 1 and selection.dim == 0:
+        products = [product.flatten(1) for product in products]
     joined = products[0] if len(products) == 1 else torch.cat(products, -1)
-    out = joined.transpose(0, 1).reshape(*x.shape[:-1], selection.result[0])
+    out = joined.reshape(*x.shape[:-1], selection.result[0])
     return out if bias is None else out + bias
 
 

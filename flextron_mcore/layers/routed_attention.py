@@ -211,10 +211,16 @@ def _full(
     size, group_size, groups = _sizes(attention)
     channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
     length = _length(attention, hidden_states)
-    parts = [_selection(slice(groups), slice(group_size, group_size + 2), size, group_size, groups, channels)]
-    parts += [_selection(run.block.groups, run.block.queries, size, group_size, groups, channels) for run in present]
-    rows = Given([None, *(run.participants.rows for run in present)])
-    mixed, *products = attention.linear_qkv(hidden_states, *parts, rows=rows)
+    parts = [[(run.block.groups, run.block.queries)] for run in present]
+    joint = int(bool(present) and present[0].participants.rows is None)
+    # One product for what all tokens have: all keys and values, and the queries of the first run where they take part in it.
+    parts = [[(slice(groups), slice(group_size, group_size + 2)), *sum(parts[:joint], [])], *parts[joint:]]
+    selections = [_selection(part, size, group_size, groups, channels) for part in parts]
+    rows = Given([None, *(run.participants.rows for run in present[joint:])])
+    mixed, *products = attention.linear_qkv(hidden_states, *selections, rows=rows)
+    if joint:
+        mixed, first = mixed.tensor_split([2 * groups * size], -1)
+        products.insert(0, first)
     key, value = mixed.view(length, batch, groups, 2, size).unbind(-2)
     key = _normed(attention.k_layernorm, key)
     key = position.rotate(key, None)
@@ -247,7 +253,7 @@ def _own(
     """The same with keys and values of each block's participants only."""
     size, group_size, groups = _sizes(attention)
     channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
-    parts = [_selection(run.block.groups, slice(group_size + 2), size, group_size, groups, channels) for run in present]
+    parts = [_selection([(run.block.groups, slice(group_size + 2))], size, group_size, groups, channels) for run in present]
     caches = None
     if context is not None:
         caches = context.key_value_memory_dict.setdefault(
@@ -350,10 +356,11 @@ def _sizes(attention: ElasticSelfAttention) -> tuple[int, int, int]:
     return attention.hidden_size_per_attention_head, attention.group_size, attention.num_query_groups_per_partition
 
 
-def _selection(groups: slice, heads: slice, size: int, group_size: int, count: int, channels: int):
-    """Rows of linear_qkv's weight and bias: of KV groups `groups` the heads `heads`, of which key and value are the last two."""
+def _selection(indices: list[tuple[slice, slice]], size: int, group_size: int, count: int, channels: int):
+    """Rows of linear_qkv's weight and bias. indices: KV groups, and of these which heads; key and value are the last two."""
     from flextron_mcore.layers.linear import Selection
 
-    full, index = (count, group_size + 2, size), ((groups, heads),)
-    rows = len(range(*groups.indices(count))) * len(range(*heads.indices(group_size + 2))) * size
-    return Selection((*full, channels), index, (rows, channels), dim=1), Selection(full, index, (rows,), dim=1)
+    full = (count, group_size + 2, size)
+    numbers = ((len(range(*groups.indices(count))), len(range(*heads.indices(group_size + 2)))) for groups, heads in indices)
+    rows = sum(groups * heads for groups, heads in numbers) * size
+    return Selection((*full, channels), tuple(indices), (rows, channels)), Selection(full, tuple(indices), (rows,))

@@ -52,7 +52,7 @@ class AdaptiveRouters(torch.nn.Module):
 def router_logits(hidden_SBD: Tensor, token_UD: Tensor, bias_U: Tensor, out_KU: Tensor, bias_K: Tensor) -> Tensor:
     """What a router computes for every token: [S, B, K]."""
     hidden_SBD = F.layer_norm(hidden_SBD.float(), hidden_SBD.shape[-1:])
-    return F.linear(F.linear(hidden_SBD, token_UD, bias_U).tanh(), out_KU, bias_K)
+    return F.linear(F.linear(hidden_SBD, token_UD, bias_U).tanh_(), out_KU, bias_K)
 
 
 @dataclass

@@ -19,6 +19,9 @@ from flextron_mcore.evaluation.perplexity import evaluate
 from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.routers.adaptive import TokenRouting
 
+# Of calibration: gaps between targets at first; the largest change of the share within one; how narrow one may become.
+_GAPS, _CHANGE, _NARROW = 8, 0.015, 1 / 512
+
 
 @dataclass(frozen=True)
 class Routed:
@@ -89,6 +92,28 @@ def total_counts(counts_NK: torch.Tensor) -> torch.Tensor:
     for group in (parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
         torch.distributed.all_reduce(total_NK, group=group)
     return total_NK
+
+
+def calibrate(spent: Callable[[float], float], progress: Callable[[], object] = lambda: None) -> list[tuple[float, float]]:
+    """[(target, share of the full model's cost)]: what `spent` tells for targets from 0 to 1, closely enough to go between them.
+
+    Gaps between targets are halved while the share changes much within one: it does so in steps. progress is called after every
+    target.
+    """
+    found: dict[float, float] = {}
+
+    def at(target: float) -> float:
+        if target not in found:
+            found[target] = spent(target)
+            progress()
+        return found[target]
+
+    gaps = [(i / _GAPS, (i + 1) / _GAPS) for i in range(_GAPS)]
+    while gaps:
+        low, high = gaps.pop(0)
+        if abs(at(high) - at(low)) > _CHANGE and high - low > _NARROW:
+            gaps += [(low, (low + high) / 2), ((low + high) / 2, high)]
+    return sorted(found.items())
 
 
 def target_for(calibration: Sequence[tuple[float, float]], share: float, nearest: bool = False) -> float:

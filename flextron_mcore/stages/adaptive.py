@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from flextron_mcore.evaluation.routed import Routed
     from flextron_mcore.training.adaptive import AdaptiveLearner
 
-# Targets that are calibrated, evenly from the smallest network's cost to the full model's.
-_CALIBRATED = 9
 MOST_HIDDEN = 128
 _SHOWN = 128  # tokens of a text whose cost is told
 
@@ -168,15 +166,16 @@ class _Measured:
 
     def calibrate(self, model: list[Any]) -> None:
         """How much the routers spend for which target, into the learner's `info`."""
-        samples = self.config.adaptive.calibration_samples
-        found = []
-        with progress_bar(total=_CALIBRATED, desc="calibration", unit="target") as bar:
-            for i in range(_CALIBRATED):
-                target = i / (_CALIBRATED - 1)
-                (routed,) = self._run(model, self.calibration, target, None, samples).values()
-                found.append((target, self.learner.share(routed.share_NK)))
-                bar.update()
-        self.learner.info = replace(self.learner.info, calibration=tuple(found))
+        from flextron_mcore.evaluation.routed import calibrate
+
+        learner, samples = self.learner, self.config.adaptive.calibration_samples
+
+        def spent(target: float) -> float:
+            (routed,) = self._run(model, self.calibration, target, None, samples).values()
+            return learner.share(routed.share_NK)
+
+        with progress_bar(desc="calibration", unit="target") as bar:
+            learner.info = replace(learner.info, calibration=tuple(calibrate(spent, bar.update)))
 
     def budgets(self, model: Any, targets: list[float]) -> list[dict[str, Any]]:
         """For each budget: the static choice, and the adaptive ones with both KV policies, a domain."""

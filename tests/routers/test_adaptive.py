@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.evaluation.routed import average, target_for
+from flextron_mcore.evaluation.routed import average, calibrate, target_for
 from flextron_mcore.model import use_subnetwork
 from flextron_mcore.routers.adaptive import AdaptiveRouters, TokenRouting
 from flextron_mcore.routers.static import StaticRouters
@@ -89,6 +91,22 @@ def test_the_average_cost_of_a_pure_mix_is_the_networks(made):
     assert average(cost, blocks, pure) == pytest.approx(cost.of(net))
     full = torch.eye(4)[blocks.indices(SubNetwork.full(blocks.model))].numpy()
     assert average(cost, blocks, (pure + full) / 2) == pytest.approx((cost.of(net) + cost.full) / 2)
+
+
+def test_calibration_finds_the_steps():
+    asked = []
+
+    def spent(target: float) -> float:
+        asked.append(target)
+        return 0.5 + 0.2 * target + 0.15 / (1 + math.exp((0.34 - target) * 300)) + 0.15 * (target > 0.7)
+
+    found = calibrate(spent)
+    assert len(asked) == len(set(asked)) == len(found) < 64 and found == sorted(found)
+    for share in (0.55, 0.58, 0.6, 0.65, 0.7, 0.75, 0.95):
+        assert spent(target_for(found, share)) == pytest.approx(share, abs=0.008), share
+    # One that cannot be spent, in the middle of a jump, gets one of its ends; where all targets are alike, few are asked.
+    assert min(abs(spent(target_for(found, 0.85)) - end) for end in (0.79, 0.94)) < 0.005
+    assert len(calibrate(lambda target: 0.6)) == 9
 
 
 def test_a_budget_finds_its_target():

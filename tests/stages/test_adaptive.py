@@ -75,7 +75,7 @@ def test_what_is_written(chain, routed):
     found = metrics(routed / "adaptive")
     assert found["routers"] == {"kind": "adaptive", "costs": ["latency"], "kv_policy": "full"}
     shares = [share for _, share in found["calibration"]]
-    assert len(shares) == 9 and max(shares) > min(shares)
+    assert len(shares) >= 9 and max(shares) > min(shares)
     assert [row["target"] for row in found["adaptive_budgets"]] == [0.7, 0.9]
     for row in found["adaptive_budgets"]:
         assert row["adaptive"].keys() == {"full", "own"} and row["static"]["share"] <= row["target"]

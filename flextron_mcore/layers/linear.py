@@ -54,21 +54,27 @@ class Selection:
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """The selected part of `tensor`, of shape `result`."""
         parts = self.parts(tensor)
-        if len(parts) > 1 and self.dim == 0:
-            return torch.cat([part.reshape(-1, *self.result[1:]) for part in parts])
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)).reshape(self.result)
+        if len(parts) == 1:
+            return parts[0].reshape(self.result)
+        out = tensor.new_empty(self.result)
+        for piece, part in zip(self._pieces(out, parts), parts, strict=True):
+            piece.copy_(part)
+        return out
 
     def add(self, tensor: torch.Tensor, part: torch.Tensor) -> None:
         """Add `part` (of shape `result`) to the selected part of `tensor`, in place."""
         targets = self.parts(tensor)
+        for target, piece in zip(targets, self._pieces(part, targets), strict=True):
+            target.add_(piece)
+
+    def _pieces(self, joined: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What `parts` are of a tensor of shape `result`, each of its part's shape."""
         if self.dim == 0:
-            pieces = part.flatten().split([target.numel() for target in targets])
-        else:
-            shape, sizes = list(targets[0].shape), [target.shape[self.dim] for target in targets]
-            shape[self.dim] = sum(sizes)
-            pieces = part.reshape(shape).split(sizes, self.dim)
-        for target, piece in zip(targets, pieces, strict=True):
-            target.add_(piece.view(target.shape))
+            flat = joined.flatten().split([part.numel() for part in parts])
+            return [piece.view(part.shape) for piece, part in zip(flat, parts, strict=True)]
+        shape, sizes = list(parts[0].shape), [part.shape[self.dim] for part in parts]
+        shape[self.dim] = sum(sizes)
+        return list(joined.reshape(shape).split(sizes, self.dim))
 
 
 class _Take(torch.autograd.Function):

@@ -211,10 +211,11 @@ def _full(
     size, group_size, groups = _sizes(attention)
     channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
     length = _length(attention, hidden_states)
-    parts = [[(run.block.groups, run.block.queries)] for run in present]
+    queries = [(run.block.groups, run.block.queries) for run in present]
     joint = int(bool(present) and present[0].participants.rows is None)
     # One product for what all tokens have: all keys and values, and the queries of the first run where they take part in it.
-    parts = [[(slice(groups), slice(group_size, group_size + 2)), *sum(parts[:joint], [])], *parts[joint:]]
+    keys_values = (slice(groups), slice(group_size, group_size + 2))
+    parts = [[keys_values, *queries[:joint]], *([part] for part in queries[joint:])]
     selections = [_selection(part, size, group_size, groups, channels) for part in parts]
     rows = Given([None, *(run.participants.rows for run in present[joint:])])
     mixed, *products = attention.linear_qkv(hidden_states, *selections, rows=rows)

@@ -1,8 +1,8 @@
 """What blocks cost whose tokens choose for themselves: routers, grouping and all (layers/dispatch.py).
 
-Tokens of one level cost what they cost wherever they are: a block's time is the sum over levels of the share of tokens there
-times a cost of the level. These costs are fitted (least squares) to blocks timed in whole networks, with many mixes of levels,
-and checked against whole networks with other mixes.
+A block's time is the sum over levels of the share of tokens there times a cost of the level, plus one cost for every level
+beyond the first that occurs, which is a product of its own (layers/dispatch.py). These costs are fitted (least squares) to blocks
+timed in whole networks, with many mixes of one level, a few or all, and checked against whole networks with other mixes.
 
 Shape suffixes: M mixes, N blocks, K candidates, S sequence, B batch, D hidden channels.
 """
@@ -24,7 +24,7 @@ from flextron_mcore.model import use_subnetwork
 from flextron_mcore.runtime.distributed import device
 
 # Mixes that are fitted to, for each candidate, and mixes for the check.
-_MIXES, _CHECKS = 3, 6
+_MIXES, _CHECKS = 6, 8
 
 
 def networks_per_round(blocks: Blocks) -> int:
@@ -47,19 +47,24 @@ def measure_routed(
     generator = np.random.default_rng([seed, 9])
     count = networks_per_round(blocks)
     mixes_MNK = np.zeros((count, *blocks.exists_NK.shape))
-    for m in range(count):  # some nearly pure, some even
+    for m in range(count):  # every level in many of them; some nearly pure, some even
         for n, sizes in enumerate(blocks.sizes):
-            mixes_MNK[m, n, : len(sizes)] = generator.dirichlet([generator.choice([0.2, 1.0, 5.0])] * len(sizes))
+            others = np.delete(np.arange(len(sizes)), m % len(sizes))
+            levels = [m % len(sizes), *generator.permutation(others)[: generator.integers(len(sizes))]]
+            mixes_MNK[m, n, levels] = generator.dirichlet([generator.choice([0.2, 1.0, 5.0])] * len(levels))
     length = setting.prompt_length + setting.generated_tokens - 1
     u_NSB = torch.from_numpy(generator.random((blocks.count, length, setting.batch_size)))
     router = random_router(blocks.model.hidden_size, hidden_size, blocks.exists_NK.shape[1])
-    routings, shares = [], []
+    routings, shares, further = [], [], []
     for mix_NK in mixes_MNK:
         edges_NK = torch.from_numpy(mix_NK.cumsum(-1)[:, :-1])
         levels_NSB = (u_NSB[..., None] > edges_NK[:, None, None]).sum(-1)
         routings.append(GivenLevels(levels_NSB.to(device()), kv_policy, router))
         counted = torch.nn.functional.one_hot(levels_NSB, mix_NK.shape[-1]).double().mean((1, 2))
         shares.append(counted.numpy())
+        # Of single tokens that follow a prompt, hardly more than one level occurs at a time.
+        first_NSB = levels_NSB[:, : setting.prompt_length]
+        further.append([len(first_SB.unique()) - 1 for first_SB in first_NSB])
     times: dict[Any, list[float]] = defaultdict(list)
     for round_ in range(rounds + 1):
         for m in np.random.default_rng([seed, round_, 9]).permutation(count):
@@ -78,15 +83,17 @@ def measure_routed(
     for axis in range(len(AXES)):
         width = len(blocks.sizes[axis])
         rows = [(m, n) for m in range(count - _CHECKS) for n in range(axis, blocks.count, len(AXES))]
-        matrix = np.array([shares[m][n][:width] for m, n in rows])
+        matrix = np.array([[*shares[m][n][:width], further[m][n]] for m, n in rows])
         found, *_ = np.linalg.lstsq(matrix, np.array([median[row] for row in rows]), rcond=None)
-        costs.append(tuple(np.maximum(found, 0.0).tolist()))
+        costs.append(np.maximum(found, 0.0).tolist())
     errors = []
     for m in range(count - _CHECKS, count):
-        parts = (shares[m][n][: len(blocks.sizes[n])] @ np.array(costs[n % len(AXES)]) for n in range(blocks.count))
-        errors.append(abs(median["constant"] + sum(parts) - median["network", m]) / median["network", m])
+        rows = ([*shares[m][n][: len(sizes)], further[m][n]] for n, sizes in enumerate(blocks.sizes))
+        told = median["constant"] + sum(np.dot(row, costs[n % len(AXES)]) for n, row in enumerate(rows))
+        errors.append(abs(told - median["network", m]) / median["network", m])
     check = {"networks": _CHECKS, "median_error": float(np.median(errors)), "largest_error": float(max(errors))}
-    return RoutedTable(hidden_size, *costs, check)
+    heads, widths = (tuple(found[:-1]) for found in costs)
+    return RoutedTable(hidden_size, heads, widths, tuple(found[-1] for found in costs), check)
 
 
 def random_router(channels: int, hidden_size: int, width: int) -> Callable[[int, torch.Tensor], torch.Tensor]:

@@ -50,14 +50,17 @@ class Timings:
 
 @dataclass(frozen=True)
 class RoutedTable:
-    """What a block costs in milliseconds if all its tokens are of one level, routing included; of mixes the mean is.
+    """What a block costs in milliseconds whose tokens choose for themselves, routing included.
 
-    hidden_size: of the routers. heads, ffn_hidden_size: of the space's candidates. check: errors of sums against whole networks.
+    hidden_size: of the routers. heads, ffn_hidden_size: of the space's candidates, if all tokens are of that level; for mixes
+    their mean, and `further` (attention, MLP) for each level beyond the first that occurs. check: errors of sums against whole
+    networks.
     """
 
     hidden_size: int
     heads: tuple[float, ...]
     ffn_hidden_size: tuple[float, ...]
+    further: tuple[float, float]
     check: Mapping[str, float]
 
 
@@ -82,7 +85,7 @@ class LatencyTable:
     def routed_cost(self, kv_policy: str) -> Cost:
         """The same for tokens that choose for themselves. Raises KeyError where that was not measured."""
         routed = self.routed[kv_policy]
-        return replace(self.cost(), heads=routed.heads, ffn_hidden_size=routed.ffn_hidden_size)
+        return replace(self.cost(), heads=routed.heads, ffn_hidden_size=routed.ffn_hidden_size, further=routed.further)
 
     def cost(self) -> Cost:
         """The table as a cost, in milliseconds."""
@@ -159,7 +162,7 @@ class LatencyTable:
                 statistic,
                 {size: _timings(path, parts[size], space) for size in space.hidden_size},
                 values["check"],
-                {policy: _routed(row, space) for policy, row in values.get("routed", {}).items()},
+                {policy: _routed(path, row, space) for policy, row in values.get("routed", {}).items()},
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FlextronError(f"{path}: is not a latency table ({type(error).__name__}: {error})") from None
@@ -237,11 +240,14 @@ def _check_candidates(path: str | Path, axis: str, known: Mapping[int, Any], wan
         )
 
 
-def _routed(row: Mapping[str, Any], space: ElasticSpace) -> RoutedTable:
+def _routed(path: str | Path, row: Mapping[str, Any], space: ElasticSpace) -> RoutedTable:
+    if "further" not in row:
+        raise FlextronError(f"{path}: its `routed` part is of an earlier version: measure again, or remove that part")
+    attention, mlp = map(float, row["further"])
     heads, widths = tuple(map(float, row["heads"])), tuple(map(float, row["ffn_hidden_size"]))
     if (len(heads), len(widths)) != (len(space.heads), len(space.ffn_hidden_size)):
         raise ValueError("the routed part is of another space")
-    return RoutedTable(int(row["hidden_size"]), heads, widths, dict(row["check"]))
+    return RoutedTable(int(row["hidden_size"]), heads, widths, (attention, mlp), dict(row["check"]))
 
 
 def _milliseconds(timing: Timing) -> dict[str, float]:

@@ -182,17 +182,29 @@ class Participants:
 
     @classmethod
     def by_level(cls, levels_SB: Tensor, count: int) -> list[Participants | None]:
-        """For each of `count` levels the tokens of that level or a higher one; None where there are none."""
-        if not levels_SB.numel():
-            return [None] * count
-        least, most = torch.stack(levels_SB.aminmax()).tolist()
-        length, batch = levels_SB.shape
-        device = levels_SB.device
-        everyone = None
-        if least >= 0:
-            index_nB = torch.arange(length, device=device)[:, None].expand(-1, batch)
-            everyone = cls(index_nB, torch.ones(length, batch, dtype=torch.bool, device=device), None)
-        return [everyone if level <= least else cls.of(levels_SB >= level) if level <= most else None for level in range(count)]
+        """For each of `count` levels the tokens of that level or a higher one; None where there are none.
+
+        The same object for levels that the same tokens have. Waits for the device.
+        """
+        # One more than the levels are, for the tokens that take part in nothing.
+        counts = torch.bincount(levels_SB.flatten() + 1, minlength=count + 1).tolist()
+        found: list[Participants | None] = []
+        for level in range(count):
+            if not sum(counts[level + 1 :]):
+                found.append(None)
+            elif level and not counts[level]:
+                found.append(found[-1])
+            elif not sum(counts[: level + 1]):
+                found.append(cls.everyone(*levels_SB.shape, levels_SB.device))
+            else:
+                found.append(cls.of(levels_SB >= level))
+        return found
+
+    @classmethod
+    def everyone(cls, length: int, batch: int, device: torch.device) -> Participants:
+        """All tokens."""
+        index_nB = torch.arange(length, device=device)[:, None].expand(-1, batch)
+        return cls(index_nB, torch.ones(length, batch, dtype=torch.bool, device=device), None)
 
     @classmethod
     def of(cls, mask_SB: Tensor) -> Participants | None:

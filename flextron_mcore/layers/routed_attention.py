@@ -56,12 +56,12 @@ class _Run:
 
 
 def _runs(blocks: list[HeadBlock], participants: list[Participants | None]) -> list[_Run]:
-    """The blocks that have participants; neighbours in which all tokens take part are one run."""
+    """The blocks that have participants; neighbours with the same ones are one run."""
     found: list[_Run] = []
     for level, (block, those) in enumerate(zip(blocks, participants, strict=True)):
         if those is None:
             continue
-        if found and those.rows is None and (last := found[-1]).participants.rows is None:
+        if found and (last := found[-1]).participants is those:
             if last.block.groups == block.groups:
                 last.block = HeadBlock(block.groups, slice(last.block.queries.start, block.queries.stop))
             else:
@@ -208,15 +208,17 @@ def _full(
     context: Any,
 ) -> list[Tensor]:
     """The heads of each run [n, B, h, H]; keys and values of all tokens."""
-    size, group_size, groups = _sizes(attention)
+    size, group_size, every = _sizes(attention)
     channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
     length = _length(attention, hidden_states)
     queries = [(run.block.groups, run.block.queries) for run in present]
     joint = int(bool(present) and present[0].participants.rows is None)
+    # Without a cache there are no later tokens, which might want the keys and values of heads that none uses here.
+    groups = every if context is not None else max((run.block.groups.stop for run in present), default=every)
     # One product for what all tokens have: all keys and values, and the queries of the first run where they take part in it.
     keys_values = (slice(groups), slice(group_size, group_size + 2))
     parts = [[keys_values, *queries[:joint]], *([part] for part in queries[joint:])]
-    selections = [_selection(part, size, group_size, groups, channels) for part in parts]
+    selections = [_selection(part, size, group_size, every, channels) for part in parts]
     rows = Given([None, *(run.participants.rows for run in present[joint:])])
     mixed, *products = attention.linear_qkv(hidden_states, *selections, rows=rows)
     if joint:

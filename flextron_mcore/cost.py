@@ -33,7 +33,7 @@ class Cost:
 
     name: a key of OWN_UNITS, which has the unit. heads, ffn_hidden_size: the cost of each candidate of `space`, in its order,
     with all hidden channels. narrow: the same for every smaller hidden size of the space. further: where tokens choose for
-    themselves, what every level beyond the first that occurs among a block's tokens adds, in attention and in MLP blocks.
+    themselves, what every level beyond the first adds that occurs among the `tokens` of a pass, in attention and in MLP blocks.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Cost:
     ffn_hidden_size: tuple[float, ...]
     narrow: tuple[tuple[int, Cost], ...] = ()
     further: tuple[float, float] = (0.0, 0.0)
+    tokens: int = 1
 
     def at(self, hidden_size: int) -> Cost:
         """The sum for networks of this hidden size."""

@@ -24,31 +24,21 @@ _GAPS, _CHANGE, _NARROW = 8, 0.015, 1 / 512
 
 
 @dataclass(frozen=True)
-class Mix:
-    """What tokens chose: the share of them at each candidate; how many levels occurred beyond the first, mean of passes."""
-
-    share_NK: np.ndarray
-    further_N: np.ndarray
-
-    @classmethod
-    def of(cls, routing: TokenRouting, total: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts) -> Mix:
-        """What `routing` has counted. total: of all ranks (`total_counts`)."""
-        further_N, passes_N = total(torch.stack([routing.further_N, routing.passes_N]))
-        return cls(_shares(total(routing.counts_NK)).cpu().numpy(), (further_N / passes_N.clamp_min(1)).cpu().numpy())
-
-
-@dataclass(frozen=True)
 class Routed:
-    """Of one domain: loss [nats per token], and what its tokens chose."""
+    """Of one domain: loss [nats per token], and the share of its tokens that chose each candidate, [N, K]."""
 
     loss: float
-    mix: Mix
+    share_NK: np.ndarray
 
 
-def average(cost: Cost, blocks: Blocks, mix: Mix) -> float:
-    """A token's average cost for a mix of levels, in the cost's unit: a sum over blocks, as that of a sub-network is."""
-    further_N = np.resize(cost.further, blocks.count) * mix.further_N
-    return cost.constant + float((mix.share_NK * blocks.costs_NK(cost)).sum() + further_N.sum())
+def average(cost: Cost, blocks: Blocks, share_NK: np.ndarray) -> float:
+    """A token's average cost for a mix of levels, in the cost's unit: a sum over blocks, as that of a sub-network is.
+
+    Where levels cost something that occur in a pass: those that would in one of tokens that chose independently.
+    """
+    occurring_NK = 1 - (1 - share_NK) ** cost.tokens
+    further_N = np.resize(cost.further, blocks.count) * np.maximum(occurring_NK.sum(-1) - 1, 0)
+    return cost.constant + float((share_NK * blocks.costs_NK(cost)).sum() + further_N.sum())
 
 
 def evaluate_routed(
@@ -65,14 +55,16 @@ def evaluate_routed(
     for domain, dataset in datasets.items():
         at_work = routing()
         losses = evaluate(model, {domain: dataset}, {"": at_work}, seq_length, micro_batch_size, max_samples)
-        found[domain] = Routed(losses[""][domain], Mix.of(at_work, total_counts))
+        counts_NK = total_counts(at_work.counts_NK)
+        shares_NK = counts_NK / counts_NK.sum(-1, keepdim=True).clamp_min(1)
+        found[domain] = Routed(losses[""][domain], shares_NK.cpu().numpy())
         if progress:
             progress(domain)
     return found
 
 
-def each_token(model: Sequence[torch.nn.Module], routing: TokenRouting, tokens_BS: torch.Tensor) -> tuple[np.ndarray, Mix]:
-    """Levels [N, S] that the routers choose for the tokens of one sequence (B = 1), and what these are. Call on all ranks."""
+def each_token(model: Sequence[torch.nn.Module], routing: TokenRouting, tokens_BS: torch.Tensor) -> np.ndarray:
+    """Levels [N, S] that the routers choose for the tokens of one sequence (B = 1). Call on all ranks."""
     kept: dict[int, torch.Tensor] = {}
     routing.kept = kept
     length = tokens_BS.shape[1]
@@ -96,19 +88,15 @@ def each_token(model: Sequence[torch.nn.Module], routing: TokenRouting, tokens_B
     for block, levels_SB in kept.items():
         levels_NS[block] = levels_SB[:, 0]
     torch.distributed.all_reduce(levels_NS, group=parallel_state.get_pipeline_model_parallel_group())
-    return levels_NS.cpu().numpy(), Mix.of(routing, total_counts)
+    return levels_NS.cpu().numpy()
 
 
-def total_counts(counts: torch.Tensor) -> torch.Tensor:
-    """The sum over all data-parallel ranks and pipeline stages."""
-    total = counts.clone()
+def total_counts(counts_NK: torch.Tensor) -> torch.Tensor:
+    """How many tokens chose what, over all data-parallel ranks and pipeline stages."""
+    total_NK = counts_NK.clone()
     for group in (parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
-        torch.distributed.all_reduce(total, group=group)
-    return total
-
-
-def _shares(counts_NK: torch.Tensor) -> torch.Tensor:
-    return counts_NK / counts_NK.sum(-1, keepdim=True).clamp_min(1)
+        torch.distributed.all_reduce(total_NK, group=group)
+    return total_NK
 
 
 def calibrate(spent: Callable[[float], float], progress: Callable[[], object] = lambda: None) -> list[tuple[float, float]]:

@@ -84,8 +84,9 @@ class LatencyTable:
 
     def routed_cost(self, kv_policy: str) -> Cost:
         """The same for tokens that choose for themselves. Raises KeyError where that was not measured."""
-        routed = self.routed[kv_policy]
-        return replace(self.cost(), heads=routed.heads, ffn_hidden_size=routed.ffn_hidden_size, further=routed.further)
+        routed, tokens = self.routed[kv_policy], self.setting["batch_size"] * self.setting["prompt_length"]
+        levels = {"heads": routed.heads, "ffn_hidden_size": routed.ffn_hidden_size}
+        return replace(self.cost(), **levels, further=routed.further, tokens=tokens)
 
     def cost(self) -> Cost:
         """The table as a cost, in milliseconds."""

@@ -73,8 +73,8 @@ class TokenRouting:
 
     kv_policy: `full` or `own` (layers/dispatch.py). noise: scale of the Gumbel noise on logits and its seed, for training; none
     in evaluation. masked, watched: keep what blocks see, for a router's training, in `seen`; masked also computes with masks that
-    get gradients. counts_NK: how many counted tokens chose what. further_N: how many levels beyond the first occurred in a block,
-    over all passes_N of more than one position. kept: if given, gets each block's levels [S, B] of the last micro-batch.
+    get gradients. counts_NK: how many counted tokens chose what. kept: if given, gets each block's levels [S, B] of the last
+    micro-batch.
     """
 
     routers: AdaptiveRouters
@@ -85,8 +85,6 @@ class TokenRouting:
     masked: bool = False
     watched: bool = False
     counts_NK: Tensor = field(default=None)  # type: ignore[assignment]
-    further_N: Tensor = field(default=None)  # type: ignore[assignment]
-    passes_N: Tensor = field(default=None)  # type: ignore[assignment]
     seen: list[Seen] = field(default_factory=list)
     counted_SB: Tensor | None = None
     padding_SB: Tensor | None = None
@@ -98,7 +96,6 @@ class TokenRouting:
         self.start_NK = self.routers.start(self.target_C)  # once for all blocks and passes
         if self.counts_NK is None:
             self.counts_NK = torch.zeros(self.routers.bias_NK.shape, dtype=torch.float64, device=self.target_C.device)
-            self.further_N, self.passes_N = torch.zeros_like(self.counts_NK[:, 0]), torch.zeros_like(self.counts_NK[:, 0])
 
     def begin(self, number: int = 0, counted_BS: Tensor | None = None, padding_BS: Tensor | None = None) -> None:
         """Before a micro-batch: its number, by which noise differs; which tokens count (None: all); which are padding.
@@ -171,16 +168,12 @@ class BlockRouter:
         return torch.cat(parts)
 
     def _count(self, levels_SB: Tensor, hidden_SBD: Tensor) -> None:
-        routing, width = self.routing, self.routing.counts_NK.shape[1]
+        routing = self.routing
         counted_SB = levels_SB >= 0
-        counts_K = torch.bincount(levels_SB[counted_SB], minlength=width)
-        if len(levels_SB) > 1:
-            routing.further_N[self.index] += ((counts_K > 0).sum() - 1).clamp_min(0)
-            routing.passes_N[self.index] += 1
         if self.counted_SB is not None:
             counted_SB = counted_SB & (self.counted_SB > 0)
-            counts_K = torch.bincount(levels_SB[counted_SB], minlength=width)
-        routing.counts_NK[self.index] += counts_K
+        width = routing.counts_NK.shape[1]
+        routing.counts_NK[self.index] += torch.bincount(levels_SB[counted_SB], minlength=width)
         if routing.masked or routing.watched:
             routing.seen.append(Seen(self.index, self.number, hidden_SBD.detach(), levels_SB, counted_SB))
 

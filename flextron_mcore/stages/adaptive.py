@@ -172,7 +172,7 @@ class _Measured:
 
         def spent(target: float) -> float:
             (routed,) = self._run(model, self.calibration, target, None, samples).values()
-            return learner.share(routed.mix)
+            return learner.share(routed.share_NK)
 
         with progress_bar(desc="calibration", unit="target") as bar:
             learner.info = replace(learner.info, calibration=tuple(calibrate(spent, bar.update)))
@@ -221,26 +221,27 @@ class _Measured:
         """For each domain the first tokens of a text, and what each was worth: its cost as a share of the full model's."""
         from flextron_mcore.data.blend import batch
         from flextron_mcore.data.tokenizer import open_tokenizer
-        from flextron_mcore.evaluation.routed import Mix, average, each_token, target_for
+        from flextron_mcore.evaluation.routed import average, each_token, target_for
 
         learner = self.learner
         tokenizer, cost = open_tokenizer(data.tokenizer), learner.costs[0]
-        counted = learner.counted[learner.info.kv_policy][0]
+        mix = learner.counted[learner.info.kv_policy][0]
         target = target_for(learner.info.calibration, share, nearest=True)
         found = []
         for domain, dataset in self.valid.items():
             ids = batch(dataset, [0])["tokens"]
-            levels_NS, mix = each_token(model, learner.at_target(target), ids)
-            one_hot = np.eye(learner.blocks.exists_NK.shape[1])
-            # What it costs that several levels occur is shared by all tokens.
-            each = [Mix(one_hot[levels_N], mix.further_N) for levels_N in levels_NS[:, :_SHOWN].T]
-            spent = [average(counted, learner.blocks, one) / cost.full for one in each]
+            levels_NS = each_token(model, learner.at_target(target), ids)[:, :_SHOWN]
+            one_hot_SNK = np.eye(learner.blocks.exists_NK.shape[1])[levels_NS.T]
+            each_S = np.array([average(mix, learner.blocks, share_NK) for share_NK in one_hot_SNK])
+            # What it adds that several levels occur is all tokens' alike.
+            each_S += average(mix, learner.blocks, one_hot_SNK.mean(0)) - each_S.mean()
+            spent = (each_S / cost.full).tolist()
             texts = [tokenizer.decode([i]) for i in ids[0, : len(spent)].tolist()]
             found.append({"domain": domain, "budget": share, "texts": texts, "shares": spent})
         return found
 
     def _row(self, found: dict[str, Routed], kv_policy: str) -> dict[str, Any]:
-        shares = {domain: self.learner.share(routed.mix, kv_policy) for domain, routed in found.items()}
+        shares = {domain: self.learner.share(routed.share_NK, kv_policy) for domain, routed in found.items()}
         losses = {domain: routed.loss for domain, routed in found.items()}
         levels = _levels(self.learner.blocks, found)
         return {"loss": losses, "mean_loss": _mean(losses), "shares": shares, "share": _mean(shares), "levels": levels}
@@ -270,7 +271,7 @@ def evaluate_adaptive(config: DictConfig, info: Any, data: Any, computed: str, s
     from flextron_mcore.stages.choice import adaptive_routing, counted_cost
 
     make, cost, share = adaptive_routing(config, info)
-    counted = counted_cost(cost, latency_table(config, info), make().kv_policy)
+    mix = counted_cost(cost, latency_table(config, info), make().kv_policy)
     blocks, size = Blocks(info.model, info.space), config.model.micro_batch_size
     with new_output(config) as out:
         datasets = valid_datasets(data, seq_length, config.seed, out / "cache")
@@ -280,7 +281,7 @@ def evaluate_adaptive(config: DictConfig, info: Any, data: Any, computed: str, s
             found = evaluate_routed(model, datasets, make, seq_length, size, samples, lambda done: bar.update())
         discard(out / "cache")
         losses = {domain: routed.loss for domain, routed in found.items()}
-        shares = {domain: average(counted, blocks, routed.mix) / cost.full for domain, routed in found.items()}
+        shares = {domain: average(mix, blocks, routed.share_NK) / cost.full for domain, routed in found.items()}
         metrics = write_metrics(
             out,
             "evaluate",
@@ -311,7 +312,7 @@ def evaluate_adaptive(config: DictConfig, info: Any, data: Any, computed: str, s
 def _levels(blocks: Any, found: dict[str, Routed]) -> dict[str, list[list[float]]]:
     """For each domain, for each block, the share of tokens at each of its levels."""
     return {
-        domain: [shares[: len(sizes)].tolist() for shares, sizes in zip(routed.mix.share_NK, blocks.sizes, strict=True)]
+        domain: [shares[: len(sizes)].tolist() for shares, sizes in zip(routed.share_NK, blocks.sizes, strict=True)]
         for domain, routed in found.items()
     }
 

@@ -101,18 +101,19 @@ def _prompts(config: DictConfig) -> list[str]:
 def _network(config: DictConfig, info: Any) -> tuple[Any, Any]:
     """What is to compute, and a function that says after it has what was spent, as a share of the full model's cost."""
     from flextron_mcore.blocks import Blocks
-    from flextron_mcore.evaluation.routed import Mix, average
+    from flextron_mcore.evaluation.routed import average
     from flextron_mcore.space import SubNetwork
     from flextron_mcore.stages.choice import adaptive_routing, counted_cost, latency_table, select
 
     if config.selector == "adaptive":
         make, cost, _ = adaptive_routing(config, info)
         routing = make()
-        counted = counted_cost(cost, latency_table(config, info), routing.kv_policy)
+        mix = counted_cost(cost, latency_table(config, info), routing.kv_policy)
 
         def spent() -> dict[str, Any]:
-            spent = average(counted, Blocks(info.model, info.space), Mix.of(routing))
-            return {"cost": cost.name, "share": spent / cost.full}
+            counts_NK = routing.counts_NK.cpu().numpy()
+            share_NK = counts_NK / counts_NK.sum(-1, keepdims=True)
+            return {"cost": cost.name, "share": average(mix, Blocks(info.model, info.space), share_NK) / cost.full}
 
         return routing, spent
     if config.budget is not None:

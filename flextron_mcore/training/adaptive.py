@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flextron_mcore.blocks import Blocks
 from flextron_mcore.cost import Cost
-from flextron_mcore.evaluation.routed import Mix, average, total_counts
+from flextron_mcore.evaluation.routed import average, total_counts
 from flextron_mcore.pipeline.networks import Watch
 from flextron_mcore.routers.adaptive import AdaptiveRouters, Seen, TokenRouting
 from flextron_mcore.routers.store import (
@@ -135,10 +135,10 @@ class AdaptiveLearner:
         target_C[0] = target
         return TokenRouting(self.routers, target_C, kv_policy or self.info.kv_policy)
 
-    def share(self, mix: Mix, kv_policy: str | None = None) -> float:
-        """What a mix of levels costs a token, as a share of the full model's (first) cost."""
-        counted = self.counted[kv_policy or self.info.kv_policy][0]
-        return average(counted, self.blocks, mix) / self.costs[0].full
+    def share(self, share_NK: np.ndarray, kv_policy: str | None = None) -> float:
+        """What a mix of levels [N, K] costs a token, as a share of the full model's (first) cost."""
+        mix = self.counted[kv_policy or self.info.kv_policy][0]
+        return average(mix, self.blocks, share_NK) / self.costs[0].full
 
     def learn(self, step: int, losses: Sequence[float], gate_gradients: Tensor | None = None) -> dict[str, Any]:
         """Update from what the step's networks have seen, and their losses [nats per token], the full model's first."""

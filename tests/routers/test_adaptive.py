@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +93,19 @@ def test_the_average_cost_of_a_pure_mix_is_the_networks(made):
     assert average(cost, blocks, pure) == pytest.approx(cost.of(net))
     full = torch.eye(4)[blocks.indices(SubNetwork.full(blocks.model))].numpy()
     assert average(cost, blocks, (pure + full) / 2) == pytest.approx((cost.of(net) + cost.full) / 2)
+
+
+def test_levels_that_occur_cost_something():
+    """For each beyond the first, as far as a pass has tokens that choose it: attention 3 ms, MLPs 5 ms."""
+    blocks = family(2)
+    cost = latency(blocks)
+    further = replace(cost, further=(3.0, 5.0), tokens=1000)
+    pure, share_NK = np.eye(4)[[0, 1, 2, 3]], np.array([[0.5, 0.5, 0, 0], [0.25] * 4, [0, 0, 0, 1], [0.999, 0, 0, 0.001]])
+    assert average(further, blocks, pure) == average(cost, blocks, pure)
+    added = average(further, blocks, share_NK) - average(cost, blocks, share_NK)
+    assert added == pytest.approx(3 + 3 * 5 + 5 * (1 - 0.999**1000), rel=1e-6)
+    alone = replace(further, tokens=1)  # a token has one level
+    assert average(alone, blocks, share_NK) == pytest.approx(average(cost, blocks, share_NK))
 
 
 def test_calibration_finds_the_steps():

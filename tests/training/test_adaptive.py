@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,20 +14,33 @@ from flextron_mcore.training.adaptive import AdaptiveLearner, AdaptiveSettings
 from tests.routing_toy import family, latency
 
 
-def learned(parts: list[list[float]], level: int, target: float, weight: float = 0.0) -> torch.Tensor:
-    """The levels [blocks, S] that tokens learn whose parts change the loss by `parts` [S][K], all of them being at `level`."""
+def learned(
+    parts: list[list[float]],
+    level: int,
+    target: float,
+    weight: float = 0.0,
+    further: float = 0.0,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The levels [blocks, S] that tokens learn whose parts change the loss by `parts` [S][K], all of them being at `level`.
+
+    further: what each level adds that occurs, as a part of the full model's cost. start: logits [K] that they start from.
+    """
     torch.manual_seed(0)
     blocks = family(1)
     cost = latency(blocks)
+    counted = replace(cost, further=(further * cost.full,) * 2, tokens=len(parts))
     info = RouterInfo(("latency",), ((cost.smallest / cost.full, 1.0),), 8, {}, "adaptive")
     routers = AdaptiveRouters(blocks, 1, 8, StaticRouters(blocks, 1, 8))
     settings = AdaptiveSettings(targets_per_step=1, lr=0.05, constraint_weight=weight)
-    learner = AdaptiveLearner(blocks, [cost], info, settings, 0, 100, routers, False, {"full": [cost]})
+    learner = AdaptiveLearner(blocks, [cost], info, settings, 0, 100, routers, False, {"full": [counted]})
     hidden = torch.randn(len(parts), 1, blocks.model.hidden_size)
     levels = torch.full((len(parts), 1), level)
     for step in range(60):
         (routing,) = learner.networks(step)
         routing.target_C, routing.start_NK = torch.tensor([target]), torch.zeros(blocks.count, 4)
+        if start is not None:
+            routing.start_NK = start.expand(blocks.count, 4)
         for block in range(blocks.count):
             mask = torch.ones(len(parts), 1, 4, requires_grad=True)
             mask.grad = torch.tensor(parts)[:, None].clone()
@@ -44,3 +59,11 @@ def test_a_token_learns_which_level_serves_it():
 @pytest.mark.parametrize("level, target, wanted", [(3, 0.3, 0), (0, 0.7, 3)])
 def test_the_price_pulls_to_the_budget(level, target, wanted):
     assert (learned([[0.0] * 4] * 3, level, target, weight=16.0) == wanted).all()
+
+
+@pytest.mark.parametrize("further, wanted", [(0.0, {0, 3}), (0.3, {0})])
+def test_a_level_must_be_worth_that_it_occurs(further, wanted):
+    """One token of eight wants all parts, and gets them unless a second level costs more than they bring."""
+    parts = [[0.0, -0.4, -0.4, -0.4], *[[0.0] * 4] * 7]
+    chosen = learned(parts, level=0, target=0.0, weight=0.1, further=further, start=torch.tensor([1.0, 0, 0, 0]))
+    assert all(set(levels.tolist()) == wanted for levels in chosen), chosen

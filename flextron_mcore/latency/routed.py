@@ -2,7 +2,8 @@
 
 A block's time is the sum over levels of the share of tokens there times a cost of the level, plus one cost for every level
 beyond the first that occurs, which is a product of its own (layers/dispatch.py). These costs are fitted (least squares) to blocks
-timed in whole networks, with many mixes of one level, a few or all, and checked against whole networks with other mixes.
+timed in whole networks, with many mixes of one level, a few or all, and checked against whole networks with other mixes. A
+machine is not as fast all the time: the full model is timed beside them, and all is in proportion to what a table says of it.
 
 Shape suffixes: M mixes, N blocks, K candidates, S sequence, B batch, D hidden channels.
 """
@@ -29,7 +30,7 @@ _MIXES, _CHECKS = 6, 8
 
 def networks_per_round(blocks: Blocks) -> int:
     """How many networks a round times."""
-    return _MIXES * blocks.exists_NK.shape[1] + _CHECKS
+    return _MIXES * blocks.exists_NK.shape[1] + _CHECKS + 1
 
 
 def measure_routed(
@@ -39,13 +40,17 @@ def measure_routed(
     rounds: int,
     hidden_size: int,
     kv_policy: str,
+    full: float,
     seed: int,
     progress: Callable[[], object] = lambda: None,
 ) -> RoutedTable:
-    """The costs of levels on this device. hidden_size: of the routers. progress is called after every network."""
+    """The costs of levels on this device. hidden_size: of the routers. full: milliseconds of the full model.
+
+    progress is called after every network.
+    """
     run = runner(model, setting, blocks.model.vocab_size, seed)
     generator = np.random.default_rng([seed, 9])
-    count = networks_per_round(blocks)
+    count = networks_per_round(blocks) - 1
     mixes_MNK = np.zeros((count, *blocks.exists_NK.shape))
     for m in range(count):  # every level in many of them; some nearly pure, some even
         for n, sizes in enumerate(blocks.sizes):
@@ -67,9 +72,11 @@ def measure_routed(
         further.append([len(first_SB.unique()) - 1 for first_SB in first_NSB])
     times: dict[Any, list[float]] = defaultdict(list)
     for round_ in range(rounds + 1):
-        for m in np.random.default_rng([seed, round_, 9]).permutation(count):
-            routings[m].begin()
-            with use_subnetwork(model, routings[m]):
+        for m in np.random.default_rng([seed, round_, 9]).permutation(count + 1):
+            routing = routings[m] if m < count else None
+            if routing:
+                routing.begin()
+            with use_subnetwork(model, routing):
                 if m >= count - _CHECKS:
                     found = {("network", m): time_run(run)}
                 else:
@@ -78,7 +85,8 @@ def measure_routed(
             for key, value in found.items() if round_ else ():
                 times[key].append(value)
             progress()
-    median = {key: float(np.median(values)) for key, values in times.items()}
+    scale = full / np.median(times["network", count])
+    median = {key: float(np.median(values) * scale) for key, values in times.items()}
     costs = []
     for axis in range(len(AXES)):
         width = len(blocks.sizes[axis])

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
 from flextron_mcore.stages.common import check_output, new_output, print_table, progress_bar, say, write_metrics
+
+if TYPE_CHECKING:
+    from flextron_mcore.latency.table import RoutedTable
 
 TABLE_FILE = "latency.json"
 KINDS = ("prefill", "generation")
@@ -106,11 +109,12 @@ def _measured(config: DictConfig, info: Any) -> Any:
     policies = KV_POLICIES if info.space.attention_unit == "kv_group" else ("full",)
     count = (config.routed.rounds + 1) * networks_per_round(blocks) * len(policies)
     with progress_bar(total=count, desc="latency, routed", unit="network") as bar:
-        sizes = config.routed.rounds, config.routed.hidden_size
-        found = {
-            policy: on_main_process(lambda p=policy: measure_routed(model, blocks, setting, *sizes, p, config.seed, bar.update))
-            for policy in policies
-        }
+        sizes, full = (config.routed.rounds, config.routed.hidden_size), table.cost().full
+
+        def of(policy: str) -> RoutedTable:
+            return measure_routed(model, blocks, setting, *sizes, policy, full, config.seed, bar.update)
+
+        found = {policy: on_main_process(lambda p=policy: of(p)) for policy in policies}
     return replace(table, routed={policy: found.get(policy, found["full"]) for policy in KV_POLICIES})
 
 

@@ -22,7 +22,7 @@ def test_it_measures(kind, kv_policy):
     blocks = family(2)
     model, calls = toy.model(blocks.model, blocks.space), []
     setting = Setting(kind, 2, 8, 4 if kind == "generation" else 1)
-    found = routed.measure_routed(model, blocks, setting, 2, 8, kv_policy, 0, lambda: calls.append(1))
+    found = routed.measure_routed(model, blocks, setting, 2, 8, kv_policy, 5.0, 0, lambda: calls.append(1))
     assert len(calls) == 3 * routed.networks_per_round(blocks)
     assert len(found.heads) == len(found.ffn_hidden_size) == 4 and len(found.further) == 2
     assert min(*found.heads, *found.ffn_hidden_size, *found.further) >= 0
@@ -33,7 +33,7 @@ def test_it_measures(kind, kv_policy):
 @pytest.mark.parametrize("setting", [Setting("prefill", 2, 8), Setting("generation", 2, 8, 4)], ids=lambda setting: setting.kind)
 def test_costs_of_levels_are_found(setting, monkeypatch):
     """A clock that knows what levels cost: attention 1, 2, 3, 4 and MLPs 2, 3, 5, 9 ms, for the share of tokens at each, and half
-    a millisecond and 3 for each further one among the tokens of the prompt."""
+    a millisecond and 3 for each further one among the tokens of the prompt. It runs at half the speed of the table's."""
     blocks = family(2)
     costs, further = np.array([[1.0, 2, 3, 4], [2, 3, 5, 9]]), (0.5, 3.0)
     model = toy.model(blocks.model, blocks.space)
@@ -46,9 +46,12 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
                 found.append(float(costs[axis][levels.numpy()].mean()) + further[axis] * (len(levels[:8].unique()) - 1))
         return found
 
-    monkeypatch.setattr(routed, "time_blocks", lambda model, run: (parts(model), 7.0))
-    monkeypatch.setattr(routed, "time_run", lambda run: sum(parts(model)) + 7.0)
-    found = routed.measure_routed(model, blocks, setting, 1, 8, "full", 0)
+    def whole(run) -> float:
+        return 7.0 + sum(parts(model)) if model.decoder.layers[0].mlp.routing else 33.0
+
+    monkeypatch.setattr(routed, "time_blocks", lambda model, run: ([2 * part for part in parts(model)], 14.0))
+    monkeypatch.setattr(routed, "time_run", lambda run: 2 * whole(run))
+    found = routed.measure_routed(model, blocks, setting, 1, 8, "full", 33.0, 0)
     assert found.heads == pytest.approx(costs[0]) and found.ffn_hidden_size == pytest.approx(costs[1])
     assert found.further == pytest.approx(further)
     assert found.check["largest_error"] < 1e-9

@@ -54,9 +54,9 @@ def wide_cells():
 
 
 def routed_checkpoint(
-    root: Path, costs=("latency",), kind="static", kv_policy="full", maker=hf_toy.llama, uniform=False, **space
+    root: Path, costs=("latency",), kind="static", kv_policy="full", maker=hf_toy.llama, uniform=False, counted=False, **space
 ) -> CheckpointInfo:
-    """A checkpoint with routers that prefer this and that, and a latency table if they want one."""
+    """A checkpoint with routers that prefer this and that, and a latency table if they want one; counted: of routing too."""
     theirs = maker(**{"num_hidden_layers" if maker is hf_toy.llama else "n_layer": LAYERS})
     info = hf_toy.checkpoint(hf_toy.save(theirs, root / "hf"), root / "run", {**SPACE, **space})
     blocks = Blocks(info.model, info.space)
@@ -73,7 +73,10 @@ def routed_checkpoint(
         routers = AdaptiveRouters(blocks, len(costs), 8, routers)
         torch.nn.init.normal_(routers.out_NKU, std=2.0)
         torch.nn.init.normal_(routers.bias_NK, std=0.3)
-    file = write_table(info.path, root / "latency.json") if "latency" in costs else None
+    row = {"hidden_size": 8, "heads": [2 + i for i in range(len(info.space.heads))], "ffn_hidden_size": [1, 3, 5, 6]}
+    row |= {"further": [0.7, 0.3], "check": {}}
+    changes = {"routed": dict.fromkeys(KV_POLICIES, row)} if counted else {}
+    file = write_table(info.path, root / "latency.json", **changes) if "latency" in costs else None
     table = LatencyTable.from_file(file, info.model, info.space).to_dict() if file else None
     write_routers(info.path, described, routers, table)
     return info
@@ -253,7 +256,8 @@ def steps(model, tokens: torch.Tensor) -> torch.Tensor:
 def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
     space = {"attention_unit": "query_head", "heads": [0.5, 1.0]} if case == "query heads" else {"attention_unit": "kv_group"}
     maker = hf_toy.gpt2 if case == "gpt2" else hf_toy.llama
-    info = routed_checkpoint(tmp_path, kind="adaptive", kv_policy=kv_policy, maker=maker, **space)
+    counted = case == "llama"
+    info = routed_checkpoint(tmp_path, kind="adaptive", kv_policy=kv_policy, maker=maker, counted=counted, **space)
     _, model = export(info, tmp_path / "out")
     from flextron_mcore.routers.store import read_routers
 
@@ -262,6 +266,9 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
     megatron, tokens = hf_toy.megatron(info), hf_toy.tokens(2, 20)
     positions = torch.arange(20).expand_as(tokens)
     _, known = selected(info)
+    table = LatencyTable.from_file(tmp_path / "latency.json", info.model, info.space)
+    known["latency"] = choice.counted_cost(known["latency"], table, kv_policy)
+    assert any(known["latency"].further) is counted
     for budget in (0.6, 0.75, 0.9):
         model.set_budget(budget, adaptive=True)
         routing = TokenRouting(routers, torch.tensor([target_for(described.calibration, budget)]), kv_policy)

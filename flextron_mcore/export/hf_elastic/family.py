@@ -65,7 +65,7 @@ def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -
     networks = _Networks()
     given = [_given(info, Path(file)) for file in options.get("networks") or ()]
     answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
-    adaptive, adaptive_routers = _adaptive(info, blocks, kind, costs)
+    adaptive, adaptive_routers = _adaptive(info, blocks, kind, costs, table)
     values = {
         "format": FORMAT_VERSION,
         "model": info.model.to_dict(),
@@ -150,7 +150,7 @@ def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork
 
 
 def _adaptive(
-    info: CheckpointInfo, blocks: Blocks, kind: str | None, costs: Mapping[str, Cost]
+    info: CheckpointInfo, blocks: Blocks, kind: str | None, costs: Mapping[str, Cost], table: LatencyTable | None
 ) -> tuple[dict[str, Any] | None, AdaptiveRouters | None]:
     if kind != "adaptive":
         return None, None
@@ -158,10 +158,17 @@ def _adaptive(
     described, routers = read_routers(info.path, blocks, "adaptive")
     if not described.calibration or described.costs[0] not in costs:
         return None, None  # their training did not end, or their table is not at hand
+    # What tokens' choices cost, by KV policy, where that is not a network's sum: as they were calibrated.
+    counted = {}
+    if table and described.costs[0] == "latency":
+        for policy in table.routed:
+            cost = table.routed_cost(policy)
+            counted[policy] = {**_sums(cost), "further": list(cost.further), "tokens": cost.tokens}
     return {
         "cost": described.costs[0],
         "kv_policy": described.kv_policy,
         "calibration": [list(pair) for pair in described.calibration],
+        "counted": counted,
     }, routers
 
 

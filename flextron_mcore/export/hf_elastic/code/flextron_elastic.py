@@ -140,7 +140,8 @@ class ElasticForCausalLM:
                 found = {name: family.costs[name]["full"] for name in family.costs}
             else:
                 shares = (counts_NK / counts_NK.sum(-1, keepdim=True)).tolist()
-                found = {name: family.average(name, shares) for name in family.costs}
+                policy = "own" if self._choice.own else "full"
+                found = {name: family.average(name, shares, policy) for name in family.costs}
         else:
             network = self._choice.network if self._choice else family.full()
             found = {name: family.cost(name, network) for name in family.costs}

@@ -137,14 +137,20 @@ class Family:
             total += model["max_position_embeddings"] * hidden
         return total
 
-    def average(self, name, shares):
-        """A token's average cost where tokens choose for themselves; shares: for each block those of its candidates."""
+    def average(self, name, shares, kv_policy):
+        """A token's average cost where tokens choose for themselves; shares: for each block those of its candidates.
+
+        As flextron_mcore/evaluation/routed.py counts it: where the latency of such blocks was measured, with it.
+        """
         cost = self.costs[name]
-        rows = (cost["heads"], cost["ffn_hidden_size"])
-        blocks = enumerate(shares)
-        return cost["constant"] + sum(
-            share * value for i, row in blocks for share, value in zip(row, rows[i % 2], strict=False)
-        )  # rows are padded
+        if name == self.adaptive["cost"]:
+            cost = self.adaptive["counted"].get(kv_policy, cost)
+        rows, further, tokens = (cost["heads"], cost["ffn_hidden_size"]), cost.get("further", (0.0, 0.0)), cost.get("tokens", 1)
+        total = cost["constant"]
+        for i, row in enumerate(shares):
+            total += sum(share * value for share, value in zip(row, rows[i % 2], strict=False))  # rows are padded
+            total += further[i % 2] * max(sum(1 - (1 - share) ** tokens for share in row) - 1, 0)
+        return total
 
     # Budgets.
 

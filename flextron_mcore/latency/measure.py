@@ -58,8 +58,9 @@ def measure(
     """
     run = runner(model, setting, arch.vocab_size, seed)
     whole = draw(arch, space, seed, 0, check_networks, stream=3)
-    samples: dict[Any, list[float]] = defaultdict(list)
+    samples: list[dict[Any, list[float]]] = []
     for round_ in range(rounds + 1):
+        samples.append(defaultdict(list))
         timed = [(net, True) for net in _balanced(arch, space, seed, round_)] + [(net, False) for net in whole]
         order = np.random.default_rng([seed, round_]).permutation(len(timed))
         for i in order:
@@ -67,10 +68,9 @@ def measure(
             with use_subnetwork(model, net):
                 found = _time_candidates(model, net, run) if in_parts else {("network", i): [time_run(run)]}
             for key, values in found.items():
-                if round_:
-                    samples[key] += values
+                samples[-1][key] += values
             progress()
-    timings = {key: Timing(min(values), statistics.median(values)) for key, values in samples.items()}
+    timings = {key: Timing(min(values), statistics.median(values)) for key, values in without_drift(samples[1:]).items()}
     first = len(timed) - check_networks
     table = LatencyTable(
         arch,
@@ -108,14 +108,24 @@ def time_networks(
 ) -> list[Timing]:
     """Milliseconds of whole networks (None: the full model), each once a round in random order, after a round to warm up."""
     run = runner(model, setting, arch.vocab_size, seed)
-    samples: list[list[float]] = [[] for _ in networks]
+    samples: list[dict[int, list[float]]] = []
     for round_ in range(rounds + 1):
+        samples.append({})
         for i in np.random.default_rng([seed, round_]).permutation(len(networks)):
             with use_subnetwork(model, networks[i]):
-                found = time_run(run)
-            if round_:
-                samples[i].append(found)
-    return [Timing(min(values), statistics.median(values)) for values in samples]
+                samples[-1][i] = [time_run(run)]
+    found = without_drift(samples[1:])
+    return [Timing(min(found[i]), statistics.median(found[i])) for i in range(len(networks))]
+
+
+def without_drift(rounds: Sequence[Mapping[Any, Sequence[float]]]) -> dict[Any, list[float]]:
+    """The times of all rounds, in each of which the same things were timed, divided by how slow the machine was in the round.
+
+    A machine that others use too is not as fast all the time; how slow it was is a median over all that was timed.
+    """
+    means_KR = np.array([[np.mean(times[key]) for times in rounds] for key in rounds[0]])
+    slow_R = np.median(means_KR / np.median(means_KR, 1, keepdims=True), 0)
+    return {key: [time / slow for times, slow in zip(rounds, slow_R, strict=True) for time in times[key]] for key in rounds[0]}
 
 
 def _balanced(arch: ModelConfig, space: ElasticSpace, seed: int, round_: int) -> list[SubNetwork]:

@@ -3,14 +3,13 @@
 A block's time is the sum over levels of the share of tokens there times a cost of the level, plus one cost for every level
 beyond the first that occurs, which is a product of its own (layers/dispatch.py). These costs are fitted (least squares) to blocks
 timed in whole networks, with many mixes of one level, a few or all, and checked against whole networks with other mixes. A
-machine is not as fast all the time: the full model is timed beside them, and all is in proportion to what a table says of it.
+machine is not as fast all the time: some static networks are timed beside them, and all is in proportion to their costs.
 
 Shape suffixes: M mixes, N blocks, K candidates, S sequence, B batch, D hidden channels.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,8 @@ import numpy as np
 import torch
 
 from flextron_mcore.blocks import AXES, Blocks
-from flextron_mcore.latency.measure import Setting, runner, time_blocks, time_run
+from flextron_mcore.cost import Cost
+from flextron_mcore.latency.measure import Setting, runner, time_blocks, time_run, without_drift
 from flextron_mcore.latency.table import RoutedTable
 from flextron_mcore.layers.dispatch import GivenLevels
 from flextron_mcore.model import use_subnetwork
@@ -30,7 +30,7 @@ _MIXES, _CHECKS = 6, 8
 
 def networks_per_round(blocks: Blocks) -> int:
     """How many networks a round times."""
-    return _MIXES * blocks.exists_NK.shape[1] + _CHECKS + 1
+    return (_MIXES + 1) * blocks.exists_NK.shape[1] + _CHECKS
 
 
 def measure_routed(
@@ -40,17 +40,19 @@ def measure_routed(
     rounds: int,
     hidden_size: int,
     kv_policy: str,
-    full: float,
+    static: Cost,
     seed: int,
     progress: Callable[[], object] = lambda: None,
 ) -> RoutedTable:
-    """The costs of levels on this device. hidden_size: of the routers. full: milliseconds of the full model.
+    """The costs of levels on this device, in the unit of `static`, that of networks without routing.
 
-    progress is called after every network.
+    hidden_size: of the routers. progress is called after every network.
     """
     run = runner(model, setting, blocks.model.vocab_size, seed)
     generator = np.random.default_rng([seed, 9])
-    count = networks_per_round(blocks) - 1
+    width = blocks.exists_NK.shape[1]
+    known = [blocks.network([min(k, len(sizes) - 1) for sizes in blocks.sizes]) for k in range(width)]
+    count = networks_per_round(blocks) - len(known)
     mixes_MNK = np.zeros((count, *blocks.exists_NK.shape))
     for m in range(count):  # every level in many of them; some nearly pure, some even
         for n, sizes in enumerate(blocks.sizes):
@@ -59,7 +61,7 @@ def measure_routed(
             mixes_MNK[m, n, levels] = generator.dirichlet([generator.choice([0.2, 1.0, 5.0])] * len(levels))
     length = setting.prompt_length + setting.generated_tokens - 1
     u_NSB = torch.from_numpy(generator.random((blocks.count, length, setting.batch_size)))
-    router = random_router(blocks.model.hidden_size, hidden_size, blocks.exists_NK.shape[1])
+    router = random_router(blocks.model.hidden_size, hidden_size, width)
     routings, shares, further = [], [], []
     for mix_NK in mixes_MNK:
         edges_NK = torch.from_numpy(mix_NK.cumsum(-1)[:, :-1])
@@ -70,34 +72,35 @@ def measure_routed(
         # Of single tokens that follow a prompt, hardly more than one level occurs at a time.
         first_NSB = levels_NSB[:, : setting.prompt_length]
         further.append([len(first_SB.unique()) - 1 for first_SB in first_NSB])
-    times: dict[Any, list[float]] = defaultdict(list)
+    networks, times = [*routings, *known], []
     for round_ in range(rounds + 1):
-        for m in np.random.default_rng([seed, round_, 9]).permutation(count + 1):
-            routing = routings[m] if m < count else None
-            if routing:
-                routing.begin()
-            with use_subnetwork(model, routing):
+        found: dict[Any, list[float]] = {}
+        for m in np.random.default_rng([seed, round_, 9]).permutation(len(networks)):
+            if m < count:
+                routings[m].begin()
+            with use_subnetwork(model, networks[m]):
                 if m >= count - _CHECKS:
-                    found = {("network", m): time_run(run)}
+                    found["network", m] = [time_run(run)]
                 else:
                     parts, rest = time_blocks(model, run)
-                    found = {(m, n): value for n, value in enumerate(parts)} | {"constant": rest}
-            for key, value in found.items() if round_ else ():
-                times[key].append(value)
+                    found |= {(m, n): [value] for n, value in enumerate(parts)} | {("constant", m): [rest]}
             progress()
-    scale = full / np.median(times["network", count])
-    median = {key: float(np.median(values) * scale) for key, values in times.items()}
+        times.append(found)
+    median = {key: float(np.median(values)) for key, values in without_drift(times[1:]).items()}
+    scale = np.median([static.of(net) / median["network", count + k] for k, net in enumerate(known)])
+    median = {key: value * float(scale) for key, value in median.items()}
+    constant = float(np.median([median["constant", m] for m in range(count - _CHECKS)]))
     costs = []
     for axis in range(len(AXES)):
-        width = len(blocks.sizes[axis])
+        candidates = len(blocks.sizes[axis])
         rows = [(m, n) for m in range(count - _CHECKS) for n in range(axis, blocks.count, len(AXES))]
-        matrix = np.array([[*shares[m][n][:width], further[m][n]] for m, n in rows])
+        matrix = np.array([[*shares[m][n][:candidates], further[m][n]] for m, n in rows])
         found, *_ = np.linalg.lstsq(matrix, np.array([median[row] for row in rows]), rcond=None)
         costs.append(np.maximum(found, 0.0).tolist())
     errors = []
     for m in range(count - _CHECKS, count):
         rows = ([*shares[m][n][: len(sizes)], further[m][n]] for n, sizes in enumerate(blocks.sizes))
-        told = median["constant"] + sum(np.dot(row, costs[n % len(AXES)]) for n, row in enumerate(rows))
+        told = constant + sum(np.dot(row, costs[n % len(AXES)]) for n, row in enumerate(rows))
         errors.append(abs(told - median["network", m]) / median["network", m])
     check = {"networks": _CHECKS, "median_error": float(np.median(errors)), "largest_error": float(max(errors))}
     heads, widths = (tuple(found[:-1]) for found in costs)

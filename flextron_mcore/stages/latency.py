@@ -109,10 +109,10 @@ def _measured(config: DictConfig, info: Any) -> Any:
     policies = KV_POLICIES if info.space.attention_unit == "kv_group" else ("full",)
     count = (config.routed.rounds + 1) * networks_per_round(blocks) * len(policies)
     with progress_bar(total=count, desc="latency, routed", unit="network") as bar:
-        sizes, full = (config.routed.rounds, config.routed.hidden_size), table.cost().full
+        sizes, cost = (config.routed.rounds, config.routed.hidden_size), table.cost()
 
         def of(policy: str) -> RoutedTable:
-            return measure_routed(model, blocks, setting, *sizes, policy, full, config.seed, bar.update)
+            return measure_routed(model, blocks, setting, *sizes, policy, cost, config.seed, bar.update)
 
         found = {policy: on_main_process(lambda p=policy: of(p)) for policy in policies}
     return replace(table, routed={policy: found.get(policy, found["full"]) for policy in KV_POLICIES})

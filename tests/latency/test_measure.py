@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flextron_mcore.latency import measure as module
-from flextron_mcore.latency.measure import Setting, measure, time_networks
+from flextron_mcore.latency.measure import Setting, measure, time_networks, without_drift
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.space import ElasticSpace
 from tests import toy
@@ -92,3 +92,14 @@ def test_the_machine_is_named(tmp_path, clock):
     assert table.check == {} and table.machine["dtype"] == "float32" and "cores" in table.machine["device"]
     (tmp_path / "t.json").write_text(json.dumps(table.to_dict()))
     assert LatencyTable.from_file(tmp_path / "t.json", arch, space) == table
+
+
+def test_a_slow_round_does_not_count():
+    """Machine of 1, 3, 1.5 times the time, and an interruption that meets one thing only."""
+    true = {"a": [1.0, 1.2], "b": [5.0], "c": [7.0], "d": [2.0, 2.0]}
+    rounds = [{key: [slow * value for value in values] for key, values in true.items()} for slow in (1.0, 3.0, 1.5)]
+    rounds[2]["b"] = [50.0]
+    found = without_drift(rounds)
+    for key in "acd":
+        assert found[key] == pytest.approx([1.5 * value for value in true[key] * 3])  # as in the median round
+    assert found["b"] == pytest.approx([7.5, 7.5, 50.0])

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import Cost
 from flextron_mcore.latency import routed
 from flextron_mcore.latency.measure import Setting
 from flextron_mcore.latency.table import LatencyTable, RoutedTable
 from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.space import SubNetwork
 from tests import toy
-from tests.routing_toy import family, write_table
+from tests.routing_toy import family, latency, write_table
 
 
 @pytest.mark.parametrize("kind", ["prefill", "generation"])
@@ -22,7 +24,7 @@ def test_it_measures(kind, kv_policy):
     blocks = family(2)
     model, calls = toy.model(blocks.model, blocks.space), []
     setting = Setting(kind, 2, 8, 4 if kind == "generation" else 1)
-    found = routed.measure_routed(model, blocks, setting, 2, 8, kv_policy, 5.0, 0, lambda: calls.append(1))
+    found = routed.measure_routed(model, blocks, setting, 2, 8, kv_policy, latency(blocks), 0, lambda: calls.append(1))
     assert len(calls) == 3 * routed.networks_per_round(blocks)
     assert len(found.heads) == len(found.ffn_hidden_size) == 4 and len(found.further) == 2
     assert min(*found.heads, *found.ffn_hidden_size, *found.further) >= 0
@@ -46,12 +48,17 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
                 found.append(float(costs[axis][levels.numpy()].mean()) + further[axis] * (len(levels[:8].unique()) - 1))
         return found
 
-    def whole(run) -> float:
-        return 7.0 + sum(parts(model)) if model.decoder.layers[0].mlp.routing else 33.0
+    static = Cost("latency", blocks.model, blocks.space, 7.0, *map(tuple, costs.tolist()))
 
+    def whole(run) -> float:
+        if model.decoder.layers[0].mlp.routing:
+            return 7.0 + sum(parts(model))
+        return 7.0 + sum(static.layer(layer.mlp.choice or full) for layer in model.decoder.layers)
+
+    full = SubNetwork.full(blocks.model).layers[0]
     monkeypatch.setattr(routed, "time_blocks", lambda model, run: ([2 * part for part in parts(model)], 14.0))
     monkeypatch.setattr(routed, "time_run", lambda run: 2 * whole(run))
-    found = routed.measure_routed(model, blocks, setting, 1, 8, "full", 33.0, 0)
+    found = routed.measure_routed(model, blocks, setting, 1, 8, "full", static, 0)
     assert found.heads == pytest.approx(costs[0]) and found.ffn_hidden_size == pytest.approx(costs[1])
     assert found.further == pytest.approx(further)
     assert found.check["largest_error"] < 1e-9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -141,15 +143,9 @@ def test_all_tokens_at_one_level_are_the_static_sub_network(attention, kv_policy
     set_subnetwork(model, None)
 
 
-@pytest.mark.parametrize("kv_policy", KV_POLICIES)
-@pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_decoding_is_prefill(kind, attention, kv_policy):
-    arch, space = case(kind, attention)
-    model, (tokens, positions) = toy.model(arch, space), toy.inputs()
-    levels, sizes = levels_of(space, arch.num_layers, 5)
-    context, prompt, found = StaticInferenceContext(len(tokens), toy.LENGTH), 7, []
-    routing = Fixed(levels, kv_policy, sizes)
+def decoded(model: torch.nn.Module, routing: Fixed, tokens: torch.Tensor, positions: torch.Tensor, prompt: int):
+    """Logits after a prompt and after each of the tokens that follow one by one, the same of one pass, and the cache."""
+    context, found = StaticInferenceContext(len(tokens), toy.LENGTH), []
     with torch.no_grad(), use_subnetwork(model, routing):
         expected = model(tokens, positions, None)
         for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, toy.LENGTH))]:
@@ -160,12 +156,60 @@ def test_decoding_is_prefill(kind, attention, kv_policy):
             found.append(logits[:, -1])
             context.sequence_len_offset = end
             context.enable_decode_mode()
-    torch.testing.assert_close(torch.stack(found, 1), expected[:, prompt - 1 :], atol=1e-5, rtol=0)
+    return torch.stack(found, 1), expected[:, prompt - 1 :], context
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_decoding_is_prefill(kind, attention, kv_policy):
+    arch, space = case(kind, attention)
+    model, (tokens, positions) = toy.model(arch, space), toy.inputs()
+    levels, sizes = levels_of(space, arch.num_layers, 5)
+    found, expected, context = decoded(model, Fixed(levels, kv_policy, sizes), tokens, positions, 7)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     if kv_policy == "own" and space.attention_unit == "kv_group":
         for number, caches in context.key_value_memory_dict.items():
             used = levels[2 * (number - 1)]
             for level, cache in enumerate(caches):
                 assert (cache.counts_B == (used >= level).sum(0)).all()
+
+
+@pytest.mark.parametrize("kv_policy", KV_POLICIES)
+@pytest.mark.parametrize("occurring", [(0, 3), (1, 2), (-1, 2), (1,)])
+def test_levels_that_nobody_chooses_are_no_products(occurring, kv_policy, monkeypatch):
+    """Fewer products, and no keys for heads that nobody uses; the same results, also in front of a cache and behind it."""
+    arch, space = case("llama", "mha")
+    model, (tokens, positions) = toy.model(arch, space), toy.inputs()
+    drawn, sizes = levels_of(space, arch.num_layers, 4)
+    levels = torch.tensor(occurring)[drawn % len(occurring)]
+    shapes: list[list[torch.Size]] = []
+
+    def watched(hidden, *parts, rows, forward):
+        products = forward(hidden, *parts, rows=rows)
+        shapes.append([product.shape for product in products])
+        return products
+
+    with monkeypatch.context() as patch, use_subnetwork(model, Fixed(levels, kv_policy, sizes)):
+        for layer in model.decoder.layers:
+            linear_qkv = layer.self_attention.linear_qkv
+            patch.setattr(linear_qkv, "forward", partial(watched, forward=linear_qkv.forward))
+        found = model(tokens, positions, None)
+    routed = [level for level in occurring if level >= 0]
+    joint = kv_policy == "full" and occurring[0] == -1  # keys and values of all, but queries of none of them
+    assert all(len(row) == len(routed) + joint for row in shapes)
+    if kv_policy == "full":
+        groups = routed[-1] + 1
+        lowest = 0 if occurring[0] == -1 else (routed[0] + 1)
+        assert all(row[0][-1] == (2 * groups + lowest) * arch.kv_channels for row in shapes)
+    actual = gradients(model, found)
+    expected = oracle(model, levels, space, kv_policy, tokens, positions)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for name, wanted in gradients(model, expected).items():
+        torch.testing.assert_close(actual[name], wanted, atol=1e-5 * max(wanted.abs().max().item(), 1), rtol=1e-4, msg=name)
+    if occurring[0] >= 0:
+        levels[:, 7:] = drawn[:, 7:]  # a prompt of few levels, and all levels after it
+        torch.testing.assert_close(*decoded(model, Fixed(levels, kv_policy, sizes), tokens, positions, 7)[:2], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)

@@ -8,8 +8,9 @@ Shape suffixes: N blocks or axes, K candidates of the one that has most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,11 @@ class Blocks:
         """What each candidate adds to a network's cost; 0 where there is none. `cost.constant` comes on top."""
         return table([getattr(cost, axis) for _ in range(self.model.num_layers) for axis in AXES], 0.0)
 
+    @property
+    def size_NK(self) -> np.ndarray:
+        """Each candidate's share of its block."""
+        return table([[size / sizes[-1] for size in sizes] for sizes in self.sizes], 1.0)
+
     def network(self, indices_N: Sequence[int]) -> SubNetwork:
         """The sub-network of these candidates."""
         heads, widths = self.space.heads, self.space.ffn_hidden_size
@@ -76,6 +82,25 @@ class Blocks:
         indices = self.indices(net)
         indices[block] = candidate
         return self.network(indices)
+
+
+# What adds to a block's cost where its tokens differ: that they do; each level beyond the first that occurs; and the share of the
+# block that lies between a token's own level and the highest that occurs (with `kv_policy=full` its keys and values are written).
+MIXED = ("differ", "level", "above")
+
+
+def mixed_N3(share_NK: Any, size_NK: np.ndarray, occurs: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
+    """How much there is of each of MIXED in every block: [N] each. For NumPy arrays and tensors.
+
+    share_NK: the share of tokens at each level. size_NK: what share of the block that is. occurs: how much something occurs that
+    a share of the tokens have, 0 for none of them and 1 for many.
+    """
+    further_N = (occurs(share_NK).sum(-1) - 1).clip(0, None)
+    at_least_NK = 1 - share_NK.cumsum(-1) + share_NK
+    step_NK = size_NK - np.pad(size_NK, ((0, 0), (1, 0)))[:, :-1]
+    if not isinstance(share_NK, np.ndarray):
+        size_NK, step_NK = (share_NK.new_tensor(values) for values in (size_NK, step_NK))
+    return further_N.clip(0, 1), further_N, (occurs(at_least_NK) * step_NK - share_NK * size_NK).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ class Cost:
     """A sum: a constant, and for every executed layer that of its attention block and that of its MLP block.
 
     name: a key of OWN_UNITS, which has the unit. heads, ffn_hidden_size: the cost of each candidate of `space`, in its order,
-    with all hidden channels. narrow: the same for every smaller hidden size of the space. further: where tokens choose for
-    themselves, what every level beyond the first adds that occurs among the `tokens` of a pass, in attention and in MLP blocks.
+    with all hidden channels. narrow: the same for every smaller hidden size of the space. mixed: where tokens choose for
+    themselves, what each of the MIXED adds (blocks.py), in attention and in MLP blocks, in a pass of so many `tokens`.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Cost:
     heads: tuple[float, ...]
     ffn_hidden_size: tuple[float, ...]
     narrow: tuple[tuple[int, Cost], ...] = ()
-    further: tuple[float, float] = (0.0, 0.0)
+    mixed: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
     tokens: int = 1
 
     def at(self, hidden_size: int) -> Cost:

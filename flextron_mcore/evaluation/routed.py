@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.blocks import AXES, Blocks, mixed_N3
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost
 from flextron_mcore.evaluation.perplexity import evaluate
@@ -34,11 +34,13 @@ class Routed:
 def average(cost: Cost, blocks: Blocks, share_NK: np.ndarray) -> float:
     """A token's average cost for a mix of levels, in the cost's unit: a sum over blocks, as that of a sub-network is.
 
-    Where levels cost something that occur in a pass: those that would in one of tokens that chose independently.
+    Where it costs something that tokens differ: as in a pass of tokens that chose independently.
     """
-    occurring_NK = 1 - (1 - share_NK) ** cost.tokens
-    further_N = np.resize(cost.further, blocks.count) * np.maximum(occurring_NK.sum(-1) - 1, 0)
-    return cost.constant + float((share_NK * blocks.costs_NK(cost)).sum() + further_N.sum())
+    total = cost.constant + float((share_NK * blocks.costs_NK(cost)).sum())
+    found = mixed_N3(share_NK, blocks.size_NK, lambda share: 1 - (1 - share) ** cost.tokens)
+    for axis, costs in enumerate(cost.mixed):
+        total += sum(value * float(much_N[axis :: len(AXES)].sum()) for value, much_N in zip(costs, found, strict=False))
+    return total
 
 
 def evaluate_routed(

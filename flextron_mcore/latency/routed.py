@@ -1,9 +1,10 @@
 """What blocks cost whose tokens choose for themselves: routers, grouping and all (layers/dispatch.py).
 
-A block's time is the sum over levels of the share of tokens there times a cost of the level, plus one cost for every level
-beyond the first that occurs, which is a product of its own (layers/dispatch.py). These costs are fitted (least squares) to blocks
-timed in whole networks, with many mixes of one level, a few or all, and checked against whole networks with other mixes. A
-machine is not as fast all the time: some static networks are timed beside them, and all is in proportion to their costs.
+A block's time is the sum over levels of the share of tokens there times a cost of the level, and where tokens differ what MIXED
+(blocks.py) adds: levels that occur are products of their own (layers/dispatch.py). These costs are fitted (least squares, none
+below 0) to blocks timed in whole networks, with many mixes of one level, a few or all, and checked against whole networks with
+other mixes. A machine is not as fast all the time: some static networks are timed beside them, and all is in proportion to their
+costs.
 
 Shape suffixes: M mixes, N blocks, K candidates, S sequence, B batch, D hidden channels.
 """
@@ -15,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 
-from flextron_mcore.blocks import AXES, Blocks
+from flextron_mcore.blocks import AXES, MIXED, Blocks, mixed_N3
 from flextron_mcore.cost import Cost
 from flextron_mcore.latency.measure import Setting, runner, time_blocks, time_run, without_drift
 from flextron_mcore.latency.table import RoutedTable
@@ -62,16 +64,16 @@ def measure_routed(
     length = setting.prompt_length + setting.generated_tokens - 1
     u_NSB = torch.from_numpy(generator.random((blocks.count, length, setting.batch_size)))
     router = random_router(blocks.model.hidden_size, hidden_size, width)
-    routings, shares, further = [], [], []
+    routings, rows_MN = [], []
     for mix_NK in mixes_MNK:
         edges_NK = torch.from_numpy(mix_NK.cumsum(-1)[:, :-1])
         levels_NSB = (u_NSB[..., None] > edges_NK[:, None, None]).sum(-1)
         routings.append(GivenLevels(levels_NSB.to(device()), kv_policy, router))
         counted = torch.nn.functional.one_hot(levels_NSB, mix_NK.shape[-1]).double().mean((1, 2))
-        shares.append(counted.numpy())
-        # Of single tokens that follow a prompt, hardly more than one level occurs at a time.
-        first_NSB = levels_NSB[:, : setting.prompt_length]
-        further.append([len(first_SB.unique()) - 1 for first_SB in first_NSB])
+        # Single tokens that follow a prompt hardly differ from others of their pass.
+        first = torch.nn.functional.one_hot(levels_NSB[:, : setting.prompt_length], width).double().mean((1, 2))
+        much_N3 = np.stack(mixed_N3(first.numpy(), blocks.size_NK, lambda share: (share > 1e-9).astype(float)), -1)
+        rows_MN.append([[*counted[n, : len(sizes)], *much_N3[n]] for n, sizes in enumerate(blocks.sizes)])
     networks, times = [*routings, *known], []
     for round_ in range(rounds + 1):
         found: dict[Any, list[float]] = {}
@@ -92,19 +94,17 @@ def measure_routed(
     constant = float(np.median([median["constant", m] for m in range(count - _CHECKS)]))
     costs = []
     for axis in range(len(AXES)):
-        candidates = len(blocks.sizes[axis])
         rows = [(m, n) for m in range(count - _CHECKS) for n in range(axis, blocks.count, len(AXES))]
-        matrix = np.array([[*shares[m][n][:candidates], further[m][n]] for m, n in rows])
-        found, *_ = np.linalg.lstsq(matrix, np.array([median[row] for row in rows]), rcond=None)
-        costs.append(np.maximum(found, 0.0).tolist())
+        found, _ = nnls(np.array([rows_MN[m][n] for m, n in rows]), np.array([median[row] for row in rows]))
+        costs.append(found.tolist())
     errors = []
     for m in range(count - _CHECKS, count):
-        rows = ([*shares[m][n][: len(sizes)], further[m][n]] for n, sizes in enumerate(blocks.sizes))
-        told = constant + sum(np.dot(row, costs[n % len(AXES)]) for n, row in enumerate(rows))
+        told = constant + sum(np.dot(row, costs[n % len(AXES)]) for n, row in enumerate(rows_MN[m]))
         errors.append(abs(told - median["network", m]) / median["network", m])
     check = {"networks": _CHECKS, "median_error": float(np.median(errors)), "largest_error": float(max(errors))}
-    heads, widths = (tuple(found[:-1]) for found in costs)
-    return RoutedTable(hidden_size, heads, widths, tuple(found[-1] for found in costs), check)
+    heads, widths = (tuple(found[: -len(MIXED)]) for found in costs)
+    attention, mlp = (tuple(found[-len(MIXED) :]) for found in costs)
+    return RoutedTable(hidden_size, heads, widths, (attention, mlp), check)
 
 
 def random_router(channels: int, hidden_size: int, width: int) -> Callable[[int, torch.Tensor], torch.Tensor]:

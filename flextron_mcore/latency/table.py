@@ -53,14 +53,14 @@ class RoutedTable:
     """What a block costs in milliseconds whose tokens choose for themselves, routing included.
 
     hidden_size: of the routers. heads, ffn_hidden_size: of the space's candidates, if all tokens are of that level; for mixes
-    their mean, and `further` (attention, MLP) for each level beyond the first that occurs. check: errors of sums against whole
+    their mean, and what each of MIXED (blocks.py) adds, in attention and in MLP blocks. check: errors of sums against whole
     networks.
     """
 
     hidden_size: int
     heads: tuple[float, ...]
     ffn_hidden_size: tuple[float, ...]
-    further: tuple[float, float]
+    mixed: tuple[tuple[float, ...], tuple[float, ...]]
     check: Mapping[str, float]
 
 
@@ -86,7 +86,7 @@ class LatencyTable:
         """The same for tokens that choose for themselves. Raises KeyError where that was not measured."""
         routed, tokens = self.routed[kv_policy], self.setting["batch_size"] * self.setting["prompt_length"]
         levels = {"heads": routed.heads, "ffn_hidden_size": routed.ffn_hidden_size}
-        return replace(self.cost(), **levels, further=routed.further, tokens=tokens)
+        return replace(self.cost(), **levels, mixed=routed.mixed, tokens=tokens)
 
     def cost(self) -> Cost:
         """The table as a cost, in milliseconds."""
@@ -121,7 +121,10 @@ class LatencyTable:
             "check": dict(self.check),
             **self._rows(self.model.hidden_size),
             **({"narrow": narrow} if narrow else {}),
-            "routed": {policy: asdict(routed) for policy, routed in self.routed.items()},
+            "routed": {
+                policy: {**asdict(routed), "mixed": dict(zip(("attention", "mlp"), routed.mixed, strict=True))}
+                for policy, routed in self.routed.items()
+            },
             "model": self.model.to_dict(),
             "space": self.space.to_dict(),
         }
@@ -242,9 +245,9 @@ def _check_candidates(path: str | Path, axis: str, known: Mapping[int, Any], wan
 
 
 def _routed(path: str | Path, row: Mapping[str, Any], space: ElasticSpace) -> RoutedTable:
-    if "further" not in row:
+    if "mixed" not in row:
         raise FlextronError(f"{path}: its `routed` part is of an earlier version: measure again, or remove that part")
-    attention, mlp = map(float, row["further"])
+    attention, mlp = (tuple(map(float, row["mixed"][block])) for block in ("attention", "mlp"))
     heads, widths = tuple(map(float, row["heads"])), tuple(map(float, row["ffn_hidden_size"]))
     if (len(heads), len(widths)) != (len(space.heads), len(space.ffn_hidden_size)):
         raise ValueError("the routed part is of another space")

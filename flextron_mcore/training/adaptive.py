@@ -20,7 +20,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.blocks import AXES, MIXED, Blocks, mixed_N3
 from flextron_mcore.cost import Cost
 from flextron_mcore.evaluation.routed import average, total_counts
 from flextron_mcore.pipeline.networks import Watch
@@ -37,7 +37,7 @@ from flextron_mcore.routers.store import (
 from flextron_mcore.selection.routed import target_of
 from flextron_mcore.training.token_surrogate import SurrogateSettings, TokenSurrogate, mine
 
-# The share of a block's tokens at which a level counts as half occurring, in training: that it occurs or not has no slope.
+# The share of a block's tokens at which something counts as half occurring, in training: that it does or not has no slope.
 _HALF = 0.05
 
 
@@ -83,8 +83,11 @@ class AdaptiveLearner:
         counts = counted[info.kv_policy]
         spent = [blocks.costs_NK(cost) / span for cost, span in zip(counts, spans, strict=True)]
         self.spent_CNK = torch.tensor(np.array(spent), dtype=torch.float32, device=device)
-        further = [np.resize(cost.further, blocks.count) / span for cost, span in zip(counts, spans, strict=True)]
-        self.further_CN = torch.tensor(np.array(further), dtype=torch.float32, device=device)
+        mixed = [
+            [[value / span for value in cost.mixed[n % len(AXES)] or (0.0,) * len(MIXED)] for n in range(blocks.count)]
+            for cost, span in zip(counts, spans, strict=True)
+        ]
+        self.mixed_CN3 = torch.tensor(mixed, dtype=torch.float32, device=device)
         starts = [(mix.constant - cost.smallest) / span for mix, cost, span in zip(counts, self.costs, spans, strict=True)]
         self.start_C = torch.tensor(starts, device=device)
         bounds = [
@@ -159,13 +162,14 @@ class AdaptiveLearner:
                 counts_NK[seen.block] += torch.bincount(seen.levels_SB[seen.counted_SB], minlength=counts_NK.shape[1])
             counts_NK = total_counts(counts_NK)
             tokens = counts_NK.sum(-1).max()
-            spent_C = average_cost(counts_NK, self.spent_CNK, self.further_CN, self.start_C)
+            share_NK = (counts_NK / counts_NK.sum(-1, keepdim=True).clamp_min(1)).float()
+            spent_C = self.start_C + (share_NK * self.spent_CNK).sum((-1, -2)) + self._mixed(share_NK)
             spent_TC.append(spent_C)
             over_C = spent_C - routing.target_C
             # Of several costs the one that is nearest to its target is to reach it; none may exceed it.
             slope_C = torch.where((over_C > 0) | (over_C == over_C.max()), over_C.sign(), 0.0)
-            slope_CNK = self.spent_CNK + self.further_CN[..., None] * self._occurring_slope(learned, routing)
-            price_NK = (slope_C[:, None, None] * slope_CNK).sum(0) * self.settings.constraint_weight * self.scale
+            price_NK = (slope_C[:, None, None] * self.spent_CNK).sum(0) + self._mixed_slope(slope_C, learned, routing)
+            price_NK = price_NK * self.settings.constraint_weight * self.scale
             for seen in learned:
                 value_SBK = self.surrogate.values(t, seen) if self.surrogate else self._straight_through(seen)
                 self._backward(seen, routing, value_SBK + price_NK[seen.block], float(tokens) * len(self.drawn))
@@ -189,24 +193,30 @@ class AdaptiveLearner:
             torch.distributed.all_reduce(part_SBK, group=parallel_state.get_tensor_model_parallel_group())
         return mine(part_SBK.cumsum(-1), self.sequence_parallel)
 
-    @torch.no_grad()
-    def _occurring_slope(self, learned: Sequence[Seen], routing: TokenRouting) -> Tensor:
-        """The slope of `occurring` by each level's probability, [N, K], at their mean over tokens: counts are too coarse."""
+    def _mixed(self, share_NK: Tensor) -> Tensor:
+        """What it adds to a token's average cost [C] that tokens differ."""
+        much_N3 = torch.stack(mixed_N3(share_NK, self.blocks.size_NK, occurring), -1)
+        return (much_N3 * self.mixed_CN3).sum((-1, -2))
+
+    def _mixed_slope(self, slope_C: Tensor, learned: Sequence[Seen], routing: TokenRouting) -> Tensor:
+        """The slope of that by each level's probability, [N, K], at their mean over tokens: counts are too coarse."""
         total_NK = torch.zeros_like(routing.counts_NK)
-        if not self.further_CN.any():
+        if not self.mixed_CN3.any():
             return total_NK.float()
         tokens_N1 = torch.zeros_like(total_NK[:, :1])
-        for seen in learned:
-            logits_SBK = self.routers(seen.block, seen.hidden_SBD, routing.target_C, routing.start_NK)
-            counted_SB = mine(seen.counted_SB, self.sequence_parallel)
-            total_NK[seen.block] += logits_SBK.softmax(-1)[counted_SB].sum(0)
-            tokens_N1[seen.block] += counted_SB.sum()
-        sums = torch.cat([total_NK, tokens_N1], -1)
-        if self.sequence_parallel:
-            torch.distributed.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
-        sums = total_counts(sums)
-        share_NK = sums[:, :-1] / sums[:, -1:].clamp_min(1)
-        return (_HALF * (1 + _HALF) / (share_NK + _HALF) ** 2).float()
+        with torch.no_grad():
+            for seen in learned:
+                logits_SBK = self.routers(seen.block, seen.hidden_SBD, routing.target_C, routing.start_NK)
+                counted_SB = mine(seen.counted_SB, self.sequence_parallel)
+                total_NK[seen.block] += logits_SBK.softmax(-1)[counted_SB].sum(0)
+                tokens_N1[seen.block] += counted_SB.sum()
+            sums = torch.cat([total_NK, tokens_N1], -1)
+            if self.sequence_parallel:
+                torch.distributed.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
+            sums = total_counts(sums)
+        share_NK = (sums[:, :-1] / sums[:, -1:].clamp_min(1)).float().requires_grad_()
+        (slope_NK,) = torch.autograd.grad((self._mixed(share_NK) * slope_C).sum(), share_NK)
+        return slope_NK
 
     def _backward(self, seen: Seen, routing: TokenRouting, loss_SBK: Tensor, tokens: float) -> None:
         """Gradient of the expected loss, and price, under the router's own probabilities; mean over tokens."""
@@ -251,15 +261,8 @@ class AdaptiveLearner:
         return ends[:, 0] + targets_TC * (ends[:, 1] - ends[:, 0])
 
 
-def average_cost(counts_NK: Tensor, spent_CNK: Tensor, further_CN: Tensor, start_C: Tensor) -> Tensor:
-    """A token's average cost [C]: what its blocks cost, what further levels that occur add, and the constant part."""
-    share_NK = (counts_NK / counts_NK.sum(-1, keepdim=True).clamp_min(1)).to(spent_CNK.dtype)
-    further_N = (occurring(share_NK).sum(-1) - 1).clamp_min(0)
-    return start_C + (share_NK * spent_CNK).sum((-1, -2)) + (further_N * further_CN).sum(-1)
-
-
 def occurring(share: Tensor) -> Tensor:
-    """Of a level that this share of a block's tokens has, how much it occurs: 0 for no token, and nearly 1 unless they are few.
+    """How much something occurs that this share of a block's tokens have: 0 for none, and nearly 1 unless they are few.
 
     Smooth, since exploration gives every level some tokens.
     """

@@ -74,7 +74,7 @@ def routed_checkpoint(
         torch.nn.init.normal_(routers.out_NKU, std=2.0)
         torch.nn.init.normal_(routers.bias_NK, std=0.3)
     row = {"hidden_size": 8, "heads": [2 + i for i in range(len(info.space.heads))], "ffn_hidden_size": [1, 3, 5, 6]}
-    row |= {"further": [0.7, 0.3], "check": {}}
+    row |= {"mixed": {"attention": [0.7, 0.3, 0.9], "mlp": [0.1, 0.2, 0.4]}, "check": {}}
     changes = {"routed": dict.fromkeys(KV_POLICIES, row)} if counted else {}
     file = write_table(info.path, root / "latency.json", **changes) if "latency" in costs else None
     table = LatencyTable.from_file(file, info.model, info.space).to_dict() if file else None
@@ -268,7 +268,7 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
     _, known = selected(info)
     table = LatencyTable.from_file(tmp_path / "latency.json", info.model, info.space)
     known["latency"] = choice.counted_cost(known["latency"], table, kv_policy)
-    assert any(known["latency"].further) is counted
+    assert bool(known["latency"].mixed[0]) is counted
     for budget in (0.6, 0.75, 0.9):
         model.set_budget(budget, adaptive=True)
         routing = TokenRouting(routers, torch.tensor([target_for(described.calibration, budget)]), kv_policy)

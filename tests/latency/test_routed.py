@@ -26,18 +26,21 @@ def test_it_measures(kind, kv_policy):
     setting = Setting(kind, 2, 8, 4 if kind == "generation" else 1)
     found = routed.measure_routed(model, blocks, setting, 2, 8, kv_policy, latency(blocks), 0, lambda: calls.append(1))
     assert len(calls) == 3 * routed.networks_per_round(blocks)
-    assert len(found.heads) == len(found.ffn_hidden_size) == 4 and len(found.further) == 2
-    assert min(*found.heads, *found.ffn_hidden_size, *found.further) >= 0
+    assert len(found.heads) == len(found.ffn_hidden_size) == 4 and [len(costs) for costs in found.mixed] == [3, 3]
+    assert min(*found.heads, *found.ffn_hidden_size, *found.mixed[0], *found.mixed[1]) >= 0
     assert max(found.heads) > 0 and found.check["median_error"] >= 0 and found.hidden_size == 8
     assert all(layer.mlp.routing is None for layer in model.decoder.layers)
 
 
 @pytest.mark.parametrize("setting", [Setting("prefill", 2, 8), Setting("generation", 2, 8, 4)], ids=lambda setting: setting.kind)
 def test_costs_of_levels_are_found(setting, monkeypatch):
-    """A clock that knows what levels cost: attention 1, 2, 3, 4 and MLPs 2, 3, 5, 9 ms, for the share of tokens at each, and half
-    a millisecond and 3 for each further one among the tokens of the prompt. It runs at half the speed of the table's."""
+    """A clock that knows what levels cost, for the share of tokens at each: attention 1, 2, 3, 4 and MLPs 2, 3, 5, 9 ms.
+
+    Where those of the prompt differ 0.5 and 3 ms, as much again for each further level, and 2 and 0.1 ms times what lies above a
+    token's. It runs at half the speed of the table's.
+    """
     blocks = family(2)
-    costs, further = np.array([[1.0, 2, 3, 4], [2, 3, 5, 9]]), (0.5, 3.0)
+    costs, mixed = np.array([[1.0, 2, 3, 4], [2, 3, 5, 9]]), ((0.5, 0.5, 2.0), (3.0, 3.0, 0.1))
     model = toy.model(blocks.model, blocks.space)
 
     def parts(model) -> list[float]:
@@ -45,7 +48,11 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
         for layer in model.decoder.layers:
             for axis, block in enumerate((layer.self_attention, layer.mlp)):
                 levels = block.routing.given.levels_NSB[block.routing.index]
-                found.append(float(costs[axis][levels.numpy()].mean()) + further[axis] * (len(levels[:8].unique()) - 1))
+                sizes = np.array([blocks.space.heads, blocks.space.ffn_hidden_size][axis])
+                first = levels[:8].numpy()
+                further = len(np.unique(first)) - 1
+                above = (sizes[first.max()] - sizes[first].mean()) / sizes[-1]
+                found.append(float(costs[axis][levels.numpy()].mean()) + np.dot(mixed[axis], [further > 0, further, above]))
         return found
 
     static = Cost("latency", blocks.model, blocks.space, 7.0, *map(tuple, costs.tolist()))
@@ -60,7 +67,7 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
     monkeypatch.setattr(routed, "time_run", lambda run: 2 * whole(run))
     found = routed.measure_routed(model, blocks, setting, 1, 8, "full", static, 0)
     assert found.heads == pytest.approx(costs[0]) and found.ffn_hidden_size == pytest.approx(costs[1])
-    assert found.further == pytest.approx(further)
+    assert [*found.mixed[0], *found.mixed[1]] == pytest.approx([*mixed[0], *mixed[1]])
     assert found.check["largest_error"] < 1e-9
 
 
@@ -73,16 +80,18 @@ def test_the_table_keeps_them(tmp_path):
     file = write_table(toy_run, tmp_path / "latency.json")
     values = json.loads(file.read_text())
     assert values["routed"] == {}
-    row = {"hidden_size": 8, "heads": [1, 2, 3, 4], "ffn_hidden_size": [2, 3, 4, 5], "further": [0.5, 0.25]}
-    row["check"] = {"median_error": 0.01}
+    row = {"hidden_size": 8, "heads": [1, 2, 3, 4], "ffn_hidden_size": [2, 3, 4, 5], "check": {"median_error": 0.01}}
+    row["mixed"] = {"attention": [0.5, 0.25, 1], "mlp": [0, 0.1, 0]}
     file.write_text(json.dumps({**values, "routed": {"own": row}}))
     table = LatencyTable.from_file(file, blocks.model, blocks.space)
-    costs = (1.0, 2.0, 3.0, 4.0), (2.0, 3.0, 4.0, 5.0), (0.5, 0.25)
+    costs = (1.0, 2.0, 3.0, 4.0), (2.0, 3.0, 4.0, 5.0), ((0.5, 0.25, 1.0), (0.0, 0.1, 0.0))
     assert table.routed == {"own": RoutedTable(8, *costs, {"median_error": 0.01})}
-    assert (table.routed_cost("own").further, table.routed_cost("own").tokens) == ((0.5, 0.25), 8)
+    assert (table.routed_cost("own").mixed, table.routed_cost("own").tokens) == (costs[2], 8)
+    file.write_text(json.dumps(table.to_dict()))
+    assert LatencyTable.from_file(file, blocks.model, blocks.space) == table
     assert table.routed_cost("own").full == table.cost().constant + 2 * 9
     assert table.to_dict()["routed"]["own"]["heads"] == (1.0, 2.0, 3.0, 4.0)
-    older = {key: value for key, value in row.items() if key != "further"}
+    older = {key: value for key, value in row.items() if key != "mixed"}
     for bad, message in (
         ({**row, "heads": [1, 2]}, "is not a latency table"),
         (older, "is of an earlier version: measure again"),

@@ -95,16 +95,23 @@ def test_the_average_cost_of_a_pure_mix_is_the_networks(made):
     assert average(cost, blocks, (pure + full) / 2) == pytest.approx((cost.of(net) + cost.full) / 2)
 
 
-def test_levels_that_occur_cost_something():
-    """For each beyond the first, as far as a pass has tokens that choose it: attention 3 ms, MLPs 5 ms."""
-    blocks = family(2)
+@pytest.mark.parametrize(
+    "which, added",
+    [  # of attention, MLP, attention, MLP below
+        (0, 3 * 1 + 5 * 1 + 3 * 0 + 5 * (1 - 0.999**1000)),
+        (1, 3 * 1 + 5 * 3 + 3 * 0 + 5 * (1 - 0.999**1000)),
+        (2, 3 * 0.125 + 5 * 0.375 + 3 * 0 + 5 * (0.25 + (1 - 0.999**1000) * 0.75 - (0.999 * 0.25 + 0.001))),
+    ],
+)
+def test_it_costs_something_that_tokens_differ(which, added):
+    """That they do, each further level, and what lies above a token's own: as far as a pass has tokens of a level."""
+    blocks = family(2)  # sizes are a fourth, a half, three fourths and all
     cost = latency(blocks)
-    further = replace(cost, further=(3.0, 5.0), tokens=1000)
+    mixed = replace(cost, mixed=tuple(tuple(value * (i == which) for i in range(3)) for value in (3.0, 5.0)), tokens=1000)
     pure, share_NK = np.eye(4)[[0, 1, 2, 3]], np.array([[0.5, 0.5, 0, 0], [0.25] * 4, [0, 0, 0, 1], [0.999, 0, 0, 0.001]])
-    assert average(further, blocks, pure) == average(cost, blocks, pure)
-    added = average(further, blocks, share_NK) - average(cost, blocks, share_NK)
-    assert added == pytest.approx(3 + 3 * 5 + 5 * (1 - 0.999**1000), rel=1e-6)
-    alone = replace(further, tokens=1)  # a token has one level
+    assert average(mixed, blocks, pure) == pytest.approx(average(cost, blocks, pure))
+    assert average(mixed, blocks, share_NK) - average(cost, blocks, share_NK) == pytest.approx(added, rel=1e-6)
+    alone = replace(mixed, tokens=1)  # a token has one level
     assert average(alone, blocks, share_NK) == pytest.approx(average(cost, blocks, share_NK))
 
 

@@ -190,8 +190,8 @@ def test_bad_input_to_evaluate(chain, routed, tmp_path, run, keys, message):
 def test_a_table_that_counts_other_routers(chain, routed, tmp_path, capsys):
     info = open_checkpoint(routed / "static")
     cost = LatencyTable.from_file(info.path / "latency.json", info.model, info.space).cost()
-    same = {"hidden_size": 32, "heads": list(cost.heads), "ffn_hidden_size": list(cost.ffn_hidden_size), "further": [0, 0]}
-    same["check"] = {}
+    same = {"hidden_size": 32, "heads": list(cost.heads), "ffn_hidden_size": list(cost.ffn_hidden_size), "check": {}}
+    same["mixed"] = {"attention": [0, 0, 0], "mlp": [0, 0, 0]}
     table = write_table(routed / "static", tmp_path / "latency.json", routed={"full": same})
     keys = [*adaptive_keys(chain, routed), f"latency={table}", "trainer.max_steps=1"]
     for size in (32, 16):

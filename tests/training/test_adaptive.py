@@ -19,17 +19,18 @@ def learned(
     level: int,
     target: float,
     weight: float = 0.0,
-    further: float = 0.0,
+    mixed: tuple[float, ...] = (),
     start: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The levels [blocks, S] that tokens learn whose parts change the loss by `parts` [S][K], all of them being at `level`.
 
-    further: what each level adds that occurs, as a part of the full model's cost. start: logits [K] that they start from.
+    mixed: what it adds that tokens differ, as parts of the full model's cost. start: logits [K] that they start from.
     """
     torch.manual_seed(0)
     blocks = family(1)
     cost = latency(blocks)
-    counted = replace(cost, further=(further * cost.full,) * 2, tokens=len(parts))
+    mixed = tuple(value * cost.full for value in mixed)
+    counted = replace(cost, mixed=(mixed, mixed), tokens=len(parts))
     info = RouterInfo(("latency",), ((cost.smallest / cost.full, 1.0),), 8, {}, "adaptive")
     routers = AdaptiveRouters(blocks, 1, 8, StaticRouters(blocks, 1, 8))
     settings = AdaptiveSettings(targets_per_step=1, lr=0.05, constraint_weight=weight)
@@ -61,9 +62,9 @@ def test_the_price_pulls_to_the_budget(level, target, wanted):
     assert (learned([[0.0] * 4] * 3, level, target, weight=16.0) == wanted).all()
 
 
-@pytest.mark.parametrize("further, wanted", [(0.0, {0, 3}), (0.3, {0})])
-def test_a_level_must_be_worth_that_it_occurs(further, wanted):
+@pytest.mark.parametrize("mixed, wanted", [((), {0, 3}), ((12, 0, 0), {0}), ((0, 12, 0), {0}), ((0, 0, 40), {0})])
+def test_it_must_be_worth_that_tokens_differ(mixed, wanted):
     """One token of eight wants all parts, and gets them unless a second level costs more than they bring."""
     parts = [[0.0, -0.4, -0.4, -0.4], *[[0.0] * 4] * 7]
-    chosen = learned(parts, level=0, target=0.0, weight=0.1, further=further, start=torch.tensor([1.0, 0, 0, 0]))
+    chosen = learned(parts, level=0, target=-0.1, weight=0.5, mixed=mixed, start=torch.tensor([1.0, 0, 0, 0]))
     assert all(set(levels.tolist()) == wanted for levels in chosen), chosen

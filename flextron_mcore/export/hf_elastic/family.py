@@ -163,7 +163,7 @@ def _adaptive(
     if table and described.costs[0] == "latency":
         for policy in table.routed:
             cost = table.routed_cost(policy)
-            counted[policy] = {**_sums(cost), "further": list(cost.further), "tokens": cost.tokens}
+            counted[policy] = {**_sums(cost), "mixed": [list(costs) for costs in cost.mixed], "tokens": cost.tokens}
     return {
         "cost": described.costs[0],
         "kv_policy": described.kv_policy,

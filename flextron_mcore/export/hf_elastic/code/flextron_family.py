@@ -145,11 +145,14 @@ class Family:
         cost = self.costs[name]
         if name == self.adaptive["cost"]:
             cost = self.adaptive["counted"].get(kv_policy, cost)
-        rows, further, tokens = (cost["heads"], cost["ffn_hidden_size"]), cost.get("further", (0.0, 0.0)), cost.get("tokens", 1)
+        rows, mixed, tokens = (cost["heads"], cost["ffn_hidden_size"]), cost.get("mixed"), cost.get("tokens", 1)
+        sizes = (self.space["heads"], self.space["ffn_hidden_size"])
         total = cost["constant"]
         for i, row in enumerate(shares):
-            total += sum(share * value for share, value in zip(row, rows[i % 2], strict=False))  # rows are padded
-            total += further[i % 2] * max(sum(1 - (1 - share) ** tokens for share in row) - 1, 0)
+            row = row[: len(rows[i % 2])]  # rows are padded
+            total += sum(share * value for share, value in zip(row, rows[i % 2], strict=True))
+            if mixed:
+                total += sum(value * much for value, much in zip(mixed[i % 2], _mixed(row, sizes[i % 2], tokens), strict=True))
         return total
 
     # Budgets.
@@ -236,6 +239,17 @@ class Family:
             return points[0][1]
         (x, y), (next_x, next_y) = points[after - 1], points[after]
         return (next_y - y) / (next_x - x) * (share - x) + y
+
+
+def _mixed(row, sizes, tokens):
+    """How much a block's tokens differ, as flextron_mcore/blocks.py counts it. row: the share of tokens at each level."""
+    occurs = lambda share: 1 - (1 - share) ** tokens  # noqa: E731
+    further = max(sum(map(occurs, row)) - 1, 0)
+    above, before = 0.0, 0
+    for level, size in enumerate(sizes):
+        above += (occurs(sum(row[level:])) * (size - before) - row[level] * size) / sizes[-1]
+        before = size
+    return min(further, 1), further, above
 
 
 def show(name, value):

@@ -95,12 +95,13 @@ def mixed_N3(share_NK: Any, size_NK: np.ndarray, occurs: Callable[[Any], Any]) -
     share_NK: the share of tokens at each level. size_NK: what share of the block that is. occurs: how much something occurs that
     a share of the tokens have, 0 for none of them and 1 for many.
     """
-    further_N = (occurs(share_NK).sum(-1) - 1).clip(0, None)
+    differ_N = 1 - (1 - occurs(1 - share_NK)).sum(-1)  # no level has all tokens
+    further_N = occurs(share_NK).sum(-1) - 1
     at_least_NK = 1 - share_NK.cumsum(-1) + share_NK
     step_NK = size_NK - np.pad(size_NK, ((0, 0), (1, 0)))[:, :-1]
     if not isinstance(share_NK, np.ndarray):
         size_NK, step_NK = (share_NK.new_tensor(values) for values in (size_NK, step_NK))
-    return further_N.clip(0, 1), further_N, (occurs(at_least_NK) * step_NK - share_NK * size_NK).sum(-1)
+    return differ_N, further_N, (occurs(at_least_NK) * step_NK - share_NK * size_NK).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -66,5 +66,5 @@ def test_the_price_pulls_to_the_budget(level, target, wanted):
 def test_it_must_be_worth_that_tokens_differ(mixed, wanted):
     """One token of eight wants all parts, and gets them unless a second level costs more than they bring."""
     parts = [[0.0, -0.4, -0.4, -0.4], *[[0.0] * 4] * 7]
-    chosen = learned(parts, level=0, target=-0.1, weight=0.5, mixed=mixed, start=torch.tensor([1.0, 0, 0, 0]))
+    chosen = learned(parts, level=0, target=-0.1, weight=0.5, mixed=mixed, start=torch.tensor([3.0, 0, 0, 0]))
     assert all(set(levels.tolist()) == wanted for levels in chosen), chosen

@@ -244,12 +244,11 @@ class Family:
 def _mixed(row, sizes, tokens):
     """How much a block's tokens differ, as flextron_mcore/blocks.py counts it. row: the share of tokens at each level."""
     occurs = lambda share: 1 - (1 - share) ** tokens  # noqa: E731
-    further = max(sum(map(occurs, row)) - 1, 0)
     above, before = 0.0, 0
     for level, size in enumerate(sizes):
         above += (occurs(sum(row[level:])) * (size - before) - row[level] * size) / sizes[-1]
         before = size
-    return min(further, 1), further, above
+    return 1 - sum(1 - occurs(1 - share) for share in row), sum(map(occurs, row)) - 1, above
 
 
 def show(name, value):

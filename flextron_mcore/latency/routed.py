@@ -122,4 +122,5 @@ class _Router:
     def __call__(self, index: int, hidden_SBD: torch.Tensor) -> torch.Tensor:
         from flextron_mcore.routers.adaptive import router_logits
 
-        return router_logits(hidden_SBD, self.token_UD, self.bias_U, self.out_KU, self.bias_K).argmax(-1)
+        levels_SB = router_logits(hidden_SBD, self.token_UD, self.bias_U, self.out_KU, self.bias_K).argmax(-1)
+        return torch.bincount(levels_SB[levels_SB >= 0], minlength=len(self.out_KU))  # they count what they choose

@@ -12,7 +12,8 @@ from flextron_mcore.blocks import Blocks
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.cost import Cost
 from flextron_mcore.latency.measure import device_name
-from flextron_mcore.latency.table import LatencyTable, Timing, Timings
+from flextron_mcore.latency.table import LatencyTable, RoutedTable, Timing, Timings
+from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
 
@@ -49,8 +50,8 @@ def true_loss(blocks: Blocks, seed: int = 0):
     return loss
 
 
-def write_table(checkpoint: Path, file: Path, **changes) -> Path:
-    """A made-up table of a checkpoint's model, so that no test depends on a clock."""
+def write_table(checkpoint: Path, file: Path, routed: bool = False, **changes) -> Path:
+    """A made-up table of a checkpoint's model, so that no test depends on a clock. routed: also of tokens that differ."""
     info = open_checkpoint(checkpoint)
     cost = latency(Blocks(info.model, info.space))
     timing = lambda value: Timing(value, value)  # noqa: E731
@@ -71,5 +72,10 @@ def write_table(checkpoint: Path, file: Path, **changes) -> Path:
         {"networks": 20, "median_error": 0.01, "p95_error": 0.02, "largest_error": 0.02},
     )
     file.parent.mkdir(parents=True, exist_ok=True)
+    if routed:
+        heads, widths = (tuple(0.97 * value for value in values) for values in (cost.heads, cost.ffn_hidden_size))
+        one = 0.001 * cost.full
+        row = RoutedTable(32, heads, widths, ((2 * one, one, 3 * one), (one, 2 * one, 0.0)), {})
+        table = replace(table, routed=dict.fromkeys(KV_POLICIES, row))
     file.write_text(json.dumps({**table.to_dict(), **changes}))
     return file

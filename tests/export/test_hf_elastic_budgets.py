@@ -73,10 +73,7 @@ def routed_checkpoint(
         routers = AdaptiveRouters(blocks, len(costs), 8, routers)
         torch.nn.init.normal_(routers.out_NKU, std=2.0)
         torch.nn.init.normal_(routers.bias_NK, std=0.3)
-    row = {"hidden_size": 8, "heads": [2 + i for i in range(len(info.space.heads))], "ffn_hidden_size": [1, 3, 5, 6]}
-    row |= {"mixed": {"attention": [0.7, 0.3, 0.9], "mlp": [0.1, 0.2, 0.4]}, "check": {}}
-    changes = {"routed": dict.fromkeys(KV_POLICIES, row)} if counted else {}
-    file = write_table(info.path, root / "latency.json", **changes) if "latency" in costs else None
+    file = write_table(info.path, root / "latency.json", counted) if "latency" in costs else None
     table = LatencyTable.from_file(file, info.model, info.space).to_dict() if file else None
     write_routers(info.path, described, routers, table)
     return info

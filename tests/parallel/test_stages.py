@@ -104,7 +104,8 @@ def start(tmp_path_factory, text) -> Start:
     checkpoint, data = f"checkpoint={run}/start", f"data={run}/data"
     train = ["model.micro_batch_size=2", "model.global_batch_size=8", "trainer.max_steps=3", "trainer.limit_val_batches=1"]
     train += ["exp_manager.create_tensorboard_logger=false", "exp_manager.checkpoint_callback_params.async_save=false"]
-    router = [checkpoint, data, f"latency={write_table(run / 'start', run / 'latency.json')}", "targets_per_step=3", *train]
+    table = write_table(run / "start", run / "latency.json", routed=True)
+    router = [checkpoint, data, f"latency={table}", "targets_per_step=3", *train]
     text_keys = ["prompt=['def x(',import]", "max_new_tokens=6", f"tokenizer={run}/data/tokenizer"]
     adaptive = [f"checkpoint={run}/one/router", data, *train, "kind=adaptive", "targets_per_step=2"]
     adaptive += ["validation_targets=[0.8]", "adaptive.calibration_samples=8"]

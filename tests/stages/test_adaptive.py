@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from flextron_mcore.checkpoint.store import TensorReader, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.training.loop import _Run
 from tests.routing_toy import write_table
@@ -188,11 +187,7 @@ def test_bad_input_to_evaluate(chain, routed, tmp_path, run, keys, message):
 
 
 def test_a_table_that_counts_other_routers(chain, routed, tmp_path, capsys):
-    info = open_checkpoint(routed / "static")
-    cost = LatencyTable.from_file(info.path / "latency.json", info.model, info.space).cost()
-    same = {"hidden_size": 32, "heads": list(cost.heads), "ffn_hidden_size": list(cost.ffn_hidden_size), "check": {}}
-    same["mixed"] = {"attention": [0, 0, 0], "mlp": [0, 0, 0]}
-    table = write_table(routed / "static", tmp_path / "latency.json", routed={"full": same})
+    table = write_table(routed / "static", tmp_path / "latency.json", routed=True)
     keys = [*adaptive_keys(chain, routed), f"latency={table}", "trainer.max_steps=1"]
     for size in (32, 16):
         stage("router", *keys, f"adaptive.hidden_size={size}", f"out={tmp_path}/{size}")

@@ -26,15 +26,8 @@ def learned(
 
     mixed: what it adds that tokens differ, as parts of the full model's cost. start: logits [K] that they start from.
     """
-    torch.manual_seed(0)
-    blocks = family(1)
-    cost = latency(blocks)
-    mixed = tuple(value * cost.full for value in mixed)
-    counted = replace(cost, mixed=(mixed, mixed), tokens=len(parts))
-    info = RouterInfo(("latency",), ((cost.smallest / cost.full, 1.0),), 8, {}, "adaptive")
-    routers = AdaptiveRouters(blocks, 1, 8, StaticRouters(blocks, 1, 8))
-    settings = AdaptiveSettings(targets_per_step=1, lr=0.05, constraint_weight=weight)
-    learner = AdaptiveLearner(blocks, [cost], info, settings, 0, 100, routers, False, {"full": [counted]})
+    learner = learner_of(len(parts), weight, mixed)
+    blocks, routers = learner.blocks, learner.routers
     hidden = torch.randn(len(parts), 1, blocks.model.hidden_size)
     levels = torch.full((len(parts), 1), level)
     for step in range(60):
@@ -49,6 +42,18 @@ def learned(
         learner.learn(step, [3.0, 3.5])
     logits = [routers(block, hidden, routing.target_C, routing.start_NK)[:, 0] for block in range(blocks.count)]
     return torch.stack(logits).argmax(-1)
+
+
+def learner_of(tokens: int, weight: float, mixed: tuple[float, ...]) -> AdaptiveLearner:
+    torch.manual_seed(0)
+    blocks = family(1)
+    cost = latency(blocks)
+    mixed = tuple(value * cost.full for value in mixed)
+    counted = replace(cost, mixed=(mixed, mixed), tokens=tokens)
+    info = RouterInfo(("latency",), ((cost.smallest / cost.full, 1.0),), 8, {}, "adaptive")
+    routers = AdaptiveRouters(blocks, 1, 8, StaticRouters(blocks, 1, 8))
+    settings = AdaptiveSettings(targets_per_step=1, lr=0.05, constraint_weight=weight)
+    return AdaptiveLearner(blocks, [cost], info, settings, 0, 100, routers, False, {"full": [counted]})
 
 
 def test_a_token_learns_which_level_serves_it():
@@ -68,3 +73,19 @@ def test_it_must_be_worth_that_tokens_differ(mixed, wanted):
     parts = [[0.0, -0.4, -0.4, -0.4], *[[0.0] * 4] * 7]
     chosen = learned(parts, level=0, target=-0.1, weight=0.5, mixed=mixed, start=torch.tensor([3.0, 0, 0, 0]))
     assert all(set(levels.tolist()) == wanted for levels in chosen), chosen
+
+
+def test_what_is_spent_counts_that_tokens_differ():
+    """Half of the tokens at the smallest level and half at the largest: 0.3 of the full model's cost for a further level."""
+    spent = []
+    for mixed in ((), (0, 0.3, 0)):
+        learner = learner_of(8, 0.5, mixed)
+        (routing,) = learner.networks(0)
+        levels = torch.tensor([[0], [3]] * 4)
+        for block in range(learner.blocks.count):
+            mask = torch.ones(8, 1, 4, requires_grad=True)
+            mask.grad = torch.zeros(8, 1, 4)
+            hidden = torch.randn(8, 1, learner.blocks.model.hidden_size)
+            routing.seen.append(Seen(block, 0, hidden, levels, torch.ones_like(levels, dtype=torch.bool), mask))
+        spent.append(learner.learn(0, [3.0, 3.5])["costs"][0][0])
+    assert spent[1] - spent[0] == pytest.approx(2 * 0.3 * (2 * 0.5 * 1.05 / 0.55 - 1), rel=1e-4)

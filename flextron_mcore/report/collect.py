@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.report.collect_adaptive import EvaluatedMix, read_evaluated
 from flextron_mcore.report.collect_compare import Comparison, Sensitivity, read_comparison, read_sensitivity
 from flextron_mcore.report.collect_family import Family, read_family
 from flextron_mcore.report.collect_routing import ROUTING_STAGES, Routing, read_routing
@@ -190,6 +191,7 @@ class Run:
     training: list[Training] = field(default_factory=list)
     ablations: list[Ablation] = field(default_factory=list)
     series: list[Series] = field(default_factory=list)
+    mixes: list[EvaluatedMix] = field(default_factory=list)
     exports: list[Export] = field(default_factory=list)
     imported: list[Settings] = field(default_factory=list)
     sensitivities: list[Sensitivity] = field(default_factory=list)
@@ -257,7 +259,9 @@ def collect(run: Path) -> Run:
         elif kind == "importance":
             result.ablations.append(_ablation(label, metrics))
         elif kind == "evaluate":
-            result.series.append(_series(label, metrics))
+            mix = read_evaluated(label, metrics)
+            result.mixes.extend([mix] if mix else [])
+            result.series.extend([] if mix else [_series(label, metrics)])
         elif kind == "sensitivity":
             result.sensitivities.append(read_sensitivity(label, metrics))
         elif kind == "compare":

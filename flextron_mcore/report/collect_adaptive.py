@@ -52,12 +52,33 @@ class Adaptive:
     tokens: list[TokenCosts]
 
 
+@dataclass(frozen=True)
+class EvaluatedMix:
+    """One `evaluate selector=adaptive` directory. cost: what the budget and the shares are of."""
+
+    label: str
+    cost: str
+    budget: float
+    kv_policy: str
+    mix: Mix
+
+
+def read_evaluated(label: str, metrics: Reader) -> EvaluatedMix | None:
+    """From metrics.json; None where networks were evaluated, and not tokens that choose."""
+    if not metrics.has("kv_policy"):
+        return None
+    policy = metrics.choice("kv_policy", ("full", "own"))
+    mix = _mix(metrics, metrics.inner("mean").number("loss"))
+    return EvaluatedMix(label, metrics.text("cost"), metrics.number("budget"), policy, mix)
+
+
 def read_adaptive(metrics: Reader) -> Adaptive:
     """From metrics.json."""
     budgets = []
     for row in metrics.rows("adaptive_budgets"):
         static, mixes = row.inner("static"), row.inner("adaptive")
-        found = {policy: _mix(mixes.inner(policy)) for policy in ("full", "own") if mixes.has(policy)}
+        given = {policy: mixes.inner(policy) for policy in ("full", "own") if mixes.has(policy)}
+        found = {policy: _mix(values, values.number("mean_loss")) for policy, values in given.items()}
         budgets.append(AdaptiveBudget(row.number("target"), static.number("mean_loss"), static.number("share"), found))
     tokens = [
         TokenCosts(row.text("domain"), row.number("budget"), row.texts("texts"), row.number_list("shares"))
@@ -67,7 +88,7 @@ def read_adaptive(metrics: Reader) -> Adaptive:
     return Adaptive(policy, metrics.numbers("full_loss"), sorted(budgets, key=lambda budget: budget.target), tokens)
 
 
-def _mix(row: Reader) -> Mix:
+def _mix(row: Reader, mean_loss: float) -> Mix:
     domains = row.numbers("loss")
     levels = {domain: [[float(x) for x in block] for block in row.inner("levels").values[domain]] for domain in domains}
-    return Mix(domains, row.number("mean_loss"), row.numbers("shares"), row.number("share"), levels)
+    return Mix(domains, mean_loss, row.numbers("shares"), row.number("share"), levels)

@@ -27,6 +27,7 @@ from flextron_mcore.report.sections import (
     pareto_section,
     training_section,
 )
+from flextron_mcore.report.sections_adaptive import evaluated_section
 from flextron_mcore.report.sections_compare import comparison_sections, comparison_sentence, sensitivity_sections
 from flextron_mcore.report.sections_family import family_sections
 from flextron_mcore.report.sections_routing import routing_sections
@@ -156,6 +157,8 @@ def sections(run: Run) -> list[Section]:
     parts += sensitivity_sections(run.sensitivities)
     if run.routed():
         parts += routing_sections(run.routed())
+    if run.mixes:
+        parts.append(evaluated_section(run.mixes))
     plain = [training for training in run.training if not training.routing]
     if plain:
         parts.append(training_section(plain))

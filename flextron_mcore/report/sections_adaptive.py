@@ -5,8 +5,11 @@ Losses are in nats per token, budgets and shares in fractions of the full model'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flextron_mcore.report import figures_adaptive
 from flextron_mcore.report.collect import Training
+from flextron_mcore.report.collect_adaptive import EvaluatedMix
 from flextron_mcore.report.drawing import stem
 from flextron_mcore.report.parts import Section, Table, loss, percent
 
@@ -43,3 +46,18 @@ def adaptive_section(training: Training) -> Section:
     note += " all keys and values, with own only those of the heads that it uses."
     tables = [Table(head, rows), Table(["Budget", *domains], by_domain)]
     return Section(f"adaptive_{name}", f"A choice for every token ({training.label})", note, tables, pictures)
+
+
+def evaluated_section(mixes: Sequence[EvaluatedMix]) -> Section:
+    """What `evaluate selector=adaptive` found: a row for each directory."""
+    domains = list(dict.fromkeys(domain for found in mixes for domain in found.mix.loss))
+    rows = []
+    for found in mixes:
+        mix = found.mix
+        cells = [f"{loss(mix.loss[d])} at {percent(mix.shares[d])}" if d in mix.loss else "–" for d in domains]
+        rows.append(
+            [found.label, found.cost, percent(found.budget), found.kv_policy, *cells, loss(mix.mean_loss), percent(mix.share)]
+        )
+    note = "Adaptive routers at one budget: validation loss, and the average share of the full model’s cost that tokens spent."
+    head = ["Run", "Cost", "Budget", "KV policy", *domains, "Mean loss", "Share"]
+    return Section("adaptive_evaluated", "Tokens that choose, evaluated", note, [Table(head, rows, left=2)], [])

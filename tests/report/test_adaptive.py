@@ -6,6 +6,7 @@ import pytest
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.report.collect import Training, collect
+from flextron_mcore.report.page import build_report, sections
 from flextron_mcore.report.sections_routing import routing_sections
 from tests.report import synthetic
 
@@ -61,6 +62,29 @@ def test_the_section(tmp_path, policies):
     assert "easy 0.38, 0.38" in allocation.alt and "90.0%" in allocation.caption
     assert "60.0% to 90.0%" in heat.alt and "most: 'def'" in heat.alt
     assert "budgets" in parts and "signals" not in parts  # one static router: nothing to compare it with
+
+
+def evaluated(run, name: str, budget: float, **changes) -> None:
+    mix = made()[0]["adaptive_budgets"][0]["adaptive"]["own"]
+    mean = {"loss": mix.pop("mean_loss"), "perplexity": 20.0}
+    metrics = {"stage": "evaluate", "cost": "latency", "full_cost": 9.0, "budget": budget, "kv_policy": "own", "mean": mean}
+    synthetic.write(run / name, {**metrics, "perplexity": {"easy": 8.0, "hard": 60.0}, **mix, **changes})
+
+
+def test_evaluations_of_tokens_that_choose(tmp_path):
+    for name, budget in (("at_07", 0.7), ("at_09", 0.9)):
+        evaluated(tmp_path, name, budget)
+    found = collect(tmp_path)
+    assert not found.series and [each.label for each in found.mixes] == ["at_07", "at_09"]
+    (part,) = (part for part in sections(found) if part.key == "adaptive_evaluated")
+    (table,) = part.tables
+    assert table.head == ["Run", "Cost", "Budget", "KV policy", "easy", "hard", "Mean loss", "Share"]
+    assert table.rows[0] == ["at_07", "latency", "70.0%", "own", "2.200 at 80.0%", "4.300 at 100.0%", "3.250", "90.0%"]
+    page = build_report(tmp_path, tmp_path / "report")["index"].read_text()
+    assert "Tokens that choose, evaluated" in page
+    evaluated(tmp_path, "lacking", 0.9, mean={})
+    with pytest.raises(FlextronError, match="lacking.*loss"):
+        collect(tmp_path)
 
 
 @pytest.mark.parametrize("lost", ["adaptive_budgets", "full_loss", "token_costs"])

@@ -111,6 +111,8 @@ def test_evaluate_is_what_the_training_found(chain, routed, tmp_path, kv_policy)
     assert found["shares"] == pytest.approx(row["shares"], rel=1e-5)
     again = stage("evaluate", *keys, "selector=adaptive", budget, f"kv_policy={kv_policy}", f"out={tmp_path}/again")
     assert again["loss"] == found["loss"]  # T7
+    stage("report", f"run={tmp_path}", f"out={tmp_path}/report")
+    assert "Tokens that choose, evaluated" in (tmp_path / "report" / "index.html").read_text()
 
 
 @pytest.mark.parametrize("surrogate", [False, True])

@@ -27,6 +27,7 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.transformer.module import Float16Module
 
+    from flextron_mcore.layers.dispatch import KV_POLICIES, GivenLevels
     from flextron_mcore.model import build_model, use_subnetwork
     from flextron_mcore.pipeline.networks import Distillation, run_networks
     from flextron_mcore.runtime.distributed import device
@@ -38,6 +39,10 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
     arch = toy.config(**(toy.LLAMA if kind == "llama" else toy.GPT2), num_query_groups=groups)
     space = ElasticSpace.build(arch, attention_unit=unit, heads=[0.5, 1.0])
     networks = {"full": None, "half": space.uniform(arch, 2, 24), "mixed": toy.random_network(arch, space, 3)}
+    generator, sizes = torch.Generator().manual_seed(4), (len(space.heads), len(space.ffn_hidden_size))
+    # Of every block; -1: a token that takes part in nothing.
+    levels = [torch.randint(-1, sizes[n % 2], (toy.LENGTH, BATCH), generator=generator) for n in range(2 * arch.num_layers)]
+    networks |= {f"levels, {policy}": GivenLevels(torch.stack(levels).to(device()), policy) for policy in KV_POLICIES}
     if state is None:
         state = {k: v.bfloat16().float() for k, v in toy.model(arch, space).state_dict().items() if v is not None}
     gpt = build_model(arch, space, precision=precision)
@@ -50,7 +55,10 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
     found: dict[str, dict[str, Tensor]] = {"state": dict(state), "logits": {}, "decoded": {}}
     for name, net in networks.items():
         with torch.no_grad(), use_subnetwork(model, net):
+            begin = getattr(net, "begin", lambda: None)
+            begin()
             found["logits"][name] = model(tokens, positions, None)
+            begin()
             found["decoded"][name] = _decode(model, tokens, positions)
 
     def batches() -> Iterator[dict[str, Tensor]]:
@@ -65,8 +73,9 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
     losses = run_networks([ddp], batches, MICRO_BATCHES, list(networks.values()), toy.LENGTH, BATCH, teach=teach)
     found["losses"] = dict(zip(networks, losses[:, 0] / losses[:, 1], strict=True))
     found["gradients"] = {name: parameter.main_grad for name, parameter in gpt.named_parameters()}
-    layers = importance([model], batches, MICRO_BATCHES, toy.LENGTH, BATCH)
-    found["scores"] = {f"{i} {what}": getattr(layers[i], what) for i in layers for what in ("neurons", "heads")}
+    scores = importance([model], batches, MICRO_BATCHES, toy.LENGTH, BATCH)
+    found["scores"] = {f"{i} {what}": getattr(own, what) for i, own in scores.layers.items() for what in ("neurons", "heads")}
+    found["scores"]["channels"] = scores.channels
     return {group: {name: x.detach().float().cpu() for name, x in values.items()} for group, values in found.items()}
 
 

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.model import loaded_model
+from flextron_mcore.model import loaded_model, use_subnetwork
 from flextron_mcore.pipeline.logits import forward_logits
 from flextron_mcore.space import SubNetwork
+from flextron_mcore.stages.choice import adaptive_routing
 from tests.stages.conftest import stage
 
 MODEL = ["num_layers=3", "hidden_size=64", "num_attention_heads=8", "num_query_groups=4", "ffn_hidden_size=160"]
@@ -136,6 +138,16 @@ def test_latency(run, latency, generation, tmp_path):
     assert all(timing.minimum > 0 for timing in (timings.constant, *timings.heads, *timings.ffn_hidden_size))
 
 
+def test_latency_of_tokens_that_choose(run, elastic, tmp_path):
+    routed = ["routed.enabled=true", "routed.hidden_size=16", "routed.rounds=2", "rounds=2", "check_networks=2"]
+    stage("latency", f"checkpoint={run}/elastic", *routed, f"out={tmp_path}/out")
+    info = open_checkpoint(run / "elastic")
+    table = LatencyTable.from_file(tmp_path / "out" / "latency.json", info.model, info.space)
+    for policy in ("full", "own"):
+        cost = table.routed_cost(policy)
+        assert min(cost.heads) > 0 < min(cost.ffn_hidden_size) and all(value >= 0 for values in cost.mixed for value in values)
+
+
 def test_routers(run, router, joint):
     assert len(log(run, "router")) == 40 and len(log(run, "joint")) == 10
     full = {row["full"] for row in validated(run, "router")}
@@ -144,6 +156,57 @@ def test_routers(run, router, joint):
         assert len(metrics["budgets"]) == 5 and all(row["share"] <= row["target"] for row in metrics["budgets"])
         assert all(math.isfinite(loss) for loss in metrics["validation"]["last"].values())
     assert joint["validation"]["last"]["full"] < joint["validation"]["first"]["full"] + 0.1
+
+
+@pytest.fixture(scope="module")
+def adaptive(run, router) -> dict:
+    keys = [
+        f"checkpoint={run}/router",
+        f"data={run}/data",
+        *TRAIN,
+        "kind=adaptive",
+        "adaptive.hidden_size=16",
+        "targets_per_step=2",
+    ]
+    keys += ["adaptive.calibration_samples=16", "validation_targets=[1.0]", "trainer.max_steps=20"]
+    return stage("router", *keys, "trainer.val_check_interval=10", f"out={run}/adaptive")
+
+
+def test_tokens_choose_for_themselves(run, adaptive):
+    assert len(log(run, "adaptive")) == 20 and len({row["full"] for row in validated(run, "adaptive")}) == 1  # frozen
+    shares = [share for _, share in adaptive["calibration"]]
+    assert 0 < min(shares) < max(shares)
+    for row in adaptive["adaptive_budgets"]:
+        assert all(math.isfinite(loss) for policy in ("full", "own") for loss in row["adaptive"][policy]["loss"].values())
+    budget = f"budget={(min(shares) + max(shares)) / 2}"
+    keys = [f"checkpoint={run}/adaptive", "selector=adaptive", budget]
+    found = stage("evaluate", *keys, f"data={run}/data", "limit_val_batches=4", f"out={run}/routed")
+    assert all(map(math.isfinite, found["loss"].values()))
+    for policy in ("full", "own"):
+        text = stage("generate", *keys, "prompt=['def main(',import]", "max_new_tokens=6", f"kv_policy={policy}")
+        assert len(text["texts"]) == 2 and math.isfinite(text["share"])
+
+
+def test_the_exported_family_chooses_for_every_token_alike(run, adaptive, device, tmp_path):
+    stage("export", f"checkpoint={run}/adaptive", "format=hf_elastic", "verify=true", f"out={tmp_path}/family")
+    info = open_checkpoint(run / "adaptive")
+    tokens = torch.randint(0, info.model.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0)).to(device)
+    theirs = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "family", trust_remote_code=True, dtype=torch.float32).to(device).eval()
+    )
+    (ours,) = loaded_model({"virtual_pipeline_model_parallel_size": None}, info, "fp32")
+    shares = [share for _, share in adaptive["calibration"]]
+    budget = (min(shares) + max(shares)) / 2
+    theirs.set_budget(budget, adaptive=True)
+    keys = {"budget": budget, "kv_policy": None, "latency": None, "kv_cache": {"batch_size": 1, "length": None}, "dtype": None}
+    routing = adaptive_routing(OmegaConf.create(keys), info)[0]()
+    routing.begin()
+    with torch.no_grad(), use_subnetwork(ours.eval(), routing):
+        expected = ours(tokens, torch.arange(64, device=device).expand(2, -1), None)
+        found = theirs(tokens).logits
+    assert ((routing.counts_NK > 0).sum(-1) > 1).any()  # not all tokens alike
+    assert found.device.type == expected.device.type == device.type
+    assert ((found - expected).square().mean() / expected.square().mean()).sqrt() < 1e-4
 
 
 def validated(run: Path, name: str) -> list[dict]:

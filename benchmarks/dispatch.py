@@ -16,6 +16,7 @@ from flextron_mcore.layers.dispatch import GivenLevels
 from flextron_mcore.model import build_model, set_subnetwork
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.runtime.memory import keep_freed_memory
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.stages.common import print_table
 
@@ -47,20 +48,24 @@ SHAPES = (
     Shape(512, 16, 16, 2, 1024),
     Shape(192, 8, 8, 8, 256),
 )
+# For CUDA, in bf16.
+GPU_SHAPES = (Shape(4096, 32, 32, 4, 2048), Shape(4096, 32, 8, 4, 2048), Shape(2048, 16, 16, 4, 2048))
 
 
 def run() -> None:
     """Print the ratios."""
     distributed.initialize()
+    keep_freed_memory()
+    shapes, precision = (GPU_SHAPES, "bf16") if device().type == "cuda" else (SHAPES, "fp32")
     print_settings(
         "dispatch: tokens with uniformly mixed levels / dense time times their average width, forward only",
-        f"{LAYERS} layers, FFN 2.75 x hidden size, vocabulary {VOCAB}, fp32; levels {', '.join(map(str, FRACTIONS))}, each for a "
-        f"quarter of the tokens; routers with {ROUTER} hidden units",
+        f"{LAYERS} layers, FFN 2.75 x hidden size, vocabulary {VOCAB}, {precision}; levels {', '.join(map(str, FRACTIONS))}, "
+        f"each for a quarter of the tokens; routers with {ROUTER} hidden units",
         f"median (quartiles) of {ROUNDS} paired rounds",
     )
     rows = []
     with torch.no_grad(), tqdm(desc="dispatch", unit="row") as bar:
-        for shape in SHAPES:
+        for shape in shapes:
             arch = ModelConfig(
                 num_layers=LAYERS,
                 hidden_size=shape.hidden,
@@ -71,7 +76,7 @@ def run() -> None:
                 max_position_embeddings=shape.length,
             )
             space = ElasticSpace.build(arch, granularity=1, heads=FRACTIONS, ffn_hidden_size=FRACTIONS)
-            model = build_model(arch, space).eval()
+            model = build_model(arch, space, precision=precision).eval()
             for name, pair, scale, *before in (*_blocks(model, shape), *_models(model, arch, space, shape)):
                 seconds = interleaved(pair, ROUNDS, *before)
                 (first, ours), (second, theirs) = seconds.items()
@@ -98,7 +103,8 @@ def _levels(length: int, batch: int) -> torch.Tensor:
 
 def _blocks(model: torch.nn.Module, shape: Shape):
     layer, levels = model.decoder.layers[0], _levels(shape.length, shape.batch)
-    hidden = torch.randn(shape.length, shape.batch, shape.hidden, device=device())
+    like = next(model.parameters())
+    hidden = torch.randn(shape.length, shape.batch, shape.hidden, device=like.device, dtype=like.dtype)
     rotary = model.rotary_pos_emb(shape.length)
 
     def mlp(routing: GivenLevels | None) -> Callable[[], object]:

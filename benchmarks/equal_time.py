@@ -6,62 +6,41 @@ STATIC: a run of `flextron router`; ADAPTIVE: runs of `kind=adaptive` that start
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from benchmarks.trained import command, domains, forward, in_turn, settings
 
 TARGETS, LADDER = (0.6, 0.7, 0.8), [0.55, 0.65, 0.75, 0.85, 0.9, 0.95, 1.0]
 EACH, BATCH, SAMPLES, ROUNDS = 3, 8, 48, 15
 
 
-def main() -> None:
-    """Print a table; stop with one line for what cannot be read."""
-    from flextron_mcore.cli import prepare_environment
-    from flextron_mcore.config import FlextronError
-
-    if len(sys.argv) < 4:
-        sys.exit(__doc__.splitlines()[0])
-    prepare_environment()
-    try:
-        _run(sys.argv[1], sys.argv[2], sys.argv[3:])
-    except FlextronError as error:
-        sys.exit(f"benchmarks: {error}")
-
-
-def _run(static: str, data_path: str, adaptive: list[str]) -> None:
+def _run(static: str, data: str, *adaptive: str) -> None:
     import torch
 
     from benchmarks import interleaved, print_settings
     from flextron_mcore.blocks import Blocks
     from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.data.blend import batch, open_data, valid_datasets
     from flextron_mcore.evaluation.perplexity import evaluate, mean
     from flextron_mcore.evaluation.routed import target_for
     from flextron_mcore.model import loaded_model
     from flextron_mcore.routers.adaptive import TokenRouting
     from flextron_mcore.routers.store import read_routers
-    from flextron_mcore.runtime import distributed
     from flextron_mcore.stages.common import print_table
 
-    distributed.initialize()
-    info, data = open_checkpoint(static), open_data(data_path)
+    info = open_checkpoint(static)
     length, blocks = info.model.max_position_embeddings, Blocks(info.model, info.space)
     print_settings(
         "equal_time: adaptive routers, and the static routers' network that takes as long",
         f"a forward pass over {EACH} x {length} tokens of each domain, processor time, median of {ROUNDS} paired rounds; losses:",
         f"mean over domains, at most {SAMPLES} sequences each; static ones are interpolated between {len(LADDER) + len(TARGETS)}",
     )
-    with tempfile.TemporaryDirectory() as cache:
-        datasets = valid_datasets(data, length, 1234, cache)
+    datasets = domains(data, length)
     model = loaded_model({}, info, "fp32")
-    tokens = torch.cat([batch(dataset, range(EACH))["tokens"] for dataset in datasets.values()])
+    tokens = in_turn(datasets, EACH * len(datasets))
     networks: dict[float, Any] = _static(info, sorted({*TARGETS, *LADDER}))
     found = evaluate(model, datasets, {str(share): net for share, net in networks.items()}, length, BATCH, SAMPLES)
     losses = {share: mean(found[str(share)]) for share in networks}
@@ -72,7 +51,7 @@ def _run(static: str, data_path: str, adaptive: list[str]) -> None:
             target = torch.tensor([target_for(described.calibration, share, nearest=True)])
             chosen = TokenRouting(routers.eval(), target, described.kv_policy)
             loss = mean(evaluate(model, datasets, {"": chosen}, length, BATCH, SAMPLES)[""])
-            calls = {name: partial(_forward, model[0], net, tokens) for name, net in {**networks, "adaptive": chosen}.items()}
+            calls = {name: partial(forward, model[0], net, tokens) for name, net in {**networks, "adaptive": chosen}.items()}
             with torch.no_grad():
                 seconds = interleaved(calls, ROUNDS)
             times = {name: float(np.median(np.divide(values, seconds[LADDER[-1]]))) for name, values in seconds.items()}
@@ -86,29 +65,15 @@ def _run(static: str, data_path: str, adaptive: list[str]) -> None:
 
 def _static(info: Any, shares: list[float]) -> dict[float, Any]:
     """What the static routers take for these shares of the full model's cost."""
-    from omegaconf import OmegaConf
-
     from flextron_mcore.cost import Budget
     from flextron_mcore.stages.choice import known_costs, latency_table, selector
 
-    config = OmegaConf.create({"latency": None, "kv_cache": {"batch_size": 1, "length": None}, "dtype": None})
+    config = settings()
     costs = known_costs(config, info, latency_table(config, info))
     picks = selector(config, info, "router")
     cost = costs[next(iter(picks.costs))]
     return {share: picks.select([Budget(cost, share * cost.full)]) for share in shares}
 
 
-def _forward(model: Any, net: Any, tokens: Any) -> object:
-    import torch
-
-    from flextron_mcore.model import set_subnetwork
-    from flextron_mcore.routers.adaptive import TokenRouting
-
-    if isinstance(net, TokenRouting):
-        net.begin()
-    set_subnetwork(model, net)
-    return model(tokens, torch.arange(tokens.shape[1]).expand(len(tokens), -1), None)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, 3, _run)

@@ -1,0 +1,82 @@
+"""`python -m benchmarks.average_time DATA ADAPTIVE [ADAPTIVE ...]`: the time of adaptive choices, and the budget they were given.
+
+DATA: of `flextron data`; ADAPTIVE: runs of `flextron router kind=adaptive` with a latency table that counts routing (`flextron
+latency routed.enabled=true`). Passes are of the table's size, over validation data of all domains mixed; the routers are told
+a budget and take their target from the calibration that is stored with them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.trained import command, domains, forward, in_turn, settings
+
+BUDGETS = (0.6, 0.7, 0.8, 0.9)
+PASSES, ROUNDS = 6, 15
+
+
+def _run(data: str, *adaptive: str) -> None:
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.config import FlextronError
+    from flextron_mcore.stages.choice import check_table, latency_table
+    from flextron_mcore.stages.common import print_table
+
+    rows: list[list[str]] = []
+    for path in adaptive:
+        info = open_checkpoint(path)
+        table = latency_table(settings(), info)
+        if table is None or not table.routed or table.setting["kind"] != "prefill":
+            raise FlextronError(f"{path}: has no latency table of a prefill that counts routing: train it with such a one")
+        check_table(table)
+        rows += _times(Path(path).name, info, table, domains(data, table.setting["prompt_length"]))
+    columns = ["routers", "keys", "budget", "told", "ms", "time / full", "off the budget", "told by the static table", "levels"]
+    print_table("average_time", columns, rows)
+
+
+def _times(name: str, info: Any, table: Any, datasets: Any) -> list[list[str]]:
+    """The rows of one run."""
+    import torch
+
+    from benchmarks import interleaved, print_settings, ratio
+    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.evaluation.routed import average
+    from flextron_mcore.model import loaded_model
+    from flextron_mcore.stages.choice import adaptive_routing, counted_cost
+
+    blocks, setting = Blocks(info.model, info.space), table.setting
+    (model,) = loaded_model({}, info, "bf16" if table.machine["dtype"] == "bfloat16" else "fp32")
+    model.eval()
+    tokens = in_turn(datasets, PASSES * setting["batch_size"]).split(setting["batch_size"])
+    print_settings(
+        f"average_time: {name}",
+        f"{PASSES} passes of {setting['batch_size']} x {setting['prompt_length']} tokens, {', '.join(datasets)} mixed; median "
+        f"(quartiles) of {ROUNDS} paired rounds; the table: {table.machine['device']}, {table.machine['threads']} thread(s)",
+    )
+    nets: dict[str, Any] = {"full": None}
+    for budget in BUDGETS:
+        make, cost, _ = adaptive_routing(settings(budget=budget, kv_policy=None), info)
+        nets[f"{budget:g}"] = make()
+    calls = {budget: partial(_passes, model, net, tokens) for budget, net in nets.items()}
+    with torch.no_grad():
+        seconds = interleaved(calls, ROUNDS)
+    rows = []
+    for budget, net in list(nets.items())[1:]:
+        counted = counted_cost(cost, table, net.kv_policy)
+        share_NK = (net.counts_NK / net.counts_NK.sum(-1, keepdim=True)).cpu().numpy()
+        told, static = (average(each, blocks, share_NK) / cost.full for each in (counted, cost))
+        found = ratio(seconds[budget], seconds["full"])
+        ms, off = 1000 * min(seconds[budget]) / PASSES, found.median / float(budget) - 1
+        levels = " ".join(map(str, (share_NK > 0.002).sum(1)))
+        rows.append([name, net.kv_policy, budget, f"{told:.3f}", f"{ms:.1f}", str(found), f"{off:+.1%}", f"{static:.3f}", levels])
+    return rows
+
+
+def _passes(model: Any, net: Any, batches: Any) -> None:
+    for tokens in batches:
+        forward(model, net, tokens)
+
+
+if __name__ == "__main__":
+    command(__doc__, 2, _run)

@@ -1,0 +1,78 @@
+"""What benchmarks of trained runs share: their command line, the validation data, a forward pass over it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def command(usage: str, paths: int, run: Callable[..., None]) -> None:
+    """Call `run` with the paths given, at least so many; stop with one line for what cannot be read."""
+    from flextron_mcore.cli import prepare_environment
+    from flextron_mcore.config import FlextronError
+
+    if len(sys.argv) <= paths:
+        sys.exit(usage.splitlines()[0])
+    prepare_environment()
+    from flextron_mcore.runtime import distributed
+    from flextron_mcore.runtime.memory import keep_freed_memory
+
+    try:
+        distributed.initialize()
+        keep_freed_memory()
+        run(*sys.argv[1:])
+    except FlextronError as error:
+        sys.exit(f"benchmarks: {error}")
+
+
+def domains(path: str, length: int) -> Mapping[str, Any]:
+    """{domain: validation dataset} of `flextron data`'s output."""
+    from flextron_mcore.data.blend import open_data, valid_datasets
+
+    with tempfile.TemporaryDirectory() as cache:
+        return valid_datasets(open_data(path), length, 1234, cache)
+
+
+def in_turn(datasets: Mapping[str, Any], count: int) -> Any:
+    """Tokens [count, S] of the first validation sequences, a domain after the other."""
+    import torch
+
+    from flextron_mcore.config import FlextronError
+    from flextron_mcore.data.blend import batch
+    from flextron_mcore.runtime.distributed import device
+
+    each = -(-count // len(datasets))
+    if short := [name for name, dataset in datasets.items() if len(dataset) < each]:
+        raise FlextronError(
+            f"data: {each} validation sequences of each domain are needed; {short[0]} has {len(datasets[short[0]])}"
+        )
+    return (
+        torch.stack([batch(dataset, range(each))["tokens"] for dataset in datasets.values()], 1)
+        .flatten(0, 1)[:count]
+        .to(device())
+    )
+
+
+def settings(**keys: Any) -> Any:
+    """A configuration for stages/choice.py: what the checkpoint has beside its routers, unless keys say otherwise."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create({"latency": None, "kv_cache": {"batch_size": 1, "length": None}, "dtype": None, **keys})
+
+
+def forward(model: Any, net: Any, tokens: Any) -> object:
+    """One pass over tokens [B, S] with a network, or with routers at work."""
+    import torch
+
+    from flextron_mcore.model import set_subnetwork
+    from flextron_mcore.routers.adaptive import TokenRouting
+
+    if isinstance(net, TokenRouting):
+        net.begin()
+    set_subnetwork(model, net)
+    return model(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1), None)

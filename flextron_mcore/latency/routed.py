@@ -120,7 +120,7 @@ class _Router:
 
     @torch.no_grad()
     def __call__(self, index: int, hidden_SBD: torch.Tensor) -> torch.Tensor:
-        from flextron_mcore.routers.adaptive import router_logits
+        from flextron_mcore.routers.adaptive import chosen, router_logits
 
         levels_SB = router_logits(hidden_SBD, self.token_UD, self.bias_U, self.out_KU, self.bias_K).argmax(-1)
-        return torch.bincount(levels_SB[levels_SB >= 0], minlength=len(self.out_KU))  # they count what they choose
+        return chosen(levels_SB, len(self.out_KU), levels_SB >= 0)  # they count what they choose

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Protocol
 
 import torch
@@ -145,27 +146,29 @@ class Step:
     count: int
 
 
-def by_level(levels_SB: Tensor) -> tuple[Tensor | None, list[Step]]:
+def by_level(levels_SB: Tensor, count: int) -> tuple[Tensor | None, list[Step]]:
     """The tokens that take part by falling level (None: all of them, as they lie), and the steps up to the highest that occurs.
 
-    Levels that the same tokens have are one step. Where no token takes part, it is one for none. Waits for the device.
+    Of `count` levels; those that the same tokens have are one step. Where no token takes part, it is one for none. Waits for the
+    device, once.
     """
     flat_N = levels_SB.flatten()
-    least, most = torch.stack(flat_N.aminmax()).tolist() if len(flat_N) else (-1, -1)
-    if most < 0:
+    taking = (flat_N >= _numbers(count, flat_N)[:, None]).sum(1).tolist()
+    if not taking[0]:
         return flat_N[:0], [Step(0, 0, 0)]
-    if least == most:  # as when a single token is decoded
-        return None, [Step(0, most, len(flat_N))]
-    order_N = flat_N.argsort(descending=True, stable=True)
-    counts = torch.bincount(flat_N + 1, minlength=most + 2).tolist()[1:]
     found: list[Step] = []
-    first, taking = 0, sum(counts)
-    order_n = order_N[:taking]
-    for level, count in enumerate(counts):
-        if count:
-            found.append(Step(first, level, taking))
-            first, taking = level + 1, taking - count
-    return order_n, found
+    first = 0
+    for level, (here, above) in enumerate(pairwise([*taking, 0])):
+        if here > above:
+            found.append(Step(first, level, here))
+            first = level + 1
+    if len(found) == 1 and taking[0] == len(flat_N):  # as when a single token is decoded
+        return None, found
+    return flat_N.to(torch.int16).argsort(descending=True, stable=True)[: taking[0]], found  # a GPU sorts by two bytes, not eight
+
+
+def _numbers(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device)
 
 
 @dataclass(frozen=True)
@@ -173,56 +176,48 @@ class Participants:
     """The tokens of each sequence that take part in something, in order of position.
 
     index_nB: their positions in the sequence, for n the most that any sequence has; shorter ones are filled up with others.
-    valid_nB: which are no filling. rows: the same as indices [n*B] among the tokens, None where all take part.
+    valid_nB: which are no filling. rows: the same as indices [n*B] among the tokens, None where all take part. count: how many
+    take part.
     """
 
     index_nB: Tensor
     valid_nB: Tensor
     rows: Tensor | None
+    count: int
 
     @classmethod
     def by_level(cls, levels_SB: Tensor, count: int) -> list[Participants | None]:
         """For each of `count` levels the tokens of that level or a higher one; None where there are none.
 
-        The same object for levels that the same tokens have. Waits for the device.
+        The same object for levels that the same tokens have. Waits for the device, once.
         """
-        # One more than the levels are, for the tokens that take part in nothing.
-        counts = torch.bincount(levels_SB.flatten() + 1, minlength=count + 1).tolist()
+        taken_KSB = levels_SB >= _numbers(count, levels_SB)[:, None, None]
+        counts_KB = taken_KSB.sum(1).tolist()
         found: list[Participants | None] = []
-        for level in range(count):
-            if not sum(counts[level + 1 :]):
+        for level, counts_B in enumerate(counts_KB):
+            if not any(counts_B):
                 found.append(None)
-            elif level and not counts[level]:
+            elif level and counts_B == counts_KB[level - 1]:
                 found.append(found[-1])
-            elif not sum(counts[: level + 1]):
-                found.append(cls.everyone(*levels_SB.shape, levels_SB.device))
             else:
-                found.append(cls.of(levels_SB >= level))
+                found.append(cls.of(taken_KSB[level], counts_B))
         return found
 
     @classmethod
-    def everyone(cls, length: int, batch: int, device: torch.device) -> Participants:
-        """All tokens."""
-        index_nB = torch.arange(length, device=device)[:, None].expand(-1, batch)
-        return cls(index_nB, torch.ones(length, batch, dtype=torch.bool, device=device), None)
-
-    @classmethod
-    def of(cls, mask_SB: Tensor) -> Participants | None:
-        """Those where the mask is true; None where it never is."""
-        length, batch = mask_SB.shape
-        counts_B = mask_SB.sum(0)
-        least, most = (int(x) for x in torch.stack([counts_B.min(), counts_B.max()]).tolist()) if batch else (0, 0)
-        if most == 0:
-            return None
+    def of(cls, mask_SB: Tensor, counts_B: Sequence[int]) -> Participants:
+        """Those where the mask is true, of which each sequence has so many, and one has some."""
+        (length, batch), most = mask_SB.shape, max(counts_B)
+        if min(counts_B) == length:
+            index_nB = _numbers(length, mask_SB)[:, None].expand(-1, batch)
+            return cls(index_nB, mask_SB, None, length * batch)
         index_nB = mask_SB.logical_not().to(torch.uint8).argsort(dim=0, stable=True)[:most]
-        valid_nB = torch.arange(most, device=mask_SB.device)[:, None] < counts_B
-        rows = None if least == length else (index_nB * batch + torch.arange(batch, device=mask_SB.device)).flatten()
-        return cls(index_nB, valid_nB, rows)
+        valid_nB = _numbers(most, mask_SB)[:, None] < mask_SB.sum(0)
+        return cls(index_nB, valid_nB, (index_nB * batch + _numbers(batch, mask_SB)).flatten(), sum(counts_B))
 
     def without_filling(self, values_nBX: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values [m, ...] of those that take part, and which of the N tokens they are (None: all)."""
         flat = values_nBX.flatten(0, 1)
-        if self.rows is None or values_nBX.shape[1] == 1:
+        if self.count == len(flat):
             return flat, self.rows
         valid = self.valid_nB.flatten()
         return take_rows(flat, valid.nonzero().squeeze(-1)), self.rows[valid]

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
-from flextron_mcore.layers.dispatch import Rows
+from flextron_mcore.layers.dispatch import Leading, Rows
 from flextron_mcore.layers.norm import first
 
 _FEW = 512  # tokens: for so few, copying a part of a weight that lies apart is slower than multiplying piece by piece
@@ -196,7 +196,14 @@ class ElasticRowParallelLinear(RowParallelLinear):
         """
         if rows is None:
             return self._reduce(_product(input_, take(self.weight, part), None, self))
-        products = [_product(x, weight, None, self) for x, weight in zip(input_, take_all(self.weight, *part), strict=True)]
+        weights = take_all(self.weight, *part)
+        if isinstance(rows, Leading) and not torch.is_grad_enabled():  # what a product adds is added where the sum lies
+            first, *others = zip(input_, weights, strict=True)
+            products = [F.linear(*first)]
+            for x, weight in others:
+                products[0][: len(x)].addmm_(x, weight.mT)
+        else:
+            products = [_product(x, weight, None, self) for x, weight in zip(input_, weights, strict=True)]
         return self._reduce(rows.add(products, shape.numel()).view(*shape, len(self.weight)))
 
     def _reduce(self, out_SBc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

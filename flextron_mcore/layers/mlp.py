@@ -71,7 +71,7 @@ class ElasticMLP(MLP):
             sizes = torch.tensor([high - low for low, high in zip([0, *widths], widths, strict=False)], device=levels_SB.device)
             hidden_SBF = hidden_SBF * mask_SBK.to(hidden_SBF.dtype).repeat_interleave(sizes, -1)
             return self.linear_fc2(self.observe(hidden_SBF), self._columns(widths[-1], channels))
-        order, steps = by_level(levels_SB)
+        order, steps = by_level(levels_SB, len(widths))
         edges = [0, *widths]
         ranges = [(edges[step.first], edges[step.last + 1]) for step in steps]
         parts = [part for low, high in ranges for part in self._rows(high, channels, low)]

@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.dispatch import Given, Participants
+from flextron_mcore.layers.dispatch import Given, Leading, Participants, put_rows, take_rows
 
 _PARTS, _LEAST = 8, 64  # of the queries of a block of heads: how many parts, and how many queries in each
 
@@ -152,18 +152,17 @@ class _Position:
     def __init__(self, start: int, length: int, rotary: Tensor | None, dtype: torch.dtype) -> None:
         """The `length` tokens from `start` on. rotary: angles of all positions, both halves alike; or None."""
         self.start = start
-        self.cos_S = self.sin_S = None
+        self.turn_S = None
         if rotary is not None:  # once for all blocks of heads
             angles_S = rotary[start : start + length].chunk(2, -1)[0]
-            self.cos_S, self.sin_S = angles_S.cos().to(dtype), angles_S.sin().to(dtype)
+            self.turn_S = torch.cat([angles_S.cos(), angles_S.sin()], -1).to(dtype)
 
     def rotate(self, x_nBhH: Tensor, index_nB: Tensor | None) -> Tensor:
         """Rotary embedding at positions start + index (None: at start, start + 1, ...)."""
-        if self.cos_S is None:
+        if self.turn_S is None:
             return x_nBhH
-        cos, sin = self.cos_S, self.sin_S
-        if index_nB is not None:
-            cos, sin = cos[index_nB].flatten(2, -2), sin[index_nB].flatten(2, -2)
+        turn = self.turn_S if index_nB is None else self.turn_S[index_nB].flatten(2, -2)
+        cos, sin = turn.chunk(2, -1)
         half = cos.shape[-1]
         first, second, rest = x_nBhH.split([half, half, x_nBhH.shape[-1] - 2 * half], dim=-1)
         turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
@@ -229,7 +228,7 @@ def _full(
     key = position.rotate(key, None)
     if context is not None:
         key, value = _cached(attention, context, key, value)
-    elif any(run.participants.rows is not None for run in present):
+    elif not _dense(key) and any(run.participants.rows is not None for run in present):
         # A head's keys next to each other in memory: every part of its queries reads them.
         key, value = (x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for x in (key, value))
     out = []
@@ -240,6 +239,8 @@ def _full(
         keys, values = key[:, :, block.groups], value[:, :, block.groups]
         if found.rows is None:
             out.append(_attend(attention, query, keys, values, None))
+        elif _dense(query):
+            out.append(_attend_among_all(attention, query, keys, values, found, length))
         else:
             out.append(_attend_up_to(attention, query, keys, values, position.start + found.index_nB))
     return out
@@ -269,9 +270,13 @@ def _own(
     for run, product in zip(present, products, strict=True):
         found, first = run.participants, run.block.groups.start
         mixed = product.view(len(found.index_nB), batch, -1, group_size + 2, size)
-        query, key = _normed(attention.q_layernorm, mixed[..., :-2, :]), _normed(attention.k_layernorm, mixed[..., -2:-1, :])
         index = None if found.rows is None else found.index_nB
-        query, key = (position.rotate(x.flatten(2, 3), index) for x in (query, key))
+        if attention.q_layernorm is None and attention.k_layernorm is None:  # turned together
+            both = position.rotate(mixed[..., :-1, :].flatten(2, 3), index).unflatten(2, (-1, group_size + 1))
+            query, key = both[..., :-1, :].flatten(2, 3), both[..., -1, :]
+        else:
+            parts = _normed(attention.q_layernorm, mixed[..., :-2, :]), _normed(attention.k_layernorm, mixed[..., -2:-1, :])
+            query, key = (position.rotate(x.flatten(2, 3), index) for x in parts)
         value = mixed[..., -1, :]
         if caches is None:
             # Filling follows a sequence's own participants, which therefore do not see it.
@@ -287,10 +292,25 @@ def _own(
     return out
 
 
+def _dense(x: Tensor) -> bool:
+    """Whether products for nothing cost less than masks and sums over rows: on a GPU."""
+    return x.is_cuda
+
+
 def _attend(attention: ElasticSelfAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Core attention: [n, B, h, H], [T, B, g, H] x 2 -> [n, B, h, H]; mask None: causal, the last query sees all keys."""
     kind = AttnMaskType.causal if mask is None else AttnMaskType.arbitrary
     return attention.core_attention(query, key, value, mask, attn_mask_type=kind).view(*query.shape)
+
+
+def _attend_among_all(
+    attention: ElasticSelfAttention, query: Tensor, key: Tensor, value: Tensor, participants: Participants, length: int
+) -> Tensor:
+    """Core attention of queries at their places among `length` tokens, with zeros in between: without a mask."""
+    batch = query.shape[1]
+    every_NhH = put_rows(query.flatten(0, 1), participants.rows, length * batch)
+    heads = _attend(attention, every_NhH.view(length, batch, *query.shape[2:]), key, value, None)
+    return take_rows(heads.flatten(0, 1), participants.rows).view(query.shape)
 
 
 def _attend_up_to(attention: ElasticSelfAttention, query: Tensor, key: Tensor, value: Tensor, seen_nB: Tensor) -> Tensor:
@@ -324,11 +344,33 @@ def _project(
         return attention.linear_proj(
             [attention.linear_proj.weight.new_zeros(0, 0)], [part], Given([levels_SB.new_empty(0)]), levels_SB.shape
         )
+    if _dense(heads[0]):
+        return _project_joined(attention, heads, present, levels_SB)
     inputs, rows = zip(
         *(run.participants.without_filling(values) for run, values in zip(present, heads, strict=True)), strict=True
     )
     parts = [attention.projection(run.block.groups, run.block.queries) for run in present]
     return attention.linear_proj([values.flatten(1) for values in inputs], parts, Given(rows), levels_SB.shape)
+
+
+def _project_joined(
+    attention: ElasticSelfAttention, heads: list[Tensor], present: list[_Run], levels_SB: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The same as one product, with zeros for heads that a token has not."""
+    joined = []
+    for run, values_nBhH in zip(present, heads, strict=True):
+        found, (groups, queries) = run.participants, (run.block.groups, run.block.queries)
+        if found.count < found.valid_nB.numel():  # those that fill up have none of these heads
+            values_nBhH = values_nBhH.masked_fill(found.valid_nB.logical_not()[..., None, None], 0)
+        values_NhH = put_rows(values_nBhH.flatten(0, 1), found.rows, levels_SB.numel())
+        shape = (groups.stop - (groups.start or 0), queries.stop - (queries.start or 0))
+        joined.append(values_NhH.unflatten(1, shape))
+    dim = 1 if attention.space.attention_unit == "kv_group" else 2
+    values_NGQH = torch.cat(joined, dim) if len(joined) > 1 else joined[0]
+    last = present[-1].block
+    part = attention.projection(slice(last.groups.stop), slice(last.queries.stop))
+    every = Leading(None, [levels_SB.numel()])
+    return attention.linear_proj([values_NGQH.flatten(1)], [part], every, levels_SB.shape)
 
 
 def _cached(attention: ElasticSelfAttention, context: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

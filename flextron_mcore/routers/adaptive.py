@@ -50,9 +50,18 @@ class AdaptiveRouters(torch.nn.Module):
 
 
 def router_logits(hidden_SBD: Tensor, token_UD: Tensor, bias_U: Tensor, out_KU: Tensor, bias_K: Tensor) -> Tensor:
-    """What a router computes for every token: [S, B, K]."""
-    hidden_SBD = F.layer_norm(hidden_SBD.float(), hidden_SBD.shape[-1:])
-    return F.linear(F.linear(hidden_SBD, token_UD, bias_U).tanh_(), out_KU, bias_K)
+    """What a router computes for every token: [S, B, K]. Sums over channels are of the hidden state's precision."""
+    hidden_SBD = F.layer_norm(hidden_SBD, hidden_SBD.shape[-1:])
+    units_SBU = F.linear(hidden_SBD, token_UD.to(hidden_SBD.dtype), bias_U.to(hidden_SBD.dtype))
+    return F.linear(units_SBU.float().tanh_(), out_KU, bias_K)
+
+
+def chosen(levels_SB: Tensor, width: int, counted_SB: Tensor | None = None) -> Tensor:
+    """How many tokens, of those that count, chose each of `width` candidates: [K]. Does not wait for the device."""
+    hot_SBK = levels_SB.unsqueeze(-1) == torch.arange(width, device=levels_SB.device)
+    if counted_SB is not None:
+        hot_SBK = hot_SBK & counted_SB.unsqueeze(-1)
+    return hot_SBK.sum((0, 1))
 
 
 @dataclass
@@ -172,8 +181,7 @@ class BlockRouter:
         counted_SB = levels_SB >= 0
         if self.counted_SB is not None:
             counted_SB = counted_SB & (self.counted_SB > 0)
-        width = routing.counts_NK.shape[1]
-        routing.counts_NK[self.index] += torch.bincount(levels_SB[counted_SB], minlength=width)
+        routing.counts_NK[self.index] += chosen(levels_SB, routing.counts_NK.shape[1], counted_SB)
         if routing.masked or routing.watched:
             routing.seen.append(Seen(self.index, self.number, hidden_SBD.detach(), levels_SB, counted_SB))
 

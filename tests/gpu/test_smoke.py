@@ -254,7 +254,7 @@ def test_the_command(run, router):
     launch = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launch}
     command = [sys.executable, "-m", "flextron_mcore", "evaluate", f"checkpoint={run}/router", f"data={run}/data"]
-    command += ["budget=0.9", "limit_val_batches=1", f"out={run}/command"]
+    command += ["budget=1.0", "limit_val_batches=1", f"out={run}/command"]
     result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert math.isfinite(json.loads((run / "command" / "metrics.json").read_text())["mean"]["loss"])

@@ -83,10 +83,12 @@ def gradients(model: torch.nn.Module, logits: torch.Tensor) -> dict[str, torch.T
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("kind", KINDS)
-def test_dispatch_is_the_masked_oracle(kind, attention, kv_policy):
+def test_dispatch_is_the_masked_oracle(kind, attention, kv_policy, dense, monkeypatch):
+    monkeypatch.setattr(routed_attention, "_dense", lambda x: dense)
     arch, space = case(kind, attention)
     model, (tokens, positions) = toy.model(arch, space), toy.inputs()
     for seed, least in ((0, 0), (1, -1)):  # without and with padding
@@ -95,6 +97,8 @@ def test_dispatch_is_the_masked_oracle(kind, attention, kv_policy):
         wanted = gradients(model, expected)
         for masked in (False, True):
             with use_subnetwork(model, Fixed(levels, kv_policy, sizes, masked)):
+                with torch.no_grad():
+                    torch.testing.assert_close(model(tokens, positions, None), expected, atol=1e-5, rtol=1e-5)
                 found = model(tokens, positions, None)
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
                 for name, gradient in gradients(model, found).items():
@@ -159,10 +163,12 @@ def decoded(model: torch.nn.Module, routing: Fixed, tokens: torch.Tensor, positi
     return torch.stack(found, 1), expected[:, prompt - 1 :], context
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_decoding_is_prefill(kind, attention, kv_policy):
+def test_decoding_is_prefill(kind, attention, kv_policy, dense, monkeypatch):
+    monkeypatch.setattr(routed_attention, "_dense", lambda x: dense)
     arch, space = case(kind, attention)
     model, (tokens, positions) = toy.model(arch, space), toy.inputs()
     levels, sizes = levels_of(space, arch.num_layers, 5)

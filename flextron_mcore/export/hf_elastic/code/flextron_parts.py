@@ -91,13 +91,13 @@ class Routed:
 
     def levels(self, block, x_BSC):
         """The candidate [B, S] that each token takes in a block, by what enters it."""
-        place = (block, x_BSC.device)
+        place = (block, x_BSC.device, x_BSC.dtype)
         if place not in self._placed:
-            rows = (self.tensors["token_NUD"], self.bias_NU, self.tensors["out_NKU"], self.bias_NK)
-            self._placed[place] = [tensor[block].to(x_BSC.device) for tensor in rows]
+            first = [tensor[block].to(x_BSC) for tensor in (self.tensors["token_NUD"], self.bias_NU)]
+            self._placed[place] = first + [tensor[block].to(x_BSC.device) for tensor in (self.tensors["out_NKU"], self.bias_NK)]
         token_UC, bias_U, out_KU, bias_K = self._placed[place]
-        hidden_BSC = F.layer_norm(x_BSC.float(), x_BSC.shape[-1:])
-        return F.linear(F.linear(hidden_BSC, token_UC, bias_U).tanh(), out_KU, bias_K).argmax(-1)
+        units_BSU = F.linear(F.layer_norm(x_BSC, x_BSC.shape[-1:]), token_UC, bias_U)
+        return F.linear(units_BSU.float().tanh(), out_KU, bias_K).argmax(-1)
 
     def _by_level(self, block, x_BSC):
         """[(level, rows)]; waits for the device."""

@@ -49,7 +49,7 @@ SHAPES = (
     Shape(192, 8, 8, 8, 256),
 )
 # For CUDA, in bf16.
-GPU_SHAPES = (Shape(4096, 32, 32, 4, 2048), Shape(4096, 32, 8, 4, 2048), Shape(2048, 16, 16, 4, 2048))
+GPU_SHAPES = (Shape(4096, 32, 32, 16, 2048), Shape(4096, 32, 8, 16, 2048), Shape(4096, 32, 32, 4, 2048))
 
 
 def run() -> None:

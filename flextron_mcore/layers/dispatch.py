@@ -153,7 +153,9 @@ def by_level(levels_SB: Tensor, count: int) -> tuple[Tensor | None, list[Step]]:
     device, once.
     """
     flat_N = levels_SB.flatten()
-    taking = (flat_N >= _numbers(count, flat_N)[:, None]).sum(1).tolist()
+    taking_K = (flat_N >= _numbers(count, flat_N)[:, None]).sum(1)
+    order_N = _falling(flat_N) if on_gpu(flat_N) else None  # a GPU has something to do while this waits for it
+    taking = taking_K.tolist()
     if not taking[0]:
         return flat_N[:0], [Step(0, 0, 0)]
     found: list[Step] = []
@@ -164,7 +166,16 @@ def by_level(levels_SB: Tensor, count: int) -> tuple[Tensor | None, list[Step]]:
             first = level + 1
     if len(found) == 1 and taking[0] == len(flat_N):  # as when a single token is decoded
         return None, found
-    return flat_N.to(torch.int16).argsort(descending=True, stable=True)[: taking[0]], found  # a GPU sorts by two bytes, not eight
+    return (_falling(flat_N) if order_N is None else order_N)[: taking[0]], found
+
+
+def _falling(levels_N: Tensor) -> Tensor:
+    return levels_N.to(torch.int16).argsort(descending=True, stable=True)  # a GPU sorts by two bytes, not eight
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether what waits is dear, and products for nothing are cheaper than masks and sums over rows."""
+    return x.is_cuda
 
 
 def _numbers(count: int, like: Tensor) -> Tensor:
@@ -192,27 +203,23 @@ class Participants:
         The same object for levels that the same tokens have. Waits for the device, once.
         """
         taken_KSB = levels_SB >= _numbers(count, levels_SB)[:, None, None]
-        counts_KB = taken_KSB.sum(1).tolist()
+        counts_KB = taken_KSB.sum(1)
+        every = _in_order(taken_KSB, counts_KB) if on_gpu(taken_KSB) else None  # as in the function `by_level`
         found: list[Participants | None] = []
-        for level, counts_B in enumerate(counts_KB):
-            if not any(counts_B):
+        counts = counts_KB.tolist()
+        for level, own in enumerate(counts):
+            if not any(own):
                 found.append(None)
-            elif level and counts_B == counts_KB[level - 1]:
+            elif level and own == counts[level - 1]:
                 found.append(found[-1])
+            elif min(own) == len(levels_SB):
+                index_SB = _numbers(len(levels_SB), levels_SB)[:, None].expand_as(levels_SB)
+                found.append(cls(index_SB, taken_KSB[level], None, levels_SB.numel()))
             else:
-                found.append(cls.of(taken_KSB[level], counts_B))
+                order = [x[level] for x in every] if every else _in_order(taken_KSB[level], counts_KB[level])
+                index_nB, valid_nB, rows_nB = (x_SB[: max(own)] for x_SB in order)
+                found.append(cls(index_nB, valid_nB, rows_nB.flatten(), sum(own)))
         return found
-
-    @classmethod
-    def of(cls, mask_SB: Tensor, counts_B: Sequence[int]) -> Participants:
-        """Those where the mask is true, of which each sequence has so many, and one has some."""
-        (length, batch), most = mask_SB.shape, max(counts_B)
-        if min(counts_B) == length:
-            index_nB = _numbers(length, mask_SB)[:, None].expand(-1, batch)
-            return cls(index_nB, mask_SB, None, length * batch)
-        index_nB = mask_SB.logical_not().to(torch.uint8).argsort(dim=0, stable=True)[:most]
-        valid_nB = _numbers(most, mask_SB)[:, None] < mask_SB.sum(0)
-        return cls(index_nB, valid_nB, (index_nB * batch + _numbers(batch, mask_SB)).flatten(), sum(counts_B))
 
     def without_filling(self, values_nBX: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values [m, ...] of those that take part, and which of the N tokens they are (None: all)."""
@@ -221,6 +228,14 @@ class Participants:
             return flat, self.rows
         valid = self.valid_nB.flatten()
         return take_rows(flat, valid.nonzero().squeeze(-1)), self.rows[valid]
+
+
+def _in_order(taken_XSB: Tensor, counts_XB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each sequence those that are taken, and then the others: where in it, which are taken, and where among all tokens."""
+    length, batch = taken_XSB.shape[-2:]
+    index_XSB = taken_XSB.logical_not().to(torch.uint8).argsort(dim=-2, stable=True)
+    valid_XSB = _numbers(length, taken_XSB)[:, None] < counts_XB.unsqueeze(-2)
+    return index_XSB, valid_XSB, index_XSB * batch + _numbers(batch, taken_XSB)
 
 
 class _TakeRows(torch.autograd.Function):

@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.dispatch import Given, Leading, Participants, put_rows, take_rows
+from flextron_mcore.layers.dispatch import Given, Leading, Participants, on_gpu, put_rows, take_rows
 
 _PARTS, _LEAST = 8, 64  # of the queries of a block of heads: how many parts, and how many queries in each
 
@@ -155,16 +155,17 @@ class _Position:
         self.turn_S = None
         if rotary is not None:  # once for all blocks of heads
             angles_S = rotary[start : start + length].chunk(2, -1)[0]
-            self.turn_S = torch.cat([angles_S.cos(), angles_S.sin()], -1).to(dtype)
+            self.turn_S = torch.cat([angles_S.cos(), angles_S.sin()], -1).to(dtype).flatten(1)
 
-    def rotate(self, x_nBhH: Tensor, index_nB: Tensor | None) -> Tensor:
+    def rotate(self, x_nBXH: Tensor, index_nB: Tensor | None) -> Tensor:
         """Rotary embedding at positions start + index (None: at start, start + 1, ...)."""
         if self.turn_S is None:
-            return x_nBhH
-        turn = self.turn_S if index_nB is None else self.turn_S[index_nB].flatten(2, -2)
+            return x_nBXH
+        turn = self.turn_S[:, None] if index_nB is None else self.turn_S[index_nB]
+        turn = turn.view(*turn.shape[:2], *(1 for _ in x_nBXH.shape[2:-1]), -1)
         cos, sin = turn.chunk(2, -1)
         half = cos.shape[-1]
-        first, second, rest = x_nBhH.split([half, half, x_nBhH.shape[-1] - 2 * half], dim=-1)
+        first, second, rest = x_nBXH.split([half, half, x_nBXH.shape[-1] - 2 * half], dim=-1)
         turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
         return torch.cat([*turned, rest], dim=-1)
 
@@ -228,7 +229,7 @@ def _full(
     key = position.rotate(key, None)
     if context is not None:
         key, value = _cached(attention, context, key, value)
-    elif not _dense(key) and any(run.participants.rows is not None for run in present):
+    elif not on_gpu(key) and any(run.participants.rows is not None for run in present):
         # A head's keys next to each other in memory: every part of its queries reads them.
         key, value = (x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for x in (key, value))
     out = []
@@ -239,7 +240,7 @@ def _full(
         keys, values = key[:, :, block.groups], value[:, :, block.groups]
         if found.rows is None:
             out.append(_attend(attention, query, keys, values, None))
-        elif _dense(query):
+        elif on_gpu(query):
             out.append(_attend_among_all(attention, query, keys, values, found, length))
         else:
             out.append(_attend_up_to(attention, query, keys, values, position.start + found.index_nB))
@@ -272,7 +273,7 @@ def _own(
         mixed = product.view(len(found.index_nB), batch, -1, group_size + 2, size)
         index = None if found.rows is None else found.index_nB
         if attention.q_layernorm is None and attention.k_layernorm is None:  # turned together
-            both = position.rotate(mixed[..., :-1, :].flatten(2, 3), index).unflatten(2, (-1, group_size + 1))
+            both = position.rotate(mixed[..., :-1, :], index)
             query, key = both[..., :-1, :].flatten(2, 3), both[..., -1, :]
         else:
             parts = _normed(attention.q_layernorm, mixed[..., :-2, :]), _normed(attention.k_layernorm, mixed[..., -2:-1, :])
@@ -290,11 +291,6 @@ def _own(
             parts.append(_attend(attention, query[:, :, heads], keys, values, mask))
         out.append(torch.cat(parts, 2) if len(parts) > 1 else parts[0])
     return out
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether products for nothing cost less than masks and sums over rows: on a GPU."""
-    return x.is_cuda
 
 
 def _attend(attention: ElasticSelfAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -344,7 +340,7 @@ def _project(
         return attention.linear_proj(
             [attention.linear_proj.weight.new_zeros(0, 0)], [part], Given([levels_SB.new_empty(0)]), levels_SB.shape
         )
-    if _dense(heads[0]):
+    if on_gpu(heads[0]):
         return _project_joined(attention, heads, present, levels_SB)
     inputs, rows = zip(
         *(run.participants.without_filling(values) for run, values in zip(present, heads, strict=True)), strict=True

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from flextron_mcore.layers import linear, routed_attention
+from flextron_mcore.layers import dispatch, linear, routed_attention
 from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.model import set_subnetwork, use_subnetwork
 from flextron_mcore.space import ElasticSpace
@@ -88,7 +88,8 @@ def gradients(model: torch.nn.Module, logits: torch.Tensor) -> dict[str, torch.T
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("kind", KINDS)
 def test_dispatch_is_the_masked_oracle(kind, attention, kv_policy, dense, monkeypatch):
-    monkeypatch.setattr(routed_attention, "_dense", lambda x: dense)
+    for module in (dispatch, routed_attention):
+        monkeypatch.setattr(module, "on_gpu", lambda x: dense)
     arch, space = case(kind, attention)
     model, (tokens, positions) = toy.model(arch, space), toy.inputs()
     for seed, least in ((0, 0), (1, -1)):  # without and with padding
@@ -168,7 +169,8 @@ def decoded(model: torch.nn.Module, routing: Fixed, tokens: torch.Tensor, positi
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_decoding_is_prefill(kind, attention, kv_policy, dense, monkeypatch):
-    monkeypatch.setattr(routed_attention, "_dense", lambda x: dense)
+    for module in (dispatch, routed_attention):
+        monkeypatch.setattr(module, "on_gpu", lambda x: dense)
     arch, space = case(kind, attention)
     model, (tokens, positions) = toy.model(arch, space), toy.inputs()
     levels, sizes = levels_of(space, arch.num_layers, 5)

@@ -272,8 +272,8 @@ def _own(
         found, first = run.participants, run.block.groups.start
         mixed = product.view(len(found.index_nB), batch, -1, group_size + 2, size)
         index = None if found.rows is None else found.index_nB
-        if attention.q_layernorm is None and attention.k_layernorm is None:  # turned together
-            both = position.rotate(mixed[..., :-1, :], index)
+        if on_gpu(mixed) and attention.q_layernorm is None and attention.k_layernorm is None:
+            both = position.rotate(mixed[..., :-1, :], index)  # together: fewer kernels, but keys lie apart
             query, key = both[..., :-1, :].flatten(2, 3), both[..., -1, :]
         else:
             parts = _normed(attention.q_layernorm, mixed[..., :-2, :]), _normed(attention.k_layernorm, mixed[..., -2:-1, :])

@@ -43,6 +43,16 @@ def average(cost: Cost, blocks: Blocks, share_NK: np.ndarray) -> float:
     return total
 
 
+def each_cost(cost: Cost, blocks: Blocks, levels_NS: np.ndarray) -> np.ndarray:
+    """What each token of a text is worth, with its own level in every block: [S], on average what they cost together.
+
+    What it adds that several levels occur is all tokens' alike.
+    """
+    one_hot_SNK = np.eye(blocks.exists_NK.shape[1])[levels_NS.T]
+    each_S = np.array([average(cost, blocks, share_NK) for share_NK in one_hot_SNK])
+    return each_S + average(cost, blocks, one_hot_SNK.mean(0)) - each_S.mean()
+
+
 def evaluate_routed(
     model: Sequence[torch.nn.Module],
     datasets: Mapping[str, torch.utils.data.Dataset],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
@@ -221,7 +220,7 @@ class _Measured:
         """For each domain the first tokens of a text, and what each was worth: its cost as a share of the full model's."""
         from flextron_mcore.data.blend import batch
         from flextron_mcore.data.tokenizer import open_tokenizer
-        from flextron_mcore.evaluation.routed import average, each_token, target_for
+        from flextron_mcore.evaluation.routed import each_cost, each_token, target_for
 
         learner = self.learner
         tokenizer, cost = open_tokenizer(data.tokenizer), learner.costs[0]
@@ -231,11 +230,7 @@ class _Measured:
         for domain, dataset in self.valid.items():
             ids = batch(dataset, [0])["tokens"]
             levels_NS = each_token(model, learner.at_target(target), ids)[:, :_SHOWN]
-            one_hot_SNK = np.eye(learner.blocks.exists_NK.shape[1])[levels_NS.T]
-            each_S = np.array([average(mix, learner.blocks, share_NK) for share_NK in one_hot_SNK])
-            # What it adds that several levels occur is all tokens' alike.
-            each_S += average(mix, learner.blocks, one_hot_SNK.mean(0)) - each_S.mean()
-            spent = (each_S / cost.full).tolist()
+            spent = (each_cost(mix, learner.blocks, levels_NS) / cost.full).tolist()
             texts = [tokenizer.decode([i]) for i in ids[0, : len(spent)].tolist()]
             found.append({"domain": domain, "budget": share, "texts": texts, "shares": spent})
         return found

@@ -34,6 +34,14 @@ def clock(monkeypatch):
     return moved_by
 
 
+def test_the_process_keeps_its_memory(monkeypatch):
+    called = []
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: called.append(True))
+    arch = toy.config()
+    module.runner(toy.model(arch, ElasticSpace.build(arch)), PREFILL, arch.vocab_size, 0)
+    assert called
+
+
 @pytest.mark.parametrize("setting, passes", [(PREFILL, 1), (GENERATION, 4)], ids=["prefill", "generation"])
 @pytest.mark.parametrize("groups, unit", [(4, "kv_group"), (2, "query_head")])
 def test_the_table_has_what_the_blocks_took(clock, setting, passes, groups, unit):

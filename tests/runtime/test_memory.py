@@ -1,10 +1,37 @@
-"""When Python looks for garbage."""
+"""What happens to memory that is dropped, and when Python looks for garbage."""
 
 from __future__ import annotations
 
 import gc
+import platform
+import subprocess
+import sys
+
+import pytest
 
 from flextron_mcore.runtime.memory import collect_again, collect_rarely
+
+
+TOUCH_AGAIN = """
+import resource, sys, torch
+from flextron_mcore.runtime.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own way with memory")
+def test_dropped_memory_is_used_again():
+    """64 MiB: 16384 pages, which the kernel clears again unless the process has kept them."""
+    faults = {}
+    for what in ("keep", "usual"):
+        found = subprocess.run([sys.executable, "-c", TOUCH_AGAIN, what], capture_output=True, text=True, check=True)
+        faults[what] = int(found.stdout)
+    assert faults["keep"] < 100 and faults["keep"] <= faults["usual"]
 
 
 def test_garbage_is_looked_for_as_before():

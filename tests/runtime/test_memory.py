@@ -11,7 +11,6 @@ import pytest
 
 from flextron_mcore.runtime.memory import collect_again, collect_rarely
 
-
 TOUCH_AGAIN = """
 import resource, sys, torch
 from flextron_mcore.runtime.memory import keep_freed_memory

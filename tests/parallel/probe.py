@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 
 from flextron_mcore.checkpoint.store import load_model, open_checkpoint
 from flextron_mcore.config import FlextronError
+from flextron_mcore.layers import dispatch, routed_attention
 from flextron_mcore.layers.attention import ElasticSelfAttention
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_chunks, loaded_model
@@ -24,6 +26,7 @@ from flextron_mcore.stages.common import new_output
 from tests import toy
 from tests.layers.test_weighted import one_hot, soft
 from tests.pipeline.test_networks import batches
+from tests.stages.conftest import stage
 
 
 def logits(checkpoint: str, layout: dict[str, Any], out: str, net: str | None = None, precision: str = "fp32") -> list[int]:
@@ -39,6 +42,14 @@ def logits(checkpoint: str, layout: dict[str, Any], out: str, net: str | None = 
     torch.save(forward_logits(chunks, SubNetwork.from_file(net) if net else None, tokens), f"{out}.{_rank()}")
     assert all(layer.mlp.choice is None for chunk in chunks for layer in chunk.modules() if hasattr(layer, "mlp"))
     return sorted(ran)
+
+
+def evaluate_as_on_a_gpu(keys: list[str]) -> None:
+    """`flextron evaluate`, in which blocks whose tokens choose are computed as they are on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (dispatch, routed_attention):
+            patch.setattr(module, "on_gpu", lambda x: True)
+        stage("evaluate", *keys)
 
 
 def weighted(checkpoint: str, layout: dict[str, Any], axes: dict[str, Any], net: str) -> dict[str, Any]:

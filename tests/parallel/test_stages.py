@@ -38,7 +38,8 @@ IMPORTED = ("data", "data x virtual")  # import has no layout: once for each num
 ROUTED = ("sequence", "tensor x pipeline", "data x virtual")
 DECODING = "tensor"  # no other layout decodes text
 ADAPTIVE = ("router adaptive", "router adaptive surrogate")
-ROUTING = ("router", "router straight through", *ADAPTIVE, "joint", "sensitivity", "compare")
+EVALUATED = ("evaluate adaptive own", "evaluate adaptive full")
+ROUTING = ("router", "router straight through", *ADAPTIVE, *EVALUATED, "joint", "sensitivity", "compare")
 # Networks with fewer channels and, of two pipeline stages, one that has nothing to execute.
 SHALLOW = {"first": (8, (0, 1)), "last": (16, (3,))}
 LOGITS = {"fp32": {}, "bf16": {"precision": "bf16"}, **{name: {"net": f"{{run}}/{name}.json"} for name in ("net", *SHALLOW)}}
@@ -68,6 +69,9 @@ class Start:
                 jobs.append({"stage": result.split()[0], "keys": [*keys, *options, f"out={self.run}/many/{name}/{result}"]})
             elif name in IMPORTED:
                 jobs.append({"stage": "import", "keys": [*keys, f"out={self.run}/many/{name}/import"]})
+            if result in EVALUATED:
+                arguments = {"keys": [*keys, *options, f"out={self.run}/many/{name}/{result} as on a GPU"]}
+                jobs.append({"call": "tests.parallel.probe:evaluate_as_on_a_gpu", "arguments": arguments})
         for case, more in LOGITS.items():
             more = {key: value.format(run=self.run) for key, value in more.items()}
             arguments = {"checkpoint": f"{self.run}/start", "layout": layout, "out": f"{self.run}/many/{name}/{case}", **more}
@@ -133,6 +137,13 @@ def start(tmp_path_factory, text) -> Start:
         "router straight through": [*router, "surrogate.enabled=false", "measured_samples=0"],
         "router adaptive": adaptive,
         "router adaptive surrogate": [*adaptive, "adaptive.surrogate=true", "surrogate.threshold=1e9"],
+        **{
+            result: [
+                *(f"checkpoint={run}/one/router adaptive", data, "selector=adaptive", "budget=0.93", "limit_val_batches=2"),
+                *("model.micro_batch_size=2", f"kv_policy={result.split()[-1]}"),
+            ]
+            for result in EVALUATED
+        },
         "joint": [f"checkpoint={run}/one/router", data, *train, "targets_per_step=3"],
         "sensitivity": [checkpoint, data, "limit_val_batches=1", "model.micro_batch_size=2"],
         "compare": [
@@ -267,6 +278,18 @@ def test_adaptive_routers(start, done, name, result):
         for policy, wanted in row["adaptive"].items():
             assert other["adaptive"][policy]["shares"] == pytest.approx(wanted["shares"], rel=1e-5)
             assert other["adaptive"][policy]["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("result", EVALUATED)
+def test_tokens_that_choose(start, done, name, result):
+    """Losses and what is spent, also the way that a GPU computes them."""
+    expected = metrics(start.run / "one" / result)
+    assert any(0 < max(block) < 1 for levels in expected["levels"].values() for block in levels)  # not all tokens alike
+    for way in ("", " as on a GPU"):
+        found = metrics(start.run / "many" / name / f"{result}{way}")
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["shares"] == pytest.approx(expected["shares"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ROUTED)

@@ -192,20 +192,23 @@ def test_levels_that_nobody_chooses_are_no_products(occurring, kv_policy, monkey
     drawn, sizes = levels_of(space, arch.num_layers, 4)
     levels = torch.tensor(occurring)[drawn % len(occurring)]
     shapes: list[list[torch.Size]] = []
+    neurons: list[list[torch.Size]] = []
 
-    def watched(hidden, *parts, rows, forward):
+    def watched(hidden, *parts, rows, forward, seen):
         products = forward(hidden, *parts, rows=rows)
-        shapes.append([product.shape for product in products])
+        seen.append([product.shape for product in products])
         return products
 
     with monkeypatch.context() as patch, use_subnetwork(model, Fixed(levels, kv_policy, sizes)):
         for layer in model.decoder.layers:
             linear_qkv = layer.self_attention.linear_qkv
-            patch.setattr(linear_qkv, "forward", partial(watched, forward=linear_qkv.forward))
+            patch.setattr(linear_qkv, "forward", partial(watched, forward=linear_qkv.forward, seen=shapes))
+            patch.setattr(layer.mlp.linear_fc1, "forward", partial(watched, forward=layer.mlp.linear_fc1.forward, seen=neurons))
         found = model(tokens, positions, None)
     routed = [level for level in occurring if level >= 0]
     joint = kv_policy == "full" and occurring[0] == -1  # keys and values of all, but queries of none of them
     assert all(len(row) == len(routed) + joint for row in shapes)
+    assert len(neurons) == arch.num_layers and all(len(row) == 2 * len(routed) for row in neurons)  # gate and up
     if kv_policy == "full":
         groups = routed[-1] + 1
         lowest = 0 if occurring[0] == -1 else (routed[0] + 1)

@@ -1,7 +1,8 @@
 """`python -m benchmarks.equal_time STATIC DATA ADAPTIVE [ADAPTIVE ...]`: adaptive choices and static ones that take as long.
 
-STATIC: a run of `flextron router`; ADAPTIVE: runs of `kind=adaptive` that started from it, in one KV policy each; DATA: of
-`flextron data`. The time is a forward pass over validation data with the routers at work, whatever a latency table thinks of it.
+STATIC: a run of `flextron router`; ADAPTIVE: runs of `kind=adaptive` that started from it, in one KV policy each; or runs of
+`flextron joint` after either. DATA: of `flextron data`. The time is a forward pass over validation data with the routers at work,
+whatever a latency table thinks of it.
 """
 
 from __future__ import annotations
@@ -46,12 +47,15 @@ def _run(static: str, data: str, *adaptive: str) -> None:
     losses = {share: mean(found[str(share)]) for share in networks}
     rows = []
     for path in adaptive:
-        described, routers = read_routers(open_checkpoint(path).path, blocks, "adaptive")
+        own = open_checkpoint(path)
+        described, routers = read_routers(own.path, blocks, "adaptive")
+        routed = loaded_model({}, own, "fp32")  # with joint training another model
         for share in TARGETS:
             target = torch.tensor([target_for(described.calibration, share, nearest=True)])
             chosen = TokenRouting(routers.eval(), target, described.kv_policy)
-            loss = mean(evaluate(model, datasets, {"": chosen}, length, BATCH, SAMPLES)[""])
-            calls = {name: partial(forward, model[0], net, tokens) for name, net in {**networks, "adaptive": chosen}.items()}
+            loss = mean(evaluate(routed, datasets, {"": chosen}, length, BATCH, SAMPLES)[""])
+            calls = {name: partial(forward, model[0], net, tokens) for name, net in networks.items()}
+            calls["adaptive"] = partial(forward, routed[0], chosen, tokens)
             with torch.no_grad():
                 seconds = interleaved(calls, ROUNDS)
             times = {name: float(np.median(np.divide(values, seconds[LADDER[-1]]))) for name, values in seconds.items()}

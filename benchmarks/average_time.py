@@ -45,13 +45,14 @@ def _times(name: str, info: Any, table: Any, datasets: Any) -> list[list[str]]:
     from flextron_mcore.stages.choice import adaptive_routing, counted_cost
 
     blocks, setting = Blocks(info.model, info.space), table.setting
-    (model,) = loaded_model({}, info, "bf16" if table.machine["dtype"] == "bfloat16" else "fp32")
+    (model,) = loaded_model({}, info, "bf16" if table.machine.get("dtype") == "bfloat16" else "fp32")
     model.eval()
     tokens = in_turn(datasets, PASSES * setting["batch_size"]).split(setting["batch_size"])
+    measured = f"{table.machine.get('device')}, {table.machine.get('threads')} thread(s)"
     print_settings(
         f"average_time: {name}",
         f"{PASSES} passes of {setting['batch_size']} x {setting['prompt_length']} tokens, {', '.join(datasets)} mixed; median "
-        f"(quartiles) of {ROUNDS} paired rounds; the table: {table.machine['device']}, {table.machine['threads']} thread(s)",
+        f"(quartiles) of {ROUNDS} paired rounds; the table: {measured}",
     )
     nets: dict[str, Any] = {"full": None}
     for budget in BUDGETS:

@@ -55,13 +55,17 @@ def _times(name: str, info: Any, table: Any, datasets: Any) -> list[list[str]]:
         f"(quartiles) of {ROUNDS} paired rounds; the table: {measured}",
     )
     nets: dict[str, Any] = {"full": None}
+    reasons = []
     for budget in BUDGETS:
         try:
             make, cost, _ = adaptive_routing(settings(budget=budget, kv_policy=None), info)
         except FlextronError as error:  # not reached by these routers
-            print(f"{name}: {error}")
+            reasons.append(f"{name}: {error}")
             continue
         nets[f"{budget:g}"] = make()
+    if len(nets) == 1:
+        raise FlextronError(reasons[0])
+    print(*reasons, sep="\n")
     calls = {budget: partial(_passes, model, net, tokens) for budget, net in nets.items()}
     with torch.no_grad():
         seconds = interleaved(calls, ROUNDS)

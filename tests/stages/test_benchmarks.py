@@ -44,6 +44,8 @@ def test_average_time(chain, runs, monkeypatch, capsys):
     assert row[:3] == ["adaptive", "full", f"{middle:g}"] and 0 < float(row[3]) < 2
     with pytest.raises(FlextronError, match="no latency table of a prefill that counts routing"):
         average_time._run(str(chain / "data"), str(chain / "elastic"))
+    with pytest.raises(FlextronError, match="static: .*its routers are static"):
+        average_time._run(str(chain / "data"), str(runs / "static"))
 
 
 def test_equal_time(chain, runs, monkeypatch, capsys):

@@ -5,14 +5,14 @@ Shape suffixes: N blocks, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from flextron_mcore.blocks import AXES, Blocks, mixed_N3
+from flextron_mcore.blocks import Blocks, mixed_N3
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost
 from flextron_mcore.evaluation.perplexity import evaluate
@@ -31,26 +31,30 @@ class Routed:
     share_NK: np.ndarray
 
 
-def average(cost: Cost, blocks: Blocks, share_NK: np.ndarray) -> float:
+def average(cost: Cost, blocks: Blocks, share_NK: np.ndarray, settled: Collection[int] = ()) -> float:
     """A token's average cost for a mix of levels, in the cost's unit: a sum over blocks, as that of a sub-network is.
 
-    Where it costs something that tokens differ: as in a pass of tokens that chose independently.
+    Where it costs something that tokens differ: as in a pass of tokens that chose independently. settled: blocks where they don't
+    choose.
     """
-    total = cost.constant + float((share_NK * blocks.costs_NK(cost)).sum())
-    found = mixed_N3(share_NK, blocks.size_NK, lambda share: 1 - (1 - share) ** cost.tokens)
-    for axis, costs in enumerate(cost.mixed):
-        total += sum(value * float(much_N[axis :: len(AXES)].sum()) for value, much_N in zip(costs, found, strict=False))
-    return total
+    return cost.constant + float(block_costs(cost, blocks, share_NK, settled).sum())
 
 
-def each_cost(cost: Cost, blocks: Blocks, levels_NS: np.ndarray) -> np.ndarray:
+def block_costs(cost: Cost, blocks: Blocks, share_NK: np.ndarray, settled: Collection[int] = ()) -> np.ndarray:
+    """What each block has of that: [N]."""
+    much_N3 = np.stack(mixed_N3(share_NK, blocks.size_NK, lambda share: 1 - (1 - share) ** cost.tokens), -1)
+    mixed_N = (much_N3 * blocks.mixed_costs_N3(cost, settled)).sum(-1)
+    return (share_NK * blocks.costs_NK(cost, settled)).sum(-1) + mixed_N
+
+
+def each_cost(cost: Cost, blocks: Blocks, levels_NS: np.ndarray, settled: Collection[int] = ()) -> np.ndarray:
     """What each token of a text is worth, with its own level in every block: [S], on average what they cost together.
 
     What it adds that several levels occur is all tokens' alike.
     """
     one_hot_SNK = np.eye(blocks.exists_NK.shape[1])[levels_NS.T]
-    each_S = np.array([average(cost, blocks, share_NK) for share_NK in one_hot_SNK])
-    return each_S + average(cost, blocks, one_hot_SNK.mean(0)) - each_S.mean()
+    each_S = np.array([average(cost, blocks, share_NK, settled) for share_NK in one_hot_SNK])
+    return each_S + average(cost, blocks, one_hot_SNK.mean(0), settled) - each_S.mean()
 
 
 def evaluate_routed(

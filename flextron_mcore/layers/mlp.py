@@ -49,12 +49,15 @@ class ElasticMLP(MLP):
 
     def forward(self, hidden_states: torch.Tensor, per_token_scale=None, **kwargs: Any):
         """[S, B, C] -> ([S, B, C], bias or None), the bias being added by the layer's bias-dropout-add."""
-        if self.routing is None:
+        width, alike = self.width, None
+        if self.routing is not None and (alike := self.routing.alike(hidden_states, self.config.sequence_parallel)) is not None:
+            width = self._local(self.space.ffn_hidden_size[alike])
+        if self.routing is None or alike is not None:
             channels = hidden_states.shape[-1]
-            (hidden_SBf,) = self._hidden(self.linear_fc1(hidden_states, *self._rows(self.width, channels)))
+            (hidden_SBf,) = self._hidden(self.linear_fc1(hidden_states, *self._rows(width, channels)))
             if self.mask is not None:
                 hidden_SBf = hidden_SBf * self.mask.to(hidden_SBf.dtype)
-            out, bias = self.linear_fc2(self.observe(hidden_SBf), self._columns(self.width, channels))
+            out, bias = self.linear_fc2(self.observe(hidden_SBf), self._columns(width, channels))
         else:
             out, bias = self._routed(hidden_states)
         out, bias = scaled((out, bias), self.gate, self.modulation, self.share)

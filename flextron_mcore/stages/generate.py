@@ -108,12 +108,12 @@ def _network(config: DictConfig, info: Any) -> tuple[Any, Any]:
     if config.selector == "adaptive":
         make, cost, _ = adaptive_routing(config, info)
         routing = make()
-        mix = counted_cost(cost, latency_table(config, info), routing.kv_policy)
+        mix, blocks = counted_cost(cost, latency_table(config, info), routing.kv_policy), Blocks(info.model, info.space)
 
         def spent() -> dict[str, Any]:
             counts_NK = routing.counts_NK.cpu().numpy()
             share_NK = counts_NK / counts_NK.sum(-1, keepdims=True)
-            return {"cost": cost.name, "share": average(mix, Blocks(info.model, info.space), share_NK) / cost.full}
+            return {"cost": cost.name, "share": average(mix, blocks, share_NK, routing.settled) / cost.full}
 
         return routing, spent
     if config.budget is not None:

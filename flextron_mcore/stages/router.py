@@ -109,7 +109,8 @@ def train_routers(
         frozen=frozen,
     )
     with resumable_output(config, info, data) as out:
-        phase.finish = partial(_measure, config, out, data, learner, seq_length) if config.measured_samples else None
+        if config.measured_samples:
+            phase.after = {config.trainer.max_steps: partial(_measure, config, out, data, learner, seq_length)}
         figures = train(config, out, info, data, phase, seq_length)
         rows = on_main_process(lambda: [_budget(learner, target) for target in targets])
         first, last = figures["validation"]["first"], figures["validation"]["last"]

@@ -74,8 +74,8 @@ class Learner(Protocol):
 class Phase:
     """What a training phase computes. networks(step): the networks of a step, the full model (None) first.
 
-    Called on all ranks, with the same results. frozen: the model's weights stay as they are, only `learner` learns. finish:
-    called with the model, ready for evaluation, on all ranks before the last validation and checkpoint.
+    Called on all ranks, with the same results. frozen: the model's weights stay as they are, only `learner` learns. after:
+    what is called with the model, ready for evaluation, on all ranks after so many steps, before their validation and checkpoint.
     """
 
     networks: Callable[[int], list[Network]]
@@ -83,7 +83,7 @@ class Phase:
     teach: Distillation = field(default_factory=Distillation)
     learner: Learner | None = None
     frozen: bool = False
-    finish: Callable[[list[torch.nn.Module]], None] | None = None
+    after: Mapping[int, Callable[[list[torch.nn.Module]], None]] = field(default_factory=dict)
 
 
 def train(config: Any, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int) -> dict[str, Any]:
@@ -284,9 +284,11 @@ class _Run:
             while step < self.trainer.max_steps:
                 self._step(step, log)
                 step, trained = step + 1, trained + 1
-                if step == self.trainer.max_steps and self.phase.finish:
+                if then := self.phase.after.get(step):
                     with self._gathered():
-                        self.phase.finish([chunk.eval() for chunk in self.model])
+                        then([chunk.eval() for chunk in self.model])
+                    for chunk in self.model:
+                        chunk.train(not self.phase.frozen)
                 if step % self.trainer.val_check_interval == 0 or step == self.trainer.max_steps:
                     validation["last"] = self._validate(step, log)
                 stop = stop_agreed() if step < self.trainer.max_steps else 0

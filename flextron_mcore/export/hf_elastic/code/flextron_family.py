@@ -142,17 +142,17 @@ class Family:
 
         As flextron_mcore/evaluation/routed.py counts it: where the latency of such blocks was measured, with it.
         """
-        cost = self.costs[name]
-        if name == self.adaptive["cost"]:
-            cost = self.adaptive["counted"].get(kv_policy, cost)
-        rows, mixed, tokens = (cost["heads"], cost["ffn_hidden_size"]), cost.get("mixed"), cost.get("tokens", 1)
+        static = self.costs[name]
+        counted = self.adaptive["counted"].get(kv_policy, static) if name == self.adaptive["cost"] else static
         sizes = (self.space["heads"], self.space["ffn_hidden_size"])
-        total = cost["constant"]
+        total = counted["constant"]
         for i, row in enumerate(shares):
-            row = row[: len(rows[i % 2])]  # rows are padded
-            total += sum(share * value for share, value in zip(row, rows[i % 2], strict=True))
-            if mixed:
-                total += sum(value * much for value, much in zip(mixed[i % 2], _mixed(row, sizes[i % 2], tokens), strict=True))
+            cost, axis = static if i in self.adaptive["settled"] else counted, i % 2
+            costs = (cost["heads"], cost["ffn_hidden_size"])[axis]
+            row = row[: len(costs)]  # rows are padded
+            total += sum(share * value for share, value in zip(row, costs, strict=True))
+            if mixed := cost.get("mixed"):
+                total += sum(x * much for x, much in zip(mixed[axis], _mixed(row, sizes[axis], cost["tokens"]), strict=True))
         return total
 
     # Budgets.

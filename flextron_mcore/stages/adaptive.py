@@ -70,7 +70,7 @@ def train_adaptive(config: DictConfig, info: Any, data: Any) -> dict[str, Any]:
                 **figures,
                 "routers": {"kind": "adaptive", "costs": list(learner.info.costs), "kv_policy": learner.info.kv_policy},
                 "calibration": learner.info.calibration,
-                "settled": learner.info.settled,
+                "settled": list(learner.info.settled),
                 "adaptive_budgets": rows,
                 **more,
             },
@@ -191,6 +191,8 @@ class _Measured:
 
     def settle(self, model: list[Any]) -> None:
         """The blocks in which tokens had better not choose, into the learner."""
+        import numpy as np
+
         from flextron_mcore.training.settling import runs, worth_N
 
         learner, samples = self.learner, self.config.adaptive.calibration_samples
@@ -200,13 +202,17 @@ class _Measured:
             (routed,) = self._run(model, self.calibration, target, None, samples, levels).values()
             return routed
 
-        with progress_bar(total=runs(blocks), desc="trial", unit="run") as bar:
-            worth = worth_N(run, blocks, cost, bar.update)
+        settled = learner.info.settled
+        with progress_bar(total=runs(blocks.count - len(settled)), desc="trial", unit="run") as bar:
+            worth = worth_N(run, blocks, cost, settled, bar.update)
         learner.settle([n for n in range(blocks.count) if worth[n] < 0])
         print_table(
             "what it is worth that tokens choose, in nats per token, what routing costs included; where less than 0, they don't",
             ["layer", "attention", "MLP"],
-            [[layer + 1, *(f"{value:+.4f}" for value in pair)] for layer, pair in enumerate(worth.reshape(-1, 2))],
+            [
+                [layer + 1, *(f"{value:+.4f}" if np.isfinite(value) else "settled" for value in pair)]
+                for layer, pair in enumerate(worth.reshape(-1, 2))
+            ],
         )
 
     def calibrate(self, model: list[Any]) -> None:

@@ -8,7 +8,7 @@ Shape suffixes: N blocks, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -20,21 +20,23 @@ from flextron_mcore.evaluation.routed import Routed, average, block_costs
 _TARGETS = (0.0, 1 / 3, 2 / 3, 1.0)
 
 
-def runs(blocks: Blocks) -> int:
-    """How often `worth_N` runs the model."""
-    return len(_TARGETS) + (len(_TARGETS) - 2) * blocks.count
+def runs(tried: int) -> int:
+    """How often `worth_N` runs the model to try so many blocks."""
+    return len(_TARGETS) + (len(_TARGETS) - 2) * tried
 
 
 def worth_N(
     run: Callable[[float, Mapping[int, int]], Routed],
     blocks: Blocks,
     cost: Cost,
+    settled: Collection[int] = (),
     progress: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
     """What it is worth in each block that tokens choose, in nats per token: [N]; below 0 it is better if they don't.
 
-    run: what the routers do at a target if some blocks have one level for all tokens, {block: level}. cost: of tokens' choices;
-    a difference of cost is worth what the loss changes with it from one target to another.
+    run: what the routers do at a target if some more blocks have one level for all tokens, {block: level}. cost: of tokens'
+    choices; a difference of cost is worth what the loss changes with it from one target to another. settled: blocks that are not
+    tried, as they are already: minus infinity.
     """
 
     def told(target: float, level: Mapping[int, int]) -> Routed:
@@ -43,7 +45,7 @@ def worth_N(
         return found
 
     whole = [told(target, {}) for target in _TARGETS]
-    spent = [average(cost, blocks, routed.share_NK) for routed in whole]
+    spent = [average(cost, blocks, routed.share_NK, settled) for routed in whole]
     alike_NK = blocks.costs_NK(cost, range(blocks.count))
     worth = np.zeros(blocks.count)
     for i, target in list(enumerate(_TARGETS))[1:-1]:
@@ -52,6 +54,9 @@ def worth_N(
         share_NK = whole[i].share_NK
         costs_N = block_costs(cost, blocks, share_NK)
         for block, sizes in enumerate(blocks.sizes):
+            if block in settled:
+                worth[block] = -np.inf
+                continue
             level = min(round(float(share_NK[block] @ np.arange(share_NK.shape[1]))), len(sizes) - 1)
             rises = told(target, {block: level}).loss - whole[i].loss
             worth[block] += rises + price * (alike_NK[block, level] - costs_N[block])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from flextron_mcore.checkpoint.store import TensorReader, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.training import settling
 from flextron_mcore.training.loop import _Run
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, stage
@@ -141,6 +143,63 @@ def test_an_interrupted_run_continues_exactly(chain, routed, tmp_path, monkeypat
     assert all(ends[0][key].equal(ends[1][key]) for key in ends[1])
 
 
+def test_blocks_in_which_it_does_not_pay_are_settled(chain, routed, tmp_path, monkeypatch, capsys):
+    """After the trial, in an interrupted run too; and calibration, evaluation, generation and joint tuning know it."""
+    table = write_table(routed / "static", tmp_path / "latency.json", routed=True)
+    keys = [*adaptive_keys(chain, routed), f"latency={table}", "adaptive.trial=0.5"]
+    real, tried, losses = settling.worth_N, [], set()
+
+    def worth_N(run, blocks, cost, settled, progress):
+        tried.append(real(run, blocks, cost, settled, progress))
+        losses.update({run(0.5, levels).loss for levels in ({}, {0: 0}, {1: 0}, {2: 0})})
+        return np.where(np.arange(blocks.count) % 3, 1.0, -1.0)
+
+    monkeypatch.setattr(settling, "worth_N", worth_N)
+    found = stage("router", *keys, f"out={tmp_path}/whole")
+    blocks = len(tried[0])
+    assert found["settled"] == list(range(0, blocks, 3)) and np.isfinite(tried[0]).all() and len(losses) == 4
+    assert capsys.readouterr().out.count("+1.0000") == blocks - len(found["settled"])
+    names = [path.name for path in list_checkpoints(tmp_path / "whole")]
+    described = [json.loads((path / "routers.json").read_text()) for path in list_checkpoints(tmp_path / "whole")]
+    assert described[-1]["settled"] == found["settled"], names
+    for row in found["adaptive_budgets"]:
+        for levels in row["adaptive"]["full"]["levels"].values():
+            assert [max(levels[n]) for n in found["settled"]] == [1.0] * len(found["settled"])
+    step = _Run._step
+    for stop, kept in ((3, []), (6, found["settled"])):
+
+        def stopping(self, number, log, stop=stop):
+            if number == stop:
+                raise Interrupted
+            step(self, number, log)
+
+        parts = tmp_path / f"parts{stop}"
+        save = [*keys, f"exp_manager.checkpoint_callback_params.every_n_train_steps={stop}", f"out={parts}"]
+        monkeypatch.setattr(_Run, "_step", stopping)
+        with pytest.raises(Interrupted):
+            stage("router", *save)
+        monkeypatch.setattr(_Run, "_step", step)
+        newest = list_checkpoints(parts)[-1]
+        assert open_checkpoint(parts).step == stop and json.loads((newest / "routers.json").read_text())["settled"] == kept
+        again = stage("router", *save)
+        for key in ("settled", "calibration", "adaptive_budgets", "token_costs"):
+            assert again[key] == found[key], key
+        ends = [load_file(list_checkpoints(out)[-1] / "routers.safetensors") for out in (parts, tmp_path / "whole")]
+        assert all(ends[0][key].equal(ends[1][key]) for key in ends[1])
+    assert len(tried) == 3  # the run that had settled did not try again
+    budget = f"budget={found['calibration'][4][1]}"
+    keys = [f"checkpoint={tmp_path}/whole", "selector=adaptive", budget]
+    data = [f"data={chain}/data", "model.micro_batch_size=4", "limit_val_batches=4"]
+    evaluated = stage("evaluate", *keys, *data, f"out={tmp_path}/evaluated")
+    for levels in evaluated["levels"].values():
+        assert [max(levels[n]) for n in found["settled"]] == [1.0] * len(found["settled"])
+    written = stage("generate", *keys, "prompt=import", "max_new_tokens=3")
+    assert 0 < written["share"] < 1.1
+    keys = [f"checkpoint={tmp_path}/whole", f"data={chain}/data", *RUN, "validation_targets=[0.9]", "trainer.max_steps=2"]
+    tuned = stage("joint", *keys, "adaptive.calibration_samples=8", "targets_per_step=2", f"out={tmp_path}/joint")
+    assert tuned["settled"] == found["settled"]
+
+
 def test_joint_tunes_model_and_adaptive_routers(chain, routed, tmp_path):
     keys = [f"checkpoint={routed}/adaptive", f"data={chain}/data", *RUN, "validation_targets=[0.9]", "trainer.max_steps=4"]
     more = ["model.optim.sched.warmup_steps=1", "adaptive.calibration_samples=8", "targets_per_step=2"]
@@ -163,6 +222,7 @@ def test_joint_tunes_model_and_adaptive_routers(chain, routed, tmp_path):
         (["kv_policy=none"], "kv_policy='none' is not known: use one of full, own"),
         (["adaptive.hidden_size=129"], "adaptive.hidden_size=129 is not within 1..128"),
         (["adaptive.calibration_samples=0"], "adaptive.calibration_samples and targets_per_step must be at least 1"),
+        (["adaptive.trial=1"], "adaptive.trial=1 is not a share of the steps, from 0 to below 1"),
         (["kind=gumbel"], "kind='gumbel' is not known: use static or adaptive"),
     ],
 )

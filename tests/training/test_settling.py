@@ -39,13 +39,16 @@ def test_worth_is_what_it_saves_less_what_it_costs():
         return Routed(loss, share_NK)
 
     ticks = []
-    found_N = worth_N(run, blocks, cost, lambda: ticks.append(1))
-    assert len(asked) == len(ticks) == runs(blocks) and all(len(levels) <= 1 for _, levels in asked)
+    found_N = worth_N(run, blocks, cost, progress=lambda: ticks.append(1))
+    assert len(asked) == len(ticks) == runs(blocks.count) and all(len(levels) <= 1 for _, levels in asked)
     for block in range(blocks.count):
         row = (static.heads, static.ffn_hidden_size)[block % 2]
         costs_more = mixed[block % 2][0] + (row[0] + row[2]) / 2 - row[1]
         assert found_N[block] == pytest.approx(saves_N[block] - slope * costs_more), block
     assert (found_N < 0).any() and (found_N > 0).any()
+    asked.clear()
+    again_N = worth_N(run, blocks, cost, settled=(1,))
+    assert again_N[1] == -np.inf and len(asked) == runs(blocks.count - 1) and all(1 not in levels for _, levels in asked)
 
 
 def test_where_more_cost_does_not_help_it_has_no_price():

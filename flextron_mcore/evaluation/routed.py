@@ -20,7 +20,7 @@ from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.routers.adaptive import TokenRouting
 
 # Of calibration: gaps between targets at first; the largest change of the share within one; how narrow one may become.
-_GAPS, _CHANGE, _NARROW = 8, 0.015, 1 / 512
+_GAPS, _CHANGE, _NARROW = 8, 0.015, 1 / 1024
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def calibrate(spent: Callable[[float], float], progress: Callable[[], object] = 
 def target_for(calibration: Sequence[tuple[float, float]], share: float, nearest: bool = False) -> float:
     """The target at which routers spend `share` of the full model's cost on average, between the calibration's points.
 
+    Within a step, where the calibration could not come nearer, that of the nearer end.
     Raises FlextronError where there is no calibration, and, unless the `nearest` will do, where it does not reach that far.
     """
     if not calibration:
@@ -149,4 +150,8 @@ def target_for(calibration: Sequence[tuple[float, float]], share: float, nearest
     low, high = shares[0], shares[-1]
     if not nearest and not low - 0.005 <= share <= high + 0.005:
         raise FlextronError(f"budget: the adaptive routers spend {low:.3f} to {high:.3f} of the full model's, not {share:.3f}")
+    above = min(max(int(np.searchsorted(shares, share)), 1), len(shares) - 1)
+    (below, next_share), (first, second) = shares[above - 1 : above + 1], targets[above - 1 : above + 1]
+    if second - first <= _NARROW and next_share - below > _CHANGE:
+        return float(first if share - below < next_share - share else second)
     return float(np.interp(share, shares, targets))

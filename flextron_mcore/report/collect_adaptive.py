@@ -44,12 +44,13 @@ class TokenCosts:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """All that was measured. kv_policy: the one that the routers were trained with."""
+    """All that was measured. kv_policy: the one that the routers were trained with. settled: how many blocks leave no choice."""
 
     kv_policy: str
     full_loss: Mapping[str, float]
     budgets: list[AdaptiveBudget]
     tokens: list[TokenCosts]
+    settled: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def read_adaptive(metrics: Reader) -> Adaptive:
         for row in metrics.rows("token_costs")
     ]
     policy = metrics.inner("routers").choice("kv_policy", ("full", "own"))
-    return Adaptive(policy, metrics.numbers("full_loss"), sorted(budgets, key=lambda budget: budget.target), tokens)
+    settled = len(metrics.number_list("settled")) if metrics.has("settled") else 0
+    return Adaptive(policy, metrics.numbers("full_loss"), sorted(budgets, key=lambda budget: budget.target), tokens, settled)
 
 
 def _mix(row: Reader, mean_loss: float) -> Mix:

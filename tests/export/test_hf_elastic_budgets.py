@@ -38,7 +38,7 @@ from tests.stages.conftest import stage
 
 FORMAT = get_format("hf_elastic")
 CHAT = Path(__file__).resolve().parents[2] / "examples" / "chat.py"
-CALIBRATION = ((0.0, 0.5), (0.4, 0.62), (0.7, 0.6), (1.0, 0.93))
+CALIBRATION = ((0.0, 0.5), (0.4, 0.62), (0.7, 0.6), (0.75, 0.7), (0.75 + 1 / 1024, 0.73), (1.0, 0.93))
 LAYERS = 3
 SPACE = {"heads": [0.25, 0.5, 0.75, 1.0], "ffn_hidden_size": [10, 20, 30, 40], "granularity": 1}
 
@@ -291,6 +291,9 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
             assert model.costs()[name] == pytest.approx(average(cost, blocks, share_NK, settled))
         assert model.adaptive and model.subnetwork is None and model.budget == budget
         torch.testing.assert_close(steps(model, tokens), expected, atol=1e-5, rtol=0)
+    shares = np.linspace(0.5, 0.93, 44)
+    targets = [target_for(described.calibration, share) for share in shares]
+    assert [model.family.target(share) for share in shares] == pytest.approx(targets) and len(set(targets)) > 40
     # Padding on the left changes nothing, and is not counted.
     short = tokens[:1, :6]
     model.set_budget(0.75, adaptive=True)

@@ -210,6 +210,10 @@ def test_a_budget_finds_its_target():
     assert target_for(calibration, 0.575) == pytest.approx(0.25)
     assert target_for(calibration, 0.75) == pytest.approx(0.875)
     assert target_for(calibration, 0.5, nearest=True) == 0.0 and target_for(calibration, 0.97, nearest=True) == 1.0
+    steps = [(0.25, 0.5), (0.25 + 1 / 1024, 0.6), (0.5, 0.6), (0.5 + 1 / 1024, 0.612), (1.0, 0.9)]
+    assert [target_for(steps, share) for share in (0.54, 0.56)] == [0.25, 0.25 + 1 / 1024]
+    assert target_for(steps, 0.603) == pytest.approx(0.5 + 0.25 / 1024)  # not wide enough for one
+    assert target_for(steps, 0.5) == 0.25 and target_for(steps, 0.9) == 1.0
     with pytest.raises(FlextronError, match=r"spend 0.550 to 0.900 of the full model's, not 0.500"):
         target_for(calibration, 0.5)
     with pytest.raises(FlextronError, match="no calibration"):

@@ -15,6 +15,8 @@ UNITS.update({name: ("parameters", size) for name, size in (("K", 1e3), ("M", 1e
 UNITS.update({f"{name}iB": ("memory", 2.0**power) for name, power in (("K", 10), ("M", 20), ("G", 30), ("T", 40))})
 UNITS.update({f"{name}B": ("memory", 10.0**power) for name, power in (("k", 3), ("M", 6), ("G", 9), ("T", 12))})
 OWN_UNITS = {"latency": "ms", "parameters": "parameters", "memory": "bytes"}
+# Of a calibration's points: how near targets may come to each other, and by how much then the share still changes at a step.
+NARROW, STEP = 1 / 1024, 0.015
 LAYER_KEYS = ("executed", "kv_groups", "query_heads_per_group", "ffn_hidden_size")
 
 
@@ -238,6 +240,8 @@ class Family:
         if after == 0:
             return points[0][1]
         (x, y), (next_x, next_y) = points[after - 1], points[after]
+        if next_y - y <= NARROW and next_x - x > STEP:  # a step: its nearer end
+            return y if share - x < next_x - share else next_y
         return (next_y - y) / (next_x - x) * (share - x) + y
 
 

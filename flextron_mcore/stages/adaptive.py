@@ -59,10 +59,15 @@ def train_adaptive(config: DictConfig, info: Any, data: Any) -> dict[str, Any]:
             [
                 [f"{row['target']:g}", *_pair(row["static"])]
                 + [value for kind in kinds[1:] for value in _pair(row["adaptive"][kind])]
-                + [row["static"]["mean_loss"] - row["adaptive"][learner.info.kv_policy]["mean_loss"]]
+                + [_better(row, learner)]
                 for row in rows
             ],
         )
+        if learner.counted[learner.info.kv_policy][0].settled and all(_better(row, learner) < 0 for row in rows):
+            say(
+                f"{config.stage}: at these budgets routing costs more than it saves: adaptive.trial=0.4 finds the blocks in "
+                "which it pays that tokens choose"
+            )
         return write_metrics(
             out,
             config.stage,
@@ -75,6 +80,10 @@ def train_adaptive(config: DictConfig, info: Any, data: Any) -> dict[str, Any]:
                 **more,
             },
         )
+
+
+def _better(row: dict[str, Any], learner: AdaptiveLearner) -> float:
+    return row["static"]["mean_loss"] - row["adaptive"][learner.info.kv_policy]["mean_loss"]
 
 
 def _pair(row: dict[str, Any]) -> tuple[float, float]:
@@ -109,7 +118,7 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
         raise FlextronError(f"adaptive.hidden_size={hidden_size} is not within 1..{MOST_HIDDEN}")
     if values.pop("calibration_samples") < 1 or config.targets_per_step < 1:
         raise FlextronError("adaptive.calibration_samples and targets_per_step must be at least 1")
-    if not 0 <= values.pop("trial", 0) < 1:
+    if not 0 <= values.pop("trial") < 1:
         raise FlextronError(f"adaptive.trial={config.adaptive.trial} is not a share of the steps, from 0 to below 1")
     blocks = Blocks(info.model, info.space)
     described, found = read_routers(info.path, blocks, "adaptive" if joint else "static")
@@ -150,7 +159,7 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
 def _after(config: DictConfig, learner: AdaptiveLearner, measured: _Measured) -> dict[int, Any]:
     """What is done after which steps: calibration at the end, and settling where it is known what routing costs."""
     then = {config.trainer.max_steps: measured.calibrate}
-    trial = round(config.adaptive.get("trial", 0) * config.trainer.max_steps)
+    trial = round(config.adaptive.trial * config.trainer.max_steps)
     if trial and learner.counted[learner.info.kv_policy][0].settled:
         then[trial] = measured.settle
     return then

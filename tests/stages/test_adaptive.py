@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from flextron_mcore.checkpoint.store import TensorReader, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.stages import adaptive
 from flextron_mcore.training import settling
 from flextron_mcore.training.loop import _Run
 from tests.routing_toy import write_table
@@ -256,6 +257,14 @@ def test_a_table_that_counts_other_routers(chain, routed, tmp_path, capsys):
         printed = capsys.readouterr().out
         assert ("counts routers with 32 hidden units, not adaptive.hidden_size=16" in printed) is (size == 16)
         assert "routing is not counted" not in printed
+
+
+@pytest.mark.parametrize("better, counted, told", [(-1.0, True, True), (1.0, True, False), (-1.0, False, False)])
+def test_where_routing_costs_more_than_it_saves_it_is_said(chain, routed, tmp_path, monkeypatch, capsys, better, counted, told):
+    table = write_table(routed / "static", tmp_path / "latency.json", routed=counted)
+    monkeypatch.setattr(adaptive, "_better", lambda row, learner: better)
+    found = stage("router", *adaptive_keys(chain, routed), f"latency={table}", "trainer.max_steps=1", f"out={tmp_path}/out")
+    assert ("adaptive.trial=0.4 finds the blocks" in capsys.readouterr().out) is told and found["settled"] == []
 
 
 def test_adaptive_routers_need_static_ones(chain, tmp_path):

@@ -188,10 +188,12 @@ def test_blocks_in_which_it_does_not_pay_are_settled(chain, routed, tmp_path, mo
         ends = [load_file(list_checkpoints(out)[-1] / "routers.safetensors") for out in (parts, tmp_path / "whole")]
         assert all(ends[0][key].equal(ends[1][key]) for key in ends[1])
     assert len(tried) == 3  # the run that had settled did not try again
-    budget = f"budget={found['calibration'][4][1]}"
-    keys = [f"checkpoint={tmp_path}/whole", "selector=adaptive", budget]
+    keys = [f"checkpoint={tmp_path}/whole", "selector=adaptive", "budget=0.9"]
     data = [f"data={chain}/data", "model.micro_batch_size=4", "limit_val_batches=4"]
     evaluated = stage("evaluate", *keys, *data, f"out={tmp_path}/evaluated")
+    row = found["adaptive_budgets"][1]["adaptive"]["full"]
+    assert evaluated["loss"] == pytest.approx(row["loss"], rel=1e-5)
+    assert evaluated["shares"] == pytest.approx(row["shares"], rel=1e-5)
     for levels in evaluated["levels"].values():
         assert [max(levels[n]) for n in found["settled"]] == [1.0] * len(found["settled"])
     written = stage("generate", *keys, "prompt=import", "max_new_tokens=3")

@@ -56,6 +56,18 @@ def learner_of(tokens: int, weight: float, mixed: tuple[float, ...]) -> Adaptive
     return AdaptiveLearner(blocks, [cost], info, settings, 0, 100, routers, False, {"full": [counted]})
 
 
+def spent_by_halves(learner: AdaptiveLearner) -> float:
+    """The share of the full model's cost that a step counts: half of 8 tokens at the smallest level, half at the largest."""
+    (routing,) = learner.networks(0)
+    levels = torch.tensor([[0], [3]] * 4)
+    for block in range(learner.blocks.count):
+        mask = torch.ones(8, 1, 4, requires_grad=True)
+        mask.grad = torch.zeros(8, 1, 4)
+        hidden = torch.randn(8, 1, learner.blocks.model.hidden_size)
+        routing.seen.append(Seen(block, 0, hidden, levels, torch.ones_like(levels, dtype=torch.bool), mask))
+    return learner.learn(0, [3.0, 3.5])["costs"][0][0]
+
+
 def test_a_token_learns_which_level_serves_it():
     """A level is worth what its parts are together: the first token wants the second part only, the second token none."""
     for chosen in learned([[0.0, -9.0, 8.0, 0.0], [0.0, 5.0, 0.0, -1.0]], level=3, target=0.5):
@@ -76,16 +88,6 @@ def test_it_must_be_worth_that_tokens_differ(mixed, wanted):
 
 
 def test_what_is_spent_counts_that_tokens_differ():
-    """Half of the tokens at the smallest level and half at the largest: 0.3 of the full model's cost for a further level."""
-    spent = []
-    for mixed in ((), (0, 0.3, 0)):
-        learner = learner_of(8, 0.5, mixed)
-        (routing,) = learner.networks(0)
-        levels = torch.tensor([[0], [3]] * 4)
-        for block in range(learner.blocks.count):
-            mask = torch.ones(8, 1, 4, requires_grad=True)
-            mask.grad = torch.zeros(8, 1, 4)
-            hidden = torch.randn(8, 1, learner.blocks.model.hidden_size)
-            routing.seen.append(Seen(block, 0, hidden, levels, torch.ones_like(levels, dtype=torch.bool), mask))
-        spent.append(learner.learn(0, [3.0, 3.5])["costs"][0][0])
+    """0.3 of the full model's cost for a further level."""
+    spent = [spent_by_halves(learner_of(8, 0.5, mixed)) for mixed in ((), (0, 0.3, 0))]
     assert spent[1] - spent[0] == pytest.approx(2 * 0.3 * (2 * 0.5 * 1.05 / 0.55 - 1), rel=1e-4)

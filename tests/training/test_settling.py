@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from flextron_mcore.evaluation.routed import Routed, average
-from flextron_mcore.routers.adaptive import Seen
 from flextron_mcore.training.settling import runs, worth_N
 from tests.routing_toy import family, latency
-from tests.training.test_adaptive import learner_of
+from tests.training.test_adaptive import learner_of, spent_by_halves
 
 
 def test_worth_is_what_it_saves_less_what_it_costs():
@@ -70,14 +68,7 @@ def test_what_settled_blocks_spend_is_counted_as_in_a_network():
         }
         learner.settle(settled)
         assert learner.info.settled == settled and learner.routers.settled == set(settled)
-        (routing,) = learner.networks(0)
-        levels = torch.tensor([[0], [3]] * 4)
-        for block in range(learner.blocks.count):
-            mask = torch.ones(8, 1, 4, requires_grad=True)
-            mask.grad = torch.zeros(8, 1, 4)
-            hidden = torch.randn(8, 1, learner.blocks.model.hidden_size)
-            routing.seen.append(Seen(block, 0, hidden, levels, torch.ones_like(levels, dtype=torch.bool), mask))
-        spent.append(learner.learn(0, [3.0, 3.5])["costs"][0][0] * static.full)
+        spent.append(spent_by_halves(learner) * static.full)
         lows.append(float(learner.low_C))
     differ = 0.2 * static.full * (2 * 0.5 * 1.05 / 0.55 - 1)
     assert spent[0] - spent[1] == pytest.approx(static.heads[0] + static.heads[3] + differ, rel=1e-4)

@@ -115,6 +115,9 @@ def test_a_settled_block_is_computed_as_in_a_sub_network(made, kv_policy, monkey
     net = blocks.network([whole.settled[n] for n in range(blocks.count)])
     assert run(model, whole, tokens, positions).equal(run(model, net, tokens, positions)) and not asked
     assert net != SubNetwork.full(blocks.model)
+    with torch.no_grad(), use_subnetwork(model, whole):  # the level is that of this pass only
+        model(tokens, positions, None)
+        assert all(layer.self_attention.choice is None and layer.mlp.choice is None for layer in model.decoder.layers)
 
 
 def test_settled_blocks_with_padding_and_noise(made):

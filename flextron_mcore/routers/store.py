@@ -116,6 +116,8 @@ def read_routers(folder: Path, blocks: Blocks, kind: str = "static") -> tuple[Ro
             bool(values.get("uniform", False)),
             tuple(map(int, values.get("settled", ()))),
         )
+        if outside := set(info.settled) - set(range(blocks.count)):
+            raise ValueError(f"settled: there is no block {min(outside)}")
         weights = load_file(folder / WEIGHTS_FILE)
         routers = _made(info, blocks, weights)
         routers.load_state_dict(weights)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.routers.adaptive import AdaptiveRouters
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo, load_state, read_routers, save_state, write_routers
 from tests.routing_toy import family
@@ -23,6 +25,24 @@ def test_round_trip(tmp_path):
     assert info == INFO and json.loads((tmp_path / "latency.json").read_text()) == {"a": 1}
     targets = torch.rand(3, 2)
     assert again(targets).equal(routers(targets))
+
+
+def test_settled_blocks_are_kept(tmp_path):
+    routers = AdaptiveRouters(BLOCKS, 2, 8, StaticRouters(BLOCKS, 2, 16), (0, 3))
+    described = replace(INFO, kind="adaptive", kv_policy="own", settled=(0, 3))
+    write_routers(tmp_path, described, routers, None)
+    info, again = read_routers(tmp_path, BLOCKS, "adaptive")
+    assert info == described and again.settled == {0, 3}
+    assert read_routers(tmp_path, BLOCKS)[0].settled == ()  # of the static ones that they hold
+    file = tmp_path / "routers.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "settled": [0, 4]}))
+    with pytest.raises(FlextronError, match="routers.json: the routers cannot be read .*there is no block 4"):
+        read_routers(tmp_path, BLOCKS, "adaptive")
+    del values["settled"]  # as before there were any
+    file.write_text(json.dumps(values))
+    info, again = read_routers(tmp_path, BLOCKS, "adaptive")
+    assert info.settled == () and again.settled == set()
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,9 @@ def _after(config: DictConfig, learner: AdaptiveLearner, measured: _Measured) ->
     trial = round(config.adaptive.trial * config.trainer.max_steps)
     if trial and learner.counted[learner.info.kv_policy][0].settled:
         then[trial] = measured.settle
+    elif config.adaptive.trial:
+        reason = "it is no step" if not trial else "what routing costs is not known (flextron latency routed.enabled=true)"
+        say(f"{config.stage}: warning: adaptive.trial={config.adaptive.trial} settles nothing: {reason}")
     return then
 
 

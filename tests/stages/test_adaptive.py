@@ -269,6 +269,15 @@ def test_where_routing_costs_more_than_it_saves_it_is_said(chain, routed, tmp_pa
     assert ("adaptive.trial=0.4 finds the blocks" in capsys.readouterr().out) is told and found["settled"] == []
 
 
+@pytest.mark.parametrize(
+    "keys, reason", [(["adaptive.trial=0.5"], "what routing costs is not known"), (["adaptive.trial=0.2"], "it is no step")]
+)
+def test_a_trial_that_settles_nothing(chain, routed, tmp_path, capsys, keys, reason):
+    table = write_table(routed / "static", tmp_path / "latency.json", routed=reason == "it is no step")
+    stage("router", *adaptive_keys(chain, routed), f"latency={table}", "trainer.max_steps=2", *keys, f"out={tmp_path}/out")
+    assert f"{keys[0]} settles nothing: {reason}" in capsys.readouterr().out
+
+
 def test_adaptive_routers_need_static_ones(chain, tmp_path):
     keys = [f"checkpoint={chain}/elastic", f"data={chain}/data", *RUN, *ADAPTIVE, "trainer.max_steps=2", f"out={tmp_path}/out"]
     with pytest.raises(FlextronError, match="has no routers"):

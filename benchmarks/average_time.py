@@ -65,7 +65,8 @@ def _times(name: str, info: Any, table: Any, datasets: Any) -> list[list[str]]:
         nets[f"{budget:g}"] = make()
     if len(nets) == 1:
         raise FlextronError(reasons[0])
-    print(*reasons, sep="\n")
+    for reason in reasons:
+        print(reason)
     calls = {budget: partial(_passes, model, net, tokens) for budget, net in nets.items()}
     with torch.no_grad():
         seconds = interleaved(calls, ROUNDS)

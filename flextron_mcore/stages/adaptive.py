@@ -63,7 +63,8 @@ def train_adaptive(config: DictConfig, info: Any, data: Any) -> dict[str, Any]:
                 for row in rows
             ],
         )
-        if learner.counted[learner.info.kv_policy][0].settled and all(_better(row, learner) < 0 for row in rows):
+        known = learner.counted[learner.info.kv_policy][0].settled and not config.adaptive.trial
+        if known and all(_better(row, learner) < 0 for row in rows):
             say(
                 f"{config.stage}: at these budgets routing costs more than it saves: adaptive.trial=0.4 finds the blocks in "
                 "which it pays that tokens choose"

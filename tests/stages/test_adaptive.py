@@ -261,11 +261,17 @@ def test_a_table_that_counts_other_routers(chain, routed, tmp_path, capsys):
         assert "routing is not counted" not in printed
 
 
-@pytest.mark.parametrize("better, counted, told", [(-1.0, True, True), (1.0, True, False), (-1.0, False, False)])
-def test_where_routing_costs_more_than_it_saves_it_is_said(chain, routed, tmp_path, monkeypatch, capsys, better, counted, told):
+@pytest.mark.parametrize(
+    "better, counted, trial, told",
+    [(-1.0, True, 0, True), (1.0, True, 0, False), (-1.0, False, 0, False), (-1.0, True, 0.1, False)],
+)
+def test_where_routing_costs_more_than_it_saves_it_is_said(
+    chain, routed, tmp_path, monkeypatch, capsys, better, counted, trial, told
+):
     table = write_table(routed / "static", tmp_path / "latency.json", routed=counted)
     monkeypatch.setattr(adaptive, "_better", lambda row, learner: better)
-    found = stage("router", *adaptive_keys(chain, routed), f"latency={table}", "trainer.max_steps=1", f"out={tmp_path}/out")
+    keys = [f"latency={table}", "trainer.max_steps=1", f"adaptive.trial={trial}", f"out={tmp_path}/out"]
+    found = stage("router", *adaptive_keys(chain, routed), *keys)
     assert ("adaptive.trial=0.4 finds the blocks" in capsys.readouterr().out) is told and found["settled"] == []
 
 

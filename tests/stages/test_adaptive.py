@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from flextron_mcore.checkpoint.store import TensorReader, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
+from flextron_mcore.evaluation import routed as evaluation
 from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.stages import adaptive
 from flextron_mcore.training import settling
@@ -196,8 +197,11 @@ def test_blocks_in_which_it_does_not_pay_are_settled(chain, routed, tmp_path, mo
     assert evaluated["shares"] == pytest.approx(row["shares"], rel=1e-5)
     for levels in evaluated["levels"].values():
         assert [max(levels[n]) for n in found["settled"]] == [1.0] * len(found["settled"])
-    written = stage("generate", *keys, "prompt=import", "max_new_tokens=3")
-    assert 0 < written["share"] < 1.1
+    average, counted = evaluation.average, []
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "average", lambda *given: counted.append(set(given[3])) or average(*given))
+        written = stage("generate", *keys, "prompt=import", "max_new_tokens=3")
+    assert counted == [set(found["settled"])] and 0 < written["share"] < 1.1
     keys = [f"checkpoint={tmp_path}/whole", f"data={chain}/data", *RUN, "validation_targets=[0.9]", "trainer.max_steps=2"]
     tuned = stage("joint", *keys, "adaptive.calibration_samples=8", "targets_per_step=2", f"out={tmp_path}/joint")
     assert tuned["settled"] == found["settled"]

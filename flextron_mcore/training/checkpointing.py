@@ -160,6 +160,7 @@ class FrozenCheckpointer:
                         _link(file, aside / file.name)
                 _publish(self.run, aside, target, info, self.keep_last)
             torch.distributed.barrier()
+        self.source = replace(info, path=target)  # that which a run was continued from is not kept for ever
 
     def load(self, info: CheckpointInfo) -> None:
         """Continue from a checkpoint of this run."""
@@ -167,6 +168,9 @@ class FrozenCheckpointer:
         self.source = info
 
     def poll(self) -> None:
+        """Nothing is written in the background."""
+
+    def finish(self) -> None:
         """Nothing is written in the background."""
 
     def close(self) -> None:

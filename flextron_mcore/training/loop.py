@@ -75,7 +75,8 @@ class Phase:
     """What a training phase computes. networks(step): the networks of a step, the full model (None) first.
 
     Called on all ranks, with the same results. frozen: the model's weights stay as they are, only `learner` learns. after:
-    what is called with the model, ready for evaluation, on all ranks after so many steps, before their validation and checkpoint.
+    what is called with the model, ready for evaluation, on all ranks after so many steps, before their validation and checkpoint;
+    there is one of the step before.
     """
 
     networks: Callable[[int], list[Network]]
@@ -285,6 +286,7 @@ class _Run:
                 self._step(step, log)
                 step, trained = step + 1, trained + 1
                 if then := self.phase.after.get(step):
+                    self.checkpointer.finish()  # it can take long, and then a killed run loses a step
                     with self._gathered():
                         then([chunk.eval() for chunk in self.model])
                     for chunk in self.model:
@@ -292,7 +294,8 @@ class _Run:
                 if step % self.trainer.val_check_interval == 0 or step == self.trainer.max_steps:
                     validation["last"] = self._validate(step, log)
                 stop = stop_agreed() if step < self.trainer.max_steps else 0
-                if stop or step % self.save_interval == 0 or step == self.trainer.max_steps:
+                due = step % self.save_interval == 0 or step == self.trainer.max_steps or step + 1 in self.phase.after
+                if stop or due:
                     with self._gathered(), signals.deaf_helpers():
                         dtype = self.info.dtype if self.phase.frozen else self.trainer.precision
                         self.checkpointer.save(at_step(self.info, step, dtype=dtype))

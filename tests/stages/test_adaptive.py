@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -143,6 +144,49 @@ def test_an_interrupted_run_continues_exactly(chain, routed, tmp_path, monkeypat
     assert rows(tmp_path / "parts") == rows(whole)
     ends = [load_file(list_checkpoints(out)[-1] / "routers.safetensors") for out in (tmp_path / "parts", whole)]
     assert all(ends[0][key].equal(ends[1][key]) for key in ends[1])
+
+
+def test_a_continued_run_outlives_the_checkpoint_that_it_continued_from(chain, routed, tmp_path, monkeypatch):
+    step, out = _Run._step, tmp_path / "out"
+    saving = [f"exp_manager.checkpoint_callback_params.{key}=1" for key in ("every_n_train_steps", "keep_last")]
+    for stop in (2, 5, None):
+
+        def stopping(self, number, log, stop=stop):
+            if number == stop:
+                raise Interrupted
+            step(self, number, log)
+
+        monkeypatch.setattr(_Run, "_step", stopping)
+        with pytest.raises(Interrupted) if stop else contextlib.nullcontext():
+            stage("router", *adaptive_keys(chain, routed), *saving, f"out={out}")
+        assert [path.name for path in list_checkpoints(out)] == [f"iter_000000{stop or 8}"]
+    assert rows(out) == rows(routed / "adaptive")
+    reader, source = (TensorReader(open_checkpoint(path)) for path in (out, routed / "static"))
+    assert all(reader.read(key).equal(source.read(key)) for key in source.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", ["router", "joint"])
+def test_killed_while_it_calibrates(chain, routed, tmp_path, monkeypatch, name):
+    """Which can take long: only a step is lost, and the end is the same."""
+    keys = adaptive_keys(chain, routed)
+    if name == "joint":
+        more = ["targets_per_step=2", "model.optim.sched.warmup_steps=1", "trainer.max_steps=2"]
+        keys = [f"checkpoint={routed}/adaptive", f"data={chain}/data", *RUN, *ADAPTIVE[2:], *more]
+    calibrate, run = adaptive._Measured.calibrate, tmp_path / "parts"
+
+    def killed(self, model):
+        assert open_checkpoint(run).step == self.config.trainer.max_steps - 1  # whole by now
+        raise Interrupted
+
+    whole = stage(name, *keys, f"out={tmp_path}/whole")
+    monkeypatch.setattr(adaptive._Measured, "calibrate", killed)
+    with pytest.raises(Interrupted):
+        stage(name, *keys, f"out={run}")
+    monkeypatch.setattr(adaptive._Measured, "calibrate", calibrate)
+    again = stage(name, *keys, f"out={run}")
+    for key in ("calibration", "adaptive_budgets"):
+        assert again[key] == whole[key], key
+    assert rows(run) == rows(tmp_path / "whole")
 
 
 def test_blocks_in_which_it_does_not_pay_are_settled(chain, routed, tmp_path, monkeypatch, capsys):

@@ -36,15 +36,18 @@ def ratio(ours: list[float], theirs: list[float]) -> Ratio:
     return Ratio(median, low, high, min(ours) / min(theirs))
 
 
-def interleaved(compared: Mapping[str, Thunk], rounds: int, before: Mapping[str, Thunk] | None = None) -> dict[str, list[float]]:
+def interleaved(
+    compared: Mapping[str, Thunk], rounds: int, before: Mapping[str, Thunk] | None = None, done: Thunk = lambda: None
+) -> dict[str, list[float]]:
     """Seconds of each function in each of `rounds` rounds, after one that is not counted; every other round runs backwards.
 
-    before: what makes each of them ready, untimed, every time.
+    before: what makes each of them ready, untimed, every time. done: called after each round.
     """
     ready = before or dict.fromkeys(compared, lambda: None)
     for name, function in compared.items():
         ready[name]()
         function()
+    done()
     seconds: dict[str, list[float]] = {name: [] for name in compared}
     for i in range(rounds):
         for name in list(compared) if i % 2 else reversed(compared):
@@ -52,6 +55,7 @@ def interleaved(compared: Mapping[str, Thunk], rounds: int, before: Mapping[str,
             begun = clock()
             compared[name]()
             seconds[name].append(clock() - begun)
+        done()
     return seconds
 
 

@@ -14,10 +14,9 @@ from typing import Any
 from benchmarks.trained import command, domains, forward, in_turn, settings
 
 BUDGETS = (0.6, 0.7, 0.8, 0.9)
-PASSES, ROUNDS = 6, 15
 
 
-def _run(data: str, *adaptive: str) -> None:
+def _run(data: str, *adaptive: str, passes: int = 6, rounds: int = 15) -> None:
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.config import FlextronError
     from flextron_mcore.stages.choice import check_table, latency_table
@@ -30,10 +29,11 @@ def _run(data: str, *adaptive: str) -> None:
         if table is None or not table.routed or table.setting["kind"] != "prefill":
             raise FlextronError(f"{path}: has no latency table of a prefill that counts routing: train it with such a one")
         check_table(table)
-        print_table("average_time", columns, _times(Path(path).name, info, table, domains(data, table.setting["prompt_length"])))
+        datasets = domains(data, table.setting["prompt_length"])
+        print_table("average_time", columns, _times(Path(path).name, info, table, datasets, passes, rounds))
 
 
-def _times(name: str, info: Any, table: Any, datasets: Any) -> list[list[str]]:
+def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds: int) -> list[list[str]]:
     """The rows of one run."""
     import torch
 
@@ -47,12 +47,12 @@ def _times(name: str, info: Any, table: Any, datasets: Any) -> list[list[str]]:
     blocks, setting = Blocks(info.model, info.space), table.setting
     (model,) = loaded_model({}, info, "bf16" if table.machine.get("dtype") == "bfloat16" else "fp32")
     model.eval()
-    tokens = in_turn(datasets, PASSES * setting["batch_size"]).split(setting["batch_size"])
+    tokens = in_turn(datasets, passes * setting["batch_size"]).split(setting["batch_size"])
     measured = f"{table.machine.get('device')}, {table.machine.get('threads')} thread(s)"
     print_settings(
         f"average_time: {name}",
-        f"{PASSES} passes of {setting['batch_size']} x {setting['prompt_length']} tokens, {', '.join(datasets)} mixed; median "
-        f"(quartiles) of {ROUNDS} paired rounds; the table: {measured}",
+        f"{passes} passes of {setting['batch_size']} x {setting['prompt_length']} tokens, {', '.join(datasets)} mixed; median "
+        f"(quartiles) of {rounds} paired rounds; the table: {measured}",
     )
     nets: dict[str, Any] = {"full": None}
     reasons = []
@@ -69,14 +69,14 @@ def _times(name: str, info: Any, table: Any, datasets: Any) -> list[list[str]]:
         print(reason)
     calls = {budget: partial(_passes, model, net, tokens) for budget, net in nets.items()}
     with torch.no_grad():
-        seconds = interleaved(calls, ROUNDS)
+        seconds = interleaved(calls, rounds)
     rows = []
     for budget, net in list(nets.items())[1:]:
         counted = counted_cost(cost, table, net.kv_policy)
         share_NK = (net.counts_NK / net.counts_NK.sum(-1, keepdim=True)).cpu().numpy()
         told, static = (average(each, blocks, share_NK, net.settled) / cost.full for each in (counted, cost))
         found = ratio(seconds[budget], seconds["full"])
-        ms, off = 1000 * min(seconds[budget]) / PASSES, found.median / float(budget) - 1
+        ms, off = 1000 * min(seconds[budget]) / passes, found.median / float(budget) - 1
         levels = " ".join(map(str, (share_NK > 0.002).sum(1)))
         rows.append([name, net.kv_policy, budget, f"{told:.3f}", f"{ms:.1f}", str(found), f"{off:+.1%}", f"{static:.3f}", levels])
     return rows

@@ -2,7 +2,7 @@
 
 STATIC: a run of `flextron router`; ADAPTIVE: runs of `kind=adaptive` that started from it, in one KV policy each; or runs of
 `flextron joint` after either. DATA: of `flextron data`. The time is a forward pass over validation data with the routers at work,
-whatever a latency table thinks of it.
+whatever a latency table thinks of it. For larger models `sequences=1` (of each domain in a pass), `samples=24` and the like.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy as np
 from benchmarks.trained import command, domains, forward, in_turn, settings
 
 TARGETS, LADDER = (0.6, 0.7, 0.8), [0.55, 0.65, 0.75, 0.85, 0.9, 0.95, 1.0]
-EACH, BATCH, SAMPLES, ROUNDS = 3, 8, 48, 15
+BATCH = 8
 
 
-def _run(static: str, data: str, *adaptive: str) -> None:
+def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: int = 48, rounds: int = 15) -> None:
     import torch
+    from tqdm import tqdm
 
     from benchmarks import interleaved, print_settings
     from flextron_mcore.blocks import Blocks
@@ -36,35 +37,42 @@ def _run(static: str, data: str, *adaptive: str) -> None:
     length, blocks = info.model.max_position_embeddings, Blocks(info.model, info.space)
     print_settings(
         "equal_time: adaptive routers, and the static routers' network that takes as long",
-        f"a forward pass over {EACH} x {length} tokens of each domain, processor time, median of {ROUNDS} paired rounds; losses:",
-        f"mean over domains, at most {SAMPLES} sequences each; static ones are interpolated between {len(LADDER) + len(TARGETS)}",
+        f"a forward pass over {sequences} x {length} tokens of each domain, processor time, median of {rounds} paired rounds;",
+        f"losses: mean over domains, at most {samples} sequences each; static ones between {len(LADDER) + len(TARGETS)} networks",
     )
     datasets = domains(data, length)
-    model = loaded_model({}, info, "fp32")
-    tokens = in_turn(datasets, EACH * len(datasets))
+    tokens = in_turn(datasets, sequences * len(datasets))
     networks: dict[float, Any] = _static(info, sorted({*TARGETS, *LADDER}))
-    found = evaluate(model, datasets, {str(share): net for share, net in networks.items()}, length, BATCH, SAMPLES)
-    losses = {share: mean(found[str(share)]) for share in networks}
-    rows = []
-    for path in adaptive:
-        own = open_checkpoint(path)
-        described, routers = read_routers(own.path, blocks, "adaptive")
-        routed = loaded_model({}, own, "fp32")  # with joint training another model
-        for share in TARGETS:
-            target = torch.tensor([target_for(described.calibration, share, nearest=True)])
-            chosen = TokenRouting(routers.eval(), target, described.kv_policy)
-            loss = mean(evaluate(routed, datasets, {"": chosen}, length, BATCH, SAMPLES)[""])
-            calls = {name: partial(forward, model[0], net, tokens) for name, net in networks.items()}
-            calls["adaptive"] = partial(forward, routed[0], chosen, tokens)
-            with torch.no_grad():
-                seconds = interleaved(calls, ROUNDS)
-            times = {name: float(np.median(np.divide(values, seconds[LADDER[-1]]))) for name, values in seconds.items()}
-            ours = times.pop("adaptive")
-            equal = float(np.interp(ours, np.maximum.accumulate(list(times.values())), list(losses.values())))
-            pairs = [f"{losses[share]:.4f} ({times[share]:.3f})", f"{loss:.4f} ({ours:.3f})"]
-            rows.append([Path(path).name, described.kv_policy, f"{share:g}", *pairs, f"{equal:.4f}", f"{equal - loss:.4f}"])
+    model, *_ = loaded = loaded_model({}, info, "fp32")
+    calls: dict[Any, Any] = {share: partial(forward, model, net, tokens) for share, net in networks.items()}
+    losses, rows = {}, []
+    with tqdm(total=len(networks) + len(adaptive) * len(TARGETS) + rounds + 1, desc="equal_time") as bar:
+        for share, net in networks.items():
+            losses[share] = mean(evaluate(loaded, datasets, {"": net}, length, BATCH, samples)[""])
+            bar.update()
+        for path in adaptive:
+            own = open_checkpoint(path)
+            described, routers = read_routers(own.path, blocks, "adaptive")
+            routed = loaded_model({}, own, "fp32")  # with joint training another model
+            for share in TARGETS:
+                target = torch.tensor([target_for(described.calibration, share, nearest=True)])
+                chosen = TokenRouting(routers.eval(), target, described.kv_policy)
+                losses[path, share] = mean(evaluate(routed, datasets, {"": chosen}, length, BATCH, samples)[""])
+                calls[path, share] = partial(forward, routed[0], chosen, tokens)
+                rows.append([path, described.kv_policy, share])
+                bar.update()
+        with torch.no_grad():
+            seconds = interleaved(calls, rounds, done=bar.update)
+    times = {name: float(np.median(np.divide(values, seconds[LADDER[-1]]))) for name, values in seconds.items()}
+    rising = np.maximum.accumulate([times[share] for share in networks])
+    found = []
+    for path, kv_policy, share in rows:
+        at = (path, share)
+        equal = float(np.interp(times[at], rising, [losses[each] for each in networks]))
+        pairs = [f"{losses[each]:.4f} ({times[each]:.3f})" for each in (share, at)]
+        found.append([Path(path).name, kv_policy, f"{share:g}", *pairs, f"{equal:.4f}", f"{equal - losses[at]:.4f}"])
     columns = ["routers", "keys", "budget", "static (time / full)", "adaptive (time / full)", "static at that time", "better by"]
-    print_table("equal_time", columns, rows)
+    print_table("equal_time", columns, found)
 
 
 def _static(info: Any, shares: list[float]) -> dict[float, Any]:

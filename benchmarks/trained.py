@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import tempfile
@@ -12,12 +13,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def command(usage: str, paths: int, run: Callable[..., None]) -> None:
-    """Call `run` with the paths given, at least so many; stop with one line for what cannot be read."""
+    """Call `run` with the paths given, at least so many, and the numbers given as `name=4`, which are keywords of `run`.
+
+    Stop with one line for what cannot be read.
+    """
     from flextron_mcore.cli import prepare_environment
     from flextron_mcore.config import FlextronError
 
-    if len(sys.argv) <= paths:
-        sys.exit(usage.splitlines()[0])
+    given = [argument for argument in sys.argv[1:] if "=" not in argument]
+    pairs = (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    numbers = {name: int(value) if value.isdecimal() else 0 for name, value in pairs}
+    known = [name for name, each in inspect.signature(run).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    if len(given) < paths or not set(numbers) <= set(known) or 0 in numbers.values():
+        sys.exit(f"{usage.splitlines()[0]} Numbers, from 1 on: {', '.join(f'{name}=' for name in known)}")
     prepare_environment()
     from flextron_mcore.runtime import distributed
     from flextron_mcore.runtime.memory import keep_freed_memory
@@ -25,7 +33,7 @@ def command(usage: str, paths: int, run: Callable[..., None]) -> None:
     try:
         distributed.initialize()
         keep_freed_memory()
-        run(*sys.argv[1:])
+        run(*given, **numbers)
     except FlextronError as error:
         sys.exit(f"benchmarks: {error}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import average_time, dispatch, equal_time
+from benchmarks import average_time, dispatch, equal_time, trained
 from flextron_mcore.config import FlextronError
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, stage
@@ -38,8 +38,7 @@ def test_average_time(chain, runs, monkeypatch, capsys):
     shares = sorted(share for _, share in json.loads((runs / "adaptive" / "metrics.json").read_text())["calibration"])
     middle = round(shares[len(shares) // 2], 3)
     monkeypatch.setattr(average_time, "BUDGETS", (0.01, middle))
-    monkeypatch.setattr(average_time, "ROUNDS", 2)
-    average_time._run(str(chain / "data"), str(runs / "adaptive"))
+    average_time._run(str(chain / "data"), str(runs / "adaptive"), passes=1, rounds=2)
     (row,) = printed(capsys, "average_time")  # the other budget is not reached
     assert row[:3] == ["adaptive", "full", f"{middle:g}"] and 0 < float(row[3]) < 2
     with pytest.raises(FlextronError, match="no latency table of a prefill that counts routing"):
@@ -49,11 +48,20 @@ def test_average_time(chain, runs, monkeypatch, capsys):
 
 
 def test_equal_time(chain, runs, monkeypatch, capsys):
-    for name, value in {"TARGETS": (0.9,), "LADDER": [0.95, 1.0], "EACH": 1, "BATCH": 2, "SAMPLES": 4, "ROUNDS": 2}.items():
+    for name, value in {"TARGETS": (0.9,), "LADDER": [0.95, 1.0], "BATCH": 2}.items():
         monkeypatch.setattr(equal_time, name, value)
-    equal_time._run(str(runs / "static"), str(chain / "data"), str(runs / "adaptive"))
+    numbers = ["sequences=1", "samples=4", "rounds=2"]
+    monkeypatch.setattr("sys.argv", ["equal_time", str(runs / "static"), str(chain / "data"), str(runs / "adaptive"), *numbers])
+    trained.command(equal_time.__doc__, 3, equal_time._run)
     (row,) = printed(capsys, "equal_time")
     assert row[:3] == ["adaptive", "full", "0.9"]
+
+
+@pytest.mark.parametrize("given", [["a"], ["a", "b", "c", "round=3"], ["a", "b", "c", "rounds=-1"], ["a", "b", "c", "rounds=x"]])
+def test_what_is_given(given, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["equal_time", *given])
+    with pytest.raises(SystemExit, match=r"python -m benchmarks.equal_time STATIC .* sequences=, samples=, rounds="):
+        trained.command(equal_time.__doc__, 3, equal_time._run)
 
 
 def test_dispatch(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -57,15 +58,9 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
-    """Two domains of real text: parts of this package's sources."""
+    """Two domains of real text: parts of this package's sources, as they once were, so that no change to them changes a result."""
     folder = tmp_path_factory.mktemp("text")
-    root = Path(__file__).resolve().parents[1]
-    (folder / "code").mkdir()
-    for i, source in enumerate(sorted((root / "flextron_mcore" / "training").glob("*.py"))):
-        (folder / "code" / f"{i}.py").write_text(source.read_text())
-    (folder / "prose").mkdir()
-    for i, source in enumerate(sorted((root / "flextron_mcore" / "checkpoint").glob("*.py"))):
-        (folder / "prose" / f"{i}.txt").write_text(source.read_text())
+    shutil.unpack_archive(Path(__file__).with_name("text.zip"), folder)
     return folder
 
 

@@ -58,7 +58,7 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
-    """Two domains of real text: parts of this package's sources, as they once were: what is computed does not change with them."""
+    """Two domains of real text: parts of this package's sources, as they once were: it must not change with them."""
     folder = tmp_path_factory.mktemp("text")
     shutil.unpack_archive(Path(__file__).with_name("text.zip"), folder)
     return folder

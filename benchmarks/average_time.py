@@ -23,6 +23,8 @@ def _run(data: str, *adaptive: str, passes: int = 6, rounds: int = 15) -> None:
     from flextron_mcore.stages.common import print_table
 
     columns = ["routers", "keys", "budget", "told", "ms", "time / full", "off the budget", "told by the static table", "levels"]
+    if rounds < 2:
+        raise FlextronError(f"rounds={rounds}: quartiles want at least 2")
     for path in adaptive:
         info = open_checkpoint(path)
         table = latency_table(settings(), info)

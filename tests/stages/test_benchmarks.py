@@ -43,6 +43,8 @@ def test_average_time(chain, runs, monkeypatch, capsys):
     assert row[:3] == ["adaptive", "full", f"{middle:g}"] and 0 < float(row[3]) < 2
     with pytest.raises(FlextronError, match="no latency table of a prefill that counts routing"):
         average_time._run(str(chain / "data"), str(chain / "elastic"))
+    with pytest.raises(FlextronError, match="rounds=1: quartiles want at least 2"):
+        average_time._run(str(chain / "data"), str(runs / "adaptive"), rounds=1)
     with pytest.raises(FlextronError, match="static: .*its routers are static"):
         average_time._run(str(chain / "data"), str(runs / "static"))
 
@@ -62,6 +64,17 @@ def test_what_is_given(given, monkeypatch):
     monkeypatch.setattr("sys.argv", ["equal_time", *given])
     with pytest.raises(SystemExit, match=r"python -m benchmarks.equal_time STATIC .* sequences=, samples=, rounds="):
         trained.command(equal_time.__doc__, 3, equal_time._run)
+
+
+def test_numbers_are_passed_on(monkeypatch):
+    got = []
+
+    def run(*paths: str, rounds: int = 1, samples: int = 2) -> None:
+        got.append((paths, rounds, samples))
+
+    monkeypatch.setattr("sys.argv", ["name", "a", "rounds=7", "b"])
+    trained.command("usage", 2, run)
+    assert got == [(("a", "b"), 7, 2)]
 
 
 def test_dispatch(monkeypatch, capsys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -145,13 +146,16 @@ def target_for(calibration: Sequence[tuple[float, float]], share: float, nearest
     """
     if not calibration:
         raise FlextronError("the adaptive routers have no calibration: their training did not end; run `flextron router` again")
-    targets, shares = np.array(sorted(calibration)).T
-    shares = np.maximum.accumulate(shares)
-    low, high = shares[0], shares[-1]
+    points = sorted(calibration)
+    low, high = (pick(spent for _, spent in points) for pick in (min, max))
     if not nearest and not low - 0.005 <= share <= high + 0.005:
         raise FlextronError(f"budget: the adaptive routers spend {low:.3f} to {high:.3f} of the full model's, not {share:.3f}")
-    above = min(max(int(np.searchsorted(shares, share)), 1), len(shares) - 1)
-    (below, next_share), (first, second) = shares[above - 1 : above + 1], targets[above - 1 : above + 1]
-    if second - first <= _NARROW and next_share - below > _CHANGE:
-        return float(first if share - below < next_share - share else second)
-    return float(np.interp(share, shares, targets))
+    # Where it falls from a point to the next, as with routers of little training, a gap further on has the share, too.
+    rising = (gap for gap in pairwise(points) if gap[0][1] < gap[1][1] and gap[0][1] <= share <= gap[1][1])
+    gap = next(rising, None)
+    if gap is None:
+        return min(points, key=lambda point: abs(point[1] - share))[0]
+    (first, below), (second, above) = gap
+    if second - first <= _NARROW and above - below > _CHANGE:
+        return first if share - below < above - share else second
+    return first + (second - first) * (share - below) / (above - below)

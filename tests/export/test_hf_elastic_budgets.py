@@ -294,6 +294,10 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
     shares = np.linspace(0.5, 0.93, 44)
     targets = [target_for(described.calibration, share) for share in shares]
     assert [model.family.target(share) for share in shares] == pytest.approx(targets) and len(set(targets)) > 40
+    falls = [(0.0, 0.88), (0.25, 0.8), (0.5, 0.85), (0.5 + 1 / 1024, 0.9), (1.0, 0.95)]
+    own, model.family.adaptive["calibration"] = model.family.adaptive["calibration"], falls
+    assert [model.family.target(share) for share in shares[31:]] == pytest.approx([target_for(falls, x) for x in shares[31:]])
+    model.family.adaptive["calibration"] = own
     # Padding on the left changes nothing, and is not counted.
     short = tokens[:1, :6]
     model.set_budget(0.75, adaptive=True)

@@ -227,22 +227,16 @@ class Family:
 
     def target(self, share):
         """Where the adaptive routers spend `share` of the full model's cost on average, by their calibration."""
-        points, most = [], 0.0
-        for target, spent in sorted(self.adaptive["calibration"]):
-            most = max(most, spent)
-            points.append((most, target))
-        low, high = points[0][0], points[-1][0]
+        points = sorted(self.adaptive["calibration"])
+        low, high = (pick(spent for _, spent in points) for pick in (min, max))
         if not low - 0.005 <= share <= high + 0.005:
             raise ValueError(f"budget: the adaptive routers spend {low:.3f} to {high:.3f} of the full model's, not {share:.3f}")
-        if share >= high:
-            return points[-1][1]
-        after = sum(x <= share for x, _ in points)
-        if after == 0:
-            return points[0][1]
-        (x, y), (next_x, next_y) = points[after - 1], points[after]
-        if next_y - y <= NARROW and next_x - x > STEP:  # a step: its nearer end
-            return y if share - x < next_x - share else next_y
-        return (next_y - y) / (next_x - x) * (share - x) + y
+        for (first, below), (second, above) in zip(points[:-1], points[1:], strict=True):
+            if below < above and below <= share <= above:
+                if second - first <= NARROW and above - below > STEP:  # a step: its nearer end
+                    return first if share - below < above - share else second
+                return first + (second - first) * (share - below) / (above - below)
+        return min(points, key=lambda point: abs(point[1] - share))[0]
 
 
 def _mixed(row, sizes, tokens):

@@ -97,50 +97,33 @@ class _GivenBlock:
         raise NotImplementedError("given levels have no gradient")
 
 
-class Rows(Protocol):
-    """Which of the N tokens each of several products is for."""
-
-    def take(self, x_NX: Tensor) -> list[Tensor]:
-        """For each product its tokens [n, ...]."""
-
-    def add(self, parts_nX: Sequence[Tensor], count: int) -> Tensor:
-        """[N, ...], of `count` tokens: each the sum over the products that it is in. May overwrite the parts."""
-
-
 @dataclass(frozen=True)
 class Given:
-    """For each product its rows [n] among the N tokens, which differ from each other, or None for all of them."""
+    """What each of several products is for: its rows [n] among the N tokens, each at most once, or None for all of them."""
 
     rows: Sequence[Tensor | None]
 
     def take(self, x_NX: Tensor) -> list[Tensor]:
-        """See Rows."""
+        """For each product its tokens [n, ...]."""
         return [take_rows(x_NX, rows) for rows in self.rows]
-
-    def add(self, parts_nX: Sequence[Tensor], count: int) -> Tensor:
-        """See Rows."""
-        if torch.is_grad_enabled() or self.rows[0] is not None:
-            return _AddRows.apply(count, self.rows, *parts_nX)
-        return _add_rows(parts_nX[0], self.rows[1:], parts_nX[1:])
 
 
 @dataclass(frozen=True)
 class Leading:
-    """For each product the first `counts` of the tokens `order` (None: of all, as they lie); counts fall."""
+    """The same where each is for the first `counts` of the tokens `order` (None: of all, as they lie); counts fall."""
 
     order: Tensor | None
     counts: Sequence[int]
 
     def take(self, x_NX: Tensor) -> list[Tensor]:
-        """See Rows."""
+        """For each product its tokens [n, ...]."""
         ordered = take_rows(x_NX, self.order)
         return [ordered[:count] for count in self.counts]
 
     def add(self, parts_nX: Sequence[Tensor], count: int) -> Tensor:
-        """See Rows."""
-        if torch.is_grad_enabled() and len(parts_nX) > 1:
-            return put_rows(_AddLeading.apply(*parts_nX), self.order, count)
-        return put_rows(_add_leading(parts_nX[0], parts_nX[1:]), self.order, count)
+        """[N, ...], of `count` tokens: each the sum over the products that it is in."""
+        summed = parts_nX[0] if len(parts_nX) == 1 else _AddLeading.apply(*parts_nX)
+        return put_rows(summed, self.order, count)
 
 
 @dataclass(frozen=True)
@@ -160,7 +143,7 @@ def by_level(levels_SB: Tensor, count: int) -> tuple[Tensor | None, list[Step]]:
     """
     flat_N = levels_SB.flatten()
     taking_K = (flat_N >= _numbers(count, flat_N)[:, None]).sum(1)
-    order_N = _falling(flat_N) if on_gpu(flat_N) else None  # a GPU has something to do while this waits for it
+    order_N = falling(flat_N) if on_gpu(flat_N) else None  # a GPU has something to do while this waits for it
     taking = taking_K.tolist()
     if not taking[0]:
         return flat_N[:0], [Step(0, 0, 0)]
@@ -172,10 +155,11 @@ def by_level(levels_SB: Tensor, count: int) -> tuple[Tensor | None, list[Step]]:
             first = level + 1
     if len(found) == 1 and taking[0] == len(flat_N):  # as when a single token is decoded
         return None, found
-    return (_falling(flat_N) if order_N is None else order_N)[: taking[0]], found
+    return (falling(flat_N) if order_N is None else order_N)[: taking[0]], found
 
 
-def _falling(levels_N: Tensor) -> Tensor:
+def falling(levels_N: Tensor) -> Tensor:
+    """Tokens by falling level: [N]."""
     return levels_N.to(torch.int16).argsort(descending=True, stable=True)  # a GPU sorts by two bytes, not eight
 
 
@@ -227,13 +211,13 @@ class Participants:
                 found.append(cls(index_nB, valid_nB, rows_nB.flatten(), sum(own)))
         return found
 
-    def without_filling(self, values_nBX: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Values [m, ...] of those that take part, and which of the N tokens they are (None: all)."""
+    def ordered(self, values_nBX: Tensor, order_N: Tensor | None) -> Tensor:
+        """Values [count, ...] of those that take part, as they come in `order` (None: as they lie), an order of all tokens."""
         flat = values_nBX.flatten(0, 1)
-        if self.count == len(flat):
-            return flat, self.rows
-        valid = self.valid_nB.flatten()
-        return take_rows(flat, valid.nonzero().squeeze(-1)), self.rows[valid]
+        if order_N is None or self.rows is None:
+            return take_rows(flat, order_N)
+        place_N = torch.empty_like(order_N).scatter_(0, self.rows, _numbers(len(self.rows), self.rows))
+        return take_rows(flat, place_N[order_N[: self.count]])
 
 
 def _in_order(taken_XSB: Tensor, counts_XB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,38 +272,15 @@ def _put_rows(x_nX: Tensor, rows: Tensor, count: int) -> Tensor:
     return x_nX.index_select(0, place_N)  # faster than index_copy_
 
 
-class _AddRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, count: int, rows: Sequence[Tensor | None], *parts_nX: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.rows = rows
-        return _add_rows(parts_nX[0].new_zeros(count, *parts_nX[0].shape[1:]), rows, parts_nX)
-
-    @staticmethod
-    def backward(ctx, grad_NX: Tensor):  # type: ignore[override]
-        return None, None, *(grad_NX if row is None else grad_NX.index_select(0, row) for row in ctx.rows)
-
-
 class _AddLeading(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *parts_nX: Tensor) -> Tensor:  # type: ignore[override]
         ctx.counts = [len(part) for part in parts_nX]
-        return _add_leading(parts_nX[0].clone(), parts_nX[1:])
+        out_nX = parts_nX[0].clone()
+        for part in parts_nX[1:]:
+            out_nX[: len(part)].add_(part)
+        return out_nX
 
     @staticmethod
     def backward(ctx, grad_nX: Tensor):  # type: ignore[override]
         return tuple(grad_nX[:count] for count in ctx.counts)
-
-
-def _add_rows(out_NX: Tensor, rows: Sequence[Tensor | None], parts_nX: Sequence[Tensor]) -> Tensor:
-    for row, part in zip(rows, parts_nX, strict=True):
-        if row is None:
-            out_NX.add_(part)
-        else:
-            out_NX.index_add_(0, row, part)
-    return out_NX
-
-
-def _add_leading(out_nX: Tensor, parts_nX: Sequence[Tensor]) -> Tensor:
-    for part in parts_nX:
-        out_nX[: len(part)].add_(part)
-    return out_nX

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
-from flextron_mcore.layers.dispatch import Leading, Rows
+from flextron_mcore.layers.dispatch import Given, Leading
 from flextron_mcore.layers.norm import first
 
 _FEW = 512  # tokens: for so few, copying a part of a weight that lies apart is slower than multiplying piece by piece
@@ -157,7 +157,7 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
     """
 
     def forward(  # type: ignore[override]
-        self, input_: torch.Tensor, *parts: tuple[Selection, Selection], rows: Rows | None = None
+        self, input_: torch.Tensor, *parts: tuple[Selection, Selection], rows: Given | Leading | None = None
     ) -> list[torch.Tensor]:
         """x @ weight.T + bias for each of `parts` (selections of weight and bias): [S, B, C] -> [S, B, d], split over ranks.
 
@@ -186,7 +186,7 @@ class ElasticRowParallelLinear(RowParallelLinear):
         self,
         input_: torch.Tensor | Sequence[torch.Tensor],
         part: Selection | Sequence[Selection],
-        rows: Rows | None = None,
+        rows: Leading | None = None,
         shape: torch.Size | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, d] -> ([S, B, c] summed, and with sequence parallelism scattered, over tensor-parallel ranks; bias or None).
@@ -197,13 +197,13 @@ class ElasticRowParallelLinear(RowParallelLinear):
         if rows is None:
             return self._reduce(_product(input_, take(self.weight, part), None, self))
         weights = take_all(self.weight, *part)
-        if isinstance(rows, Leading) and not torch.is_grad_enabled():  # what a product adds is added where the sum lies
-            first, *others = zip(input_, weights, strict=True)
-            products = [F.linear(*first)]
+        if torch.is_grad_enabled():
+            products = [_product(x, weight, None, self) for x, weight in zip(input_, weights, strict=True)]
+        else:  # what a product adds is added where the sum lies
+            lowest, *others = zip(input_, weights, strict=True)
+            products = [F.linear(*lowest)]
             for x, weight in others:
                 products[0][: len(x)].addmm_(x, weight.mT)
-        else:
-            products = [_product(x, weight, None, self) for x, weight in zip(input_, weights, strict=True)]
         return self._reduce(rows.add(products, shape.numel()).view(*shape, len(self.weight)))
 
     def _reduce(self, out_SBc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.dispatch import Given, Leading, Participants, on_gpu, put_rows, take_rows
+from flextron_mcore.layers.dispatch import Given, Leading, Participants, falling, on_gpu, put_rows, take_rows
 
 _PARTS, _LEAST = 8, 64  # of the queries of a block of heads: how many parts, and how many queries in each
 
@@ -162,12 +162,20 @@ class _Position:
         if self.turn_S is None:
             return x_nBXH
         turn = self.turn_S[:, None] if index_nB is None else self.turn_S[index_nB]
-        turn = turn.view(*turn.shape[:2], *(1 for _ in x_nBXH.shape[2:-1]), -1)
-        cos, sin = turn.chunk(2, -1)
-        half = cos.shape[-1]
-        first, second, rest = x_nBXH.split([half, half, x_nBXH.shape[-1] - 2 * half], dim=-1)
-        turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
-        return torch.cat([*turned, rest], dim=-1)
+        return _turned(x_nBXH, turn.view(*turn.shape[:2], *(1 for _ in x_nBXH.shape[2:-1]), -1))
+
+    def rotate_per_head(self, x_BGSH: Tensor) -> Tensor:
+        """The same at start, start + 1, ...; the result lies in memory as it is said here."""
+        return x_BGSH if self.turn_S is None else _turned(x_BGSH, self.turn_S)
+
+
+def _turned(x_XH: Tensor, turn_XH: Tensor) -> Tensor:
+    """turn: cosines and sines."""
+    cos, sin = turn_XH.chunk(2, -1)
+    half = cos.shape[-1]
+    first, second, rest = x_XH.split([half, half, x_XH.shape[-1] - 2 * half], dim=-1)
+    turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+    return torch.cat([*turned, rest], dim=-1)
 
 
 def routed_attention(
@@ -224,14 +232,14 @@ def _full(
     if joint:
         mixed, first = mixed.tensor_split([2 * groups * size], -1)
         products.insert(0, first)
-    key, value = mixed.view(length, batch, groups, 2, size).unbind(-2)
-    key = _normed(attention.k_layernorm, key)
-    key = position.rotate(key, None)
+    key, value = mixed.view(length, batch, groups, 2, size).permute(3, 1, 2, 0, 4)
+    key = position.rotate_per_head(_normed(attention.k_layernorm, key))
+    if context is None and not on_gpu(key) and any(run.participants.rows is not None for run in present):
+        # A head's keys next to each other in memory: every part of its queries reads them.
+        key, value = key.contiguous(), value.contiguous()
+    key, value = key.permute(2, 0, 1, 3), value.permute(2, 0, 1, 3)
     if context is not None:
         key, value = _cached(attention, context, key, value)
-    elif not on_gpu(key) and any(run.participants.rows is not None for run in present):
-        # A head's keys next to each other in memory: every part of its queries reads them.
-        key, value = (x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for x in (key, value))
     out = []
     for run, product in zip(present, products, strict=True):
         block, found = run.block, run.participants
@@ -335,18 +343,20 @@ def _project(
     attention: ElasticSelfAttention, heads: list[Tensor], present: list[_Run], levels_SB: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The output projection of each token's own heads."""
-    if not heads:  # padding only
-        part = attention.projection(slice(0), slice(0))
-        return attention.linear_proj(
-            [attention.linear_proj.weight.new_zeros(0, 0)], [part], Given([levels_SB.new_empty(0)]), levels_SB.shape
-        )
-    if on_gpu(heads[0]):
+    if heads and on_gpu(heads[0]):
         return _project_joined(attention, heads, present, levels_SB)
-    inputs, rows = zip(
-        *(run.participants.without_filling(values) for run, values in zip(present, heads, strict=True)), strict=True
-    )
+    if not heads:  # padding only
+        nothing = attention.linear_proj.weight.new_zeros(0, 0)
+        none = Leading(levels_SB.new_empty(0), [0])
+        return attention.linear_proj([nothing], [attention.projection(slice(0), slice(0))], none, levels_SB.shape)
+    # By falling level, so that what a run adds is added to the first tokens, where the sum lies.
+    found = [run.participants for run in present]
+    order = None if found[-1].rows is None else falling(levels_SB.flatten())
+    inputs = [those.ordered(values, order).flatten(1) for those, values in zip(found, heads, strict=True)]
     parts = [attention.projection(run.block.groups, run.block.queries) for run in present]
-    return attention.linear_proj([values.flatten(1) for values in inputs], parts, Given(rows), levels_SB.shape)
+    counts = [those.count for those in found]
+    taking = Leading(None if order is None else order[: counts[0]], counts)
+    return attention.linear_proj(inputs, parts, taking, levels_SB.shape)
 
 
 def _project_joined(

@@ -232,12 +232,12 @@ def _full(
     if joint:
         mixed, first = mixed.tensor_split([2 * groups * size], -1)
         products.insert(0, first)
-    key, value = mixed.view(length, batch, groups, 2, size).permute(3, 1, 2, 0, 4)
-    key = position.rotate_per_head(_normed(attention.k_layernorm, key))
-    if context is None and not on_gpu(key) and any(run.participants.rows is not None for run in present):
+    both = mixed.view(length, batch, groups, 2, size).permute(3, 1, 2, 0, 4)
+    if context is None and not on_gpu(both) and any(run.participants.rows is not None for run in present):
         # A head's keys next to each other in memory: every part of its queries reads them.
-        key, value = key.contiguous(), value.contiguous()
-    key, value = key.permute(2, 0, 1, 3), value.permute(2, 0, 1, 3)
+        both = both.contiguous()
+    key = position.rotate_per_head(_normed(attention.k_layernorm, both[0])).permute(2, 0, 1, 3)
+    value = both[1].permute(2, 0, 1, 3)
     if context is not None:
         key, value = _cached(attention, context, key, value)
     out = []

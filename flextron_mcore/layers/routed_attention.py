@@ -224,20 +224,23 @@ def _full(
     # Without a cache there are no later tokens, which might want the keys and values of heads that none uses here.
     groups = every if context is not None else max((run.block.groups.stop for run in present), default=every)
     # One product for what all tokens have: all keys and values, and the queries of the first run where they take part in it.
-    keys_values = (slice(groups), slice(group_size, group_size + 2))
-    parts = [[keys_values, *queries[:joint]], *([part] for part in queries[joint:])]
+    both = (slice(groups), slice(group_size, group_size + 2))
+    parts = [[both, *queries[:joint]], *([part] for part in queries[joint:])]
     selections = [_selection(part, size, group_size, every, channels) for part in parts]
     rows = Given([None, *(run.participants.rows for run in present[joint:])])
     mixed, *products = attention.linear_qkv(hidden_states, *selections, rows=rows)
     if joint:
         mixed, first = mixed.tensor_split([2 * groups * size], -1)
         products.insert(0, first)
-    both = mixed.view(length, batch, groups, 2, size).permute(3, 1, 2, 0, 4)
-    if context is None and not on_gpu(both) and any(run.participants.rows is not None for run in present):
+    keys_values = mixed.view(length, batch, groups, 2, size)
+    if context is None and not on_gpu(mixed) and any(run.participants.rows is not None for run in present):
         # A head's keys next to each other in memory: every part of its queries reads them.
-        both = both.contiguous()
-    key = position.rotate_per_head(_normed(attention.k_layernorm, both[0])).permute(2, 0, 1, 3)
-    value = both[1].permute(2, 0, 1, 3)
+        key_BGSH, value_BGSH = keys_values.permute(3, 1, 2, 0, 4).contiguous()
+        key_BGSH = position.rotate_per_head(_normed(attention.k_layernorm, key_BGSH))
+        key, value = key_BGSH.permute(2, 0, 1, 3), value_BGSH.permute(2, 0, 1, 3)
+    else:
+        key, value = keys_values.unbind(-2)
+        key = position.rotate(_normed(attention.k_layernorm, key), None)
     if context is not None:
         key, value = _cached(attention, context, key, value)
     out = []

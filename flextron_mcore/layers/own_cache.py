@@ -1,0 +1,62 @@
+"""The KV cache of a block of heads with `kv_policy=own`: only what is used is kept.
+
+Shape suffixes: B batch, n participants of a sequence, T keys, g KV groups of the block, H channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flextron_mcore.layers.dispatch import Participants
+
+
+@dataclass
+class OwnCache:
+    """Keys and values of one block of heads, of the tokens that take part in it only.
+
+    counts_B: how many of each sequence there are. same: that number where all sequences have it. The room grows with the longest.
+    """
+
+    counts_B: Tensor
+    same: int | None = 0
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    ROOM = 32
+
+    def append(self, participants: Participants, key_nBgH: Tensor, value_nBgH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add the participants' keys and values; all keys and values [T, B, g, H], and the mask [B, 1, n, T] of hidden ones.
+
+        No mask where the causal one will do: sequences of the same length, all of whose tokens at hand were appended.
+        """
+        before_B, valid_nB = self.counts_B, participants.valid_nB
+        if self.same is not None and (participants.rows is None or valid_nB.shape[1] == 1):
+            start, self.same = self.same, self.same + len(valid_nB)
+            self.counts_B = before_B + len(valid_nB)
+            self._make_room(self.same, key_nBgH, value_nBgH)
+            self.keys[start : self.same], self.values[start : self.same] = key_nBgH, value_nBgH
+            return self.keys[: self.same], self.values[: self.same], None
+        self.same = None
+        self.counts_B = before_B + valid_nB.sum(0)
+        needed = int(self.counts_B.max())
+        self._make_room(needed, key_nBgH, value_nBgH)
+        slots_nB = before_B + torch.arange(len(valid_nB), device=valid_nB.device)[:, None]
+        where = slots_nB[valid_nB], valid_nB.nonzero()[:, 1]
+        self.keys[where], self.values[where] = key_nBgH[valid_nB], value_nBgH[valid_nB]
+        hidden = torch.arange(needed, device=valid_nB.device) > slots_nB.T[:, None, :, None]
+        return self.keys[:needed], self.values[:needed], hidden
+
+    def _make_room(self, needed: int, key: Tensor, value: Tensor) -> None:
+        if self.keys is None or needed > len(self.keys):
+            room = -(-needed // self.ROOM) * self.ROOM
+            self.keys, self.values = (_grown(old, room, new) for old, new in ((self.keys, key), (self.values, value)))
+
+
+def _grown(old: Tensor | None, room: int, like: Tensor) -> Tensor:
+    new = like.new_zeros(room, *like.shape[1:])
+    if old is not None:
+        new[: len(old)] = old
+    return new

@@ -297,6 +297,8 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
     falls = [(0.0, 0.88), (0.25, 0.8), (0.5, 0.85), (0.5 + 1 / 1024, 0.9), (1.0, 0.95)]
     own, model.family.adaptive["calibration"] = model.family.adaptive["calibration"], falls
     assert [model.family.target(share) for share in shares[31:]] == pytest.approx([target_for(falls, x) for x in shares[31:]])
+    model.family.adaptive["calibration"] = [(0.0, 0.6), (1.0, 0.6)]
+    assert model.family.target(0.6) == 0.0
     model.family.adaptive["calibration"] = own
     # Padding on the left changes nothing, and is not counted.
     short = tokens[:1, :6]

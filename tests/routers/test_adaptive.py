@@ -221,7 +221,7 @@ def test_a_budget_finds_its_target():
     # Falling first, as with routers of little training: what is spent further on is in reach.
     falls = [(0.0, 0.88), (0.25, 0.8), (0.5, 0.85), (1.0, 0.95)]
     assert [target_for(falls, share) for share in (0.8, 0.82, 0.86)] == pytest.approx([0.25, 0.35, 0.55])
-    assert target_for([(0.0, 0.9), (1.0, 0.7)], 0.75) == 1.0
+    assert target_for([(0.0, 0.9), (1.0, 0.7)], 0.75) == 1.0 and target_for([(0.0, 0.6), (1.0, 0.6)], 0.6) == 0.0
     with pytest.raises(FlextronError, match=r"spend 0.550 to 0.900 of the full model's, not 0.500"):
         target_for(calibration, 0.5)
     with pytest.raises(FlextronError, match="no calibration"):

@@ -107,6 +107,13 @@ class LatencyTable:
                 f"its sums are off by {median:.1%} (median) and {p95:.1%} (95th percentile) of whole networks' latency, above "
                 f"{TRUSTED_MEDIAN:.0%} and {TRUSTED_P95:.0%}: measure again on an idle machine, or with more rounds"
             )
+        off = {policy: routed.check.get("median_error", 0.0) for policy, routed in self.routed.items()}
+        wrong = [f"{error:.1%} (kv_policy={policy})" for policy, error in off.items() if error > TRUSTED_MEDIAN]
+        if wrong:
+            return (
+                f"its sums for tokens that choose for themselves are off by {' and '.join(wrong)} of whole networks' latency "
+                f"(median), above {TRUSTED_MEDIAN:.0%}: measure again on an idle machine, or with more routed.rounds"
+            )
         return None
 
     def to_dict(self) -> dict[str, Any]:

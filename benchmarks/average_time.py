@@ -19,8 +19,8 @@ BUDGETS = (0.6, 0.7, 0.8, 0.9)
 def _run(data: str, *adaptive: str, passes: int = 6, rounds: int = 15) -> None:
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.config import FlextronError
-    from flextron_mcore.stages.choice import check_table, latency_table
-    from flextron_mcore.stages.common import print_table
+    from flextron_mcore.runs.choice import check_table, latency_table
+    from flextron_mcore.runs.terminal import print_table
 
     columns = ["routers", "keys", "budget", "told", "ms", "time / full", "off the budget", "told by the static table", "levels"]
     if rounds < 2:
@@ -44,7 +44,7 @@ def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds:
     from flextron_mcore.config import FlextronError
     from flextron_mcore.evaluation.routed import average
     from flextron_mcore.model import loaded_model
-    from flextron_mcore.stages.choice import adaptive_routing, counted_cost
+    from flextron_mcore.runs.choice import adaptive_routing, counted_cost
 
     blocks, setting = Blocks(info.model, info.space), table.setting
     (model,) = loaded_model({}, info, "bf16" if table.machine.get("dtype") == "bfloat16" else "fp32")

@@ -14,11 +14,11 @@ from flextron_mcore.config import ModelConfig
 from flextron_mcore.latency.routed import random_router
 from flextron_mcore.layers.dispatch import GivenLevels
 from flextron_mcore.model import build_model, set_subnetwork
+from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.memory import keep_freed_memory
 from flextron_mcore.space import ElasticSpace, SubNetwork
-from flextron_mcore.stages.common import print_table
 
 PROMPT, GENERATED, ROUNDS, ROUTER = 64, 32, 9, 64
 LAYERS, VOCAB = 2, 1024

@@ -31,7 +31,7 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
     from flextron_mcore.model import loaded_model
     from flextron_mcore.routers.adaptive import TokenRouting
     from flextron_mcore.routers.store import read_routers
-    from flextron_mcore.stages.common import print_table
+    from flextron_mcore.runs.terminal import print_table
 
     info = open_checkpoint(static)
     length, blocks = info.model.max_position_embeddings, Blocks(info.model, info.space)
@@ -78,7 +78,7 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
 def _static(info: Any, shares: list[float]) -> dict[float, Any]:
     """What the static routers take for these shares of the full model's cost."""
     from flextron_mcore.cost import Budget
-    from flextron_mcore.stages.choice import known_costs, latency_table, selector
+    from flextron_mcore.runs.choice import known_costs, latency_table, selector
 
     config = settings()
     costs = known_costs(config, info, latency_table(config, info))

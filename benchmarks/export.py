@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from benchmarks import print_settings
 from benchmarks.stream import MEASURE, copy_seconds, read_files, room, run_command
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.stages.common import print_table
+from flextron_mcore.runs.terminal import print_table
 
 if TYPE_CHECKING:
     from flextron_mcore.space import ElasticSpace

@@ -17,9 +17,9 @@ from benchmarks.models import elastic
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.layers import linear
 from flextron_mcore.pipeline.networks import run_networks
+from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime import distributed
 from flextron_mcore.space import ElasticSpace
-from flextron_mcore.stages.common import print_table
 
 ROUNDS, BATCH, LENGTH = 7, 1, 256
 # Wide layers and few tokens: weights and their gradients are what there is to move.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import interleaved, print_settings, ratio
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.stages.common import print_table
+from flextron_mcore.runs.terminal import print_table
 
 PROMPT, GENERATED, ROUNDS, FITTED = 8, 32, 9, 28
 MODEL = ModelConfig(

@@ -14,8 +14,8 @@ import torch
 
 from benchmarks import print_settings, ratio
 from flextron_mcore.config import ModelConfig
+from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime import distributed
-from flextron_mcore.stages.common import print_table
 
 ROUNDS, NETWORKS, BATCH, LENGTH = 9, 4, 1, 256
 MODEL = ModelConfig(

@@ -24,9 +24,9 @@ from benchmarks.models import (
 )
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import set_subnetwork
+from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime import distributed
 from flextron_mcore.space import ElasticSpace, SubNetwork
-from flextron_mcore.stages.common import print_table
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 ROUNDS = 7

@@ -15,9 +15,9 @@ from benchmarks.models import BATCH, DESCRIPTION, GPT2, LENGTH, LLAMA, dense, el
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import unwrap
 from flextron_mcore.pipeline.networks import run_networks
+from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime import distributed
 from flextron_mcore.space import ElasticSpace, SubNetwork
-from flextron_mcore.stages.common import print_table
 from flextron_mcore.training.sampler import draw
 
 DRAWS, ROUNDS = 2, 5

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import print_settings
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages.common import print_table
+from flextron_mcore.runs.terminal import print_table
 
 NEEDED_BYTES = 10 * 2**30
 # TinyLlama's shape.

@@ -75,8 +75,8 @@ def training(arch: dict[str, Any], data: str, out: str, keys: list[str]) -> dict
     from flextron_mcore.cli import compose
     from flextron_mcore.config import ModelConfig
     from flextron_mcore.data.blend import open_data
+    from flextron_mcore.runs.opened import start
     from flextron_mcore.space import ElasticSpace
-    from flextron_mcore.stages.common import start
     from flextron_mcore.training.log import Log
     from flextron_mcore.training.loop import Phase, _Run, check
 

@@ -53,7 +53,7 @@ def gpu_memory(config: DictConfig) -> int | None:
 
 def print_resources(config: DictConfig, plan: Plan) -> None:
     """A row a job: nodes, GPUs, tokens, memory, operations, hours, jobs."""
-    from flextron_mcore.stages.common import print_table
+    from flextron_mcore.runs.terminal import print_table
 
     peak, utilisation = config.cluster.gpu.peak_tflops, config.cluster.utilisation
     rows = []

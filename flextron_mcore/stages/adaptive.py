@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages.choice import check_table, counted_cost, known_costs, latency_table
-from flextron_mcore.stages.common import discard, new_output, print_table, progress_bar, say, write_metrics
-from flextron_mcore.stages.elastic import check_not_modulated
-from flextron_mcore.stages.resume import resumable_output
+from flextron_mcore.runs.choice import check_table, counted_cost, known_costs, latency_table
+from flextron_mcore.runs.opened import check_not_modulated
+from flextron_mcore.runs.output import discard, new_output, write_metrics
+from flextron_mcore.runs.resume import resumable_output
+from flextron_mcore.runs.terminal import print_table, progress_bar, say
 
 if TYPE_CHECKING:
     from flextron_mcore.evaluation.routed import Routed
@@ -26,7 +27,7 @@ def train_adaptive(config: DictConfig, info: Any, data: Any) -> dict[str, Any]:
     """Train, calibrate, evaluate beside the static routers' choices, and write metrics.json."""
     from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
     from flextron_mcore.model import loaded_model
-    from flextron_mcore.stages.router import validation_targets
+    from flextron_mcore.runs.routers import validation_targets
     from flextron_mcore.training.loop import Phase, check, train
 
     check_not_modulated(info)
@@ -328,7 +329,7 @@ def evaluate_adaptive(config: DictConfig, info: Any, data: Any, computed: str, s
     from flextron_mcore.evaluation.perplexity import perplexity
     from flextron_mcore.evaluation.routed import average, evaluate_routed
     from flextron_mcore.model import loaded_model
-    from flextron_mcore.stages.choice import adaptive_routing, counted_cost
+    from flextron_mcore.runs.choice import adaptive_routing, counted_cost
 
     make, cost, share = adaptive_routing(config, info)
     mix = counted_cost(cost, latency_table(config, info), make().kv_policy)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages import choice
-from flextron_mcore.stages.common import discard, new_output, print_table, progress_bar, write_metrics
-from flextron_mcore.stages.evaluate import opened
-from flextron_mcore.stages.router import validation_targets
+from flextron_mcore.runs import choice
+from flextron_mcore.runs.opened import opened
+from flextron_mcore.runs.output import discard, new_output, write_metrics
+from flextron_mcore.runs.routers import validation_targets
+from flextron_mcore.runs.terminal import print_table, progress_bar
 
 if TYPE_CHECKING:
     from flextron_mcore.cost import Cost
@@ -194,8 +195,8 @@ def _dense(name: str, info: Any, cost: Cost, losses: _Losses, data: Any, config:
     from flextron_mcore.config import FlextronError
     from flextron_mcore.evaluation.perplexity import mean
     from flextron_mcore.model import loaded_model
+    from flextron_mcore.runs.opened import precision
     from flextron_mcore.space import LayerChoice, SubNetwork, count_parameters
-    from flextron_mcore.stages.evaluate import precision
     from flextron_mcore.training.loop import sequence_length
 
     seq_length = sequence_length(config.model, info, data)

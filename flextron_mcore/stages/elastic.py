@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from flextron_mcore.config import FlextronError
-from flextron_mcore.stages.common import print_table, start, write_metrics
-from flextron_mcore.stages.resume import resumable_output
+from flextron_mcore.runs.opened import check_space, distillation, start
+from flextron_mcore.runs.output import write_metrics
+from flextron_mcore.runs.resume import resumable_output
+from flextron_mcore.runs.terminal import print_table
 
 if TYPE_CHECKING:
-    from flextron_mcore.pipeline.networks import Distillation
+    pass
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -44,50 +45,3 @@ def run(config: DictConfig) -> dict[str, Any]:
         rows = [[name, first.get(name, float("nan")), last[name]] for name in uniform]
         print_table("validation loss (nats per token), mean over domains", ["network", "before", "after"], rows)
         return write_metrics(out, "elastic", figures)
-
-
-def distillation(config: DictConfig) -> Distillation:
-    """That of config.distillation. Raises FlextronError for values that are none."""
-    from flextron_mcore.pipeline.networks import Distillation
-
-    if not 0 <= config.distillation.weight <= 1 or config.distillation.temperature <= 0:
-        raise FlextronError("distillation.weight must be within 0..1 and distillation.temperature above 0")
-    return Distillation(config.distillation.weight, config.distillation.temperature)
-
-
-def check_widths_only(info: Any, what: str) -> None:
-    """Raise FlextronError where hidden size or depth is elastic, of which `what` knows nothing."""
-    for axis in ("hidden_size", "depth"):
-        if len(sizes := getattr(info.space, axis)) > 1:
-            raise FlextronError(
-                f"checkpoint={info.path}: its space.{axis} is elastic, {list(sizes)}, and {what} chooses heads and neurons only: "
-                "use `flextron gumbel`, or sort it for another space with `flextron importance`"
-            )
-
-
-def check_not_modulated(info: Any) -> None:
-    """Raise FlextronError where gains depend on the network, which tokens that choose for themselves do not have."""
-    if info.space.modulation:
-        raise FlextronError(
-            f"checkpoint={info.path}: has modulation, gains that depend on the one network in use: its tokens cannot choose for "
-            "themselves; use kind=static, or `flextron gumbel`"
-        )
-
-
-def check_space(config: DictConfig, info: Any) -> None:
-    """Raise FlextronError when the configuration asks for another space than the checkpoint's."""
-    from flextron_mcore.space import ElasticSpace
-
-    have = info.space.to_dict()
-    wanted = {k: v for k, v in OmegaConf.to_container(config.space).items() if v is not None}
-    for name in ("granularity", "attention_unit", *have):
-        if name not in wanted:
-            continue
-        value = wanted[name]
-        if isinstance(value, list):
-            value = ElasticSpace.from_dict(info.model, {**have, name: value}).to_dict()[name]
-        if value != have[name]:
-            raise FlextronError(
-                f"checkpoint={info.path}: is of another space: its {name} is {have[name]}, not {value}; "
-                "leave space.* out, or sort the checkpoint for that space with `flextron importance`"
-            )

@@ -8,7 +8,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages.common import discard, new_output, print_table, progress_bar, start, write_metrics
+from flextron_mcore.runs.opened import opened
+from flextron_mcore.runs.output import discard, new_output, write_metrics
+from flextron_mcore.runs.terminal import print_table, progress_bar
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -88,32 +90,6 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def opened(config: DictConfig) -> tuple[Any, Any, str, int]:
-    """Start the process groups; checkpoint, data, precision and sequence length of a stage that evaluates networks.
-
-    Raises FlextronError where they do not fit each other or the layout.
-    """
-    start(config)
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.data.blend import open_data
-    from flextron_mcore.model import check_layout
-    from flextron_mcore.stages.elastic import check_space
-    from flextron_mcore.training.loop import sequence_length
-
-    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
-    check_space(config, info)
-    computed = precision(config, info)
-    check_layout(info.model, info.space, config.model, computed)
-    return info, data, computed, sequence_length(config.model, info, data)
-
-
-def precision(config: DictConfig, info: Any) -> str:
-    """trainer.precision, or else as stored."""
-    from flextron_mcore.model import PRECISIONS
-
-    return config.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
-
-
 def _networks(config: DictConfig, info: Any) -> dict[str, Any]:
     """{name: SubNetwork} that the configuration asks for."""
     from flextron_mcore.evaluation.family import uniform_family
@@ -121,7 +97,7 @@ def _networks(config: DictConfig, info: Any) -> dict[str, Any]:
     from flextron_mcore.training.sampler import random_family
 
     if config.budget is not None:
-        from flextron_mcore.stages.choice import select
+        from flextron_mcore.runs.choice import select
 
         if config.subnetwork is not None:
             raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")

@@ -9,10 +9,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Format, Job, check_format, get_format
+from flextron_mcore.runs.choice import select
+from flextron_mcore.runs.opened import start
+from flextron_mcore.runs.output import check_output, new_output, write_metrics
+from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.memory import keep_freed_memory
 from flextron_mcore.runtime.ranks import on_main_process
-from flextron_mcore.stages.choice import select
-from flextron_mcore.stages.common import check_output, new_output, print_table, progress_bar, say, start, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:

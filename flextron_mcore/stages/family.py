@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runs import choice
+from flextron_mcore.runs.chain import quoted, run_chain
+from flextron_mcore.runs.output import METRICS_FILE, make_parent, write_metrics
+from flextron_mcore.runs.terminal import print_table, say
 from flextron_mcore.runtime.ranks import on_main_process
-from flextron_mcore.stages import choice
-from flextron_mcore.stages.chain import quoted, run_chain
-from flextron_mcore.stages.common import METRICS_FILE, make_parent, print_table, say, write_metrics
 
 if TYPE_CHECKING:
     from flextron_mcore.cost import Cost

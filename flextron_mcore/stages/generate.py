@@ -9,8 +9,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runs.opened import start
+from flextron_mcore.runs.output import make_parent
+from flextron_mcore.runs.terminal import progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
-from flextron_mcore.stages.common import make_parent, progress_bar, say, start
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -31,9 +33,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.data.tokenizer import open_tokenizer
     from flextron_mcore.evaluation.generation import Sampling, generate
     from flextron_mcore.model import check_layout, loaded_model
+    from flextron_mcore.runs.opened import precision
     from flextron_mcore.runtime.disk import disk_errors, write_whole
     from flextron_mcore.runtime.distributed import device
-    from flextron_mcore.stages.evaluate import precision
 
     info = open_checkpoint(config.checkpoint)
     computed = precision(config, info)
@@ -102,8 +104,8 @@ def _network(config: DictConfig, info: Any) -> tuple[Any, Any]:
     """What is to compute, and a function that says after it has what was spent, as a share of the full model's cost."""
     from flextron_mcore.blocks import Blocks
     from flextron_mcore.evaluation.routed import average
+    from flextron_mcore.runs.choice import adaptive_routing, counted_cost, latency_table, select
     from flextron_mcore.space import SubNetwork
-    from flextron_mcore.stages.choice import adaptive_routing, counted_cost, latency_table, select
 
     if config.selector == "adaptive":
         make, cost, _ = adaptive_routing(config, info)

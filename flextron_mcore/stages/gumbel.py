@@ -8,10 +8,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages.choice import check_table, latency_table
-from flextron_mcore.stages.common import start
-from flextron_mcore.stages.elastic import check_space, distillation
-from flextron_mcore.stages.router import check_settings, described_routers, train_routers
+from flextron_mcore.runs.choice import check_table, latency_table
+from flextron_mcore.runs.opened import check_space, distillation, start
+from flextron_mcore.runs.routers import check_settings, described_routers, train_routers
 
 
 def run(config: DictConfig) -> dict[str, Any]:

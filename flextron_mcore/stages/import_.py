@@ -7,8 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.runs.output import check_output, new_output, write_metrics
+from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import on_main_process, processes_on_cpu
-from flextron_mcore.stages.common import check_output, new_output, print_table, progress_bar, say, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:

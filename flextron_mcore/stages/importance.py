@@ -11,8 +11,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runs.opened import start
+from flextron_mcore.runs.output import discard, new_output, write_metrics
+from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process
-from flextron_mcore.stages.common import discard, new_output, print_table, progress_bar, say, start, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -23,10 +25,10 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.data.blend import open_data, train_dataset
     from flextron_mcore.model import check_layout, loaded_model
     from flextron_mcore.pipeline.batches import count_batches, share
+    from flextron_mcore.runs.opened import precision
     from flextron_mcore.sorting.importance import LAYER_SCORES, SCORES, collect, importance, removal_errors
     from flextron_mcore.sorting.permutation import order, sorted_tensors
     from flextron_mcore.space import ElasticSpace
-    from flextron_mcore.stages.evaluate import precision
     from flextron_mcore.training.loop import sequence_length
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runs.output import check_output, new_output, write_metrics
+from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
-from flextron_mcore.stages.common import check_output, new_output, print_table, progress_bar, say, write_metrics
 
 if TYPE_CHECKING:
     from flextron_mcore.latency.table import RoutedTable
@@ -72,8 +73,7 @@ def _measured(config: DictConfig, info: Any) -> Any:
     from flextron_mcore.latency.routed import measure_routed, networks_per_round
     from flextron_mcore.layers.dispatch import KV_POLICIES
     from flextron_mcore.model import loaded_model
-    from flextron_mcore.stages.elastic import check_not_modulated
-    from flextron_mcore.stages.evaluate import precision
+    from flextron_mcore.runs.opened import check_not_modulated, precision
 
     if config.routed.enabled:
         check_not_modulated(info)

@@ -7,8 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.runs.output import check_output, serial_output, write_metrics
+from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime.ranks import is_main_process
-from flextron_mcore.stages.common import check_output, print_table, serial_output, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:

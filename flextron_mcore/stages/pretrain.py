@@ -6,8 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.stages.common import start, write_metrics
-from flextron_mcore.stages.resume import resumable_output
+from flextron_mcore.runs.opened import start
+from flextron_mcore.runs.output import write_metrics
+from flextron_mcore.runs.resume import resumable_output
 
 _RUN_KEYS = ("micro_batch_size", "global_batch_size", "seq_length", "optim", "ddp")
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from flextron_mcore.runs.chain import quoted, run_chain
+from flextron_mcore.runs.output import METRICS_FILE, write_metrics
+from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime.ranks import on_main_process
-from flextron_mcore.stages.chain import quoted, run_chain
-from flextron_mcore.stages.common import METRICS_FILE, print_table, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runs.output import serial_output, write_metrics
 from flextron_mcore.runtime.ranks import is_main_process
-from flextron_mcore.stages.common import serial_output, write_metrics
 
 
 def run(config: DictConfig) -> dict[str, Any]:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages.choice import check_table, known_costs, latency_table, memory_setting
-from flextron_mcore.stages.common import print_table, progress_bar, say, start, write_metrics
-from flextron_mcore.stages.elastic import check_space, check_widths_only
-from flextron_mcore.stages.resume import resumable_output
+from flextron_mcore.runs.choice import check_table, latency_table
+from flextron_mcore.runs.opened import check_space, check_widths_only, start
+from flextron_mcore.runs.routers import check_settings, described_routers, train_routers
 
 if TYPE_CHECKING:
-    from flextron_mcore.cost import Cost
-    from flextron_mcore.pipeline.networks import Distillation
-    from flextron_mcore.routers.store import RouterInfo
-    from flextron_mcore.training.router import RouterLearner
+    pass
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -57,151 +49,3 @@ def run(config: DictConfig) -> dict[str, Any]:
     plain = table.to_dict() if table else None
     learner = RouterLearner(blocks, costs, described, settings, config.seed, config.trainer.max_steps, plain)
     return train_routers(config, info, data, learner, seq_length, frozen=True)
-
-
-def described_routers(config: DictConfig, info: Any, table: Any, hidden_size: int) -> tuple[RouterInfo, list[Cost]]:
-    """What the routers of a configuration are, and the costs that they are for."""
-    from flextron_mcore.routers.store import RouterInfo
-
-    known = known_costs(config, info, table)
-    names = config.costs or (["latency"] if table else ["parameters"])
-    names = [names] if isinstance(names, str) else list(names)
-    for name in names:
-        if name not in known:
-            hint = ": give latency=, a table of `flextron latency`" if name == "latency" else ""
-            raise FlextronError(f"costs: {name!r} is not known here{hint}; known: {', '.join(known)}")
-    costs = [known[name] for name in names]
-    ranges = [_range(config.targets, cost) for cost in costs]
-    return RouterInfo(tuple(names), tuple(ranges), hidden_size, memory_setting(config, info)), costs
-
-
-def train_routers(
-    config: DictConfig,
-    info: Any,
-    data: Any,
-    learner: RouterLearner,
-    seq_length: int,
-    frozen: bool,
-    teach: Distillation | None = None,
-) -> dict[str, Any]:
-    """Train, print what the routers choose, and write metrics.json."""
-    from flextron_mcore.layers.weighted import WeightedNetwork
-    from flextron_mcore.pipeline.networks import Distillation
-    from flextron_mcore.runtime.distributed import device
-    from flextron_mcore.runtime.ranks import on_main_process
-    from flextron_mcore.training.loop import Phase, train
-
-    cost = learner.costs[0]
-    targets = validation_targets(config.validation_targets, cost, learner.info.ranges[0])
-
-    def choices() -> dict[str, Any]:
-        return on_main_process(lambda: {f"router {target:g}": learner.choose(target) for target in targets})
-
-    def networks(step: int) -> list[Any]:
-        drawn = on_main_process(lambda: learner.networks(step))
-        return [None, *(WeightedNetwork.of(net, device()) if isinstance(net, list) else net for net in drawn)]
-
-    phase = Phase(
-        networks=networks,
-        validation=lambda step: {"full": None, **choices()},
-        teach=teach or Distillation(),
-        learner=learner,
-        frozen=frozen,
-    )
-    with resumable_output(config, info, data) as out:
-        if config.measured_samples:
-            phase.after = {config.trainer.max_steps: partial(_measure, config, out, data, learner, seq_length)}
-        figures = train(config, out, info, data, phase, seq_length)
-        rows = on_main_process(lambda: [_budget(learner, target) for target in targets])
-        first, last = figures["validation"]["first"], figures["validation"]["last"]
-        names = [f"router {target:g}" for target in targets]
-        print_table(
-            f"what the routers choose, in shares of the full model's {cost.name}, and its validation loss (nats per token)",
-            ["target", "share", "argmax alone", "loss before", "loss"],
-            [
-                [f"{row['target']:g}", row["share"], row["argmax_share"], first.get(name, float("nan")), last[name]]
-                for row, name in zip(rows, names, strict=True)
-            ]
-            + [["full", 1.0, 1.0, first.get("full", float("nan")), last["full"]]],
-        )
-        described = {"costs": list(learner.info.costs), "surrogate": learner.surrogate is not None}
-        described |= {"threshold": learner.settings.surrogate_threshold}
-        if learner.surrogate:
-            described["steps_followed"] = on_main_process(lambda: learner.steps_followed)
-            if not described["steps_followed"]:
-                say(
-                    "router: warning: the surrogate's error never fell below surrogate.threshold, so the routers know budgets "
-                    "only: train longer, or with a larger model.global_batch_size"
-                )
-        return write_metrics(out, config.stage, {**figures, "routers": described, "budgets": rows})
-
-
-def _measure(config: DictConfig, out: Path, data: Any, learner: RouterLearner, seq_length: int, model: Any) -> None:
-    """Measure the networks that the routers may choose, on training data, into the learner's `info`."""
-    from flextron_mcore.data.blend import train_dataset
-    from flextron_mcore.evaluation.perplexity import evaluate
-    from flextron_mcore.training.measured import measured
-
-    samples = config.measured_samples
-    dataset = train_dataset(data, seq_length, samples, config.seed, out / "cache", config.data_weights)
-
-    def measure(networks: Sequence[Any], count: int) -> list[float]:
-        names = {str(i): net for i, net in enumerate(networks)}
-        with progress_bar(total=len(networks), desc="measured", unit="network") as bar:
-            size = config.model.micro_batch_size
-            found = evaluate(model, {"train": dataset}, names, seq_length, size, count, lambda _: bar.update())
-        return [found[name]["train"] for name in names]
-
-    losses = measured(learner, measure, samples)
-    indices = ((tuple(learner.blocks.indices(net)), loss) for net, loss in losses.items())
-    learner.info = replace(learner.info, measured=tuple(indices))
-
-
-def validation_targets(wanted: Sequence[float] | None, cost: Cost, allowed: tuple[float, float]) -> list[float]:
-    """Shares of the full model's cost to validate at. Raises FlextronError for one that no network has."""
-    least = max(allowed[0], cost.smallest / cost.full)
-    if wanted is None:
-        return [round(least + (allowed[1] - least) * part, 3) for part in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    for share in wanted:
-        if not cost.smallest / cost.full <= share <= 1:
-            raise FlextronError(
-                f"validation_targets: {share} is not within {cost.smallest / cost.full:.3f} (the smallest network) and 1"
-            )
-    return list(wanted)
-
-
-def _budget(learner: RouterLearner, target: float) -> dict[str, Any]:
-    cost, net = learner.costs[0], learner.choose(target)
-    return {
-        "target": target,
-        "share": cost.of(net) / cost.full,
-        "argmax_share": cost.of(learner.argmax(target)) / cost.full,
-        "subnetwork": net.to_dict(),
-    }
-
-
-def _range(targets: Mapping[str, Any], cost: Cost) -> tuple[float, float]:
-    """The range of targets, as shares of the full model's cost."""
-    least = cost.smallest / cost.full
-    low = least if targets["low"] is None else float(targets["low"])
-    high = float(targets["high"])
-    if not least - 1e-9 <= low < high <= 1:
-        raise FlextronError(
-            f"targets: {low:.4g} to {high:.4g} is no range within {least:.4f} (the smallest network's {cost.name}) and 1"
-        )
-    return low, high
-
-
-def check_settings(config: DictConfig) -> None:
-    router, surrogate = config.router, config.get("surrogate", {})
-    if config.measured_samples < 0:
-        raise FlextronError(f"measured_samples={config.measured_samples} must be at least 0")
-    counts = {"targets_per_step": config.targets_per_step}
-    counts |= {f"router.{name}": router[name] for name in ("hidden_size", "updates_per_step", "batch_size") if name in router}
-    names = ("hidden_size", "updates_per_step", "batch_size")
-    counts |= {f"surrogate.{name}": surrogate[name] for name in names if name in surrogate}
-    for name, value in counts.items():
-        if value < 1:
-            raise FlextronError(f"{name}={value} must be at least 1")
-    if len(router.entropy) != 2 or min(router.entropy) <= 0:
-        raise FlextronError(f"router.entropy={list(router.entropy)} must be two numbers above 0, the first and the last weight")

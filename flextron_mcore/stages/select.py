@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages import choice
-from flextron_mcore.stages.common import make_parent, print_table, say
+from flextron_mcore.runs import choice
+from flextron_mcore.runs.output import make_parent
+from flextron_mcore.runs.terminal import print_table, say
 
 if TYPE_CHECKING:
     from flextron_mcore.checkpoint.store import CheckpointInfo
@@ -88,7 +89,7 @@ def _losses(config: DictConfig, info: CheckpointInfo) -> choice.Losses:
     from flextron_mcore.data.blend import open_data, valid_datasets
     from flextron_mcore.evaluation.perplexity import evaluate, mean
     from flextron_mcore.model import loaded_model
-    from flextron_mcore.stages.evaluate import precision
+    from flextron_mcore.runs.opened import precision
     from flextron_mcore.training.loop import sequence_length
 
     data = open_data(config.data)

@@ -6,9 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from flextron_mcore.stages.common import discard, new_output, print_table, progress_bar, write_metrics
-from flextron_mcore.stages.elastic import check_widths_only
-from flextron_mcore.stages.evaluate import opened
+from flextron_mcore.runs.opened import check_widths_only, opened
+from flextron_mcore.runs.output import discard, new_output, write_metrics
+from flextron_mcore.runs.terminal import print_table, progress_bar
 
 
 def run(config: DictConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from flextron_mcore.config import FlextronError, nearest
 from flextron_mcore.launch.follow import State, log_files, read_record, states
-from flextron_mcore.stages.common import print_table
+from flextron_mcore.runs.terminal import print_table
 
 
 def run(config: DictConfig) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from flextron_mcore.model import use_subnetwork
 from flextron_mcore.routers.adaptive import AdaptiveRouters, TokenRouting
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo, write_routers
+from flextron_mcore.runs import choice
 from flextron_mcore.runtime.ranks import place
 from flextron_mcore.selection import routed
 from flextron_mcore.space import SubNetwork, count_parameters
-from flextron_mcore.stages import choice
 from tests import hf_toy, toy
 from tests.routing_toy import write_table
 from tests.stages.conftest import stage

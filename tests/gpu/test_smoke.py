@@ -20,8 +20,8 @@ from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.model import loaded_model, use_subnetwork
 from flextron_mcore.pipeline.logits import forward_logits
+from flextron_mcore.runs.choice import adaptive_routing
 from flextron_mcore.space import SubNetwork
-from flextron_mcore.stages.choice import adaptive_routing
 from tests.stages.conftest import stage
 
 MODEL = ["num_layers=3", "hidden_size=64", "num_attention_heads=8", "num_query_groups=4", "ffn_hidden_size=160"]

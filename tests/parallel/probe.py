@@ -19,10 +19,10 @@ from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_chunks, loaded_model
 from flextron_mcore.pipeline.logits import forward_logits
 from flextron_mcore.pipeline.networks import run_networks
+from flextron_mcore.runs.output import new_output
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.ranks import wait_for_all
 from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
-from flextron_mcore.stages.common import new_output
 from tests import toy
 from tests.layers.test_weighted import one_hot, soft
 from tests.pipeline.test_networks import batches

@@ -14,7 +14,7 @@ import yaml
 
 from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages.resume import LOCK_FILE, _lock
+from flextron_mcore.runs.resume import LOCK_FILE, _lock
 from tests.stages.conftest import TRAIN, pretrain_keys, stage
 
 

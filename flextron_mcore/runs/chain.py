@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime.ranks import on_main_process, wait_for_all
-from flextron_mcore.stages.common import CONFIG_FILE, METRICS_FILE, make_parent, say, write_config
+from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, make_parent, write_config
+from flextron_mcore.runs.terminal import say
 
 
 def run_chain(

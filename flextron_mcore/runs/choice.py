@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.stages.common import say
-from flextron_mcore.stages.elastic import check_widths_only
+from flextron_mcore.runs.terminal import say
+from flextron_mcore.runs.opened import check_widths_only
 
 if TYPE_CHECKING:
     from flextron_mcore.checkpoint.store import CheckpointInfo

@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime.ranks import on_main_process
-from flextron_mcore.stages.common import CONFIG_FILE, METRICS_FILE, check_output, make_parent
+from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, check_output, make_parent
 
 if TYPE_CHECKING:
     from flextron_mcore.checkpoint.store import CheckpointInfo

@@ -1,0 +1,1 @@
+"""What lies under the commands: output directories, resuming, chains, opened checkpoints, the chosen network."""

@@ -1,0 +1,105 @@
+"""The runtime, the checkpoint and the data of a command, opened and held against each other."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flextron_mcore.config import FlextronError
+
+if TYPE_CHECKING:
+    from flextron_mcore.pipeline.networks import Distillation
+
+
+def start(config: DictConfig) -> None:
+    """Start the process groups with the layout of `config`. Raises FlextronError where processes and layout do not fit."""
+    from flextron_mcore.runtime import distributed
+
+    if config.model.context_parallel_size > 1:
+        raise FlextronError(
+            f"model.context_parallel_size={config.model.context_parallel_size}: the elastic attention is not "
+            "context parallel: leave it at 1"
+        )
+    trainer = config.trainer
+    wanted = (trainer.num_nodes or 1) * trainer.devices if trainer.devices else None
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted is not None and wanted != world:
+        raise FlextronError(
+            f"trainer.num_nodes x trainer.devices = {wanted}, but {world} process(es) were started: "
+            f"use torchrun --nproc-per-node={trainer.devices}"
+        )
+    distributed.initialize(config.model, config.seed)
+
+
+def opened(config: DictConfig) -> tuple[Any, Any, str, int]:
+    """Start the process groups; checkpoint, data, precision and sequence length of a stage that evaluates networks.
+
+    Raises FlextronError where they do not fit each other or the layout.
+    """
+    start(config)
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.data.blend import open_data
+    from flextron_mcore.model import check_layout
+    from flextron_mcore.training.loop import sequence_length
+
+    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
+    check_space(config, info)
+    computed = precision(config, info)
+    check_layout(info.model, info.space, config.model, computed)
+    return info, data, computed, sequence_length(config.model, info, data)
+
+
+def precision(config: DictConfig, info: Any) -> str:
+    """trainer.precision, or else as stored."""
+    from flextron_mcore.model import PRECISIONS
+
+    return config.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
+
+
+def check_space(config: DictConfig, info: Any) -> None:
+    """Raise FlextronError when the configuration asks for another space than the checkpoint's."""
+    from flextron_mcore.space import ElasticSpace
+
+    have = info.space.to_dict()
+    wanted = {k: v for k, v in OmegaConf.to_container(config.space).items() if v is not None}
+    for name in ("granularity", "attention_unit", *have):
+        if name not in wanted:
+            continue
+        value = wanted[name]
+        if isinstance(value, list):
+            value = ElasticSpace.from_dict(info.model, {**have, name: value}).to_dict()[name]
+        if value != have[name]:
+            raise FlextronError(
+                f"checkpoint={info.path}: is of another space: its {name} is {have[name]}, not {value}; "
+                "leave space.* out, or sort the checkpoint for that space with `flextron importance`"
+            )
+
+
+def check_widths_only(info: Any, what: str) -> None:
+    """Raise FlextronError where hidden size or depth is elastic, of which `what` knows nothing."""
+    for axis in ("hidden_size", "depth"):
+        if len(sizes := getattr(info.space, axis)) > 1:
+            raise FlextronError(
+                f"checkpoint={info.path}: its space.{axis} is elastic, {list(sizes)}, and {what} chooses heads and neurons only: "
+                "use `flextron gumbel`, or sort it for another space with `flextron importance`"
+            )
+
+
+def check_not_modulated(info: Any) -> None:
+    """Raise FlextronError where gains depend on the network, which tokens that choose for themselves do not have."""
+    if info.space.modulation:
+        raise FlextronError(
+            f"checkpoint={info.path}: has modulation, gains that depend on the one network in use: its tokens cannot choose for "
+            "themselves; use kind=static, or `flextron gumbel`"
+        )
+
+
+def distillation(config: DictConfig) -> Distillation:
+    """That of config.distillation. Raises FlextronError for values that are none."""
+    from flextron_mcore.pipeline.networks import Distillation
+
+    if not 0 <= config.distillation.weight <= 1 or config.distillation.temperature <= 0:
+        raise FlextronError("distillation.weight must be within 0..1 and distillation.temperature above 0")
+    return Distillation(config.distillation.weight, config.distillation.temperature)

@@ -76,7 +76,7 @@ def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds:
     for budget, net in list(nets.items())[1:]:
         counted = counted_cost(cost, table, net.kv_policy)
         share_NK = (net.counts_NK / net.counts_NK.sum(-1, keepdim=True)).cpu().numpy()
-        told, static = (average(each, blocks, share_NK, net.settled) / cost.full for each in (counted, cost))
+        told, static = (average(each, blocks, share_NK) / cost.full for each in (counted, cost))
         found = ratio(seconds[budget], seconds["full"])
         ms, off = 1000 * min(seconds[budget]) / passes, found.median / float(budget) - 1
         levels = " ".join(map(str, (share_NK > 0.002).sum(1)))

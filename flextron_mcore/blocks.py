@@ -8,7 +8,7 @@ Shape suffixes: N blocks or axes, K candidates of the one that has most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,18 +43,14 @@ class Blocks:
         """True where a block has a candidate."""
         return table([[True] * len(sizes) for sizes in self.sizes], False)
 
-    def costs_NK(self, cost: Cost, settled: Collection[int] = ()) -> np.ndarray:
-        """What each candidate adds to a network's cost; 0 where there is none. `cost.constant` comes on top.
+    def costs_NK(self, cost: Cost) -> np.ndarray:
+        """What each candidate adds to a network's cost; 0 where there is none. `cost.constant` comes on top."""
+        return table([getattr(cost, AXES[n % len(AXES)]) for n in range(self.count)], 0.0)
 
-        settled: blocks whose tokens don't choose for themselves, where others do.
-        """
-        of = [(cost.settled or cost) if n in settled else cost for n in range(self.count)]
-        return table([getattr(each, AXES[n % len(AXES)]) for n, each in enumerate(of)], 0.0)
-
-    def mixed_costs_N3(self, cost: Cost, settled: Collection[int] = ()) -> np.ndarray:
+    def mixed_costs_N3(self, cost: Cost) -> np.ndarray:
         """What each of MIXED adds to the cost of a block whose tokens choose for themselves."""
         nothing = (0.0,) * len(MIXED)
-        return np.array([nothing if n in settled else cost.mixed[n % len(AXES)] or nothing for n in range(self.count)])
+        return np.array([cost.mixed[n % len(AXES)] or nothing for n in range(self.count)])
 
     @property
     def size_NK(self) -> np.ndarray:

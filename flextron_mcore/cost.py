@@ -33,8 +33,7 @@ class Cost:
 
     name: a key of OWN_UNITS, which has the unit. heads, ffn_hidden_size: the cost of each candidate of `space`, in its order,
     with all hidden channels. narrow: the same for every smaller hidden size of the space. mixed: where tokens choose for
-    themselves, what each of the MIXED adds (blocks.py), in attention and in MLP blocks, in a pass of so many `tokens`. settled:
-    the cost of blocks whose tokens don't, if that is another.
+    themselves, what each of the MIXED adds (blocks.py), in attention and in MLP blocks, in a pass of so many `tokens`.
     """
 
     name: str
@@ -46,7 +45,6 @@ class Cost:
     narrow: tuple[tuple[int, Cost], ...] = ()
     mixed: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
     tokens: int = 1
-    settled: Cost | None = None
 
     def at(self, hidden_size: int) -> Cost:
         """The sum for networks of this hidden size."""

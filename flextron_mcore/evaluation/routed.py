@@ -5,7 +5,7 @@ Shape suffixes: N blocks, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -32,30 +32,29 @@ class Routed:
     share_NK: np.ndarray
 
 
-def average(cost: Cost, blocks: Blocks, share_NK: np.ndarray, settled: Collection[int] = ()) -> float:
+def average(cost: Cost, blocks: Blocks, share_NK: np.ndarray) -> float:
     """A token's average cost for a mix of levels, in the cost's unit: a sum over blocks, as that of a sub-network is.
 
-    Where it costs something that tokens differ: as in a pass of tokens that chose independently. settled: blocks where they don't
-    choose.
+    Where it costs something that tokens differ: as in a pass of tokens that chose independently.
     """
-    return cost.constant + float(block_costs(cost, blocks, share_NK, settled).sum())
+    return cost.constant + float(block_costs(cost, blocks, share_NK).sum())
 
 
-def block_costs(cost: Cost, blocks: Blocks, share_NK: np.ndarray, settled: Collection[int] = ()) -> np.ndarray:
+def block_costs(cost: Cost, blocks: Blocks, share_NK: np.ndarray) -> np.ndarray:
     """What each block has of that: [N]."""
     much_N3 = np.stack(mixed_N3(share_NK, blocks.size_NK, lambda share: 1 - (1 - share) ** cost.tokens), -1)
-    mixed_N = (much_N3 * blocks.mixed_costs_N3(cost, settled)).sum(-1)
-    return (share_NK * blocks.costs_NK(cost, settled)).sum(-1) + mixed_N
+    mixed_N = (much_N3 * blocks.mixed_costs_N3(cost)).sum(-1)
+    return (share_NK * blocks.costs_NK(cost)).sum(-1) + mixed_N
 
 
-def each_cost(cost: Cost, blocks: Blocks, levels_NS: np.ndarray, settled: Collection[int] = ()) -> np.ndarray:
+def each_cost(cost: Cost, blocks: Blocks, levels_NS: np.ndarray) -> np.ndarray:
     """What each token of a text is worth, with its own level in every block: [S], on average what they cost together.
 
     What it adds that several levels occur is all tokens' alike.
     """
     one_hot_SNK = np.eye(blocks.exists_NK.shape[1])[levels_NS.T]
-    each_S = np.array([average(cost, blocks, share_NK, settled) for share_NK in one_hot_SNK])
-    return each_S + average(cost, blocks, one_hot_SNK.mean(0), settled) - each_S.mean()
+    each_S = np.array([average(cost, blocks, share_NK) for share_NK in one_hot_SNK])
+    return each_S + average(cost, blocks, one_hot_SNK.mean(0)) - each_S.mean()
 
 
 def evaluate_routed(

@@ -86,8 +86,7 @@ class LatencyTable:
         """The same for tokens that choose for themselves. Raises KeyError where that was not measured."""
         routed, tokens = self.routed[kv_policy], self.setting["batch_size"] * self.setting["prompt_length"]
         levels = {"heads": routed.heads, "ffn_hidden_size": routed.ffn_hidden_size}
-        static = self.cost()
-        return replace(static, **levels, mixed=routed.mixed, tokens=tokens, settled=static)
+        return replace(self.cost(), **levels, mixed=routed.mixed, tokens=tokens)
 
     def cost(self) -> Cost:
         """The table as a cost, in milliseconds."""

@@ -21,7 +21,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.dispatch import BlockRouting
 from flextron_mcore.layers.linear import ElasticRowParallelLinear, Selection
 from flextron_mcore.layers.modulation import new_modulation, scaled
-from flextron_mcore.layers.routed_attention import head_blocks, level_of_heads, masked_keys, routed_attention
+from flextron_mcore.layers.routed_attention import level_of_heads, masked_keys, routed_attention
 from flextron_mcore.space import ElasticSpace, LayerChoice
 
 
@@ -73,14 +73,6 @@ class ElasticSelfAttention(SelfAttention):
         if self.routing is None:
             self.linear_proj.mask = self.mask
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        if (alike := self.routing.alike(hidden_states, self.config.sequence_parallel)) is not None:
-            block = head_blocks(self)[alike]
-            self.choice = LayerChoice(True, block.groups.stop * self.world_size, block.queries.stop, 0)
-            self.linear_proj.mask = None
-            try:
-                return super().forward(hidden_states, attention_mask, *args, **kwargs)
-            finally:
-                self.choice = None
         levels_SB = self.routing.levels(hidden_states, self.config.sequence_parallel)
         if self.routing.masked:
             mask_SBK, own_mask = self.routing.masks(levels_SB), masked_keys(self, levels_SB)

@@ -32,9 +32,6 @@ class BlockRouting(Protocol):
     kv_policy: str
     masked: bool
 
-    def alike(self, hidden_SBC: Tensor, sequence_parallel: bool) -> int | None:
-        """The level of all tokens, where they have one whatever they are: the block is that of a sub-network. Else None."""
-
     def levels(self, hidden_SBC: Tensor, sequence_parallel: bool) -> Tensor:
         """Levels [S, B] of the whole sequence, equal on all tensor-parallel ranks; hidden: this rank's input of the block."""
 
@@ -82,9 +79,6 @@ class _GivenBlock:
     @property
     def kv_policy(self) -> str:
         return self.given.kv_policy
-
-    def alike(self, hidden_SBC: Tensor, sequence_parallel: bool) -> None:
-        return None
 
     def levels(self, hidden_SBC: Tensor, sequence_parallel: bool) -> Tensor:
         self.given.also(self.index, hidden_SBC)

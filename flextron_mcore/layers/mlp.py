@@ -49,11 +49,8 @@ class ElasticMLP(MLP):
 
     def forward(self, hidden_states: torch.Tensor, per_token_scale=None, **kwargs: Any):
         """[S, B, C] -> ([S, B, C], bias or None), the bias being added by the layer's bias-dropout-add."""
-        width, alike = self.width, None
-        if self.routing is not None and (alike := self.routing.alike(hidden_states, self.config.sequence_parallel)) is not None:
-            width = self._local(self.space.ffn_hidden_size[alike])
-        if self.routing is None or alike is not None:
-            channels = hidden_states.shape[-1]
+        if self.routing is None:
+            width, channels = self.width, hidden_states.shape[-1]
             (hidden_SBf,) = self._hidden(self.linear_fc1(hidden_states, *self._rows(width, channels)))
             if self.mask is not None:
                 hidden_SBf = hidden_SBf * self.mask.to(hidden_SBf.dtype)

@@ -44,13 +44,12 @@ class TokenCosts:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """All that was measured. kv_policy: the one that the routers were trained with. settled: how many blocks leave no choice."""
+    """All that was measured. kv_policy: the one that the routers were trained with."""
 
     kv_policy: str
     full_loss: Mapping[str, float]
     budgets: list[AdaptiveBudget]
     tokens: list[TokenCosts]
-    settled: int
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,7 @@ def read_adaptive(metrics: Reader) -> Adaptive:
         for row in metrics.rows("token_costs")
     ]
     policy = metrics.inner("routers").choice("kv_policy", ("full", "own"))
-    settled = len(metrics.number_list("settled")) if metrics.has("settled") else 0
-    return Adaptive(policy, metrics.numbers("full_loss"), sorted(budgets, key=lambda budget: budget.target), tokens, settled)
+    return Adaptive(policy, metrics.numbers("full_loss"), sorted(budgets, key=lambda budget: budget.target), tokens)
 
 
 def _mix(row: Reader, mean_loss: float) -> Mix:

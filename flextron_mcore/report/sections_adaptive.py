@@ -44,9 +44,6 @@ def adaptive_section(training: Training) -> Section:
         f" model’s {costs} that tokens spent. The routers were trained with kv {found.kv_policy}: with full every token writes"
     )
     note += " all keys and values, with own only those of the heads that it uses."
-    if found.settled:
-        blocks = len(next(iter(found.budgets[0].adaptive[found.kv_policy].levels.values())))
-        note += f" In {found.settled} of {blocks} blocks all tokens have one level: to choose there cost more than it saved."
     tables = [Table(head, rows), Table(["Budget", *domains], by_domain)]
     return Section(f"adaptive_{name}", f"A choice for every token ({training.label})", note, tables, pictures)
 

@@ -1,15 +1,13 @@
 """Input-adaptive routers: every elastic block has a small MLP from budget and hidden state to its candidates (Flextron, 3.2).
 
 R_i(T, h) = W_R tanh(W T + W_H h), where h is what enters the block, normalised. The static routers' choice for T is added, so
-that training begins where theirs ended. A choice depends on the token's own h and T only. In a settled block it depends on T
-only, R_i(T) = W_R tanh(W T): all tokens have one level there, and the block is computed as in a sub-network.
+that training begins where theirs ended. A choice depends on the token's own h and T only.
 
 Shape suffixes: S sequence, B batch, N blocks, K candidates, C constrained costs, D hidden channels, U hidden units of a router.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,16 +24,10 @@ _KEPT, _MOST = 0.25, 2.0
 
 
 class AdaptiveRouters(torch.nn.Module):
-    """The routers of all blocks. Targets as in StaticRouters: 0 is the smallest network's cost and 1 the full model's.
+    """The routers of all blocks. Targets as in StaticRouters: 0 is the smallest network's cost and 1 the full model's."""
 
-    settled: the blocks that are.
-    """
-
-    def __init__(
-        self, blocks: Blocks, costs: int, hidden_size: int, static: StaticRouters, settled: Collection[int] = ()
-    ) -> None:
+    def __init__(self, blocks: Blocks, costs: int, hidden_size: int, static: StaticRouters) -> None:
         super().__init__()
-        self.settled = frozenset(settled)
         count, width = blocks.exists_NK.shape
         channels = blocks.model.hidden_size
         self.static = static.requires_grad_(False)
@@ -47,17 +39,7 @@ class AdaptiveRouters(torch.nn.Module):
     def forward(self, block: int, hidden_SBD: Tensor, target_C: Tensor, start_NK: Tensor) -> Tensor:
         """Logits [S, B, K] of one block; minus infinity where it has no candidate. start_NK: `start` of the target."""
         bias_U, bias_K = self.target_NUC[block] @ target_C, self.bias_NK[block] + start_NK[block]
-        if block in self.settled:
-            return F.linear(bias_U.tanh(), self.out_NKU[block], bias_K).expand(*hidden_SBD.shape[:2], -1)
         return router_logits(hidden_SBD, self.token_NUD[block], bias_U, self.out_NKU[block], bias_K)
-
-    @torch.no_grad()
-    def settled_levels(self, target_C: Tensor, start_NK: Tensor) -> dict[int, int]:
-        """{settled block: the level that all tokens have}."""
-        blocks = sorted(self.settled)
-        nothing = start_NK.new_empty(1, 1, 0)
-        logits = [self(block, nothing, target_C, start_NK)[0, 0] for block in blocks]
-        return dict(zip(blocks, torch.stack(logits).argmax(-1).tolist(), strict=True)) if blocks else {}
 
     @torch.no_grad()
     def start(self, target_C: Tensor) -> Tensor:
@@ -115,7 +97,6 @@ class TokenRouting:
     seen: list[Seen] = field(default_factory=list)
     counted_SB: Tensor | None = None
     padding_SB: Tensor | None = None
-    padded: bool = False
     number: int = 0
     kept: dict[int, Tensor] | None = None
 
@@ -124,7 +105,6 @@ class TokenRouting:
         self.start_NK = self.routers.start(self.target_C)  # once for all blocks and passes
         if self.counts_NK is None:
             self.counts_NK = torch.zeros(self.routers.bias_NK.shape, dtype=torch.float64, device=self.target_C.device)
-        self.settled = self.routers.settled_levels(self.target_C, self.start_NK)
 
     def begin(self, number: int = 0, counted_BS: Tensor | None = None, padding_BS: Tensor | None = None) -> None:
         """Before a micro-batch: its number, by which noise differs; which tokens count (None: all); which are padding.
@@ -133,7 +113,6 @@ class TokenRouting:
         """
         self.counted_SB = None if counted_BS is None else counted_BS.T
         self.padding_SB = None if padding_BS is None else padding_BS.T
-        self.padded |= padding_BS is not None
         self.number = number
 
     def block(self, index: int) -> BlockRouter:
@@ -161,36 +140,16 @@ class BlockRouter:
         """Whether masks are wanted."""
         return self.routing.masked
 
-    def alike(self, hidden_SBD: Tensor, sequence_parallel: bool) -> int | None:
-        """The level of all tokens of a settled block, which are counted; None where each has its own, or is to be known."""
-        routing = self.routing
-        level = routing.settled.get(self.index)
-        # Once there was padding a cache holds what is written for single tokens.
-        if level is None or routing.masked or routing.watched or routing.kept is not None or routing.padded:
-            return None
-        if self.counted_SB is not None:
-            count: Tensor | int = (self.counted_SB > 0).sum()
-        else:
-            ranks = parallel_state.get_tensor_model_parallel_world_size() if sequence_parallel else 1
-            count = hidden_SBD.shape[:2].numel() * ranks
-        routing.counts_NK[self.index, level] += count
-        return level
-
     @torch.no_grad()
     def levels(self, hidden_SBD: Tensor, sequence_parallel: bool) -> Tensor:
         """Levels [S, B] of the whole sequence: argmax of the logits."""
         routing, ranks = self.routing, parallel_state.get_tensor_model_parallel_world_size()
-        settled = self.index in routing.settled
         logits_SBK = routing.routers(self.index, hidden_SBD, routing.target_C, routing.start_NK)
         if routing.noise:
             whole = (len(hidden_SBD) * (ranks if sequence_parallel else 1), *logits_SBK.shape[1:])
-            if settled:
-                logits_SBK = logits_SBK + routing.noise * self._gumbel(whole[2:]).to(logits_SBK.device)
-            else:
-                first = parallel_state.get_tensor_model_parallel_rank() * len(hidden_SBD) if sequence_parallel else 0
-                logits_SBK = logits_SBK + routing.noise * self._gumbel(whole)[first : first + len(hidden_SBD)].to(
-                    logits_SBK.device
-                )
+            first = parallel_state.get_tensor_model_parallel_rank() * len(hidden_SBD) if sequence_parallel else 0
+            noise_SBK = self._gumbel(whole)[first : first + len(hidden_SBD)].to(logits_SBK.device)
+            logits_SBK = logits_SBK + routing.noise * noise_SBK
         levels_SB = logits_SBK.argmax(-1)
         if ranks > 1:
             levels_SB = self._agreed(levels_SB, ranks, sequence_parallel)

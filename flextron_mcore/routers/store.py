@@ -35,8 +35,7 @@ class RouterInfo:
     model's. memory: what a memory cost counts, {"dtype", "batch_size", "length"}. kind: static; adaptive, which choose for every
     token, with the attention's kv_policy (layers/dispatch.py); or gumbel, which choose on all axes, `uniform` for all layers.
     calibration: for adaptive routers, [target, average share of the first cost] on training data, by which a budget finds its
-    target. settled: of these, the blocks that are (routers/adaptive.py). measured: [candidates of the blocks, loss] of networks
-    that static routers may choose (training/measured.py).
+    target. measured: [candidates of the blocks, loss] of networks that static routers may choose (training/measured.py).
     """
 
     costs: tuple[str, ...]
@@ -48,7 +47,6 @@ class RouterInfo:
     calibration: tuple[tuple[float, float], ...] = ()
     measured: tuple[tuple[tuple[int, ...], float], ...] = ()
     uniform: bool = False
-    settled: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for routers.json."""
@@ -63,7 +61,6 @@ class RouterInfo:
             "calibration": [list(pair) for pair in self.calibration],
             "measured": [[list(indices), loss] for indices, loss in self.measured],
             "uniform": self.uniform,
-            "settled": list(self.settled),
         }
 
     def choices(self, blocks: Blocks) -> Blocks | Axes:
@@ -114,15 +111,12 @@ def read_routers(folder: Path, blocks: Blocks, kind: str = "static") -> tuple[Ro
             tuple((float(target), float(share)) for target, share in values.get("calibration", ())),
             tuple((tuple(indices), float(loss)) for indices, loss in values.get("measured", ())),
             bool(values.get("uniform", False)),
-            tuple(map(int, values.get("settled", ()))),
         )
-        if outside := set(info.settled) - set(range(blocks.count)):
-            raise ValueError(f"settled: there is no block {min(outside)}")
         weights = load_file(folder / WEIGHTS_FILE)
         routers = _made(info, blocks, weights)
         routers.load_state_dict(weights)
         if (kind, info.kind) == ("static", "adaptive"):
-            info, routers = replace(info, kind="static", hidden_size=_hidden_size(weights), settled=()), routers.static
+            info, routers = replace(info, kind="static", hidden_size=_hidden_size(weights)), routers.static
     except FlextronError:
         raise
     except Exception as error:  # safetensors has errors of its own
@@ -143,7 +137,7 @@ def _made(info: RouterInfo, blocks: Blocks, weights: Mapping[str, torch.Tensor])
     if info.kind != "adaptive":
         return StaticRouters(info.choices(blocks), len(info.costs), info.hidden_size)
     static = StaticRouters(blocks, len(info.costs), _hidden_size(weights))
-    return AdaptiveRouters(blocks, len(info.costs), info.hidden_size, static, info.settled)
+    return AdaptiveRouters(blocks, len(info.costs), info.hidden_size, static)
 
 
 def _hidden_size(weights: Mapping[str, torch.Tensor]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ def train_adaptive(config: DictConfig, info: Any, data: Any) -> dict[str, Any]:
             validation=lambda step: {"full": None, **{f"adaptive {share:g}": learner.routing(share) for share in targets}},
             learner=learner,
             frozen=config.stage == "router",
-            after=_after(config, learner, measured),
+            after={config.trainer.max_steps: measured.calibrate},
         )
         figures = train(config, out, info, data, phase, seq_length)
         trained = open_checkpoint(list_checkpoints(out)[-1])
@@ -64,12 +63,8 @@ def train_adaptive(config: DictConfig, info: Any, data: Any) -> dict[str, Any]:
                 for row in rows
             ],
         )
-        known = learner.counted[learner.info.kv_policy][0].settled and not config.adaptive.trial
-        if known and all(_better(row, learner) < 0 for row in rows):
-            say(
-                f"{config.stage}: at these budgets routing costs more than it saves: adaptive.trial=0.4 finds the blocks in "
-                "which it pays that tokens choose"
-            )
+        if learner.counted[learner.info.kv_policy][0].mixed[0] and all(_better(row, learner) < 0 for row in rows):
+            say(f"{config.stage}: at these budgets routing costs more than it saves: the static choice serves them better")
         return write_metrics(
             out,
             config.stage,
@@ -77,7 +72,6 @@ def train_adaptive(config: DictConfig, info: Any, data: Any) -> dict[str, Any]:
                 **figures,
                 "routers": {"kind": "adaptive", "costs": list(learner.info.costs), "kv_policy": learner.info.kv_policy},
                 "calibration": learner.info.calibration,
-                "settled": list(learner.info.settled),
                 "adaptive_budgets": rows,
                 **more,
             },
@@ -120,8 +114,6 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
         raise FlextronError(f"adaptive.hidden_size={hidden_size} is not within 1..{MOST_HIDDEN}")
     if values.pop("calibration_samples") < 1 or config.targets_per_step < 1:
         raise FlextronError("adaptive.calibration_samples and targets_per_step must be at least 1")
-    if not 0 <= values.pop("trial") < 1:
-        raise FlextronError(f"adaptive.trial={config.adaptive.trial} is not a share of the steps, from 0 to below 1")
     blocks = Blocks(info.model, info.space)
     described, found = read_routers(info.path, blocks, "adaptive" if joint else "static")
     table = latency_table(config, info)
@@ -158,18 +150,6 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
     )
 
 
-def _after(config: DictConfig, learner: AdaptiveLearner, measured: _Measured) -> dict[int, Any]:
-    """What is done after which steps: calibration at the end, and settling where it is known what routing costs."""
-    then = {config.trainer.max_steps: measured.calibrate}
-    trial = round(config.adaptive.trial * config.trainer.max_steps)
-    if trial and learner.counted[learner.info.kv_policy][0].settled:
-        then[trial] = measured.settle
-    elif config.adaptive.trial:
-        reason = "it is no step" if not trial else "what routing costs is not known (flextron latency routed.enabled=true)"
-        say(f"{config.stage}: warning: adaptive.trial={config.adaptive.trial} settles nothing: {reason}")
-    return then
-
-
 class _Measured:
     """The trained routers on training data (calibration) and on validation data."""
 
@@ -183,51 +163,12 @@ class _Measured:
         limit = config.trainer.limit_val_batches
         self.samples = limit and limit * config.model.global_batch_size
 
-    def _run(
-        self,
-        model: Any,
-        datasets: Any,
-        target: float,
-        kv_policy: str | None,
-        samples: int | None,
-        levels: Mapping[int, int] | None = None,
-    ) -> dict[str, Routed]:
-        """levels: of blocks that are to have one for all tokens, beside the settled ones."""
+    def _run(self, model: Any, datasets: Any, target: float, kv_policy: str | None, samples: int | None) -> dict[str, Routed]:
         from flextron_mcore.evaluation.routed import evaluate_routed
 
-        def make() -> Any:
-            routing = self.learner.at_target(target, kv_policy)
-            routing.settled |= levels or {}
-            return routing
-
         size = self.config.model.micro_batch_size
+        make = lambda: self.learner.at_target(target, kv_policy)  # noqa: E731
         return evaluate_routed(model, datasets, make, self.seq_length, size, samples)
-
-    def settle(self, model: list[Any]) -> None:
-        """The blocks in which tokens had better not choose, into the learner."""
-        import numpy as np
-
-        from flextron_mcore.training.settling import runs, worth_N
-
-        learner, samples = self.learner, self.config.adaptive.calibration_samples
-        cost, blocks = learner.counted[learner.info.kv_policy][0], learner.blocks
-
-        def run(target: float, levels: Mapping[int, int]) -> Routed:
-            (routed,) = self._run(model, self.calibration, target, None, samples, levels).values()
-            return routed
-
-        settled = learner.info.settled
-        with progress_bar(total=runs(blocks.count - len(settled)), desc="trial", unit="run") as bar:
-            worth = worth_N(run, blocks, cost, settled, bar.update)
-        learner.settle([n for n in range(blocks.count) if worth[n] < 0])
-        print_table(
-            "what it is worth that tokens choose, in nats per token, what routing costs included; where less than 0, they don't",
-            ["layer", "attention", "MLP"],
-            [
-                [layer + 1, *(f"{value:+.4f}" if np.isfinite(value) else "settled" for value in pair)]
-                for layer, pair in enumerate(worth.reshape(-1, 2))
-            ],
-        )
 
     def calibrate(self, model: list[Any]) -> None:
         """How much the routers spend for which target, into the learner's `info`."""
@@ -296,7 +237,7 @@ class _Measured:
         for domain, dataset in self.valid.items():
             ids = batch(dataset, [0])["tokens"]
             levels_NS = each_token(model, learner.at_target(target), ids)[:, :_SHOWN]
-            spent = (each_cost(mix, learner.blocks, levels_NS, learner.info.settled) / cost.full).tolist()
+            spent = (each_cost(mix, learner.blocks, levels_NS) / cost.full).tolist()
             texts = [tokenizer.decode([i]) for i in ids[0, : len(spent)].tolist()]
             found.append({"domain": domain, "budget": share, "texts": texts, "shares": spent})
         return found
@@ -342,7 +283,7 @@ def evaluate_adaptive(config: DictConfig, info: Any, data: Any, computed: str, s
             found = evaluate_routed(model, datasets, make, seq_length, size, samples, lambda done: bar.update())
         discard(out / "cache")
         losses = {domain: routed.loss for domain, routed in found.items()}
-        shares = {domain: average(mix, blocks, routed.share_NK, make().settled) / cost.full for domain, routed in found.items()}
+        shares = {domain: average(mix, blocks, routed.share_NK) / cost.full for domain, routed in found.items()}
         metrics = write_metrics(
             out,
             "evaluate",

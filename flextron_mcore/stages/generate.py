@@ -115,7 +115,7 @@ def _network(config: DictConfig, info: Any) -> tuple[Any, Any]:
         def spent() -> dict[str, Any]:
             counts_NK = routing.counts_NK.cpu().numpy()
             share_NK = counts_NK / counts_NK.sum(-1, keepdims=True)
-            return {"cost": cost.name, "share": average(mix, blocks, share_NK, routing.settled) / cost.full}
+            return {"cost": cost.name, "share": average(mix, blocks, share_NK) / cost.full}
 
         return routing, spent
     if config.budget is not None:

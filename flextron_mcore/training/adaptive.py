@@ -10,8 +10,8 @@ Shape suffixes: S sequence, B batch, N blocks, K candidates, C constrained costs
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +83,8 @@ class AdaptiveLearner:
         counts = counted[info.kv_policy]
         starts = [(mix.constant - cost.smallest) / span for mix, cost, span in zip(counts, self.costs, spans, strict=True)]
         self.start_C = torch.tensor(starts, device=device)
-        self.settle(info.settled)
-        self.trained = [parameter for parameter in routers.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(self.trained, lr=settings.lr, betas=(0.9, 0.99))
-        self.scale: float | None = None  # of the losses above the full model's
-        self.drawn: list[TokenRouting] = []
-        if surrogate:
-            self.surrogate = TokenSurrogate(blocks, surrogate, seed, max_steps, sequence_parallel).to(device)
-
-    def settle(self, settled: Collection[int]) -> None:
-        """These blocks are settled from now on: what they cost changes with it."""
-        self.info = replace(self.info, settled=tuple(settled))
-        self.routers.settled = frozenset(settled)
-        counts, device, blocks = self.counted[self.info.kv_policy], self.start_C.device, self.blocks
-        spans = [cost.full - cost.smallest or 1.0 for cost in self.costs]
         in_spans = lambda rows: torch.tensor(np.array(rows), dtype=torch.float32, device=device)  # noqa: E731
-        costs = [blocks.costs_NK(cost, settled) for cost in counts]
-        mixed = [blocks.mixed_costs_N3(cost, settled) for cost in counts]
+        costs, mixed = [blocks.costs_NK(cost) for cost in counts], [blocks.mixed_costs_N3(cost) for cost in counts]
         self.spent_CNK, self.mixed_CN3 = (
             in_spans([row / span for row, span in zip(rows, spans, strict=True)]) for rows in (costs, mixed)
         )
@@ -108,9 +93,15 @@ class AdaptiveLearner:
         ]
         bounds = [
             [target_of(cost, max(low * cost.full, min(value, cost.full))), target_of(cost, high * cost.full)]
-            for cost, value, (low, high) in zip(self.costs, least, self.info.ranges, strict=True)
+            for cost, value, (low, high) in zip(self.costs, least, info.ranges, strict=True)
         ]
         self.low_C, self.high_C = torch.tensor(bounds, dtype=torch.float32).T
+        self.trained = [parameter for parameter in routers.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, lr=settings.lr, betas=(0.9, 0.99))
+        self.scale: float | None = None  # of the losses above the full model's
+        self.drawn: list[TokenRouting] = []
+        if surrogate:
+            self.surrogate = TokenSurrogate(blocks, surrogate, seed, max_steps, sequence_parallel).to(device)
 
     @property
     def watch(self) -> Watch | None:
@@ -151,7 +142,7 @@ class AdaptiveLearner:
     def share(self, share_NK: np.ndarray, kv_policy: str | None = None) -> float:
         """What a mix of levels [N, K] costs a token, as a share of the full model's (first) cost."""
         mix = self.counted[kv_policy or self.info.kv_policy][0]
-        return average(mix, self.blocks, share_NK, self.info.settled) / self.costs[0].full
+        return average(mix, self.blocks, share_NK) / self.costs[0].full
 
     def learn(self, step: int, losses: Sequence[float], gate_gradients: Tensor | None = None) -> dict[str, Any]:
         """Update from what the step's networks have seen, and their losses [nats per token], the full model's first."""
@@ -264,7 +255,6 @@ class AdaptiveLearner:
             self.surrogate.optimizer.load_state_dict(state["surrogate_optimizer"])
             self.surrogate.error = state["error"]
         self.info = read_routers(folder, self.blocks, "adaptive")[0]
-        self.settle(self.info.settled)
 
     def _shares(self, targets_TC: Tensor) -> Tensor:
         """Targets as shares of the full model's costs."""

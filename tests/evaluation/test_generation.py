@@ -35,8 +35,7 @@ def networks(case, kind: str):
         return lambda: net
     blocks = Blocks(arch, space)
     torch.manual_seed(3)
-    kind, *settled = kind.split(", settled in ")
-    routers = AdaptiveRouters(blocks, 1, 16, StaticRouters(blocks, 1, 16), [int(block) for block in settled])
+    routers = AdaptiveRouters(blocks, 1, 16, StaticRouters(blocks, 1, 16))
     with torch.no_grad():
         routers.out_NKU.normal_(std=2)
     return lambda: TokenRouting(routers, torch.tensor([0.5]), kind)
@@ -56,7 +55,7 @@ def by_whole_passes(model, make, prompt: list[int], count: int) -> tuple[list[in
     return ids[len(prompt) :], getattr(network, "counts_NK", None)
 
 
-@pytest.mark.parametrize("kind", ["whole model", "sub-network", *KV_POLICIES, "own, settled in 0", "full, settled in 2"])
+@pytest.mark.parametrize("kind", ["whole model", "sub-network", *KV_POLICIES])
 def test_together_is_each_alone(case, kind):
     make = networks(case, kind)
     *_, model = case

@@ -61,7 +61,6 @@ def routed_checkpoint(
     maker=hf_toy.llama,
     uniform=False,
     counted=False,
-    settled=(),
     **space,
 ) -> CheckpointInfo:
     """A checkpoint with routers that prefer this and that, and a latency table if they want one; counted: of routing too."""
@@ -73,7 +72,7 @@ def routed_checkpoint(
     described = RouterInfo(
         tuple(costs), ((0.3, 1.0),) * len(costs), 8 if kind == "adaptive" else 16, memory, kind, kv_policy, CALIBRATION
     )
-    described = replace(described, uniform=uniform, settled=settled)
+    described = replace(described, uniform=uniform)
     routers = StaticRouters(described.choices(blocks), len(costs), 16)
     torch.nn.init.normal_(routers.out_NKU, std=2.0)
     torch.nn.init.normal_(routers.bias_NK)
@@ -261,10 +260,8 @@ def steps(model, tokens: torch.Tensor) -> torch.Tensor:
 def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
     space = {"attention_unit": "query_head", "heads": [0.5, 1.0]} if case == "query heads" else {"attention_unit": "kv_group"}
     maker = hf_toy.gpt2 if case == "gpt2" else hf_toy.llama
-    counted, settled = case == "llama", () if case == "query heads" else (0, 3)
-    info = routed_checkpoint(
-        tmp_path, kind="adaptive", kv_policy=kv_policy, maker=maker, counted=counted, settled=settled, **space
-    )
+    counted = case == "llama"
+    info = routed_checkpoint(tmp_path, kind="adaptive", kv_policy=kv_policy, maker=maker, counted=counted, **space)
     _, model = export(info, tmp_path / "out")
     from flextron_mcore.routers.store import read_routers
 
@@ -288,7 +285,7 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         share_NK = (routing.counts_NK / routing.counts_NK.sum(-1, keepdim=True)).numpy()
         for name, cost in known.items():
-            assert model.costs()[name] == pytest.approx(average(cost, blocks, share_NK, settled))
+            assert model.costs()[name] == pytest.approx(average(cost, blocks, share_NK))
         assert model.adaptive and model.subnetwork is None and model.budget == budget
         torch.testing.assert_close(steps(model, tokens), expected, atol=1e-5, rtol=0)
     shares = np.linspace(0.5, 0.93, 44)

@@ -30,9 +30,6 @@ class Fixed:
         def __init__(self, outer: Fixed, index: int) -> None:
             self.outer, self.index, self.kv_policy, self.masked = outer, index, outer.kv_policy, outer.masked
 
-        def alike(self, hidden, sequence_parallel):
-            return None
-
         def levels(self, hidden, sequence_parallel):
             start = self.outer.start
             return self.outer.all[self.index, start : start + len(hidden)]

@@ -135,7 +135,7 @@ def start(tmp_path_factory, text) -> Start:
         ],
         "router": [*router, "measured_samples=4"],
         "router straight through": [*router, "surrogate.enabled=false", "measured_samples=0"],
-        "router adaptive": [*adaptive, "adaptive.trial=0.5"],
+        "router adaptive": adaptive,
         "router adaptive surrogate": [*adaptive, "adaptive.surrogate=true", "surrogate.threshold=1e9"],
         **{
             result: [
@@ -274,8 +274,6 @@ def test_adaptive_routers(start, done, name, result):
     routers = [load_file(open_checkpoint(run).path / "routers.safetensors") for run in (one, many)]
     for key, tensor in routers[0].items():
         torch.testing.assert_close(routers[1][key], tensor, rtol=1e-3, atol=1e-4, msg=key)
-    settled = metrics(one)["settled"]
-    assert metrics(many)["settled"] == settled and ("surrogate" in result or 0 < len(settled) < 8)
     for row, other in zip(metrics(one)["adaptive_budgets"], metrics(many)["adaptive_budgets"], strict=True):
         for policy, wanted in row["adaptive"].items():
             assert other["adaptive"][policy]["shares"] == pytest.approx(wanted["shares"], rel=1e-5)

@@ -7,7 +7,6 @@ import pytest
 from flextron_mcore.config import FlextronError
 from flextron_mcore.report.collect import Training, collect
 from flextron_mcore.report.page import build_report, sections
-from flextron_mcore.report.sections_adaptive import adaptive_section
 from flextron_mcore.report.sections_routing import routing_sections
 from tests.report import synthetic
 
@@ -63,16 +62,6 @@ def test_the_section(tmp_path, policies):
     assert "easy 0.38, 0.38" in allocation.alt and "90.0%" in allocation.caption
     assert "60.0% to 90.0%" in heat.alt and "most: 'def'" in heat.alt
     assert "budgets" in parts and "signals" not in parts  # one static router: nothing to compare it with
-
-
-def test_blocks_without_a_choice_are_told(tmp_path):
-    for settled, told in (([], False), ([0, 3, 5], True)):
-        metrics, log = made()
-        metrics["settled"] = settled
-        found = read(tmp_path / str(told), metrics, log)
-        assert found.routing.adaptive.settled == len(settled)
-        note = adaptive_section(found).note
-        assert ("In 3 of 16 blocks all tokens have one level" in note) is told and ("all tokens have one level" in note) is told
 
 
 def evaluated(run, name: str, budget: float, **changes) -> None:

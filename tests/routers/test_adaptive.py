@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.evaluation.routed import average, block_costs, calibrate, each_cost, target_for
+from flextron_mcore.evaluation.routed import average, calibrate, each_cost, target_for
 from flextron_mcore.model import use_subnetwork
-from flextron_mcore.routers import adaptive
 from flextron_mcore.routers.adaptive import AdaptiveRouters, TokenRouting
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.space import SubNetwork
@@ -86,82 +85,6 @@ def test_padding_is_never_routed_and_never_counted(made, kv_policy):
     assert (counted.counts_NK.sum(-1) == sum(lengths)).all()
 
 
-@pytest.mark.parametrize("kv_policy", ["full", "own"])
-def test_a_settled_block_is_computed_as_in_a_sub_network(made, kv_policy, monkeypatch):
-    """As if each token had chosen its level; its router is not asked about tokens, which are counted all the same."""
-    blocks, routers, model = made
-    torch.nn.init.normal_(routers.out_NKU, std=3.0)
-    routers.settled = frozenset({0, 3})
-    (tokens, positions), target = toy.inputs(), torch.tensor([0.5])
-    single, settled = (TokenRouting(routers, target, kv_policy) for _ in range(2))
-    single.kept = {}  # they are to be known: every token is asked
-    counted = torch.rand(tokens.shape) < 0.7
-    expected, found = [], []
-    for routing, results in ((single, expected), (settled, found)):
-        for mask in (None, counted):
-            routing.begin(0, mask)
-            results.append(run(model, routing, tokens, positions))
-    for left, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
-    assert settled.counts_NK.equal(single.counts_NK) and (settled.counts_NK.sum(-1) == tokens.numel() + counted.sum()).all()
-    assert [int((row > 0).sum()) for row in settled.counts_NK][::3] == [1, 1] and (settled.counts_NK[1:3] > 0).sum() > 2
-    assert all(single.kept[block].eq(level).all() for block, level in settled.settled.items())
-    # All of them settled: the sub-network itself, to the last bit.
-    asked = []
-    monkeypatch.setattr(adaptive, "router_logits", lambda *args: asked.append(args))
-    routers.settled = frozenset(range(blocks.count))
-    whole = TokenRouting(routers, target, kv_policy)
-    whole.begin()
-    net = blocks.network([whole.settled[n] for n in range(blocks.count)])
-    assert run(model, whole, tokens, positions).equal(run(model, net, tokens, positions)) and not asked
-    assert net != SubNetwork.full(blocks.model)
-    with torch.no_grad(), use_subnetwork(model, whole):  # the level is that of this pass only
-        model(tokens, positions, None)
-        assert all(layer.self_attention.choice is None and layer.mlp.choice is None for layer in model.decoder.layers)
-
-
-def test_settled_blocks_with_padding_and_noise(made):
-    blocks, routers, model = made
-    torch.nn.init.normal_(routers.out_NKU, std=3.0)
-    routers.settled = frozenset({0, 1})
-    tokens, positions = toy.inputs()
-    padding = torch.zeros_like(tokens, dtype=torch.bool)
-    padding[1, 9:] = True
-    routing = TokenRouting(routers, torch.tensor([0.5]), "own")
-    routing.begin(0, None, padding)
-    found = run(model, routing, tokens, positions)
-    assert (routing.counts_NK.sum(-1) == (~padding).sum()).all()
-    alone = TokenRouting(routers, torch.tensor([0.5]), "own")
-    alone.begin()
-    expected = run(model, alone, tokens[1:, :9], positions[:1, :9])
-    torch.testing.assert_close(found[1, :9], expected[0], atol=1e-5, rtol=0)
-    levels = set()
-    for number in range(8):  # one for all tokens of a micro-batch
-        noisy = TokenRouting(routers, torch.tensor([0.5]), noise=9.0, seed=1, kept={})
-        noisy.begin(number)
-        run(model, noisy, tokens, positions)
-        assert all(len(noisy.kept[block].unique()) == 1 for block in (0, 1)) and len(noisy.kept[2].unique()) > 1
-        levels.add(int(noisy.kept[0][0, 0]))
-    assert len(levels) > 1
-
-
-def test_settled_blocks_cost_what_they_cost_in_a_network(made):
-    blocks, _, _ = made
-    static = latency(blocks)
-    dear = replace(static, heads=tuple(2 * x for x in static.heads), mixed=((9.0,) * 3, (7.0,) * 3), tokens=8, settled=static)
-    net = toy.random_network(blocks.model, blocks.space, 3)
-    pure = np.eye(4)[blocks.indices(net)]
-    assert average(dear, blocks, pure, range(blocks.count)) == pytest.approx(static.of(net))
-    share_NK = np.full((blocks.count, 4), 0.25)
-    parts_N = block_costs(dear, blocks, share_NK)
-    settled_N = block_costs(dear, blocks, share_NK, {0, 3})
-    assert parts_N[[1, 2]].tolist() == settled_N[[1, 2]].tolist() and (parts_N[[0, 3]] > settled_N[[0, 3]]).all()
-    assert settled_N[0] == pytest.approx(np.mean(static.heads)) and settled_N[3] == pytest.approx(np.mean(static.ffn_hidden_size))
-    levels_NS = np.array([[0, 1, 2, 3]] * blocks.count)
-    each_S = each_cost(dear, blocks, levels_NS, {0, 3})
-    assert each_S.mean() == pytest.approx(average(dear, blocks, share_NK, {0, 3}))
-
-
 def test_the_average_cost_of_a_pure_mix_is_the_networks(made):
     blocks, _, _ = made
     cost = latency(blocks)
@@ -190,6 +113,8 @@ def test_it_costs_something_that_tokens_differ(which, added):
     assert average(mixed, blocks, share_NK) - average(cost, blocks, share_NK) == pytest.approx(added, rel=1e-6)
     alone = replace(mixed, tokens=1)  # a token has one level
     assert average(alone, blocks, share_NK) == pytest.approx(average(cost, blocks, share_NK))
+    each_S = each_cost(mixed, blocks, np.array([[0, 1, 2, 3]] * blocks.count))
+    assert each_S.mean() == pytest.approx(average(mixed, blocks, np.full((blocks.count, 4), 0.25)))
 
 
 def test_calibration_finds_the_steps():

@@ -27,22 +27,14 @@ def test_round_trip(tmp_path):
     assert again(targets).equal(routers(targets))
 
 
-def test_settled_blocks_are_kept(tmp_path):
-    routers = AdaptiveRouters(BLOCKS, 2, 8, StaticRouters(BLOCKS, 2, 16), (0, 3))
-    described = replace(INFO, kind="adaptive", kv_policy="own", settled=(0, 3))
+def test_adaptive_routers_hold_the_static_ones(tmp_path):
+    routers = AdaptiveRouters(BLOCKS, 2, 8, StaticRouters(BLOCKS, 2, 16))
+    described = replace(INFO, kind="adaptive", kv_policy="own", calibration=((0.0, 0.5), (1.0, 0.9)))
     write_routers(tmp_path, described, routers, None)
     info, again = read_routers(tmp_path, BLOCKS, "adaptive")
-    assert info == described and again.settled == {0, 3}
-    assert read_routers(tmp_path, BLOCKS)[0].settled == ()  # of the static ones that they hold
-    file = tmp_path / "routers.json"
-    values = json.loads(file.read_text())
-    file.write_text(json.dumps({**values, "settled": [0, 4]}))
-    with pytest.raises(FlextronError, match="routers.json: the routers cannot be read .*there is no block 4"):
-        read_routers(tmp_path, BLOCKS, "adaptive")
-    del values["settled"]  # as before there were any
-    file.write_text(json.dumps(values))
-    info, again = read_routers(tmp_path, BLOCKS, "adaptive")
-    assert info.settled == () and again.settled == set()
+    assert info == described and again.out_NKU.equal(routers.out_NKU)
+    info, static = read_routers(tmp_path, BLOCKS)
+    assert (info.kind, info.hidden_size) == ("static", 16) and static.out_NKU.equal(routers.static.out_NKU)
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,13 @@ import contextlib
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from flextron_mcore.checkpoint.store import TensorReader, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.evaluation import routed as evaluation
 from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.stages import adaptive
-from flextron_mcore.training import settling
 from flextron_mcore.training.loop import _Run
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, stage
@@ -189,68 +186,6 @@ def test_killed_while_it_calibrates(chain, routed, tmp_path, monkeypatch, name):
     assert rows(run) == rows(tmp_path / "whole")
 
 
-def test_blocks_in_which_it_does_not_pay_are_settled(chain, routed, tmp_path, monkeypatch, capsys):
-    """After the trial, in an interrupted run too; and calibration, evaluation, generation and joint tuning know it."""
-    table = write_table(routed / "static", tmp_path / "latency.json", routed=True)
-    keys = [*adaptive_keys(chain, routed), f"latency={table}", "adaptive.trial=0.5"]
-    real, tried, losses = settling.worth_N, [], set()
-
-    def worth_N(run, blocks, cost, settled, progress):
-        tried.append(real(run, blocks, cost, settled, progress))
-        losses.update({run(0.5, levels).loss for levels in ({}, {0: 0}, {1: 0}, {2: 0})})
-        return np.where(np.arange(blocks.count) % 3, 1.0, -1.0)
-
-    monkeypatch.setattr(settling, "worth_N", worth_N)
-    found = stage("router", *keys, f"out={tmp_path}/whole")
-    blocks = len(tried[0])
-    assert found["settled"] == list(range(0, blocks, 3)) and np.isfinite(tried[0]).all() and len(losses) == 4
-    assert capsys.readouterr().out.count("+1.0000") == blocks - len(found["settled"])
-    names = [path.name for path in list_checkpoints(tmp_path / "whole")]
-    described = [json.loads((path / "routers.json").read_text()) for path in list_checkpoints(tmp_path / "whole")]
-    assert described[-1]["settled"] == found["settled"], names
-    for row in found["adaptive_budgets"]:
-        for levels in row["adaptive"]["full"]["levels"].values():
-            assert [max(levels[n]) for n in found["settled"]] == [1.0] * len(found["settled"])
-    step = _Run._step
-    for stop, kept in ((3, []), (6, found["settled"])):
-
-        def stopping(self, number, log, stop=stop):
-            if number == stop:
-                raise Interrupted
-            step(self, number, log)
-
-        parts = tmp_path / f"parts{stop}"
-        save = [*keys, f"exp_manager.checkpoint_callback_params.every_n_train_steps={stop}", f"out={parts}"]
-        monkeypatch.setattr(_Run, "_step", stopping)
-        with pytest.raises(Interrupted):
-            stage("router", *save)
-        monkeypatch.setattr(_Run, "_step", step)
-        newest = list_checkpoints(parts)[-1]
-        assert open_checkpoint(parts).step == stop and json.loads((newest / "routers.json").read_text())["settled"] == kept
-        again = stage("router", *save)
-        for key in ("settled", "calibration", "adaptive_budgets", "token_costs"):
-            assert again[key] == found[key], key
-        ends = [load_file(list_checkpoints(out)[-1] / "routers.safetensors") for out in (parts, tmp_path / "whole")]
-        assert all(ends[0][key].equal(ends[1][key]) for key in ends[1])
-    assert len(tried) == 3  # the run that had settled did not try again
-    keys = [f"checkpoint={tmp_path}/whole", "selector=adaptive", "budget=0.9"]
-    data = [f"data={chain}/data", "model.micro_batch_size=4", "limit_val_batches=4"]
-    evaluated = stage("evaluate", *keys, *data, f"out={tmp_path}/evaluated")
-    row = found["adaptive_budgets"][1]["adaptive"]["full"]
-    assert evaluated["loss"] == pytest.approx(row["loss"], rel=1e-5)
-    assert evaluated["shares"] == pytest.approx(row["shares"], rel=1e-5)
-    for levels in evaluated["levels"].values():
-        assert [max(levels[n]) for n in found["settled"]] == [1.0] * len(found["settled"])
-    average, counted = evaluation.average, []
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "average", lambda *given: counted.append(set(given[3])) or average(*given))
-        written = stage("generate", *keys, "prompt=import", "max_new_tokens=3")
-    assert counted == [set(found["settled"])] and 0 < written["share"] < 1.1
-    keys = [f"checkpoint={tmp_path}/whole", f"data={chain}/data", *RUN, "validation_targets=[0.9]", "trainer.max_steps=2"]
-    tuned = stage("joint", *keys, "adaptive.calibration_samples=8", "targets_per_step=2", f"out={tmp_path}/joint")
-    assert tuned["settled"] == found["settled"]
-
-
 def test_joint_tunes_model_and_adaptive_routers(chain, routed, tmp_path):
     keys = [f"checkpoint={routed}/adaptive", f"data={chain}/data", *RUN, "validation_targets=[0.9]", "trainer.max_steps=4"]
     more = ["model.optim.sched.warmup_steps=1", "adaptive.calibration_samples=8", "targets_per_step=2"]
@@ -273,7 +208,6 @@ def test_joint_tunes_model_and_adaptive_routers(chain, routed, tmp_path):
         (["kv_policy=none"], "kv_policy='none' is not known: use one of full, own"),
         (["adaptive.hidden_size=129"], "adaptive.hidden_size=129 is not within 1..128"),
         (["adaptive.calibration_samples=0"], "adaptive.calibration_samples and targets_per_step must be at least 1"),
-        (["adaptive.trial=1"], "adaptive.trial=1 is not a share of the steps, from 0 to below 1"),
         (["kind=gumbel"], "kind='gumbel' is not known: use static or adaptive"),
     ],
 )
@@ -309,27 +243,13 @@ def test_a_table_that_counts_other_routers(chain, routed, tmp_path, capsys):
         assert "routing is not counted" not in printed
 
 
-@pytest.mark.parametrize(
-    "better, counted, trial, told",
-    [(-1.0, True, 0, True), (1.0, True, 0, False), (-1.0, False, 0, False), (-1.0, True, 0.1, False)],
-)
-def test_where_routing_costs_more_than_it_saves_it_is_said(
-    chain, routed, tmp_path, monkeypatch, capsys, better, counted, trial, told
-):
+@pytest.mark.parametrize("better, counted, said", [(-1.0, True, True), (1.0, True, False), (-1.0, False, False)])
+def test_where_routing_costs_more_than_it_saves_it_is_said(chain, routed, tmp_path, monkeypatch, capsys, better, counted, said):
     table = write_table(routed / "static", tmp_path / "latency.json", routed=counted)
     monkeypatch.setattr(adaptive, "_better", lambda row, learner: better)
-    keys = [f"latency={table}", "trainer.max_steps=1", f"adaptive.trial={trial}", f"out={tmp_path}/out"]
-    found = stage("router", *adaptive_keys(chain, routed), *keys)
-    assert ("adaptive.trial=0.4 finds the blocks" in capsys.readouterr().out) is told and found["settled"] == []
-
-
-@pytest.mark.parametrize(
-    "keys, reason", [(["adaptive.trial=0.5"], "what routing costs is not known"), (["adaptive.trial=0.2"], "it is no step")]
-)
-def test_a_trial_that_settles_nothing(chain, routed, tmp_path, capsys, keys, reason):
-    table = write_table(routed / "static", tmp_path / "latency.json", routed=reason == "it is no step")
-    stage("router", *adaptive_keys(chain, routed), f"latency={table}", "trainer.max_steps=2", *keys, f"out={tmp_path}/out")
-    assert f"{keys[0]} settles nothing: {reason}" in capsys.readouterr().out
+    keys = [f"latency={table}", "trainer.max_steps=1", f"out={tmp_path}/out"]
+    stage("router", *adaptive_keys(chain, routed), *keys)
+    assert ("routing costs more than it saves" in capsys.readouterr().out) is said
 
 
 def test_adaptive_routers_need_static_ones(chain, tmp_path):

@@ -168,7 +168,6 @@ def _adaptive(
         "cost": described.costs[0],
         "kv_policy": described.kv_policy,
         "calibration": [list(pair) for pair in described.calibration],
-        "settled": list(described.settled),
         "counted": counted,
     }, routers
 

@@ -174,7 +174,7 @@ class ElasticForCausalLM:
         space = family.space
         heads = [tuple(family.layer(size, 0).values())[1:3] for size in space["heads"]]
         own = self._own(kv_policy, family.adaptive["kv_policy"])
-        return Routed(self.routers, target, heads, space["ffn_hidden_size"], own, family.adaptive["settled"])
+        return Routed(self.routers, target, heads, space["ffn_hidden_size"], own)
 
     @contextlib.contextmanager
     def chosen(self, args, kwargs):

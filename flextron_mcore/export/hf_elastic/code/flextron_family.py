@@ -149,12 +149,12 @@ class Family:
         sizes = (self.space["heads"], self.space["ffn_hidden_size"])
         total = counted["constant"]
         for i, row in enumerate(shares):
-            cost, axis = static if i in self.adaptive["settled"] else counted, i % 2
-            costs = (cost["heads"], cost["ffn_hidden_size"])[axis]
+            axis = i % 2
+            costs = (counted["heads"], counted["ffn_hidden_size"])[axis]
             row = row[: len(costs)]  # rows are padded
             total += sum(share * value for share, value in zip(row, costs, strict=True))
-            if mixed := cost.get("mixed"):
-                total += sum(x * much for x, much in zip(mixed[axis], _mixed(row, sizes[axis], cost["tokens"]), strict=True))
+            if mixed := counted.get("mixed"):
+                total += sum(x * much for x, much in zip(mixed[axis], _mixed(row, sizes[axis], counted["tokens"]), strict=True))
         return total
 
     # Budgets.

@@ -57,14 +57,13 @@ class Routed:
     """Every token chooses for itself, by routers of flextron_mcore/routers/adaptive.py.
 
     tensors: theirs, in fp32. target: between 0, the smallest network's cost, and 1. heads_of, neurons_of: sizes of each level.
-    settled: blocks in which all tokens have one level, by the target alone.
     """
 
     # As in flextron_mcore/routers/adaptive.py: how much of the static routers' log-probabilities is kept, and at most.
     KEPT, MOST = 0.25, 2.0
     gains = None
 
-    def __init__(self, tensors, target, heads_of, neurons_of, own, settled=()):
+    def __init__(self, tensors, target, heads_of, neurons_of, own):
         self.own, self.hidden_size, self.tensors = own, None, tensors
         self.sizes = heads_of, neurons_of
         out_NKU, width = tensors["static.out_NKU"], tensors["out_NKU"].shape[1]
@@ -77,8 +76,6 @@ class Routed:
         start_NK = (logits_NK.masked_fill(missing_NK, -torch.inf).log_softmax(-1) * self.KEPT).clamp_min(-self.MOST)
         self.bias_NK = tensors["bias_NK"] + start_NK.masked_fill(missing_NK, -torch.inf)
         self.bias_NU = tensors["target_NUC"] @ target_C
-        logits_NK = torch.einsum("nu,nku->nk", self.bias_NU.tanh(), tensors["out_NKU"]) + self.bias_NK
-        self.settled = {block: int(logits_NK[block].argmax()) for block in settled}
         self.counts_NK = torch.zeros(len(out_NKU), width, dtype=torch.float64)  # how many tokens chose what
         self.counted_BS = None  # which tokens are counted, None for all
         self._placed = {}
@@ -104,10 +101,6 @@ class Routed:
 
     def _by_level(self, block, x_BSC):
         """[(level, rows)]; waits for the device."""
-        if block in self.settled:
-            level, counted = self.settled[block], self.counted_BS
-            self.counts_NK[block, level] += x_BSC.shape[:2].numel() if counted is None else int(counted.sum())
-            return [(level, None)]
         levels_BS = self.levels(block, x_BSC)
         counted = levels_BS if self.counted_BS is None else levels_BS[self.counted_BS.to(levels_BS.device)]
         self.counts_NK[block] += torch.bincount(counted.flatten(), minlength=self.counts_NK.shape[1]).cpu()

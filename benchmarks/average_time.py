@@ -40,9 +40,9 @@ def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds:
     import torch
 
     from benchmarks import interleaved, print_settings, ratio
+    from flextron_mcore.adaptive.evaluation import average
     from flextron_mcore.blocks import Blocks
     from flextron_mcore.config import FlextronError
-    from flextron_mcore.evaluation.routed import average
     from flextron_mcore.model import loaded_model
     from flextron_mcore.runs.choice import adaptive_routing, counted_cost
 

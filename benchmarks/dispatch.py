@@ -10,8 +10,8 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from tqdm import tqdm
 
 from benchmarks import interleaved, print_settings, ratio
+from flextron_mcore.adaptive.latency import random_router
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.latency.routed import random_router
 from flextron_mcore.layers.dispatch import GivenLevels
 from flextron_mcore.model import build_model, set_subnetwork
 from flextron_mcore.runs.terminal import print_table

@@ -24,12 +24,12 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
     from tqdm import tqdm
 
     from benchmarks import interleaved, print_settings
+    from flextron_mcore.adaptive.evaluation import target_for
+    from flextron_mcore.adaptive.routers import TokenRouting
     from flextron_mcore.blocks import Blocks
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.evaluation.perplexity import evaluate, mean
-    from flextron_mcore.evaluation.routed import target_for
     from flextron_mcore.model import loaded_model
-    from flextron_mcore.routers.adaptive import TokenRouting
     from flextron_mcore.routers.store import read_routers
     from flextron_mcore.runs.terminal import print_table
 

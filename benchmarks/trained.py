@@ -77,8 +77,8 @@ def forward(model: Any, net: Any, tokens: Any) -> object:
     """One pass over tokens [B, S] with a network, or with routers at work."""
     import torch
 
+    from flextron_mcore.adaptive.routers import TokenRouting
     from flextron_mcore.model import set_subnetwork
-    from flextron_mcore.routers.adaptive import TokenRouting
 
     if isinstance(net, TokenRouting):
         net.begin()

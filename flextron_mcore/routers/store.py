@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from flextron_mcore.adaptive.routers import AdaptiveRouters
 from flextron_mcore.blocks import Axes, Blocks
 from flextron_mcore.config import FlextronError
-from flextron_mcore.routers.adaptive import AdaptiveRouters
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.space import SubNetwork
 

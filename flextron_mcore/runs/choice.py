@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flextron_mcore.checkpoint.store import CheckpointInfo
     from flextron_mcore.cost import Budget, Cost
     from flextron_mcore.latency.table import LatencyTable
-    from flextron_mcore.routers.adaptive import TokenRouting
+    from flextron_mcore.adaptive.routers import TokenRouting
     from flextron_mcore.selection.selectors import Selector
     from flextron_mcore.space import SubNetwork
 
@@ -146,9 +146,9 @@ def adaptive_routing(config: DictConfig, info: CheckpointInfo) -> tuple[Callable
     import torch
 
     from flextron_mcore.blocks import Blocks
-    from flextron_mcore.evaluation.routed import target_for
+    from flextron_mcore.adaptive.evaluation import target_for
     from flextron_mcore.layers.dispatch import KV_POLICIES
-    from flextron_mcore.routers.adaptive import TokenRouting
+    from flextron_mcore.adaptive.routers import TokenRouting
     from flextron_mcore.routers.store import read_routers
     from flextron_mcore.runtime.distributed import device
 

@@ -15,8 +15,8 @@ from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 
 if TYPE_CHECKING:
-    from flextron_mcore.evaluation.routed import Routed
-    from flextron_mcore.training.adaptive import AdaptiveLearner
+    from flextron_mcore.adaptive.evaluation import Routed
+    from flextron_mcore.adaptive.learner import AdaptiveLearner
 
 MOST_HIDDEN = 128
 _SHOWN = 128  # tokens of a text whose cost is told
@@ -93,13 +93,13 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
     """
     import torch
 
+    from flextron_mcore.adaptive.learner import AdaptiveLearner, AdaptiveSettings
+    from flextron_mcore.adaptive.routers import AdaptiveRouters
+    from flextron_mcore.adaptive.surrogate import SurrogateSettings
     from flextron_mcore.blocks import Blocks
     from flextron_mcore.layers.dispatch import KV_POLICIES
-    from flextron_mcore.routers.adaptive import AdaptiveRouters
     from flextron_mcore.routers.store import read_routers
     from flextron_mcore.runtime.distributed import device
-    from flextron_mcore.training.adaptive import AdaptiveLearner, AdaptiveSettings
-    from flextron_mcore.training.token_surrogate import SurrogateSettings
 
     joint = config.stage == "joint"
     values = OmegaConf.to_container(config.adaptive)
@@ -164,7 +164,7 @@ class _Measured:
         self.samples = limit and limit * config.model.global_batch_size
 
     def _run(self, model: Any, datasets: Any, target: float, kv_policy: str | None, samples: int | None) -> dict[str, Routed]:
-        from flextron_mcore.evaluation.routed import evaluate_routed
+        from flextron_mcore.adaptive.evaluation import evaluate_routed
 
         size = self.config.model.micro_batch_size
         make = lambda: self.learner.at_target(target, kv_policy)  # noqa: E731
@@ -172,7 +172,7 @@ class _Measured:
 
     def calibrate(self, model: list[Any]) -> None:
         """How much the routers spend for which target, into the learner's `info`."""
-        from flextron_mcore.evaluation.routed import calibrate
+        from flextron_mcore.adaptive.evaluation import calibrate
 
         learner, samples = self.learner, self.config.adaptive.calibration_samples
 
@@ -185,8 +185,8 @@ class _Measured:
 
     def budgets(self, model: Any, targets: list[float]) -> list[dict[str, Any]]:
         """For each budget: the static choice, and the adaptive ones with both KV policies, a domain."""
+        from flextron_mcore.adaptive.evaluation import target_for
         from flextron_mcore.evaluation.perplexity import evaluate
-        from flextron_mcore.evaluation.routed import target_for
         from flextron_mcore.layers.dispatch import KV_POLICIES
 
         learner, cost = self.learner, self.learner.costs[0]
@@ -225,9 +225,9 @@ class _Measured:
 
     def tokens(self, model: Any, share: float, data: Any) -> list[dict[str, Any]]:
         """For each domain the first tokens of a text, and what each was worth: its cost as a share of the full model's."""
+        from flextron_mcore.adaptive.evaluation import each_cost, each_token, target_for
         from flextron_mcore.data.blend import batch
         from flextron_mcore.data.tokenizer import open_tokenizer
-        from flextron_mcore.evaluation.routed import each_cost, each_token, target_for
 
         learner = self.learner
         tokenizer, cost = open_tokenizer(data.tokenizer), learner.costs[0]
@@ -265,10 +265,10 @@ class _Measured:
 
 def evaluate_adaptive(config: DictConfig, info: Any, data: Any, computed: str, seq_length: int) -> dict[str, Any]:
     """`flextron evaluate selector=adaptive budget=...`: loss, perplexity and what was spent, a domain."""
+    from flextron_mcore.adaptive.evaluation import average, evaluate_routed
     from flextron_mcore.blocks import Blocks
     from flextron_mcore.data.blend import valid_datasets
     from flextron_mcore.evaluation.perplexity import perplexity
-    from flextron_mcore.evaluation.routed import average, evaluate_routed
     from flextron_mcore.model import loaded_model
     from flextron_mcore.runs.choice import adaptive_routing, counted_cost
 

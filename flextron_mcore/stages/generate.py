@@ -102,8 +102,8 @@ def _prompts(config: DictConfig) -> list[str]:
 
 def _network(config: DictConfig, info: Any) -> tuple[Any, Any]:
     """What is to compute, and a function that says after it has what was spent, as a share of the full model's cost."""
+    from flextron_mcore.adaptive.evaluation import average
     from flextron_mcore.blocks import Blocks
-    from flextron_mcore.evaluation.routed import average
     from flextron_mcore.runs.choice import adaptive_routing, counted_cost, latency_table, select
     from flextron_mcore.space import SubNetwork
 

@@ -68,9 +68,9 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 
 def _measured(config: DictConfig, info: Any) -> Any:
+    from flextron_mcore.adaptive.latency import measure_routed, networks_per_round
     from flextron_mcore.blocks import Blocks
     from flextron_mcore.latency.measure import Setting, balanced, measure
-    from flextron_mcore.latency.routed import measure_routed, networks_per_round
     from flextron_mcore.layers.dispatch import KV_POLICIES
     from flextron_mcore.model import loaded_model
     from flextron_mcore.runs.opened import check_not_modulated, precision

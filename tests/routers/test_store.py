@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flextron_mcore.adaptive.routers import AdaptiveRouters
 from flextron_mcore.config import FlextronError
-from flextron_mcore.routers.adaptive import AdaptiveRouters
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo, load_state, read_routers, save_state, write_routers
 from tests.routing_toy import family

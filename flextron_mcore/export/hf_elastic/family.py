@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flextron_mcore.adaptive.routers import AdaptiveRouters
 from flextron_mcore.blocks import Blocks
 from flextron_mcore.checkpoint.store import CheckpointInfo, TensorReader
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.routers.adaptive import AdaptiveRouters
 from flextron_mcore.routers.static import log_probabilities
 from flextron_mcore.routers.store import TABLE_FILE, RouterInfo, kind_of_routers, read_routers
 from flextron_mcore.selection.routed import CELL, WITHIN, Routed

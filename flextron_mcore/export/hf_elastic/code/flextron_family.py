@@ -142,7 +142,7 @@ class Family:
     def average(self, name, shares, kv_policy):
         """A token's average cost where tokens choose for themselves; shares: for each block those of its candidates.
 
-        As flextron_mcore/evaluation/routed.py counts it: where the latency of such blocks was measured, with it.
+        As flextron_mcore/adaptive/evaluation.py counts it: where the latency of such blocks was measured, with it.
         """
         static = self.costs[name]
         counted = self.adaptive["counted"].get(kv_policy, static) if name == self.adaptive["cost"] else static

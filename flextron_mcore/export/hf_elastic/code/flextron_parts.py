@@ -54,12 +54,12 @@ class Static:
 
 
 class Routed:
-    """Every token chooses for itself, by routers of flextron_mcore/routers/adaptive.py.
+    """Every token chooses for itself, by routers of flextron_mcore/adaptive/routers.py.
 
     tensors: theirs, in fp32. target: between 0, the smallest network's cost, and 1. heads_of, neurons_of: sizes of each level.
     """
 
-    # As in flextron_mcore/routers/adaptive.py: how much of the static routers' log-probabilities is kept, and at most.
+    # As in flextron_mcore/adaptive/routers.py: how much of the static routers' log-probabilities is kept, and at most.
     KEPT, MOST = 0.25, 2.0
     gains = None
 

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from flextron_mcore.adaptive import latency as routed
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost
-from flextron_mcore.latency import routed
 from flextron_mcore.latency.measure import Setting
 from flextron_mcore.latency.table import LatencyTable, RoutedTable
 from flextron_mcore.layers.dispatch import KV_POLICIES

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flextron_mcore.routers.adaptive import AdaptiveRouters, Seen
+from flextron_mcore.adaptive.learner import AdaptiveLearner, AdaptiveSettings
+from flextron_mcore.adaptive.routers import AdaptiveRouters, Seen
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo
-from flextron_mcore.training.adaptive import AdaptiveLearner, AdaptiveSettings
 from tests.routing_toy import family, latency
 
 

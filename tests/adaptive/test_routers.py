@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from flextron_mcore.adaptive.evaluation import average, calibrate, each_cost, target_for
+from flextron_mcore.adaptive.routers import AdaptiveRouters, TokenRouting
 from flextron_mcore.config import FlextronError
-from flextron_mcore.evaluation.routed import average, calibrate, each_cost, target_for
 from flextron_mcore.model import use_subnetwork
-from flextron_mcore.routers.adaptive import AdaptiveRouters, TokenRouting
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.space import SubNetwork
 from tests import toy

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flextron_mcore.evaluation.routed import average, each_cost
+from flextron_mcore.adaptive.evaluation import average, each_cost
 from tests.routing_toy import family, latency
 
 

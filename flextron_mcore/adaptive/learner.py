@@ -20,11 +20,12 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from flextron_mcore.adaptive.evaluation import average, total_counts
+from flextron_mcore.adaptive.routers import AdaptiveRouters, Seen, TokenRouting
+from flextron_mcore.adaptive.surrogate import SurrogateSettings, TokenSurrogate, mine
 from flextron_mcore.blocks import Blocks, mixed_N3
 from flextron_mcore.cost import Cost
-from flextron_mcore.evaluation.routed import average, total_counts
 from flextron_mcore.pipeline.networks import Watch
-from flextron_mcore.routers.adaptive import AdaptiveRouters, Seen, TokenRouting
 from flextron_mcore.routers.store import (
     STATE_FILE,
     RouterInfo,
@@ -35,7 +36,6 @@ from flextron_mcore.routers.store import (
     write_routers,
 )
 from flextron_mcore.selection.routed import target_of
-from flextron_mcore.training.token_surrogate import SurrogateSettings, TokenSurrogate, mine
 
 # The share of a block's tokens at which something counts as half occurring, in training: that it does or not has no slope.
 _HALF = 0.05

@@ -108,7 +108,7 @@ def measure_routed(
 
 
 def random_router(channels: int, hidden_size: int, width: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """What computes as a block's router does (routers/adaptive.py), for `also` of GivenLevels."""
+    """What computes as a block's router does (adaptive/routers.py), for `also` of GivenLevels."""
     return _Router(channels, hidden_size, width)
 
 
@@ -120,7 +120,7 @@ class _Router:
 
     @torch.no_grad()
     def __call__(self, index: int, hidden_SBD: torch.Tensor) -> torch.Tensor:
-        from flextron_mcore.routers.adaptive import chosen, router_logits
+        from flextron_mcore.adaptive.routers import chosen, router_logits
 
         levels_SB = router_logits(hidden_SBD, self.token_UD, self.bias_U, self.out_KU, self.bias_K).argmax(-1)
         return chosen(levels_SB, len(self.out_KU), levels_SB >= 0)  # they count what they choose

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
+from flextron_mcore.adaptive.routers import TokenRouting
 from flextron_mcore.blocks import Blocks, mixed_N3
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost
 from flextron_mcore.evaluation.perplexity import evaluate
 from flextron_mcore.pipeline.networks import run_networks
-from flextron_mcore.routers.adaptive import TokenRouting
 
 # Of calibration: gaps between targets at first; the largest change of the share within one; how narrow one may become.
 _GAPS, _CHANGE, _NARROW = 8, 0.015, 1 / 1024

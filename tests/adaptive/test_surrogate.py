@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from flextron_mcore.routers.adaptive import AdaptiveRouters, Seen, TokenRouting
+from flextron_mcore.adaptive.routers import AdaptiveRouters, Seen, TokenRouting
+from flextron_mcore.adaptive.surrogate import SurrogateSettings, TokenSurrogate
 from flextron_mcore.routers.static import StaticRouters
-from flextron_mcore.training.token_surrogate import SurrogateSettings, TokenSurrogate
 from tests.routing_toy import family
 
 LENGTH, BATCH = 32, 4

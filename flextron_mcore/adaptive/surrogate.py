@@ -15,8 +15,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from flextron_mcore.adaptive.routers import Seen, TokenRouting
 from flextron_mcore.blocks import Blocks
-from flextron_mcore.routers.adaptive import Seen, TokenRouting
 from flextron_mcore.routers.surrogate import Surrogate
 
 

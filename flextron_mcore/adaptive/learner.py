@@ -36,6 +36,8 @@ from flextron_mcore.routers.store import (
     write_routers,
 )
 from flextron_mcore.selection.routed import target_of
+from flextron_mcore.training.constraint import Constraint
+from flextron_mcore.training.learner import Figures, TraceLearner
 
 # The share of a block's tokens at which something counts as half occurring, in training: that it does or not has no slope.
 _HALF = 0.05
@@ -51,10 +53,9 @@ class AdaptiveSettings:
     constraint_weight: float = 16.0
 
 
-class AdaptiveLearner:
+class AdaptiveLearner(TraceLearner):
     """Adaptive routers and their optimizer."""
 
-    gated, everywhere = False, True
     surrogate: TokenSurrogate | None = None
 
     def __init__(
@@ -144,7 +145,7 @@ class AdaptiveLearner:
         mix = self.counted[kv_policy or self.info.kv_policy][0]
         return average(mix, self.blocks, share_NK) / self.costs[0].full
 
-    def learn(self, step: int, losses: Sequence[float], gate_gradients: Tensor | None = None) -> dict[str, Any]:
+    def learn(self, step: int, losses: Sequence[float]) -> Figures:
         """Update from what the step's networks have seen, and their losses [nats per token], the full model's first."""
         above = max(float(np.mean(losses[1:])) - losses[0], 1e-6)
         self.scale = above if self.scale is None else 0.9 * self.scale + 0.1 * above
@@ -167,8 +168,7 @@ class AdaptiveLearner:
             spent_C = self.start_C + (share_NK * self.spent_CNK).sum((-1, -2)) + self._mixed(share_NK)
             spent_TC.append(spent_C)
             over_C = spent_C - routing.target_C
-            # Of several costs the one that is nearest to its target is to reach it; none may exceed it.
-            slope_C = torch.where((over_C > 0) | (over_C == over_C.max()), over_C.sign(), 0.0)
+            slope_C = Constraint().slope(over_C, step)
             price_NK = (slope_C[:, None, None] * self.spent_CNK).sum(0) + self._mixed_slope(slope_C, learned, routing)
             price_NK = price_NK * self.settings.constraint_weight * self.scale
             for seen in learned:

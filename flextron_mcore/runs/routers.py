@@ -54,6 +54,7 @@ def train_routers(
     from flextron_mcore.runtime.distributed import device
     from flextron_mcore.runtime.ranks import on_main_process
     from flextron_mcore.training.loop import Phase, train
+    from flextron_mcore.training.static import SurrogateLearner
 
     cost = learner.costs[0]
     targets = validation_targets(config.validation_targets, cost, learner.info.ranges[0])
@@ -88,11 +89,11 @@ def train_routers(
             ]
             + [["full", 1.0, 1.0, first.get("full", float("nan")), last["full"]]],
         )
-        described = {"costs": list(learner.info.costs), "surrogate": learner.surrogate is not None}
-        described |= {"threshold": learner.settings.surrogate_threshold}
-        if learner.surrogate:
-            described["steps_followed"] = on_main_process(lambda: learner.steps_followed)
-            if not described["steps_followed"]:
+        described: dict[str, Any] = {"costs": list(learner.info.costs), "surrogate": isinstance(learner, SurrogateLearner)}
+        if isinstance(learner, SurrogateLearner):
+            followed = on_main_process(lambda: learner.steps_followed)
+            described |= {"threshold": learner.surrogate_settings.threshold, "steps_followed": followed}
+            if not followed:
                 say(
                     "router: warning: the surrogate's error never fell below surrogate.threshold, so the routers know budgets "
                     "only: train longer, or with a larger model.global_batch_size"
@@ -117,7 +118,7 @@ def _measure(config: DictConfig, out: Path, data: Any, learner: RouterLearner, s
         return [found[name]["train"] for name in names]
 
     losses = measured(learner, measure, samples)
-    indices = ((tuple(learner.blocks.indices(net)), loss) for net, loss in losses.items())
+    indices = ((tuple(learner.choices.indices(net)), loss) for net, loss in losses.items())
     learner.info = replace(learner.info, measured=tuple(indices))
 
 

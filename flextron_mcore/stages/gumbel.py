@@ -20,8 +20,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.routers.store import kind_of_routers, read_routers
-    from flextron_mcore.training.gumbel import GumbelLearner, GumbelSettings
+    from flextron_mcore.training.gumbel import GumbelLearner
     from flextron_mcore.training.loop import check
+    from flextron_mcore.training.router import GumbelSettings
 
     info, data = _modulated(config, open_checkpoint(config.checkpoint)), open_data(config.data)
     check_space(config, info)

@@ -21,7 +21,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.routers.store import kind_of_routers, read_routers
     from flextron_mcore.training.loop import check
-    from flextron_mcore.training.router import RouterLearner, RouterSettings
+    from flextron_mcore.training.router import RouterSettings
+    from flextron_mcore.training.static import StraightThroughLearner
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
@@ -38,11 +39,11 @@ def run(config: DictConfig) -> dict[str, Any]:
     check_table(table)
     known = known_costs(config, info, table)
     settings = RouterSettings(
-        targets_per_step=config.targets_per_step, surrogate=False, two_sided_from=0.0, **OmegaConf.to_container(config.router)
+        targets_per_step=config.targets_per_step, two_sided_from=0.0, **OmegaConf.to_container(config.router)
     )
     seq_length = check(config, info, data, 1 + config.targets_per_step)
     plain = table.to_dict() if table else None
     costs = [known[name] for name in described.costs]
     described = replace(described, measured=())  # was another model's
-    learner = RouterLearner(blocks, costs, described, settings, config.seed, config.trainer.max_steps, plain, routers)
+    learner = StraightThroughLearner(blocks, costs, described, settings, config.seed, config.trainer.max_steps, plain, routers)
     return train_routers(config, info, data, learner, seq_length, frozen=False)

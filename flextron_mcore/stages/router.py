@@ -22,7 +22,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.training.loop import check
-    from flextron_mcore.training.router import RouterLearner, RouterSettings
+    from flextron_mcore.training.router import RouterSettings
+    from flextron_mcore.training.static import StraightThroughLearner, SurrogateLearner, SurrogateSettings
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
@@ -38,14 +39,13 @@ def run(config: DictConfig) -> dict[str, Any]:
     check_settings(config)
     router, surrogate = (OmegaConf.to_container(config[name]) for name in ("router", "surrogate"))
     described, costs = described_routers(config, info, table, router.pop("hidden_size"))
-    settings = RouterSettings(
-        targets_per_step=config.targets_per_step,
-        surrogate=surrogate.pop("enabled"),
-        **router,
-        **{f"surrogate_{name}": value for name, value in surrogate.items()},
-    )
+    settings = RouterSettings(targets_per_step=config.targets_per_step, **router)
     seq_length = check(config, info, data, 1 + config.targets_per_step)
     blocks = Blocks(info.model, info.space)
     plain = table.to_dict() if table else None
-    learner = RouterLearner(blocks, costs, described, settings, config.seed, config.trainer.max_steps, plain)
+    shared = (blocks, costs, described, settings, config.seed, config.trainer.max_steps, plain)
+    if surrogate.pop("enabled"):
+        learner = SurrogateLearner(*shared, SurrogateSettings(**surrogate))
+    else:
+        learner = StraightThroughLearner(*shared)
     return train_routers(config, info, data, learner, seq_length, frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core import optimizer as mcore_optimizer
@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from torch import Tensor
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, load_model, open_checkpoint
 from flextron_mcore.config import FlextronError
@@ -25,7 +26,7 @@ from flextron_mcore.evaluation.perplexity import evaluate, mean
 from flextron_mcore.layers.gate import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import PRECISIONS, Network, build_chunks, check_layout, loaded_model
-from flextron_mcore.pipeline.networks import Batch, Distillation, Watch, gate_gradients, run_networks
+from flextron_mcore.pipeline.networks import Batch, Distillation, gate_gradients, run_networks
 from flextron_mcore.runtime import signals
 from flextron_mcore.runtime.compat import count_padding
 from flextron_mcore.runtime.disk import disk_errors
@@ -40,34 +41,8 @@ from flextron_mcore.training.checkpointing import (
     at_step,
     remove_unfinished,
 )
+from flextron_mcore.training.learner import Figures, GateLearner, Learner, LossLearner, TraceLearner, WeightLearner
 from flextron_mcore.training.log import Log
-
-
-class Learner(Protocol):
-    """What learns beside the model: routers. write (on the main process), read: its state, in a checkpoint's directory."""
-
-    @property
-    def gated(self) -> bool:
-        """Whether it wants the gradients of the gates on the networks' blocks."""
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether it learns on all ranks, from what networks leave there; else on the main process, from losses."""
-
-    @property
-    def watch(self) -> Watch | None:
-        """What is to be told about each micro-batch; with it, a learner everywhere needs no backward pass."""
-
-    def learn(self, step: int, losses: list[float], gradients: Any) -> dict[str, Any]:
-        """Learn from a step's losses [nats per token], the full model's first; figures for the log.
-
-        gradients: [networks but the full one, blocks], of each network's loss by its gates, where it is `gated`; of weighted
-        networks, if any, what their `gradients` gives.
-        """
-
-    def write(self, folder: Path) -> None: ...
-
-    def read(self, folder: Path) -> None: ...
 
 
 @dataclass
@@ -349,7 +324,7 @@ class _Run:
         seed_step(self.config.seed, step)
         networks, learner = self.phase.networks(step), self.phase.learner
         gates = None
-        if learner and learner.gated:
+        if isinstance(learner, GateLearner):
             gates = [None, *new_gates(len(networks) - 1, 2 * self.info.model.num_layers, device())]
         if self.optimizer:
             for chunk in self.model:
@@ -362,10 +337,10 @@ class _Run:
             networks,
             self.seq_length,
             self.options.micro_batch_size,
-            forward_only=not (self.optimizer or gates or (learner and learner.everywhere and not learner.watch)),
+            forward_only=not (self.optimizer or (learner and learner.needs_backward)),
             teach=self.phase.teach if self.phase.teach.weight > 0 else None,
             gates=gates,
-            watch=learner.watch if learner else None,
+            watch=learner.watch if isinstance(learner, TraceLearner) else None,
         )
         losses = (total[:, 0] / total[:, 1]).tolist()
         row: dict[str, Any] = {"step": step + 1, "event": "train", "loss": losses[0]}
@@ -379,14 +354,27 @@ class _Run:
         if not all(map(_finite, losses)):
             what = "training diverged, lower model.optim.lr" if self.optimizer else "the checkpoint's weights are not finite"
             raise FlextronError(f"step {step + 1}: the loss is {losses[0]}: {what}")
-        if learner:
-            tokens, parallel = total[0, 1].item(), self.options.sequence_parallel
-            gradients = gate_gradients(gates[1:], tokens, parallel) if gates else None
-            if weighted := [net for net in networks if isinstance(net, WeightedNetwork)]:
-                gradients = [net.gradients(tokens, parallel) for net in weighted]
-            row |= learner.learn(step, losses, gradients) if is_main_process() or learner.everywhere else {}
+        row |= self._tell(step, losses, networks, gates, total[0, 1].item())
         row["tokens_per_second"] = self.options.global_batch_size * self.seq_length / (time.perf_counter() - begun)
         log.train(row)
+
+    def _tell(
+        self, step: int, losses: list[float], networks: list[Network], gates: list[list[Tensor] | None] | None, tokens: float
+    ) -> Figures:
+        """Give the learner the signal that it learns from, which all ranks gather; its figures on the main process."""
+        learner, parallel = self.phase.learner, self.options.sequence_parallel
+        match learner:
+            case TraceLearner():
+                return learner.learn(step, losses)
+            case LossLearner():
+                return learner.learn(step, losses) if is_main_process() else {}
+            case GateLearner():
+                gradients_TN = gate_gradients(gates[1:], tokens, parallel)
+                return learner.learn(step, losses, gradients_TN) if is_main_process() else {}
+            case WeightLearner():
+                gradients = [net.gradients(tokens, parallel) for net in networks if isinstance(net, WeightedNetwork)]
+                return learner.learn(step, losses, gradients) if is_main_process() else {}
+        return {}
 
     def _validate(self, step: int, log: Log) -> dict[str, float]:
         size, limit = self.options.micro_batch_size, self.trainer.limit_val_batches

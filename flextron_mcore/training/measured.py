@@ -37,7 +37,7 @@ def measured(learner: RouterLearner, measure: Measure, samples: int) -> dict[Sub
 
     measure: losses of networks on the first so many samples, the same for all of them.
     """
-    cost, choices, within = learner.costs[0], learner.blocks, learner.selector().within
+    cost, choices, within = learner.costs[0], learner.choices, learner.selector().within
     first = max(samples // _FIRST, 1)
     tried = on_main_process(lambda: list(dict.fromkeys([*learner.selector().proposals(cost), *_few(learner)])))
     losses = dict(zip(tried, measure(tried, first), strict=True))
@@ -70,7 +70,7 @@ def _answers(cost: Cost, losses: Mapping[SubNetwork, float]) -> dict[SubNetwork,
 
 def _few(learner: RouterLearner) -> list[SubNetwork]:
     """All networks of costs that few have, near the smallest and the full one: there it is sure that the best is found."""
-    blocks, cost = learner.blocks, learner.costs[0]
+    blocks, cost = learner.choices, learner.costs[0]
     whole = Blocks(blocks.model, blocks.space)
     if isinstance(blocks, Axes) and blocks.uniform:
         networks = Uniform(whole).networks()

@@ -10,7 +10,8 @@ from flextron_mcore.blocks import Axes
 from flextron_mcore.cost import Budget, parameter_cost
 from flextron_mcore.routers.store import RouterInfo
 from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
-from flextron_mcore.training.gumbel import GumbelLearner, GumbelSettings
+from flextron_mcore.training.gumbel import GumbelLearner
+from flextron_mcore.training.router import GumbelSettings
 from tests import toy
 
 STEPS = 300
@@ -62,7 +63,7 @@ def train(taught: GumbelLearner, first: int = 0, last: int = STEPS) -> list[dict
         full, losses, gradients = 3 + generator.normal(), [], []
         for net in taught.networks(step):
             if isinstance(net, SubNetwork):
-                losses.append(full + loss(taught.blocks, net))
+                losses.append(full + loss(taught.choices, net))
                 continue
             weights = [torch.tensor(part, requires_grad=True) for part in net[:4]]
             value = loss_of(*weights)
@@ -81,7 +82,7 @@ def trained(request):
 def test_budgets_are_kept_used_monotone_and_well_spent(trained):
     """At 20 budgets that were never drawn, against random networks of the same cost."""
     taught, _ = trained
-    (cost,), selector, axes = taught.costs, taught.selector(), taught.blocks
+    (cost,), selector, axes = taught.costs, taught.selector(), taught.choices
     generator = np.random.default_rng(0)
     every = {axes.network([int(generator.integers(len(sizes))) for sizes in axes.sizes]) for _ in range(4000)}
     spent, better = [], []
@@ -105,7 +106,7 @@ def test_the_bare_argmax_follows_the_target(trained):
     cost = taught.costs[0]
     shares = np.linspace(0.3, 0.95, 14)
     off = [abs(cost.of(taught.argmax(share)) / cost.full - share) for share in shares]
-    assert np.mean(off) < (0.08 if taught.blocks.uniform else 0.05)
+    assert np.mean(off) < (0.08 if taught.choices.uniform else 0.05)
 
 
 def test_noise_is_independent_on_every_axis_and_networks_differ():

@@ -16,6 +16,7 @@ from flextron_mcore.selection.selectors import Uniform
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training import measured as module
 from flextron_mcore.training.measured import measured
+from flextron_mcore.training.static import StraightThroughLearner
 from tests.routing_toy import family, latency, true_loss
 from tests.training import test_gumbel as gumbel
 from tests.training.test_router import learner, train
@@ -68,7 +69,7 @@ def test_where_networks_are_few_the_best_of_all_is_found():
     """A small space, and routers that know nothing yet, without a surrogate."""
     blocks = family(2)
     cost, loss = latency(blocks), true_loss(blocks)
-    taught = learner(blocks, [cost], max_steps=20, surrogate=False)
+    taught = learner(blocks, [cost], max_steps=20, kind=StraightThroughLearner)
     train(blocks, taught, 0, 5)
     tried: list[set[SubNetwork]] = []
 
@@ -92,7 +93,7 @@ def test_what_few_samples_put_second_can_still_be_chosen():
     """The first round takes the best network of a cost for a little worse than another: all samples have the last word."""
     blocks = family(2)
     cost, loss = latency(blocks), true_loss(blocks)
-    taught = learner(blocks, [cost], max_steps=20, surrogate=False)
+    taught = learner(blocks, [cost], max_steps=20, kind=StraightThroughLearner)
     train(blocks, taught, 0, 5)
     every = [blocks.network(row) for row in itertools.product(*(range(len(sizes)) for sizes in blocks.sizes))]
     limit = 0.7 * cost.full
@@ -110,7 +111,7 @@ def test_what_few_samples_put_second_can_still_be_chosen():
 @pytest.mark.parametrize("uniform", [False, True])
 def test_over_all_axes_every_size_is_tried(uniform):
     taught = gumbel.learner(uniform)
-    cost, axes = taught.costs[0], taught.blocks
+    cost, axes = taught.costs[0], taught.choices
     tried: list[set[SubNetwork]] = []
 
     def measure(networks, samples: int) -> list[float]:
@@ -135,7 +136,7 @@ def test_over_all_axes_every_size_is_tried(uniform):
 def test_what_is_clearly_worse_than_a_cheaper_network_is_no_answer(uniform):
     """Many networks of half the channels are worse than cheaper ones of all channels: larger budgets keep these."""
     taught = gumbel.learner(uniform)
-    cost, axes = taught.costs[0], taught.blocks
+    cost, axes = taught.costs[0], taught.choices
     every: dict[SubNetwork, float] = {}
 
     def measure(networks, samples: int) -> list[float]:

@@ -10,20 +10,21 @@ from flextron_mcore.cost import Budget, memory_cost
 from flextron_mcore.routers.store import RouterInfo
 from flextron_mcore.selection.sampling import draw_near
 from flextron_mcore.space import SubNetwork
-from flextron_mcore.training.router import RouterLearner, RouterSettings
+from flextron_mcore.training.router import RouterSettings
+from flextron_mcore.training.static import StaticLearner, StraightThroughLearner, SurrogateLearner
 from tests.routing_toy import family, latency, true_loss
 
 STEPS = 250
 MEMORY = {"dtype": "bf16", "batch_size": 1, "length": 24}
 
 
-def learner(blocks, costs, max_steps=STEPS, seed=0, **settings) -> RouterLearner:
+def learner(blocks, costs, max_steps=STEPS, seed=0, kind=SurrogateLearner) -> StaticLearner:
     ranges = tuple((cost.smallest / cost.full, 1.0) for cost in costs)
     info = RouterInfo(tuple(cost.name for cost in costs), ranges, 32, MEMORY)
-    return RouterLearner(blocks, costs, info, RouterSettings(**settings), seed, max_steps)
+    return kind(blocks, costs, info, RouterSettings(), seed, max_steps)
 
 
-def train(blocks, taught: RouterLearner, first: int, last: int, noise: float = 0.005, seed: int = 0) -> list[dict]:
+def train(blocks, taught: StaticLearner, first: int, last: int, noise: float = 0.005, seed: int = 0) -> list[dict]:
     """Losses are those of the stand-in for a batch: the full model's differs from batch to batch, the others' with noise."""
     loss, rows = true_loss(blocks), []
     for step in range(first, last):
@@ -31,12 +32,12 @@ def train(blocks, taught: RouterLearner, first: int, last: int, noise: float = 0
         full = 3 + generator.normal()
         networks = taught.networks(step)
         losses = [full, *(full + loss(net) + noise * generator.normal() for net in networks)]
-        gradients = None
-        if taught.gated:  # a block's output is worth the more, the more the block matters and the larger it is
+        gradients = []
+        if isinstance(taught, StraightThroughLearner):
             sizes = torch.tensor([blocks.indices(net) for net in networks]) + 1
             worth = [loss(blocks.replaced(SubNetwork.full(blocks.model), n, 0)) for n in range(blocks.count)]
-            gradients = -torch.tensor(worth) * sizes
-        rows.append(taught.learn(step, losses, gradients))
+            gradients = [-torch.tensor(worth) * sizes]
+        rows.append(taught.learn(step, losses, *gradients))
     return rows
 
 
@@ -53,8 +54,8 @@ def test_the_three_phases(trained):
     follows = [row["routers_follow_surrogate"] for row in rows]
     start = follows.index(True)
     assert 5 < start < STEPS // 2 and all(follows[-50:])
-    assert all(row["surrogate_error"] >= taught.settings.surrogate_threshold for row in rows[5:start])
-    assert rows[-1]["surrogate_error"] < 0.5 * taught.settings.surrogate_threshold
+    assert all(row["surrogate_error"] >= taught.surrogate_settings.threshold for row in rows[5:start])
+    assert rows[-1]["surrogate_error"] < 0.5 * taught.surrogate_settings.threshold
     early, late = (np.mean([row["surrogate_loss"] for row in part]) for part in (rows[:10], rows[-50:]))
     assert late < 0.1 * early
 
@@ -106,7 +107,7 @@ def test_targets_are_spread_over_the_range():
     cost = latency(blocks)
     memory = memory_cost(blocks.model, blocks.space, "bf16", 64, 24)
     info = RouterInfo(("latency", "memory"), ((0.8, 0.9), (0.7, 1.0)), 8, MEMORY)
-    taught = RouterLearner(blocks, [cost, memory], info, RouterSettings(targets_per_step=5), 0, 10)
+    taught = SurrogateLearner(blocks, [cost, memory], info, RouterSettings(targets_per_step=5), 0, 10)
     for step in range(10):
         taught.networks(step)
         figures = taught.learn(step, [1.0, 1.1, 1.2, 1.3, 1.4, 1.5])
@@ -133,8 +134,7 @@ def test_straight_through_the_gates():
     """Without a surrogate the routers know which blocks matter from the gates alone."""
     blocks = family(3)
     cost = latency(blocks)
-    taught = learner(blocks, [cost], surrogate=False)
-    assert taught.gated and taught.surrogate is None
+    taught = learner(blocks, [cost], kind=StraightThroughLearner)
     rows = train(blocks, taught, 0, STEPS)
     assert "surrogate_loss" not in rows[0] and rows[-1]["constraint_loss"] >= 0
     loss, full = true_loss(blocks), SubNetwork.full(blocks.model)

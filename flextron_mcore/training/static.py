@@ -1,0 +1,224 @@
+"""Routers of blocks, trained on a model through a surrogate of its loss, or straight through gates (Flextron, 3.2, eq. 7-10).
+
+Shape suffixes: T targets, C constrained costs, N blocks, K candidates, B pairs of a choice and its loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flextron_mcore.blocks import Blocks
+from flextron_mcore.cost import Cost
+from flextron_mcore.routers.static import StaticRouters, gates
+from flextron_mcore.routers.store import RouterInfo
+from flextron_mcore.routers.surrogate import Surrogate
+from flextron_mcore.space import SubNetwork
+from flextron_mcore.training.learner import Figures, GateLearner, LossLearner
+from flextron_mcore.training.router import DRAW, LEARN, RouterLearner, RouterSettings
+
+# Networks that are run are large more often than small ones: the nearer to the full model, the less losses differ, and the more
+# of them it takes to tell which blocks matter.
+LARGE = 2.0
+
+
+class StaticLearner(RouterLearner):
+    """Routers that learn from expected losses: of each candidate of each block, the other blocks as drawn."""
+
+    def __init__(
+        self,
+        choices: Blocks,
+        costs: Sequence[Cost],
+        info: RouterInfo,
+        settings: RouterSettings,
+        seed: int,
+        max_steps: int,
+        table: Mapping[str, Any] | None = None,
+        routers: StaticRouters | None = None,
+    ) -> None:
+        super().__init__(choices, costs, info, settings, seed, max_steps, table, routers)
+        spent = [choices.costs_NK(cost) / span for cost, span in zip(self.costs, self.targets.spans, strict=True)]
+        self.spent_CNK = torch.tensor(np.array(spent), dtype=torch.float32)
+        starts = [(cost.constant - cost.smallest) / span for cost, span in zip(self.costs, self.targets.spans, strict=True)]
+        self.start_C = torch.tensor(starts)
+        self.losses: list[Tensor] = []  # of all steps, above the full model's on the same batch
+        self.drawn: tuple[Tensor, Tensor] | None = None
+
+    def networks(self, step: int) -> list[SubNetwork]:
+        """Choices for this step's targets, with exploration noise."""
+        generator = self._generator(step, DRAW)
+        with torch.no_grad():
+            targets_TC = self.targets.draw(self.settings.targets_per_step, generator, LARGE)
+            indices_TN = self._choose(self.routers(targets_TC), generator)
+        self.drawn = targets_TC, indices_TN
+        return [self.choices.network(row) for row in indices_TN.tolist()]
+
+    def _add(self, losses: Sequence[float]) -> Tensor:
+        """Losses of the drawn networks above the full model's: [T]."""
+        degradation_T = (torch.tensor(losses[1:], dtype=torch.float64) - losses[0]).float()
+        self.losses.append(degradation_T)
+        return degradation_T
+
+    def _scale(self) -> float:
+        """Typical loss above the full model's."""
+        return float(torch.cat(self.losses).mean().clamp_min(1e-6))
+
+    def _choose(self, logits_TNK: Tensor, generator: torch.Generator) -> Tensor:
+        """A draw from the routers' probabilities: argmax of the logits with Gumbel noise."""
+        uniform_TNK = torch.rand(logits_TNK.shape, generator=generator).clamp_min(1e-9)
+        return (logits_TNK - torch.log(-torch.log(uniform_TNK))).argmax(-1)
+
+    def _constraint(self, indices_TN: Tensor, targets_TC: Tensor, step: int) -> Tensor:
+        """Eq. 8 for each candidate of each block, the other blocks as chosen: [T, N, K]."""
+        spent_TCNK = self.spent_CNK.expand(len(indices_TN), -1, -1, -1)
+        now_TCN1 = spent_TCNK.gather(-1, indices_TN[:, None, :, None].expand(-1, len(self.costs), -1, -1))
+        over_TC = now_TCN1.sum((-1, -2)) + self.start_C - targets_TC
+        return self.constraint.loss(over_TC[..., None, None] - now_TCN1 + spent_TCNK, step, dim=1)
+
+    @staticmethod
+    def _expected(logits_TNK: Tensor, loss_TNK: Tensor) -> Tensor:
+        """Expected loss under each block's own probabilities, summed over blocks.
+
+        Its gradient is what a straight-through one-hot choice estimates, with real differences between candidates in place of
+        derivatives.
+        """
+        return (logits_TNK.softmax(-1) * loss_TNK).sum((-1, -2)).mean()
+
+    @staticmethod
+    def _mean_constraint(constraint_TNK: Tensor, indices_TN: Tensor) -> float:
+        """Constraint loss of the drawn choices; equal for every block's chosen candidate."""
+        return float(constraint_TNK[:, 0].gather(-1, indices_TN[:, :1]).mean())
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "losses": torch.cat(self.losses) if self.losses else None}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        self.losses = [] if state["losses"] is None else [state["losses"]]
+
+
+class StraightThroughLearner(StaticLearner, GateLearner):
+    """Static routers that learn from the gradients of gates on the blocks of the networks that ran."""
+
+    def learn(self, step: int, losses: Sequence[float], gradients_TN: Tensor) -> Figures:
+        targets_TC, indices_TN = self.drawn
+        self._add(losses)
+        logits_TNK = self.routers(targets_TC)
+        constraint_TNK = self._constraint(indices_TN, targets_TC, step)
+        limited = self._expected(logits_TNK, self.settings.constraint_weight * constraint_TNK)
+        language = (gates(logits_TNK, indices_TN) * gradients_TN.float() / self._scale()).sum(-1).mean()
+        self._update(limited + language - self._entropy(logits_TNK, step))
+        constraint = self._mean_constraint(constraint_TNK, indices_TN)
+        return {**self._figures(targets_TC, indices_TN), "constraint_loss": constraint}
+
+
+@dataclass(frozen=True)
+class SurrogateSettings:
+    """How a surrogate learns; see `surrogate` in conf/stage/router.yaml."""
+
+    hidden_size: int = 128
+    lr: float = 3e-3
+    weight_decay: float = 1.0
+    updates_per_step: int = 8
+    batch_size: int = 64
+    threshold: float = 0.2
+
+
+class SurrogateLearner(StaticLearner, LossLearner):
+    """Static routers, their surrogate, and the pairs of choices and losses so far."""
+
+    def __init__(
+        self,
+        choices: Blocks,
+        costs: Sequence[Cost],
+        info: RouterInfo,
+        settings: RouterSettings,
+        seed: int,
+        max_steps: int,
+        table: Mapping[str, Any] | None = None,
+        surrogate: SurrogateSettings | None = None,
+    ) -> None:
+        self.surrogate_settings = surrogate or SurrogateSettings()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            routers = StaticRouters(choices, len(info.costs), info.hidden_size)
+            self.surrogate = Surrogate(*choices.exists_NK.shape, self.surrogate_settings.hidden_size)
+        super().__init__(choices, costs, info, settings, seed, max_steps, table, routers)
+        self.surrogate_optimizer = torch.optim.AdamW(
+            self.surrogate.parameters(), lr=self.surrogate_settings.lr, weight_decay=self.surrogate_settings.weight_decay
+        )
+        self.indices: list[Tensor] = []  # the choices of `losses`
+        self.error: float | None = None  # running mean of its squared error on new pairs, as a share of the losses' variance
+        self.steps_followed = 0
+
+    def learn(self, step: int, losses: Sequence[float]) -> Figures:
+        targets_TC, indices_TN = self.drawn
+        degradation_T = self._add(losses)
+        self.indices.append(indices_TN)
+        scale, generator = self._scale(), self._generator(step, LEARN)
+        if len(self.losses) == 1:
+            self.surrogate.scale.fill_(scale)
+        figures = self._fit(step, indices_TN, degradation_T, scale, generator)
+        for _ in range(self.settings.updates_per_step):
+            constraint = self._follow(step, scale, figures["routers_follow_surrogate"], generator)
+        return {**self._figures(targets_TC, indices_TN), **figures, "constraint_loss": constraint}
+
+    def _fit(self, step: int, indices_TN: Tensor, degradation_T: Tensor, scale: float, generator: torch.Generator) -> Figures:
+        """Error of the surrogate on the new pairs first, then its updates on all pairs."""
+        settings, indices_BN, losses_B = self.surrogate_settings, torch.cat(self.indices), torch.cat(self.losses)
+        with torch.no_grad():
+            l2 = float(((self.surrogate(self._one_hot(indices_TN)) - degradation_T) ** 2).mean())
+        relative = l2 / max(float(losses_B.var(unbiased=False)), 1e-12)
+        self.error = relative if self.error is None else 0.9 * self.error + 0.1 * relative
+        self.surrogate_optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / self.max_steps)
+        for _ in range(settings.updates_per_step):
+            pick = torch.randint(len(losses_B), (settings.batch_size,), generator=generator)
+            found_B = self.surrogate(self._one_hot(indices_BN[pick]))
+            loss = (((found_B - losses_B[pick]) / self._typical(found_B, scale)) ** 2).mean()
+            self.surrogate_optimizer.zero_grad()
+            loss.backward()
+            self.surrogate_optimizer.step()
+        follow = len(losses_B) > 4 * self.settings.targets_per_step and self.error < settings.threshold
+        self.steps_followed += follow
+        return {"surrogate_loss": l2, "surrogate_error": self.error, "routers_follow_surrogate": follow}
+
+    def _follow(self, step: int, scale: float, follow: bool, generator: torch.Generator) -> float:
+        """One update of the routers, for targets of its own; without `follow` they learn the budgets only."""
+        targets_TC = self.targets.draw(self.settings.batch_size, generator)
+        logits_TNK = self.routers(targets_TC)
+        indices_TN = self._choose(logits_TNK.detach(), generator)
+        constraint_TNK = self._constraint(indices_TN, targets_TC, step)
+        loss_TNK = self.settings.constraint_weight * constraint_TNK
+        if follow:
+            with torch.no_grad():
+                choices_TNK = self._one_hot(indices_TN)
+                typical_T = self._typical(self.surrogate(choices_TNK), scale)
+                loss_TNK = loss_TNK + self.surrogate.replaced(choices_TNK) / typical_T[:, None, None]
+        self._update(self._expected(logits_TNK, loss_TNK) - self._entropy(logits_TNK, step))
+        return self._mean_constraint(constraint_TNK, indices_TN)
+
+    def _one_hot(self, indices_BN: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(indices_BN, self.routers.exists_NK.shape[1]).float()
+
+    @staticmethod
+    def _typical(losses_B: Tensor, scale: float) -> Tensor:
+        """Unit of differences between losses: small ones matter to large budgets as large ones do to small budgets."""
+        return losses_B.detach().abs() + 0.3 * scale
+
+    def _state(self) -> dict[str, Any]:
+        indices = torch.cat(self.indices) if self.indices else None
+        plain = {"indices": indices, "error": self.error, "steps_followed": self.steps_followed}
+        modules = {"surrogate": self.surrogate, "surrogate_optimizer": self.surrogate_optimizer}
+        return {**super()._state(), **plain, **modules}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        self.surrogate.load_state_dict(state["surrogate"])
+        self.surrogate_optimizer.load_state_dict(state["surrogate_optimizer"])
+        self.indices = [] if state["indices"] is None else [state["indices"]]
+        self.error, self.steps_followed = state["error"], state["steps_followed"]

@@ -86,7 +86,8 @@ def random_run(run: Path, model: ModelConfig, space: ElasticSpace) -> None:
     """A checkpoint of random numbers in bf16."""
     import torch
 
-    from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, iteration_path, write_streaming
+    from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path
+    from flextron_mcore.checkpoint.writer import LazyTensor, write_streaming
     from flextron_mcore.export.cut import shapes
     from flextron_mcore.space import SubNetwork
 

@@ -183,7 +183,8 @@ def sort(checkpoint: str, out: str) -> None:
     prepare_environment()
     import torch
 
-    from flextron_mcore.checkpoint.store import open_checkpoint, write_streaming
+    from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.checkpoint.writer import write_streaming
     from flextron_mcore.sorting.importance import LayerScores
     from flextron_mcore.sorting.permutation import order, sorted_tensors
 

@@ -23,8 +23,9 @@ from megatron.core.tensor_parallel.random import HAVE_TE
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from flextron_mcore.checkpoint.reader import load_model
 from flextron_mcore.checkpoint.sharding import check_granularity
-from flextron_mcore.checkpoint.store import CheckpointInfo, load_model
+from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.dispatch import BlockRouting, Routing
 from flextron_mcore.layers.linear import ElasticEmbedding, ElasticOutputLayer, ElasticPositions

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, iteration_path, write_streaming
+from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path
+from flextron_mcore.checkpoint.writer import LazyTensor, write_streaming
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import build_model
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork

@@ -20,7 +20,8 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.training.state import GlobalState
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, load_model, open_checkpoint
+from flextron_mcore.checkpoint.reader import load_model
+from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.doors import ElasticTraining, adapt
 from flextron_mcore.specs import elastic_layer_spec
 

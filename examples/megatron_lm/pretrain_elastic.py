@@ -25,11 +25,11 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, load_model, open_checkpoint, write_info
+from flextron_mcore.checkpoint.reader import load_model
+from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint, write_info
 from flextron_mcore.config import FlextronError
 from flextron_mcore.doors import ElasticTraining, RepeatedMicroBatches, adapt
 from flextron_mcore.specs import architecture, default_space, elastic_layer_spec
-from flextron_mcore.training.checkpointing import at_step
 
 
 def add_elastic_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -113,7 +113,7 @@ def describe(args: argparse.Namespace, info: CheckpointInfo) -> None:
     """Add to Megatron-LM's checkpoints what makes them checkpoints of `flextron`, too."""
     for folder in sorted(Path(args.save).glob("iter_*")):
         step = int(folder.name.removeprefix("iter_"))
-        write_info(folder, at_step(info, step, dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"))
+        write_info(folder, info.at_step(step, dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"))
 
 
 def main() -> None:

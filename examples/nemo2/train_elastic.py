@@ -25,7 +25,8 @@ from nemo.collections import llm  # noqa: E402
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer  # noqa: E402
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule  # noqa: E402
 
-from flextron_mcore.checkpoint.store import load_model, open_checkpoint  # noqa: E402
+from flextron_mcore.checkpoint.reader import load_model  # noqa: E402
+from flextron_mcore.checkpoint.store import open_checkpoint  # noqa: E402
 from flextron_mcore.data.blend import open_data  # noqa: E402
 from flextron_mcore.doors import ElasticTraining, adapt  # noqa: E402
 from flextron_mcore.specs import elastic_layer_spec  # noqa: E402

@@ -1,51 +1,33 @@
-"""Checkpoint directories: find, describe, read and write them.
+"""Checkpoint directories: describe, find and open them.
 
 A checkpoint is Megatron-Core's torch_dist format (a torch.distributed.checkpoint) with vanilla keys and shapes, plus
 `flextron.json` that says what it is. A run keeps them as `RUN/checkpoints/iter_0000100`, its tokenizer as `RUN/tokenizer`.
 Writing goes to `RUN/checkpoints/.iter_0000100.tmp`, renamed when whole: a directory with the final name is a whole checkpoint.
+Tensors are read by checkpoint/reader.py and written by checkpoint/writer.py. No torch import.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
-
-from flextron_mcore.checkpoint.sharding import dealt_axis, to_disk_order, to_sorted_order
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.runtime.compat import know_paths
-from flextron_mcore.runtime.disk import check_space, forget, plain_errors
-from flextron_mcore.runtime.ranks import place, wait_for_all
 from flextron_mcore.space import ElasticSpace
 
 INFO_FILE = "flextron.json"
 FORMAT_VERSION = 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _ITERATION = re.compile(r"iter_(\d+)$")
-know_paths()
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint is.
+    """Description of a checkpoint.
 
-    sorted: whether its units are in order of importance. hf_config: the Hugging Face config it was imported from.
+    sorted: True if its units are in order of importance. hf_config: the Hugging Face config that it was imported from.
     """
 
     model: ModelConfig
@@ -61,6 +43,10 @@ class CheckpointInfo:
         """The tokenizer directory beside the checkpoint, if there is one."""
         folder = self.path.parent.parent / "tokenizer" if self.path else None
         return folder if folder and folder.is_dir() else None
+
+    def at_step(self, step: int, **changes: Any) -> CheckpointInfo:
+        """Description of a checkpoint that training writes after `step`."""
+        return replace(self, step=step, path=None, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for `flextron.json`."""
@@ -153,231 +139,6 @@ def _remedy(path: Path) -> str:
     return "no older checkpoint beside it is whole: bring it back from a copy, or make it again"
 
 
-class TensorReader:
-    """Whole tensors of a checkpoint, one at a time, in sorted order, without process groups."""
-
-    def __init__(self, info: CheckpointInfo) -> None:
-        self.info = info
-        try:
-            metadata = dcp.FileSystemReader(info.path).read_metadata()
-        except Exception as error:
-            raise FlextronError(f"{info.path}: .metadata is missing or damaged ({type(error).__name__})") from None
-        self._reader = _CachedReader(info.path, metadata)
-        self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-
-    def keys(self) -> list[str]:
-        """Names of the model's tensors (not of optimizer state)."""
-        return [key for key in self._tensors if not key.startswith("optimizer.")]
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor; of the vocabulary without what pads it to equal parts for tensor-parallel ranks."""
-        rows, *rest = self._tensors[key].size
-        return (self.info.model.vocab_size if key in _VOCABULARY else rows, *rest)
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Stored dtype of a tensor."""
-        return self._tensors[key].properties.dtype
-
-    def read(self, key: str, units: int | None = None) -> torch.Tensor:
-        """The tensor on the CPU in its stored dtype, units in sorted order. Raises FlextronError for a damaged file.
-
-        units: where units are stored in dealt order, of each block only the first ones, at least so many. Else it is whole.
-        """
-        tensor = self.stored(key)
-        dealt = dealt_axis(self.info.model, self.info.space, key)
-        return tensor[: self.shape(key)[0]] if dealt is None else to_sorted_order(tensor, *dealt, first=units)
-
-    def stored(self, key: str) -> torch.Tensor:
-        """As `read`, but all of it and in the order in which it is stored.
-
-        What was stored as one piece is a view of the mapped file: what nobody looks at is not read.
-        """
-        try:
-            with plain_errors():
-                tensor = self._mapped(key)
-                if tensor is None:
-                    stored = self._tensors[key]
-                    tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-                    dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
-        except Exception as error:
-            raise FlextronError(
-                f"{self.info.path}: tensor {key} cannot be read: the checkpoint is damaged ({_first_line(error)})"
-            ) from None
-        return tensor
-
-    def _mapped(self, key: str) -> torch.Tensor | None:
-        """The tensor in its stored order as a view of its file; None if other things are in there, or parts elsewhere."""
-        stored = self._tensors[key]
-        if len(stored.chunks) != 1:
-            return None
-        place = self._reader.read_metadata().storage_data[MetadataIndex(key, stored.chunks[0].offsets)]
-        file = self.info.path / place.relative_path
-        if place.offset or place.length != file.stat().st_size or getattr(place, "transform_descriptors", None):
-            return None
-        tensor = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if tensor.shape != stored.size or tensor.dtype != stored.properties.dtype:
-            raise ValueError(f"{file.name} holds {tuple(tensor.shape)} {tensor.dtype}")
-        return tensor
-
-
-class _CachedReader(dcp.FileSystemReader):
-    def __init__(self, path: Path, metadata: Metadata) -> None:
-        super().__init__(path)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor that is made when it is written: shape, dtype, and how.
-
-    buckets: how many its units lie in (checkpoint/sharding.py); 1: they are in sorted order.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], torch.Tensor]
-    buckets: int = 1
-
-
-def write_streaming(
-    directory: Path,
-    info: CheckpointInfo,
-    tensors: Mapping[str, LazyTensor],
-    progress: Callable[[int], None] | None = None,
-    common: Mapping[str, Any] | None = None,
-    elsewhere: bool = False,
-) -> None:
-    """Write a model's checkpoint into the empty `directory`, a tensor at a time; meanwhile the next ones are made, by a thread.
-
-    Call on all ranks, with the same arguments: each makes and writes its share of the tensors. progress is called with the bytes
-    of each tensor written, scaled to the share. common: plain values that every load returns beside the tensors. elsewhere: it is
-    not for a stage that follows here, so the page cache need not keep it. The result is what Megatron-Core's own save of the
-    model gives: the same keys, shapes and order, loadable at any layout.
-    """
-
-    def dealt(key: str, lazy: LazyTensor) -> LazyTensor:
-        order = dealt_axis(info.model, info.space, key)
-        if order is None or order[2] == lazy.buckets:
-            return lazy
-        return replace(lazy, load=lambda: to_disk_order(_checked(key, lazy), *order))
-
-    write_torch_dist(directory, {key: dealt(key, lazy) for key, lazy in tensors.items()}, progress, common, elsewhere)
-    if place()[0] == 0:
-        write_info(directory, info)
-    wait_for_all()
-
-
-def write_torch_dist(
-    directory: Path,
-    tensors: Mapping[str, LazyTensor],
-    progress: Callable[[int], None] | None = None,
-    common: Mapping[str, Any] | None = None,
-    elsewhere: bool = False,
-) -> None:
-    """`write_streaming` of tensors in the order in which they come, and without `flextron.json`."""
-    rank, ranks = place()
-    sizes = {key: t.dtype.itemsize * torch.Size(t.shape).numel() for key, t in tensors.items()}
-    need = sum(sizes.values())
-    check_space(directory, need)
-    mine = share_out(sizes, ranks)[rank]
-    state: dict[str, Any] = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items() if key in mine}
-    for key in tensors if rank == 0 else ():
-        if key.endswith((".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight")):
-            # Megatron-Core's linear layers carry an empty "extra state" that every load asks for.
-            extra = ShardedObject(key.removesuffix("weight") + "_extra_state", None, (1,), (0,))
-            payload = io.BytesIO()
-            torch.save([None], payload)
-            state[extra.unique_key] = payload
-    share = sum(sizes[key] for key in mine)
-    planner = _StreamingPlanner(tensors, progress and (lambda size: progress(size * need // share)))
-    # A file a tensor: torch's writer keeps the tensors of a file until the file is finished. Nothing passes through a GPU.
-    writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
-    if elsewhere:
-        writer.fs = _ForgottenFiles()
-    with planner.ahead, _without_crc():
-        dcp.save(state, storage_writer=writer, planner=planner, no_dist=ranks == 1)
-    if rank == 0:
-        torch.save(dict(common or {}), directory / "common.pt")
-        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
-    wait_for_all()
-
-
-def _checked(key: str, lazy: LazyTensor) -> torch.Tensor:
-    """The tensor, of the shape and dtype that it was announced with."""
-    tensor = lazy.load()
-    if tuple(tensor.shape) != tuple(lazy.shape) or tensor.dtype != lazy.dtype:
-        raise FlextronError(f"tensor {key}: {tuple(tensor.shape)} {tensor.dtype} instead of {tuple(lazy.shape)} {lazy.dtype}")
-    return tensor
-
-
-def share_out(sizes: Mapping[str, int], ranks: int) -> list[set[str]]:
-    """The names of `sizes`, for each rank about the same sum: the largest first, to the rank with the least so far."""
-    shares: list[set[str]] = [set() for _ in range(ranks)]
-    loads = [0] * ranks
-    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        rank = loads.index(min(loads))
-        shares[rank].add(name)
-        loads[rank] += sizes[name]
-    return shares
-
-
-class _ForgottenFiles(FileSystem):
-    """Files that leave the page cache when they are written."""
-
-    @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes]]:
-        with super().create_stream(path, mode) as stream:
-            yield stream
-        if "w" in mode:
-            forget(path)
-
-
-@contextlib.contextmanager
-def _without_crc() -> Iterator[None]:
-    """torch.save without the checksums of a zip file, which torch.load does not look at: they cost as much as the writing."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
-class _StreamingPlanner(dcp.DefaultSavePlanner):
-    """Makes the next two tensors while one is written, since sizes alternate; use within `ahead`."""
-
-    def __init__(self, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._lazy, self._progress = tensors, progress
-        self.ahead = ThreadPoolExecutor(1)
-        self._keys: list[str] = []  # yet to be made, in the order of writing
-        self._made: dict[str, Future[torch.Tensor]] = {}
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        plan = super().finish_plan(new_plan)
-        self._keys = [item.index.fqn for item in plan.items if item.type != WriteItemType.BYTE_IO]
-        for _ in range(2):
-            self._make_next()
-        return plan
-
-    def resolve_data(self, write_item: WriteItem) -> Any:
-        if write_item.type == WriteItemType.BYTE_IO:
-            return self.lookup_object(write_item.index)  # serialised already
-        tensor = self._made.pop(write_item.index.fqn).result()
-        self._make_next()
-        if self._progress:
-            self._progress(tensor.nbytes)
-        return tensor
-
-    def _make_next(self) -> None:
-        if self._keys:
-            key = self._keys.pop(0)
-            self._made[key] = self.ahead.submit(lambda: _checked(key, self._lazy[key]).contiguous())
-
-
 def write_info(directory: Path, info: CheckpointInfo) -> None:
     """Write `flextron.json`; last of all, since it records the sizes of all other files, in bytes.
 
@@ -386,40 +147,3 @@ def write_info(directory: Path, info: CheckpointInfo) -> None:
     files = {file.name: file.stat().st_size for file in sorted(directory.iterdir()) if file.is_file() and file.name != INFO_FILE}
     text = json.dumps({**info.to_dict(), "files": files}, indent=1)
     (directory / INFO_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
-    """Load the weights into a built model (this rank's part), a layer at a time so that memory stays that of the model.
-
-    Modulation that the checkpoint lacks, since `info` adds it, stays as it is. Call on all ranks. Raises FlextronError for a
-    checkpoint that is damaged or of another architecture.
-    """
-    from megatron.core import dist_checkpointing
-
-    from flextron_mcore.model import unwrap
-
-    gpt = unwrap(model)
-    groups: dict[str, dict[str, Any]] = {}
-    stored = set(TensorReader(info).keys()) if info.space.modulation else set()
-    for key, value in gpt.sharded_state_dict(metadata={"non_homogeneous_layers": True}).items():
-        layer = re.match(r"decoder\.layers\.\d+\.", key)
-        if value.key in stored or not key.endswith(".modulation"):
-            groups.setdefault(layer[0] if layer else key, {})[key] = value
-    # Every load is collective: ranks that hold other layers (pipeline stages) take part with nothing to load.
-    names: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(names, list(groups))
-    for name in dict.fromkeys(name for rank in names for name in rank):
-        group = groups.get(name, {})
-        wanted = list(group)
-        try:
-            with plain_errors():
-                loaded = dist_checkpointing.load(group, str(info.path), validate_access_integrity=False)
-        except Exception as error:
-            raise FlextronError(
-                f"checkpoint={info.path}: cannot be loaded, damaged or of another model ({_first_line(error)})"
-            ) from error
-        gpt.load_state_dict({key: loaded[key] for key in wanted}, strict=False)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

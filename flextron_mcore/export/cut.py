@@ -12,8 +12,10 @@ from functools import partial
 
 import torch
 
+from flextron_mcore.checkpoint.reader import TensorReader
 from flextron_mcore.checkpoint.sharding import dealt_axis
-from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, TensorReader
+from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.modulation import gain
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, parameter_share

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, LazyTensor, TensorReader
+from flextron_mcore.checkpoint.reader import TensorReader
+from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.sorting.importance import LayerScores
 from flextron_mcore.space import ElasticSpace

@@ -19,7 +19,8 @@ def run(config: DictConfig) -> dict[str, Any]:
 
     cpu.enable()
     from flextron_mcore.checkpoint.hf_import import copy_tokenizer, import_hf, open_hf
-    from flextron_mcore.checkpoint.store import iteration_path, write_streaming
+    from flextron_mcore.checkpoint.store import iteration_path
+    from flextron_mcore.checkpoint.writer import write_streaming
     from flextron_mcore.space import count_parameters
 
     source = open_hf(Path(config.hf))

@@ -21,7 +21,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     """Score on config.samples calibration sequences, write the sorted checkpoint and the ablation table."""
     start(config)
     from flextron_mcore.checkpoint.sharding import check_granularity
-    from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint, write_streaming
+    from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint
+    from flextron_mcore.checkpoint.writer import write_streaming
     from flextron_mcore.data.blend import open_data, train_dataset
     from flextron_mcore.model import check_layout, loaded_model
     from flextron_mcore.pipeline.batches import count_batches, share

@@ -17,13 +17,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from flextron_mcore.checkpoint.store import (
-    INFO_FILE,
-    CheckpointInfo,
-    iteration_path,
-    list_checkpoints,
-    write_info,
-)
+from flextron_mcore.checkpoint.store import INFO_FILE, CheckpointInfo, iteration_path, list_checkpoints, write_info
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import unwrap
 from flextron_mcore.runtime.compat import save_options
@@ -197,8 +191,3 @@ def remove_unfinished(run: Path) -> None:
     """Remove what a killed run left half written."""
     for folder in (run / "checkpoints").glob(".iter_*"):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def at_step(info: CheckpointInfo, step: int, **changes: Any) -> CheckpointInfo:
-    """The description of the checkpoint of `step`."""
-    return replace(info, step=step, path=None, **changes)

@@ -19,7 +19,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, load_model, open_checkpoint
+from flextron_mcore.checkpoint.reader import load_model
+from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, batch, check_tokenizer, check_weights, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean
@@ -38,7 +39,6 @@ from flextron_mcore.training.checkpointing import (
     Extra,
     FrozenCheckpointer,
     TrainingCheckpointer,
-    at_step,
     remove_unfinished,
 )
 from flextron_mcore.training.learner import Figures, GateLearner, Learner, LossLearner, TraceLearner, WeightLearner
@@ -273,7 +273,7 @@ class _Run:
                 if stop or due:
                     with self._gathered(), signals.deaf_helpers():
                         dtype = self.info.dtype if self.phase.frozen else self.trainer.precision
-                        self.checkpointer.save(at_step(self.info, step, dtype=dtype))
+                        self.checkpointer.save(self.info.at_step(step, dtype=dtype))
                 if stop:
                     self.checkpointer.close()
                     signals.stop(stop, self.config.stage, step)

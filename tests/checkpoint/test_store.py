@@ -12,17 +12,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-from flextron_mcore.checkpoint.store import (
-    CheckpointInfo,
-    LazyTensor,
-    TensorReader,
-    iteration_path,
-    load_model,
-    open_checkpoint,
-    share_out,
-    write_info,
-    write_torch_dist,
-)
+from flextron_mcore.checkpoint.reader import TensorReader, load_model
+from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path, open_checkpoint, write_info
+from flextron_mcore.checkpoint.writer import LazyTensor, share_out, write_torch_dist
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import build_model, gpt_model, transformer_config
 from flextron_mcore.runtime.disk import write_aside, write_whole
@@ -285,7 +277,7 @@ def test_full_disk(make_disk, monkeypatch):
         stream(model, CheckpointInfo(arch, space), small_disk / "run")
     assert "\n" not in str(error.value)
     # and when the space goes while writing
-    monkeypatch.setattr("flextron_mcore.checkpoint.store.check_space", lambda *args: None)
+    monkeypatch.setattr("flextron_mcore.checkpoint.writer.check_space", lambda *args: None)
     with pytest.raises(FlextronError, match=r"run: cannot be written: No space left on device; nothing was changed") as error:
         stream(model, CheckpointInfo(arch, space), small_disk / "run")
     assert "\n" not in str(error.value)

@@ -13,7 +13,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, TensorReader, open_checkpoint
+from flextron_mcore.checkpoint.reader import TensorReader
+from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.cut import cut
 from flextron_mcore.export.formats import Job, get_format

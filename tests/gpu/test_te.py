@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, load_model
+from flextron_mcore.checkpoint.reader import load_model
+from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import gpt_model, transformer_config, use_subnetwork
 from flextron_mcore.space import ElasticSpace

@@ -11,7 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from omegaconf import OmegaConf
 
-from flextron_mcore.checkpoint.store import load_model, open_checkpoint
+from flextron_mcore.checkpoint.reader import load_model
+from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers import dispatch, routed_attention
 from flextron_mcore.layers.attention import ElasticSelfAttention

@@ -282,7 +282,7 @@ def test_a_trained_checkpoint_is_the_same_function_everywhere(runs, tmp_path, tm
 
 
 def build_loaded(info: CheckpointInfo) -> torch.nn.Module:
-    from flextron_mcore.checkpoint.store import load_model
+    from flextron_mcore.checkpoint.reader import load_model
     from flextron_mcore.model import build_model
 
     model = build_model(info.model, info.space, initialize=False).eval()

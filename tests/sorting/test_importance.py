@@ -7,13 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flextron_mcore.checkpoint.store import (
-    CheckpointInfo,
-    iteration_path,
-    load_model,
-    open_checkpoint,
-    write_streaming,
-)
+from flextron_mcore.checkpoint.reader import load_model
+from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path, open_checkpoint
+from flextron_mcore.checkpoint.writer import write_streaming
 from flextron_mcore.config import FlextronError
 from flextron_mcore.model import build_model, use_subnetwork
 from flextron_mcore.sorting.importance import LayerScores, collect, importance

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from flextron_mcore.checkpoint.store import TensorReader, list_checkpoints, open_checkpoint
+from flextron_mcore.checkpoint.reader import TensorReader
+from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.stages import adaptive

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flextron_mcore.checkpoint.store import CheckpointInfo, TensorReader, list_checkpoints, open_checkpoint
+from flextron_mcore.checkpoint.reader import TensorReader
+from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import parameter_cost
 from flextron_mcore.routers.store import read_routers

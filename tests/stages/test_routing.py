@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from flextron_mcore.blocks import Blocks
-from flextron_mcore.checkpoint.store import TensorReader, list_checkpoints, open_checkpoint
+from flextron_mcore.checkpoint.reader import TensorReader
+from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import memory_cost, parameter_cost
 from flextron_mcore.space import ElasticSpace, SubNetwork

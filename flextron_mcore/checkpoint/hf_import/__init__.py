@@ -13,7 +13,9 @@ import torch
 
 from flextron_mcore.checkpoint.hf_import import gpt2, llama
 from flextron_mcore.checkpoint.hf_import.common import Family, Recipe, StoredTensor, open_weights, read_json
-from flextron_mcore.checkpoint.store import DTYPES, CheckpointInfo, LazyTensor
+from flextron_mcore.checkpoint.reader import DTYPES
+from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.space import ElasticSpace
 

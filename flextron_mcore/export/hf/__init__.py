@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from flextron_mcore.checkpoint.store import DTYPES, CheckpointInfo
+from flextron_mcore.checkpoint.reader import DTYPES
+from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.cut import cut, cut_config, executed_layers
 from flextron_mcore.export.formats import Format, Job, rounding

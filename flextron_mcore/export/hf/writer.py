@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 
 from flextron_mcore.checkpoint.hf_import.common import INDEX_FILE, WEIGHTS_FILE
-from flextron_mcore.checkpoint.store import LazyTensor
+from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.export.card import describe
 from flextron_mcore.export.formats import Job
 from flextron_mcore.export.hf.target import Part

@@ -14,7 +14,8 @@ from typing import Any
 
 from flextron_mcore.adaptive.routers import AdaptiveRouters
 from flextron_mcore.blocks import Blocks
-from flextron_mcore.checkpoint.store import CheckpointInfo, TensorReader
+from flextron_mcore.checkpoint.reader import TensorReader
+from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.latency.table import LatencyTable

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from flextron_mcore.checkpoint.store import DTYPES, LazyTensor, iteration_path, write_streaming, write_torch_dist
+from flextron_mcore.checkpoint.reader import DTYPES
+from flextron_mcore.checkpoint.store import iteration_path
+from flextron_mcore.checkpoint.writer import LazyTensor, write_streaming, write_torch_dist
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.card import describe
 from flextron_mcore.export.cut import cut, cut_config, executed_layers

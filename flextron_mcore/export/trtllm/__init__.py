@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flextron_mcore.checkpoint.store import DTYPES
+from flextron_mcore.checkpoint.reader import DTYPES
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.card import describe
 from flextron_mcore.export.cut import cut

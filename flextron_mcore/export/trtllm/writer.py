@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from flextron_mcore.checkpoint.store import LazyTensor
+from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.export.trtllm.pieces import pieces
 from flextron_mcore.export.trtllm.plan import Plan
 from flextron_mcore.runtime.ranks import place, wait_for_all

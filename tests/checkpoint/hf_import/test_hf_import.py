@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flextron_mcore.checkpoint.hf_import import copy_tokenizer, import_hf, open_hf
-from flextron_mcore.checkpoint.store import DTYPES, TensorReader
+from flextron_mcore.checkpoint.reader import DTYPES, TensorReader
 from flextron_mcore.config import FlextronError
 from tests import hf_toy
 

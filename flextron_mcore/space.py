@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig, nearest
+from flextron_mcore.families import tensors
 
 ATTENTION_UNITS = ("kv_group", "query_head")
 AUTOMATIC_GRANULARITIES = (8, 4, 2, 1)
@@ -283,23 +284,7 @@ def count_parameters(model: ModelConfig, net: SubNetwork | None = None, embeddin
 
     embeddings=False leaves out token and position embeddings and the output layer (the paper's "non-embedding" count).
     """
-    net = net or SubNetwork.full(model)
-    hidden, head, bias = net.hidden_size, model.kv_channels, model.bias
-    norm = hidden * (1 if model.normalization == "rmsnorm" else 2)
-    total = norm
-    for layer in net.layers:
-        if not layer.executed:
-            continue
-        q, kv, ffn = layer.num_attention_heads * head, layer.kv_groups * head, layer.ffn_hidden_size
-        fc1 = ffn * (2 if model.gated else 1)
-        total += hidden * (q + 2 * kv) + q * hidden + hidden * fc1 + ffn * hidden + 2 * norm
-        if bias:
-            total += (q + 2 * kv) + hidden + fc1 + hidden
-    if embeddings:
-        total += model.vocab_size * hidden * (1 if model.share_embeddings_and_output_weights else 2)
-        if model.position_embedding_type == "learned_absolute":
-            total += model.max_position_embeddings * hidden
-    return total
+    return tensors.count(model, net or SubNetwork.full(model), embeddings)
 
 
 def parameter_share(model: ModelConfig, net: SubNetwork) -> float:

@@ -7,25 +7,40 @@ decreasing importance: local unit a*n + k is the a-th unit of its k-th bucket.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.space import ElasticSpace
+from flextron_mcore.families.tensors import TENSORS, find
+from flextron_mcore.space import ElasticSpace, SubNetwork
 
-# Tensors whose rows or columns are elastic units, and the axis along which: of MLP neurons, and of attention.
-MLP_AXES = {"linear_fc1.weight": 0, "linear_fc1.bias": 0, "linear_fc2.weight": 1}
-ATTENTION_AXES = {"linear_qkv.weight": 0, "linear_qkv.bias": 0, "linear_proj.weight": 1}
+
+def _parallel_axes(field: str) -> dict[str, int]:
+    """Tensors, by the last two parts of their names, one axis of which counts `field`, and that axis."""
+    return {
+        ".".join(tensor.name.split(".")[-2:]): axis
+        for tensor in TENSORS
+        for axis, side in enumerate(tensor.sides)
+        if any(factor.name == field and factor.parallel for factor in side.factors)
+    }
+
+
+MLP_AXES, ATTENTION_AXES = _parallel_axes("ffn_hidden_size"), _parallel_axes("kv_groups")
 
 
 def dealt_axis(model: ModelConfig, space: ElasticSpace, key: str) -> tuple[int, int, int, int] | None:
     """(axis, units, granularity, blocks) of a tensor that is stored in dealt order, None for one that is not."""
-    name = ".".join(key.split(".")[-2:])
-    if name in MLP_AXES:
-        blocks = 2 if model.gated and name != "linear_fc2.weight" else 1
-        return MLP_AXES[name], model.ffn_hidden_size, space.granularity, blocks
-    if name in ATTENTION_AXES and space.attention_unit == "kv_group":
-        return ATTENTION_AXES[name], model.num_query_groups, space.granularity, 1
+    whole = {"vocab_size"} if space.attention_unit == "kv_group" else {"vocab_size", "kv_groups"}
+    tensor = find(key)
+    if tensor is None:
+        return None
+    full = SubNetwork.full(model)
+    for axis, (side, sizes) in enumerate(zip(tensor.sides, tensor.sizes(model, full.hidden_size, full.layers[0]), strict=True)):
+        for number, factor in enumerate(side.factors):
+            if factor.parallel and factor.name not in whole:
+                return axis, sizes[number], space.granularity, math.prod(sizes[:number])
     return None
 
 

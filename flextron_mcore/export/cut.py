@@ -1,12 +1,8 @@
-"""Cut a sub-network out of a checkpoint: the dense model with its widths (Flextron, section 2).
-
-Shape suffixes: C hidden channels, G KV groups, R query heads of a group followed by its key and its value, Q query heads of a
-group, H channels of a head, B gate and up projections (2, or 1 for an ungated MLP), F neurons; small letters for the part in use.
-"""
+"""Cut a sub-network out of a checkpoint: the dense model with its widths (Flextron, section 2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -17,10 +13,9 @@ from flextron_mcore.checkpoint.sharding import dealt_axis
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.families.tensors import Placed, of_network
 from flextron_mcore.layers.modulation import gain
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, parameter_share
-
-_Cut = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
@@ -54,31 +49,68 @@ def cut(
     info.space.check(info.model, net)
     reader = reader or TensorReader(info)
     stored, dense = set(reader.keys()), cut_config(info.model, net)
+    _check_names(info, stored)
     share = parameter_share(info.model, net) if info.space.modulation else 1.0
     tensors = {}
-    for name, source, shape, units, take in _cuts(info.model, net):
+    for placed in of_network(info.model, net, SubNetwork.full(info.model)):
+        source = placed.source
         modulation = _modulation(source) if share < 1 else None
         for needed in (source, modulation):
             if needed and needed not in stored:
                 raise FlextronError(f"{info.path}: the checkpoint lacks the tensor {needed}")
-        lie, to_lie = dealt_axis(info.model, info.space, source), space and dealt_axis(dense, space, name)
+        lie, to_lie = dealt_axis(info.model, info.space, source), space and dealt_axis(dense, space, placed.name)
         buckets = lie[2] if lie and to_lie and lie[2] == to_lie[2] else 1
-        dtype, load = reader.dtype(source), partial(_load, reader, source, shape, units, take, buckets)
+        dtype, load = reader.dtype(source), partial(_load, reader, placed, buckets)
         if modulation:
             dtype, load = torch.float32, partial(_modulated, load, reader, modulation, share)
-        tensors[name] = LazyTensor(shape, dtype, load, buckets)
+        tensors[placed.name] = LazyTensor(placed.shape, dtype, load, buckets)
     return tensors
 
 
 def shapes(model: ModelConfig, net: SubNetwork) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors of `cut`, without a checkpoint."""
-    return {name: shape for name, _, shape, *_ in _cuts(model, net)}
+    return {placed.name: placed.shape for placed in of_network(model, net, SubNetwork.full(model))}
 
 
-def _load(reader: TensorReader, source: str, shape: tuple[int, ...], units: int | None, take: _Cut, buckets: int) -> torch.Tensor:
-    part = take(reader.read(source, units) if buckets == 1 else reader.stored(source), buckets).reshape(shape)
+def _check_names(info: CheckpointInfo, stored: set[str]) -> None:
+    """Raise FlextronError for a stored tensor that no declaration names: it would be missing in what is cut."""
+    full = SubNetwork.full(info.model)
+    names = [placed.source for placed in of_network(info.model, full, full)]
+    known = {*names, *(_modulation(name) for name in names if info.space.modulation)}
+    if unknown := sorted(stored - known):
+        raise FlextronError(f"{info.path}: the tensor {unknown[0]} is none that this model declares (families/tensors.py)")
+
+
+def _load(reader: TensorReader, placed: Placed, buckets: int) -> torch.Tensor:
+    if buckets > 1:
+        stored = reader.stored(placed.source)
+    else:
+        stored = reader.read(placed.source, next((size for factor, size in placed.factors if factor.parallel), None))
+    part = _take(stored, placed, buckets).reshape(placed.shape)
     # a view would keep the whole in memory
     return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
+
+
+def _take(tensor: torch.Tensor, placed: Placed, buckets: int) -> torch.Tensor:
+    """The part in use, an axis for each factor: its first entries and those that every cut keeps.
+
+    Units lie in `buckets`, of which each gives as many; where they lie in one (in sorted order), these are all or the first ones.
+    """
+    for axis in reversed(range(tensor.dim())):
+        side = zip(placed.tensor.sides[axis].factors, placed.whole[axis], strict=True)
+        tensor = tensor.unflatten(axis, [n for factor, size in side for n in ((buckets, -1) if factor.parallel else (size,))])
+    axis = 0
+    for factor, kept in placed.factors:
+        if factor.parallel:
+            axis, kept = axis + 1, kept // buckets
+        size = tensor.shape[axis]
+        if factor.last and kept < size:
+            rows = [*range(kept - factor.last), *range(size - factor.last, size)]
+            tensor = tensor.index_select(axis, torch.tensor(rows))
+        else:
+            tensor = tensor.narrow(axis, 0, kept)
+        axis += 1
+    return tensor
 
 
 def _modulation(source: str) -> str | None:
@@ -89,71 +121,3 @@ def _modulation(source: str) -> str | None:
 
 def _modulated(load: Callable[[], torch.Tensor], reader: TensorReader, modulation: str, share: float) -> torch.Tensor:
     return load().float() * gain(reader.read(modulation), share)
-
-
-def _cuts(model: ModelConfig, net: SubNetwork) -> Iterator[tuple[str, str, tuple[int, ...], int | None, _Cut]]:
-    """Of every tensor: name in the dense model, name in the supernet, shape in the dense model, units to read, how to take it.
-
-    It is taken from a tensor whose units lie in so many buckets; where they lie in one (in sorted order), of all units or of the
-    first ones.
-    """
-    c = net.hidden_size
-
-    def table(name: str, rows: int) -> tuple[str, str, tuple[int, ...], int | None, _Cut]:
-        return name, name, (rows, c), None, lambda weight, _: weight[:rows, :c]
-
-    yield table("embedding.word_embeddings.weight", model.vocab_size)
-    if model.position_embedding_type == "learned_absolute":
-        yield table("embedding.position_embeddings.weight", model.max_position_embeddings)
-    kept = [i for i, layer in enumerate(net.layers) if layer.executed]
-    for new, old in enumerate(kept):
-        layer = net.layers[old]
-        for name, (shape, take) in _layer_cuts(model, layer, c).items():
-            units = layer.ffn_hidden_size if name.startswith("mlp") else layer.kv_groups
-            yield f"decoder.layers.{new}.{name}", f"decoder.layers.{old}.{name}", shape, units, take
-    for kind in _norm_parts(model):
-        name = f"decoder.final_layernorm.{kind}"
-        yield name, name, (c,), None, lambda vector, _: vector[:c]
-    if not model.share_embeddings_and_output_weights:
-        yield table("output_layer.weight", model.vocab_size)
-
-
-def _layer_cuts(model: ModelConfig, choice: LayerChoice, c: int) -> dict[str, tuple[tuple[int, ...], _Cut]]:
-    """Name within a layer -> (shape, how to take it)."""
-    Q, H = model.query_heads_per_group, model.kv_channels
-    g, q, f = choice.kv_groups, choice.query_heads_per_group, choice.ffn_hidden_size
-    B = 2 if model.gated else 1
-    rows = [*range(q), Q, Q + 1]  # of R: the first query heads, the key, the value
-
-    def first(vector_C: torch.Tensor, _: int) -> torch.Tensor:
-        return vector_C[:c]
-
-    def group_rows(tensor: torch.Tensor, buckets: int) -> torch.Tensor:
-        grouped_GRH = tensor.unflatten(0, (buckets, -1, Q + 2, H))[:, : g // buckets]
-        return grouped_GRH if q == Q else grouped_GRH[:, :, rows]
-
-    def neurons(tensor: torch.Tensor, buckets: int) -> torch.Tensor:
-        return tensor.unflatten(0, (B, buckets, -1))[:, :, : f // buckets]
-
-    cuts: dict[str, tuple[tuple[int, ...], _Cut]] = {
-        "self_attention.linear_qkv.weight": ((g * (q + 2) * H, c), lambda w, n: group_rows(w, n)[..., :c]),
-        "self_attention.linear_proj.weight": (
-            (c, g * q * H),
-            lambda w, n: w[:c].unflatten(1, (n, -1, Q, H))[:, :, : g // n, :q],
-        ),
-        "mlp.linear_fc1.weight": ((B * f, c), lambda w, n: neurons(w, n)[..., :c]),
-        "mlp.linear_fc2.weight": ((c, f), lambda w, n: w[:c].unflatten(1, (n, -1))[:, :, : f // n]),
-    }
-    if model.bias:
-        cuts["self_attention.linear_qkv.bias"] = ((g * (q + 2) * H,), group_rows)
-        cuts["self_attention.linear_proj.bias"] = ((c,), first)
-        cuts["mlp.linear_fc1.bias"] = ((B * f,), neurons)
-        cuts["mlp.linear_fc2.bias"] = ((c,), first)
-    for kind in _norm_parts(model):
-        cuts[f"self_attention.linear_qkv.layer_norm_{kind}"] = ((c,), first)
-        cuts[f"mlp.linear_fc1.layer_norm_{kind}"] = ((c,), first)
-    return cuts
-
-
-def _norm_parts(model: ModelConfig) -> tuple[str, ...]:
-    return ("weight",) if model.normalization == "rmsnorm" else ("weight", "bias")

@@ -17,6 +17,7 @@ from flextron_mcore.blocks import Blocks
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.cost import OWN_UNITS
 from flextron_mcore.evaluation.family import uniform_family
+from flextron_mcore.families.tensors import of_model
 from flextron_mcore.launch.layout import LOOPED, Layout
 from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
@@ -36,10 +37,9 @@ class Costs:
 
     def layer(self, choice: LayerChoice, hidden_size: int | None = None) -> float:
         """Of a layer that is executed; with all hidden channels for None."""
-        h, head = hidden_size or self.model.hidden_size, self.model.kv_channels
-        q, kv = choice.num_attention_heads * head, choice.kv_groups * head
-        products = h * (2 * q + 2 * kv) + h * choice.ffn_hidden_size * (3 if self.model.gated else 2)
-        return 2.0 * products + 2.0 * self.length * q
+        size = hidden_size or self.model.hidden_size
+        weights = sum(t.numel(self.model, size, choice) for t in of_model(self.model, "layer") if len(t.sides) == 2)
+        return 2.0 * weights + 2.0 * self.length * choice.num_attention_heads * self.model.kv_channels
 
     def head(self, hidden_size: float | None = None) -> float:
         """Of the output layer; with all hidden channels for None."""

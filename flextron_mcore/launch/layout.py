@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.space import DTYPE_BYTES, ElasticSpace
+from flextron_mcore.families.tensors import of_model
+from flextron_mcore.space import DTYPE_BYTES, ElasticSpace, SubNetwork
 
 TRAINED = ("pretrain", "elastic", "joint", "gumbel")  # weights that learn: gradients and optimizer state
 LOOPED = (*TRAINED, "router")  # stages of training/loop.py
@@ -146,22 +147,18 @@ class Rank:
 
     @property
     def parameters(self) -> int:
-        """Of this rank. Norms, and biases added after a sum over ranks, are on every tensor-parallel rank."""
-        model = self.model
-        h, q, k, f1, f2 = self.sizes
-        norm = h * (1 if model.normalization == "rmsnorm" else 2)
-        layer = h * (q + 2 * k) + q * h + h * f1 + f2 * h + 2 * norm
-        if model.bias:
-            layer += q + 2 * k + h + f1 + h
-        total = self.layout.layers[self.index] * layer
-        if self.first:
-            total += self.vocabulary * h
-            if model.position_embedding_type == "learned_absolute":
-                total += model.max_position_embeddings * h
-        if self.last:
-            shared = model.share_embeddings_and_output_weights and self.first
-            total += norm + (0 if shared else self.vocabulary * h)
-        return total
+        """Parameters of this rank. Tensor-parallel ranks share units and tokens; what has none is on each of them."""
+        full, ranks = SubNetwork.full(self.model), self.layout.tensor
+
+        def count(place: str) -> int:
+            layer = full.layers[0] if place == "layer" else None
+            return sum(tensor.numel(self.model, full.hidden_size, layer, ranks) for tensor in of_model(self.model, place))
+
+        total = self.layout.layers[self.index] * count("layer")
+        total += count("before") if self.first else 0
+        total += count("after") if self.last else 0
+        tied = self.last and not self.first and self.model.share_embeddings_and_output_weights  # the last stage has a copy
+        return total + (self.vocabulary * full.hidden_size if tied else 0)
 
     @property
     def tokens(self) -> int:

@@ -1,0 +1,39 @@
+"""A Megatron-Core tensor to and from the tensors that another format stores it as (families/family.py)."""
+
+from __future__ import annotations
+
+import torch
+
+from flextron_mcore.families.family import Mapped
+
+
+def split(mapped: Mapped, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The format's tensors, in the order of `mapped.shapes`."""
+    parts = split_parts(mapped, tensor)
+    if len(mapped.shapes) < len(parts):
+        parts = [torch.cat(parts)]
+    return [part.t() for part in parts] if mapped.transposed else parts
+
+
+def split_parts(mapped: Mapped, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The parts of the first side: query, key and value of all groups; gate and up projection; or the whole."""
+    sizes, where = mapped.placed.sizes[0], mapped.placed.tensor.sides[0].parts
+    if where is None:
+        return [tensor]
+    parts = tensor.unflatten(0, sizes).split(mapped.counts, where)
+    return [part.flatten(0, len(sizes) - 1) for part in parts]
+
+
+def join(mapped: Mapped, *tensors: torch.Tensor) -> torch.Tensor:
+    """The inverse of `split`."""
+    parts = [tensor.t() for tensor in tensors] if mapped.transposed else list(tensors)
+    sizes, where = mapped.placed.sizes[0], mapped.placed.tensor.sides[0].parts
+    if where is None:
+        return parts[0]
+    if len(parts) < len(mapped.counts):
+        each = parts[0].shape[0] // sum(mapped.counts)
+        parts = parts[0].split([each * count for count in mapped.counts])
+    grouped = [
+        part.unflatten(0, (*sizes[:where], count, *sizes[where + 1 :])) for part, count in zip(parts, mapped.counts, strict=True)
+    ]
+    return torch.cat(grouped, where).flatten(0, len(sizes) - 1)

@@ -41,12 +41,12 @@ def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds:
 
     from benchmarks import interleaved, print_settings, ratio
     from flextron_mcore.adaptive.evaluation import average
-    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.choices import Choices
     from flextron_mcore.config import FlextronError
     from flextron_mcore.model import loaded_model
     from flextron_mcore.runs.choice import adaptive_routing, counted_cost
 
-    blocks, setting = Blocks(info.model, info.space), table.setting
+    blocks, setting = Choices(info.model, info.space), table.setting
     (model,) = loaded_model({}, info, "bf16" if table.machine.get("dtype") == "bfloat16" else "fp32")
     model.eval()
     tokens = in_turn(datasets, passes * setting["batch_size"]).split(setting["batch_size"])

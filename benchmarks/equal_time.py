@@ -26,15 +26,15 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
     from benchmarks import interleaved, print_settings
     from flextron_mcore.adaptive.evaluation import target_for
     from flextron_mcore.adaptive.routers import TokenRouting
-    from flextron_mcore.blocks import Blocks
     from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.choices import Choices
     from flextron_mcore.evaluation.perplexity import evaluate, mean
     from flextron_mcore.model import loaded_model
     from flextron_mcore.routers.store import read_routers
     from flextron_mcore.runs.terminal import print_table
 
     info = open_checkpoint(static)
-    length, blocks = info.model.max_position_embeddings, Blocks(info.model, info.space)
+    length, blocks = info.model.max_position_embeddings, Choices(info.model, info.space)
     print_settings(
         "equal_time: adaptive routers, and the static routers' network that takes as long",
         f"a forward pass over {sequences} x {length} tokens of each domain, processor time, median of {rounds} paired rounds;",

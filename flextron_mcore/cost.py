@@ -1,4 +1,4 @@
-"""What a sub-network costs, and budgets for it. No torch import.
+"""Costs of sub-networks, and budgets for them. No torch import.
 
 Latency, parameters and memory are all sums over blocks (Flextron, eq. 6), one for every hidden size, so one description serves
 them: selectors, routers and reports see a `Cost`, never where it comes from.
@@ -29,22 +29,18 @@ OWN_UNITS = {"latency": "ms", "parameters": "parameters", "memory": "bytes"}
 
 @dataclass(frozen=True)
 class Cost:
-    """A sum: a constant, and for every executed layer that of its attention block and that of its MLP block.
+    """A sum: a constant, and for every executed layer the cost of its candidate of every axis.
 
-    name: a key of OWN_UNITS, which has the unit. heads, ffn_hidden_size: the cost of each candidate of `space`, in its order,
-    with all hidden channels. narrow: the same for every smaller hidden size of the space. mixed: where tokens choose for
-    themselves, what each of the MIXED adds (blocks.py), in attention and in MLP blocks, in a pass of so many `tokens`.
+    name: a key of OWN_UNITS, which has the unit. candidates: {axis: the cost of each candidate of `space`, in its order}, with
+    all hidden channels. narrow: the same for every smaller hidden size of the space.
     """
 
     name: str
     model: ModelConfig
     space: ElasticSpace
     constant: float
-    heads: tuple[float, ...]
-    ffn_hidden_size: tuple[float, ...]
+    candidates: Mapping[str, tuple[float, ...]]
     narrow: tuple[tuple[int, Cost], ...] = ()
-    mixed: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
-    tokens: int = 1
 
     def at(self, hidden_size: int) -> Cost:
         """The sum for networks of this hidden size."""
@@ -57,24 +53,27 @@ class Cost:
 
     def layer(self, choice: LayerChoice) -> float:
         """Cost of an executed layer with all hidden channels."""
-        heads = self.space.heads.index(choice.num_attention_heads)
-        return self.heads[heads] + self.ffn_hidden_size[self.space.ffn_hidden_size.index(choice.ffn_hidden_size)]
+        sizes = self.space.sizes
+        return sum(self.candidates[axis.name][sizes[axis.name].index(axis.size(choice))] for axis in self.space.layer_axes)
+
+    def layers(self, count: int, pick: Callable[[Sequence[float]], float]) -> float:
+        """Cost of so many layers with all hidden channels; pick: which of an axis's candidates they have, such as `min`."""
+        return self.constant + count * sum(map(pick, self.candidates.values()))
 
     def reaches(self, layers: int, least: float, most: float) -> bool:
-        """Whether networks with so many layers and all hidden channels lie between the bounds, or on both sides of them."""
-        low, high = (self.constant + layers * (pick(self.heads) + pick(self.ffn_hidden_size)) for pick in (min, max))
+        """True if networks with so many layers and all hidden channels lie between the bounds, or on both sides of them."""
+        low, high = (self.layers(layers, pick) for pick in (min, max))
         return low <= most * (1 + 1e-12) and high >= least * (1 - 1e-12)
 
     @property
     def full(self) -> float:
         """Cost of the full model."""
-        return self.constant + self.model.num_layers * (self.heads[-1] + self.ffn_hidden_size[-1])
+        return self.layers(self.model.num_layers, lambda costs: costs[-1])
 
     @property
     def smallest(self) -> float:
         """The least that a member of the space costs."""
-        sums = [self, *(cost for _, cost in self.narrow)]
-        return min(c.constant + self.space.depth[0] * (min(c.heads) + min(c.ffn_hidden_size)) for c in sums)
+        return min(cost.layers(self.space.depth[0], min) for cost in (self, *(cost for _, cost in self.narrow)))
 
 
 def parameter_cost(model: ModelConfig, space: ElasticSpace) -> Cost:
@@ -92,17 +91,21 @@ def memory_cost(model: ModelConfig, space: ElasticSpace, dtype: str, batch_size:
 
 
 def _additive(name: str, model: ModelConfig, space: ElasticSpace, measure: Callable[[SubNetwork], float]) -> Cost:
-    """The parts of a measure that is such a sum, found with one executed layer; what a layer always has goes to its heads."""
+    """The parts of a measure that is such a sum, found with one executed layer; what a layer always has is its first axis's."""
+    first, *others = space.layer_axes
 
     def at(hidden_size: int) -> Cost:
-        def one_layer(heads: int, width: int) -> float:
-            layers = [space.layer_choice(model, heads, width), *[SKIPPED] * (model.num_layers - 1)]
-            return measure(SubNetwork(hidden_size, tuple(layers)))
+        def one_layer(**sizes: int) -> float:
+            layer = space.layer_choice(model, *(sizes.get(axis.name, 0) for axis in space.layer_axes))
+            return measure(SubNetwork(hidden_size, (layer, *[SKIPPED] * (model.num_layers - 1)))) - constant
 
         constant = measure(SubNetwork(hidden_size, (SKIPPED,) * model.num_layers))
-        heads = tuple(one_layer(size, 0) - constant for size in space.heads)
-        widths = tuple(one_layer(space.heads[0], width) - heads[0] - constant for width in space.ffn_hidden_size)
-        return Cost(name, model, space, constant, heads, widths)
+        smallest = {first.name: space.sizes[first.name][0]}
+        candidates = {first.name: tuple(one_layer(**{first.name: size}) for size in space.sizes[first.name])}
+        for axis in others:
+            sizes = space.sizes[axis.name]
+            candidates[axis.name] = tuple(one_layer(**smallest, **{axis.name: size}) - one_layer(**smallest) for size in sizes)
+        return Cost(name, model, space, constant, candidates)
 
     return replace(at(model.hidden_size), narrow=tuple((size, at(size)) for size in space.hidden_size[:-1]))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flextron_mcore.blocks import Blocks
 from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable, RoutedTable, Timing, Timings
@@ -18,25 +18,26 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
 
 
-def family(layers: int = 4, **space) -> Blocks:
+def family(layers: int = 4, **space) -> Choices:
     arch = toy.config(num_layers=layers)
-    return Blocks(arch, ElasticSpace.build(arch, **space))
+    return Choices(arch, ElasticSpace.build(arch, **space))
 
 
-def latency(blocks: Blocks) -> Cost:
+def latency(blocks: Choices) -> Cost:
     """Made-up milliseconds that no two candidates share."""
 
     def at(channels: int) -> Cost:
         share = channels / blocks.model.hidden_size
         heads = tuple(1.1 * size**0.7 * share + 0.31 for size in blocks.space.heads)
         widths = tuple(0.083 * size**0.9 * share + 0.17 for size in blocks.space.ffn_hidden_size)
-        return Cost("latency", blocks.model, blocks.space, 0.4 + 1.6 * share, heads, widths)
+        candidates = {"heads": heads, "ffn_hidden_size": widths}
+        return Cost("latency", blocks.model, blocks.space, 0.4 + 1.6 * share, candidates)
 
     narrow = tuple((size, at(size)) for size in blocks.space.hidden_size[:-1])
     return replace(at(blocks.model.hidden_size), narrow=narrow)
 
 
-def true_loss(blocks: Blocks, seed: int = 0):
+def true_loss(blocks: Choices, seed: int = 0):
     """network -> loss above the full model's: every block matters differently, and layers next to each other depend."""
     generator = np.random.default_rng(seed)
     weights = generator.uniform(0.1, 1.0, blocks.count)
@@ -53,7 +54,7 @@ def true_loss(blocks: Blocks, seed: int = 0):
 def write_table(checkpoint: Path, file: Path, routed: bool = False, **changes) -> Path:
     """A made-up table of a checkpoint's model, so that no test depends on a clock. routed: also of tokens that differ."""
     info = open_checkpoint(checkpoint)
-    cost = latency(Blocks(info.model, info.space))
+    cost = latency(Choices(info.model, info.space))
     timing = lambda value: Timing(value, value)  # noqa: E731
     table = LatencyTable(
         info.model,
@@ -64,8 +65,7 @@ def write_table(checkpoint: Path, file: Path, routed: bool = False, **changes) -
         {
             size: Timings(
                 timing(cost.at(size).constant),
-                tuple(map(timing, cost.at(size).heads)),
-                tuple(map(timing, cost.at(size).ffn_hidden_size)),
+                {name: tuple(map(timing, costs)) for name, costs in cost.at(size).candidates.items()},
             )
             for size in info.space.hidden_size
         },
@@ -73,9 +73,9 @@ def write_table(checkpoint: Path, file: Path, routed: bool = False, **changes) -
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     if routed:
-        heads, widths = (tuple(0.97 * value for value in values) for values in (cost.heads, cost.ffn_hidden_size))
+        candidates = {name: tuple(0.97 * value for value in values) for name, values in cost.candidates.items()}
         one = 0.001 * cost.full
-        row = RoutedTable(32, heads, widths, ((2 * one, one, 3 * one), (one, 2 * one, 0.0)), {})
+        row = RoutedTable(32, candidates, {"heads": (2 * one, one, 3 * one), "ffn_hidden_size": (one, 2 * one, 0.0)}, {})
         table = replace(table, routed=dict.fromkeys(KV_POLICIES, row))
     file.write_text(json.dumps({**table.to_dict(), **changes}))
     return file

@@ -40,7 +40,7 @@ def test_sums_are_the_exact_counts(name, axes):
 
 def known() -> dict[str, Cost]:
     arch, space = case("llama")
-    latency = Cost("latency", arch, space, 1.0, (2.0, 3.0), (1.0, 2.0, 3.0, 4.0))  # 10 to 22 ms
+    latency = Cost("latency", arch, space, 1.0, {"heads": (2.0, 3.0), "ffn_hidden_size": (1.0, 2.0, 3.0, 4.0)})  # 10 to 22 ms
     return {"latency": latency, "parameters": parameter_cost(arch, space), "memory": memory_cost(arch, space, "fp32", 1, 24)}
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
+from flextron_mcore.adaptive.cost import RoutingCost, overhead_costs_N3, overhead_N3, size_NK
 from flextron_mcore.adaptive.routers import TokenRouting
-from flextron_mcore.blocks import Blocks, mixed_N3
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost
 from flextron_mcore.evaluation.perplexity import evaluate
@@ -32,7 +33,7 @@ class Routed:
     share_NK: np.ndarray
 
 
-def average(cost: Cost, blocks: Blocks, share_NK: np.ndarray) -> float:
+def average(cost: Cost, blocks: Choices, share_NK: np.ndarray) -> float:
     """A token's average cost for a mix of levels, in the cost's unit: a sum over blocks, as that of a sub-network is.
 
     Where it costs something that tokens differ: as in a pass of tokens that chose independently.
@@ -40,14 +41,15 @@ def average(cost: Cost, blocks: Blocks, share_NK: np.ndarray) -> float:
     return cost.constant + float(block_costs(cost, blocks, share_NK).sum())
 
 
-def block_costs(cost: Cost, blocks: Blocks, share_NK: np.ndarray) -> np.ndarray:
+def block_costs(cost: Cost, blocks: Choices, share_NK: np.ndarray) -> np.ndarray:
     """What each block has of that: [N]."""
-    much_N3 = np.stack(mixed_N3(share_NK, blocks.size_NK, lambda share: 1 - (1 - share) ** cost.tokens), -1)
-    mixed_N = (much_N3 * blocks.mixed_costs_N3(cost)).sum(-1)
+    tokens = cost.tokens if isinstance(cost, RoutingCost) else 1
+    much_N3 = np.stack(overhead_N3(share_NK, size_NK(blocks), lambda share: 1 - (1 - share) ** tokens), -1)
+    mixed_N = (much_N3 * overhead_costs_N3(blocks, cost)).sum(-1)
     return (share_NK * blocks.costs_NK(cost)).sum(-1) + mixed_N
 
 
-def each_cost(cost: Cost, blocks: Blocks, levels_NS: np.ndarray) -> np.ndarray:
+def each_cost(cost: Cost, blocks: Choices, levels_NS: np.ndarray) -> np.ndarray:
     """What each token of a text is worth, with its own level in every block: [S], on average what they cost together.
 
     What it adds that several levels occur is all tokens' alike.

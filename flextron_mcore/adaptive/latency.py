@@ -1,10 +1,10 @@
 """What blocks cost whose tokens choose for themselves: routers, grouping and all (layers/dispatch.py).
 
-A block's time is the sum over levels of the share of tokens there times a cost of the level, and where tokens differ what MIXED
-(blocks.py) adds: levels that occur are products of their own (layers/dispatch.py). These costs are fitted (least squares, none
-below 0) to blocks timed in whole networks, with many mixes of one level, a few or all, and checked against whole networks with
-other mixes. A machine is not as fast all the time: some static networks are timed beside them, and all is in proportion to their
-costs.
+A block's time is the sum over levels of the share of tokens there times a cost of the level, and where tokens differ the
+OVERHEADS (adaptive/cost.py): levels that occur are products of their own (layers/dispatch.py). These costs are fitted (least
+squares, none below 0) to blocks timed in whole networks, with many mixes of one level, a few or all, and checked against whole
+networks with other mixes. A machine is not as fast all the time: some static networks are timed beside them, and all is in
+proportion to their costs.
 
 Shape suffixes: M mixes, N blocks, K candidates, S sequence, B batch, D hidden channels.
 """
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from flextron_mcore.blocks import AXES, MIXED, Blocks, mixed_N3
+from flextron_mcore.adaptive.cost import OVERHEADS, overhead_N3, size_NK
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.latency.measure import Setting, runner, time_blocks, time_run, without_drift
 from flextron_mcore.latency.table import RoutedTable
@@ -30,14 +31,14 @@ from flextron_mcore.runtime.distributed import device
 _MIXES, _CHECKS = 6, 8
 
 
-def networks_per_round(blocks: Blocks) -> int:
+def networks_per_round(blocks: Choices) -> int:
     """How many networks a round times."""
     return (_MIXES + 1) * blocks.exists_NK.shape[1] + _CHECKS
 
 
 def measure_routed(
     model: torch.nn.Module,
-    blocks: Blocks,
+    blocks: Choices,
     setting: Setting,
     rounds: int,
     hidden_size: int,
@@ -72,7 +73,7 @@ def measure_routed(
         counted = torch.nn.functional.one_hot(levels_NSB, mix_NK.shape[-1]).double().mean((1, 2))
         # Single tokens that follow a prompt hardly differ from others of their pass.
         first = torch.nn.functional.one_hot(levels_NSB[:, : setting.prompt_length], width).double().mean((1, 2))
-        much_N3 = np.stack(mixed_N3(first.numpy(), blocks.size_NK, lambda share: (share > 1e-9).astype(float)), -1)
+        much_N3 = np.stack(overhead_N3(first.numpy(), size_NK(blocks), lambda share: (share > 1e-9).astype(float)), -1)
         rows_MN.append([[*counted[n, : len(sizes)], *much_N3[n]] for n, sizes in enumerate(blocks.sizes)])
     networks, times = [*routings, *known], []
     for round_ in range(rounds + 1):
@@ -92,19 +93,19 @@ def measure_routed(
     scale = np.median([static.of(net) / median["network", count + k] for k, net in enumerate(known)])
     median = {key: value * float(scale) for key, value in median.items()}
     constant = float(np.median([median["constant", m] for m in range(count - _CHECKS)]))
-    costs = []
-    for axis in range(len(AXES)):
-        rows = [(m, n) for m in range(count - _CHECKS) for n in range(axis, blocks.count, len(AXES))]
+    costs: dict[str, list[float]] = {}
+    for axis in blocks.space.layer_axes:
+        rows = [(m, n) for m in range(count - _CHECKS) for n, other in enumerate(blocks.axes) if other is axis]
         found, _ = nnls(np.array([rows_MN[m][n] for m, n in rows]), np.array([median[row] for row in rows]))
-        costs.append(found.tolist())
+        costs[axis.name] = found.tolist()
     errors = []
     for m in range(count - _CHECKS, count):
-        told = constant + sum(np.dot(row, costs[n % len(AXES)]) for n, row in enumerate(rows_MN[m]))
-        errors.append(abs(told - median["network", m]) / median["network", m])
+        predicted = constant + sum(np.dot(row, costs[blocks.axes[n].name]) for n, row in enumerate(rows_MN[m]))
+        errors.append(abs(predicted - median["network", m]) / median["network", m])
     check = {"networks": _CHECKS, "median_error": float(np.median(errors)), "largest_error": float(max(errors))}
-    heads, widths = (tuple(found[: -len(MIXED)]) for found in costs)
-    attention, mlp = (tuple(found[-len(MIXED) :]) for found in costs)
-    return RoutedTable(hidden_size, heads, widths, (attention, mlp), check)
+    candidates = {name: tuple(found[: -len(OVERHEADS)]) for name, found in costs.items()}
+    overhead = {name: tuple(found[-len(OVERHEADS) :]) for name, found in costs.items()}
+    return RoutedTable(hidden_size, candidates, overhead, check)
 
 
 def random_router(channels: int, hidden_size: int, width: int) -> Callable[[int, torch.Tensor], torch.Tensor]:

@@ -20,10 +20,11 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from flextron_mcore.adaptive.cost import overhead_costs_N3, overhead_N3, size_NK
 from flextron_mcore.adaptive.evaluation import average, total_counts
 from flextron_mcore.adaptive.routers import AdaptiveRouters, Seen, TokenRouting
 from flextron_mcore.adaptive.surrogate import SurrogateSettings, TokenSurrogate, mine
-from flextron_mcore.blocks import Blocks, mixed_N3
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.pipeline.networks import Watch
 from flextron_mcore.routers.store import (
@@ -60,7 +61,7 @@ class AdaptiveLearner(TraceLearner):
 
     def __init__(
         self,
-        blocks: Blocks,
+        blocks: Choices,
         costs: Sequence[Cost],
         info: RouterInfo,
         settings: AdaptiveSettings,
@@ -85,7 +86,7 @@ class AdaptiveLearner(TraceLearner):
         starts = [(mix.constant - cost.smallest) / span for mix, cost, span in zip(counts, self.costs, spans, strict=True)]
         self.start_C = torch.tensor(starts, device=device)
         in_spans = lambda rows: torch.tensor(np.array(rows), dtype=torch.float32, device=device)  # noqa: E731
-        costs, mixed = [blocks.costs_NK(cost) for cost in counts], [blocks.mixed_costs_N3(cost) for cost in counts]
+        costs, mixed = [blocks.costs_NK(cost) for cost in counts], [overhead_costs_N3(blocks, cost) for cost in counts]
         self.spent_CNK, self.mixed_CN3 = (
             in_spans([row / span for row, span in zip(rows, spans, strict=True)]) for rows in (costs, mixed)
         )
@@ -196,7 +197,7 @@ class AdaptiveLearner(TraceLearner):
 
     def _mixed(self, share_NK: Tensor) -> Tensor:
         """What it adds to a token's average cost [C] that tokens differ."""
-        much_N3 = torch.stack(mixed_N3(share_NK, self.blocks.size_NK, occurring), -1)
+        much_N3 = torch.stack(overhead_N3(share_NK, size_NK(self.blocks), occurring), -1)
         return (much_N3 * self.mixed_CN3).sum((-1, -2))
 
     def _mixed_slope(self, slope_C: Tensor, learned: Sequence[Seen], routing: TokenRouting) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.routers.static import StaticRouters
 
 # How much of the static routers' log-probabilities is kept, and at most: tokens must be able to choose otherwise.
@@ -26,7 +26,7 @@ _KEPT, _MOST = 0.25, 2.0
 class AdaptiveRouters(torch.nn.Module):
     """The routers of all blocks. Targets as in StaticRouters: 0 is the smallest network's cost and 1 the full model's."""
 
-    def __init__(self, blocks: Blocks, costs: int, hidden_size: int, static: StaticRouters) -> None:
+    def __init__(self, blocks: Choices, costs: int, hidden_size: int, static: StaticRouters) -> None:
         super().__init__()
         count, width = blocks.exists_NK.shape
         channels = blocks.model.hidden_size

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from flextron_mcore.adaptive.routers import Seen, TokenRouting
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.routers.surrogate import Surrogate
 
 
@@ -34,7 +34,7 @@ class SurrogateSettings:
 class TokenSurrogate:
     """The model, its optimizer, and what the step's micro-batches were: `watch` is told by `run_networks`."""
 
-    def __init__(self, blocks: Blocks, settings: SurrogateSettings, seed: int, max_steps: int, sequence_parallel: bool) -> None:
+    def __init__(self, blocks: Choices, settings: SurrogateSettings, seed: int, max_steps: int, sequence_parallel: bool) -> None:
         self.settings, self.max_steps, self.sequence_parallel = settings, max_steps, sequence_parallel
         self.count, self.width = blocks.exists_NK.shape
         self.channels = blocks.model.hidden_size

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from flextron_mcore.axes import AXES
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.space import ElasticSpace, SubNetwork
 
 
 def uniform_family(model: ModelConfig, space: ElasticSpace) -> dict[str, SubNetwork]:
     """The uniform sub-networks, all axes growing together, the full model last under the name "full"."""
-    axes = {"heads": space.heads, "ffn": space.ffn_hidden_size, "hidden": space.hidden_size, "layers": space.depth}
-    steps = max(map(len, axes.values()))
+    steps = max(map(len, space.sizes.values()))
     family = {}
     for step in range(steps):
-        sizes = {axis: candidates[-(-(step + 1) * len(candidates) // steps) - 1] for axis, candidates in axes.items()}
-        net = space.uniform(model, *sizes.values())
-        shown = [
-            f"{_percent(sizes[axis], axes[axis][-1])} {axis}" for axis in axes if axis in ("heads", "ffn") or len(axes[axis]) > 1
-        ]
+        sizes = {name: candidates[-(-(step + 1) * len(candidates) // steps) - 1] for name, candidates in space.sizes.items()}
+        net = space.uniform(model, **sizes)
+        axes = [axis for axis in AXES.values() if axis.of_layer or space.elastic(axis)]
+        shown = [f"{_percent(sizes[axis.name], axis.full(model))} {axis.short.lower()}" for axis in axes]
         family["full" if net == SubNetwork.full(model) else f"uniform {' '.join(shown)}"] = net
     return family
 

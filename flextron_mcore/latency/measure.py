@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from flextron_mcore.axes import layer_axes
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.latency.table import STATISTICS, LatencyTable, Timing, Timings, check_errors
 from flextron_mcore.model import unwrap, use_subnetwork
@@ -82,8 +83,7 @@ def measure(
         {
             hidden: Timings(
                 timings[hidden, "constant"],
-                tuple(timings[hidden, "heads", size] for size in space.heads),
-                tuple(timings[hidden, "ffn", size] for size in space.ffn_hidden_size),
+                {axis.name: tuple(timings[hidden, axis.name, s] for s in space.sizes[axis.name]) for axis in space.layer_axes},
             )
             for hidden in space.hidden_size
         },
@@ -139,17 +139,17 @@ def _balanced(arch: ModelConfig, space: ElasticSpace, seed: int, round_: int) ->
 
     networks = []
     for size in space.hidden_size:
-        columns = [(column(space.heads), column(space.ffn_hidden_size)) for _ in range(arch.num_layers)]
+        columns = [[column(space.sizes[axis.name]) for axis in space.layer_axes] for _ in range(arch.num_layers)]
         networks += [
-            SubNetwork(size, tuple(space.layer_choice(arch, heads[i], widths[i]) for heads, widths in columns))
+            SubNetwork(size, tuple(space.layer_choice(arch, *(sizes[i] for sizes in layer)) for layer in columns))
             for i in range(count)
         ]
     return networks
 
 
 def balanced(space: ElasticSpace) -> int:
-    """How many networks a round times in parts."""
-    return len(space.hidden_size) * max(len(space.heads), len(space.ffn_hidden_size))
+    """Number of networks that a round times in parts."""
+    return len(space.hidden_size) * max(len(space.sizes[axis.name]) for axis in space.layer_axes)
 
 
 def runner(model: torch.nn.Module, setting: Setting, vocab_size: int, seed: int) -> Callable[[], None]:
@@ -213,19 +213,18 @@ def time_run(run: Callable[[], None]) -> float:
 
 
 def _time_candidates(model: torch.nn.Module, net: SubNetwork, run: Callable[[], None]) -> Mapping[Any, list[float]]:
-    """Milliseconds of a run's blocks, by hidden size and candidate, and what is left."""
+    """Milliseconds of a run's blocks, by hidden size and candidate, and of the rest of it."""
     found: dict[Any, list[float]] = defaultdict(list)
-    hidden = net.hidden_size
     parts, rest = time_blocks(model, run)
-    for i, choice in enumerate(net.layers):
-        found[hidden, "heads", choice.num_attention_heads].append(parts[2 * i])
-        found[hidden, "ffn", choice.ffn_hidden_size].append(parts[2 * i + 1])
-    found[hidden, "constant"].append(rest)
+    blocks = [(axis, choice) for choice in net.layers for axis in layer_axes()]
+    for (axis, choice), milliseconds in zip(blocks, parts, strict=True):
+        found[net.hidden_size, axis.name, axis.size(choice)].append(milliseconds)
+    found[net.hidden_size, "constant"].append(rest)
     return found
 
 
 def time_blocks(model: torch.nn.Module, run: Callable[[], None]) -> tuple[list[float], float]:
-    """Milliseconds of each block of a run (of layer l's attention at 2 l, of its MLP at 2 l + 1), and what is left."""
+    """Milliseconds of each block of a run, by layer and in the order of its axes, and of the rest of it."""
     clock = _Clock()
     layers = unwrap(model).decoder.layers
     if torch.cuda.is_available():
@@ -234,23 +233,23 @@ def time_blocks(model: torch.nn.Module, run: Callable[[], None]) -> tuple[list[f
         clock.mark("start")
         run()
         clock.mark("end")
-    parts = []
-    for i in range(len(layers)):
-        parts += [clock.between(("attention", i), ("mlp", i)), clock.between(("mlp", i), ("done", i))]
+    count = len(layer_axes())
+    parts = [clock.between((i, block), (i, block + 1)) for i in range(len(layers)) for block in range(count)]
     return parts, clock.between("start", "end") - sum(parts)
 
 
 @contextlib.contextmanager
 def _marked(layers: Sequence[torch.nn.Module], clock: _Clock) -> Iterator[None]:
-    """Inside, every layer marks where its attention block begins, where its MLP block does, and where that ends."""
+    """Inside, every layer marks where each of its blocks begins, and where the last one ends."""
+    starts = [axis.starts or axis.block for axis in layer_axes()]
+    count = len(starts)
     with contextlib.ExitStack() as stack:
         for i, layer in enumerate(layers):
-            for handle in (
-                layer.input_layernorm.register_forward_pre_hook(lambda *_, i=i: clock.mark(("attention", i))),
-                layer.pre_mlp_layernorm.register_forward_pre_hook(lambda *_, i=i: clock.mark(("mlp", i))),
-                layer.register_forward_hook(lambda *_, i=i: clock.mark(("done", i))),
-            ):
-                stack.callback(handle.remove)
+            for block, name in enumerate(starts):
+                begins = layer.get_submodule(name).register_forward_pre_hook(lambda *_, key=(i, block): clock.mark(key))
+                stack.callback(begins.remove)
+            ends = layer.register_forward_hook(lambda *_, key=(i, count): clock.mark(key))
+            stack.callback(ends.remove)
         yield
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from flextron_mcore.adaptive.cost import RoutingCost
+from flextron_mcore.axes import AXES, DEPTH
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import Cost
 from flextron_mcore.space import ElasticSpace, SubNetwork
@@ -36,31 +38,29 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timings:
-    """What networks of one hidden size are made of: the constant, and each candidate in the space's order."""
+    """Parts of networks of one hidden size: the constant, and by axis each candidate in the space's order."""
 
     constant: Timing
-    heads: tuple[Timing, ...]
-    ffn_hidden_size: tuple[Timing, ...]
+    candidates: Mapping[str, tuple[Timing, ...]]
 
-    def costs(self, statistic: str) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
+    def costs(self, statistic: str) -> tuple[float, dict[str, tuple[float, ...]]]:
         """One of STATISTICS of them all."""
         get = operator.attrgetter(statistic)
-        return get(self.constant), tuple(map(get, self.heads)), tuple(map(get, self.ffn_hidden_size))
+        return get(self.constant), {name: tuple(map(get, timings)) for name, timings in self.candidates.items()}
 
 
 @dataclass(frozen=True)
 class RoutedTable:
     """What a block costs in milliseconds whose tokens choose for themselves, routing included.
 
-    hidden_size: of the routers. heads, ffn_hidden_size: of the space's candidates, if all tokens are of that level; for mixes
-    their mean, and what each of MIXED (blocks.py) adds, in attention and in MLP blocks. check: errors of sums against whole
+    hidden_size: of the routers. candidates: {axis: cost of each candidate}, if all tokens are of that level; where they differ
+    their mean. overhead: {axis: cost of each of OVERHEADS (adaptive/cost.py) in its block}. check: errors of sums against whole
     networks.
     """
 
     hidden_size: int
-    heads: tuple[float, ...]
-    ffn_hidden_size: tuple[float, ...]
-    mixed: tuple[tuple[float, ...], tuple[float, ...]]
+    candidates: Mapping[str, tuple[float, ...]]
+    overhead: Mapping[str, tuple[float, ...]]
     check: Mapping[str, float]
 
 
@@ -85,8 +85,7 @@ class LatencyTable:
     def routed_cost(self, kv_policy: str) -> Cost:
         """The same for tokens that choose for themselves. Raises KeyError where that was not measured."""
         routed, tokens = self.routed[kv_policy], self.setting["batch_size"] * self.setting["prompt_length"]
-        levels = {"heads": routed.heads, "ffn_hidden_size": routed.ffn_hidden_size}
-        return replace(self.cost(), **levels, mixed=routed.mixed, tokens=tokens)
+        return RoutingCost.of_levels(self.cost(), routed.candidates, routed.overhead, tokens)
 
     def cost(self) -> Cost:
         """The table as a cost, in milliseconds."""
@@ -129,7 +128,12 @@ class LatencyTable:
             **self._rows(self.model.hidden_size),
             **({"narrow": narrow} if narrow else {}),
             "routed": {
-                policy: {**asdict(routed), "mixed": dict(zip(("attention", "mlp"), routed.mixed, strict=True))}
+                policy: {
+                    "hidden_size": routed.hidden_size,
+                    **routed.candidates,
+                    "overhead": {AXES[name].block: costs for name, costs in routed.overhead.items()},
+                    "check": dict(routed.check),
+                }
                 for policy, routed in self.routed.items()
             },
             "model": self.model.to_dict(),
@@ -137,16 +141,17 @@ class LatencyTable:
         }
 
     def _rows(self, hidden_size: int) -> dict[str, Any]:
-        timings, attention = self.timings[hidden_size], []
-        for size, timing in zip(self.space.heads, timings.heads, strict=True):
-            choice = self.space.layer_choice(self.model, size, self.model.ffn_hidden_size)
-            names = {"kv_groups": choice.kv_groups, "query_heads_per_group": choice.query_heads_per_group}
-            attention.append({**names, **_milliseconds(timing)})
-        mlp = [
-            {"ffn_hidden_size": width, **_milliseconds(timing)}
-            for width, timing in zip(self.space.ffn_hidden_size, timings.ffn_hidden_size, strict=True)
-        ]
-        return {"constant": _milliseconds(timings.constant), "attention": attention, "mlp": mlp}
+        timings = self.timings[hidden_size]
+        rows: dict[str, Any] = {"constant": _milliseconds(timings.constant)}
+        for axis in self.space.layer_axes:
+            rows[axis.block] = [
+                {
+                    **dict(zip(axis.fields, axis.split(self.model, self.space.attention_unit, size), strict=True)),
+                    **_milliseconds(t),
+                }
+                for size, t in zip(self.space.sizes[axis.name], timings.candidates[axis.name], strict=True)
+            ]
+        return rows
 
     @classmethod
     def from_file(cls, path: str | Path, model: ModelConfig, space: ElasticSpace) -> LatencyTable:
@@ -188,21 +193,20 @@ def fit(
 ) -> LatencyTable:
     """The table that explains measured latencies [ms] of whole networks best (least squares).
 
-    Sums are all that such measurements can tell: what every network of a hidden size has goes to its constant, and the smallest
-    candidates of each axis are 0, but where the depth varies too: there the smallest heads have what a layer takes. Raises
+    Such measurements tell sums only: the cost that every network of a hidden size has goes to its constant, and the smallest
+    candidates of each axis are 0, but where the depth varies too: there the smallest heads have the cost of a layer. Raises
     FlextronError where the networks leave an entry undetermined.
     """
-    heads, widths = space.heads if len(space.depth) > 1 else space.heads[1:], space.ffn_hidden_size[1:]
-    entries = ["the constant", *(f"{size} heads" for size in heads), *(f"{width} neurons" for width in widths)]
+    first = space.layer_axes[0]
+    told = {axis.name: space.sizes[axis.name][1:] for axis in space.layer_axes}
+    if space.elastic(DEPTH):
+        told[first.name] = space.sizes[first.name]
+    entries = ["the constant", *(f"{size} {AXES[name].unit}" for name, sizes in told.items() for size in sizes)]
     rows = np.zeros((len(measured), len(space.hidden_size), len(entries)))
     for row, (net, _) in zip(rows, measured, strict=True):
         space.check(model, net)
-        layers = [layer for layer in net.layers if layer.executed]
-        row[space.hidden_size.index(net.hidden_size)] = [
-            1.0,
-            *(sum(layer.num_attention_heads == size for layer in layers) for size in heads),
-            *(sum(layer.ffn_hidden_size == width for layer in layers) for width in widths),
-        ]
+        has = [[AXES[name].size(layer) for layer in net.executed_layers].count(size) for name in told for size in told[name]]
+        row[space.hidden_size.index(net.hidden_size)] = [1.0, *has]
     matrix = rows.reshape(len(measured), -1)
     if np.linalg.matrix_rank(matrix) < matrix.shape[1]:
         sizes = f" at each of the hidden sizes {list(space.hidden_size)}" if len(space.hidden_size) > 1 else ""
@@ -214,9 +218,9 @@ def fit(
     timings = {}
     for size, part in zip(space.hidden_size, found.reshape(len(space.hidden_size), -1).tolist(), strict=True):
         constant, *rest = (Timing(value, value) for value in part)
-        smallest = [Timing(0.0, 0.0)] * (len(space.heads) - len(heads))
-        split = len(heads)
-        timings[size] = Timings(constant, (*smallest, *rest[:split]), (Timing(0.0, 0.0), *rest[split:]))
+        found_of = dict(zip(((name, size) for name in told for size in told[name]), rest, strict=True))
+        candidates = {name: tuple(found_of.get((name, size), Timing(0.0, 0.0)) for size in space.sizes[name]) for name in told}
+        timings[size] = Timings(constant, candidates)
     table = LatencyTable(model, space, setting, machine, "median", timings)
     return replace(table, check=check_errors(table.cost(), measured))
 
@@ -233,15 +237,12 @@ def check_errors(cost: Cost, measured: Sequence[tuple[SubNetwork, float]]) -> di
 
 
 def _timings(path: str | Path, part: Mapping[str, Any], space: ElasticSpace) -> Timings:
-    heads = {row["kv_groups"] * row["query_heads_per_group"]: _timing(row) for row in part["attention"]}
-    widths = {row["ffn_hidden_size"]: _timing(row) for row in part["mlp"]}
-    _check_candidates(path, "heads", heads, space.heads)
-    _check_candidates(path, "ffn_hidden_size", widths, space.ffn_hidden_size)
-    return Timings(
-        _timing(part["constant"]),
-        tuple(heads[size] for size in space.heads),
-        tuple(widths[size] for size in space.ffn_hidden_size),
-    )
+    candidates = {}
+    for axis in space.layer_axes:
+        known = {math.prod(row[name] for name in axis.fields): _timing(row) for row in part[axis.block]}
+        _check_candidates(path, axis.name, known, space.sizes[axis.name])
+        candidates[axis.name] = tuple(known[size] for size in space.sizes[axis.name])
+    return Timings(_timing(part["constant"]), candidates)
 
 
 def _check_candidates(path: str | Path, axis: str, known: Mapping[int, Any], wanted: Sequence[int]) -> None:
@@ -252,13 +253,13 @@ def _check_candidates(path: str | Path, axis: str, known: Mapping[int, Any], wan
 
 
 def _routed(path: str | Path, row: Mapping[str, Any], space: ElasticSpace) -> RoutedTable:
-    if "mixed" not in row:
+    if "overhead" not in row:
         raise FlextronError(f"{path}: its `routed` part is of an earlier version: measure again, or remove that part")
-    attention, mlp = (tuple(map(float, row["mixed"][block])) for block in ("attention", "mlp"))
-    heads, widths = tuple(map(float, row["heads"])), tuple(map(float, row["ffn_hidden_size"]))
-    if (len(heads), len(widths)) != (len(space.heads), len(space.ffn_hidden_size)):
+    candidates = {axis.name: tuple(map(float, row[axis.name])) for axis in space.layer_axes}
+    if any(len(costs) != len(space.sizes[name]) for name, costs in candidates.items()):
         raise ValueError("the routed part is of another space")
-    return RoutedTable(int(row["hidden_size"]), heads, widths, (attention, mlp), dict(row["check"]))
+    overhead = {axis.name: tuple(map(float, row["overhead"][axis.block])) for axis in space.layer_axes}
+    return RoutedTable(int(row["hidden_size"]), candidates, overhead, dict(row["check"]))
 
 
 def _milliseconds(timing: Timing) -> dict[str, float]:

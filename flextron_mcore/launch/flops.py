@@ -6,6 +6,7 @@ that is not masked; the vocabulary with its padding; a backward pass costs two f
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.cost import OWN_UNITS
 from flextron_mcore.evaluation.family import uniform_family
@@ -57,16 +58,18 @@ class Costs:
     @property
     def smallest(self) -> float:
         """Of the smallest network."""
-        axes = (self.space.heads, self.space.ffn_hidden_size, self.space.hidden_size, self.space.depth)
-        return self.of(self.space.uniform(self.model, *(sizes[0] for sizes in axes)))
+        return self.of(self.space.uniform(self.model, *(sizes[0] for sizes in self.space.sizes.values())))
 
     def drawn(self, mode: str = "flextron") -> float:
         """Expected, of a random network (training/sampler.py)."""
-        heads, widths, sizes, depths = self.space.heads, self.space.ffn_hidden_size, self.space.hidden_size, self.space.depth
+        sizes = dict(self.space.sizes)
         if mode == "matformer":
-            heads, widths, sizes, depths = heads[-1:], widths[:-1] or widths, sizes[-1:], depths[-1:]
-        choices = [self.space.layer_choice(self.model, a, m) for a in heads for m in widths]
-        return mean(self.head(h) + mean(depths) * mean(self.layer(choice, h) for choice in choices) for h in sizes)
+            widths = sizes["ffn_hidden_size"]
+            sizes = {name: values[-1:] for name, values in sizes.items()} | {"ffn_hidden_size": widths[:-1] or widths}
+        of_layer = itertools.product(*(sizes[axis.name] for axis in self.space.layer_axes))
+        choices = [self.space.layer_choice(self.model, *layer) for layer in of_layer]
+        depth = mean(sizes["depth"])
+        return mean(self.head(h) + depth * mean(self.layer(choice, h) for choice in choices) for h in sizes["hidden_size"])
 
     def budgeted(self, low: float | None, high: float, part: float) -> float:
         """Of a network for a budget, `part` of the way from `low` to `high`, shares of the full model's cost."""
@@ -201,14 +204,15 @@ def _family(costs: Costs, config: Mapping[str, Any]) -> float:
 
 def _sensitivity(costs: Costs, config: Mapping[str, Any]) -> float:
     """The full model, and it with every smaller candidate of every block."""
-    blocks, full = Blocks(costs.model, costs.space), SubNetwork.full(costs.model)
-    smaller = [(block, k) for block in (0, 1) for k in range(len(blocks.sizes[block]) - 1)]  # all layers are alike
+    blocks, full = Choices(costs.model, costs.space), SubNetwork.full(costs.model)
+    of_layer = range(len(costs.space.layer_axes))  # the same in every layer
+    smaller = [(block, k) for block in of_layer for k in range(len(blocks.sizes[block]) - 1)]
     return costs.full + costs.model.num_layers * sum(costs.of(blocks.replaced(full, *place)) for place in smaller)
 
 
 def _compared(costs: Costs, config: Mapping[str, Any]) -> float:
     """Networks that two selectors share are counted twice; config.dense not at all."""
-    names, blocks = list(config["selectors"]), Blocks(costs.model, costs.space)
+    names, blocks = list(config["selectors"]), Choices(costs.model, costs.space)
     targets = [costs.budgeted(None, 1.0, part) for part in _TARGETS]
     if config["targets"] is not None:
         targets = [share * costs.full for share in config["targets"]]
@@ -225,9 +229,10 @@ def _latency(costs: Costs, config: Mapping[str, Any]) -> Work:
         return Work(0, 0.0)
     generated = setting["generated_tokens"] - 1 if setting["kind"] == "generation" else 0
     space = costs.space
-    balanced = len(space.hidden_size) * max(len(space.heads), len(space.ffn_hidden_size))
+    balanced = len(space.hidden_size) * max(len(space.sizes[axis.name]) for axis in space.layer_axes)
     each = (config["rounds"] + 1) * setting["batch_size"] * (costs.length + generated)  # tokens of a network
-    whole = Costs(costs.model, replace(space, depth=space.depth[-1:]), costs.length, costs.tensor).drawn()  # in all layers
+    all_layers = replace(space, sizes={**space.sizes, "depth": space.depth[-1:]})
+    whole = Costs(costs.model, all_layers, costs.length, costs.tensor).drawn()
     return Work(
         each * (balanced + config["check_networks"]), each * (balanced * whole + config["check_networks"] * costs.drawn())
     )

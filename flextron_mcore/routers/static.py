@@ -1,6 +1,6 @@
-"""Static routers: every elastic block, or axis, has a small MLP from the budget to its candidates (Flextron, eq. 9).
+"""Static routers: every choice has a small MLP from the budget to its candidates (Flextron, eq. 9).
 
-Shape suffixes: T targets, C costs that are constrained, N blocks or axes, K candidates, U hidden units of a router.
+Shape suffixes: T targets, C costs that are constrained, N choices, K candidates, U hidden units of a router.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flextron_mcore.blocks import Axes, Blocks
+from flextron_mcore.choices import Choices
 
 # Logits that the routers start from, over the candidates from smallest to largest: the full model is a little more likely.
 _START = 1.0
 
 
 class StaticRouters(torch.nn.Module):
-    """The routers of all blocks.
+    """The routers of all choices.
 
     A target of 0 is the smallest network's cost and 1 the full model's. Hidden units begin as steps at different targets, all
     over that range: a router can tell near-by budgets apart from the first step on.
     """
 
-    def __init__(self, blocks: Blocks | Axes, costs: int, hidden_size: int) -> None:
+    def __init__(self, choices: Choices, costs: int, hidden_size: int) -> None:
         super().__init__()
-        exists_NK = torch.from_numpy(blocks.exists_NK)
+        exists_NK = torch.from_numpy(choices.exists_NK)
         count, width = exists_NK.shape
         self.register_buffer("exists_NK", exists_NK, persistent=False)
         self.embed_NUC = torch.nn.Parameter(torch.randn(count, hidden_size, costs) * 8)
@@ -37,7 +37,7 @@ class StaticRouters(torch.nn.Module):
         self.bias_NK = torch.nn.Parameter(_START * torch.arange(1, width + 1).expand(count, -1) / sizes)
 
     def forward(self, targets_TC: Tensor) -> Tensor:
-        """Logits [T, N, K]; minus infinity where a block has no candidate."""
+        """Logits [T, N, K]; minus infinity where a choice has no candidate."""
         hidden_TNU = torch.tanh(torch.einsum("tc,nuc->tnu", targets_TC, self.embed_NUC) + self.shift_NU)
         logits_TNK = torch.einsum("tnu,nku->tnk", hidden_TNU, self.out_NKU) / hidden_TNU.shape[-1] ** 0.5 + self.bias_NK
         return logits_TNK.masked_fill(~self.exists_NK, -torch.inf)

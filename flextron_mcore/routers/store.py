@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flextron_mcore.adaptive.routers import AdaptiveRouters
-from flextron_mcore.blocks import Axes, Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.space import SubNetwork
@@ -63,11 +63,11 @@ class RouterInfo:
             "uniform": self.uniform,
         }
 
-    def choices(self, blocks: Blocks) -> Blocks | Axes:
-        """What they choose from, in the space of `blocks`."""
-        return Axes(blocks.model, blocks.space, self.uniform) if self.kind == "gumbel" else blocks
+    def choices(self, blocks: Choices) -> Choices:
+        """The choices that they make, in the space of `blocks`."""
+        return replace(blocks, all_axes=True, uniform=self.uniform) if self.kind == "gumbel" else blocks
 
-    def losses(self, blocks: Blocks) -> dict[SubNetwork, float]:
+    def losses(self, blocks: Choices) -> dict[SubNetwork, float]:
         """`measured`, by network."""
         choices = self.choices(blocks)
         return {choices.network(indices): loss for indices, loss in self.measured}
@@ -81,7 +81,7 @@ def write_routers(folder: Path, info: RouterInfo, routers: Routers, table: Mappi
         (folder / TABLE_FILE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
-def read_routers(folder: Path, blocks: Blocks, kind: str = "static") -> tuple[RouterInfo, Routers]:
+def read_routers(folder: Path, blocks: Choices, kind: str = "static") -> tuple[RouterInfo, Routers]:
     """The routers of the checkpoint in `folder`; adaptive ones hold the static ones that they started from, which kind static
     wants.
 
@@ -133,7 +133,7 @@ def kind_of_routers(folder: Path) -> str | None:
         return None
 
 
-def _made(info: RouterInfo, blocks: Blocks, weights: Mapping[str, torch.Tensor]) -> Routers:
+def _made(info: RouterInfo, blocks: Choices, weights: Mapping[str, torch.Tensor]) -> Routers:
     if info.kind != "adaptive":
         return StaticRouters(info.choices(blocks), len(info.costs), info.hidden_size)
     static = StaticRouters(blocks, len(info.costs), _hidden_size(weights))

@@ -88,10 +88,10 @@ def budgets(config: DictConfig, info: CheckpointInfo, costs: dict[str, Cost]) ->
 
 def selector(config: DictConfig, info: CheckpointInfo, name: str, losses: Losses | None = None) -> Selector:
     """The selector `name`. losses: evaluates networks, for `random`. Raises FlextronError where it lacks what it needs."""
-    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.choices import Choices
     from flextron_mcore.selection import selectors
 
-    blocks = Blocks(info.model, info.space)
+    blocks = Choices(info.model, info.space)
     if name == "router":
         return _routed(config, info, blocks)
     if name == "uniform":
@@ -145,14 +145,14 @@ def adaptive_routing(config: DictConfig, info: CheckpointInfo) -> tuple[Callable
     """
     import torch
 
-    from flextron_mcore.blocks import Blocks
     from flextron_mcore.adaptive.evaluation import target_for
+    from flextron_mcore.choices import Choices
     from flextron_mcore.layers.dispatch import KV_POLICIES
     from flextron_mcore.adaptive.routers import TokenRouting
     from flextron_mcore.routers.store import read_routers
     from flextron_mcore.runtime.distributed import device
 
-    described, routers = read_routers(info.path, Blocks(info.model, info.space), "adaptive")
+    described, routers = read_routers(info.path, Choices(info.model, info.space), "adaptive")
     if config.budget is None or config.get("subnetwork") is not None:
         raise FlextronError("selector=adaptive: wants a budget=, and no subnetwork=")
     policy = config.kv_policy or described.kv_policy
@@ -189,7 +189,6 @@ def _degradations(config: DictConfig, blocks: Any) -> Any:
     """[blocks, candidates] from the metrics.json of `flextron sensitivity`."""
     import numpy as np
 
-    from flextron_mcore.blocks import AXES
     from flextron_mcore.config import ModelConfig
     from flextron_mcore.space import ElasticSpace
 
@@ -204,7 +203,7 @@ def _degradations(config: DictConfig, blocks: Any) -> Any:
         if model != blocks.model or ElasticSpace.from_dict(model, values["space"]) != blocks.space:
             raise FlextronError(f"{file}: is of another model or space: measure it with `flextron sensitivity`")
         for row in values["blocks"]:
-            block = 2 * row["layer"] + AXES.index(row["axis"])
+            block = blocks.blocks.index((row["layer"], row["axis"]))
             table[block, blocks.sizes[block].index(row["size"])] = float(row["degradation"])
     except FlextronError:
         raise

@@ -1,12 +1,13 @@
-"""Multiple-choice knapsack, exact: one candidate a block, of the least total value, within budgets. No torch import.
+"""Multiple-choice knapsack, exact: one candidate a choice, of the least total value, within budgets. No torch import.
 
-Shape suffixes: N blocks or axes, K candidates, M networks.
+Shape suffixes: N choices, K candidates.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,70 +16,66 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from flextron_mcore.blocks import Axes, Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.space import SubNetwork
 
 Limit = tuple[Cost, float, float]  # a cost, its least and its largest value
 
 
-def cheapest(blocks: Blocks | Axes, values_NK: np.ndarray, limits: Sequence[Limit]) -> SubNetwork | None:
+def cheapest(choices: Choices, values_NK: np.ndarray, limits: Sequence[Limit]) -> SubNetwork | None:
     """The network with the least sum of `values_NK` whose costs are within `limits`; None if there is no such network.
 
     Solved as an integer program by HiGHS, to optimality; over all axes one for every hidden size and depth that may hold the
     best. There, a layer that is skipped has no value, and no value may be below 0.
     """
-    if isinstance(blocks, Axes):
-        return _any(blocks, values_NK, limits)
-    return _solve(
-        values_NK, blocks.exists_NK, [(blocks.costs_NK(cost), cost, *bounds) for cost, *bounds in limits], blocks.network, limits
-    )
-
-
-def every_size(axes: Axes, values_NK: np.ndarray, limits: Sequence[Limit]) -> list[SubNetwork]:
-    """As `cheapest`, but of every hidden size and depth with a network within the limits."""
-    found = [_of_size(axes, values_NK, limits, hidden, depth) for hidden, depth in _sizes(axes)]
-    return [net for net in found if net]
-
-
-def _sizes(axes: Axes) -> list[tuple[int, int]]:
-    return list(itertools.product(range(len(axes.space.hidden_size)), range(len(axes.space.depth))))
-
-
-def _any(axes: Axes, values_NK: np.ndarray, limits: Sequence[Limit]) -> SubNetwork | None:
+    network_values = [values_NK[row, : len(sizes)] for row, sizes in enumerate(_network_sizes(choices))]
     best, found = np.inf, None
-    for value, hidden, depth in sorted((values_NK[0, h] + values_NK[1, d], h, d) for h, d in _sizes(axes)):
-        if value >= best:
+    for of_network in sorted(_every(choices), key=lambda indices: (sum(map(operator.getitem, network_values, indices)), indices)):
+        if sum(map(operator.getitem, network_values, of_network)) >= best:
             break
-        net = _of_size(axes, values_NK, limits, hidden, depth)
-        if net and (total := axes.total(values_NK, net)) < best:
+        net = _of_size(choices, values_NK, limits, of_network)
+        if net and (total := choices.total(values_NK, net)) < best:
             best, found = total, net
     return found
 
 
-def _of_size(axes: Axes, values_NK: np.ndarray, limits: Sequence[Limit], hidden: int, depth: int) -> SubNetwork | None:
-    """The best network of the given candidates of hidden size and depth."""
-    space = axes.space
-    if axes.uniform:
-        pairs = itertools.product(range(len(space.heads)), range(len(space.ffn_hidden_size)))
-        networks = [axes.network([hidden, depth, *pair]) for pair in pairs]
+def every_size(choices: Choices, values_NK: np.ndarray, limits: Sequence[Limit]) -> list[SubNetwork]:
+    """The network as from `cheapest` of every hidden size and depth that has one within the limits."""
+    found = [_of_size(choices, values_NK, limits, of_network) for of_network in _every(choices)]
+    return [net for net in found if net]
+
+
+def _network_sizes(choices: Choices) -> list[tuple[int, ...]]:
+    return choices.sizes[: len(choices.network_axes)]
+
+
+def _every(choices: Choices) -> list[tuple[int, ...]]:
+    """All combinations of candidates of the axes of the network: one, of none, where these are not chosen."""
+    return list(itertools.product(*(range(len(sizes)) for sizes in _network_sizes(choices))))
+
+
+def _of_size(choices: Choices, values_NK: np.ndarray, limits: Sequence[Limit], of_network: tuple[int, ...]) -> SubNetwork | None:
+    """The best network of the given candidates of the axes of the network."""
+    first = len(of_network)
+    if choices.uniform:
+        every = itertools.product(*(range(len(sizes)) for sizes in choices.sizes[first:]))
+        networks = [choices.network([*of_network, *indices]) for indices in every]
         fitting = [net for net in networks if all(low <= cost.of(net) <= high * (1 + 1e-12) for cost, low, high in limits)]
-        return min(fitting, key=lambda net: axes.total(values_NK, net), default=None)
-    kept = np.array(sorted(space.layer_ranking[: space.depth[depth]]))
-    rows = 2 + np.stack([2 * kept, 2 * kept + 1], -1).ravel()
+        return min(fitting, key=lambda net: choices.total(values_NK, net), default=None)
+    some = choices.network([*of_network, *[0] * (choices.count - first)])
+    rows = choices.rows(i for i, layer in enumerate(some.layers) if layer.executed)
 
     def network(indices: Sequence[int]) -> SubNetwork:
-        whole = np.zeros(axes.count, dtype=int)
-        whole[[0, 1]], whole[rows] = (hidden, depth), indices
-        return axes.network(whole.tolist())
+        whole = np.zeros(choices.count, dtype=int)
+        whole[:first], whole[rows] = of_network, indices
+        return choices.network(whole.tolist())
 
-    blocks, count = Blocks(axes.model, space), len(rows)  # of which the first are like the rest
-    parts = [(cost.at(space.hidden_size[hidden]), *bounds) for cost, *bounds in limits]
-    if not all(cost.reaches(len(kept), *bounds) for cost, *bounds in parts):
+    parts = [(cost.at(some.hidden_size), *bounds) for cost, *bounds in limits]
+    if not all(cost.reaches(some.depth, *bounds) for cost, *bounds in parts):
         return None
-    costs = [(blocks.costs_NK(cost)[:count], cost, *bounds) for cost, *bounds in parts]
-    exists_NK = blocks.exists_NK[:count]
-    return _solve(values_NK[rows, : exists_NK.shape[1]], exists_NK, costs, network, limits)
+    costs = [(choices.costs_NK(cost)[rows], cost, *bounds) for cost, *bounds in parts]
+    return _solve(values_NK[rows], choices.exists_NK[rows], costs, network, limits)
 
 
 def _solve(

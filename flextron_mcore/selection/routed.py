@@ -7,7 +7,7 @@ is clear and on the budget, it is what is taken. No surrogate is needed, so this
 networks were measured (training/measured.py), a cell's is the best of these. Since a cell's network and its score do not depend
 on the budget, a larger budget never gets a cheaper network.
 
-Shape suffixes: C costs that the routers were trained for, N blocks, K candidates.
+Shape suffixes: C costs that the routers were trained for, N choices, K candidates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flextron_mcore.blocks import Axes, Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Budget, Cost
 from flextron_mcore.selection.knapsack import Limit, cheapest, every_size
 from flextron_mcore.space import SubNetwork
@@ -39,7 +39,7 @@ class Routed:
     `costs` is served by the target whose argmax comes nearest to it. measured: losses of networks, for budgets of the first cost.
     """
 
-    blocks: Blocks | Axes
+    choices: Choices
     costs: Mapping[str, Cost]
     log_p: Callable[[Sequence[float]], np.ndarray]
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Routed:
     @property
     def within(self) -> float:
         """Share of the full model's cost that may stay unused where networks are that near."""
-        return WITHIN_AXES if isinstance(self.blocks, Axes) else WITHIN
+        return WITHIN_AXES if self.choices.all_axes else WITHIN
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
         """The network for `budgets`, of which none is exceeded.
@@ -78,7 +78,7 @@ class Routed:
                 if found[1] < limit - self.within * cost.full and len(inside) == 1:
                     break
         if not (inside or others):
-            return 0.0, cost.smallest, self.blocks.least(cost)
+            return 0.0, cost.smallest, self.choices.least(cost)
         near = [found for found in inside if found[1] >= limit - self.within * cost.full]
         return max(near or inside, key=lambda found: found[:2], default=None)
 
@@ -90,26 +90,21 @@ class Routed:
 
     def proposals(self, cost: Cost) -> list[SubNetwork]:
         """What the routers think likeliest of every cost: in each cell, or over all axes for each size in windows of WITHIN."""
-        if isinstance(self.blocks, Blocks):
+        if not self.choices.all_axes:
             return [found[-1] for found in self.cells(cost) if found]
-        found: list[SubNetwork] = [self.blocks.least(cost), SubNetwork.full(self.blocks.model)]
+        found: list[SubNetwork] = [self.choices.least(cost), SubNetwork.full(self.choices.model)]
         high = cost.full
         while high > cost.smallest:
             limits: list[Limit] = [(cost, high - WITHIN * cost.full, high)]
-            found += every_size(self.blocks, self._values([Budget(cost, high)]), limits)
+            found += every_size(self.choices, self._values([Budget(cost, high)]), limits)
             high -= WITHIN * cost.full
         return found
 
     def _largest(self, budgets: Sequence[Budget]) -> SubNetwork | None:
         """The network that uses most of budgets that hold together."""
         limits: list[Limit] = [(budget.cost, 0.0, budget.limit) for budget in budgets]
-        blocks = Blocks(self.blocks.model, self.blocks.space)
-        spent_NK = sum(blocks.costs_NK(budget.cost) / budget.cost.full for budget in budgets)
-        if isinstance(self.blocks, Blocks):
-            return cheapest(self.blocks, -spent_NK, limits)
-        values_NK = np.zeros(self.blocks.exists_NK.shape)
-        values_NK[2:, : spent_NK.shape[1]] = -spent_NK[: len(values_NK) - 2]  # the same in all layers
-        found = every_size(self.blocks, values_NK, limits)
+        spent_NK = sum(self.choices.costs_NK(budget.cost) / budget.cost.full for budget in budgets)
+        found = every_size(self.choices, -spent_NK, limits)
         return max(found, key=lambda net: sum(budget.cost.of(net) / budget.cost.full for budget in budgets), default=None)
 
     @staticmethod
@@ -119,7 +114,7 @@ class Routed:
 
     def _cell(self, cost: Cost, others: Sequence[Budget], low: float, high: float) -> _Found | None:
         """The likeliest network that costs between `low` and `high`."""
-        key = (cost.name, tuple(others), high)
+        key = (cost.name, tuple((other.cost.name, other.limit) for other in others), high)
         if self.measured and not others and cost.name == next(iter(self.costs)):
             inside = [(-loss, cost.of(net), net) for net, loss in self.measured.items()]
             inside = [found for found in inside if low <= found[1] <= high * (1 + 1e-12)]
@@ -127,16 +122,16 @@ class Routed:
         if key not in self._cells:
             values_NK = self._values([Budget(cost, high), *others])
             limits: list[Limit] = [(cost, low, high), *((other.cost, 0.0, other.limit) for other in others)]
-            net = cheapest(self.blocks, values_NK, limits)
+            net = cheapest(self.choices, values_NK, limits)
             self._cells[key] = (self._score(values_NK, net, cost), cost.of(net), net) if net else None
         return self._cells[key]
 
     def _values(self, budgets: Sequence[Budget]) -> np.ndarray:
         """How unlikely the routers think each candidate for these budgets."""
         log_p_NK = self.log_p(self._targets(budgets))
-        if isinstance(self.blocks, Axes):  # layers may be skipped: what is unlikely counts, not how many choices there are
+        if self.choices.all_axes:  # layers may be skipped: what is unlikely counts, not how many choices there are
             log_p_NK = log_p_NK - log_p_NK.max(-1, keepdims=True)
-        return -np.where(self.blocks.exists_NK, log_p_NK, 0.0)
+        return -np.where(self.choices.exists_NK, log_p_NK, 0.0)
 
     def untrained(self, budget: Budget) -> tuple[float, float] | None:
         """The range of shares that the routers were trained for, if `budget` is outside of it."""
@@ -145,7 +140,7 @@ class Routed:
 
     def argmax(self, targets: Sequence[float]) -> SubNetwork:
         """The routers' own choice (eq. 9) for targets between 0 and 1."""
-        return self.blocks.network(self.log_p(targets).argmax(-1).tolist())
+        return self.choices.network(self.log_p(targets).argmax(-1).tolist())
 
     def _targets(self, budgets: Sequence[Budget]) -> list[float]:
         given = {budget.cost.name: target_of(budget.cost, budget.limit) for budget in budgets}
@@ -158,7 +153,7 @@ class Routed:
         return min(self._cells["scan"], key=lambda pair: abs(first.cost.of(pair[1]) - first.limit))[0]
 
     def _score(self, values_NK: np.ndarray, net: SubNetwork, cost: Cost) -> float:
-        return WORTH * cost.of(net) / cost.full - self.blocks.total(values_NK, net)
+        return WORTH * cost.of(net) / cost.full - self.choices.total(values_NK, net)
 
 
 def target_of(cost: Cost, value: float) -> float:

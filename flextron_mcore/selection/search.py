@@ -4,7 +4,7 @@ Of the networks of one hidden size and depth, losses are fitted by a trend of th
 drawn to 0 where little is known. What that thinks best among those that differ from a good network in two blocks at most is
 close to what was measured, so that the fit is asked for little. Measured and fitted again, it finds the next step.
 
-Shape suffixes: S networks, N blocks or axes, K candidates, M moves, each of one block to another candidate.
+Shape suffixes: S networks, N choices, K candidates, M moves, each of one choice to another candidate.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 
-from flextron_mcore.blocks import Axes, Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.space import SubNetwork
 
@@ -21,22 +21,19 @@ _RIDGE = 0.1  # of a candidate that one network has, so much of its effect is le
 _TREND = 3  # coefficients
 
 
-def size_of(net: SubNetwork) -> tuple[int, int]:
-    """Hidden size and depth."""
-    return net.hidden_size, sum(layer.executed for layer in net.layers)
-
-
 def worth_measuring(
-    choices: Blocks | Axes, cost: Cost, losses: Mapping[SubNetwork, float], near: Iterable[SubNetwork], span: float
+    choices: Choices, cost: Cost, losses: Mapping[SubNetwork, float], near: Iterable[SubNetwork], span: float
 ) -> list[SubNetwork]:
     """Networks that have no loss yet: for each of `near` the likeliest better one that costs as much or up to `span` less, and
     the one that costs more, up to `span`; of its hidden size and depth."""
     fits: dict[tuple[int, int], _Fit] = {}
     known, found = set(losses), []
     for net in near:
-        size = size_of(net)
+        size = net.hidden_size, net.depth
         if size not in fits:
-            fits[size] = _Fit(choices, cost, {other: losses[other] for other in losses if size_of(other) == size})
+            fits[size] = _Fit(
+                choices, cost, {other: losses[other] for other in losses if (other.hidden_size, other.depth) == size}
+            )
         for low, high in ((-span, 0.0), (0.0, span)):
             other = fits[size].best_near(net, low, high, known)
             if other:
@@ -46,7 +43,7 @@ def worth_measuring(
 
 
 class _Fit:
-    def __init__(self, choices: Blocks | Axes, cost: Cost, losses: Mapping[SubNetwork, float]) -> None:
+    def __init__(self, choices: Choices, cost: Cost, losses: Mapping[SubNetwork, float]) -> None:
         self.choices, self.cost = choices, cost
         self.exists_NK = choices.exists_NK
         rows_SN = np.array([choices.indices(net) for net in losses])

@@ -12,7 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.axes import AXES
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, show
 from flextron_mcore.selection.knapsack import cheapest
@@ -31,55 +32,49 @@ class Selector(Protocol):
 class Uniform:
     """The largest network with the same widths in every layer: the most balanced, and of those the one with most parameters."""
 
-    blocks: Blocks
+    choices: Choices
 
     def networks(self) -> list[SubNetwork]:
         """Every one that it knows."""
-        model, space = self.blocks.model, self.blocks.space
-        axes = itertools.product(space.heads, space.ffn_hidden_size, space.hidden_size, space.depth)
-        return [space.uniform(model, *sizes) for sizes in axes]
+        space = self.choices.space
+        return [space.uniform(self.choices.model, *sizes) for sizes in itertools.product(*space.sizes.values())]
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
-        model = self.blocks.model
+        full = SubNetwork.full(self.choices.model)
 
         def balance(net: SubNetwork) -> float:
-            executed = [layer for layer in net.layers if layer.executed]
-            return min(
-                executed[0].num_attention_heads / model.num_attention_heads,
-                executed[0].ffn_hidden_size / model.ffn_hidden_size,
-                net.hidden_size / model.hidden_size,
-                len(executed) / model.num_layers,
-            )
+            parts = [(axis, (net.executed_layers[0], full.layers[0]) if axis.of_layer else (net, full)) for axis in AXES.values()]
+            return min(axis.size(part) / axis.size(whole) for axis, (part, whole) in parts)
 
-        return _largest("uniform", self.blocks, self.networks(), budgets, balance)
+        return _largest("uniform", self.choices, self.networks(), budgets, balance)
 
 
 @dataclass(frozen=True)
 class MatFormer:
     """The largest network that has all heads, and the same MLP width in every layer (MatFormer, arXiv:2310.07707)."""
 
-    blocks: Blocks
+    choices: Choices
 
     def networks(self) -> list[SubNetwork]:
         """Every one that it knows."""
-        model, space = self.blocks.model, self.blocks.space
-        return [space.uniform(model, model.num_attention_heads, width) for width in space.ffn_hidden_size]
+        space = self.choices.space
+        return [space.uniform(self.choices.model, ffn_hidden_size=width) for width in space.ffn_hidden_size]
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
-        return _largest("matformer", self.blocks, self.networks(), budgets)
+        return _largest("matformer", self.choices, self.networks(), budgets)
 
 
 @dataclass(frozen=True)
 class Random:
     """The best of `count` random networks that just keep to the budgets. losses: evaluates networks [nats per token]."""
 
-    blocks: Blocks
+    choices: Choices
     count: int
     seed: int
     losses: Callable[[Sequence[SubNetwork]], Sequence[float]]
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
-        drawn = draw_near(self.blocks, budgets, self.count, self.seed)
+        drawn = draw_near(self.choices, budgets, self.count, self.seed)
         losses = self.losses(drawn)
         return drawn[int(np.argmin(losses))]
 
@@ -91,11 +86,11 @@ class Sensitivity:
     degradation_NK: loss above the full model's of each candidate [nats per token]. Exact for any budgets.
     """
 
-    blocks: Blocks
+    choices: Choices
     degradation_NK: np.ndarray
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
-        found = cheapest(self.blocks, self.degradation_NK, [(b.cost, 0.0, b.limit) for b in budgets])
+        found = cheapest(self.choices, self.degradation_NK, [(b.cost, 0.0, b.limit) for b in budgets])
         if found is None:
             raise FlextronError(f"no network keeps to {' and '.join(map(str, budgets))} together")
         return found
@@ -103,7 +98,7 @@ class Sensitivity:
 
 def _largest(
     name: str,
-    blocks: Blocks,
+    choices: Choices,
     networks: Iterable[SubNetwork],
     budgets: Sequence[Budget],
     first: Callable[[SubNetwork], float] = lambda net: 0.0,
@@ -112,10 +107,10 @@ def _largest(
     networks = list(networks)
     fitting = [net for net in networks if all(budget.allows(net) for budget in budgets)]
     if not fitting:
-        least = min(networks, key=lambda net: count_parameters(blocks.model, net))
+        least = min(networks, key=lambda net: count_parameters(choices.model, net))
         costs = ", ".join(f"{show(b.cost.name, b.cost.of(least))} ({b.cost.of(least) / b.cost.full:.3f})" for b in budgets)
         raise FlextronError(
             f"selector={name}: none of its {len(networks)} networks keeps to {' and '.join(map(str, budgets))}: "
             f"the smallest has {costs}"
         )
-    return max(fitting, key=lambda net: (first(net), count_parameters(blocks.model, net)))
+    return max(fitting, key=lambda net: (first(net), count_parameters(choices.model, net)))

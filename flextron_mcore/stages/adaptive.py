@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.adaptive.cost import RoutingCost
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runs.choice import check_table, counted_cost, known_costs, latency_table
 from flextron_mcore.runs.opened import check_not_modulated
@@ -63,7 +64,8 @@ def train_adaptive(config: DictConfig, info: Any, data: Any) -> dict[str, Any]:
                 for row in rows
             ],
         )
-        if learner.counted[learner.info.kv_policy][0].mixed[0] and all(_better(row, learner) < 0 for row in rows):
+        counted = isinstance(learner.counted[learner.info.kv_policy][0], RoutingCost)
+        if counted and all(_better(row, learner) < 0 for row in rows):
             say(f"{config.stage}: at these budgets routing costs more than it saves: the static choice serves them better")
         return write_metrics(
             out,
@@ -96,7 +98,7 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
     from flextron_mcore.adaptive.learner import AdaptiveLearner, AdaptiveSettings
     from flextron_mcore.adaptive.routers import AdaptiveRouters
     from flextron_mcore.adaptive.surrogate import SurrogateSettings
-    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.choices import Choices
     from flextron_mcore.layers.dispatch import KV_POLICIES
     from flextron_mcore.routers.store import read_routers
     from flextron_mcore.runtime.distributed import device
@@ -114,7 +116,7 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
         raise FlextronError(f"adaptive.hidden_size={hidden_size} is not within 1..{MOST_HIDDEN}")
     if values.pop("calibration_samples") < 1 or config.targets_per_step < 1:
         raise FlextronError("adaptive.calibration_samples and targets_per_step must be at least 1")
-    blocks = Blocks(info.model, info.space)
+    blocks = Choices(info.model, info.space)
     described, found = read_routers(info.path, blocks, "adaptive" if joint else "static")
     table = latency_table(config, info)
     check_table(table)
@@ -266,7 +268,7 @@ class _Measured:
 def evaluate_adaptive(config: DictConfig, info: Any, data: Any, computed: str, seq_length: int) -> dict[str, Any]:
     """`flextron evaluate selector=adaptive budget=...`: loss, perplexity and what was spent, a domain."""
     from flextron_mcore.adaptive.evaluation import average, evaluate_routed
-    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.choices import Choices
     from flextron_mcore.data.blend import valid_datasets
     from flextron_mcore.evaluation.perplexity import perplexity
     from flextron_mcore.model import loaded_model
@@ -274,7 +276,7 @@ def evaluate_adaptive(config: DictConfig, info: Any, data: Any, computed: str, s
 
     make, cost, share = adaptive_routing(config, info)
     mix = counted_cost(cost, latency_table(config, info), make().kv_policy)
-    blocks, size = Blocks(info.model, info.space), config.model.micro_batch_size
+    blocks, size = Choices(info.model, info.space), config.model.micro_batch_size
     with new_output(config) as out:
         datasets = valid_datasets(data, seq_length, config.seed, out / "cache")
         model = loaded_model(config.model, info, computed)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def run(config: DictConfig) -> dict[str, Any]:
     """Evaluate what every selector of config.selectors takes for every target, and what chance does."""
     info, data, computed, seq_length = opened(config)
-    from flextron_mcore.blocks import Blocks
     from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.choices import Choices
     from flextron_mcore.cost import Budget
     from flextron_mcore.data.blend import valid_datasets
     from flextron_mcore.selection.sampling import draw_near
@@ -37,7 +37,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if cost is None:
         raise FlextronError(f"cost={config.cost}: is not known here; known: {', '.join(costs)}")
     targets = validation_targets(config.targets, cost, (cost.smallest / cost.full, 1.0))
-    blocks, full = Blocks(info.model, info.space), SubNetwork.full(info.model)
+    blocks, full = Choices(info.model, info.space), SubNetwork.full(info.model)
     dense = [(Path(path).name, open_checkpoint(path)) for path in OmegaConf.to_container(config.dense)]
     near = {
         target: draw_near(blocks, [Budget(cost, target * cost.full)], config.random_at_target, config.seed)

@@ -103,14 +103,14 @@ def _prompts(config: DictConfig) -> list[str]:
 def _network(config: DictConfig, info: Any) -> tuple[Any, Any]:
     """What is to compute, and a function that says after it has what was spent, as a share of the full model's cost."""
     from flextron_mcore.adaptive.evaluation import average
-    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.choices import Choices
     from flextron_mcore.runs.choice import adaptive_routing, counted_cost, latency_table, select
     from flextron_mcore.space import SubNetwork
 
     if config.selector == "adaptive":
         make, cost, _ = adaptive_routing(config, info)
         routing = make()
-        mix, blocks = counted_cost(cost, latency_table(config, info), routing.kv_policy), Blocks(info.model, info.space)
+        mix, blocks = counted_cost(cost, latency_table(config, info), routing.kv_policy), Choices(info.model, info.space)
 
         def spent() -> dict[str, Any]:
             counts_NK = routing.counts_NK.cpu().numpy()

@@ -16,8 +16,8 @@ from flextron_mcore.runs.routers import check_settings, described_routers, train
 def run(config: DictConfig) -> dict[str, Any]:
     """Train the model of config.checkpoint, and a router, which starts from the checkpoint's where it has one of this kind."""
     start(config)
-    from flextron_mcore.blocks import Blocks
     from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.choices import Choices
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.routers.store import kind_of_routers, read_routers
     from flextron_mcore.training.gumbel import GumbelLearner
@@ -39,7 +39,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         raise FlextronError(f"router.temperature={router['temperature']}: must be two numbers above 0, the first and the last")
     described, costs = described_routers(config, info, table, router.pop("hidden_size"))
     described = replace(described, kind="gumbel", uniform=router.pop("uniform"))
-    blocks, started = Blocks(info.model, info.space), None
+    blocks, started = Choices(info.model, info.space), None
     if kind_of_routers(info.path) == "gumbel":
         before, started = read_routers(info.path, blocks)
         if (before.uniform, before.costs) != (described.uniform, described.costs):

@@ -16,8 +16,8 @@ from flextron_mcore.runs.routers import check_settings, train_routers
 def run(config: DictConfig) -> dict[str, Any]:
     """Tune the model of config.checkpoint and its routers."""
     start(config)
-    from flextron_mcore.blocks import Blocks
     from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.choices import Choices
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.routers.store import kind_of_routers, read_routers
     from flextron_mcore.training.loop import check
@@ -27,7 +27,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
     check_settings(config)
-    blocks = Blocks(info.model, info.space)
+    blocks = Choices(info.model, info.space)
     if kind_of_routers(info.path) == "adaptive":
         from flextron_mcore.stages.adaptive import train_adaptive
 

@@ -45,8 +45,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     for hidden in reversed(space.hidden_size):
         part, at = cost.at(hidden), f" at {hidden} channels" if len(space.hidden_size) > 1 else ""
         rows += [["embedding, final norm, output" + at, "", part.constant, part.constant / cost.full]]
-        for name, sizes, costs in (("heads", space.heads, part.heads), ("neurons", space.ffn_hidden_size, part.ffn_hidden_size)):
-            rows += [[name + at, size, value, layers * value / cost.full] for size, value in zip(sizes, costs, strict=True)]
+        for axis in space.layer_axes:
+            costs = zip(space.sizes[axis.name], part.candidates[axis.name], strict=True)
+            rows += [[axis.unit + at, size, value, layers * value / cost.full] for size, value in costs]
     title = f"milliseconds a layer; full model {cost.full:.4g} ms, smallest network {cost.smallest:.4g} ms"
     print_table(title, ["block", "candidate", "ms", "share of the full model in all layers"], rows)
     if table.check:
@@ -69,7 +70,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def _measured(config: DictConfig, info: Any) -> Any:
     from flextron_mcore.adaptive.latency import measure_routed, networks_per_round
-    from flextron_mcore.blocks import Blocks
+    from flextron_mcore.choices import Choices
     from flextron_mcore.latency.measure import Setting, balanced, measure
     from flextron_mcore.layers.dispatch import KV_POLICIES
     from flextron_mcore.model import loaded_model
@@ -105,7 +106,7 @@ def _measured(config: DictConfig, info: Any) -> Any:
         table = on_main_process(lambda: measure(model, info.model, info.space, setting, *sizes, bar.update))
     if not config.routed.enabled:
         return table
-    blocks = Blocks(info.model, info.space)
+    blocks = Choices(info.model, info.space)
     policies = KV_POLICIES if info.space.attention_unit == "kv_group" else ("full",)
     count = (config.routed.rounds + 1) * networks_per_round(blocks) * len(policies)
     with progress_bar(total=count, desc="latency, routed", unit="network") as bar:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def run(config: DictConfig) -> dict[str, Any]:
     """Train routers on the frozen model of config.checkpoint."""
     start(config)
-    from flextron_mcore.blocks import Blocks
     from flextron_mcore.checkpoint.store import open_checkpoint
+    from flextron_mcore.choices import Choices
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.training.loop import check
     from flextron_mcore.training.router import RouterSettings
@@ -41,7 +41,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     described, costs = described_routers(config, info, table, router.pop("hidden_size"))
     settings = RouterSettings(targets_per_step=config.targets_per_step, **router)
     seq_length = check(config, info, data, 1 + config.targets_per_step)
-    blocks = Blocks(info.model, info.space)
+    blocks = Choices(info.model, info.space)
     plain = table.to_dict() if table else None
     shared = (blocks, costs, described, settings, config.seed, config.trainer.max_steps, plain)
     if surrogate.pop("enabled"):

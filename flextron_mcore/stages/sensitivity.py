@@ -14,16 +14,16 @@ from flextron_mcore.runs.terminal import print_table, progress_bar
 def run(config: DictConfig) -> dict[str, Any]:
     """Evaluate the full model, and it with every smaller candidate of every block."""
     info, data, computed, seq_length = opened(config)
-    from flextron_mcore.blocks import AXES, Blocks
+    from flextron_mcore.choices import Choices
     from flextron_mcore.data.blend import valid_datasets
     from flextron_mcore.evaluation.perplexity import evaluate, mean
     from flextron_mcore.model import loaded_model
     from flextron_mcore.space import SubNetwork
 
     check_widths_only(info, "`flextron sensitivity`")
-    blocks, full = Blocks(info.model, info.space), SubNetwork.full(info.model)
-    places = [(block, k) for block, sizes in enumerate(blocks.sizes) for k in range(len(sizes) - 1)]
-    networks = {"full": full, **{f"{block} {k}": blocks.replaced(full, block, k) for block, k in places}}
+    choices, full = Choices(info.model, info.space), SubNetwork.full(info.model)
+    places = [(block, k) for block, sizes in enumerate(choices.sizes) for k in range(len(sizes) - 1)]
+    networks = {"full": full, **{f"{block} {k}": choices.replaced(full, block, k) for block, k in places}}
     with new_output(config) as out:
         datasets = valid_datasets(data, seq_length, config.seed, out / "cache")
         model = loaded_model(config.model, info, computed)
@@ -42,9 +42,9 @@ def run(config: DictConfig) -> dict[str, Any]:
         losses = {name: mean(domains) for name, domains in found.items()}
         rows = [
             {
-                "layer": block // 2,
-                "axis": AXES[block % 2],
-                "size": blocks.sizes[block][k],
+                "layer": choices.blocks[block][0],
+                "axis": choices.blocks[block][1],
+                "size": choices.sizes[block][k],
                 "loss": losses[f"{block} {k}"],
                 "degradation": losses[f"{block} {k}"] - losses["full"],
             }

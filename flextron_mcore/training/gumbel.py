@@ -10,14 +10,14 @@ Shape suffixes: T targets, C constrained costs, N axes, K candidates, L layers, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flextron_mcore.blocks import Axes
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo
@@ -33,7 +33,7 @@ class GumbelLearner(RouterLearner, WeightLearner):
 
     def __init__(
         self,
-        choices: Axes,
+        choices: Choices,
         costs: Sequence[Cost],
         info: RouterInfo,
         settings: GumbelSettings,
@@ -46,14 +46,15 @@ class GumbelLearner(RouterLearner, WeightLearner):
         self.scale: float | None = None  # running mean of the losses above the full model's
         self.drawn: tuple[Tensor, Tensor] | None = None
 
-        def parts(name: str) -> Tensor:
+        def parts(of: Callable[[Cost], float | Sequence[float]]) -> Tensor:
             rows = [
-                [np.array(getattr(cost.at(size), name)) / span for size in choices.space.hidden_size]
+                [np.array(of(cost.at(size))) / span for size in choices.space.hidden_size]
                 for cost, span in zip(self.costs, self.targets.spans, strict=True)
             ]
             return torch.tensor(np.array(rows), dtype=torch.float32)
 
-        self.constant_CH, self.heads_CHK, self.neurons_CHK = parts("constant"), parts("heads"), parts("ffn_hidden_size")
+        self.constant_CH = parts(lambda cost: cost.constant)
+        self.candidates_CHK = [parts(lambda cost, name=axis.name: cost.candidates[name]) for axis in choices.space.layer_axes]
         smallest = [cost.smallest / span for cost, span in zip(self.costs, self.targets.spans, strict=True)]
         self.constant_CH = self.constant_CH - torch.tensor(smallest)[:, None]
         # A layer is executed by the depths from the first that has it.
@@ -106,21 +107,22 @@ class GumbelLearner(RouterLearner, WeightLearner):
         soft_TNK = ((self.routers(targets_TC) + noise_TNK) / self._falling(self.settings.temperature, step)).softmax(-1)
         return soft_TNK, torch.nn.functional.one_hot(soft_TNK.argmax(-1), soft_TNK.shape[-1]).float()
 
-    def _weights(self, choice_NK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fields of a WeightedNetwork."""
+    def _weights(self, choice_NK: Tensor) -> tuple[Tensor, ...]:
+        """The fields of a WeightedNetwork: hidden [H], layers [L], and of each of a layer's axes [L, K]."""
         space, layers = self.choices.space, self.choices.model.num_layers
-        heads, neurons = choice_NK[2::2, : len(space.heads)], choice_NK[3::2, : len(space.ffn_hidden_size)]
-        if self.choices.uniform:
-            heads, neurons = heads.expand(layers, -1), neurons.expand(layers, -1)
-        return choice_NK[0, : len(space.hidden_size)], self.has_LK @ choice_NK[1, : len(space.depth)], heads, neurons
+        columns = zip(*(self.choices.rows([layer]) for layer in range(layers)), strict=True)
+        widths = [
+            choice_NK[list(rows), : len(space.sizes[axis.name])] for axis, rows in zip(space.layer_axes, columns, strict=True)
+        ]
+        return choice_NK[0, : len(space.hidden_size)], self.has_LK @ choice_NK[1, : len(space.depth)], *widths
 
     def _spent(self, choice_TNK: Tensor) -> Tensor:
         """Costs of weighted choices, in shares of the span between the smallest and the full network: [T, C]."""
         spent = []
         for choice_NK in choice_TNK:
-            hidden_H, layers_L, heads_LK, neurons_LK = self._weights(choice_NK)
-            pair_CH = (layers_L @ heads_LK) @ self.heads_CHK.mT + (layers_L @ neurons_LK) @ self.neurons_CHK.mT
-            spent.append(((self.constant_CH + pair_CH) * hidden_H).sum(-1))
+            hidden_H, layers_L, *widths = self._weights(choice_NK)
+            layers_CH = sum((layers_L @ w_LK) @ costs.mT for w_LK, costs in zip(widths, self.candidates_CHK, strict=True))
+            spent.append(((self.constant_CH + layers_CH) * hidden_H).sum(-1))
         return torch.stack(spent)
 
     def _noise(self, count: int, generator: torch.Generator) -> Tensor:

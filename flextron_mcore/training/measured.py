@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from flextron_mcore.blocks import Axes, Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Budget, Cost
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.selection.routed import CELL, WITHIN
@@ -71,8 +71,8 @@ def _answers(cost: Cost, losses: Mapping[SubNetwork, float]) -> dict[SubNetwork,
 def _few(learner: RouterLearner) -> list[SubNetwork]:
     """All networks of costs that few have, near the smallest and the full one: there it is sure that the best is found."""
     blocks, cost = learner.choices, learner.costs[0]
-    whole = Blocks(blocks.model, blocks.space)
-    if isinstance(blocks, Axes) and blocks.uniform:
+    whole = Choices(blocks.model, blocks.space)
+    if blocks.uniform:
         networks = Uniform(whole).networks()
         return networks if len(networks) <= _FEW_IN_ALL else []
     found: list[SubNetwork] = []

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flextron_mcore.blocks import Axes, Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Budget, Cost
 from flextron_mcore.routers.static import StaticRouters, log_probabilities
 from flextron_mcore.routers.store import STATE_FILE, RouterInfo, check_same_table, load_state, save_state, write_routers
@@ -54,7 +54,7 @@ class GumbelSettings:
     two_sided_from: float = 0.3
 
 
-def new_routers(choices: Blocks | Axes, info: RouterInfo, seed: int) -> StaticRouters:
+def new_routers(choices: Choices, info: RouterInfo, seed: int) -> StaticRouters:
     """Routers before their training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -70,7 +70,7 @@ class RouterLearner(Learner):
 
     def __init__(
         self,
-        choices: Blocks | Axes,
+        choices: Choices,
         costs: Sequence[Cost],
         info: RouterInfo,
         settings: RouterSettings | GumbelSettings,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flextron_mcore.axes import AXES
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.space import ElasticSpace, SubNetwork
 
@@ -18,10 +19,9 @@ def draw(
 ) -> list[SubNetwork]:
     """`count` sub-networks for a step.
 
-    flextron: heads and FFN width of every layer drawn independently and uniformly, and where they are elastic the hidden size and
-    the number of layers of each network. matformer: heads stay full and all layers share one FFN width; the widths of one step
-    are distinct while there are enough of them (MatFormer, arXiv:2310.07707). stream: separates independent uses of the same seed
-    and step (0 training, 1 validation).
+    flextron: every axis is drawn independently and uniformly, for each layer or for the network. matformer: all layers share one
+    FFN width, and everything else is full; the widths of one step are distinct while there are enough of them (MatFormer,
+    arXiv:2310.07707). stream: separates independent uses of the same seed and step (0 training, 1 validation).
     """
     if mode not in MODES:
         raise FlextronError(f"mode={mode!r} is not known: use one of {', '.join(MODES)}")
@@ -30,20 +30,18 @@ def draw(
         smaller = space.ffn_hidden_size[:-1] or space.ffn_hidden_size
         rounds = [generator.permutation(len(smaller)) for _ in range(-(-count // len(smaller)))]
         widths = [smaller[i] for i in np.concatenate(rounds)[:count]] if count else []
-        return [space.uniform(model, model.num_attention_heads, width) for width in widths]
-    shape = (count, model.num_layers)
-    heads = generator.integers(len(space.heads), size=shape)
-    widths = generator.integers(len(space.ffn_hidden_size), size=shape)
-    sizes, depths = (generator.integers(len(axis), size=count) for axis in (space.hidden_size, space.depth))
+        return [space.uniform(model, ffn_hidden_size=width) for width in widths]
+    drawn = {
+        name: np.array(sizes)[generator.integers(len(sizes), size=(count, model.num_layers) if AXES[name].of_layer else count)]
+        for name, sizes in space.sizes.items()
+    }
+    of_layers = np.stack([drawn[axis.name] for axis in space.layer_axes], -1)  # [count, layers, axes]
     return [
         space.network(
             model,
-            [
-                space.layer_choice(model, space.heads[h], space.ffn_hidden_size[w])
-                for h, w in zip(heads[j], widths[j], strict=True)
-            ],
-            space.hidden_size[sizes[j]],
-            space.depth[depths[j]],
+            [space.layer_choice(model, *sizes) for sizes in of_layers[j].tolist()],
+            int(drawn["hidden_size"][j]),
+            int(drawn["depth"][j]),
         )
         for j in range(count)
     ]

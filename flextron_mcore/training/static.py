@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.routers.static import StaticRouters, gates
 from flextron_mcore.routers.store import RouterInfo
@@ -32,7 +32,7 @@ class StaticLearner(RouterLearner):
 
     def __init__(
         self,
-        choices: Blocks,
+        choices: Choices,
         costs: Sequence[Cost],
         info: RouterInfo,
         settings: RouterSettings,
@@ -134,7 +134,7 @@ class SurrogateLearner(StaticLearner, LossLearner):
 
     def __init__(
         self,
-        choices: Blocks,
+        choices: Choices,
         costs: Sequence[Cost],
         info: RouterInfo,
         settings: RouterSettings,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
+from flextron_mcore.adaptive.cost import RoutingCost
 from flextron_mcore.adaptive.evaluation import average, each_cost
 from tests.routing_toy import family, latency
 
@@ -17,7 +16,8 @@ def test_tokens_are_worth_together_what_all_cost(mixed):
     cost = latency(blocks)
     if mixed:
         one = 0.01 * cost.full
-        cost = replace(cost, mixed=((2 * one, one, 3 * one), (one, 2 * one, 0.0)), tokens=64)
+        overhead = {"heads": (2 * one, one, 3 * one), "ffn_hidden_size": (one, 2 * one, 0.0)}
+        cost = RoutingCost.of_levels(cost, cost.candidates, overhead, tokens=64)
     counts = [len(sizes) for sizes in blocks.sizes]
     levels_NS = np.random.default_rng(0).integers(0, np.array(counts)[:, None], (blocks.count, 64))
     shares_NK = np.eye(blocks.exists_NK.shape[1])[levels_NS].mean(1)

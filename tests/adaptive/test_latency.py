@@ -26,9 +26,10 @@ def test_it_measures(kind, kv_policy):
     setting = Setting(kind, 2, 8, 4 if kind == "generation" else 1)
     found = routed.measure_routed(model, blocks, setting, 2, 8, kv_policy, latency(blocks), 0, lambda: calls.append(1))
     assert len(calls) == 3 * routed.networks_per_round(blocks)
-    assert len(found.heads) == len(found.ffn_hidden_size) == 4 and [len(costs) for costs in found.mixed] == [3, 3]
-    assert min(*found.heads, *found.ffn_hidden_size, *found.mixed[0], *found.mixed[1]) >= 0
-    assert max(found.heads) > 0 and found.check["median_error"] >= 0 and found.hidden_size == 8
+    assert [len(costs) for costs in found.candidates.values()] == [4, 4]
+    assert [len(costs) for costs in found.overhead.values()] == [3, 3]
+    assert min(cost for part in (found.candidates, found.overhead) for costs in part.values() for cost in costs) >= 0
+    assert max(found.candidates["heads"]) > 0 and found.check["median_error"] >= 0 and found.hidden_size == 8
     assert all(layer.mlp.routing is None for layer in model.decoder.layers)
 
 
@@ -40,7 +41,7 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
     token's. It runs at half the speed of the table's.
     """
     blocks = family(2)
-    costs, mixed = np.array([[1.0, 2, 3, 4], [2, 3, 5, 9]]), ((0.5, 0.5, 2.0), (3.0, 3.0, 0.1))
+    costs, overhead = np.array([[1.0, 2, 3, 4], [2, 3, 5, 9]]), ((0.5, 0.5, 2.0), (3.0, 3.0, 0.1))
     model = toy.model(blocks.model, blocks.space)
 
     def parts(model) -> list[float]:
@@ -52,10 +53,11 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
                 first = levels[:8].numpy()
                 further = len(np.unique(first)) - 1
                 above = (sizes[first.max()] - sizes[first].mean()) / sizes[-1]
-                found.append(float(costs[axis][levels.numpy()].mean()) + np.dot(mixed[axis], [further > 0, further, above]))
+                found.append(float(costs[axis][levels.numpy()].mean()) + np.dot(overhead[axis], [further > 0, further, above]))
         return found
 
-    static = Cost("latency", blocks.model, blocks.space, 7.0, *map(tuple, costs.tolist()))
+    candidates = dict(zip(("heads", "ffn_hidden_size"), costs.tolist(), strict=True))
+    static = Cost("latency", blocks.model, blocks.space, 7.0, candidates)
 
     def whole(run) -> float:
         if model.decoder.layers[0].mlp.routing:
@@ -66,8 +68,8 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
     monkeypatch.setattr(routed, "time_blocks", lambda model, run: ([2 * part for part in parts(model)], 14.0))
     monkeypatch.setattr(routed, "time_run", lambda run: 2 * whole(run))
     found = routed.measure_routed(model, blocks, setting, 1, 8, "full", static, 0)
-    assert found.heads == pytest.approx(costs[0]) and found.ffn_hidden_size == pytest.approx(costs[1])
-    assert [*found.mixed[0], *found.mixed[1]] == pytest.approx([*mixed[0], *mixed[1]])
+    assert [list(found) for found in found.candidates.values()] == [pytest.approx(costs[0]), pytest.approx(costs[1])]
+    assert list(found.overhead.values()) == [pytest.approx(overhead[0]), pytest.approx(overhead[1])]
     assert found.check["largest_error"] < 1e-9
 
 
@@ -81,17 +83,18 @@ def test_the_table_keeps_them(tmp_path):
     values = json.loads(file.read_text())
     assert values["routed"] == {}
     row = {"hidden_size": 8, "heads": [1, 2, 3, 4], "ffn_hidden_size": [2, 3, 4, 5], "check": {"median_error": 0.01}}
-    row["mixed"] = {"attention": [0.5, 0.25, 1], "mlp": [0, 0.1, 0]}
+    row["overhead"] = {"attention": [0.5, 0.25, 1], "mlp": [0, 0.1, 0]}
     file.write_text(json.dumps({**values, "routed": {"own": row}}))
     table = LatencyTable.from_file(file, blocks.model, blocks.space)
-    costs = (1.0, 2.0, 3.0, 4.0), (2.0, 3.0, 4.0, 5.0), ((0.5, 0.25, 1.0), (0.0, 0.1, 0.0))
-    assert table.routed == {"own": RoutedTable(8, *costs, {"median_error": 0.01})}
-    assert (table.routed_cost("own").mixed, table.routed_cost("own").tokens) == (costs[2], 8)
+    candidates = {"heads": (1.0, 2.0, 3.0, 4.0), "ffn_hidden_size": (2.0, 3.0, 4.0, 5.0)}
+    overhead = {"heads": (0.5, 0.25, 1.0), "ffn_hidden_size": (0.0, 0.1, 0.0)}
+    assert table.routed == {"own": RoutedTable(8, candidates, overhead, {"median_error": 0.01})}
+    assert (table.routed_cost("own").overhead, table.routed_cost("own").tokens) == (overhead, 8)
     file.write_text(json.dumps(table.to_dict()))
     assert LatencyTable.from_file(file, blocks.model, blocks.space) == table
     assert table.routed_cost("own").full == table.cost().constant + 2 * 9
     assert table.to_dict()["routed"]["own"]["heads"] == (1.0, 2.0, 3.0, 4.0)
-    older = {key: value for key, value in row.items() if key != "mixed"}
+    older = {key: value for key, value in row.items() if key != "overhead"}
     for bad, message in (
         ({**row, "heads": [1, 2]}, "is not a latency table"),
         (older, "is of an earlier version: measure again"),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
+from flextron_mcore.adaptive.cost import RoutingCost
 from flextron_mcore.adaptive.learner import AdaptiveLearner, AdaptiveSettings
 from flextron_mcore.adaptive.routers import AdaptiveRouters, Seen
 from flextron_mcore.routers.static import StaticRouters
@@ -49,7 +48,7 @@ def learner_of(tokens: int, weight: float, mixed: tuple[float, ...]) -> Adaptive
     blocks = family(1)
     cost = latency(blocks)
     mixed = tuple(value * cost.full for value in mixed)
-    counted = replace(cost, mixed=(mixed, mixed), tokens=tokens)
+    counted = RoutingCost.of_levels(cost, cost.candidates, {axis: mixed for axis in cost.candidates}, tokens)
     info = RouterInfo(("latency",), ((cost.smallest / cost.full, 1.0),), 8, {}, "adaptive")
     routers = AdaptiveRouters(blocks, 1, 8, StaticRouters(blocks, 1, 8))
     settings = AdaptiveSettings(targets_per_step=1, lr=0.05, constraint_weight=weight)

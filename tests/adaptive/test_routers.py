@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from flextron_mcore.adaptive.cost import RoutingCost
 from flextron_mcore.adaptive.evaluation import average, calibrate, each_cost, target_for
 from flextron_mcore.adaptive.routers import AdaptiveRouters, TokenRouting
 from flextron_mcore.config import FlextronError
@@ -107,7 +108,8 @@ def test_it_costs_something_that_tokens_differ(which, added):
     """That they do, each further level, and what lies above a token's own: as far as a pass has tokens of a level."""
     blocks = family(2)  # sizes are a fourth, a half, three fourths and all
     cost = latency(blocks)
-    mixed = replace(cost, mixed=tuple(tuple(value * (i == which) for i in range(3)) for value in (3.0, 5.0)), tokens=1000)
+    overhead = {axis: tuple(value * (i == which) for i in range(3)) for axis, value in (("heads", 3.0), ("ffn_hidden_size", 5.0))}
+    mixed = RoutingCost.of_levels(cost, cost.candidates, overhead, tokens=1000)
     pure, share_NK = np.eye(4)[[0, 1, 2, 3]], np.array([[0.5, 0.5, 0, 0], [0.25] * 4, [0, 0, 0, 1], [0.999, 0, 0, 0.001]])
     assert average(mixed, blocks, pure) == pytest.approx(average(cost, blocks, pure))
     assert average(mixed, blocks, share_NK) - average(cost, blocks, share_NK) == pytest.approx(added, rel=1e-6)

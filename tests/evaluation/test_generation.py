@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flextron_mcore.adaptive.routers import AdaptiveRouters, TokenRouting
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.evaluation.generation import Sampling, generate
 from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.model import use_subnetwork
@@ -33,7 +33,7 @@ def networks(case, kind: str):
     if kind == "sub-network":
         net = toy.random_network(arch, space, 2)
         return lambda: net
-    blocks = Blocks(arch, space)
+    blocks = Choices(arch, space)
     torch.manual_seed(3)
     routers = AdaptiveRouters(blocks, 1, 16, StaticRouters(blocks, 1, 16))
     with torch.no_grad():

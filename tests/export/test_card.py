@@ -52,7 +52,7 @@ def test_costs(info, tmp_path):
 def test_predicted_latency(info, tmp_path):
     net = networks(info)["by layer"]
     routing_toy.write_table(info.path, info.path / TABLE_FILE)
-    cost = routing_toy.latency(routing_toy.Blocks(info.model, info.space))
+    cost = routing_toy.latency(routing_toy.Choices(info.model, info.space))
     share = cost.of(net) / cost.full
     assert 0.5 < share < 0.95
     text = describe(Job(info, net, tmp_path / "out"))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel
 
-from flextron_mcore.blocks import Blocks
 from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.layers.dispatch import KV_POLICIES, GivenLevels
@@ -200,7 +200,7 @@ def test_a_switch_keeps_the_cache(cases, name, kv_policy, implementation):
     """As if Megatron-Core had routed the tokens: those before the switch one way, those after it another."""
     case = cases(name)
     case.model.set_attn_implementation(implementation)
-    info, blocks = case.info, Blocks(case.info.model, case.info.space)
+    info, blocks = case.info, Choices(case.info.model, case.info.space)
     tokens, starts = hf_toy.tokens(2, 24), [0, 6, 9, 15, 20]
     for seed in (10, 20):
         nets = [toy.random_network(info.model, info.space, seed + i) for i in range(len(starts))]

@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from flextron_mcore.adaptive.cost import RoutingCost
 from flextron_mcore.adaptive.evaluation import average, target_for
 from flextron_mcore.adaptive.routers import AdaptiveRouters, TokenRouting
-from flextron_mcore.blocks import Blocks
 from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choices import Choices
 from flextron_mcore.cli import compose
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import train_tokenizer
@@ -66,7 +67,7 @@ def routed_checkpoint(
     """A checkpoint with routers that prefer this and that, and a latency table if they want one; counted: of routing too."""
     theirs = maker(**{"num_hidden_layers" if maker is hf_toy.llama else "n_layer": LAYERS})
     info = hf_toy.checkpoint(hf_toy.save(theirs, root / "hf"), root / "run", {**SPACE, **space})
-    blocks = Blocks(info.model, info.space)
+    blocks = Choices(info.model, info.space)
     torch.manual_seed(len(costs) + LAYERS)
     memory = {"dtype": "fp32", "batch_size": 1, "length": hf_toy.LENGTH}
     described = RouterInfo(
@@ -265,14 +266,14 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
     _, model = export(info, tmp_path / "out")
     from flextron_mcore.routers.store import read_routers
 
-    blocks = Blocks(info.model, info.space)
+    blocks = Choices(info.model, info.space)
     described, routers = read_routers(info.path, blocks, "adaptive")
     megatron, tokens = hf_toy.megatron(info), hf_toy.tokens(2, 20)
     positions = torch.arange(20).expand_as(tokens)
     _, known = selected(info)
     table = LatencyTable.from_file(tmp_path / "latency.json", info.model, info.space)
     known["latency"] = choice.counted_cost(known["latency"], table, kv_policy)
-    assert bool(known["latency"].mixed[0]) is counted
+    assert isinstance(known["latency"], RoutingCost) is counted
     for budget in (0.6, 0.75, 0.9):
         model.set_budget(budget, adaptive=True)
         routing = TokenRouting(routers, torch.tensor([target_for(described.calibration, budget)]), kv_policy)
@@ -335,7 +336,7 @@ def chatty(tmp_path_factory) -> Path:
     table = json.loads(write_table(bigger.path, root / "bigger.json").read_text())
     from flextron_mcore.routers.store import read_routers
 
-    described, routers = read_routers(info.path, Blocks(info.model, info.space), "adaptive")
+    described, routers = read_routers(info.path, Choices(info.model, info.space), "adaptive")
     write_routers(bigger.path, described, routers, table)
     tokenizer.save(root / "tokenizer")
     (root / "out").mkdir()

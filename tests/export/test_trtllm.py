@@ -118,7 +118,7 @@ def test_any_shape(data, llama, bias, tied, seed, tmp_path_factory):
     space = ElasticSpace.build(
         arch, 1, unit, list(range(step, groups * queries + 1, step)), [2, 7, 10, 20], [16, 24], list(range(1, layers + 1))
     )
-    net = toy.random_network(arch, replace(space, depth=(layers,)), seed)
+    net = toy.random_network(arch, replace(space, sizes={**space.sizes, "depth": (layers,)}), seed)
     executed = data.draw(st.lists(st.booleans(), min_size=layers, max_size=layers).filter(any), "executed")
     chosen = tuple(replace(layer, executed=run) for layer, run in zip(net.layers, executed, strict=True))
     net = SubNetwork(draw("hidden", 16, 24), chosen)

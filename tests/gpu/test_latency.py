@@ -42,10 +42,10 @@ def test_the_table_has_the_devices_time(pause, setting, device):
     table = measure(model, arch, space, setting, 2, 0, seed=1)
     passes = setting.generated_tokens
     timings = table.timings[arch.hidden_size]
-    times = dict(zip(space.ffn_hidden_size, (timing.minimum for timing in timings.ffn_hidden_size), strict=True))
+    times = dict(zip(space.ffn_hidden_size, (timing.minimum for timing in timings.candidates["ffn_hidden_size"]), strict=True))
     # Half: latencies are in proportion to the round's drift, which small blocks on a busy machine tell badly.
     assert times.pop(24) >= passes * PAUSE / 2
-    others = [*times.values(), timings.constant.minimum, *(timing.minimum for timing in timings.heads)]
+    others = [*times.values(), timings.constant.minimum, *(timing.minimum for timing in timings.candidates["heads"])]
     assert 0 < min(others) and max(others) < passes * PAUSE / 2
     half, full = time_networks(model, arch, [space.uniform(arch, 2, 24), None], setting, rounds=1, seed=1)
     assert half.minimum >= passes * PAUSE > full.minimum

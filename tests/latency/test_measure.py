@@ -53,8 +53,8 @@ def test_the_table_has_what_the_blocks_took(clock, setting, passes, groups, unit
     table = measure(model, arch, space, setting, 2, 5, seed=1, progress=lambda: networks.append(1))
     timings = table.timings[arch.hidden_size]
     assert timings.constant.median == pytest.approx(1000 * passes)
-    assert [t.median for t in timings.heads] == pytest.approx([1000 * passes * size for size in space.heads])
-    assert [t.minimum for t in timings.ffn_hidden_size] == pytest.approx(
+    assert [t.median for t in timings.candidates["heads"]] == pytest.approx([1000 * passes * size for size in space.heads])
+    assert [t.minimum for t in timings.candidates["ffn_hidden_size"]] == pytest.approx(
         [100 * passes * width for width in space.ffn_hidden_size]
     )
     assert table.check["networks"] == 5 and table.check["largest_error"] == pytest.approx(0, abs=1e-9)

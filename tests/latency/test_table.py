@@ -25,7 +25,7 @@ def table(**changes) -> LatencyTable:
         setting={"kind": "prefill", "batch_size": 2, "sequence_length": 24},
         machine={"device": "abacus"},
         statistic="minimum",
-        timings={ARCH.hidden_size: Timings(timings[0], tuple(timings[1:3]), tuple(timings[3:]))},
+        timings={ARCH.hidden_size: Timings(timings[0], {"heads": tuple(timings[1:3]), "ffn_hidden_size": tuple(timings[3:])})},
     )
     return LatencyTable(**{**values, **changes})
 
@@ -48,8 +48,8 @@ def test_a_table_says_when_it_should_not_be_trusted():
     assert table(check={"median_error": 0.03, "p95_error": 0.08}).warning() is None
     for check in ({"median_error": 0.031, "p95_error": 0.05}, {"median_error": 0.01, "p95_error": 0.09}):
         assert "measure again on an idle machine" in table(check=check).warning()
-    good, rows = {"median_error": 0.01, "p95_error": 0.02}, ((1.0, 2.0), (1.0, 2.0), ((0.0,) * 3, (0.0,) * 3))
-    routed = {policy: RoutedTable(8, *rows, {"median_error": error}) for policy, error in (("full", 0.03), ("own", 0.6))}
+    good, rows = {"median_error": 0.01, "p95_error": 0.02}, {"heads": (1.0, 2.0), "ffn_hidden_size": (1.0, 2.0)}
+    routed = {policy: RoutedTable(8, rows, {}, {"median_error": error}) for policy, error in (("full", 0.03), ("own", 0.6))}
     assert table(check=good, routed={"full": routed["full"]}).warning() is None
     assert re.search(r"are off by 60.0% \(kv_policy=own\) of .* more routed.rounds", table(check=good, routed=routed).warning())
 
@@ -109,7 +109,7 @@ def test_every_hidden_size_has_its_own_entries(tmp_path):
     timings = {}
     for size in space.hidden_size:
         values = [Timing(size * value, size * value) for value in (1.0, 2.5, 3.0, 0.0, 1.0, 1.5, 2.0 + size)]
-        timings[size] = Timings(values[0], tuple(values[1:3]), tuple(values[3:]))
+        timings[size] = Timings(values[0], {"heads": tuple(values[1:3]), "ffn_hidden_size": tuple(values[3:])})
     truth = table(space=space, timings=timings)
     networks = [toy.random_network(ARCH, space, seed) for seed in range(120)]
     assert truth.cost().smallest == min(map(truth.cost().of, networks)) == 8 * (1 + 2.5)

@@ -12,7 +12,7 @@ from megatron.core.transformer.module import Float16Module
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.cli import compose
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.launch.activations import networks, saved_chunk, saved_head, saved_layer
@@ -215,7 +215,7 @@ def test_work_of_the_stages():
     importance = said(arch, configured("importance", "samples=16", "ablation_batches=0"))
     assert (importance.tokens, importance.flops) == (16 * LENGTH, 16 * LENGTH * costs.full)
     sensitivity = said(arch, configured("sensitivity", "limit_val_batches=1"))
-    blocks, full = Blocks(arch, space), SubNetwork.full(arch)
+    blocks, full = Choices(arch, space), SubNetwork.full(arch)
     nets = [full, *(blocks.replaced(full, i, k) for i, sizes in enumerate(blocks.sizes) for k in range(len(sizes) - 1))]
     assert sensitivity.flops == pytest.approx(sensitivity.tokens * sum(map(costs.of, nets)))
     compare = said(

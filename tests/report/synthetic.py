@@ -15,7 +15,7 @@ from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 
 MODEL = ModelConfig(8, 256, 8, 8192, 512, ffn_hidden_size=1024)
 SPACE = ElasticSpace.build(MODEL, granularity=2)
-COST = Cost("latency", MODEL, SPACE, 1.0, (0.5, 0.7, 0.9, 1.1), (0.3, 0.5, 0.7, 0.9))
+COST = Cost("latency", MODEL, SPACE, 1.0, {"heads": (0.5, 0.7, 0.9, 1.1), "ffn_hidden_size": (0.3, 0.5, 0.7, 0.9)})
 SETTINGS = {"model": MODEL.to_dict(), "space": SPACE.to_dict()}
 TARGETS = (0.6, 0.7, 0.8, 0.9)
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.routers.static import StaticRouters, gates, log_probabilities
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 
 ARCH = toy.config(num_layers=3)
-BLOCKS = Blocks(ARCH, ElasticSpace.build(ARCH, heads=[0.5, 1.0]))
+BLOCKS = Choices(ARCH, ElasticSpace.build(ARCH, heads=[0.5, 1.0]))
 
 
 def trained(costs: int = 1) -> StaticRouters:

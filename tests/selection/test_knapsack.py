@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from flextron_mcore.blocks import Axes
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import memory_cost, parameter_cost
 from flextron_mcore.selection.knapsack import cheapest
 from flextron_mcore.space import ElasticSpace
@@ -62,7 +62,7 @@ def test_over_all_axes_against_all_networks(seed, uniform):
     space = ElasticSpace.build(
         arch, heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0], hidden_size=[8, 32], depth=[1, 2, 3], layer_ranking=[2, 0, 1]
     )
-    axes, generator = Axes(arch, space, uniform), np.random.default_rng(seed)
+    axes, generator = Choices(arch, space, all_axes=True, uniform=uniform), np.random.default_rng(seed)
     every = {axes.network(indices) for indices in itertools.product(*(range(len(sizes)) for sizes in axes.sizes))}
     costs = parameter_cost(arch, space), memory_cost(arch, space, "bf16", 64, 24)
     values_NK = generator.exponential(size=axes.exists_NK.shape) * 10.0 ** generator.integers(-3, 3)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from flextron_mcore.blocks import Axes, Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.selection.knapsack import cheapest
 from flextron_mcore.selection.routed import CELL, WITHIN, Routed, target_of
@@ -15,7 +15,7 @@ from flextron_mcore.space import SubNetwork
 from tests.routing_toy import family, latency
 
 
-def boltzmann(blocks: Blocks, cost: Cost, seed: int):
+def boltzmann(blocks: Choices, cost: Cost, seed: int):
     """Routers that know what each block is worth, with noise that depends on the target."""
     worth = np.random.default_rng(seed).uniform(0.5, 1.5, blocks.count)
 
@@ -99,7 +99,7 @@ def test_targets():
 def test_budgets_that_hold_nothing_near_together_are_used_as_far_as_they_go(uniform):
     """Over all axes, against all networks: few parameters and little memory leave a lot of both unused."""
     blocks = family(2, hidden_size=[8, 32], depth=[1, 2], heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0])
-    axes = Axes(blocks.model, blocks.space, uniform)
+    axes = Choices(blocks.model, blocks.space, all_axes=True, uniform=uniform)
     costs = [parameter_cost(axes.model, axes.space), memory_cost(axes.model, axes.space, "bf16", 64, 24)]
     every = {axes.network(row) for row in itertools.product(*(range(len(sizes)) for sizes in axes.sizes))}
     routed = Routed(axes, {"parameters": costs[0]}, lambda targets: np.where(axes.exists_NK, 0.0, -np.inf))

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from flextron_mcore.blocks import Axes
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import parameter_cost
-from flextron_mcore.selection.search import size_of, worth_measuring
+from flextron_mcore.selection.search import worth_measuring
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 from tests.routing_toy import family, latency, true_loss
@@ -26,24 +26,26 @@ def drawn(choices, count: int, seed: int = 0) -> list:
 
 
 @pytest.mark.parametrize(
-    "choices", [family(3), Axes(ARCH, SPACE, False), Axes(ARCH, SPACE, True)], ids=["blocks", "axes", "uniform"]
+    "choices",
+    [family(3), Choices(ARCH, SPACE, all_axes=True), Choices(ARCH, SPACE, all_axes=True, uniform=True)],
+    ids=["blocks", "axes", "uniform"],
 )
 def test_moves_cost_what_they_cost(choices):
-    cost = latency(choices) if not isinstance(choices, Axes) else COST
+    cost = latency(choices) if not choices.all_axes else COST
     for net in drawn(choices, 12):
         moves_NK, own = choices.moves_NK(net, cost), choices.indices(net)
         assert moves_NK.shape == choices.exists_NK.shape
         for block, candidate in itertools.product(*map(range, moves_NK.shape)):
             if np.isfinite(moves_NK[block, candidate]):
                 other = choices.network([*own[:block], candidate, *own[block + 1 :]])
-                assert other != net and size_of(other) == size_of(net)
+                assert other != net and (other.hidden_size, other.depth) == (net.hidden_size, net.depth)
                 assert moves_NK[block, candidate] == pytest.approx(cost.of(other) - cost.of(net), rel=1e-9, abs=1e-9)
-        changeable = 2 if getattr(choices, "uniform", False) else 2 * size_of(net)[1]
+        changeable = 2 if getattr(choices, "uniform", False) else 2 * (net.hidden_size, net.depth)[1]
         assert np.isfinite(moves_NK).any(-1).sum() == changeable
 
 
 def test_proposals_are_new_near_and_of_the_same_size():
-    choices, span = Axes(ARCH, SPACE, False), 0.05 * COST.full
+    choices, span = Choices(ARCH, SPACE, all_axes=True), 0.05 * COST.full
     known = dict.fromkeys(drawn(choices, 30), 1.0)
     near = list(known)[:10]
     found = worth_measuring(choices, COST, known, near, span)
@@ -52,7 +54,7 @@ def test_proposals_are_new_near_and_of_the_same_size():
         sources = [
             other
             for other in near
-            if size_of(other) == size_of(net)
+            if (other.hidden_size, other.depth) == (net.hidden_size, net.depth)
             and sum(a != b for a, b in zip(choices.indices(other), choices.indices(net), strict=True)) <= 2
             and abs(COST.of(other) - COST.of(net)) <= span * (1 + 1e-9)
         ]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flextron_mcore.blocks import Blocks
 from flextron_mcore.checkpoint.reader import TensorReader
 from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import memory_cost, parameter_cost
 from flextron_mcore.space import ElasticSpace, SubNetwork
@@ -66,7 +66,7 @@ def test_what_router_writes(chain, routed):
     measured = dict((tuple(indices), loss) for indices, loss in json.loads((newest / "routers.json").read_text())["measured"])
     info = open_checkpoint(newest)
     for row in metrics["budgets"]:  # the best of what was measured within the budget, not merely the likeliest
-        assert tuple(Blocks(info.model, info.space).indices(SubNetwork.from_dict(row["subnetwork"]))) in measured
+        assert tuple(Choices(info.model, info.space).indices(SubNetwork.from_dict(row["subnetwork"]))) in measured
     before, after = (TensorReader(open_checkpoint(path)) for path in (chain / "elastic", routed / "router"))
     assert all(before.read(key).equal(after.read(key)) for key in before.keys())  # noqa: SIM118
     weights = newest / "__0_0.distcp"
@@ -191,7 +191,7 @@ def test_sensitivity(chain, routed):
     one = metrics["blocks"][4]
     assert one["degradation"] == pytest.approx(one["loss"] - metrics["full_loss"])
     info = open_checkpoint(routed / "router")
-    blocks = Blocks(info.model, info.space)
+    blocks = Choices(info.model, info.space)
     net = blocks.replaced(SubNetwork.full(info.model), 2 * one["layer"] + (one["axis"] != "heads"), 1)
     assert one["size"] == blocks.sizes[1][1]
     (routed / "one.json").write_text(net.to_json())

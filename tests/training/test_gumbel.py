@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flextron_mcore.blocks import Axes
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Budget, parameter_cost
 from flextron_mcore.routers.store import RouterInfo
 from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
@@ -36,7 +36,7 @@ def loss_of(hidden_K, layers_L, heads_LK, neurons_LK) -> torch.Tensor:
     return found
 
 
-def loss(axes: Axes, net: SubNetwork) -> float:
+def loss(axes: Choices, net: SubNetwork) -> float:
     def one_hot(size: int, sizes: tuple[int, ...]) -> list[float]:
         return [float(size == other) for other in sizes]
 
@@ -53,7 +53,9 @@ def loss(axes: Axes, net: SubNetwork) -> float:
 def learner(uniform: bool = False, seed: int = 0, **settings) -> GumbelLearner:
     cost = parameter_cost(ARCH, SPACE)
     info = RouterInfo(("parameters",), ((cost.smallest / cost.full, 1.0),), 32, {}, "gumbel", uniform=uniform)
-    return GumbelLearner(Axes(ARCH, SPACE, uniform), [cost], info, GumbelSettings(**settings), seed, STEPS)
+    return GumbelLearner(
+        Choices(ARCH, SPACE, all_axes=True, uniform=uniform), [cost], info, GumbelSettings(**settings), seed, STEPS
+    )
 
 
 def train(taught: GumbelLearner, first: int = 0, last: int = STEPS) -> list[dict]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flextron_mcore.blocks import Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Budget
 from flextron_mcore.selection import routed
 from flextron_mcore.selection.routed import WITHIN
@@ -122,7 +122,7 @@ def test_over_all_axes_every_size_is_tried(uniform):
     sizes = {(net.hidden_size, sum(layer.executed for layer in net.layers)) for net in tried[0]}
     assert sizes == set(itertools.product(axes.space.hidden_size, axes.space.depth))
     if uniform:
-        assert tried[0] == set(Uniform(Blocks(axes.model, axes.space)).networks())
+        assert tried[0] == set(Uniform(Choices(axes.model, axes.space)).networks())
     budgets = [[Budget(cost, share * cost.full)] for share in np.linspace(0.3, 1, 30)]
     before = [taught.selector().select(budget) for budget in budgets]
     taught.info = replace(taught.info, measured=tuple((tuple(axes.indices(net)), value) for net, value in losses.items()))

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.adaptive.routers import AdaptiveRouters
-from flextron_mcore.blocks import Blocks
 from flextron_mcore.checkpoint.reader import TensorReader
 from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.latency.table import LatencyTable
@@ -47,7 +47,7 @@ def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -
     uniform), `latency` (a table, or a directory with one; default: the one beside the routers), `kv_cache` (batch_size, length:
     what a memory budget counts), `networks` (files of networks that may answer budgets too). Raises FlextronError.
     """
-    blocks = Blocks(info.model, info.space)
+    blocks = Choices(info.model, info.space)
     name = options.get("selector") or "router"
     kind = kind_of_routers(info.path) if info.path else None
     if name == "router" and kind is None:
@@ -123,7 +123,7 @@ def _given(info: CheckpointInfo, file: Path) -> SubNetwork:
     return net
 
 
-def _routed(info: CheckpointInfo, blocks: Blocks, costs: Mapping[str, Cost]) -> Routed:
+def _routed(info: CheckpointInfo, blocks: Choices, costs: Mapping[str, Cost]) -> Routed:
     """What the checkpoint's routers choose."""
     described, weights = read_routers(info.path, blocks)
     if missing := [cost for cost in described.costs if cost not in costs]:
@@ -141,7 +141,7 @@ def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork
     more = [[cost.of(net), networks.number(net)] for net in given]
     if isinstance(picks, Routed):
         cells = [found and [*found[:2], networks.number(found[2])] for found in picks.cells(cost)]
-        return {"cells": cells, "least": [networks.number(picks.blocks.least(cost))], "given": more}
+        return {"cells": cells, "least": [networks.number(picks.choices.least(cost))], "given": more}
     steps: list[list] = []
     for limit in sorted({cost.of(net) for net in picks.networks()}):
         net = picks.select([Budget(cost, limit)])
@@ -151,7 +151,7 @@ def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork
 
 
 def _adaptive(
-    info: CheckpointInfo, blocks: Blocks, kind: str | None, costs: Mapping[str, Cost], table: LatencyTable | None
+    info: CheckpointInfo, blocks: Choices, kind: str | None, costs: Mapping[str, Cost], table: LatencyTable | None
 ) -> tuple[dict[str, Any] | None, AdaptiveRouters | None]:
     if kind != "adaptive":
         return None, None
@@ -164,7 +164,7 @@ def _adaptive(
     if table and described.costs[0] == "latency":
         for policy in table.routed:
             cost = table.routed_cost(policy)
-            counted[policy] = {**_sums(cost), "mixed": [list(costs) for costs in cost.mixed], "tokens": cost.tokens}
+            counted[policy] = {**_sums(cost), "mixed": list(map(list, cost.overhead.values())), "tokens": cost.tokens}
     return {
         "cost": described.costs[0],
         "kv_policy": described.kv_policy,
@@ -188,7 +188,7 @@ def _cost(cost: Cost) -> dict[str, Any]:
 
 
 def _sums(cost: Cost) -> dict[str, Any]:
-    return {"constant": cost.constant, "heads": list(cost.heads), "ffn_hidden_size": list(cost.ffn_hidden_size)}
+    return {"constant": cost.constant, **{name: list(costs) for name, costs in cost.candidates.items()}}
 
 
 def _row(net: SubNetwork) -> dict[str, Any]:

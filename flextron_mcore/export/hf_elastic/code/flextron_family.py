@@ -240,7 +240,7 @@ class Family:
 
 
 def _mixed(row, sizes, tokens):
-    """How much a block's tokens differ, as flextron_mcore/blocks.py counts it. row: the share of tokens at each level."""
+    """How much a block's tokens differ, as flextron_mcore/adaptive/cost.py counts it. row: the share of tokens at each level."""
     occurs = lambda share: 1 - (1 - share) ** tokens  # noqa: E731
     above, before = 0.0, 0
     for level, size in enumerate(sizes):

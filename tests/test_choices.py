@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flextron_mcore.blocks import Axes, Blocks
+from flextron_mcore.choices import Choices
 from flextron_mcore.cost import memory_cost, parameter_cost
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
@@ -16,7 +16,7 @@ def test_networks_and_candidates():
         ElasticSpace.build(arch, heads=[0.5, 1.0]),
         ElasticSpace.build(arch, attention_unit="query_head", heads=[2, 4]),
     ):
-        blocks = Blocks(arch, space)
+        blocks = Choices(arch, space)
         assert blocks.count == 6 and blocks.sizes[:2] == [space.heads, space.ffn_hidden_size]
         assert blocks.exists_NK.tolist() == [[True, True, False, False], [True] * 4] * 3
         for seed in range(10):
@@ -32,7 +32,7 @@ def test_networks_and_candidates():
 def test_costs_are_the_sums_of_the_table():
     arch = toy.config(num_layers=3)
     space = ElasticSpace.build(arch, heads=[0.5, 1.0])
-    blocks = Blocks(arch, space)
+    blocks = Choices(arch, space)
     for cost in (parameter_cost(arch, space), memory_cost(arch, space, "bf16", 2, 24)):
         table = blocks.costs_NK(cost)
         assert not table[~blocks.exists_NK].any()
@@ -45,7 +45,7 @@ def test_costs_are_the_sums_of_the_table():
 def test_all_axes():
     arch = toy.config(num_layers=3)
     space = ElasticSpace.build(arch, heads=[0.5, 1.0], hidden_size=[8, 16, 32], depth=[1, 2, 3], layer_ranking=[1, 2, 0])
-    layered, uniform = Axes(arch, space, False), Axes(arch, space, True)
+    layered, uniform = Choices(arch, space, all_axes=True), Choices(arch, space, all_axes=True, uniform=True)
     assert layered.sizes == [space.hidden_size, space.depth, *[space.heads, space.ffn_hidden_size] * 3] and layered.count == 8
     assert uniform.sizes == layered.sizes[:4]
     for seed in range(20):

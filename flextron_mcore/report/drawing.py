@@ -21,9 +21,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from flextron_mcore.config import ModelConfig
-from flextron_mcore.space import SubNetwork
-
 DPI = 200
 SIZE = (5.0, 3.6)  # inches; small enough that 9.5 pt text is readable when the image is as wide as a phone
 MARKERS = "osD^vPX<>"
@@ -82,20 +79,6 @@ class Picture:
     dark: bytes
 
 
-def short(text: str, most: int = 26) -> str:
-    """`text`, cut in the middle to `most` characters for a legend or label."""
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"
-
-
-def percent_label(net: SubNetwork, model: ModelConfig) -> str | None:
-    """`50/25` for a uniform network with 50% of the heads and 25% of the FFN; None for any other network."""
-    executed = [layer for layer in net.layers if layer.executed]
-    if not net.is_uniform or len(executed) < model.num_layers or net.hidden_size != model.hidden_size:
-        return None
-    heads, ffn = executed[0].num_attention_heads / model.num_attention_heads, executed[0].ffn_hidden_size / model.ffn_hidden_size
-    return f"{100 * heads:.0f}/{100 * ffn:.0f}"
-
-
 def ramp(theme: Theme, count: int) -> np.ndarray:
     """`count` colours (RGBA rows), from the last of `theme.lines` to the first, for lines that have an order."""
     return LinearSegmentedColormap.from_list("lines", theme.lines)(np.linspace(1, 0, max(count, 2)))
@@ -106,11 +89,6 @@ def moving_average(values: Sequence[float], window: int) -> np.ndarray:
     half, inside = max(window, 1) // 2, slice(max(window, 1) // 2, max(window, 1) // 2 + len(values))
     kernel = np.ones(2 * half + 1)
     return np.convolve(values, kernel)[inside] / np.convolve(np.ones(len(values)), kernel)[inside]
-
-
-def stem(label: str) -> str:
-    """`label` as a safe part of a file name."""
-    return "".join(c if c.isalnum() and c.isascii() or c in "-_" else "_" for c in label) or "run"
 
 
 def tidy(axes: Axes, x_numbers: bool = True) -> None:

@@ -16,12 +16,14 @@ def run(config: DictConfig) -> dict[str, Any]:
     """Write config.out/index.html, its figures and family.json from the stages found in config.run. The main process does."""
     if not is_main_process():
         return {}
-    from flextron_mcore.report.page import build_report
+    # Commands that draw nothing start without matplotlib.
+    from flextron_mcore.adaptive import report as adaptive
+    from flextron_mcore.report import MAKING, RESULTS, build_report
 
     if not Path(config.run).is_dir():
         raise FlextronError(f"run={config.run}: no such directory")
     with serial_output(config) as out:
-        figures = build_report(Path(config.run), out)
+        figures = build_report(Path(config.run), out, (*RESULTS, *adaptive.TOPICS, *MAKING))
         metrics = write_metrics(
             out, "report", {"figures": [Path(f).name for f in figures["figures"]], "family": figures["family"]}
         )

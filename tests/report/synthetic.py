@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flextron_mcore.config import ModelConfig
+import pytest
+
+from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import Cost
+from flextron_mcore.report import TOPICS
+from flextron_mcore.report.reader import collect
+from flextron_mcore.report.topic import Topic
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 
 MODEL = ModelConfig(8, 256, 8, 8192, 512, ffn_hidden_size=1024)
@@ -18,6 +25,15 @@ SPACE = ElasticSpace.build(MODEL, granularity=2)
 COST = Cost("latency", MODEL, SPACE, 1.0, {"heads": (0.5, 0.7, 0.9, 1.1), "ffn_hidden_size": (0.3, 0.5, 0.7, 0.9)})
 SETTINGS = {"model": MODEL.to_dict(), "space": SPACE.to_dict()}
 TARGETS = (0.6, 0.7, 0.8, 0.9)
+NETWORK = {
+    "name": "full",
+    "subnetwork": SubNetwork.full(MODEL).to_dict(),
+    **{"parameters": 10, "non_embedding_parameters": 5, "weight_bytes": 20, "kv_cache_bytes": 8},
+    **{"loss": {"prose": 2.0}, "perplexity": {"prose": 7.4}, "mean": {"loss": 2.0, "perplexity": 7.4}},
+}
+EVALUATE = {"stage": "evaluate", "networks": [NETWORK], "model": MODEL.to_dict(), "space": None}
+ELASTIC = {"stage": "elastic", "steps": 4, "tokens": 400, "seconds": 1.5, "tokens_per_second": 266.7, "validation": {}}
+EXPORT = {"stage": "export", "format": "hf", "architecture": "A", "parameters": 1, "bytes": 2, "path": "x"}
 
 
 def draw(rng: random.Random) -> SubNetwork:
@@ -120,7 +136,7 @@ def sensitivity() -> dict[str, Any]:
             for size in sizes[:-1]:
                 widths = {"heads": 8, "ffn_hidden_size": 1024, axis: size}
                 layers = list(full.layers)
-                layers[layer] = SPACE.layer_choice(MODEL, **widths)
+                layers[layer] = SPACE.layer_choice(MODEL, *widths.values())
                 value = loss(SubNetwork(256, tuple(layers)))
                 blocks.append({"layer": layer, "axis": axis, "size": size, "loss": value, "degradation": value - 3.0})
     return {"stage": "sensitivity", "samples": 64, "full_loss": 3.0, "blocks": blocks, **SETTINGS}
@@ -190,3 +206,29 @@ def write(directory: Path, metrics: dict[str, Any], log: list[dict[str, Any]] | 
     (directory / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     if log is not None:
         (directory / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
+
+
+def read(topic: Topic, run: Path, **stages: Any) -> list:
+    """The results of `topic` in a run with these stages: metrics, or (metrics, log)."""
+    for name, made in stages.items():
+        write(run / name, *(made if isinstance(made, tuple) else (made,)))
+    return topic.results(collect(run))
+
+
+def changed(metrics: dict[str, Any], path: list[str | int], value: Any) -> dict[str, Any]:
+    """A copy of `metrics` with another value at `path`."""
+    inner = result = copy.deepcopy(metrics)
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return result
+
+
+def problem(run: Path, topics: Sequence[Topic] = TOPICS) -> str:
+    """The one line that says why `run` cannot be read."""
+    with pytest.raises(FlextronError) as caught:
+        outputs = collect(run)
+        for topic in topics:
+            topic.results(outputs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

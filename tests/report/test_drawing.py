@@ -1,4 +1,4 @@
-"""How figures are drawn: labels, averages, scales, and that nothing leaks in from outside."""
+"""How figures are drawn: averages, scales, and that nothing leaks in from outside."""
 
 from __future__ import annotations
 
@@ -11,42 +11,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flextron_mcore.config import ModelConfig
-from flextron_mcore.report import drawing, figures
-from flextron_mcore.report.collect import Network, Series, Settings
-from flextron_mcore.space import LayerChoice, SubNetwork
-
-MODEL = ModelConfig(4, 64, 4, 100, 64)
-FULL = SubNetwork.full(MODEL).layers
+from flextron_mcore.report import drawing
 
 
-def layer(heads: int = 4, ffn: int = 256, executed: bool = True) -> LayerChoice:
-    return LayerChoice(executed, heads, 1, ffn)
+def plot() -> drawing.Picture:
+    """A picture with a label that would be mathematics to matplotlib."""
 
+    def draw(figure: Figure, theme: drawing.Theme) -> None:
+        axes = figure.subplots()
+        axes.plot([1, 2], [3, 4], color=theme.after, label="$a_{$")
+        axes.legend()
+        drawing.tidy(axes)
 
-def family() -> Series:
-    nets = [("full", 20, SubNetwork.full(MODEL)), ("$a_{$", 10, SubNetwork(64, (LayerChoice(True, 1, 1, 256), *FULL[1:])))]
-    rows = [Network(name, net, size, size, 2 * size, 10, {}, {}, 2.0, 7.4) for name, size, net in nets]
-    return Series("evaluate", MODEL, rows, Settings())
-
-
-def test_percent_label():
-    assert drawing.percent_label(SubNetwork(64, (layer(2, 64),) * 4), MODEL) == "50/25"
-    assert drawing.percent_label(SubNetwork(64, (layer(2), layer(4), layer(4), layer(4))), MODEL) is None
-    assert drawing.percent_label(SubNetwork(64, (layer(),) * 3 + (layer(executed=False),)), MODEL) is None
-    assert drawing.percent_label(SubNetwork(32, (layer(),) * 4), MODEL) is None
+    return drawing.picture("plot", "", "", draw)
 
 
 def test_moving_average_keeps_length_and_place():
     assert np.allclose(drawing.moving_average([1, 2, 6, 3, 5], 3), [1.5, 3, 11 / 3, 14 / 3, 4])
     assert np.allclose(drawing.moving_average([1.0, 4.0], 1), [1, 4])
     assert np.allclose(drawing.moving_average([1.0, 4.0, 4.0], 99), 3.0)
-
-
-def test_short_cuts_the_middle():
-    assert drawing.short("x" * 26) == "x" * 26
-    cut = drawing.short("start " + "x" * 40 + " end")
-    assert len(cut) == 26 and cut.startswith("start") and "…" in cut and cut.endswith(" end")
 
 
 @pytest.mark.parametrize(
@@ -72,17 +55,14 @@ def test_ramp_runs_from_the_last_colour_to_the_first():
 
 
 def test_settings_of_the_user_neither_matter_nor_change():
-    found = family()
-    plain = figures.pareto(found, [found], None, "pareto", "")
+    plain = plot()
     with matplotlib.rc_context({"font.size": 31.0, "axes.linewidth": 9.0, "lines.linewidth": 7.0}):
-        other = figures.pareto(found, [found], None, "pareto", "")
+        other = plot()
         assert matplotlib.rcParams["font.size"] == 31.0 and matplotlib.rcParams["text.parse_math"]
     assert (plain.light, plain.dark) == (other.light, other.dark)
 
 
 @pytest.mark.parametrize(("theme", "corner"), [("light", (255, 255, 255, 255)), ("dark", (0, 0, 0, 0))])
 def test_background_suits_the_page(theme, corner):
-    found = family()
-    image = Image.open(io.BytesIO(getattr(figures.pareto(found, [found], None, "pareto", ""), theme)))
-    found = image.getpixel((0, 0))
+    found = Image.open(io.BytesIO(getattr(plot(), theme))).getpixel((0, 0))
     assert found[3] == corner[3] and (found[3] == 0 or found == corner)

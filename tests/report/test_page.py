@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.report import build_report
+from flextron_mcore.report import TOPICS, build_report
+from flextron_mcore.report.topic import Highlights, Section, Topic
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters, kv_cache_bytes, weight_bytes
 from tests.report import synthetic
-from tests.report.synthetic import write
+from tests.report.synthetic import ELASTIC, EVALUATE, write
 
 MODEL = ModelConfig(8, 256, 8, 8192, 512, ffn_hidden_size=1024)
 SPACE = ElasticSpace.build(MODEL, granularity=2)
@@ -164,7 +165,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Page]:
     run, out = make_run(tmp_path_factory.mktemp("whole") / "my_run"), tmp_path_factory.mktemp("out")
-    result = build_report(run, out)
+    result = build_report(run, out, TOPICS)
     text = result["index"].read_text(encoding="utf-8")
     return result, text, Page(text)
 
@@ -261,7 +262,7 @@ def test_a_run_of_some_stages_gives_their_parts(tmp_path, undrawn, stages, expec
     whole, run = make_run(tmp_path / "whole"), tmp_path / "run"
     for stage in stages:
         shutil.copytree(whole / stage, run / stage)
-    result = build_report(run, tmp_path / "out")
+    result = build_report(run, tmp_path / "out", TOPICS)
     page = Page(result["index"].read_text(encoding="utf-8"))
     assert page.sections() == expected
     assert result["family"] == (13 if "evaluate" in stages else 0)
@@ -272,7 +273,9 @@ def test_a_run_of_some_stages_gives_their_parts(tmp_path, undrawn, stages, expec
 
 def test_a_single_stage_directory_is_a_run(tmp_path):
     write(tmp_path / "only", ablation())
-    assert Page(build_report(tmp_path / "only", tmp_path / "out")["index"].read_text(encoding="utf-8")).sections() == ["sorting"]
+    assert Page(build_report(tmp_path / "only", tmp_path / "out", TOPICS)["index"].read_text(encoding="utf-8")).sections() == [
+        "sorting"
+    ]
 
 
 def test_text_from_inputs_is_escaped(tmp_path, undrawn):
@@ -281,7 +284,7 @@ def test_text_from_inputs_is_escaped(tmp_path, undrawn):
     values["networks"][0]["name"] = evil
     values["networks"][1]["loss"]["<img src=x onerror=y>"] = 1.0
     write(tmp_path / "run" / "evaluate", values)
-    text = build_report(tmp_path / "run", tmp_path / "out")["index"].read_text(encoding="utf-8")
+    text = build_report(tmp_path / "run", tmp_path / "out", TOPICS)["index"].read_text(encoding="utf-8")
     assert "<script" not in text and "<img src=x" not in text
     assert "&lt;script&gt;alert(" in text
     assert Page(text).row(evil) and "Loss, <img src=x onerror=y>" in Page(text).row("Network")
@@ -292,7 +295,7 @@ def test_diverged_networks_are_shown_and_json_stays_strict(tmp_path):
     values["networks"] = values["networks"][:8]
     values["networks"][1]["mean"] = {"loss": math.nan, "perplexity": math.inf}
     write(tmp_path / "run" / "evaluate", values)
-    result = build_report(tmp_path / "run", tmp_path / "out")
+    result = build_report(tmp_path / "run", tmp_path / "out", TOPICS)
     row = Page(result["index"].read_text(encoding="utf-8")).row(values["networks"][1]["name"])
     assert row[2:4] == ["NaN", "∞"]
     refuse = lambda constant: pytest.fail(f"{constant} is not JSON")  # noqa: E731
@@ -303,7 +306,7 @@ def test_diverged_networks_are_shown_and_json_stays_strict(tmp_path):
 def test_gumbel_and_family_are_parts_of_the_page(tmp_path, undrawn):
     write(tmp_path / "run" / "gumbel", *synthetic.gumbel(steps=5))
     write(tmp_path / "run" / "family", synthetic.family())
-    page = Page(build_report(tmp_path / "run", tmp_path / "out")["index"].read_text(encoding="utf-8"))
+    page = Page(build_report(tmp_path / "run", tmp_path / "out", TOPICS)["index"].read_text(encoding="utf-8"))
     assert page.sections() == ["models", "budgets", "routers"]
     assert "Training of model and router took 5 steps" in page.text
     (rows,) = json.loads((tmp_path / "out" / "family.json").read_text(encoding="utf-8"))["budgets"].values()
@@ -316,7 +319,7 @@ def test_what_routers_reach_joins_the_summary_and_its_parts_the_page(tmp_path, u
         write(run / name, *made)
     write(run / "sensitivity", synthetic.sensitivity())
     write(run / "compare", synthetic.compare())
-    page = Page(build_report(run, tmp_path / "out")["index"].read_text(encoding="utf-8"))
+    page = Page(build_report(run, tmp_path / "out", TOPICS)["index"].read_text(encoding="utf-8"))
     results = ["family", "pareto", "widths", "compare", "scaling", "random", "equal", "sensitivity", "budgets", "routers"]
     assert page.sections() == [*results, "training", "sorting", "data", "exports"]
     assert "The smallest of its 12 sub-networks" in page.text and "Asked for 60% of the full model’s latency" in page.text
@@ -340,7 +343,7 @@ def test_what_routers_reach_joins_the_summary_and_its_parts_the_page(tmp_path, u
 )
 def test_a_run_of_one_stage_about_routers(tmp_path, undrawn, stage, made, expected, summary):
     write(tmp_path / "run" / stage, *made)
-    result = build_report(tmp_path / "run", tmp_path / "out")
+    result = build_report(tmp_path / "run", tmp_path / "out", TOPICS)
     page = Page(result["index"].read_text(encoding="utf-8"))
     assert page.sections() == expected and result["family"] == 0
     assert summary in page.text
@@ -357,7 +360,7 @@ def test_equal_input_gives_equal_bytes(tmp_path):
         write(run / "router", *synthetic.routing())
         write(run / "sensitivity", synthetic.sensitivity())
         write(run / "compare", synthetic.compare())
-        build_report(run, out)
+        build_report(run, out, TOPICS)
         made.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert len(made[0]) == 11 and made[0] == made[1]
 
@@ -367,6 +370,32 @@ def test_bad_input_writes_nothing(tmp_path):
     (run / "evaluate" / "metrics.json").write_text('{"stage": "evaluate", "networks": [', encoding="utf-8")
     (tmp_path / "out").mkdir()
     with pytest.raises(FlextronError) as caught:
-        build_report(run, tmp_path / "out")
+        build_report(run, tmp_path / "out", TOPICS)
     assert str(run / "evaluate" / "metrics.json") in str(caught.value) and "\n" not in str(caught.value)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_settings_come_from_the_latest_stage_that_knows_them(tmp_path, undrawn):
+    def chosen() -> list:
+        build_report(tmp_path / "run", tmp_path / "out", TOPICS)
+        values = json.loads((tmp_path / "out" / "family.json").read_text(encoding="utf-8"))
+        return [values["model"], values["space"]]
+
+    write(tmp_path / "run" / "import", {"stage": "import", "model": {"from": "import"}})
+    assert chosen() == [{"from": "import"}, None]
+    write(tmp_path / "run" / "pretrain", {**ELASTIC, "stage": "pretrain", "model": {"from": "it"}, "space": {"from": "it"}})
+    write(tmp_path / "run" / "elastic", {**ELASTIC, "model": {"from": "elastic"}})
+    assert chosen() == [{"from": "elastic"}, {"from": "it"}]
+    write(tmp_path / "run" / "evaluate", EVALUATE)
+    assert chosen() == [MODEL.to_dict(), {"from": "it"}]
+
+
+def test_a_topic_is_added_without_an_edit(tmp_path):
+    read = lambda output: output.metrics.number("loss")  # noqa: E731
+    section = lambda results: [Section("mine", "My topic", f"lowest {min(results)}", [], [])]  # noqa: E731
+    mine = Topic(("evaluate",), read, section, lambda results: Highlights(["A sentence of mine."], values={"mine": results}))
+    for name, loss in (("one", 2.5), ("two", 2.0)):
+        write(tmp_path / "run" / name, {"stage": "evaluate", "loss": loss})
+    page = Page(build_report(tmp_path / "run", tmp_path / "out", (mine,))["index"].read_text(encoding="utf-8"))
+    assert page.sections() == ["mine"] and "lowest 2.0" in page.text and "A sentence of mine." in page.text
+    assert json.loads((tmp_path / "out" / "family.json").read_text(encoding="utf-8"))["mine"] == [2.5, 2.0]

@@ -1,4 +1,4 @@
-"""Reading values: what each method takes, and that the line of an error names file, key and value."""
+"""Reading values and run directories, and that the line of an error names file, key and value."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import pytest
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.report.reader import Reader, read_model, read_settings, read_subnetwork
+from flextron_mcore.report.reader import Reader, collect, read_model, read_settings, read_subnetwork
 from flextron_mcore.space import SubNetwork
+from tests.report import synthetic
+from tests.report.synthetic import ELASTIC, EVALUATE, EXPORT
 
 MODEL = ModelConfig(2, 16, 2, 64, 32)
 
@@ -52,3 +54,63 @@ def test_model_and_subnetwork():
         read_subnetwork(row, ModelConfig(3, 16, 2, 64, 32))
     with pytest.raises(FlextronError, match="^m.json: model: "):
         read_model(reader(model={"num_layers": 0}))
+
+
+def test_no_stage_says_what_was_looked_for(tmp_path):
+    assert "no such directory" in synthetic.problem(tmp_path / "missing")
+    (tmp_path / "notes").mkdir()
+    synthetic.write(tmp_path / "latency", {"stage": "latency"})
+    message = synthetic.problem(tmp_path)
+    known = "elastic, router, joint, gumbel, sensitivity, evaluate, compare, family, export"
+    assert "metrics.json" in message and known in message
+
+
+def test_stages_are_in_the_order_of_a_run(tmp_path):
+    for name, stage in (
+        ("b", "evaluate"),
+        ("a", "export"),
+        ("c", "evaluate"),
+        ("d", "pretrain"),
+        (".e", "elastic"),
+        ("f", "serve"),
+    ):
+        synthetic.write(tmp_path / name, {"stage": stage})
+    assert [output.label for output in collect(tmp_path)] == ["d", "b", "c", "a"]
+
+
+@pytest.mark.parametrize("text", [b'{"stage": "elastic", ', b"", b"[1, 2]", b"{}", b'{"stage": 3}', b"\xff"])
+def test_unreadable_metrics_name_the_file(tmp_path, text):
+    (tmp_path / "elastic").mkdir()
+    (tmp_path / "elastic" / "metrics.json").write_bytes(text)
+    assert synthetic.problem(tmp_path).startswith(str(tmp_path / "elastic" / "metrics.json"))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "path", "value"),
+    [
+        (EVALUATE, ["networks"], {}),
+        (EVALUATE, ["networks"], []),
+        (EVALUATE, ["model"], None),
+        (EVALUATE, ["model", "num_layers"], 0),
+        (EVALUATE, ["model", "num_layers"], 3),
+        (EVALUATE, ["networks", 0, "mean", "loss"], "2.0"),
+        (EVALUATE, ["networks", 0, "loss", "prose"], None),
+        (EVALUATE, ["networks", 0, "parameters"], 1.5),
+        (EVALUATE, ["networks", 0, "subnetwork", "layers", 0, "kv_groups"], "2"),
+        (ELASTIC, ["steps"], True),
+        (ELASTIC, ["space"], [1]),
+        (EXPORT, ["max_logit_difference"], "small"),
+        ({"stage": "import"}, ["model"], 1),
+        ({"stage": "prepare", "vocab_size": 3, "domains": {"a": {}}}, ["domains", "a", "bytes"], 4),
+        ({"stage": "importance", "samples": 1, "score": "s", "ablation": [{}]}, ["ablation", 0, "setup"], "50% heads"),
+    ],
+)
+def test_wrong_values_name_the_file(tmp_path, metrics, path, value):
+    synthetic.write(tmp_path / "stage", synthetic.changed(metrics, path, value))
+    assert synthetic.problem(tmp_path).startswith(str(tmp_path / "stage" / "metrics.json") + ": ")
+
+
+@pytest.mark.parametrize("key", ["steps", "tokens", "seconds", "tokens_per_second"])
+def test_missing_key_is_named(tmp_path, key):
+    synthetic.write(tmp_path / "elastic", {k: v for k, v in ELASTIC.items() if k != key})
+    assert synthetic.problem(tmp_path) == f"{tmp_path / 'elastic' / 'metrics.json'}: lacks '{key}'"

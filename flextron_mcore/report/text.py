@@ -1,65 +1,32 @@
-"""What the page is made of: tables, key figures, sections; and numbers as text. Losses are in nats per token."""
+"""Numbers as text. Losses are in nats per token."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from flextron_mcore.report.drawing import Picture
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 MINUS = "−"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as text. The first `left` columns are aligned left, the others right; `strong` is the row to stress."""
-
-    head: list[str]
-    rows: list[list[str]]
-    left: int = 1
-    strong: int | None = None
-
-
-@dataclass(frozen=True)
-class Card:
-    """One key figure."""
-
-    label: str
-    value: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: heading, one line of explanation, tables and pictures."""
-
-    key: str
-    title: str
-    note: str
-    tables: list[Table]
-    pictures: list[Picture]
-    beside: bool = False  # table and picture next to each other where there is room
+NONE = "–"
 
 
 def loss(value: float | None) -> str:
-    """Three decimals; – where there is none."""
-    return "–" if value is None else f"{value:,.3f}" if math.isfinite(value) else _odd(value)
+    """Three decimals; – for None."""
+    return NONE if value is None else f"{value:,.3f}" if math.isfinite(value) else _not_finite(value)
 
 
 def perplexity(value: float) -> str:
     """Two decimals below 1,000, none above."""
-    return _odd(value) if not math.isfinite(value) else f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+    return _not_finite(value) if not math.isfinite(value) else f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def percent(share: float) -> str:
-    """A share as percent with one decimal."""
-    return f"{100 * share:.1f}%"
+def percent(share: float | None) -> str:
+    """A share as percent with one decimal; – for None."""
+    return NONE if share is None else f"{100 * share:.1f}%"
 
 
 def small(value: float) -> str:
-    """A small difference: two digits, 3.1 × 10^-6 written 3.1e-06."""
+    """A small difference with two digits: 3.1e−6."""
     return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+").replace("e-", f"e{MINUS}")
 
 
@@ -73,10 +40,9 @@ def big(count: int) -> str:
 
 def memory(sizes: Sequence[int]) -> tuple[str, list[str]]:
     """The unit that suits the largest of `sizes` (bytes), and each size in that unit."""
-    power = 0
-    while power + 1 < len(UNITS) and max(sizes, default=0) >= 1024 ** (power + 1):
-        power += 1
-    digits = 0 if power == 0 else 1 if max(sizes) >= 100 * 1024**power else 2
+    largest = max(sizes, default=0)
+    power = _power(largest)
+    digits = 0 if power == 0 else 1 if largest >= 100 * 1024**power else 2
     return UNITS[power], [f"{size / 1024**power:,.{digits}f}" for size in sizes]
 
 
@@ -85,22 +51,21 @@ def cost_unit(cost: str, largest: float) -> tuple[str, float]:
     if cost == "parameters":
         return ("Parameters (billions)", 1e9) if largest >= 1e9 else ("Parameters (millions)", 1e6)
     if cost == "memory":
-        power = max(p for p in range(len(UNITS)) if p == 0 or largest >= 1024**p)
-        return f"Memory ({UNITS[power]})", 1024.0**power
+        return f"Memory ({UNITS[_power(largest)]})", 1024.0 ** _power(largest)
     return "Latency (ms)", 1.0
 
 
 def significant(value: float) -> str:
     """Four significant digits; very large and small numbers with a power of ten: 1.234e6."""
     if not math.isfinite(value):
-        return _odd(value)
+        return _not_finite(value)
     mantissa, _, power = f"{value:.4g}".replace("-", MINUS).partition("e")
     return f"{mantissa}e{power.lstrip('+').replace(f'{MINUS}0', MINUS).removeprefix('0')}" if power else mantissa
 
 
-def signed(value: float) -> str:
-    """A difference of losses: +0.123, −0.123."""
-    return f"{'+' if value > 0 else ''}{loss(value)}".replace("-", MINUS)
+def signed(value: float | None) -> str:
+    """A difference of losses: +0.123, −0.123; – for None."""
+    return f"{'+' if value is not None and value > 0 else ''}{loss(value)}".replace("-", MINUS)
 
 
 def duration(seconds: float) -> str:
@@ -115,11 +80,30 @@ def duration(seconds: float) -> str:
 def spread(widths: Sequence[int]) -> str:
     """One number if all are equal, else their mean and range; – for none."""
     if not widths:
-        return "–"
+        return NONE
     low, high = min(widths), max(widths)
     mean = sum(widths) / len(widths)
     return f"{low:,}" if low == high else f"{mean:,.{0 if high >= 100 else 1}f} ({low:,}–{high:,})"
 
 
-def _odd(value: float) -> str:
+def lower(label: str) -> str:
+    """`label` with a small first letter, for use within a sentence."""
+    return label[0].lower() + label[1:]
+
+
+def short(text: str, most: int = 26) -> str:
+    """`text`, cut in the middle to `most` characters for a legend or label."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"
+
+
+def stem(label: str) -> str:
+    """`label` as a safe part of a file name."""
+    return "".join(c if c.isalnum() and c.isascii() or c in "-_" else "_" for c in label) or "run"
+
+
+def _power(largest: float) -> int:
+    return max(power for power in range(len(UNITS)) if power == 0 or largest >= 1024**power)
+
+
+def _not_finite(value: float) -> str:
     return "NaN" if math.isnan(value) else "∞" if value > 0 else f"{MINUS}∞"

@@ -1,14 +1,15 @@
-"""Adaptive routers in the report: what is read, the section's tables, and what the pictures say."""
+"""Token routing in the report: what is read, the sections' tables, and what the pictures say."""
 
 from __future__ import annotations
 
 import pytest
 
-from flextron_mcore.config import FlextronError
-from flextron_mcore.report.collect import Training, collect
-from flextron_mcore.report.page import build_report, sections
-from flextron_mcore.report.sections_routing import routing_sections
+from flextron_mcore.adaptive.report import TOPICS
+from flextron_mcore.report import RESULTS, build_report, routing
 from tests.report import synthetic
+from tests.report.conftest import coarse  # noqa: F401
+
+TRAINED, EVALUATED = TOPICS
 
 
 def made(policies=("full", "own")) -> tuple[dict, list[dict]]:
@@ -31,25 +32,24 @@ def made(policies=("full", "own")) -> tuple[dict, list[dict]]:
     return metrics, log
 
 
-def read(run, metrics, log) -> Training:
-    synthetic.write(run / "adaptive", metrics, log)
-    return collect(run).training[0]
-
-
 def test_what_is_read(tmp_path):
-    routing = read(tmp_path, *made()).routing
-    assert routing.signal == "straight-through, a token" and not routing.budgets
-    assert [budget.target for budget in routing.adaptive.budgets] == [0.7, 0.9]
-    assert routing.adaptive.budgets[0].adaptive["own"].loss["hard"] == pytest.approx(4.7)
-    assert routing.adaptive.tokens[0].texts[1] == " $f$"
+    (found,) = synthetic.read(TRAINED, tmp_path, adaptive=made(), static=synthetic.routing(steps=1))
+    assert [budget.target for budget in found.budgets] == [0.7, 0.9]
+    assert found.budgets[0].outcomes["own"].loss["hard"] == pytest.approx(4.7)
+    assert found.tokens[0].texts[1] == " $f$"
+
+
+def test_their_training_is_shown_beside_that_of_static_routers(tmp_path):
+    found = synthetic.read(routing.TOPIC, tmp_path, adaptive=made(), static=synthetic.routing())
+    assert [each.signal for each in found] == ["straight-through, a token", "surrogate"] and not found[0].budgets
+    parts = [part.key for part in routing.sections(found)]
+    assert parts == ["budgets", "routers"]  # no signals: there is one static router, and nothing to compare it with
 
 
 @pytest.mark.parametrize("policies", [("full", "own"), ("own",), ("full",)])
 def test_the_section(tmp_path, policies):
-    synthetic.write(tmp_path / "static", *synthetic.routing())
-    read(tmp_path, *made(policies))
-    parts = {part.key: part for part in routing_sections(collect(tmp_path).routed())}
-    part = parts["adaptive_adaptive"]
+    (part,) = TRAINED.sections(synthetic.read(TRAINED, tmp_path, adaptive=made(policies)))
+    assert part.key == "adaptive_adaptive"
     head = ["Budget", "Static", "Share", *(text for policy in policies for text in (f"Adaptive, kv {policy}", "Share"))]
     assert part.tables[0].head == head
     assert part.tables[0].rows[0][:4] == ["70.0%", "3.500", "69.0%", "3.450"]
@@ -61,7 +61,6 @@ def test_the_section(tmp_path, policies):
     assert "easy 0.300 at 70%, 0.100 at 90%; hard 0.600 at 70%, 0.200 at 90%" in domains.alt
     assert "easy 0.38, 0.38" in allocation.alt and "90.0%" in allocation.caption
     assert "60.0% to 90.0%" in heat.alt and "most: 'def'" in heat.alt
-    assert "budgets" in parts and "signals" not in parts  # one static router: nothing to compare it with
 
 
 def evaluated(run, name: str, budget: float, **changes) -> None:
@@ -74,22 +73,20 @@ def evaluated(run, name: str, budget: float, **changes) -> None:
 def test_evaluations_of_tokens_that_choose(tmp_path):
     for name, budget in (("at_07", 0.7), ("at_09", 0.9)):
         evaluated(tmp_path, name, budget)
-    found = collect(tmp_path)
-    assert not found.series and [each.label for each in found.mixes] == ["at_07", "at_09"]
-    (part,) = (part for part in sections(found) if part.key == "adaptive_evaluated")
-    (table,) = part.tables
+    found = synthetic.read(EVALUATED, tmp_path)
+    assert [each.label for each in found] == ["at_07", "at_09"]
+    (table,) = EVALUATED.sections(found)[0].tables
     assert table.head == ["Run", "Cost", "Budget", "KV policy", "easy", "hard", "Mean loss", "Share"]
     assert table.rows[0] == ["at_07", "latency", "70.0%", "own", "2.200 at 80.0%", "4.300 at 100.0%", "3.250", "90.0%"]
-    page = build_report(tmp_path, tmp_path / "report")["index"].read_text()
+    page = build_report(tmp_path, tmp_path / "report", (*RESULTS, *TOPICS))["index"].read_text()
     assert "Tokens that choose, evaluated" in page
     evaluated(tmp_path, "lacking", 0.9, mean={})
-    with pytest.raises(FlextronError, match="lacking.*loss"):
-        collect(tmp_path)
+    assert synthetic.problem(tmp_path, TOPICS).endswith("lacking/metrics.json: mean: lacks 'loss'")
 
 
 @pytest.mark.parametrize("lost", ["adaptive_budgets", "full_loss", "token_costs"])
-def test_what_is_missing_is_named(tmp_path, lost):
+def test_a_missing_key_is_named(tmp_path, lost):
     metrics, log = made()
     del metrics[lost]
-    with pytest.raises(FlextronError, match=lost):
-        read(tmp_path, metrics, log)
+    synthetic.write(tmp_path / "adaptive", metrics, log)
+    assert lost in synthetic.problem(tmp_path, TOPICS)

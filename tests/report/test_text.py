@@ -6,7 +6,20 @@ import math
 
 import pytest
 
-from flextron_mcore.report.parts import big, cost_unit, duration, loss, memory, perplexity, signed, significant, small, spread
+from flextron_mcore.report.text import (
+    big,
+    cost_unit,
+    duration,
+    loss,
+    memory,
+    perplexity,
+    short,
+    signed,
+    significant,
+    small,
+    spread,
+    stem,
+)
 
 
 def test_number_formats():
@@ -47,3 +60,13 @@ def test_differences_have_a_sign():
 )
 def test_cost_unit(cost, largest, expected):
     assert cost_unit(cost, largest) == expected
+
+
+def test_short_cuts_the_middle():
+    assert short("x" * 26) == "x" * 26
+    cut = short("start " + "x" * 40 + " end")
+    assert len(cut) == 26 and cut.startswith("start") and "…" in cut and cut.endswith(" end")
+
+
+def test_stem_is_a_safe_file_name():
+    assert [stem(label) for label in ("my elastic!", "é/..", "")] == ["my_elastic_", "____", "run"]

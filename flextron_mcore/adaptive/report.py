@@ -1,0 +1,280 @@
+"""The report's topics about token routing (the paper's figures 8 and 9): losses and spending by budget, domain and token.
+
+Losses are in nats per token, budgets and shares in fractions of the full model's cost. No torch import.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from flextron_mcore.axes import layer_axes
+from flextron_mcore.config import ModelConfig
+from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, picture, ramp, tidy
+from flextron_mcore.report.reader import Reader, StageOutput, read_model
+from flextron_mcore.report.text import loss, percent, stem
+from flextron_mcore.report.topic import Section, Table, Topic
+
+KV_POLICIES = ("full", "own")
+COLUMNS = 64  # characters of a line of text
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Losses of tokens that choose, and their spending. levels: for each domain and block, the share of tokens at each level."""
+
+    loss: dict[str, float]
+    mean_loss: float
+    shares: dict[str, float]
+    share: float
+    levels: dict[str, list[list[float]]]
+
+    def cell(self, domain: str) -> str:
+        """Loss and share of a domain, for a table."""
+        return f"{loss(self.loss[domain])} at {percent(self.shares[domain])}" if domain in self.loss else "–"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One budget: the static routers' network, and the tokens' own choices, by KV policy."""
+
+    target: float
+    static_loss: float
+    static_share: float
+    outcomes: dict[str, Outcome]
+
+
+@dataclass(frozen=True)
+class TokenCosts:
+    """The first tokens of a text, and the share of the full model's cost that each spent."""
+
+    domain: str
+    budget: float
+    texts: list[str]
+    shares: list[float]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Token routers as evaluated by the command that trained them. kv_policy: the one they were trained with; costs: in words."""
+
+    label: str
+    model: ModelConfig
+    costs: str
+    kv_policy: str
+    full_loss: dict[str, float]
+    budgets: list[Budget]
+    tokens: list[TokenCosts]
+
+    def outcomes(self) -> list[tuple[float, Outcome]]:
+        """(target, outcome) of every budget, with the routers' own KV policy."""
+        return [(budget.target, budget.outcomes[self.kv_policy]) for budget in self.budgets]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One `evaluate selector=adaptive` directory. cost: the kind of the budget and the shares."""
+
+    label: str
+    cost: str
+    budget: float
+    kv_policy: str
+    outcome: Outcome
+
+
+def read_trained(output: StageOutput) -> Trained | None:
+    """One directory of a stage that trains routers; None for static routers."""
+    metrics, routers = output.metrics, output.metrics.inner("routers")
+    if not routers.has("kind"):
+        return None
+    budgets = []
+    for row in metrics.rows("adaptive_budgets"):
+        static, given = row.inner("static"), row.inner("adaptive")
+        policies = {policy: given.inner(policy) for policy in KV_POLICIES if given.has(policy)}
+        outcomes = {policy: _outcome(values, values) for policy, values in policies.items()}
+        budgets.append(Budget(row.number("target"), static.number("mean_loss"), static.number("share"), outcomes))
+    return Trained(
+        output.label,
+        read_model(metrics),
+        " and ".join(routers.texts("costs")),
+        routers.choice("kv_policy", KV_POLICIES),
+        metrics.numbers("full_loss"),
+        sorted(budgets, key=lambda budget: budget.target),
+        [row.into(TokenCosts) for row in metrics.rows("token_costs")],
+    )
+
+
+def read_evaluated(output: StageOutput) -> Evaluated | None:
+    """One `evaluate` directory; None for an evaluation of networks."""
+    metrics = output.metrics
+    if not metrics.has("kv_policy"):
+        return None
+    outcome = _outcome(metrics, metrics.inner("mean"), "loss")
+    return metrics.into(Evaluated, label=output.label, kv_policy=metrics.choice("kv_policy", KV_POLICIES), outcome=outcome)
+
+
+def _outcome(row: Reader, means: Reader, key: str = "mean_loss") -> Outcome:
+    levels, domains = row.inner("levels"), row.numbers("loss")
+    found = {domain: [[float(x) for x in block] for block in levels.values[domain]] for domain in domains}
+    return row.into(Outcome, loss=domains, mean_loss=means.number(key), levels=found)
+
+
+def trained_sections(results: list[Trained]) -> list[Section]:
+    """A part of the page for each directory: static against adaptive, by domain, by block, and token by token."""
+    parts = []
+    for found in results:
+        policies = [policy for policy in KV_POLICIES if any(policy in budget.outcomes for budget in found.budgets)]
+        columns = [
+            ("Budget", [percent(budget.target) for budget in found.budgets]),
+            ("Static", [loss(budget.static_loss) for budget in found.budgets]),
+            ("Share", [percent(budget.static_share) for budget in found.budgets]),
+        ]
+        for policy in policies:
+            outcomes = [budget.outcomes.get(policy) for budget in found.budgets]
+            columns.append((f"Adaptive, kv {policy}", [loss(each and each.mean_loss) for each in outcomes]))
+            columns.append(("Share", [percent(each and each.share) for each in outcomes]))
+        rows = [[percent(target), *map(outcome.cell, found.full_loss)] for target, outcome in found.outcomes()]
+        name = stem(found.label)
+        pictures = [
+            loss_against_share(found, f"{name}_pareto"),
+            degradation(found, f"{name}_domains"),
+            allocation(found, f"{name}_allocation"),
+            *(heat(row, f"{name}_tokens_{stem(row.domain)}", found.costs) for row in found.tokens),
+        ]
+        note = "Every token chooses its own levels. Loss on validation data, mean over domains, and the average share of the full"
+        note += f" model’s {found.costs} that tokens spent. The routers were trained with kv {found.kv_policy}: with full every"
+        note += " token writes all keys and values, with own only those of the heads that it uses."
+        tables = [Table.of_columns(columns), Table(["Budget", *found.full_loss], rows)]
+        parts.append(Section(f"adaptive_{name}", f"A choice for every token ({found.label})", note, tables, pictures))
+    return parts
+
+
+def evaluated_sections(results: list[Evaluated]) -> list[Section]:
+    """A table with a row for each directory."""
+    domains = list(dict.fromkeys(domain for found in results for domain in found.outcome.loss))
+    columns = [
+        ("Run", [found.label for found in results]),
+        ("Cost", [found.cost for found in results]),
+        ("Budget", [percent(found.budget) for found in results]),
+        ("KV policy", [found.kv_policy for found in results]),
+        *((domain, [found.outcome.cell(domain) for found in results]) for domain in domains),
+        ("Mean loss", [loss(found.outcome.mean_loss) for found in results]),
+        ("Share", [percent(found.outcome.share) for found in results]),
+    ]
+    note = "Adaptive routers at one budget: validation loss, and the average share of the full model’s cost that tokens spent."
+    return [Section("adaptive_evaluated", "Tokens that choose, evaluated", note, [Table.of_columns(columns, left=2)], [])]
+
+
+def _lines(figure: Figure, series: dict[str, list[tuple[float, float]]], colours: list, xlabel: str, ylabel: str) -> None:
+    """One marked line for each of the series."""
+    axes = figure.subplots()
+    for (text, points), marker, colour in zip(series.items(), MARKERS * len(series), colours, strict=False):
+        axes.plot(*zip(*points, strict=True), f"{marker}-", color=colour, label=text, markersize=5)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    tidy(axes)
+
+
+def loss_against_share(found: Trained, name: str) -> Picture:
+    """Mean loss against the average share, static and adaptive."""
+    series = {"static": [(100 * budget.static_share, budget.static_loss) for budget in found.budgets]}
+    for policy in KV_POLICIES:
+        outcomes = [budget.outcomes[policy] for budget in found.budgets if policy in budget.outcomes]
+        if outcomes:
+            series[f"adaptive, kv {policy}"] = [(100 * outcome.share, outcome.mean_loss) for outcome in outcomes]
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        colours = [theme.before, theme.after, theme.others[0]]
+        across = {text: sorted(points) for text, points in series.items()}
+        label = f"Average share of the full model’s {found.costs} (%)"
+        _lines(figure, across, colours, label, "Mean loss (nats per token)")
+
+    words = "; ".join(f"{text} {', '.join(f'{y:.3f} at {x:.1f}%' for x, y in points)}" for text, points in series.items())
+    caption = f"{found.label}: mean loss against what tokens spend on average. Lower and further left is better."
+    return picture(name, f"Mean loss against the average share of {found.costs}: {words}.", caption, draw)
+
+
+def degradation(found: Trained, name: str) -> Picture:
+    """Each domain's loss above the full model's against the budget (the paper's figure 8)."""
+    series = {
+        domain: [(100 * target, outcome.loss[domain] - full) for target, outcome in found.outcomes()]
+        for domain, full in found.full_loss.items()
+    }
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        label = f"Budget (% of the full model’s {found.costs})"
+        _lines(figure, series, list(ramp(theme, len(series))), label, "Loss above the full model’s (nats)")
+
+    words = "; ".join(f"{domain} {', '.join(f'{y:.3f} at {x:.0f}%' for x, y in points)}" for domain, points in series.items())
+    caption = f"{found.label}: what each domain loses at a budget (as the paper’s figure 8)."
+    return picture(name, f"Loss above the full model’s, by domain: {words}.", caption, draw)
+
+
+def allocation(found: Trained, name: str) -> Picture:
+    """The mean level of each block, by domain, for the middle budget (the paper's figure 9)."""
+    target, outcome = found.outcomes()[len(found.budgets) // 2]
+    domains, layers = list(outcome.levels), found.model.num_layers
+    mean = np.array([[_mean_level(block) for block in outcome.levels[domain]] for domain in domains])
+    blocks = mean.reshape(len(domains), layers, -1)
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        colours = LinearSegmentedColormap.from_list("shares", theme.shades)
+        panels = figure.subplots(blocks.shape[2], 1, squeeze=False)[:, 0]
+        for i, (axes, axis) in enumerate(zip(panels, layer_axes(), strict=False)):
+            drawn = axes.imshow(blocks[:, :, i], cmap=colours, vmin=0, vmax=1, aspect="auto")
+            axes.set_yticks(range(len(domains)), domains)
+            axes.set_xticks(range(layers), [str(i + 1) for i in range(layers)])
+            axes.set_title(axis.title, loc="left", fontsize=9.5, fontweight="bold")
+            axes.spines[:].set_visible(False)
+        axes.set_xlabel("Layer")
+        figure.colorbar(drawn, ax=figure.axes, label="Mean level, 0 smallest, 1 largest", shrink=0.8)
+
+    cells = [f"{domain} {', '.join(f'{value:.2f}' for value in row)}" for domain, row in zip(domains, mean, strict=True)]
+    words = f"Mean level of attention and FFN of each layer in turn, by domain: {'; '.join(cells)}."
+    caption = f"{found.label}: how much of every block the tokens of a domain use on average, at a budget of {percent(target)}"
+    return picture(name, words, f"{caption} (as the paper’s figure 9).", draw, (SIZE[0], 1.6 + 0.5 * len(domains)))
+
+
+def _mean_level(shares: list[float]) -> float:
+    """0 if all tokens are at the smallest level, 1 at the largest."""
+    return sum(level * share for level, share in enumerate(shares)) / max(len(shares) - 1, 1)
+
+
+def heat(tokens: TokenCosts, name: str, costs: str) -> Picture:
+    """A text whose tokens are coloured by the share that they spent."""
+    cells = []
+    for text, share in zip(tokens.texts, tokens.shares, strict=True):
+        shown = text.replace("\n", "⏎").replace("\t", "→") or "·"
+        cells += [(character, share) for character in shown]
+    lines = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
+    low, high = min(tokens.shares), max(tokens.shares)
+    span = high - low or 1.0
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        colours = LinearSegmentedColormap.from_list("shares", theme.shades)
+        grid = np.full((len(lines), COLUMNS), np.nan)
+        for y, line in enumerate(lines):
+            for x, (character, share) in enumerate(line):
+                grid[y, x] = (share - low) / span
+                ink = "black" if sum(colours(grid[y, x])[:3]) > 1.6 else "white"
+                axes.text(x, y, character, ha="center", va="center", fontsize=6, family="monospace", color=ink)
+        drawn = axes.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto")
+        axes.set_axis_off()
+        bar = figure.colorbar(drawn, ax=axes, orientation="horizontal", fraction=0.08, ticks=[0, 1])
+        bar.ax.set_xticklabels([percent(low), percent(high)])
+
+    order = [text for _, text in sorted(zip(tokens.shares, tokens.texts, strict=True), reverse=True)]
+    words = f"What the first {len(order)} tokens of a text of {tokens.domain} spend, {percent(low)} to {percent(high)} of the"
+    words += f" full model’s {costs}; most: {', '.join(map(repr, order[:5]))}; least: {', '.join(map(repr, order[-5:]))}."
+    caption = f"{tokens.domain}: the share of the full model’s {costs} that each token spends, at a budget of"
+    return picture(name, words, f"{caption} {percent(tokens.budget)}.", draw, (SIZE[0], 0.8 + 0.17 * len(lines)))
+
+
+TOPICS = (
+    Topic(("router", "joint"), read_trained, trained_sections),
+    Topic(("evaluate",), read_evaluated, evaluated_sections),
+)

@@ -1,0 +1,396 @@
+"""Routers against other selectors, from `compare` (the paper's figures 5 and 13, eq. 12). No torch import.
+
+Losses are in nats per token; costs in the unit of their kind (ms, parameters, bytes), targets and shares in fractions of the full
+model's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.cost import OWN_UNITS
+from flextron_mcore.report.drawing import SIZE, Picture, Theme, picture, tidy
+from flextron_mcore.report.networks import describe
+from flextron_mcore.report.reader import Reader, Settings, StageOutput, read_model, read_settings, read_subnetwork
+from flextron_mcore.report.text import cost_unit, loss, lower, percent, signed, significant, stem
+from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic, numbered
+from flextron_mcore.space import SubNetwork
+
+STYLES = {  # marker and dash of each selector
+    **{"router": ("o", "-"), "uniform": ("s", "--"), "matformer": ("^", "-."), "sensitivity": ("D", ":")},
+    **{"random": ("x", "none"), "dense": ("P", "none")},
+}
+SELECTORS = tuple(STYLES)[:-1]
+FITTED = ("non_embedding_parameters", "cost")
+NAMES = {"dense": "dense, from scratch"}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One evaluated network. target: the budget it was selected for; subnetwork, target None for the full model and dense ones.
+
+    selector: one of SELECTORS, "full", or "dense" for a model that was trained from scratch at its size.
+    """
+
+    selector: str
+    name: str
+    target: float | None
+    subnetwork: SubNetwork | None
+    cost: float | None
+    share: float | None
+    parameters: int
+    non_embedding_parameters: int
+    loss: dict[str, float]
+    mean_loss: float
+
+
+@dataclass(frozen=True)
+class RandomNetworks:
+    """Random networks of one budget. better_than: the fraction of those that are not the routers' own whose loss is higher."""
+
+    target: float
+    shares: list[float]
+    mean_losses: list[float]
+    router_share: float | None
+    router_loss: float | None
+    better_than: float | None
+
+
+@dataclass(frozen=True)
+class EqualCost:
+    """A baseline's network, and the loss of the routers' network of exactly its cost."""
+
+    selector: str
+    subnetwork: SubNetwork
+    share: float
+    mean_loss: float
+    router_share: float | None
+    router_loss: float | None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """L(N) = (N/Nc)^-alpha + E over `points` networks of a selector; N is `of` in its own unit.
+
+    values, intervals: of Nc, alpha and E; intervals hold 95% confidence. None where the points do not determine the fit.
+    """
+
+    selector: str
+    of: str
+    points: int
+    values: tuple[float, float, float] | None
+    intervals: tuple[tuple[float, float] | None, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One `compare` directory. cost: a key of OWN_UNITS; full_cost, smallest_cost in its unit; `samples` samples a domain."""
+
+    label: str
+    model: ModelConfig
+    cost: str
+    full_cost: float
+    smallest_cost: float
+    machine: dict[str, Any]
+    setting: dict[str, Any]
+    samples: int
+    full: Compared
+    networks: list[Compared]
+    random: list[RandomNetworks]
+    equal: list[EqualCost]
+    dense: list[Compared]
+    fits: list[Fit]
+    settings: Settings
+
+    def of(self, selector: str) -> list[Compared]:
+        """The networks of one selector, the cheapest first."""
+        return sorted((net for net in self.networks if net.selector == selector), key=lambda net: (net.cost, net.mean_loss))
+
+
+def read(output: StageOutput) -> Comparison:
+    """One `compare` directory."""
+    metrics = output.metrics
+    model, full_cost = read_model(metrics), metrics.number("full_cost")
+    if not full_cost > 0:
+        raise FlextronError(f"{metrics.where}: 'full_cost' must be more than 0, not {full_cost:g}")
+    full = metrics.inner("full")
+    inner = lambda key: dict(metrics.inner(key).values) if metrics.has(key) else {}  # noqa: E731
+    return metrics.into(
+        Comparison,
+        label=output.label,
+        model=model,
+        cost=metrics.choice("cost", tuple(OWN_UNITS)),
+        machine=inner("machine"),
+        setting=inner("setting"),
+        full=_compared(full, "full", name="full model", cost=full.number("cost"), share=1.0),
+        networks=[_network(row, model) for row in metrics.rows("networks")],
+        random=[_random(row) for row in metrics.rows("random")],
+        equal=[
+            row.into(EqualCost, selector=row.choice("selector", SELECTORS), subnetwork=read_subnetwork(row, model))
+            for row in metrics.rows("equal")
+        ],
+        dense=[_dense(row, full_cost) for row in metrics.rows("dense")],
+        fits=[_fit(row) for row in metrics.rows("scaling_law")],
+        settings=read_settings(metrics),
+    )
+
+
+def _compared(row: Reader, selector: str, subnetwork: SubNetwork | None = None, **given: Any) -> Compared:
+    losses = row.numbers("loss") if row.has("loss") else {}
+    return row.into(Compared, selector=selector, subnetwork=subnetwork, loss=losses, **given)
+
+
+def _network(row: Reader, model: ModelConfig) -> Compared:
+    selector = row.choice("selector", SELECTORS)
+    share, cost = row.number("share"), row.number("cost")
+    return _compared(row, selector, read_subnetwork(row, model), name=selector, share=share, cost=cost)
+
+
+def _dense(row: Reader, full_cost: float) -> Compared:
+    cost = row.maybe("cost")
+    return _compared(row, "dense", cost=cost, share=None if cost is None else cost / full_cost)
+
+
+def _random(row: Reader) -> RandomNetworks:
+    found = row.into(RandomNetworks)
+    if len(found.shares) != len(found.mean_losses):
+        losses, shares = len(found.mean_losses), len(found.shares)
+        raise FlextronError(f"{row.where}: 'mean_losses' has {losses} numbers, but 'shares' has {shares}")
+    return found
+
+
+def _fit(row: Reader) -> Fit:
+    keys = ("Nc", "alpha", "E")
+    values = tuple(row.maybe(key) for key in keys)
+    return row.into(
+        Fit,
+        selector=row.choice("selector", SELECTORS),
+        of=row.choice("of", FITTED),
+        values=values if None not in values else None,
+        intervals=tuple(tuple(row.number_list(f"{key}_ci", 2)) if row.has(f"{key}_ci") else None for key in keys),
+    )
+
+
+def sections(results: list[Comparison]) -> list[Section]:
+    """Up to four parts of the page for each directory: loss against cost, fits, random networks, equal cost."""
+    parts = []
+    for c, number, label in numbered(results):
+        parts.append(_loss_section(c, f"compare{number}", label))
+        parts += [_fits_section(c, f"scaling{number}", label)] if c.fits else []
+        parts += [_random_section(c, f"random{number}", label)] if c.random else []
+        parts += [_equal_section(c, f"equal{number}", label)] if c.equal else []
+    return parts
+
+
+def highlights(results: list[Comparison]) -> Highlights:
+    """A sentence about the routers of the first directory that has any."""
+    sentences = [text for text in map(sentence, results) if text]
+    return Highlights(sentences[:1], settings=[c.settings for c in results])
+
+
+def sentence(c: Comparison) -> str | None:
+    """The routers' loss at the smallest budget, in words; None without routers."""
+    routed = [net for net in c.of("router") if net.target is not None]
+    if not routed:
+        return None
+    net = min(routed, key=lambda net: net.target)
+    text = f"Asked for {100 * net.target:.4g}% of the full model’s {c.cost}, the routers choose a network with a mean loss of"
+    text += f" {loss(net.mean_loss)}, against {loss(c.full.mean_loss)} of the full model"
+    row = next((row for row in c.random if row.target == net.target and row.better_than is not None), None)
+    return text + (f" and better than {percent(row.better_than)} of random networks of that budget." if row else ".")
+
+
+def _loss_section(c: Comparison, key: str, label: str) -> Section:
+    name, unit = cost_unit(c.cost, c.full_cost)
+    nets = [c.full, *(net for selector in SELECTORS for net in c.of(selector)[::-1]), *c.dense]
+    domains = list(dict.fromkeys(domain for net in nets for domain in net.loss))
+    digits = 3 if c.cost == "latency" and c.full_cost < 100 else 1
+    columns: list[Column] = [
+        ("Selector", [net.name if net.selector != "dense" else f"dense: {net.name}" for net in nets]),
+        ("Target", [percent(net.target) for net in nets]),
+        ("Share", [percent(net.share) for net in nets]),
+    ]
+    if c.cost != "parameters":
+        columns.append((name, ["–" if net.cost is None else f"{net.cost / unit:,.{digits}f}" for net in nets]))
+    columns += [
+        ("Parameters", [f"{net.parameters:,}" for net in nets]),
+        ("Non-embedding parameters", [f"{net.non_embedding_parameters:,}" for net in nets]),
+        ("Mean loss", [loss(net.mean_loss) for net in nets]),
+        *((f"Loss, {domain}", [loss(net.loss.get(domain)) for net in nets]) for domain in domains),
+    ]
+    note = f"Networks that each selector chooses for a budget, evaluated on {c.samples:,} samples; target and share are fractions"
+    note += f" of the full model’s {c.cost}, the smallest network has {percent(c.smallest_cost / c.full_cost)}.{_measured(c)}"
+    pictures = [loss_against(c, by) for by in ("cost", "non_embedding_parameters")]
+    return Section(key, f"Loss against {c.cost}{label}", note, [Table.of_columns(columns, strong=0)], pictures)
+
+
+def _measured(c: Comparison) -> str:
+    """Where a latency was measured, as a sentence after a space; empty for another cost."""
+    if c.cost != "latency":
+        return ""
+    parts = [str(c.machine[key]) for key in ("device", "dtype") if c.machine.get(key) is not None]
+    setting = {key: value for key, value in c.setting.items() if isinstance(value, str | int | float)}
+    parts += [str(value) if key == "kind" else f"{key.replace('_', ' ')} {value}" for key, value in setting.items()]
+    return f" Measured on {', '.join(parts)}." if parts else ""
+
+
+def _fits_section(c: Comparison, key: str, label: str) -> Section:
+    unit = {"latency": "latency (ms)", "parameters": "parameters", "memory": "memory (bytes)"}[c.cost]
+    names = {"cost": unit, "non_embedding_parameters": "non-embedding parameters"}
+    rows = [[fit.selector, names[fit.of], f"{fit.points:,}", *_fitted(fit)] for fit in c.fits]
+    note = "L(N) = (N / Nc)^−α + E (the paper’s eq. 12 and Table 3), fitted to the networks of a selector and the full model; in"
+    note += " brackets 95% confidence intervals. Networks that are too few or too much alike do not determine a fit."
+    table = Table(["Selector", "N", "Networks", "Nc", "α", "E"], rows, left=2)
+    return Section(key, f"Scaling law{label}", note, [table], [])
+
+
+def _fitted(fit: Fit) -> list[str]:
+    if fit.values is None:
+        return ["not determined"] * 3
+    around = lambda interval: f" ({significant(interval[0])} to {significant(interval[1])})" if interval else ""  # noqa: E731
+    return [significant(value) + around(interval) for value, interval in zip(fit.values, fit.intervals, strict=True)]
+
+
+def _random_section(c: Comparison, key: str, label: str) -> Section:
+    head = ["Budget", "Networks", "Best", "Median", "Worst", "Router", "Router’s share", "Better than"]
+    rows = []
+    for row in sorted(c.random, key=lambda row: -row.target):
+        losses = sorted(row.mean_losses, key=lambda value: (value != value, value))  # a diverged network is the worst
+        ends = [loss(losses[0]), loss(median(losses)), loss(losses[-1])] if losses else ["–"] * 3
+        router = [loss(row.router_loss), percent(row.router_share), percent(row.better_than)]
+        rows.append([percent(row.target), f"{len(losses):,}", *ends, *router])
+    note = f"Mean loss of random networks of each budget, as a share of the full model’s {c.cost}, and of the routers’ network;"
+    note += " better than: the random networks whose loss is higher."
+    pictures = [random_boxes(c)] if any(map(finite, c.random)) else []
+    return Section(key, f"Routers against random networks{label}", note, [Table(head, rows)], pictures, beside=bool(pictures))
+
+
+def _equal_section(c: Comparison, key: str, label: str) -> Section:
+    equal = sorted(c.equal, key=lambda row: (SELECTORS.index(row.selector), -row.share))
+    difference = lambda row: None if row.router_loss is None else row.router_loss - row.mean_loss  # noqa: E731
+    columns = [
+        ("Baseline", [row.selector for row in equal]),
+        ("Network", [describe(row.subnetwork, c.model) for row in equal]),
+        ("Share", [percent(row.share) for row in equal]),
+        ("Mean loss", [loss(row.mean_loss) for row in equal]),
+        ("Router’s share", [percent(row.router_share) for row in equal]),
+        ("Router’s mean loss", [loss(row.router_loss) for row in equal]),
+        ("Difference", [signed(difference(row)) for row in equal]),
+    ]
+    note = f"The routers asked for exactly the {c.cost} of a baseline’s network. Difference: the routers’ loss less the"
+    note += " baseline’s; below zero, the routers are better."
+    table = Table.of_columns(columns, left=2)
+    return Section(key, f"Routers against baselines of equal {c.cost}{label}", note, [table], [])
+
+
+def colour(theme: Theme, selector: str) -> str:
+    """The colour of a selector's points and line."""
+    colours = (theme.after, theme.before, *theme.others[:2], theme.muted, theme.others[2])
+    return colours[list(STYLES).index(selector)]
+
+
+def loss_against(c: Comparison, by: str) -> Picture:
+    """Mean loss of each selector's networks against their `by`: "cost", or "non_embedding_parameters" (the paper's figure 5)."""
+    title, unit = cost_unit(c.cost, c.full_cost)
+    if by == "cost":
+        place = lambda net: (100 * net.share, net.mean_loss)  # noqa: E731
+        label, word, own = f"Share of the full model’s {c.cost} (%)", c.cost, c.full_cost / 100
+    else:
+        name, own = cost_unit("parameters", c.full.non_embedding_parameters)
+        place = lambda net: (net.non_embedding_parameters / own, net.mean_loss)  # noqa: E731
+        label, word = f"Non-embedding {lower(name)}", "non-embedding parameters"
+    groups = [(selector, c.of(selector)) for selector in SELECTORS]
+    groups.append(("dense", [net for net in c.dense if by != "cost" or net.share is not None]))
+    groups = [(selector, sorted(nets, key=place)) for selector, nets in groups if nets]
+    fit = next((fit for fit in c.fits if (fit.selector, fit.of) == ("router", by) and fit.values), None)
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        for selector, nets in groups:
+            marker, dash = STYLES[selector]
+            style = {"marker": marker, "linestyle": dash, "markersize": 5, "linewidth": 1.3, "color": colour(theme, selector)}
+            style["zorder"] = 3.5 if selector == "router" else 3
+            axes.plot(*zip(*map(place, nets), strict=True), label=NAMES.get(selector, selector), **style)
+        axes.plot(*place(c.full), "*", color=theme.ink, markersize=13, zorder=4, linestyle="none", label="full model")
+        routed = [place(net)[0] for net in c.of("router")]
+        if fit and routed:
+            x = np.linspace(min(routed), max(*routed, place(c.full)[0]), 200)
+            axes.plot(x, curve(fit, x * own), color=theme.ink, linewidth=1, alpha=0.7, label="fit to router (eq. 12)", zorder=2)
+        axes.set(xlabel=label, ylabel="Mean loss (nats per token)")
+        tidy(axes)
+        if by == "cost":
+            shown = own / unit  # of one percent
+            top = axes.secondary_xaxis("top", functions=(lambda x: x * shown, lambda x: x / shown))
+            top.set_xlabel(title)
+            top.spines[:].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
+
+    series = [f"{selector} {', '.join(f'{y:.3f} at {x:.4g}' for x, y in map(place, nets))}" for selector, nets in groups]
+    x, y = place(c.full)
+    words = f"Mean loss in nats per token against {lower(label)}: {'; '.join(series)}; full model {y:.3f} at {x:.4g}."
+    caption = f"{c.label}: mean loss against {word}. Lower and further left is better."
+    caption += " The thin line is eq. 12, fitted to the routers’ networks." if fit else ""
+    name = f"{stem(c.label)}_loss_{'cost' if by == 'cost' else 'parameters'}"
+    return picture(name, words, caption, draw, (SIZE[0], SIZE[1] + 0.5))
+
+
+def curve(fit: Fit, sizes: np.ndarray) -> np.ndarray:
+    """L(N) = (N/Nc)^-alpha + E (the paper's eq. 12); NaN where that is not a number."""
+    critical, alpha, floor = fit.values
+    with np.errstate(all="ignore"):
+        values = (sizes / critical) ** -alpha + floor
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def random_boxes(c: Comparison) -> Picture:
+    """Losses of random networks at each budget as boxes, and the routers' as a line (the paper's figure 13)."""
+    rows = [(row, finite(row)) for row in sorted(c.random, key=lambda row: row.target) if finite(row)]
+    places = [100 * row.target for row, _ in rows]
+    gap = min((b - a for a, b in zip(places, places[1:], strict=False)), default=10.0)
+    routed = [(100 * row.target, row.router_loss) for row, _ in rows if row.router_loss is not None]
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        lines = dict.fromkeys(("whiskerprops", "capprops"), {"color": theme.muted})
+        box = {"facecolor": theme.grid, "edgecolor": theme.muted}
+        middle = {"color": theme.before, "linewidth": 1.8}
+        look = {"patch_artist": True, "boxprops": box, "medianprops": middle, **lines}
+        losses = [losses for _, losses in rows]
+        axes.boxplot(losses, positions=places, widths=0.5 * gap, whis=(0, 100), manage_ticks=False, **look)
+        handles = [Patch(**box, label="random networks"), *axes.plot([], [], **middle, label="their median")]
+        if routed:
+            style = {"color": theme.after, "markersize": 5.5, "zorder": 5, "label": "router"}
+            handles += axes.plot(*zip(*routed, strict=True), "o-", **style)
+        axes.axhline(c.full.mean_loss, color=theme.ink, linestyle="--", linewidth=1)
+        handles += axes.plot([], [], "--", color=theme.ink, linewidth=1, label="full model")
+        axes.set(xlabel=f"Budget (% of the full model’s {c.cost})", ylabel="Mean loss (nats per token)")
+        tidy(axes, x_numbers=False)
+        axes.set_xticks(places, [f"{place:.4g}" for place in places])
+        axes.set_xlim(places[0] - 0.6 * gap, places[-1] + 0.6 * gap)
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)
+
+    boxes = "; ".join(_box_words(*row) for row in rows)
+    words = f"Box plots of the mean loss of random networks by budget, in nats per token: {boxes}."
+    caption = f"{c.label}: losses of random networks of each budget (box from quartile to quartile, whiskers to the"
+    caption += " extremes), and of the routers’ network of that budget (as the paper’s figure 13)."
+    return picture(f"{stem(c.label)}_random", words, caption, draw)
+
+
+def finite(row: RandomNetworks) -> list[float]:
+    """The losses without those of diverged networks."""
+    return [value for value in row.mean_losses if np.isfinite(value)]
+
+
+def _box_words(row: RandomNetworks, losses: list[float]) -> str:
+    text = f"{100 * row.target:.4g}%: {min(losses):.3f} to {max(losses):.3f}, median {np.median(losses):.3f}"
+    return text + (f", router {row.router_loss:.3f}" if row.router_loss is not None else "")
+
+
+TOPIC = Topic(("compare",), read, sections, highlights)

@@ -1,0 +1,129 @@
+"""A model for every budget, from `family`: costs, losses and widths. Losses are in nats per token. No torch import.
+
+Costs are in their own units (cost.py) and as fractions of the full model's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.report.drawing import Picture, Theme, label_points, picture, tidy
+from flextron_mcore.report.networks import layer_columns, layer_grid, network_columns
+from flextron_mcore.report.reader import StageOutput, read_model, read_subnetwork
+from flextron_mcore.report.text import cost_unit, loss, lower, percent, short, significant, stem
+from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic, numbered
+from flextron_mcore.space import SubNetwork
+
+SHOWN = ("parameters", "latency")  # costs that losses are drawn against
+
+
+@dataclass(frozen=True)
+class Member:
+    """The network of one budget. costs: {name: (value, share of the full model's)}; loss: None if it was not evaluated."""
+
+    budget: str
+    subnetwork: SubNetwork
+    costs: dict[str, tuple[float, float]]
+    loss: float | None
+    exports: dict[str, str]  # {format: directory}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as in the metrics.json it was read from."""
+        costs = {name: {"value": value, "share": share} for name, (value, share) in self.costs.items()}
+        sizes = {"hidden_size": self.subnetwork.hidden_size, "depth": self.subnetwork.depth}
+        return {**self.__dict__, "subnetwork": self.subnetwork.to_dict(), "costs": costs, **sizes}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `family` directory, members from the smallest number of parameters to the largest."""
+
+    label: str
+    model: ModelConfig
+    selector: str
+    members: list[Member]
+
+    @property
+    def costs(self) -> list[str]:
+        """Names of the costs that every member has."""
+        return [name for name in self.members[0].costs if all(name in member.costs for member in self.members)]
+
+
+def read(output: StageOutput) -> Family:
+    """One `family` directory."""
+    metrics = output.metrics
+    model, members = read_model(metrics), []
+    for row in metrics.rows("networks"):
+        costs, exports = row.inner("costs"), row.inner("exports")
+        found = {name: (costs.inner(name).number("value"), costs.inner(name).number("share")) for name in costs.values}
+        names = {format_: exports.text(format_) for format_ in exports.values}
+        members.append(row.into(Member, subnetwork=read_subnetwork(row, model), costs=found, exports=names))
+    if not members:
+        raise FlextronError(f"{metrics.where}: 'networks' is empty")
+    members.sort(key=lambda member: member.costs.get("parameters", (0.0,)))
+    return metrics.into(Family, label=output.label, model=model, members=members)
+
+
+def sections(results: list[Family]) -> list[Section]:
+    """A part of the page for each directory."""
+    parts = []
+    for family, number, label in numbered(results):
+        named = [(member.budget, member.subnetwork) for member in family.members[::-1]]
+        pictures = loss_pictures(family)
+        pictures.append(layer_grid(named, family.model, f"{stem(family.label)}_widths", f"{family.label}: "))
+        note = f"What selector {family.selector} chooses for each budget, each a model of its own. Shares are of the full model’s"
+        note += " costs. A mean with a range in brackets: the layers differ."
+        parts.append(Section(f"models{number}", f"A model for every budget{label}", note, [_table(family)], pictures))
+    return parts
+
+
+def highlights(results: list[Family]) -> Highlights:
+    """The networks of each directory, for family.json."""
+    return Highlights(values={"budgets": {family.label: [m.to_dict() for m in family.members] for family in results}})
+
+
+def _table(family: Family) -> Table:
+    members, nets = family.members, [member.subnetwork for member in family.members]
+    columns: list[Column] = [("Budget", [member.budget for member in members])]
+    for cost in family.costs:
+        pairs = [member.costs[cost] for member in members]
+        name, unit = cost_unit(cost, max(value for value, _ in pairs))
+        columns.append((name, [f"{significant(value / unit)} ({percent(share)})" for value, share in pairs]))
+    columns.append(("Mean loss", [loss(member.loss) for member in members]))
+    columns += [*network_columns(nets, family.model), *layer_columns(nets, family.model)]
+    columns.append(("Exports", [", ".join(member.exports) or "–" for member in members]))
+    return Table.of_columns(columns)
+
+
+def loss_pictures(family: Family) -> list[Picture]:
+    """Loss against parameters, and against latency if that is known; none if nothing was evaluated."""
+    evaluated = [member for member in family.members if member.loss is not None and math.isfinite(member.loss)]
+    return [_loss_picture(family, evaluated, cost) for cost in SHOWN if cost in family.costs and evaluated]
+
+
+def _loss_picture(family: Family, evaluated: list[Member], cost: str) -> Picture:
+    members = sorted(evaluated, key=lambda member: member.costs[cost])
+    label, unit = cost_unit(cost, max(member.costs[cost][0] for member in members))
+    points = [(member.costs[cost][0] / unit, member.loss) for member in members]
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        axes.plot(*zip(*points, strict=True), "o", color=theme.after, markersize=5.5)
+        axes.set(xlabel=label, ylabel="Mean loss (nats per token)")
+        axes.margins(x=0.12, y=0.15)
+        tidy(axes)
+        names = [(short(member.budget, 20), point, False) for member, point in zip(members, points, strict=True)]
+        label_points(figure, axes, names, points, theme)
+
+    series = ", ".join(f"{member.budget}: {y:.3f} at {x:.4g}" for member, (x, y) in zip(members, points, strict=True))
+    words = f"Mean loss in nats per token against {lower(label)}, by budget: {series}."
+    caption = f"{family.label}: mean loss against {cost}; a point is the model of the budget that it is named by."
+    return picture(f"{stem(family.label)}_loss_{cost}", words, caption, draw)
+
+
+TOPIC = Topic(("family",), read, sections, highlights)

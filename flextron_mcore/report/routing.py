@@ -1,0 +1,312 @@
+"""Routers: their training (the paper's figure 12), the networks they choose, and the gain of the surrogate. No torch import.
+
+Losses are in nats per token, budgets and shares in fractions of the full model's cost.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flextron_mcore.config import ModelConfig
+from flextron_mcore.report import training
+from flextron_mcore.report.drawing import SIZE, Picture, Theme, log_scale, moving_average, picture, tidy
+from flextron_mcore.report.networks import layer_columns, layer_grid, network_columns
+from flextron_mcore.report.reader import Reader, StageOutput, read_model, read_subnetwork
+from flextron_mcore.report.text import loss, percent, stem
+from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic
+from flextron_mcore.report.training import Training, train_curve, training_table, validation_curves
+from flextron_mcore.space import SubNetwork
+
+PHASE_TEXTS = (
+    "1: the surrogate learns, the routers do not follow it.",
+    "2: they follow it, and both losses fall.",
+    "3: its error stays where it is, the routers go on.",
+)
+
+
+@dataclass(frozen=True)
+class BudgetChoice:
+    """The network that the routers select for `target`: its cost (`share`), and the cost of their bare argmax."""
+
+    target: float
+    share: float
+    argmax_share: float
+    subnetwork: SubNetwork
+
+    @property
+    def name(self) -> str:
+        """`60%`."""
+        return f"{100 * self.target:.4g}%"
+
+
+@dataclass(frozen=True)
+class RoutingStep:
+    """One training step; None for values that were not logged.
+
+    loss: the full model's; routed: losses of the step's routed networks. surrogate_loss: mean squared error of the surrogate on
+    the step's new pairs, in nats squared; surrogate_error: that over the variance of the losses. follows: True if the routers
+    were trained by the surrogate. temperature: of relaxed choices.
+    """
+
+    step: int
+    loss: float
+    routed: list[float]
+    constraint_loss: float | None
+    surrogate_loss: float | None
+    surrogate_error: float | None
+    follows: bool
+    temperature: float | None = None
+
+    @property
+    def excess(self) -> float | None:
+        """Mean loss of the routed networks above the full model's."""
+        return sum(self.routed) / len(self.routed) - self.loss if self.routed else None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One directory of a stage that trains routers.
+
+    signal: the routers' training signal, for tables. surrogate: they follow a surrogate of the loss, from where its
+    surrogate_error is below `threshold`. budgets: empty for routers that choose for every token.
+    """
+
+    training: Training
+    model: ModelConfig
+    costs: list[str]
+    signal: str
+    surrogate: bool
+    threshold: float
+    budgets: list[BudgetChoice]
+    steps: list[RoutingStep]
+
+    @property
+    def label(self) -> str:
+        """The name of the directory."""
+        return self.training.label
+
+    @property
+    def relaxed(self) -> bool:
+        """True if the routers learn from relaxed choices (`gumbel`)."""
+        return self.training.kind == "gumbel"
+
+    def follows_from(self) -> int | None:
+        """The first step at which the routers follow the surrogate, or None."""
+        return next((row.step for row in self.steps if row.follows), None)
+
+    def settles_from(self) -> int | None:
+        """The first step, of those that follow the surrogate, at which its error is near what it stays at; None without such.
+
+        Near: at most half above the median of the last quarter of the steps.
+        """
+        known = [row for row in self.steps if row.surrogate_error is not None and math.isfinite(row.surrogate_error)]
+        if not known:
+            return None
+        level = statistics.median(row.surrogate_error for row in known[-max(1, len(known) // 4) :])
+        return next((row.step for row in known if row.follows and row.surrogate_error <= 1.5 * level), None)
+
+    def phases(self) -> list[tuple[int, int]]:
+        """First and last step of the three phases of router training (PHASE_TEXTS); empty if routers never follow a surrogate.
+
+        A phase that did not occur has equal ends.
+        """
+        first = self.follows_from()
+        if first is None:
+            return []
+        end, settled = self.steps[-1].step, self.settles_from()
+        settled = end if settled is None else max(settled, first)
+        return [(self.steps[0].step, first), (first, settled), (settled, end)]
+
+
+def read(output: StageOutput) -> Routing:
+    """One directory of `router`, `joint` or `gumbel`."""
+    metrics, routers = output.metrics, output.metrics.inner("routers")
+    model, per_token = read_model(metrics), routers.has("kind")  # token routers name their kind (adaptive/report.py)
+    surrogate = not per_token and routers.flag("surrogate")
+    straight_through = "straight-through, a token" if per_token else "straight-through"
+    budgets = [] if per_token else metrics.rows("budgets")
+    chosen = [row.into(BudgetChoice, subnetwork=read_subnetwork(row, model)) for row in budgets]
+    return Routing(
+        training.read(output),
+        model,
+        routers.texts("costs"),
+        "relaxed choices" if output.kind == "gumbel" else "surrogate" if surrogate else straight_through,
+        surrogate,
+        routers.number("threshold") if surrogate else 0.0,
+        sorted(chosen, key=lambda budget: -budget.target),
+        [_step(row) for row in output.log("train")],
+    )
+
+
+def _step(row: Reader) -> RoutingStep:
+    follows = row.has("routers_follow_surrogate") and row.flag("routers_follow_surrogate")
+    return row.into(RoutingStep, routed=training.subnetwork_losses(row), follows=follows)
+
+
+def sections(results: list[Routing]) -> list[Section]:
+    """The chosen networks, the training, and the two signals side by side, for which there is data."""
+    parts = [_budgets_section(results)] if any(routing.budgets for routing in results) else []
+    parts.append(_training_section(results))
+    routers = [routing for routing in results if routing.training.kind == "router" and routing.budgets]
+    if len(routers) > 1 and not all(routing.surrogate for routing in routers):
+        parts.append(_signals_section(routers))
+    return parts
+
+
+def highlights(results: list[Routing]) -> Highlights:
+    """The same as of other training stages."""
+    return training.highlights([routing.training for routing in results])
+
+
+def _budgets_section(results: Sequence[Routing]) -> Section:
+    results = [routing for routing in results if routing.budgets]
+    tables, pictures = [], []
+    for routing in results:
+        model, budgets = routing.model, routing.budgets
+        nets = [budget.subnetwork for budget in budgets]
+        columns: list[Column] = [
+            (f"Budget ({routing.label})", [budget.name for budget in budgets]),
+            ("Share", [percent(budget.share) for budget in budgets]),
+            ("Share of the bare argmax", [percent(budget.argmax_share) for budget in budgets]),
+            *layer_columns(nets, model),
+            *(network_columns(nets, model) if routing.relaxed else ()),
+        ]
+        tables.append(Table.of_columns(columns))
+        named = [(budget.name, budget.subnetwork) for budget in budgets]
+        pictures.append(layer_grid(named, model, f"{stem(routing.label)}_widths", f"{routing.label}: "))
+    costs = " and ".join(dict.fromkeys(cost for routing in results for cost in routing.costs))
+    note = f"What the trained routers choose for each budget. Budgets and shares are fractions of the full model’s {costs}; the"
+    note += " selected network keeps to its budget, the bare argmax of the routers may not. A mean with a range in brackets: the"
+    note += " layers differ."
+    return Section("budgets", "Networks that the routers choose", note, tables, pictures)
+
+
+def _training_section(results: Sequence[Routing]) -> Section:
+    pictures = []
+    for routing in results:
+        pictures += [made] if (made := dynamics(routing)) else []
+        pictures += [train_curve(routing.training)] if routing.training.kind != "router" and routing.training.train else []
+        pictures += validation_curves(routing.training)
+    signals = ("Routers follow", [routing.signal for routing in results])
+    table = training_table([routing.training for routing in results], [signals])
+    note = "Validation is that of the full model, in nats per token. Routers follow the gradient of a surrogate of the loss, or"
+    note += " that of the loss itself through hard choices (straight-through)"
+    relaxed = any(routing.relaxed for routing in results)
+    note += ", or through relaxed ones whose temperature falls, at the end hard ones." if relaxed else "."
+    return Section("routers", "Router training", note, [table], pictures)
+
+
+def _signals_section(routers: Sequence[Routing]) -> Section:
+    names = list(dict.fromkeys(name for routing in routers for name in routing.training.last if name != "full"))
+    rows = [[each.label, each.signal, *(loss(each.training.last.get(name)) for name in names)] for each in routers]
+    note = "The same routers trained with and without the surrogate: last validation loss of the network of each budget, in nats"
+    note += " per token."
+    return Section("signals", "Surrogate or straight-through", note, [Table(["Routers", "Signal", *names], rows, left=2)], [])
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One curve. values: None for steps without one; threshold: a level to draw; averaged: moving averages already."""
+
+    title: str
+    values: list[float | None]
+    log: bool = False
+    threshold: float | None = None
+    averaged: bool = False
+
+    def points(self, steps: Sequence[RoutingStep]) -> tuple[list[int], list[float]]:
+        """Steps and values that can be drawn."""
+        pairs = [(row.step, value) for row, value in zip(steps, self.values, strict=True)]
+        kept = [(x, y) for x, y in pairs if y is not None and np.isfinite(y) and (y > 0 or not self.log)]
+        return [x for x, _ in kept], [y for _, y in kept]
+
+    def smooth(self, values: Sequence[float], window: int) -> np.ndarray:
+        """The moving average, on a log scale of the logarithms."""
+        if self.averaged:
+            return np.asarray(values)
+        return np.exp(moving_average(np.log(values), window)) if self.log else moving_average(values, window)
+
+
+def dynamics(routing: Routing) -> Picture | None:
+    """The routed networks' loss above the full model's and the surrogate's error by step, and where the routers follow it.
+
+    Without a surrogate the loss of the constraint takes its place; beside it is the temperature of relaxed choices. None if
+    nothing was logged.
+    """
+    steps = routing.steps
+    panels = [panel for panel in _panels(routing) if panel.points(steps)[0]]
+    if not panels:
+        return None
+    window = max(1, len(steps) // 40)
+    bounds = routing.phases()
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        drawn = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for i, (axes, panel) in enumerate(zip(drawn, panels, strict=True)):
+            x, y = panel.points(steps)
+            colour = theme.after if i == 0 else theme.before
+            axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(x, panel.smooth(y, window), "-" if i == 0 else "--", color=colour)
+            if panel.threshold is not None:
+                label = f"threshold {panel.threshold:g}"
+                axes.axhline(panel.threshold, color=theme.ink, linestyle=":", linewidth=1.3, label=label)
+                axes.legend(loc="upper right")
+            axes.set_title(panel.title, loc="left", fontsize=9.5, fontweight="bold", pad=14 if bounds and i == 0 else 6)
+            axes.set_xlabel("Step" if axes is drawn[-1] else "")
+            tidy(axes)
+            if panel.log:
+                log_scale(axes, y)
+            _mark_phases(axes, bounds, theme, numbers=i == 0)
+        drawn[-1].xaxis.get_major_locator().set_params(integer=True)
+
+    ends = []
+    for panel in panels:
+        smooth = panel.smooth(panel.points(steps)[1], window)
+        ends.append(f"{panel.title} from {smooth[0]:.3g} to {smooth[-1]:.3g}")
+    words = f"Router training over {steps[-1].step:,} steps. {'; '.join(ends)}."
+    caption = f"{routing.label}: loss of the routed networks, mean of a step, above the full model’s"
+    caption += ", and the surrogate’s error (as the paper’s figure 12)" if routing.surrogate else ""
+    caption += f"; smoothed over {window} logged steps." if window > 1 else "; not smoothed."
+    if routing.surrogate and routing.follows_from() is not None:
+        words += f" The routers follow the surrogate from step {routing.follows_from():,}"
+        settled = routing.settles_from()
+        words += f", whose error settles at step {settled:,}." if settled is not None else "."
+    elif routing.surrogate and routing.training.kind == "router":
+        words += " The routers never follow the surrogate."
+    shown = [text for text, (low, high) in zip(PHASE_TEXTS, bounds, strict=False) if low < high]
+    caption += f" {' '.join(shown)}" if bounds else ""
+    return picture(f"{stem(routing.label)}_dynamics", words, caption, draw, (SIZE[0], 0.7 + 1.5 * len(panels)))
+
+
+def _panels(routing: Routing) -> list[_Panel]:
+    steps = routing.steps
+    panels = [_Panel("Loss above the full model’s (nats per token)", [row.excess for row in steps])]
+    if any(row.surrogate_loss is not None for row in steps):
+        errors, threshold = [row.surrogate_error for row in steps], routing.threshold
+        panels.append(_Panel("L2 loss of the surrogate (nats²)", [row.surrogate_loss for row in steps], log=True))
+        panels.append(_Panel("Surrogate’s error (share of losses’ variance)", errors, True, threshold, averaged=True))
+    else:
+        panels.append(_Panel("Constraint loss", [row.constraint_loss for row in steps]))
+    if routing.relaxed:
+        panels.append(_Panel("Temperature", [row.temperature for row in steps], log=True))
+    return panels
+
+
+def _mark_phases(axes: Axes, bounds: list[tuple[int, int]], theme: Theme, numbers: bool) -> None:
+    """A line at the beginning of the second and the third phase; the numbers of those with room above the axes."""
+    for number, (low, high) in enumerate(bounds, start=1):
+        if number > 1 and low < high:
+            axes.axvline(low, color=theme.muted, linewidth=1.1)
+        if numbers and high - low > 0.03 * (bounds[-1][1] - bounds[0][0]):
+            style = {"ha": "center", "va": "bottom", "fontsize": 9, "fontweight": "bold", "color": theme.muted}
+            axes.text((low + high) / 2, 1.02, str(number), transform=axes.get_xaxis_transform(), **style)
+
+
+TOPIC = Topic(("router", "joint", "gumbel"), read, sections, highlights)

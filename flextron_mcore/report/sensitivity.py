@@ -1,0 +1,119 @@
+"""The loss of replacing one block alone, from `sensitivity` (the paper's figure 6). Losses are in nats per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from flextron_mcore.axes import AXES, layer_axes
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, picture, ramp, tidy
+from flextron_mcore.report.reader import Settings, StageOutput, read_model, read_settings
+from flextron_mcore.report.text import loss, signed, stem
+from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic, numbered
+
+
+@dataclass(frozen=True)
+class BlockLoss:
+    """One block (0-based `layer`, name of an axis) replaced alone by its candidate `size`; degradation: loss above the full's."""
+
+    layer: int
+    axis: str
+    size: int
+    loss: float
+    degradation: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One `sensitivity` directory; `samples` samples."""
+
+    label: str
+    model: ModelConfig
+    samples: int
+    full_loss: float
+    blocks: list[BlockLoss]
+    settings: Settings
+
+    def candidates(self, axis: str) -> list[int]:
+        """The sizes of an axis that were tried, largest first."""
+        return sorted({block.size for block in self.blocks if block.axis == axis}, reverse=True)
+
+    def curve(self, axis: str, size: int) -> dict[int, float]:
+        """{layer: degradation} in the order of the layers."""
+        return dict(sorted((block.layer, block.degradation) for block in self.blocks if (block.axis, block.size) == (axis, size)))
+
+    def share(self, axis: str, size: int) -> str:
+        """A size as percent of the full model's."""
+        return f"{100 * size / AXES[axis].full(self.model):.0f}%"
+
+
+def read(output: StageOutput) -> Sensitivity:
+    """One `sensitivity` directory."""
+    metrics = output.metrics
+    model, blocks = read_model(metrics), []
+    for row in metrics.rows("blocks"):
+        block = row.into(BlockLoss, axis=row.choice("axis", [axis.name for axis in layer_axes()]))
+        if not 0 <= block.layer < model.num_layers:
+            raise FlextronError(f"{row.where}: 'layer' must be within 0..{model.num_layers - 1}, not {block.layer}")
+        blocks.append(block)
+    if not blocks:
+        raise FlextronError(f"{metrics.where}: 'blocks' is empty")
+    return metrics.into(Sensitivity, label=output.label, model=model, blocks=blocks, settings=read_settings(metrics))
+
+
+def sections(results: list[Sensitivity]) -> list[Section]:
+    """A table and a picture for each directory."""
+    parts = []
+    for s, number, label in numbered(results):
+        columns: list[Column] = [("Layer", [*(str(layer + 1) for layer in range(s.model.num_layers)), "mean"])]
+        for axis in layer_axes():
+            for size in s.candidates(axis.name):
+                curve = s.curve(axis.name, size)
+                values = [*map(curve.get, range(s.model.num_layers)), sum(curve.values()) / len(curve)]
+                columns.append((f"{axis.short} {size:,} ({s.share(axis.name, size)})", list(map(signed, values))))
+        note = f"Loss above the full model’s ({loss(s.full_loss)} nats per token, {s.samples:,} samples) when one block alone is"
+        note += " replaced by a candidate."
+        table = Table.of_columns(columns, strong=s.model.num_layers)
+        parts.append(Section(f"sensitivity{number}", f"Sensitivity of every block{label}", note, [table], [degradation(s)]))
+    return parts
+
+
+def highlights(results: list[Sensitivity]) -> Highlights:
+    """The settings."""
+    return Highlights(settings=[s.settings for s in results])
+
+
+def degradation(s: Sensitivity) -> Picture:
+    """The loss of replacing one block, by layer: a panel for each axis, a line a candidate (the paper's figure 6)."""
+    axes_shown = [axis for axis in layer_axes() if s.candidates(axis.name)]
+    label = lambda axis, size: f"{s.share(axis.name, size)} ({size:,})"  # noqa: E731
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        panels = figure.subplots(len(axes_shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        for axes, axis in zip(panels, axes_shown, strict=True):
+            sizes = s.candidates(axis.name)
+            for i, (size, colour) in enumerate(zip(sizes, ramp(theme, len(sizes)), strict=False)):
+                curve = s.curve(axis.name, size)
+                style = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.3, "color": colour}
+                axes.plot([layer + 1 for layer in curve], list(curve.values()), label=label(axis, size), **style)
+            axes.axhline(0, color=theme.muted, linewidth=0.8)
+            axes.set_title(axis.title, loc="left", fontsize=9.5, fontweight="bold")
+            axes.set_xlabel("Layer" if axes is panels[-1] else "")
+            tidy(axes)
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        panels[-1].xaxis.get_major_locator().set_params(integer=True)
+        figure.supylabel("Loss above the full model’s (nats per token)", fontsize=9.5)
+
+    texts = []
+    for axis in axes_shown:
+        for size in s.candidates(axis.name):
+            values = ", ".join(f"{value:.3g}" for value in s.curve(axis.name, size).values())
+            texts.append(f"{axis.title} {label(axis, size)}: {values}")
+    words = f"Loss above the full model’s, in nats per token, when one block is replaced, by layer. {'; '.join(texts)}."
+    caption = "Loss above the full model’s when the block of one layer alone is cut to a candidate (as the paper’s figure 6)."
+    return picture(f"{stem(s.label)}_degradation", words, caption, draw, (SIZE[0], 0.8 + 1.9 * len(axes_shown)))
+
+
+TOPIC = Topic(("sensitivity",), read, sections, highlights)

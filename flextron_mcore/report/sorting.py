@@ -1,0 +1,85 @@
+"""The gain of sorting by importance, from `importance` (the paper's Table 5). Losses are in nats per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from flextron_mcore.report.drawing import Picture, Theme, picture, tidy
+from flextron_mcore.report.reader import StageOutput
+from flextron_mcore.report.text import loss, perplexity, short
+from flextron_mcore.report.topic import Section, Table, Topic
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """One row of the sorting ablation."""
+
+    setup: str
+    order: str
+    score: str
+    loss: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One `importance` directory; `samples` calibration samples."""
+
+    samples: int
+    score: str
+    rows: list[AblationRow]
+
+
+def read(output: StageOutput) -> Ablation:
+    """The ablation of one `importance` directory."""
+    return output.metrics.into(Ablation, rows=[row.into(AblationRow) for row in output.metrics.rows("ablation")])
+
+
+def sections(results: list[Ablation]) -> list[Section]:
+    """Loss with half of an operator cut, as a table and bars for each directory."""
+    tables, pictures = [], []
+    for i, ablation in enumerate(results):
+        rows = [[r.setup, r.order, r.score, loss(r.loss), perplexity(r.perplexity)] for r in ablation.rows]
+        tables.append(Table(["Setup", "Order", "Score", "Loss", "Perplexity"], rows, left=3))
+        if any(row.order != "-" for row in ablation.rows):
+            pictures.append(ablation_bars(ablation.rows, f"sorting{i + 1 if i else ''}"))
+    first = results[0]
+    note = f"Half of one operator cut, without any training, before and after sorting by importance ({first.samples:,} samples,"
+    note += f" score {first.score}; as the paper’s Table 5)."
+    return [Section("sorting", "Sorting by importance", note, tables, pictures, beside=len(tables) == 1)]
+
+
+def ablation_bars(rows: Sequence[AblationRow], name: str) -> Picture:
+    """Loss with half the heads or half the FFN, unsorted and sorted, before any training (the paper's Table 5)."""
+    base = next((row for row in rows if row.order == "-"), None)
+    cut = [row for row in rows if row.order != "-"]
+    setups = list(dict.fromkeys(row.setup for row in cut))
+    many = len({row.score for row in cut if row.order == "sorted"}) > 1
+    kind = lambda row: f"sorted by {row.score}" if many and row.order == "sorted" else row.order  # noqa: E731
+    kinds = list(dict.fromkeys(kind(row) for row in cut))
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes, colours = figure.subplots(), (theme.before, theme.after, *theme.others)
+        width = 0.74 / max(len(kinds), 1)
+        for i, series in enumerate(kinds):
+            bars = {row.setup: row.loss for row in cut if kind(row) == series}
+            places = [setups.index(s) + (i - (len(kinds) - 1) / 2) * width for s in bars]
+            made = axes.bar(places, list(bars.values()), width * 0.92, color=colours[i % len(colours)], label=short(series, 34))
+            axes.bar_label(made, fmt="%.3f", padding=2, fontsize=9, color=theme.ink)
+        if base:
+            axes.axhline(base.loss, color=theme.ink, linestyle="--", label=f"full model, {base.loss:.3f}", zorder=4)
+        axes.set_xticks(range(len(setups)), [short(s) for s in setups])
+        axes.set_ylabel("Loss (nats per token)")
+        axes.margins(x=0.08, y=0.12)
+        tidy(axes, x_numbers=False)
+        figure.legend(loc="outside lower center", ncols=2 if many else 3)
+
+    words = "Bar chart of loss in nats per token: " + "; ".join(f"{r.setup}, {kind(r)}: {r.loss:.3f}" for r in cut)
+    words += f"; full model: {base.loss:.3f}." if base else "."
+    return picture(name, words, "Loss when half of one operator is cut, before any training. Lower is better.", draw)
+
+
+TOPIC = Topic(("importance",), read, sections)

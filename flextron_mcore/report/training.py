@@ -1,0 +1,197 @@
+"""Pretraining and elastic training: numbers and curves, also for the stages that train routers. Losses are in nats per token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, moving_average, picture, ramp, tidy
+from flextron_mcore.report.reader import Reader, Settings, StageOutput, is_number, read_settings
+from flextron_mcore.report.text import big, duration, loss, short, stem
+from flextron_mcore.report.topic import Card, Column, Highlights, Progress, Section, Table, Topic
+
+MOST_LABELS = 12  # lines named in one legend
+TITLES = {
+    "pretrain": "Pretraining",
+    "elastic": "Elastic training",
+    "router": "Router training",
+    "joint": "Joint training",
+    "gumbel": "Training of model and router",
+}
+GROUPS = {  # of validated networks by the beginning of their names, each with its caption
+    "uniform": "Validation loss of uniform sub-networks (the same widths in every layer; as the paper’s figure 10).",
+    "random": "Validation loss of random sub-networks (as the paper’s figure 11).",
+    "router": "{label}: validation loss of what the routers choose, by share of the full model’s cost.",
+    "other": "Validation loss of the other sub-networks.",
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One directory of a training stage. `seconds` of wall time; losses in nats per token.
+
+    train: (step, loss of the full model, losses of the sampled sub-networks); validation: (step, loss of each network).
+    first, last: first and last validation loss of each network.
+    """
+
+    label: str
+    kind: str
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    train: list[tuple[int, float, list[float]]]
+    validation: list[tuple[int, dict[str, float]]]
+    first: dict[str, float]
+    last: dict[str, float]
+    settings: Settings
+
+    @property
+    def first_loss(self) -> float | None:
+        """The full model's first validation loss, None if it was not validated."""
+        return self.first.get("full")
+
+    @property
+    def last_loss(self) -> float | None:
+        """The full model's last validation loss, None if it was not validated."""
+        return self.last.get("full")
+
+    def progress(self) -> Progress:
+        """The stage in one sentence, and its tokens as a key figure."""
+        text = f"{TITLES[self.kind]} took {self.steps:,} steps, {big(self.tokens)} tokens and {duration(self.seconds)}"
+        if self.kind != "router" and self.first_loss is not None and self.last_loss is not None:  # `router` trains no model
+            text += (
+                f"; the full model’s validation loss went from {loss(self.first_loss)} to {loss(self.last_loss)} nats per token"
+            )
+        note = f"tokens in {self.steps:,} steps, {duration(self.seconds)}"
+        return Progress(f"{text}.", Card(TITLES[self.kind], big(self.tokens), note), self.kind == "elastic")
+
+
+def read(output: StageOutput) -> Training:
+    """One directory of a training stage, with its log if there is one."""
+    validation = [(row.whole("step"), row.numbers("losses")) for row in output.log("validation")]
+    return output.metrics.into(
+        Training,
+        label=output.label,
+        kind=output.kind,
+        train=[(row.whole("step"), row.number("loss"), subnetwork_losses(row)) for row in output.log("train")],
+        validation=validation,
+        first=_validation_end(output.metrics, "first", validation),
+        last=_validation_end(output.metrics, "last", validation[::-1]),
+        settings=read_settings(output.metrics),
+    )
+
+
+def subnetwork_losses(row: Reader) -> list[float]:
+    """The losses of a step's sub-networks, from the step's row of the log."""
+    return row.number_list("subnetwork_losses") if row.has("subnetwork_losses") else []
+
+
+def _validation_end(metrics: Reader, end: str, logged: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The `first` or `last` validation loss of each network: from metrics.json, else from the log, which begins at that end."""
+    given = metrics.values.get("validation")
+    row = given.get(end) if isinstance(given, Mapping) else None
+    losses = row.get("losses", row) if isinstance(row, Mapping) else None
+    found = {name: float(value) for name, value in losses.items() if is_number(value)} if isinstance(losses, Mapping) else {}
+    for _, values in logged:
+        found = {**values, **found}
+    return found
+
+
+def sections(results: list[Training]) -> list[Section]:
+    """Numbers and curves of pretraining and elastic training."""
+    pictures = []
+    for training in results:
+        pictures += [train_curve(training)] if training.train else []
+        pictures += validation_curves(training)
+    note = "Validation is that of the full model, in nats per token."
+    return [Section("training", "Training", note, [training_table(results)], pictures)]
+
+
+def highlights(results: Sequence[Training]) -> Highlights:
+    """Progress of each stage; the settings of the latest first."""
+    settings = [training.settings for training in reversed(results)]
+    return Highlights(progress=[training.progress() for training in results], settings=settings)
+
+
+def training_table(results: Sequence[Training], more: Sequence[Column] = ()) -> Table:
+    """A row a stage; `more` columns at the end."""
+    columns = [
+        ("Stage", [t.label for t in results]),
+        ("Steps", [f"{t.steps:,}" for t in results]),
+        ("Tokens", [f"{t.tokens:,}" for t in results]),
+        ("Time", [duration(t.seconds) for t in results]),
+        ("Tokens per second", [f"{t.tokens_per_second:,.0f}" for t in results]),
+        ("Validation, first", [loss(t.first_loss) for t in results]),
+        ("Validation, last", [loss(t.last_loss) for t in results]),
+    ]
+    return Table.of_columns([*columns, *more])
+
+
+def train_curve(training: Training) -> Picture:
+    """Training loss of the full model and, smoothed with their range, of the step's sub-networks."""
+    steps, full = [row[0] for row in training.train], [row[1] for row in training.train]
+    subs = [(step, losses) for step, _, losses in training.train if losses]
+    window = max(1, len(steps) // 40)
+    validated = [(step, losses["full"]) for step, losses in training.validation if "full" in losses]
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        if subs:
+            x = [step for step, _ in subs]
+            low, mean, high = (moving_average([of(losses) for _, losses in subs], window) for of in (min, np.mean, max))
+            axes.fill_between(x, low, high, color=theme.before, alpha=0.18, linewidth=0, label="sub-networks, lowest to highest")
+            axes.plot(x, mean, "--", color=theme.before, label="sub-networks, mean")
+        axes.plot(steps, full, color=theme.after, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, moving_average(full, window), color=theme.after, label="full model")
+        if validated and not subs:
+            style = {"color": theme.ink, "markersize": 4, "linewidth": 1, "label": "full model, validation"}
+            axes.plot(*zip(*validated, strict=True), "o--", **style)
+        axes.set(xlabel="Step", ylabel="Training loss (nats per token)" if subs else "Loss (nats per token)")
+        tidy(axes)
+        axes.legend(loc="upper right")
+
+    smooth = f"smoothed over {window} logged steps" if window > 1 else "not smoothed"
+    words = f"Training loss over {steps[-1]:,} steps; full model from {full[0]:.3f} to {full[-1]:.3f} nats per token."
+    text = f"Training loss of the full model{' and of the step’s sub-networks' if subs else ''}, {smooth}."
+    return picture(f"{stem(training.label)}_training", words, text, draw)
+
+
+def validation_curves(training: Training) -> list[Picture]:
+    """Validation loss while training: uniform networks (the paper's fig. 10), random ones (fig. 11), routed ones, any others."""
+    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name in dict.fromkeys(name for _, losses in training.validation for name in losses if name != "full"):
+        groups[next((group for group in GROUPS if name.startswith(group)), "other")].append(name)
+    return [_validation(training, group, members) for group, members in groups.items() if members]
+
+
+def _validation(training: Training, group: str, names: list[str]) -> Picture:
+    curves = {name: [(step, losses[name]) for step, losses in training.validation if name in losses] for name in ["full", *names]}
+    ordered = sorted(names, key=lambda name: -curves[name][-1][1])
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        colours = ramp(theme, len(ordered))
+        for i, name in enumerate(ordered):
+            label = short(name.removeprefix("uniform ")) if i < MOST_LABELS else None
+            marker = MARKERS[i % len(MARKERS)]
+            axes.plot(*zip(*curves[name], strict=True), marker=marker, markersize=3, linewidth=1.3, color=colours[i], label=label)
+        if len(ordered) > MOST_LABELS:
+            axes.plot([], [], color="none", label=f"and {len(ordered) - MOST_LABELS} more")
+        if curves["full"]:
+            axes.plot(*zip(*curves["full"], strict=True), color=theme.ink, linewidth=2.2, label="full model", zorder=4)
+        axes.set(xlabel="Step", ylabel="Validation loss (nats per token)")
+        tidy(axes)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
+
+    rows = (min(len(names), MOST_LABELS + 1) + 2) // 2
+    ends = ", ".join(f"{name} {curves[name][0][1]:.3f} to {curves[name][-1][1]:.3f}" for name in curves if curves[name])
+    words = f"Validation loss in nats per token, first to last: {ends}."
+    caption = GROUPS[group].format(label=training.label)
+    return picture(f"{stem(training.label)}_validation_{group}", words, caption, draw, (SIZE[0], SIZE[1] + 0.17 * rows))
+
+
+TOPIC = Topic(("pretrain", "elastic"), read, sections, highlights)

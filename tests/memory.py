@@ -77,8 +77,9 @@ def training(arch: dict[str, Any], data: str, out: str, keys: list[str]) -> dict
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.runs.opened import start
     from flextron_mcore.space import ElasticSpace
+    from flextron_mcore.training.checks import check
     from flextron_mcore.training.log import Log
-    from flextron_mcore.training.loop import Phase, _Run, check
+    from flextron_mcore.training.loop import Phase, _Run
 
     config = compose("pretrain", [f"data={data}", f"out={out}", *keys])
     start(config)
@@ -90,12 +91,12 @@ def training(arch: dict[str, Any], data: str, out: str, keys: list[str]) -> dict
     run = _Run(config, folder, info, prepared, Phase(lambda step: [None], lambda step: {}), length)
     for chunk in run.model:
         chunk.train()
-    log = Log(folder, 0, config.trainer.max_steps, config)
+    log = Log(folder, 0, config)
     run._step(0, log)
     parameters = [p for chunk in run.model for p in chunk.parameters()]
     weights = storages(parameters)
     gradients = storages(p.main_grad for p in parameters)
-    inner = [o.optimizer for o in getattr(run.optimizer, "chained_optimizers", [run.optimizer])]
+    inner = [o.optimizer for o in getattr(run.trained.optimizer, "chained_optimizers", [run.trained.optimizer])]
     held = [t for o in inner for state in o.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     held += [p for o in inner for group in o.param_groups for p in group["params"]]
     optimizer = {k: v for k, v in storages(held).items() if k not in weights and k not in gradients}

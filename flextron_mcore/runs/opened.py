@@ -42,7 +42,7 @@ def opened(config: DictConfig) -> tuple[Any, Any, str, int]:
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.model import check_layout
-    from flextron_mcore.training.loop import sequence_length
+    from flextron_mcore.training.checks import sequence_length
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)

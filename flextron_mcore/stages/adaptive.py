@@ -28,7 +28,8 @@ def train_adaptive(config: DictConfig, info: Any, data: Any) -> dict[str, Any]:
     from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
     from flextron_mcore.model import loaded_model
     from flextron_mcore.runs.routers import validation_targets
-    from flextron_mcore.training.loop import Phase, check, train
+    from flextron_mcore.training.checks import check
+    from flextron_mcore.training.loop import Phase, train
 
     check_not_modulated(info)
     learner = _learner(config, info)

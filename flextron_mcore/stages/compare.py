@@ -197,7 +197,7 @@ def _dense(name: str, info: Any, cost: Cost, losses: _Losses, data: Any, config:
     from flextron_mcore.model import loaded_model
     from flextron_mcore.runs.opened import precision
     from flextron_mcore.space import LayerChoice, SubNetwork, count_parameters
-    from flextron_mcore.training.loop import sequence_length
+    from flextron_mcore.training.checks import sequence_length
 
     seq_length = sequence_length(config.model, info, data)
     found = losses.evaluate(loaded_model(config.model, info, precision(config, info)), {"dense": None}, seq_length)["dense"]

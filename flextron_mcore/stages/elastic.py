@@ -21,7 +21,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.evaluation.family import uniform_family
-    from flextron_mcore.training.loop import Phase, check, train
+    from flextron_mcore.training.checks import check
+    from flextron_mcore.training.loop import Phase, train
     from flextron_mcore.training.sampler import draw, random_family
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)

@@ -20,8 +20,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.choices import Choices
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.routers.store import kind_of_routers, read_routers
+    from flextron_mcore.training.checks import check
     from flextron_mcore.training.gumbel import GumbelLearner
-    from flextron_mcore.training.loop import check
     from flextron_mcore.training.router import GumbelSettings
 
     info, data = _modulated(config, open_checkpoint(config.checkpoint)), open_data(config.data)

@@ -30,7 +30,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.sorting.importance import LAYER_SCORES, SCORES, collect, importance, removal_errors
     from flextron_mcore.sorting.permutation import order, sorted_tensors
     from flextron_mcore.space import ElasticSpace
-    from flextron_mcore.training.loop import sequence_length
+    from flextron_mcore.training.checks import sequence_length
 
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     if config.score not in SCORES:

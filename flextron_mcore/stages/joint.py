@@ -20,7 +20,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.choices import Choices
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.routers.store import kind_of_routers, read_routers
-    from flextron_mcore.training.loop import check
+    from flextron_mcore.training.checks import check
     from flextron_mcore.training.router import RouterSettings
     from flextron_mcore.training.static import StraightThroughLearner
 

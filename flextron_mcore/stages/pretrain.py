@@ -22,7 +22,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     from flextron_mcore.evaluation.family import uniform_family
     from flextron_mcore.model import PARALLEL_OPTIONS
     from flextron_mcore.space import ElasticSpace
-    from flextron_mcore.training.loop import Phase, check, train
+    from flextron_mcore.training.checks import check
+    from flextron_mcore.training.loop import Phase, train
 
     data = open_data(config.data)
     values = OmegaConf.to_container(config.model)

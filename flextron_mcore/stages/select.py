@@ -90,7 +90,7 @@ def _losses(config: DictConfig, info: CheckpointInfo) -> choice.Losses:
     from flextron_mcore.evaluation.perplexity import evaluate, mean
     from flextron_mcore.model import loaded_model
     from flextron_mcore.runs.opened import precision
-    from flextron_mcore.training.loop import sequence_length
+    from flextron_mcore.training.checks import sequence_length
 
     data = open_data(config.data)
     options = {"virtual_pipeline_model_parallel_size": None, "sequence_parallel": False, **config.model}

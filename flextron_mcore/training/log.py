@@ -24,7 +24,7 @@ class Log:
     A resumed run drops the rows after the checkpoint it continues from.
     """
 
-    def __init__(self, out: Path, step: int, max_steps: int, config: Any) -> None:
+    def __init__(self, out: Path, step: int, settings: Any) -> None:
         self.first_validation: dict[str, float] = {}
         self.active = is_main_process()
         if not self.active:
@@ -38,14 +38,14 @@ class Log:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", encoding="utf-8")
         self.board = None
-        if config.exp_manager.create_tensorboard_logger:
+        if settings.exp_manager.create_tensorboard_logger:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-        self.every = config.trainer.log_every_n_steps
+        self.every = settings.trainer.log_every_n_steps
         self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=max_steps, initial=step, desc=config.stage, unit="step", disable=not self.terminal)
-        self.max_steps, self.stage = max_steps, config.stage
+        self.max_steps, self.stage = settings.trainer.max_steps, settings.stage
+        self.bar = tqdm(total=self.max_steps, initial=step, desc=self.stage, unit="step", disable=not self.terminal)
         if step:
             self._say(f"{self.stage}: continuing after step {step}")
 

@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from benchmarks import interleaved, print_settings, ratio
 from flextron_mcore.adaptive.latency import random_router
+from flextron_mcore.choosing import set_subnetwork
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.layers.dispatch import GivenLevels
-from flextron_mcore.model import build_model, set_subnetwork
+from flextron_mcore.layers.routed_layer import GivenLevels
+from flextron_mcore.layers.state import FULL, LayerState
+from flextron_mcore.model import build_model
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.distributed import device
@@ -111,7 +113,7 @@ def _blocks(model: torch.nn.Module, shape: Shape):
         def call() -> object:
             if routing:
                 routing.begin()
-            layer.mlp.routing = routing.block(1) if routing else None
+            layer.holder.state = LayerState(routing=routing.layer(0) if routing else None)
             return layer.mlp(hidden)
 
         return call
@@ -120,7 +122,7 @@ def _blocks(model: torch.nn.Module, shape: Shape):
         def call() -> object:
             if routing:
                 routing.begin()
-            layer.self_attention.routing = routing.block(0) if routing else None
+            layer.holder.state = LayerState(routing=routing.layer(0) if routing else None)
             return layer.self_attention(hidden, None, rotary_pos_emb=rotary)
 
         return call
@@ -130,7 +132,7 @@ def _blocks(model: torch.nn.Module, shape: Shape):
     yield "attention, own keys", {"mixed": attention(GivenLevels(levels, "own")), "dense": attention(None)}, MEAN
     yield "attention, all keys", {"mixed": attention(GivenLevels(levels, "full")), "dense": attention(None)}, MEAN
     yield "router", {"router": lambda: router(0, hidden), "dense MLP": mlp(None)}, 1.0
-    layer.mlp.routing = layer.self_attention.routing = None
+    layer.holder.state = FULL
 
 
 def _models(model: torch.nn.Module, arch: ModelConfig, space: ElasticSpace, shape: Shape):

@@ -22,8 +22,8 @@ from benchmarks.models import (
     micro_batch,
     prefill,
 )
+from flextron_mcore.choosing import set_subnetwork
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.model import set_subnetwork
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime import distributed
 from flextron_mcore.space import ElasticSpace, SubNetwork

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from benchmarks import interleaved, print_settings, ratio
 from benchmarks.models import BATCH, DESCRIPTION, GPT2, LENGTH, LLAMA, dense, elastic, forward_backward, micro_batch
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.model import unwrap
+from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime import distributed
@@ -98,7 +98,7 @@ def _mask(model: torch.nn.Module, net: SubNetwork) -> None:
     for layer, choice in zip(unwrap(model).decoder.layers, net.layers, strict=True):
         attention, device = layer.self_attention, distributed.device()
         neurons = (torch.arange(layer.mlp.config.ffn_hidden_size, device=device) < choice.ffn_hidden_size).float()
-        heads = torch.zeros(attention.config.num_query_groups, attention.group_size, attention.hidden_size_per_attention_head)
+        heads = torch.zeros(attention.layout.groups, attention.layout.queries, attention.layout.size)
         heads[: choice.kv_groups, : choice.query_heads_per_group] = 1
         layer.mlp.observe = lambda hidden, mask=neurons: hidden * mask
         heads = heads.flatten().to(device)

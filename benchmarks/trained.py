@@ -78,7 +78,7 @@ def forward(model: Any, net: Any, tokens: Any) -> object:
     import torch
 
     from flextron_mcore.adaptive.routers import TokenRouting
-    from flextron_mcore.model import set_subnetwork
+    from flextron_mcore.choosing import set_subnetwork
 
     if isinstance(net, TokenRouting):
         net.begin()

@@ -25,7 +25,8 @@ BATCH, LENGTH = 2, 256
 
 def main() -> None:
     distributed.initialize()
-    from flextron_mcore.model import build_model, use_subnetwork
+    from flextron_mcore.choosing import use_subnetwork
+    from flextron_mcore.model import build_model
 
     arch = ModelConfig(num_layers=4, hidden_size=256, num_attention_heads=8, ffn_hidden_size=1024, vocab_size=512,
                        max_position_embeddings=LENGTH)  # fmt: skip

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flextron_mcore.choosing import keep_states, set_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.model import keep_choices, set_subnetwork, unwrap
+from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.pipeline.losses import masked_sum
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.training.sampler import draw
@@ -46,7 +47,7 @@ class ElasticTraining:
 
     def watch(self, chunk: torch.nn.Module) -> None:
         """Let a model that was not built by `build_model` recompute activations with the right choices; call once."""
-        unwrap(chunk).decoder.register_forward_hook(keep_choices)
+        unwrap(chunk).decoder.register_forward_hook(keep_states)
 
     def choose(self, chunk: torch.nn.Module, step: int, micro_batches: int) -> int:
         """Make `chunk` compute the network of its next micro-batch of `step`; that network's index, 0 for the full model.

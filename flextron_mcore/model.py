@@ -1,11 +1,9 @@
-"""Build a GPTModel from a ModelConfig, and choose the sub-network it computes."""
+"""Build the elastic GPTModel of a ModelConfig."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,11 +24,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from flextron_mcore.checkpoint.reader import load_model
 from flextron_mcore.checkpoint.sharding import check_granularity
 from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choosing import keep_states
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.layers.dispatch import BlockRouting, Routing
-from flextron_mcore.layers.linear import ElasticEmbedding, ElasticOutputLayer, ElasticPositions
-from flextron_mcore.layers.weighted import WeightedNetwork, mask
-from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, parameter_share
+from flextron_mcore.layers.ends import make_ends_elastic
+from flextron_mcore.layers.gpt import ArchitectureGPTModel
+from flextron_mcore.space import ElasticSpace
 from flextron_mcore.specs import elastic_gpt_block_spec
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -129,23 +127,9 @@ def build_model(
     config = transformer_config(model, options, precision, **overrides)
     spec = elastic_gpt_block_spec(config, space, vp_stage, _BACKENDS[config.transformer_impl])
     gpt = gpt_model(model, config, spec, vp_stage)
-    # GPTModel makes its own ends; the parameters are the same.
-    if gpt.pre_process:
-        ends = [(gpt.embedding.word_embeddings, ElasticEmbedding)]
-        if gpt.embedding.add_position_embedding:
-            ends.append((gpt.embedding.position_embeddings, ElasticPositions))
-        for end, kind in ends:
-            end.__class__, end.channels = kind, functools.partial(_channels_of_first_layer, gpt.decoder.layers)
-        gpt.embedding.word_embeddings.weight.zero_out_wgrad = False  # nor is it read where the output layer shares the weight
-    if gpt.post_process:
-        gpt.output_layer.__class__ = ElasticOutputLayer
-    gpt.decoder.register_forward_hook(keep_choices)
+    make_ends_elastic(gpt)
+    gpt.decoder.register_forward_hook(keep_states)
     return gpt.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else gpt
-
-
-def _channels_of_first_layer(layers: Sequence[Any]) -> int | None:
-    """How many channels of an embedding are used, None for all."""
-    return layers[0].channels[0] if len(layers) and layers[0].channels else None
 
 
 def check_layout(model: ModelConfig, space: ElasticSpace, options: Mapping[str, Any], precision: str = "fp32") -> None:
@@ -209,7 +193,7 @@ def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage
     if model.rope_scaling and model.rope_scaling["type"] == "linear":
         linear_factor = float(model.rope_scaling["factor"])
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
-    gpt = _GPTModel(
+    gpt = ArchitectureGPTModel(
         config,
         spec,
         # Ranks hold equal parts of the vocabulary.
@@ -240,174 +224,3 @@ def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage
             original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
         )
     return gpt
-
-
-class _GPTModel(GPTModel):
-    """A GPTModel whose loss does not see the padding of the vocabulary, which depends on the layout."""
-
-    architecture: ModelConfig
-
-    @property
-    def real_vocab_size(self) -> int:
-        return self.architecture.vocab_size
-
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return super().compute_language_model_loss(labels, mask_padding(logits, self.real_vocab_size))
-
-
-def mask_padding(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Logits [..., V of this rank] with a probability of zero for the rows that pad the vocabulary to equal parts."""
-    part = logits.shape[-1]
-    real = vocab_size - parallel_state.get_tensor_model_parallel_rank() * part
-    if real >= part:
-        return logits
-    return logits.masked_fill(torch.arange(part, device=logits.device) >= real, -1e9)
-
-
-def unwrap(model: torch.nn.Module) -> GPTModel:
-    """The GPTModel inside Megatron-Core's wrappers (DDP, Float16Module)."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
-
-
-Network = SubNetwork | Routing | WeightedNetwork | None
-
-
-def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.Tensor] | None = None) -> None:
-    """Make `model` compute `net` from now on; None for the full model.
-
-    A Routing chooses token by token, a WeightedNetwork computes everything and weighs it. gates: a scalar for each block (layer
-    l's attention at 2 l, its MLP at 2 l + 1) that its output is multiplied with.
-    """
-    gpt = unwrap(model)
-    layers, final = gpt.decoder.layers, None
-    choices = [_Choice(gates=tuple(gates[2 * i : 2 * i + 2])) if gates else _Choice() for i in _numbers(layers)]
-    if isinstance(net, SubNetwork):
-        _check(gpt, net)
-        share, pairs = _share(gpt, net), zip(_numbers(layers), choices, strict=True)
-        choices = [replace(choice, widths=net.layers[i], share=share) for i, choice in pairs]
-        if net.hidden_size < gpt.config.hidden_size:
-            choices = [replace(choice, channels=(net.hidden_size,) * 2) for choice in choices]
-            if choices and not gpt.post_process:
-                choices[-1] = replace(choices[-1], channels=(net.hidden_size, gpt.config.hidden_size))
-    elif isinstance(net, WeightedNetwork):
-        space: ElasticSpace = layers[0].mlp.space
-        final = mask(net.hidden_K, space.hidden_size)
-        choices = [_weighted(layer, net, final) for layer in layers]
-    elif net is not None:
-        if _modulated(gpt):
-            raise FlextronError("tokens that choose for themselves are no network: a model with modulation has no gains for them")
-        choices = [
-            replace(choice, routing=(net.block(2 * i), net.block(2 * i + 1)))
-            for i, choice in zip(_numbers(layers), choices, strict=True)
-        ]
-    _set_choices(gpt.decoder, (choices, final))
-
-
-@contextlib.contextmanager
-def use_subnetwork(model: torch.nn.Module, net: Network) -> Iterator[None]:
-    """Inside the context `model` computes `net`, as in `set_subnetwork`; the choice before it is restored after."""
-    decoder = unwrap(model).decoder
-    before = _choices(decoder)
-    set_subnetwork(model, net)
-    try:
-        yield
-    finally:
-        _set_choices(decoder, before)
-
-
-@dataclass(frozen=True, eq=False)
-class _Choice:
-    """What is set on a layer: on itself, and pairs for its attention and its MLP."""
-
-    channels: tuple[int, int] | None = None
-    widths: LayerChoice | None = None
-    gates: tuple[torch.Tensor | None, ...] = (None, None)
-    routing: tuple[BlockRouting | None, ...] = (None, None)
-    masks: tuple[torch.Tensor | None, ...] = (None, None)
-    norm_mask: torch.Tensor | None = None
-    share: float | None = None
-
-
-def _numbers(layers: Sequence[Any]) -> list[int]:
-    return [layer.layer_number - 1 for layer in layers]
-
-
-def _check(gpt: GPTModel, net: SubNetwork) -> None:
-    full = gpt.config.hidden_size
-    if len(net.layers) != gpt.config.num_layers:
-        raise FlextronError(f"sub-network has {len(net.layers)} layers, the model has {gpt.config.num_layers}")
-    if not 0 < net.hidden_size <= full:
-        raise FlextronError(f"sub-network has hidden_size {net.hidden_size}, the model has {full}")
-    if net.hidden_size < full and gpt.post_process and not isinstance(gpt.output_layer, ElasticOutputLayer):
-        raise FlextronError(f"hidden_size {net.hidden_size} < {full}: wants a model of flextron_mcore.model.build_model")
-
-
-def _modulated(gpt: GPTModel) -> bool:
-    return any(layer.mlp.modulation is not None for layer in gpt.decoder.layers)
-
-
-def _share(gpt: GPTModel, net: SubNetwork) -> float | None:
-    """What `net` has of the parameters, where blocks are modulated by it."""
-    if not _modulated(gpt):
-        return None
-    if not isinstance(gpt, _GPTModel):
-        raise FlextronError("a space with modulation wants a model of flextron_mcore.model.build_model")
-    return parameter_share(gpt.architecture, net)
-
-
-def _weighted(layer: Any, net: WeightedNetwork, norm_mask: torch.Tensor) -> _Choice:
-    i, attention, mlp = layer.layer_number - 1, layer.self_attention, layer.mlp
-    space: ElasticSpace = mlp.space
-    neurons = mask(net.neurons_LK[i], [size // mlp.tensor_parallel_size for size in space.ffn_hidden_size])
-    if space.attention_unit == "kv_group":
-        groups = [size // attention.group_size // attention.world_size for size in space.heads]
-        heads = mask(net.heads_LK[i], groups).repeat_interleave(attention.group_size)
-    else:
-        queries = [size // attention.config.num_query_groups for size in space.heads]
-        heads = mask(net.heads_LK[i], queries).repeat(attention.num_query_groups_per_partition)
-    gate = net.layers_L[i]
-    return _Choice(gates=(gate, gate), masks=(heads, neurons), norm_mask=norm_mask, share=net.share)
-
-
-def _choices(decoder: torch.nn.Module) -> tuple[list[_Choice], torch.Tensor | None]:
-    """What is set on the layers, and on the final norm."""
-    found = []
-    for layer in decoder.layers:
-        blocks = (layer.self_attention, layer.mlp)
-        pairs = [tuple(getattr(block, name) for block in blocks) for name in ("gate", "routing", "mask")]
-        norm_mask = getattr(layer.input_layernorm, "mask", None)
-        found.append(_Choice(layer.channels, layer.mlp.choice, *pairs, norm_mask, layer.mlp.share))
-    return found, getattr(decoder.final_layernorm, "mask", None)
-
-
-def _set_choices(decoder: torch.nn.Module, chosen: tuple[Sequence[_Choice], torch.Tensor | None]) -> None:
-    choices, final = chosen
-    for layer, choice in zip(decoder.layers, choices, strict=True):
-        blocks = (layer.self_attention, layer.mlp)
-        layer.channels = choice.channels
-        for block, gate, routing, units in zip(blocks, choice.gates, choice.routing, choice.masks, strict=True):
-            block.choice, block.gate, block.routing, block.mask = choice.widths, gate, routing, units
-            block.share = choice.share
-        layer.input_layernorm.mask = layer.pre_mlp_layernorm.mask = choice.norm_mask
-    if decoder.final_layernorm is not None:
-        decoder.final_layernorm.mask = final
-
-
-def keep_choices(decoder: torch.nn.Module, args: Any, hidden_states: torch.Tensor) -> None:
-    """Forward hook of the layers' block: its backward pass sees the choices of this forward pass.
-
-    Activation recomputation runs layers again in the backward pass. By then the choices of another micro-batch are set: with
-    pipeline parallelism several are in flight.
-    """
-    if decoder.config.recompute_granularity is None or not hidden_states.requires_grad:
-        return
-    captured = _choices(decoder)
-
-    def restore(grad: torch.Tensor) -> None:  # the first thing that happens in the block's backward pass
-        current = _choices(decoder)
-        _set_choices(decoder, captured)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _set_choices(decoder, current))
-
-    hidden_states.register_hook(restore)

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.doors import ElasticTraining, RepeatedMicroBatches, adapt
+from flextron_mcore.layers.state import FULL
 from flextron_mcore.model import build_model, gpt_model, transformer_config
 from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.space import ElasticSpace
@@ -88,7 +89,7 @@ def test_a_step_starts_at_the_full_model_however_the_last_one_ended(model):
     assert [elastic.choose(model, 0, 8) for _ in range(6)] == [0, 1, 2, 3, 0, 1]
     assert [elastic.choose(model, 1, 8) for _ in range(2)] == [0, 1]
     model.eval()
-    assert elastic.choose(model, 1, 8) == 0 and model.module.decoder.layers[0].mlp.choice is None
+    assert elastic.choose(model, 1, 8) == 0 and model.module.decoder.layers[0].state is FULL
     model.train()
     assert elastic.choose(model, 1, 8) == 2  # a validation in between is not counted
     with pytest.raises(FlextronError, match="6 micro-batches a step cannot be shared out to 4 networks"):

@@ -6,16 +6,12 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.random import HAVE_TE
 
+from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.model import (
-    build_model,
-    check_layout,
-    mask_padding,
-    set_subnetwork,
-    transformer_config,
-    unwrap,
-    use_subnetwork,
-)
+from flextron_mcore.layers.gpt import mask_padding
+from flextron_mcore.layers.state import FULL
+from flextron_mcore.layers.unwrap import unwrap
+from flextron_mcore.model import build_model, check_layout, transformer_config
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.specs import elastic_gpt_layer_spec
 from tests import toy
@@ -101,10 +97,10 @@ def test_recomputation_uses_the_choice_of_its_forward_pass(recompute, family):
             tokens, positions = toy.inputs(seed=i)
             with use_subnetwork(model, net):
                 losses.append(model(tokens, positions, None, labels=tokens).sum())
-        set_subnetwork(model, full := None)
+        set_subnetwork(model, None)
         for loss in losses:
             loss.backward()
-        assert all(layer.mlp.choice is full for layer in model.decoder.layers)  # and leaves the model as it was
+        assert all(layer.state is FULL for layer in model.decoder.layers)  # and leaves the model as it was
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)

@@ -20,11 +20,11 @@ from scipy.optimize import nnls
 
 from flextron_mcore.adaptive.cost import OVERHEADS, overhead_N3, size_NK
 from flextron_mcore.choices import Choices
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.cost import Cost
 from flextron_mcore.latency.measure import Setting, runner, time_blocks, time_run, without_drift
 from flextron_mcore.latency.table import RoutedTable
-from flextron_mcore.layers.dispatch import GivenLevels
-from flextron_mcore.model import use_subnetwork
+from flextron_mcore.layers.routed_layer import GivenLevels
 from flextron_mcore.runtime.distributed import device
 
 # Mixes that are fitted to, for each candidate, and mixes for the check.

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from flextron_mcore.choices import Choices
+from flextron_mcore.layers.routed_layer import RoutedLayer
 from flextron_mcore.routers.static import StaticRouters
 
 # How much of the static routers' log-probabilities is kept, and at most: tokens must be able to choose otherwise.
@@ -115,9 +116,10 @@ class TokenRouting:
         self.padding_SB = None if padding_BS is None else padding_BS.T
         self.number = number
 
-    def block(self, index: int) -> BlockRouter:
-        """What chooses in block `index` for the micro-batch that has begun, also when it is computed again in a backward pass."""
-        return BlockRouter(self, index, self.number, self.counted_SB, self.padding_SB)
+    def layer(self, index: int) -> RoutedLayer:
+        """Routing of a layer for the micro-batch that has begun, also when it is computed again in a backward pass."""
+        blocks = (BlockRouter(self, 2 * index + i, self.number, self.counted_SB, self.padding_SB) for i in range(2))
+        return RoutedLayer(*blocks)
 
 
 @dataclass(frozen=True)

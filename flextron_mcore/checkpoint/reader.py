@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from flextron_mcore.checkpoint.sharding import dealt_axis, to_sorted_order
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
+from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.runtime.compat import know_paths
 from flextron_mcore.runtime.disk import plain_errors
 
@@ -104,8 +105,6 @@ def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
     Modulation that the checkpoint lacks, since `info` adds it, stays as it is. Call on all ranks. Raises FlextronError for a
     checkpoint that is damaged or of another architecture.
     """
-    from flextron_mcore.model import unwrap  # which imports this module
-
     gpt = unwrap(model)
     groups: dict[str, dict[str, Any]] = {}
     stored = set(TensorReader(info).keys()) if info.space.modulation else set()

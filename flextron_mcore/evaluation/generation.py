@@ -13,7 +13,8 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from flextron_mcore.model import Network, unwrap, use_subnetwork
+from flextron_mcore.choosing import Network, use_subnetwork
+from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import SubNetwork
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from flextron_mcore.model import Network
+from flextron_mcore.choosing import Network
 from flextron_mcore.pipeline.batches import count_batches, share
 from flextron_mcore.pipeline.networks import run_networks
 

@@ -7,6 +7,9 @@ head; small letters for the part in use.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,75 +18,85 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flextron_mcore.checkpoint.sharding import ATTENTION_AXES, deal
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.dispatch import BlockRouting
+from flextron_mcore.layers.block import ElasticBlock
 from flextron_mcore.layers.linear import ElasticRowParallelLinear, Selection
-from flextron_mcore.layers.modulation import new_modulation, scaled
-from flextron_mcore.layers.routed_attention import level_of_heads, masked_keys, routed_attention
+from flextron_mcore.layers.state import StateReader
+from flextron_mcore.layers.weighted import mask
 from flextron_mcore.space import ElasticSpace, LayerChoice
 
 
-class ElasticSelfAttention(SelfAttention):
+@dataclass(frozen=True)
+class HeadLayout:
+    """How the heads of one rank lie in the weights of its projections: KV groups (G), query heads of each (Q), channels (H)."""
+
+    groups: int
+    queries: int
+    size: int
+    ranks: int
+
+    @classmethod
+    def of(cls, config: TransformerConfig, ranks: int) -> HeadLayout:
+        """Layout of the full model on each of `ranks` tensor-parallel ranks. Raises FlextronError where groups do not divide."""
+        groups = config.num_query_groups
+        if groups % ranks:
+            raise FlextronError(f"model.tensor_model_parallel_size={ranks} does not divide model.num_query_groups={groups}")
+        return cls(groups // ranks, config.num_attention_heads // groups, config.kv_channels, ranks)
+
+    def used(self, widths: LayerChoice | None) -> tuple[int, int]:
+        """(KV groups, query heads of each) in use on this rank; None for all."""
+        return (self.groups, self.queries) if widths is None else (widths.kv_groups // self.ranks, widths.query_heads_per_group)
+
+    def rows(self, heads: Sequence[tuple[slice, slice]], channels: int, hidden: int, dim: int = 0) -> tuple[Selection, Selection]:
+        """Selections of linear_qkv's weight [rows, hidden], with its first channels, and of its bias.
+
+        heads: KV groups, and heads of each of them, of which key and value are the last two (Q and Q + 1).
+        """
+        shape = (self.groups, self.queries + 2, self.size)
+        rows = sum(_length(groups, shape[0]) * _length(part, shape[1]) for groups, part in heads) * self.size
+        indices = tuple((*index, ..., slice(channels)) for index in heads)
+        return Selection((*shape, hidden), indices, (rows, channels), dim), Selection(shape, tuple(heads), (rows,), dim)
+
+    def columns(self, groups: slice, queries: slice, channels: int, hidden: int) -> Selection:
+        """Selection of linear_proj's weight [hidden, columns]: its first channels, for some query heads of some KV groups."""
+        shape = (hidden, self.groups, self.queries, self.size)
+        count = _length(groups, self.groups) * _length(queries, self.queries)
+        return Selection(shape, ((slice(channels), groups, queries),), (channels, count * self.size))
+
+
+def _length(part: slice, size: int) -> int:
+    return len(range(*part.indices(size)))
+
+
+class ElasticSelfAttention(ElasticBlock, SelfAttention):
     """Megatron-Core's SelfAttention that can compute with a part of its heads.
 
-    Everything between the two projections (rotary embedding, KV cache, core attention, recomputation) is Megatron-Core's.
-    `choice` is the LayerChoice in use, None for all heads, unless `routing` chooses token by token (layers/routed_attention.py);
-    `use_subnetwork` sets them, `gate` (layers/gate.py), `share` (layers/modulation.py), and `mask` of this rank's heads
-    (layers/weighted.py).
+    Everything between the two projections (rotary embedding, KV cache, core attention, recomputation) is Megatron-Core's, unless
+    the layer's state routes token by token.
     """
 
+    axis = "heads"
+
     def __init__(self, config, submodules, layer_number: int, space: ElasticSpace, **kwargs: Any) -> None:
-        super().__init__(config, submodules, layer_number, **kwargs)
-        if config.num_query_groups % self.world_size:
-            raise FlextronError(
-                f"model.tensor_model_parallel_size={self.world_size} does not divide "
-                f"model.num_query_groups={config.num_query_groups}"
-            )
-        self.space = space
-        self.choice: LayerChoice | None = None
-        self.gate: torch.Tensor | None = None
-        self.modulation = new_modulation(config, space)
-        self.share: float | None = None
-        self.routing: BlockRouting | None = None
-        self.mask: torch.Tensor | None = None
-        self.linear_proj.part = self.part_of_projection
-        self.channels = config.hidden_size
+        super().__init__(config, submodules, layer_number, space=space, **kwargs)
+        self.layout = HeadLayout.of(config, self.world_size)
 
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one key and value head in the full model (Q)."""
-        return self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        """(KV groups, query heads of each) in use on this rank."""
-        if self.choice is None:
-            return self.num_query_groups_per_partition, self.group_size
-        return self.choice.kv_groups // self.world_size, self.choice.query_heads_per_group
+    def unit_mask(self, weights_K: torch.Tensor) -> torch.Tensor:
+        """Weights of this rank's query heads [G*Q]."""
+        if self.space.attention_unit == "kv_group":
+            groups = [size // self.layout.queries // self.world_size for size in self.space.heads]
+            return mask(weights_K, groups).repeat_interleave(self.layout.queries)
+        queries = [size // self.config.num_query_groups for size in self.space.heads]
+        return mask(weights_K, queries).repeat(self.layout.groups)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any):  # type: ignore[override]
         """Megatron-Core's, with gate and gain: [S, B, C] -> ([S, B, C], bias or None)."""
-        self.channels = hidden_states.shape[-1]
-        output = self._output(hidden_states, attention_mask, *args, **kwargs)
-        return scaled(output, self.gate, self.modulation, self.share)
-
-    def _output(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any):
-        if self.routing is None:
-            self.linear_proj.mask = self.mask
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        levels_SB = self.routing.levels(hidden_states, self.config.sequence_parallel)
-        if self.routing.masked:
-            mask_SBK, own_mask = self.routing.masks(levels_SB), masked_keys(self, levels_SB)
-            self.linear_proj.mask = mask_SBK.index_select(-1, level_of_heads(self, levels_SB.device))
-            attention_mask = attention_mask if own_mask is None else own_mask
-            out = super().forward(hidden_states, attention_mask, *args, **kwargs)
-            self.linear_proj.mask = None
-            return out
-        if attention_mask is not None:
-            raise FlextronError("routing token by token knows the causal mask only: attention_mask must be None")
-        return routed_attention(self, hidden_states, levels_SB, *args, **kwargs)
+        routing = self.state.routing
+        compute = super().forward if routing is None else partial(routing.attention, self)
+        return self.scaled(compute(hidden_states, attention_mask, *args, **kwargs))
 
     def get_query_key_value_tensors(
         self,
@@ -95,18 +108,14 @@ class ElasticSelfAttention(SelfAttention):
         """[S, B, C] -> query [S, B, g*q, H], key [S, B, g, H], value [S, B, g, H]."""
         if output_gate or not split_qkv:
             raise FlextronError("attention_output_gate and fused_single_qkv_rope are not supported by the elastic attention")
-        (groups, queries), size = self.heads, self.hidden_size_per_attention_head
-        layer = self.linear_qkv
-        hidden, channels = layer.weight.shape[1], hidden_states.shape[-1]
-        full = (self.num_query_groups_per_partition, self.group_size + 2, size)
-        if queries == self.group_size:
-            indices = ((slice(groups),),)
+        layout, layer = self.layout, self.linear_qkv
+        groups, queries = layout.used(self.state.widths)
+        size, full = layout.size, layout.queries
+        if queries == full:
+            heads = [(slice(groups), slice(full + 2))]
         else:  # the first query heads, then key and value
-            indices = ((slice(groups), slice(queries)), (slice(groups), slice(self.group_size, None)))
-        rows = groups * (queries + 2) * size
-        within = tuple((*index, ..., slice(channels)) for index in indices)
-        weight = Selection((*full, hidden), within, (rows, channels), dim=1)
-        (mixed,) = layer(hidden_states, (weight, Selection(full, indices, (rows,), dim=1)))
+            heads = [(slice(groups), slice(queries)), (slice(groups), slice(full, None))]
+        (mixed,) = layer(hidden_states, layout.rows(heads, hidden_states.shape[-1], layer.weight.shape[1], dim=1))
         mixed = mixed.view(*mixed.shape[:2], groups, (queries + 2) * size)
         query, key, value = mixed.split([queries * size, size, size], dim=3)
         query = query.reshape(*query.shape[:2], groups * queries, size)
@@ -118,20 +127,9 @@ class ElasticSelfAttention(SelfAttention):
 
     def _allocate_memory(self, inference_max_sequence_length: int, batch_size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
         """KV cache [sequence, batch, g, H] for the groups in use, which must stay the same while it is filled."""
-        shape = (inference_max_sequence_length, batch_size, self.heads[0], dim)
+        groups, _ = self.layout.used(self.state.widths)
+        shape = (inference_max_sequence_length, batch_size, groups, dim)
         return torch.empty(shape, dtype=dtype, device=self.linear_qkv.weight.device)
-
-    def part_of_projection(self) -> Selection:
-        """The columns of the output projection that belong to the heads in use."""
-        groups, queries = self.heads
-        return self.projection(slice(groups), slice(queries))
-
-    def projection(self, groups: slice, queries: slice) -> Selection:
-        """The columns of the output projection for query heads `queries` of each of the groups `groups` of this rank."""
-        size, rows = self.hidden_size_per_attention_head, self.linear_proj.weight.shape[0]
-        shape = (rows, self.num_query_groups_per_partition, self.group_size, size)
-        count = len(range(*groups.indices(shape[1]))) * len(range(*queries.indices(shape[2])))
-        return Selection(shape, ((slice(self.channels), groups, queries),), (self.channels, count * size))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         """Vanilla keys and shapes; KV groups in dealt order where they are the elastic unit (checkpoint/sharding.py)."""
@@ -145,19 +143,32 @@ class ElasticSelfAttention(SelfAttention):
         return sharded
 
 
-class ElasticOutputProjection(ElasticRowParallelLinear):
-    """The output projection of ElasticSelfAttention, which chooses the heads: it sets `part`, and `mask` [(S, B,) heads]."""
+class ElasticOutputProjection(StateReader, ElasticRowParallelLinear):
+    """Output projection of ElasticSelfAttention.
 
-    mask: torch.Tensor | None = None
+    It reads the layer's state itself: Megatron-Core's attention calls it with the heads' outputs and nothing else.
+    """
 
-    def forward(self, input_: Any, *args: Any):  # type: ignore[override]
-        """[S, B, g*q*H] -> ([S, B, C], bias or None); with more arguments as ElasticRowParallelLinear."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layout = HeadLayout.of(self.config, self.tp_group.size())
+
+    def forward(self, input_: Any, *args: Any, mask_h: torch.Tensor | None = None):  # type: ignore[override]
+        """[S, B, g*q*H] -> ([S, B, C], bias or None); with more arguments as ElasticRowParallelLinear.
+
+        mask_h: weights of the heads [(S, B,) heads], None for those of the state.
+        """
         if args:
             return super().forward([self.observe(x) for x in input_], *args)
-        if self.mask is not None:
-            heads = input_.unflatten(-1, (self.mask.shape[-1], -1))
-            input_ = (heads * self.mask.to(heads.dtype).unsqueeze(-1)).flatten(-2)
-        return super().forward(self.observe(input_), self.part())
+        state, hidden = self.state, self.weight.shape[0]
+        groups, queries = self.layout.used(state.widths)
+        if mask_h is None:
+            mask_h = state.masks.get("heads")
+        if mask_h is not None:
+            heads = input_.unflatten(-1, (mask_h.shape[-1], -1))
+            input_ = (heads * mask_h.to(heads.dtype).unsqueeze(-1)).flatten(-2)
+        channels = state.channels[0] if state.channels else hidden
+        return super().forward(self.observe(input_), self.layout.columns(slice(groups), slice(queries), channels, hidden))
 
     def observe(self, heads_SBd: torch.Tensor) -> torch.Tensor:
         """The heads' outputs. Importance scoring and the masked oracle of the tests replace this on an instance."""

@@ -9,20 +9,19 @@ Shape suffixes: S sequence, B batch, N tokens (S*B), n tokens that take part, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 KV_POLICIES = ("full", "own")
 
 
 class BlockRouting(Protocol):
-    """What chooses for the tokens of one block.
+    """Chooses for the tokens of one block.
 
     kv_policy: in attention with whole KV groups as units, `full` lets every token write all keys and values, and `own` only those
     of the groups that it uses: a group's attention is then causal attention among the tokens that use it. masked: compute
@@ -37,58 +36,6 @@ class BlockRouting(Protocol):
 
     def masks(self, levels_SB: Tensor) -> Tensor:
         """[S, B, K]: 1 where a token's level is at least k; a leaf that keeps its gradient while it is wanted."""
-
-
-class Routing(Protocol):
-    """What chooses for the tokens of a whole model."""
-
-    def begin(self, number: int, counted_BS: Tensor | None) -> None:
-        """Before each micro-batch, and before `block`: its number among all ranks' of a step, and which of its tokens count."""
-
-    def block(self, index: int) -> BlockRouting:
-        """That of a block: of layer l's attention at 2 l, of its MLP at 2 l + 1."""
-
-
-class GivenLevels:
-    """Routing by levels [N blocks, S, B] that are given: of all tokens of a micro-batch, of which a pass takes the next ones.
-
-    For timing and tests. also: called with what enters a block, as routers are that would find the levels.
-    """
-
-    def __init__(
-        self, levels_NSB: Tensor, kv_policy: str = "full", also: Callable[[int, Tensor], object] = lambda index, hidden: None
-    ) -> None:
-        self.levels_NSB, self.kv_policy, self.also = levels_NSB, kv_policy, also
-        self.begin()
-
-    def begin(self, number: int = 0, counted_BS: Tensor | None = None) -> None:
-        """From the first token on."""
-        self.position = [0] * len(self.levels_NSB)
-
-    def block(self, index: int) -> BlockRouting:
-        """The levels of a block."""
-        return _GivenBlock(self, index)
-
-
-@dataclass(frozen=True)
-class _GivenBlock:
-    given: GivenLevels
-    index: int
-    masked: ClassVar[bool] = False
-
-    @property
-    def kv_policy(self) -> str:
-        return self.given.kv_policy
-
-    def levels(self, hidden_SBC: Tensor, sequence_parallel: bool) -> Tensor:
-        self.given.also(self.index, hidden_SBC)
-        length = len(hidden_SBC) * (parallel_state.get_tensor_model_parallel_world_size() if sequence_parallel else 1)
-        start = self.given.position[self.index]
-        self.given.position[self.index] = start + length
-        return self.given.levels_NSB[self.index, start : start + length]
-
-    def masks(self, levels_SB: Tensor) -> Tensor:
-        raise NotImplementedError("given levels have no gradient")
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
-    VocabParallelEmbedding,
     linear_with_frozen_weight,
     linear_with_grad_accumulation_and_async_allreduce,
 )
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -96,29 +94,10 @@ class _Take(torch.autograd.Function):
             for selection, grad in zip(ctx.selections, grads, strict=True):
                 selection.add(full, grad)
 
-        return _accumulated(ctx.weight, add, ctx.embedded), None, *(None for _ in ctx.selections)
+        return accumulated(ctx.weight, add, ctx.embedded), None, *(None for _ in ctx.selections)
 
 
-class _Rows(torch.autograd.Function):
-    """The first channels of rows of an embedding. Their gradient goes where that of `_Take` does: tied, both share a weight."""
-
-    @staticmethod
-    def forward(ctx, weight: torch.Tensor, rows: torch.Tensor, channels: int | None):  # type: ignore[override]
-        ctx.weight, ctx.channels = weight, channels
-        ctx.save_for_backward(rows)
-        return F.embedding(rows, weight[:, :channels])
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
-        (rows,) = ctx.saved_tensors
-
-        def add(full: torch.Tensor) -> None:
-            full[:, : ctx.channels].index_add_(0, rows.flatten(), grad.flatten(0, -2).to(full.dtype))
-
-        return _accumulated(ctx.weight, add), None, None
-
-
-def _accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], another: bool = False) -> torch.Tensor | None:
+def accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], another: bool = False) -> torch.Tensor | None:
     """What a backward pass returns for a parameter that `add` adds the gradient of.
 
     another: whether another use of the parameter in the same backward pass returns something, too.
@@ -169,14 +148,14 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
             return [_of_few(x, self.weight, part, bias) for x, (part, _), bias in zip(inputs, parts, biases, strict=True)]
         weights = take_all(self.weight, *(weight for weight, _ in parts))
         if len(parts) == 1 and rows is None:
-            return [_product(input_, weights[0], biases[0], self, self.allreduce_dgrad, self.sequence_parallel)]
+            return [product(input_, weights[0], biases[0], self, self.allreduce_dgrad, self.sequence_parallel)]
         # Gathered, or marked for the gradient's all-reduce, once for all products.
         if self.sequence_parallel:
             x_SBC = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             x_SBC = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         inputs = [x_SBC] * len(parts) if rows is None else rows.take(x_SBC.flatten(0, 1))
-        return [_product(x, weight, bias, self) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+        return [product(x, weight, bias, self) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
 
 
 class ElasticRowParallelLinear(RowParallelLinear):
@@ -195,10 +174,10 @@ class ElasticRowParallelLinear(RowParallelLinear):
         and input_ is [n, d] for each. A token gets the sum over the parts that it has.
         """
         if rows is None:
-            return self._reduce(_product(input_, take(self.weight, part), None, self))
+            return self._reduce(product(input_, take(self.weight, part), None, self))
         weights = take_all(self.weight, *part)
         if torch.is_grad_enabled():
-            products = [_product(x, weight, None, self) for x, weight in zip(input_, weights, strict=True)]
+            products = [product(x, weight, None, self) for x, weight in zip(input_, weights, strict=True)]
         else:  # what a product adds is added where the sum lies
             lowest, *others = zip(input_, weights, strict=True)
             products = [F.linear(*lowest)]
@@ -212,48 +191,6 @@ class ElasticRowParallelLinear(RowParallelLinear):
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out_SBc, group=self.tp_group), bias
         return reduce_from_tensor_model_parallel_region(out_SBc, group=self.tp_group), bias
-
-
-class ElasticEmbedding(VocabParallelEmbedding):
-    """The word embedding of a GPTModel, whose look-up and gradient cost what its tokens and the channels in use cost."""
-
-    channels: Callable[[], int | None]  # how many the layers use, None for all
-
-    def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        """[B, S] -> [B, S, c], or with sequence parallelism this rank's part of [S, B, c]."""
-        rows = input_ - self.vocab_start_index
-        elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
-        out_BSc = _Rows.apply(self.weight, rows.masked_fill(elsewhere, 0), self.channels())
-        if self.tp_group.size() > 1:
-            out_BSc = out_BSc.masked_fill(elsewhere.unsqueeze(-1), 0)
-        if self.reduce_scatter_embeddings:
-            return reduce_scatter_to_sequence_parallel_region(out_BSc.transpose(0, 1).contiguous(), group=self.tp_group)
-        return reduce_from_tensor_model_parallel_region(out_BSc, group=self.tp_group)
-
-
-class ElasticPositions(torch.nn.Embedding):
-    """The learned position embedding of a GPTModel, likewise."""
-
-    channels: Callable[[], int | None]
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[B, S] -> [B, S, c]."""
-        return _Rows.apply(self.weight, input, self.channels())
-
-
-class ElasticOutputLayer(ColumnParallelLinear):
-    """The output layer of a GPTModel, for as many channels as reach it. With a tied weight it wants an ElasticEmbedding."""
-
-    def forward(  # type: ignore[override]
-        self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[torch.Tensor, None]:
-        """[S, B, c] -> ([S, B, V], None). weight: the embedding's [V, C], where it is shared."""
-        weight, channels = self.weight if weight is None else weight, input_.shape[-1]
-        part = Selection(tuple(weight.shape), ((slice(None), slice(channels)),), (len(weight), channels))
-        used = take(weight, part, embedded=self.weight is None)
-        logits_SBV = _product(input_, used, None, self, self.allreduce_dgrad, self.sequence_parallel)
-        gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
-        return gather_from_tensor_model_parallel_region(logits_SBV, group=self.tp_group) if gather else logits_SBV, None
 
 
 def _of_few(x: torch.Tensor, weight: torch.Tensor, selection: Selection, bias: torch.Tensor | None) -> torch.Tensor:
@@ -270,7 +207,7 @@ def _of_few(x: torch.Tensor, weight: torch.Tensor, selection: Selection, bias: t
     return out if bias is None else out + bias
 
 
-def _product(
+def product(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextron_mcore.layers.gate import gated
-from flextron_mcore.layers.unused import unused
 from flextron_mcore.space import ElasticSpace
 
 
@@ -30,15 +28,3 @@ def gain(modulation: Tensor, share: float) -> Tensor:
     """The gain [] of a block in a network with `share` (0..1) of the full model's parameters; always 1 for the full model."""
     first, second = modulation.float()
     return 1 + (1 - share) * (first + second * share)
-
-
-def scaled(
-    output: tuple[Tensor, Tensor | None], gate: Tensor | None, modulation: Tensor | None, share: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """A block's output [S, B, C] and its bias [C], times `gate` (layers/gate.py) and the gain; share None: the full model."""
-    if modulation is not None and share is None:
-        output = unused(output[0], [modulation]), output[1]
-    elif modulation is not None:
-        found = gain(modulation, share)
-        gate = found if gate is None else gate * found
-    return gated(output, gate)

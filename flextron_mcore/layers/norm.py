@@ -1,7 +1,7 @@
 """Normalisation layers for the local backend, over as many channels as their input has.
 
 Megatron-Core's own torch wrapper refuses sequence parallelism and zero-centred scales; these do not.
-`mask` [C] weighs the channels, in the statistics too (layers/weighted.py).
+The state's mask of the axis hidden_size [C] weighs the channels, in the statistics too (layers/weighted.py).
 
 Shape suffixes: C hidden channels, c the part in use.
 """
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from flextron_mcore.layers.state import StateReader
 
-class RMSNorm(torch.nn.RMSNorm):
+
+class RMSNorm(StateReader, torch.nn.RMSNorm):
     """Root-mean-square normalisation over the last dimension."""
-
-    mask: torch.Tensor | None = None
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -25,15 +25,13 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., c] -> [..., c], with the first c of the scales."""
-        if self.mask is not None:
-            return masked_norm(x, self.weight, None, self.eps, self.mask)
+        if (mask_C := self.state.masks.get("hidden_size")) is not None:
+            return masked_norm(x, self.weight, None, self.eps, mask_C)
         return F.rms_norm(x, x.shape[-1:], first(self.weight, x.shape[-1]), self.eps)
 
 
-class LayerNorm(torch.nn.LayerNorm):
+class LayerNorm(StateReader, torch.nn.LayerNorm):
     """Layer normalisation over the last dimension; with `layernorm_zero_centered_gamma` the scale is 1 + weight."""
-
-    mask: torch.Tensor | None = None
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -47,8 +45,8 @@ class LayerNorm(torch.nn.LayerNorm):
         channels = x.shape[-1]
         weight = first(self.weight, channels)
         weight = weight + 1 if self.zero_centered else weight
-        if self.mask is not None:
-            return masked_norm(x, weight, self.bias, self.eps, self.mask)
+        if (mask_C := self.state.masks.get("hidden_size")) is not None:
+            return masked_norm(x, weight, self.bias, self.eps, mask_C)
         return F.layer_norm(x, x.shape[-1:], weight, first(self.bias, channels), self.eps)
 
 

@@ -20,13 +20,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.dispatch import Given, Leading, Participants, falling, on_gpu, put_rows, take_rows
+from flextron_mcore.layers.dispatch import BlockRouting, Given, Leading, Participants, falling, on_gpu, put_rows, take_rows
 from flextron_mcore.layers.own_cache import OwnCache
 
 _PARTS, _LEAST = 8, 64  # of the queries of a block of heads: how many parts, and how many queries in each
 
 if TYPE_CHECKING:
     from flextron_mcore.layers.attention import ElasticSelfAttention
+    from flextron_mcore.layers.linear import Selection
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class HeadBlock:
 
 def head_blocks(attention: ElasticSelfAttention) -> list[HeadBlock]:
     """One for each candidate of the space, smallest first."""
-    sizes, ranks, group_size = attention.space.heads, attention.world_size, attention.group_size
+    sizes, ranks, group_size = attention.space.heads, attention.world_size, attention.layout.queries
     if attention.space.attention_unit == "kv_group":
         counts = [0, *(size // group_size // ranks for size in sizes)]
         return [HeadBlock(slice(low, high), slice(group_size)) for low, high in pairwise(counts)]
     counts = [0, *(size // attention.config.num_query_groups for size in sizes)]
-    return [HeadBlock(slice(attention.num_query_groups_per_partition), slice(low, high)) for low, high in pairwise(counts)]
+    return [HeadBlock(slice(attention.layout.groups), slice(low, high)) for low, high in pairwise(counts)]
 
 
 @dataclass
@@ -75,20 +76,20 @@ def _runs(blocks: list[HeadBlock], participants: list[Participants | None]) -> l
 
 def level_of_heads(attention: ElasticSelfAttention, device: torch.device) -> Tensor:
     """The block that each query head of this rank belongs to: [heads]."""
-    level_GQ = torch.zeros(attention.num_query_groups_per_partition, attention.group_size, dtype=torch.long, device=device)
+    level_GQ = torch.zeros(attention.layout.groups, attention.layout.queries, dtype=torch.long, device=device)
     for level, block in enumerate(head_blocks(attention)):
         level_GQ[block.groups, block.queries] = level
     return level_GQ.flatten()
 
 
-def own_keys(attention: ElasticSelfAttention) -> bool:
+def own_keys(attention: ElasticSelfAttention, routing: BlockRouting) -> bool:
     """Whether a token writes keys and values only for what it uses: with query heads as units it uses all KV groups."""
-    return attention.routing.kv_policy == "own" and attention.space.attention_unit == "kv_group"
+    return routing.kv_policy == "own" and attention.space.attention_unit == "kv_group"
 
 
-def masked_keys(attention: ElasticSelfAttention, levels_SB: Tensor) -> Tensor | None:
+def masked_keys(attention: ElasticSelfAttention, routing: BlockRouting, levels_SB: Tensor) -> Tensor | None:
     """Mask [B, heads, S, S] of the keys that a token must not see with `own` keys, None where it is the causal one."""
-    if not own_keys(attention):
+    if not own_keys(attention, routing):
         return None
     length = len(levels_SB)
     taken_hSB = levels_SB >= level_of_heads(attention, levels_SB.device)[:, None, None]
@@ -132,6 +133,7 @@ def _turned(x_XH: Tensor, turn_XH: Tensor) -> Tensor:
 
 def routed_attention(
     attention: ElasticSelfAttention,
+    routing: BlockRouting,
     hidden_states: Tensor,
     levels_SB: Tensor,
     key_value_states: Tensor | None = None,
@@ -151,13 +153,29 @@ def routed_attention(
     start = context.sequence_len_offset if context is not None else 0
     rotary = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
     position = _Position(start, len(levels_SB), rotary, hidden_states.dtype)
+    if routing.masked:
+        return _masked(attention, routing, hidden_states, levels_SB, position)
     blocks = head_blocks(attention)
     present = _runs(blocks, Participants.by_level(levels_SB, len(blocks)))
-    if own_keys(attention):
+    if own_keys(attention, routing):
         heads = _own(attention, hidden_states, blocks, present, position, context)
     else:
         heads = _full(attention, hidden_states, present, position, context)
     return _project(attention, heads, present, levels_SB)
+
+
+def _masked(
+    attention: ElasticSelfAttention, routing: BlockRouting, hidden_states: Tensor, levels_SB: Tensor, position: _Position
+) -> tuple[Tensor, Tensor | None]:
+    """All heads of all tokens, times masks through which the levels get a gradient."""
+    query, key, value = attention.get_query_key_value_tensors(hidden_states)
+    query, key, hidden = position.rotate(query, None), position.rotate(key, None), masked_keys(attention, routing, levels_SB)
+    recompute = attention.checkpoint_core_attention and attention.training
+    attend = attention._checkpointed_attention_forward if recompute else attention.core_attention
+    kind = AttnMaskType.causal if hidden is None else AttnMaskType.arbitrary
+    heads = attend(query, key, value, hidden, attn_mask_type=kind)
+    mask_SBh = routing.masks(levels_SB).index_select(-1, level_of_heads(attention, levels_SB.device))
+    return attention.linear_proj(heads, mask_h=mask_SBh)
 
 
 def _full(
@@ -169,7 +187,7 @@ def _full(
 ) -> list[Tensor]:
     """The heads of each run [n, B, h, H]; keys and values of all tokens."""
     size, group_size, every = _sizes(attention)
-    channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
+    batch = hidden_states.shape[1]
     length = _length(attention, hidden_states)
     queries = [(run.block.groups, run.block.queries) for run in present]
     joint = int(bool(present) and present[0].participants.rows is None)
@@ -178,7 +196,7 @@ def _full(
     # One product for what all tokens have: all keys and values, and the queries of the first run where they take part in it.
     both = (slice(groups), slice(group_size, group_size + 2))
     parts = [[both, *queries[:joint]], *([part] for part in queries[joint:])]
-    selections = [_selection(part, size, group_size, every, channels) for part in parts]
+    selections = [_rows(attention, part) for part in parts]
     rows = Given([None, *(run.participants.rows for run in present[joint:])])
     mixed, *products = attention.linear_qkv(hidden_states, *selections, rows=rows)
     if joint:
@@ -219,9 +237,9 @@ def _own(
     context: Any,
 ) -> list[Tensor]:
     """The same with keys and values of each block's participants only."""
-    size, group_size, groups = _sizes(attention)
-    channels, batch = attention.linear_qkv.weight.shape[1], hidden_states.shape[1]
-    parts = [_selection([(run.block.groups, slice(group_size + 2))], size, group_size, groups, channels) for run in present]
+    size, group_size, _ = _sizes(attention)
+    batch = hidden_states.shape[1]
+    parts = [_rows(attention, [(run.block.groups, slice(group_size + 2))]) for run in present]
     caches = None
     if context is not None:
         caches = context.key_value_memory_dict.setdefault(
@@ -303,12 +321,12 @@ def _project(
     if not heads:  # padding only
         nothing = attention.linear_proj.weight.new_zeros(0, 0)
         none = Leading(levels_SB.new_empty(0), [0])
-        return attention.linear_proj([nothing], [attention.projection(slice(0), slice(0))], none, levels_SB.shape)
+        return attention.linear_proj([nothing], [_columns(attention, slice(0), slice(0))], none, levels_SB.shape)
     # By falling level, so that what a run adds is added to the first tokens, where the sum lies.
     found = [run.participants for run in present]
     order = None if found[-1].rows is None else falling(levels_SB.flatten())
     inputs = [those.ordered(values, order).flatten(1) for those, values in zip(found, heads, strict=True)]
-    parts = [attention.projection(run.block.groups, run.block.queries) for run in present]
+    parts = [_columns(attention, run.block.groups, run.block.queries) for run in present]
     counts = [those.count for those in found]
     taking = Leading(None if order is None else order[: counts[0]], counts)
     return attention.linear_proj(inputs, parts, taking, levels_SB.shape)
@@ -329,7 +347,7 @@ def _project_joined(
     dim = 1 if attention.space.attention_unit == "kv_group" else 2
     values_NGQH = torch.cat(joined, dim) if len(joined) > 1 else joined[0]
     last = present[-1].block
-    part = attention.projection(slice(last.groups.stop), slice(last.queries.stop))
+    part = _columns(attention, slice(last.groups.stop), slice(last.queries.stop))
     every = Leading(None, [levels_SB.numel()])
     return attention.linear_proj([values_NGQH.flatten(1)], [part], every, levels_SB.shape)
 
@@ -359,14 +377,14 @@ def _length(attention: ElasticSelfAttention, hidden_states: Tensor) -> int:
 
 def _sizes(attention: ElasticSelfAttention) -> tuple[int, int, int]:
     """Channels of a head, query heads of a group, KV groups of this rank."""
-    return attention.hidden_size_per_attention_head, attention.group_size, attention.num_query_groups_per_partition
+    return attention.layout.size, attention.layout.queries, attention.layout.groups
 
 
-def _selection(indices: list[tuple[slice, slice]], size: int, group_size: int, count: int, channels: int):
-    """Rows of linear_qkv's weight and bias. indices: KV groups, and of these which heads; key and value are the last two."""
-    from flextron_mcore.layers.linear import Selection
+def _rows(attention: ElasticSelfAttention, heads: list[tuple[slice, slice]]) -> tuple[Selection, Selection]:
+    hidden = attention.linear_qkv.weight.shape[1]
+    return attention.layout.rows(heads, hidden, hidden)
 
-    full = (count, group_size + 2, size)
-    numbers = ((len(range(*groups.indices(count))), len(range(*heads.indices(group_size + 2)))) for groups, heads in indices)
-    rows = sum(groups * heads for groups, heads in numbers) * size
-    return Selection((*full, channels), tuple(indices), (rows, channels)), Selection(full, tuple(indices), (rows,))
+
+def _columns(attention: ElasticSelfAttention, groups: slice, queries: slice) -> Selection:
+    hidden = attention.linear_proj.weight.shape[0]
+    return attention.layout.columns(groups, queries, hidden, hidden)

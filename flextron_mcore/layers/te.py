@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.norm import first, masked_norm
+from flextron_mcore.layers.state import StateReader
 
 
 def _options(config) -> dict[str, Any]:
@@ -36,10 +37,8 @@ class _NoExtraState:
     set_extra_state = torch.nn.Module.set_extra_state
 
 
-class TERMSNorm(_NoExtraState, te.RMSNorm):
+class TERMSNorm(_NoExtraState, StateReader, te.RMSNorm):
     """Root-mean-square normalisation over the last dimension."""
-
-    mask: torch.Tensor | None = None
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps, **_options(config))
@@ -47,17 +46,15 @@ class TERMSNorm(_NoExtraState, te.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., c] -> [..., c]; of a part of the channels with torch's norm, for its own is made for one size."""
         channels = x.shape[-1]
-        if self.mask is not None:
-            return masked_norm(x, self.weight, None, self.eps, self.mask)
+        if (mask_C := self.state.masks.get("hidden_size")) is not None:
+            return masked_norm(x, self.weight, None, self.eps, mask_C)
         if channels == len(self.weight):
             return super().forward(x)
         return F.rms_norm(x, (channels,), first(self.weight, channels), self.eps)
 
 
-class TELayerNorm(_NoExtraState, te.LayerNorm):
+class TELayerNorm(_NoExtraState, StateReader, te.LayerNorm):
     """Layer normalisation over the last dimension; with `layernorm_zero_centered_gamma` the scale is 1 + weight."""
-
-    mask: torch.Tensor | None = None
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps, **_options(config))
@@ -65,13 +62,13 @@ class TELayerNorm(_NoExtraState, te.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., c] -> [..., c], as in TERMSNorm."""
-        channels = x.shape[-1]
-        if channels == len(self.weight) and self.mask is None:
+        channels, mask_C = x.shape[-1], self.state.masks.get("hidden_size")
+        if channels == len(self.weight) and mask_C is None:
             return super().forward(x)
         weight = first(self.weight, channels)
         weight = weight + 1 if self.zero_centered else weight
-        if self.mask is not None:
-            return masked_norm(x, weight, self.bias, self.eps, self.mask)
+        if mask_C is not None:
+            return masked_norm(x, weight, self.bias, self.eps, mask_C)
         return F.layer_norm(x, (channels,), weight, first(self.bias, channels), self.eps)
 
 

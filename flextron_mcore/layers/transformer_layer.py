@@ -13,29 +13,39 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from flextron_mcore.layers.block import ElasticBlock
+from flextron_mcore.layers.state import StateReader
 from flextron_mcore.layers.unused import unused
 
 
-class ElasticTransformerLayer(TransformerLayer):
+class ElasticTransformerLayer(StateReader, TransformerLayer):
     """Megatron-Core's TransformerLayer on the first channels of the residual stream; or nothing, where it is skipped.
 
-    channels: (of what its blocks see, of what it returns), None for all; `use_subnetwork` sets it. What reaches the first layer
-    of a pipeline stage is as wide as the model, and so must be what leaves its last one: Megatron-Core's schedules send one
-    shape.
+    All modules of the layer share its state. The input of a pipeline stage's first layer is as wide as the model, and so must be
+    the output of its last one: Megatron-Core's schedules send one shape.
     """
 
-    channels: tuple[int, int] | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, StateReader):
+                module.holder = self.holder
+
+    @property
+    def blocks(self) -> list[ElasticBlock]:
+        """The blocks of the layer, each of an axis of its own."""
+        return [module for module in self.children() if isinstance(module, ElasticBlock)]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any):  # type: ignore[override]
         """[S, B, C or c] -> ([S, B, c, or C with zeros], context)."""
-        if self.channels and hidden_states.shape[-1] > self.channels[0]:
-            hidden_states = hidden_states[..., : self.channels[0]].contiguous()
-        choice = self.mlp.choice
+        state = self.state
+        if state.channels and hidden_states.shape[-1] > state.channels[0]:
+            hidden_states = hidden_states[..., : state.channels[0]].contiguous()
         context = kwargs.get("context")
-        if choice is None or choice.executed:
+        if state.widths is None or state.widths.executed:
             hidden_states, context = super().forward(hidden_states, *args, **kwargs)
         else:
             hidden_states = unused(hidden_states, self.parameters())
-        if self.channels and (missing := self.channels[1] - hidden_states.shape[-1]):
+        if state.channels and (missing := state.channels[1] - hidden_states.shape[-1]):
             hidden_states = F.pad(hidden_states, (0, missing))
         return hidden_states, context

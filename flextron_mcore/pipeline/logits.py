@@ -14,7 +14,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from flextron_mcore.model import unwrap, use_subnetwork
+from flextron_mcore.choosing import use_subnetwork
+from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import SubNetwork
 

@@ -13,8 +13,10 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from flextron_mcore.choosing import Network, set_subnetwork
+from flextron_mcore.layers.gpt import mask_padding
+from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.layers.weighted import WeightedNetwork
-from flextron_mcore.model import Network, mask_padding, set_subnetwork, unwrap
 from flextron_mcore.pipeline.losses import distillation, masked_sum
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import SubNetwork

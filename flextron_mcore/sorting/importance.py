@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.model import unwrap
+from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.pipeline.networks import Batch, run_networks
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import on_main_process
@@ -136,10 +136,10 @@ def _observed_norms(model: Sequence[torch.nn.Module], tokens: _Tokens) -> Iterat
 def _observed(layer: torch.nn.Module, tokens: _Tokens) -> Iterator[LayerScores]:
     """Accumulate |activation| of a layer's neurons and heads, and its influence, while the context is open."""
     attention, mlp = layer.self_attention, layer.mlp
-    projection, size = attention.linear_proj, attention.hidden_size_per_attention_head
-    groups, queries = attention.num_query_groups_per_partition, attention.group_size
+    projection, size = attention.linear_proj, attention.layout.size
+    groups, queries = attention.layout.used(None)
     sums = LayerScores(
-        torch.zeros(mlp.width, dtype=torch.float64, device=device()),
+        torch.zeros(mlp.local(None), dtype=torch.float64, device=device()),
         torch.zeros(groups, queries, dtype=torch.float64, device=device()),
     )
 

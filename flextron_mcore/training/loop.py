@@ -19,12 +19,13 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
+from flextron_mcore.choosing import Network
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, batch, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean
 from flextron_mcore.layers.gate import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
-from flextron_mcore.model import Network, loaded_model
+from flextron_mcore.model import loaded_model
 from flextron_mcore.pipeline.networks import Batch, Distillation, gate_gradients, run_networks
 from flextron_mcore.runtime import signals
 from flextron_mcore.runtime.disk import disk_errors

@@ -13,6 +13,7 @@ from flextron_mcore.cost import Cost
 from flextron_mcore.latency.measure import Setting
 from flextron_mcore.latency.table import LatencyTable, RoutedTable
 from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.layers.state import FULL
 from flextron_mcore.space import SubNetwork
 from tests import toy
 from tests.routing_toy import family, latency, write_table
@@ -30,7 +31,7 @@ def test_it_measures(kind, kv_policy):
     assert [len(costs) for costs in found.overhead.values()] == [3, 3]
     assert min(cost for part in (found.candidates, found.overhead) for costs in part.values() for cost in costs) >= 0
     assert max(found.candidates["heads"]) > 0 and found.check["median_error"] >= 0 and found.hidden_size == 8
-    assert all(layer.mlp.routing is None for layer in model.decoder.layers)
+    assert all(layer.state is FULL for layer in model.decoder.layers)
 
 
 @pytest.mark.parametrize("setting", [Setting("prefill", 2, 8), Setting("generation", 2, 8, 4)], ids=lambda setting: setting.kind)
@@ -47,8 +48,9 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
     def parts(model) -> list[float]:
         found = []
         for layer in model.decoder.layers:
-            for axis, block in enumerate((layer.self_attention, layer.mlp)):
-                levels = block.routing.given.levels_NSB[block.routing.index]
+            routing = layer.state.routing
+            for axis, block in enumerate((routing.of_attention, routing.of_mlp)):
+                levels = block.given.levels_NSB[block.index]
                 sizes = np.array([blocks.space.heads, blocks.space.ffn_hidden_size][axis])
                 first = levels[:8].numpy()
                 further = len(np.unique(first)) - 1
@@ -60,9 +62,9 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
     static = Cost("latency", blocks.model, blocks.space, 7.0, candidates)
 
     def whole(run) -> float:
-        if model.decoder.layers[0].mlp.routing:
+        if model.decoder.layers[0].state.routing:
             return 7.0 + sum(parts(model))
-        return 7.0 + sum(static.layer(layer.mlp.choice or full) for layer in model.decoder.layers)
+        return 7.0 + sum(static.layer(layer.state.widths or full) for layer in model.decoder.layers)
 
     full = SubNetwork.full(blocks.model).layers[0]
     monkeypatch.setattr(routed, "time_blocks", lambda model, run: ([2 * part for part in parts(model)], 14.0))

@@ -12,8 +12,8 @@ import torch
 from flextron_mcore.adaptive.cost import RoutingCost
 from flextron_mcore.adaptive.evaluation import average, calibrate, each_cost, target_for
 from flextron_mcore.adaptive.routers import AdaptiveRouters, TokenRouting
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError
-from flextron_mcore.model import use_subnetwork
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.space import SubNetwork
 from tests import toy

@@ -7,9 +7,9 @@ import torch
 
 from flextron_mcore.adaptive.routers import AdaptiveRouters, TokenRouting
 from flextron_mcore.choices import Choices
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.evaluation.generation import Sampling, generate
 from flextron_mcore.layers.dispatch import KV_POLICIES
-from flextron_mcore.model import use_subnetwork
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.space import ElasticSpace
 from tests import toy

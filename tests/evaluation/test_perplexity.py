@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
-from flextron_mcore.model import use_subnetwork
+from flextron_mcore.layers.state import FULL
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.training.sampler import random_family
 from tests import toy
@@ -58,7 +59,7 @@ def test_losses_are_means_over_tokens_whatever_the_micro_batch(size):
         for domain, dataset in datasets.items():
             assert found[name][domain] == pytest.approx(by_hand(model, dataset, net, len(dataset)), rel=1e-6)
     assert found == evaluate([model], datasets, nets, toy.LENGTH, size)  # T7
-    assert model.training and model.decoder.layers[0].mlp.choice is None
+    assert model.training and model.decoder.layers[0].state is FULL
 
 
 def test_a_limit_takes_the_first_micro_batches():

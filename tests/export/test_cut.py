@@ -9,9 +9,9 @@ import torch
 
 from flextron_mcore.checkpoint.sharding import dealt_axis, to_disk_order
 from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.cut import cut, cut_config, executed_layers
-from flextron_mcore.model import use_subnetwork
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters
 from tests import toy
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.export.formats import FORMATS, Job, get_format, rounding
-from flextron_mcore.model import use_subnetwork
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
 

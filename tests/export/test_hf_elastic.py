@@ -16,10 +16,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Job, get_format
-from flextron_mcore.layers.dispatch import KV_POLICIES, GivenLevels
-from flextron_mcore.model import use_subnetwork
+from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.layers.routed_layer import GivenLevels
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.export.test_hf import CASES

@@ -19,6 +19,7 @@ from flextron_mcore.adaptive.evaluation import average, target_for
 from flextron_mcore.adaptive.routers import AdaptiveRouters, TokenRouting
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.cli import compose
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import train_tokenizer
@@ -26,7 +27,6 @@ from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.export.hf_elastic import family
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.layers.dispatch import KV_POLICIES
-from flextron_mcore.model import use_subnetwork
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo, write_routers
 from flextron_mcore.runs import choice

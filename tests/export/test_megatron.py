@@ -15,11 +15,11 @@ from megatron.core.transformer.mlp import MLP
 
 from flextron_mcore.checkpoint.reader import TensorReader
 from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.cut import cut
 from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.export.megatron.arguments import LLAMA3, command_line, not_on_the_command_line
-from flextron_mcore.model import use_subnetwork
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.export.test_hf import CASES, networks

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.data.tokenizer import train_tokenizer
 from flextron_mcore.export import cut as cutting
@@ -23,7 +24,6 @@ from flextron_mcore.export.cut import cut, executed_layers
 from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.export.trtllm import writer
 from flextron_mcore.export.trtllm.plan import make_plan
-from flextron_mcore.model import use_subnetwork
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.export.test_hf import CASES, networks

@@ -27,8 +27,10 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.transformer.module import Float16Module
 
-    from flextron_mcore.layers.dispatch import KV_POLICIES, GivenLevels
-    from flextron_mcore.model import build_model, use_subnetwork
+    from flextron_mcore.choosing import use_subnetwork
+    from flextron_mcore.layers.dispatch import KV_POLICIES
+    from flextron_mcore.layers.routed_layer import GivenLevels
+    from flextron_mcore.model import build_model
     from flextron_mcore.pipeline.networks import Distillation, run_networks
     from flextron_mcore.runtime.distributed import device
     from flextron_mcore.sorting.importance import importance

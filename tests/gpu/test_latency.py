@@ -36,9 +36,8 @@ def test_the_table_has_the_devices_time(pause, setting, device):
     arch = toy.config()
     space = ElasticSpace.build(arch)
     model = toy.model(arch, space)
-    slow = [
-        layer.mlp.register_forward_hook(lambda own, *_: pause() if own.width == 24 else None) for layer in model.decoder.layers
-    ]
+    slowed = lambda mlp, *_: pause() if mlp.used(mlp.state.widths) == 24 else None  # noqa: E731
+    slow = [layer.mlp.register_forward_hook(slowed) for layer in model.decoder.layers]
     table = measure(model, arch, space, setting, 2, 0, seed=1)
     passes = setting.generated_tokens
     timings = table.timings[arch.hidden_size]

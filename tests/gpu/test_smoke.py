@@ -17,9 +17,10 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.model import loaded_model, use_subnetwork
+from flextron_mcore.model import loaded_model
 from flextron_mcore.pipeline.logits import forward_logits
 from flextron_mcore.runs.choice import adaptive_routing
 from flextron_mcore.space import SubNetwork

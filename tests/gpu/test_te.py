@@ -7,8 +7,9 @@ import torch
 
 from flextron_mcore.checkpoint.reader import load_model
 from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError
-from flextron_mcore.model import gpt_model, transformer_config, use_subnetwork
+from flextron_mcore.model import gpt_model, transformer_config
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.specs import elastic_gpt_block_spec
 from tests import toy

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from flextron_mcore.latency import measure as module
 from flextron_mcore.latency.measure import Setting, measure, time_networks, without_drift
 from flextron_mcore.latency.table import LatencyTable
+from flextron_mcore.layers.state import FULL
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 
@@ -27,8 +30,8 @@ def clock(monkeypatch):
 
         model.embedding.register_forward_hook(lambda *_: take(1.0))
         for layer in model.decoder.layers:
-            layer.self_attention.register_forward_hook(lambda own, *_: take(own.heads[0] * own.heads[1]))
-            layer.mlp.register_forward_hook(lambda own, *_: take(0.1 * own.width))
+            layer.self_attention.register_forward_hook(lambda own, *_: take(math.prod(own.layout.used(own.state.widths))))
+            layer.mlp.register_forward_hook(lambda own, *_: take(0.1 * own.used(own.state.widths)))
         return now
 
     return moved_by
@@ -60,7 +63,7 @@ def test_the_table_has_what_the_blocks_took(clock, setting, passes, groups, unit
     assert table.check["networks"] == 5 and table.check["largest_error"] == pytest.approx(0, abs=1e-9)
     assert table.warning() is None
     assert len(networks) == 3 * (4 + 5)
-    assert all(layer.mlp.choice is None and not layer._forward_hooks for layer in model.decoder.layers)
+    assert all(layer.state is FULL and not layer._forward_hooks for layer in model.decoder.layers)
 
 
 def test_whole_networks(clock):
@@ -74,7 +77,7 @@ def test_whole_networks(clock):
         layers = (net or space.uniform(arch, 4, 48)).layers
         expected = 4000 * (1 + sum(layer.num_attention_heads + 0.1 * layer.ffn_hidden_size for layer in layers))
         assert (timing.minimum, timing.median) == pytest.approx((expected, expected))
-    assert all(layer.mlp.choice is None for layer in model.decoder.layers)
+    assert all(layer.state is FULL for layer in model.decoder.layers)
 
 
 def test_sums_that_are_wrong_are_told(clock):

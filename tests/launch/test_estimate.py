@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from flextron_mcore.choices import Choices
+from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.cli import compose
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.launch.activations import networks, saved_chunk, saved_head, saved_layer
@@ -21,7 +22,7 @@ from flextron_mcore.launch.flops import Costs
 from flextron_mcore.launch.layout import Layout, Rank
 from flextron_mcore.layers.gate import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
-from flextron_mcore.model import build_model, set_subnetwork, use_subnetwork
+from flextron_mcore.model import build_model
 from flextron_mcore.pipeline.networks import Distillation, run_networks
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import memory, toy

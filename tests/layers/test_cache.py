@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from flextron_mcore.model import use_subnetwork
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
 

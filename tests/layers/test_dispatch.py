@@ -8,9 +8,10 @@ import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.layers import dispatch, linear, routed_attention
 from flextron_mcore.layers.dispatch import KV_POLICIES
-from flextron_mcore.model import set_subnetwork, use_subnetwork
+from flextron_mcore.layers.routed_layer import RoutedLayer
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 from tests.layers.test_equality import ATTENTION, KINDS, case
@@ -23,8 +24,8 @@ class Fixed:
         self.all, self.kv_policy, self.sizes, self.masked, self.start = levels, kv_policy, sizes, masked, 0
         self.leaves: dict[int, torch.Tensor] = {}
 
-    def block(self, index: int) -> Fixed.Block:
-        return Fixed.Block(self, index)
+    def layer(self, index: int) -> RoutedLayer:
+        return RoutedLayer(Fixed.Block(self, 2 * index), Fixed.Block(self, 2 * index + 1))
 
     class Block:
         def __init__(self, outer: Fixed, index: int) -> None:

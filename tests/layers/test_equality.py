@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.layers.linear import ElasticEmbedding, ElasticPositions
-from flextron_mcore.model import gpt_model, set_subnetwork, transformer_config, use_subnetwork
+from flextron_mcore.layers.ends import ElasticEmbedding, ElasticPositions
+from flextron_mcore.layers.state import FULL
+from flextron_mcore.model import gpt_model, transformer_config
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from flextron_mcore.specs import elastic_gpt_layer_spec
 from tests import toy
@@ -59,9 +61,9 @@ def mask_like(model: torch.nn.Module, net: SubNetwork) -> None:
         norms += [layer.input_layernorm, layer.pre_mlp_layernorm]
         if not choice.executed:
             layer.forward = lambda hidden_states, **_: (hidden_states, None)
-        neurons = (torch.arange(layer.mlp.width) < choice.ffn_hidden_size).float()
+        neurons = (torch.arange(layer.mlp.config.ffn_hidden_size) < choice.ffn_hidden_size).float()
         attention = layer.self_attention
-        groups, queries = attention.heads
+        groups, queries = attention.layout.used(None)
         heads = torch.zeros(groups, queries, attention.hidden_size_per_attention_head)
         heads[: choice.kv_groups, : choice.query_heads_per_group] = 1
         layer.mlp.observe = lambda hidden, mask=neurons: hidden * mask
@@ -197,12 +199,12 @@ def test_choice_is_restored_and_nested():
     small, smaller = space.uniform(arch, 2, 24), space.uniform(arch, 1, 12)
     with use_subnetwork(model, small):
         with use_subnetwork(model, smaller):
-            assert model.decoder.layers[0].mlp.choice == smaller.layers[0]
-        assert model.decoder.layers[1].self_attention.choice == small.layers[1]
-    assert model.decoder.layers[0].mlp.choice is None
+            assert model.decoder.layers[0].mlp.state.widths == smaller.layers[0]
+        assert model.decoder.layers[1].self_attention.state.widths == small.layers[1]
+    assert model.decoder.layers[0].mlp.state is FULL
     with pytest.raises(RuntimeError), use_subnetwork(model, small):
         raise RuntimeError
-    assert model.decoder.layers[0].mlp.choice is None
+    assert model.decoder.layers[0].mlp.state is FULL
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flextron_mcore.choosing import set_subnetwork
 from flextron_mcore.layers.gate import new_gates
-from flextron_mcore.model import build_model, set_subnetwork
+from flextron_mcore.model import build_model
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 

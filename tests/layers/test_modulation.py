@@ -7,11 +7,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 
+from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.layers.dispatch import GivenLevels
 from flextron_mcore.layers.modulation import gain
+from flextron_mcore.layers.routed_layer import GivenLevels
 from flextron_mcore.layers.weighted import WeightedNetwork
-from flextron_mcore.model import set_subnetwork, transformer_config, use_subnetwork
+from flextron_mcore.model import transformer_config
 from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from flextron_mcore.specs import elastic_gpt_layer_spec
@@ -140,14 +141,14 @@ def test_the_share_is_that_of_the_network_in_use():
     shares = [count_parameters(arch, net) / count_parameters(arch) for net in (small, smaller)]
     with use_subnetwork(model, small):
         with use_subnetwork(model, smaller):
-            assert {block.share for block in blocks} == {shares[1]}
-        assert {block.share for block in blocks} == {shares[0]}
-    assert {block.share for block in blocks} == {None}
+            assert {block.state.share for block in blocks} == {shares[1]}
+        assert {block.state.share for block in blocks} == {shares[0]}
+    assert {block.state.share for block in blocks} == {None}
 
 
 def test_what_has_no_share_is_refused():
     arch, space, model, _ = case()
-    with pytest.raises(FlextronError, match="tokens that choose for themselves are no network"):
+    with pytest.raises(FlextronError, match="token routing does not support modulation"):
         set_subnetwork(model, GivenLevels(torch.zeros(2 * arch.num_layers, toy.LENGTH, 2, dtype=torch.long)))
     foreign = GPTModel(transformer_config(arch), elastic_gpt_layer_spec(space), arch.vocab_size, arch.max_position_embeddings)
     with pytest.raises(FlextronError, match="a space with modulation wants a model of flextron_mcore.model.build_model"):

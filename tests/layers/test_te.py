@@ -14,8 +14,9 @@ import torch
 from flextron_mcore import specs
 from flextron_mcore.checkpoint.reader import load_model
 from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.layers.attention import SDPACoreAttention
-from flextron_mcore.model import gpt_model, transformer_config, use_subnetwork
+from flextron_mcore.model import gpt_model, transformer_config
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 

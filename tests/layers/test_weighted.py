@@ -7,9 +7,10 @@ from dataclasses import fields
 import pytest
 import torch
 
+from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.layers.weighted import WeightedNetwork, mask
-from flextron_mcore.model import build_model, set_subnetwork, use_subnetwork
+from flextron_mcore.model import build_model
 from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 from tests import toy

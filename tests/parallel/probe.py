@@ -16,6 +16,7 @@ from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers import dispatch, routed_attention
 from flextron_mcore.layers.attention import ElasticSelfAttention
+from flextron_mcore.layers.state import FULL
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_chunks, loaded_model
 from flextron_mcore.pipeline.logits import forward_logits
@@ -41,7 +42,7 @@ def logits(checkpoint: str, layout: dict[str, Any], out: str, net: str | None = 
     for module in (module for chunk in chunks for module in chunk.modules() if isinstance(module, ElasticSelfAttention)):
         module.register_forward_hook(lambda attention, *_: ran.add(attention.layer_number - 1))
     torch.save(forward_logits(chunks, SubNetwork.from_file(net) if net else None, tokens), f"{out}.{_rank()}")
-    assert all(layer.mlp.choice is None for chunk in chunks for layer in chunk.modules() if hasattr(layer, "mlp"))
+    assert all(layer.state is FULL for chunk in chunks for layer in chunk.modules() if hasattr(layer, "mlp"))
     return sorted(ran)
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
-from flextron_mcore.model import use_subnetwork
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import toy
 from tests.parallel.worker import run_jobs

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
-from flextron_mcore.model import use_subnetwork
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.runs.output import METRICS_FILE
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.log import LOG_FILE

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flextron_mcore.checkpoint.reader import TensorReader, load_model
 from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.model import build_model, loaded_model, use_subnetwork
+from flextron_mcore.model import build_model, loaded_model
 from flextron_mcore.space import SKIPPED, ElasticSpace, SubNetwork
 from tests import toy
 from tests.parallel import probe

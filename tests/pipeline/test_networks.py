@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from flextron_mcore.model import use_subnetwork
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.pipeline.networks import Distillation, run_networks
 from flextron_mcore.space import ElasticSpace
 from tests import toy

@@ -10,8 +10,9 @@ import torch
 from flextron_mcore.checkpoint.reader import load_model
 from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path, open_checkpoint
 from flextron_mcore.checkpoint.writer import write_streaming
+from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError
-from flextron_mcore.model import build_model, use_subnetwork
+from flextron_mcore.model import build_model
 from flextron_mcore.sorting.importance import LayerScores, collect, importance
 from flextron_mcore.sorting.permutation import order, sorted_tensors
 from flextron_mcore.space import ElasticSpace

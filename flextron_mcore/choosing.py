@@ -1,0 +1,133 @@
+"""Choose what a built model computes: set, read and restore one `LayerState` for each of its layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.layers.ends import ElasticOutputLayer
+from flextron_mcore.layers.gpt import ArchitectureGPTModel
+from flextron_mcore.layers.state import FULL, LayerState, StateReader, TokenRouting
+from flextron_mcore.layers.transformer_layer import ElasticTransformerLayer
+from flextron_mcore.layers.unwrap import unwrap
+from flextron_mcore.layers.weighted import WeightedNetwork, mask
+from flextron_mcore.space import SubNetwork, parameter_share
+
+Network = SubNetwork | TokenRouting | WeightedNetwork | None
+
+
+def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.Tensor] | None = None) -> None:
+    """Make `model` compute `net` from now on; None for the full model.
+
+    A TokenRouting chooses token by token, a WeightedNetwork computes everything and weighs it. gates: a scalar for each block
+    (layer l's attention at 2 l, its MLP at 2 l + 1) that its output is multiplied with.
+    """
+    gpt = unwrap(model)
+    layers: Sequence[ElasticTransformerLayer] = gpt.decoder.layers
+    if isinstance(net, SubNetwork):
+        states = _sliced(gpt, net)
+    elif isinstance(net, WeightedNetwork):
+        states = _weighted(layers, net)
+    elif net is not None:
+        if _modulated(gpt):
+            raise FlextronError("token routing does not support modulation: train with space.modulation=false")
+        states = [LayerState(routing=net.layer(layer.layer_number - 1)) for layer in layers]
+    else:
+        states = [FULL] * len(layers)
+    if gates:
+        states = [replace(state, gates=_gates(layer, gates)) for layer, state in zip(layers, states, strict=True)]
+    for layer, state in zip(layers, states, strict=True):
+        layer.holder.state = state
+    for end in _ends(gpt):
+        end.holder.state = states[0] if states else FULL
+
+
+@contextlib.contextmanager
+def use_subnetwork(model: torch.nn.Module, net: Network) -> Iterator[None]:
+    """Inside the context `model` computes `net`, as in `set_subnetwork`; the choice before it is restored after."""
+    gpt = unwrap(model)
+    readers = [*gpt.decoder.layers, *_ends(gpt)]
+    before = [reader.state for reader in readers]
+    set_subnetwork(model, net)
+    try:
+        yield
+    finally:
+        _set(readers, before)
+
+
+def keep_states(decoder: torch.nn.Module, args: Any, hidden_states: torch.Tensor) -> None:
+    """Forward hook of the layers' block: its backward pass sees the states of this forward pass.
+
+    Activation recomputation runs layers again in the backward pass. By then the choice of another micro-batch is set: with
+    pipeline parallelism several are in flight.
+    """
+    if decoder.config.recompute_granularity is None or not hidden_states.requires_grad:
+        return
+    layers = decoder.layers
+    captured = [layer.state for layer in layers]
+
+    def restore(grad: torch.Tensor) -> None:  # the first thing that happens in the block's backward pass
+        current = [layer.state for layer in layers]
+        _set(layers, captured)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _set(layers, current))
+
+    hidden_states.register_hook(restore)
+
+
+def _set(readers: Sequence[StateReader], states: Sequence[LayerState]) -> None:
+    for reader, state in zip(readers, states, strict=True):
+        reader.holder.state = state
+
+
+def _ends(gpt: GPTModel) -> list[StateReader]:
+    """The embeddings and the final norm that this pipeline stage has. They see the first layer's channels."""
+    embedding = getattr(gpt, "embedding", None)
+    ends = [getattr(embedding, name, None) for name in ("word_embeddings", "position_embeddings")]
+    return [end for end in (*ends, gpt.decoder.final_layernorm) if isinstance(end, StateReader)]
+
+
+def _sliced(gpt: GPTModel, net: SubNetwork) -> list[LayerState]:
+    full = gpt.config.hidden_size
+    if len(net.layers) != gpt.config.num_layers:
+        raise FlextronError(f"sub-network has {len(net.layers)} layers, the model has {gpt.config.num_layers}")
+    if not 0 < net.hidden_size <= full:
+        raise FlextronError(f"sub-network has hidden_size {net.hidden_size}, the model has {full}")
+    if net.hidden_size < full and gpt.post_process and not isinstance(gpt.output_layer, ElasticOutputLayer):
+        raise FlextronError(f"hidden_size {net.hidden_size} < {full}: wants a model of flextron_mcore.model.build_model")
+    share = None
+    if _modulated(gpt):
+        if not isinstance(gpt, ArchitectureGPTModel):
+            raise FlextronError("a space with modulation wants a model of flextron_mcore.model.build_model")
+        share = parameter_share(gpt.architecture, net)
+    channels = (net.hidden_size, net.hidden_size) if net.hidden_size < full else None
+    states = [LayerState(net.layers[layer.layer_number - 1], channels, share=share) for layer in gpt.decoder.layers]
+    if states and channels and not gpt.post_process:  # the next pipeline stage takes all channels
+        states[-1] = replace(states[-1], channels=(net.hidden_size, full))
+    return states
+
+
+def _weighted(layers: Sequence[ElasticTransformerLayer], net: WeightedNetwork) -> list[LayerState]:
+    channels = mask(net.hidden_K, layers[0].mlp.space.hidden_size)  # one for all layers
+    states = []
+    for layer in layers:
+        i = layer.layer_number - 1
+        weights = {"heads": net.heads_LK[i], "ffn_hidden_size": net.neurons_LK[i]}
+        masks = {block.axis: block.unit_mask(weights[block.axis]) for block in layer.blocks}
+        gates = {block.axis: net.layers_L[i] for block in layer.blocks}
+        states.append(LayerState(masks={"hidden_size": channels, **masks}, gates=gates, share=net.share))
+    return states
+
+
+def _gates(layer: ElasticTransformerLayer, gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    first = 2 * (layer.layer_number - 1)
+    return {"heads": gates[first], "ffn_hidden_size": gates[first + 1]}
+
+
+def _modulated(gpt: GPTModel) -> bool:
+    return any(block.modulation is not None for layer in gpt.decoder.layers for block in layer.blocks)

@@ -1,0 +1,17 @@
+"""The model inside its wrappers. Apart, so that reading a checkpoint imports no layers of Megatron-Core."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+
+def unwrap(model: nn.Module) -> GPTModel:
+    """The GPTModel inside Megatron-Core's wrappers (DDP, Float16Module)."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model

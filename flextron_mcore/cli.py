@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from flextron_mcore.config import FlextronError, JobFailed, nearest
+from flextron_mcore.runs.start import run_stage
 from flextron_mcore.runtime import signals, watch
 from flextron_mcore.runtime.memory import collect_rarely
 
@@ -264,17 +265,6 @@ def _at(config: Any, key: str) -> Any:
     from omegaconf import OmegaConf
 
     return OmegaConf.select(config, key, throw_on_missing=False)
-
-
-def run_stage(config: Any) -> dict[str, Any]:
-    """Run the stage that `config` was composed for; its figures."""
-    from omegaconf import OmegaConf
-
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise FlextronError(f"{config.stage}: missing {', '.join(f'{key}=...' for key in missing)}")
-    module = importlib.import_module(f"flextron_mcore.stages.{'import_' if config.stage == 'import' else config.stage}")
-    return module.run(config)
 
 
 def config_directory() -> Path:

@@ -10,8 +10,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from flextron_mcore.checkpoint.hf_import import open_hf
+from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.data.blend import open_data
 from flextron_mcore.launch.plan import PARALLEL, Job, Plan, is_complete
+from flextron_mcore.model import check_layout
 
 
 def check_configuration(config: DictConfig, plan: Plan) -> None:
@@ -42,8 +46,6 @@ def _check_axes(plan: Plan, job: Job) -> None:
 
 
 def _check_layout(config: DictConfig, plan: Plan, job: Job) -> None:
-    from flextron_mcore.model import check_layout
-
     options, gpus = job.config.model, config.cluster.get("gpus_per_node")
     if gpus and job.devices > gpus:
         raise FlextronError(f"{job.stage}: trainer.devices={job.devices} is more than cluster.gpus_per_node={gpus}")
@@ -135,22 +137,16 @@ def _check_slurm() -> None:
 
 
 def _look_at_data(path: Path, model: ModelConfig) -> None:
-    from flextron_mcore.data.blend import open_data
-
     data = open_data(path)
     if data.vocab_size > model.vocab_size:
         raise FlextronError(f"data={path}: its tokenizer has {data.vocab_size} tokens, the model's vocabulary {model.vocab_size}")
 
 
 def _look_at_hf(path: Path, model: ModelConfig) -> None:
-    from flextron_mcore.checkpoint.hf_import import open_hf
-
     _compare(f"hf={path}", open_hf(path).model, model)
 
 
 def _look_at_checkpoint(path: Path, model: ModelConfig) -> None:
-    from flextron_mcore.checkpoint.store import open_checkpoint
-
     if path.is_dir() and not is_complete(path):
         raise FlextronError(f"checkpoint={path}: the run there is not complete")
     _compare(f"checkpoint={path}", open_checkpoint(path).model, model)

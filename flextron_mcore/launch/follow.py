@@ -14,6 +14,7 @@ from typing import Any
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch.plan import is_complete
+from flextron_mcore.runtime.disk import write_whole
 
 RECORD = Path("launch") / "jobs.json"
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING")
@@ -48,8 +49,6 @@ class State:
 
 def write_record(results: Path, experiment: str, records: Sequence[Record]) -> None:
     """Remember the jobs of a launch beside its results; those of earlier ones are replaced."""
-    from flextron_mcore.runtime.disk import write_whole
-
     content = {"experiment": experiment, "jobs": [asdict(record) for record in records]}
     write_whole(results / RECORD, json.dumps(content, indent=1) + "\n")
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.launch.estimate import Estimate, estimate
 from flextron_mcore.launch.plan import TRAINS, Job, Plan
-
-if TYPE_CHECKING:
-    from flextron_mcore.launch.estimate import Estimate
+from flextron_mcore.runs.terminal import print_table
 
 # For the CUDA context, NCCL's buffers and fragmentation: bytes, and a share of what is estimated (docs/estimates.md).
 RESERVE, RESERVED_SHARE = 2 * 2**30, 0.05
@@ -53,8 +51,6 @@ def gpu_memory(config: DictConfig) -> int | None:
 
 def print_resources(config: DictConfig, plan: Plan) -> None:
     """A row a job: nodes, GPUs, tokens, memory, operations, hours, jobs."""
-    from flextron_mcore.runs.terminal import print_table
-
     peak, utilisation = config.cluster.gpu.peak_tflops, config.cluster.utilisation
     rows = []
     total = 0.0
@@ -95,8 +91,6 @@ def print_resources(config: DictConfig, plan: Plan) -> None:
 
 
 def _estimate(plan: Plan, job: Job) -> Estimate | None:
-    from flextron_mcore.launch.estimate import estimate
-
     measured_elsewhere = job.stage == "latency" and job.config.measurements
     unknown = job.stage == "family" and (job.config.data is None or OmegaConf.is_missing(job.config, "budgets"))
     if job.stage not in ESTIMATED or measured_elsewhere or unknown:

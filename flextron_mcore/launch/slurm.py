@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,8 +63,6 @@ def submit(config: DictConfig, plan: Plan, configs: dict[str, Path]) -> tuple[st
 
 def scripts(config: DictConfig, plan: Plan, configs: dict[str, Path]) -> list[tuple[str, str]]:
     """(name, sbatch script) of each job, exactly as it would be submitted; nothing is written."""
-    import tempfile
-
     home = _home(plan)
     with tempfile.TemporaryDirectory() as scratch:
         with _experiment(config, plan, configs, Path(scratch)) as experiment:

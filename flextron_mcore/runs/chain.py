@@ -9,12 +9,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from megatron.core import parallel_state
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.cli import compose
 from flextron_mcore.config import FlextronError
-from flextron_mcore.runtime.ranks import on_main_process, wait_for_all
 from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, make_parent, write_config
+from flextron_mcore.runs.start import run_stage
 from flextron_mcore.runs.terminal import say
+from flextron_mcore.runtime import distributed
+from flextron_mcore.runtime.ranks import on_main_process, wait_for_all
 
 
 def run_chain(
@@ -29,17 +33,11 @@ def run_chain(
     interrupted chain is continued. prepare: called on the main process before each command. Every key is checked before the
     first minute is spent.
     """
-    from flextron_mcore.cli import compose, run_stage
-
     out = Path(config.out)
     for stage, keys in chain.values():
         compose(stage, [*keys, f"out={quoted(out / 'x')}"])
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
-        from megatron.core import parallel_state
-
-        from flextron_mcore.runtime import distributed
-
         distributed.initialize(seed=config.seed)
     on_main_process(lambda: _make_output(config, describes))
     seconds: dict[str, float] = {}

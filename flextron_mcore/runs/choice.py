@@ -5,31 +5,37 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.config import FlextronError
-from flextron_mcore.runs.terminal import say
+from flextron_mcore.adaptive.evaluation import target_for
+from flextron_mcore.adaptive.routers import TokenRouting
+from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choices import Choices
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost, parse_budget
+from flextron_mcore.latency.measure import device_name
+from flextron_mcore.latency.table import LatencyTable
+from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.routers.static import log_probabilities
+from flextron_mcore.routers.store import TABLE_FILE, read_routers
 from flextron_mcore.runs.opened import check_widths_only
-
-if TYPE_CHECKING:
-    from flextron_mcore.checkpoint.store import CheckpointInfo
-    from flextron_mcore.cost import Budget, Cost
-    from flextron_mcore.latency.table import LatencyTable
-    from flextron_mcore.adaptive.routers import TokenRouting
-    from flextron_mcore.selection.selectors import Selector
-    from flextron_mcore.space import SubNetwork
+from flextron_mcore.runs.terminal import say
+from flextron_mcore.runtime.distributed import device
+from flextron_mcore.selection import selectors
+from flextron_mcore.selection.routed import Routed
+from flextron_mcore.selection.selectors import Selector
+from flextron_mcore.space import DTYPE_BYTES, ElasticSpace, SubNetwork
 
 SELECTORS = ("router", "uniform", "matformer", "sensitivity", "random")
-Losses = Callable[[Sequence["SubNetwork"]], Sequence[float]]
+Losses = Callable[[Sequence[SubNetwork]], Sequence[float]]
 
 
 def latency_table(config: DictConfig, info: CheckpointInfo) -> LatencyTable | None:
     """The table of config.latency (a file, or the directory of `flextron latency`), or else the one beside the routers."""
-    from flextron_mcore.latency.table import LatencyTable
-    from flextron_mcore.routers.store import TABLE_FILE
-
     file = Path(config.latency) if config.latency else info.path / TABLE_FILE
     if file.is_dir():
         file /= TABLE_FILE
@@ -40,8 +46,6 @@ def latency_table(config: DictConfig, info: CheckpointInfo) -> LatencyTable | No
 
 def check_table(table: LatencyTable | None) -> None:
     """Say what speaks against a table: its own errors, or that it was measured elsewhere."""
-    from flextron_mcore.latency.measure import device_name
-
     if table is None:
         return
     if warning := table.warning():
@@ -52,8 +56,6 @@ def check_table(table: LatencyTable | None) -> None:
 
 def known_costs(config: DictConfig, info: CheckpointInfo, table: LatencyTable | None) -> dict[str, Cost]:
     """{name: Cost}: the latency where there is a table, parameters, memory as config.kv_cache and config.dtype count it."""
-    from flextron_mcore.cost import memory_cost, parameter_cost
-
     memory = memory_setting(config, info)
     costs = {"latency": table.cost()} if table else {}
     costs["parameters"] = parameter_cost(info.model, info.space)
@@ -63,8 +65,6 @@ def known_costs(config: DictConfig, info: CheckpointInfo, table: LatencyTable | 
 
 def memory_setting(config: DictConfig, info: CheckpointInfo) -> dict[str, Any]:
     """What a memory cost counts: {"dtype", "batch_size", "length"}."""
-    from flextron_mcore.space import DTYPE_BYTES
-
     dtype = config.get("dtype") or config.get("trainer", {}).get("precision") or info.dtype
     if dtype not in DTYPE_BYTES:
         raise FlextronError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPE_BYTES)}")
@@ -77,8 +77,6 @@ def memory_setting(config: DictConfig, info: CheckpointInfo) -> dict[str, Any]:
 
 def budgets(config: DictConfig, info: CheckpointInfo, costs: dict[str, Cost]) -> list[Budget]:
     """config.budget, of which all parts hold together."""
-    from flextron_mcore.cost import parse_budget
-
     wanted = config.budget
     found = parse_budget(OmegaConf.to_container(wanted) if OmegaConf.is_config(wanted) else wanted, costs)
     if not found:
@@ -88,9 +86,6 @@ def budgets(config: DictConfig, info: CheckpointInfo, costs: dict[str, Cost]) ->
 
 def selector(config: DictConfig, info: CheckpointInfo, name: str, losses: Losses | None = None) -> Selector:
     """The selector `name`. losses: evaluates networks, for `random`. Raises FlextronError where it lacks what it needs."""
-    from flextron_mcore.choices import Choices
-    from flextron_mcore.selection import selectors
-
     blocks = Choices(info.model, info.space)
     if name == "router":
         return _routed(config, info, blocks)
@@ -143,15 +138,6 @@ def adaptive_routing(config: DictConfig, info: CheckpointInfo) -> tuple[Callable
 
     Raises FlextronError where the checkpoint has no adaptive routers, or they do not serve that budget.
     """
-    import torch
-
-    from flextron_mcore.adaptive.evaluation import target_for
-    from flextron_mcore.choices import Choices
-    from flextron_mcore.layers.dispatch import KV_POLICIES
-    from flextron_mcore.adaptive.routers import TokenRouting
-    from flextron_mcore.routers.store import read_routers
-    from flextron_mcore.runtime.distributed import device
-
     described, routers = read_routers(info.path, Choices(info.model, info.space), "adaptive")
     if config.budget is None or config.get("subnetwork") is not None:
         raise FlextronError("selector=adaptive: wants a budget=, and no subnetwork=")
@@ -172,10 +158,6 @@ def adaptive_routing(config: DictConfig, info: CheckpointInfo) -> tuple[Callable
 
 
 def _routed(config: DictConfig, info: CheckpointInfo, blocks: Any) -> Selector:
-    from flextron_mcore.routers.static import log_probabilities
-    from flextron_mcore.routers.store import read_routers
-    from flextron_mcore.selection.routed import Routed
-
     routers, weights = read_routers(info.path, blocks)
     costs = known_costs(config, info, latency_table(config, info))
     if missing := [name for name in routers.costs if name not in costs]:
@@ -187,11 +169,6 @@ def _routed(config: DictConfig, info: CheckpointInfo, blocks: Any) -> Selector:
 
 def _degradations(config: DictConfig, blocks: Any) -> Any:
     """[blocks, candidates] from the metrics.json of `flextron sensitivity`."""
-    import numpy as np
-
-    from flextron_mcore.config import ModelConfig
-    from flextron_mcore.space import ElasticSpace
-
     if not config.sensitivity:
         raise FlextronError("selector=sensitivity: give sensitivity=, the directory that `flextron sensitivity` wrote")
     file = Path(config.sensitivity)

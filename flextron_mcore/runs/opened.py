@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
-
-if TYPE_CHECKING:
-    from flextron_mcore.pipeline.networks import Distillation
-
-
-def start(config: DictConfig) -> None:
-    """Start the process groups with the layout of `config`. Raises FlextronError where processes and layout do not fit."""
-    from flextron_mcore.runtime import distributed
-
-    if config.model.context_parallel_size > 1:
-        raise FlextronError(
-            f"model.context_parallel_size={config.model.context_parallel_size}: the elastic attention is not "
-            "context parallel: leave it at 1"
-        )
-    trainer = config.trainer
-    wanted = (trainer.num_nodes or 1) * trainer.devices if trainer.devices else None
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if wanted is not None and wanted != world:
-        raise FlextronError(
-            f"trainer.num_nodes x trainer.devices = {wanted}, but {world} process(es) were started: "
-            f"use torchrun --nproc-per-node={trainer.devices}"
-        )
-    distributed.initialize(config.model, config.seed)
+from flextron_mcore.data.blend import open_data
+from flextron_mcore.model import PRECISIONS, check_layout
+from flextron_mcore.pipeline.networks import Distillation
+from flextron_mcore.space import ElasticSpace
+from flextron_mcore.training.checks import sequence_length
 
 
 def opened(config: DictConfig) -> tuple[Any, Any, str, int]:
-    """Start the process groups; checkpoint, data, precision and sequence length of a stage that evaluates networks.
+    """Checkpoint, data, precision and sequence length of a stage that evaluates networks.
 
     Raises FlextronError where they do not fit each other or the layout.
     """
-    start(config)
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.data.blend import open_data
-    from flextron_mcore.model import check_layout
-    from flextron_mcore.training.checks import sequence_length
-
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
     computed = precision(config, info)
@@ -53,15 +29,11 @@ def opened(config: DictConfig) -> tuple[Any, Any, str, int]:
 
 def precision(config: DictConfig, info: Any) -> str:
     """trainer.precision, or else as stored."""
-    from flextron_mcore.model import PRECISIONS
-
     return config.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
 
 
 def check_space(config: DictConfig, info: Any) -> None:
     """Raise FlextronError when the configuration asks for another space than the checkpoint's."""
-    from flextron_mcore.space import ElasticSpace
-
     have = info.space.to_dict()
     wanted = {k: v for k, v in OmegaConf.to_container(config.space).items() if v is not None}
     for name in ("granularity", "attention_unit", *have):
@@ -98,8 +70,6 @@ def check_not_modulated(info: Any) -> None:
 
 def distillation(config: DictConfig) -> Distillation:
     """That of config.distillation. Raises FlextronError for values that are none."""
-    from flextron_mcore.pipeline.networks import Distillation
-
     if not 0 <= config.distillation.weight <= 1 or config.distillation.temperature <= 0:
         raise FlextronError("distillation.weight must be within 0..1 and distillation.temperature above 0")
     return Distillation(config.distillation.weight, config.distillation.temperature)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime.disk import disk_errors, write_aside, write_whole
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process, wait_for_all
 
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.json"
@@ -24,8 +24,6 @@ def serial_output(config: DictConfig) -> Iterator[Path]:
 
     For a stage that the main process runs alone. Raises FlextronError when `out` exists and overwrite=true is not given.
     """
-    from flextron_mcore.runtime.disk import write_aside
-
     out = Path(config.out)
     check_output(out, config.overwrite)
     make_parent(out)
@@ -40,8 +38,6 @@ def new_output(config: DictConfig) -> Iterator[Path]:
 
     Raises what `serial_output` does, on every rank the same.
     """
-    from flextron_mcore.runtime.disk import disk_errors
-
     with disk_errors(Path(config.out)), contextlib.ExitStack() as main_process:
         folder = on_main_process(lambda: main_process.enter_context(serial_output(config)))
         yield folder
@@ -78,8 +74,6 @@ def write_config(folder: Path, config: DictConfig) -> None:
 
 def write_metrics(folder: Path, stage: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     """metrics.json, whose presence means that the stage is complete."""
-    from flextron_mcore.runtime.disk import write_whole
-
     metrics = {"stage": stage, **figures}
     if is_main_process():
         write_whole(folder / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")

@@ -9,19 +9,19 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.data.blend import PreparedData
+from flextron_mcore.data.tokenizer import read_vocabulary
 from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, check_output, make_parent
-
-if TYPE_CHECKING:
-    from flextron_mcore.checkpoint.store import CheckpointInfo
-    from flextron_mcore.data.blend import PreparedData
+from flextron_mcore.runtime.disk import disk_errors, write_aside, write_whole
+from flextron_mcore.runtime.ranks import on_main_process
 
 LOCK_FILE = ".lock"
 # Keys, and groups of keys, that may differ between a run and its continuation: they do not change what is computed.
@@ -56,9 +56,6 @@ def resumable_output(config: DictConfig, info: CheckpointInfo, data: PreparedDat
 
 @contextlib.contextmanager
 def _open_run(config: DictConfig, info: CheckpointInfo, data: PreparedData) -> Iterator[None]:
-    from flextron_mcore.data.tokenizer import read_vocabulary
-    from flextron_mcore.runtime.disk import disk_errors
-
     out, vocabulary = Path(config.out), read_vocabulary(data.tokenizer)
     values = OmegaConf.to_container(config, resolve=True)
     values["fingerprints"] = {"data": data.fingerprint, "tokenizer": vocabulary and vocabulary.fingerprint}
@@ -87,8 +84,6 @@ def _open_run(config: DictConfig, info: CheckpointInfo, data: PreparedData) -> I
 
 def _complete(out: Path, values: Mapping[str, Any], new: bool, tokenizer: Path | None) -> None:
     """Write what a run has from its beginning, as far as it is not there."""
-    from flextron_mcore.runtime.disk import write_aside, write_whole
-
     if new:
         write_whole(out / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(values)))
     if tokenizer and not (out / "tokenizer").is_dir():
@@ -132,8 +127,6 @@ def _clear(out: Path, *kept: str) -> None:
 
 def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> None:
     """Raise FlextronError unless `out` holds the unfinished run of these values and of a source like `info`."""
-    from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
-
     before, now = _read_config(out / CONFIG_FILE), _flat(values)
     advice = "choose another out, or overwrite=true"
     for name, what in (("tokenizer", "data of another tokenizer than that of"), ("data", "other data than is now in")):

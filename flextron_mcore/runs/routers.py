@@ -6,27 +6,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import Cost
+from flextron_mcore.data.blend import train_dataset
+from flextron_mcore.evaluation.perplexity import evaluate
+from flextron_mcore.layers.weighted import WeightedNetwork
+from flextron_mcore.pipeline.networks import Distillation
+from flextron_mcore.routers.store import RouterInfo
 from flextron_mcore.runs.choice import known_costs, memory_setting
 from flextron_mcore.runs.output import write_metrics
 from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
-
-if TYPE_CHECKING:
-    from flextron_mcore.cost import Cost
-    from flextron_mcore.pipeline.networks import Distillation
-    from flextron_mcore.routers.store import RouterInfo
-    from flextron_mcore.training.router import RouterLearner
+from flextron_mcore.runtime.distributed import device
+from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.training.loop import Phase, train
+from flextron_mcore.training.measured import measured
+from flextron_mcore.training.router import RouterLearner
+from flextron_mcore.training.static import SurrogateLearner
 
 
 def described_routers(config: DictConfig, info: Any, table: Any, hidden_size: int) -> tuple[RouterInfo, list[Cost]]:
     """What the routers of a configuration are, and the costs that they are for."""
-    from flextron_mcore.routers.store import RouterInfo
-
     known = known_costs(config, info, table)
     names = config.costs or (["latency"] if table else ["parameters"])
     names = [names] if isinstance(names, str) else list(names)
@@ -49,13 +53,6 @@ def train_routers(
     teach: Distillation | None = None,
 ) -> dict[str, Any]:
     """Train, print what the routers choose, and write metrics.json."""
-    from flextron_mcore.layers.weighted import WeightedNetwork
-    from flextron_mcore.pipeline.networks import Distillation
-    from flextron_mcore.runtime.distributed import device
-    from flextron_mcore.runtime.ranks import on_main_process
-    from flextron_mcore.training.loop import Phase, train
-    from flextron_mcore.training.static import SurrogateLearner
-
     cost = learner.costs[0]
     targets = validation_targets(config.validation_targets, cost, learner.info.ranges[0])
 
@@ -103,10 +100,6 @@ def train_routers(
 
 def _measure(config: DictConfig, out: Path, data: Any, learner: RouterLearner, seq_length: int, model: Any) -> None:
     """Measure the networks that the routers may choose, on training data, into the learner's `info`."""
-    from flextron_mcore.data.blend import train_dataset
-    from flextron_mcore.evaluation.perplexity import evaluate
-    from flextron_mcore.training.measured import measured
-
     samples = config.measured_samples
     dataset = train_dataset(data, seq_length, samples, config.seed, out / "cache", config.data_weights)
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
 from flextron_mcore.runtime.ranks import is_main_process
 
 
@@ -16,8 +20,6 @@ def say(text: str) -> None:
 
 def progress_bar(**options: Any) -> Any:
     """A tqdm bar on the terminal, one for all ranks; options are tqdm's."""
-    from tqdm import tqdm
-
     return tqdm(disable=None if is_main_process() else True, **options)
 
 
@@ -25,9 +27,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     """A table on standard output, once; numbers are right-aligned."""
     if not is_main_process():
         return
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(columns):
         numeric = all(isinstance(row[i], int | float) or str(row[i])[:1].isdigit() for row in rows) and rows

@@ -6,10 +6,9 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch.distributed.checkpoint as dcp
 
 from flextron_mcore.config import FlextronError
 
@@ -74,8 +73,12 @@ def plain_errors() -> Iterator[None]:
     """torch.distributed.checkpoint wraps what goes wrong on a rank in a BaseException of its own: raise what went wrong."""
     try:
         yield
-    except dcp.api.CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+    except BaseException as error:
+        # Not imported here, which takes a second: what raised it has imported it.
+        api = sys.modules.get("torch.distributed.checkpoint.api")
+        if api and isinstance(error, api.CheckpointException):
+            raise next(iter(error.failures.values()))[0] from None
+        raise
 
 
 @contextlib.contextmanager

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import Budget, Cost
+from flextron_mcore.data.blend import valid_datasets
+from flextron_mcore.evaluation.perplexity import evaluate, mean
+from flextron_mcore.evaluation.scaling import fit
+from flextron_mcore.model import loaded_model
 from flextron_mcore.runs import choice
-from flextron_mcore.runs.opened import opened
+from flextron_mcore.runs.opened import opened, precision
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.routers import validation_targets
 from flextron_mcore.runs.terminal import print_table, progress_bar
-
-if TYPE_CHECKING:
-    from flextron_mcore.cost import Cost
-    from flextron_mcore.space import SubNetwork
+from flextron_mcore.selection.sampling import draw_near
+from flextron_mcore.selection.selectors import MatFormer, Uniform
+from flextron_mcore.space import LayerChoice, SubNetwork, count_parameters
+from flextron_mcore.training.checks import sequence_length
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Evaluate what every selector of config.selectors takes for every target, and what chance does."""
     info, data, computed, seq_length = opened(config)
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.choices import Choices
-    from flextron_mcore.cost import Budget
-    from flextron_mcore.data.blend import valid_datasets
-    from flextron_mcore.selection.sampling import draw_near
-    from flextron_mcore.space import SubNetwork
-
     table = choice.latency_table(config, info)
     choice.check_table(table)
     costs = choice.known_costs(config, info, table)
@@ -91,8 +91,6 @@ class _Losses:
 
     def load(self, info: Any, precision: str) -> None:
         """Take the checkpoint's model."""
-        from flextron_mcore.model import loaded_model
-
         self.model = loaded_model(self.config.model, info, precision)
 
     def need(self, networks: Sequence[SubNetwork]) -> None:
@@ -103,15 +101,11 @@ class _Losses:
 
     def evaluate(self, model: Any, networks: dict[str, Any], seq_length: int) -> dict[str, dict[str, float]]:
         """{name: {domain: loss}}."""
-        from flextron_mcore.evaluation.perplexity import evaluate
-
         size = self.config.model.micro_batch_size
         return evaluate(model, self.datasets, networks, seq_length, size, self.limit, lambda _: self.progress())
 
     def mean(self, net: SubNetwork) -> float:
         """Mean over domains [nats per token]."""
-        from flextron_mcore.evaluation.perplexity import mean
-
         self.need([net])
         return mean(self.found[net])
 
@@ -122,8 +116,6 @@ class _Losses:
 
 
 def _sizes(net: SubNetwork, cost: Cost) -> dict[str, Any]:
-    from flextron_mcore.space import count_parameters
-
     return {
         "cost": cost.of(net),
         "share": cost.of(net) / cost.full,
@@ -136,7 +128,6 @@ def _chosen(
     config: DictConfig, info: Any, cost: Cost, targets: Sequence[float], losses: _Losses
 ) -> list[tuple[str, float, SubNetwork]]:
     """(selector, target, network), without those of a selector that has none for a target."""
-    from flextron_mcore.cost import Budget
 
     def evaluate(networks: Sequence[SubNetwork]) -> list[float]:
         losses.need(networks)
@@ -156,9 +147,6 @@ def _chosen(
 
 def _equal(blocks: Any, cost: Cost, names: Sequence[str], router: Any) -> list[tuple[str, SubNetwork, SubNetwork | None]]:
     """(selector, network, what the router takes for just that network's cost), of all that the simple selectors know."""
-    from flextron_mcore.cost import Budget
-    from flextron_mcore.selection.selectors import MatFormer, Uniform
-
     known = {"uniform": Uniform(blocks).networks(), "matformer": MatFormer(blocks).networks()}
     pairs = [(name, net) for name in names for net in known.get(name, ())]
     return [(name, net, router.select([Budget(cost, cost.of(net))]) if router else None) for name, net in pairs]
@@ -192,13 +180,6 @@ def _random(target: float, drawn: Sequence[SubNetwork], cost: Cost, losses: _Los
 
 def _dense(name: str, info: Any, cost: Cost, losses: _Losses, data: Any, config: DictConfig) -> dict[str, Any]:
     """A dense model on the same data. Its cost is known where it has a shape of the family's space."""
-    from flextron_mcore.config import FlextronError
-    from flextron_mcore.evaluation.perplexity import mean
-    from flextron_mcore.model import loaded_model
-    from flextron_mcore.runs.opened import precision
-    from flextron_mcore.space import LayerChoice, SubNetwork, count_parameters
-    from flextron_mcore.training.checks import sequence_length
-
     seq_length = sequence_length(config.model, info, data)
     found = losses.evaluate(loaded_model(config.model, info, precision(config, info)), {"dense": None}, seq_length)["dense"]
     arch = info.model
@@ -221,8 +202,6 @@ def _dense(name: str, info: Any, cost: Cost, losses: _Losses, data: Any, config:
 
 def _laws(selectors: Sequence[str], rows: Sequence[Any], full: Any) -> list[dict[str, Any]]:
     """Eq. 12 fitted to each selector's networks and the full model, over parameters and over cost."""
-    from flextron_mcore.evaluation.scaling import fit
-
     laws = []
     for name in selectors:
         points = [*(row for row in rows if row["selector"] == name), full]

@@ -8,22 +8,23 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.data.blend import valid_datasets
+from flextron_mcore.evaluation.family import uniform_family
+from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
+from flextron_mcore.model import loaded_model
+from flextron_mcore.runs.choice import select
 from flextron_mcore.runs.opened import opened
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar
+from flextron_mcore.space import SubNetwork, count_parameters, kv_cache_bytes, weight_bytes
+from flextron_mcore.stages.adaptive import evaluate_adaptive
+from flextron_mcore.training.sampler import random_family
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Evaluate config.subnetwork, or the full model and the uniform family."""
     info, data, computed, seq_length = opened(config)
-    from flextron_mcore.data.blend import valid_datasets
-    from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
-    from flextron_mcore.model import loaded_model
-    from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
-
     if config.selector == "adaptive":
-        from flextron_mcore.stages.adaptive import evaluate_adaptive
-
         return evaluate_adaptive(config, info, data, computed, seq_length)
     networks = _networks(config, info)
     with new_output(config) as out:
@@ -92,13 +93,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def _networks(config: DictConfig, info: Any) -> dict[str, Any]:
     """{name: SubNetwork} that the configuration asks for."""
-    from flextron_mcore.evaluation.family import uniform_family
-    from flextron_mcore.space import SubNetwork
-    from flextron_mcore.training.sampler import random_family
-
     if config.budget is not None:
-        from flextron_mcore.runs.choice import select
-
         if config.subnetwork is not None:
             raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
         net, wanted = select(config, info)

@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Format, Job, check_format, get_format
+from flextron_mcore.model import check_layout, loaded_model
+from flextron_mcore.pipeline.logits import forward_logits
 from flextron_mcore.runs.choice import select
-from flextron_mcore.runs.opened import start
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.memory import keep_freed_memory
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.space import SubNetwork, count_parameters
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -25,12 +29,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         raise FlextronError(
             "format=hf_elastic: holds every sub-network, so give no subnetwork= or budget=: they are set on the model it loads as"
         )
-    start(config)
     keep_freed_memory()
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.model import check_layout
-    from flextron_mcore.space import SubNetwork, count_parameters
-
     info = open_checkpoint(config.checkpoint)
     net, origin = SubNetwork.full(info.model), "the full model"
     if config.budget is not None:
@@ -76,11 +75,6 @@ def _verify(config: DictConfig, written: Format, job: Job) -> float:
 
     The checkpoint is computed at the layout of `config`, the export on the main process.
     """
-    import torch
-
-    from flextron_mcore.model import loaded_model
-    from flextron_mcore.pipeline.logits import forward_logits
-
     info = job.info
     length = min(info.model.max_position_embeddings, 64)
     if config.model.sequence_parallel:

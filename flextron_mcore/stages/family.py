@@ -5,27 +5,24 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import Cost, show
+from flextron_mcore.export.formats import check_format
 from flextron_mcore.runs import choice
 from flextron_mcore.runs.chain import quoted, run_chain
 from flextron_mcore.runs.output import METRICS_FILE, make_parent, write_metrics
 from flextron_mcore.runs.terminal import print_table, say
 from flextron_mcore.runtime.ranks import on_main_process
-
-if TYPE_CHECKING:
-    from flextron_mcore.cost import Cost
-    from flextron_mcore.space import SubNetwork
+from flextron_mcore.space import SubNetwork
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Choose, evaluate and export a network for each of config.budgets, and report."""
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.export.formats import check_format
-
     budgets = OmegaConf.to_container(config).get("budgets")
     if not isinstance(budgets, list) or not budgets:
         raise FlextronError(f"budgets={budgets}: must be a list such as [0.4, 0.6, 25ms]")
@@ -104,8 +101,6 @@ def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, config: 
 
 
 def _print(rows: list[dict[str, Any]], costs: dict[str, Cost]) -> None:
-    from flextron_mcore.cost import show
-
     print_table(
         "the family: what each budget gets",
         ["budget", *costs, "hidden size", "layers", "heads (mean)", "neurons (mean)", "loss"],

@@ -8,18 +8,26 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from flextron_mcore.adaptive.evaluation import average
+from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
-from flextron_mcore.runs.opened import start
+from flextron_mcore.data.tokenizer import open_tokenizer
+from flextron_mcore.evaluation.generation import Sampling, generate
+from flextron_mcore.model import check_layout, loaded_model
+from flextron_mcore.runs.choice import adaptive_routing, counted_cost, latency_table, select
+from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import make_parent
 from flextron_mcore.runs.terminal import progress_bar, say
+from flextron_mcore.runtime.disk import disk_errors, write_whole
+from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
+from flextron_mcore.space import SubNetwork
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Continue config.prompt with config.subnetwork, the choice for config.budget, or the full model."""
     layout = config.model
-    if layout.pipeline_model_parallel_size > 1:
-        raise FlextronError("generate: decodes on tensor-parallel ranks only: model.pipeline_model_parallel_size=1")
     if layout.sequence_parallel:
         raise FlextronError("generate: a single token cannot be split over ranks: model.sequence_parallel=false")
     if config.max_new_tokens < 1 or config.temperature < 0 or config.top_k < 0:
@@ -28,15 +36,6 @@ def run(config: DictConfig) -> dict[str, Any]:
     if out and (out.is_dir() or (out.exists() and not config.overwrite)):
         what = "is a directory; name a file" if out.is_dir() else "exists already; choose another, or overwrite=true"
         raise FlextronError(f"out={out}: {what}")
-    start(config)
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.data.tokenizer import open_tokenizer
-    from flextron_mcore.evaluation.generation import Sampling, generate
-    from flextron_mcore.model import check_layout, loaded_model
-    from flextron_mcore.runs.opened import precision
-    from flextron_mcore.runtime.disk import disk_errors, write_whole
-    from flextron_mcore.runtime.distributed import device
-
     info = open_checkpoint(config.checkpoint)
     computed = precision(config, info)
     check_layout(info.model, info.space, layout, computed)
@@ -102,11 +101,6 @@ def _prompts(config: DictConfig) -> list[str]:
 
 def _network(config: DictConfig, info: Any) -> tuple[Any, Any]:
     """What is to compute, and a function that says after it has what was spent, as a share of the full model's cost."""
-    from flextron_mcore.adaptive.evaluation import average
-    from flextron_mcore.choices import Choices
-    from flextron_mcore.runs.choice import adaptive_routing, counted_cost, latency_table, select
-    from flextron_mcore.space import SubNetwork
-
     if config.selector == "adaptive":
         make, cost, _ = adaptive_routing(config, info)
         routing = make()

@@ -7,23 +7,21 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
+from flextron_mcore.data.blend import open_data
+from flextron_mcore.routers.store import kind_of_routers, read_routers
 from flextron_mcore.runs.choice import check_table, latency_table
-from flextron_mcore.runs.opened import check_space, distillation, start
+from flextron_mcore.runs.opened import check_space, distillation
 from flextron_mcore.runs.routers import check_settings, described_routers, train_routers
+from flextron_mcore.training.checks import check
+from flextron_mcore.training.gumbel import GumbelLearner
+from flextron_mcore.training.router import GumbelSettings
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Train the model of config.checkpoint, and a router, which starts from the checkpoint's where it has one of this kind."""
-    start(config)
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.choices import Choices
-    from flextron_mcore.data.blend import open_data
-    from flextron_mcore.routers.store import kind_of_routers, read_routers
-    from flextron_mcore.training.checks import check
-    from flextron_mcore.training.gumbel import GumbelLearner
-    from flextron_mcore.training.router import GumbelSettings
-
     info, data = _modulated(config, open_checkpoint(config.checkpoint)), open_data(config.data)
     check_space(config, info)
     table = latency_table(config, info)

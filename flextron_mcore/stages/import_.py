@@ -7,22 +7,18 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.checkpoint.hf_import import copy_tokenizer, import_hf, open_hf
+from flextron_mcore.checkpoint.store import iteration_path
+from flextron_mcore.checkpoint.writer import write_streaming
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import on_main_process, processes_on_cpu
+from flextron_mcore.space import count_parameters
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Stream config.hf into an elastic checkpoint, units in the order they have. Several ranks share the tensors."""
     check_output(Path(config.out), config.overwrite)
-    from flextron_mcore.runtime import cpu
-
-    cpu.enable()
-    from flextron_mcore.checkpoint.hf_import import copy_tokenizer, import_hf, open_hf
-    from flextron_mcore.checkpoint.store import iteration_path
-    from flextron_mcore.checkpoint.writer import write_streaming
-    from flextron_mcore.space import count_parameters
-
     source = open_hf(Path(config.hf))
     info, tensors = import_hf(source, OmegaConf.to_container(config.space), config.dtype)
     size = sum(t.dtype.itemsize * _numel(t.shape) for t in tensors.values())

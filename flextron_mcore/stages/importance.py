@@ -8,30 +8,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
 
+from flextron_mcore.checkpoint.sharding import check_granularity
+from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint
+from flextron_mcore.checkpoint.writer import write_streaming
 from flextron_mcore.config import FlextronError
-from flextron_mcore.runs.opened import start
+from flextron_mcore.data.blend import open_data, train_dataset, valid_datasets
+from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
+from flextron_mcore.model import check_layout, loaded_model
+from flextron_mcore.pipeline.batches import count_batches, share
+from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process
+from flextron_mcore.sorting.importance import LAYER_SCORES, SCORES, collect, importance, removal_errors
+from flextron_mcore.sorting.permutation import order, sorted_tensors
+from flextron_mcore.space import ElasticSpace
+from flextron_mcore.training.checks import sequence_length
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Score on config.samples calibration sequences, write the sorted checkpoint and the ablation table."""
-    start(config)
-    from flextron_mcore.checkpoint.sharding import check_granularity
-    from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint
-    from flextron_mcore.checkpoint.writer import write_streaming
-    from flextron_mcore.data.blend import open_data, train_dataset
-    from flextron_mcore.model import check_layout, loaded_model
-    from flextron_mcore.pipeline.batches import count_batches, share
-    from flextron_mcore.runs.opened import precision
-    from flextron_mcore.sorting.importance import LAYER_SCORES, SCORES, collect, importance, removal_errors
-    from flextron_mcore.sorting.permutation import order, sorted_tensors
-    from flextron_mcore.space import ElasticSpace
-    from flextron_mcore.training.checks import sequence_length
-
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     if config.score not in SCORES:
         raise FlextronError(f"score={config.score!r} is not known: use one of {', '.join(SCORES)}")
@@ -102,8 +102,6 @@ class _Ablation:
     """Half of the heads and half of the neurons, unsorted and sorted, on the validation split: the paper's Table 5."""
 
     def __init__(self, config: DictConfig, info: Any, space: Any, data: Any, seq_length: int, out: Path) -> None:
-        from flextron_mcore.data.blend import valid_datasets
-
         self.config, self.seq_length, self.rows = config, seq_length, []
         arch = info.model
         self.networks = {
@@ -117,8 +115,6 @@ class _Ablation:
         self.datasets = valid_datasets(data, seq_length, config.seed, out / "cache") if config.ablation_batches else {}
 
     def measure(self, model: list[Any], order_name: str) -> None:
-        from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
-
         if not self.datasets:
             return
         batches, size = self.config.ablation_batches, self.config.model.micro_batch_size
@@ -135,9 +131,6 @@ def _half(candidates: tuple[int, ...]) -> int:
 
 
 def _write_scores(out: Path, scores: Any) -> None:
-    import torch
-    from safetensors.torch import save_file
-
     tensors = {"channels": scores.channels.to(torch.float32)}
     for i, layer in scores.layers.items():
         tensors[f"layers.{i}.neurons"] = layer.neurons.to(torch.float32)

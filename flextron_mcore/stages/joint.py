@@ -7,30 +7,27 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
+from flextron_mcore.data.blend import open_data
+from flextron_mcore.routers.store import kind_of_routers, read_routers
 from flextron_mcore.runs.choice import check_table, known_costs, latency_table
-from flextron_mcore.runs.opened import check_space, start
+from flextron_mcore.runs.opened import check_space
 from flextron_mcore.runs.routers import check_settings, train_routers
+from flextron_mcore.stages.adaptive import train_adaptive
+from flextron_mcore.training.checks import check
+from flextron_mcore.training.router import RouterSettings
+from flextron_mcore.training.static import StraightThroughLearner
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Tune the model of config.checkpoint and its routers."""
-    start(config)
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.choices import Choices
-    from flextron_mcore.data.blend import open_data
-    from flextron_mcore.routers.store import kind_of_routers, read_routers
-    from flextron_mcore.training.checks import check
-    from flextron_mcore.training.router import RouterSettings
-    from flextron_mcore.training.static import StraightThroughLearner
-
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
     check_settings(config)
     blocks = Choices(info.model, info.space)
     if kind_of_routers(info.path) == "adaptive":
-        from flextron_mcore.stages.adaptive import train_adaptive
-
         return train_adaptive(config, info, data)
     described, routers = read_routers(info.path, blocks)
     if described.kind == "gumbel":

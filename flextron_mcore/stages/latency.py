@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.adaptive.latency import measure_routed, networks_per_round
+from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
+from flextron_mcore.latency.measure import Setting, balanced, measure
+from flextron_mcore.latency.table import RoutedTable, fit
+from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.model import loaded_model
+from flextron_mcore.runs.opened import check_not_modulated, precision
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
-
-if TYPE_CHECKING:
-    from flextron_mcore.latency.table import RoutedTable
+from flextron_mcore.space import SubNetwork
 
 TABLE_FILE = "latency.json"
 KINDS = ("prefill", "generation")
@@ -23,11 +29,6 @@ KINDS = ("prefill", "generation")
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Measure, or fit to config.measurements; write latency.json and how far its sums are from whole networks."""
-    from flextron_mcore.runtime import distributed
-
-    distributed.initialize(seed=config.seed)
-    from flextron_mcore.checkpoint.store import open_checkpoint
-
     check_output(Path(config.out), config.overwrite)
     info = open_checkpoint(config.checkpoint)
     if config.measurements is None:
@@ -69,13 +70,6 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 
 def _measured(config: DictConfig, info: Any) -> Any:
-    from flextron_mcore.adaptive.latency import measure_routed, networks_per_round
-    from flextron_mcore.choices import Choices
-    from flextron_mcore.latency.measure import Setting, balanced, measure
-    from flextron_mcore.layers.dispatch import KV_POLICIES
-    from flextron_mcore.model import loaded_model
-    from flextron_mcore.runs.opened import check_not_modulated, precision
-
     if config.routed.enabled:
         check_not_modulated(info)
     asked, positions = config.setting, info.model.max_position_embeddings
@@ -120,9 +114,6 @@ def _measured(config: DictConfig, info: Any) -> Any:
 
 
 def _fitted(config: DictConfig, info: Any) -> Any:
-    from flextron_mcore.latency.table import fit
-    from flextron_mcore.space import SubNetwork
-
     file = Path(config.measurements)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

@@ -8,10 +8,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError, JobFailed
-from flextron_mcore.launch import follow, local
+from flextron_mcore.launch import follow, local, slurm
 from flextron_mcore.launch.check import check_configuration, missing
 from flextron_mcore.launch.plan import Plan, plan
 from flextron_mcore.launch.resources import check_memory, print_resources
+from flextron_mcore.runtime.disk import write_whole
 from flextron_mcore.stages.status import print_states
 
 
@@ -43,8 +44,6 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 
 def _dry_run(config: DictConfig, planned: Plan, configs: dict[str, Path], wanting: list[str]) -> dict[str, Any]:
-    from flextron_mcore.launch import slurm
-
     if config.cluster.type == "slurm":
         for name, script in slurm.scripts(config, planned, configs):
             print(f"# ---- {name}\n{script.rstrip()}\n")
@@ -59,8 +58,6 @@ def _dry_run(config: DictConfig, planned: Plan, configs: dict[str, Path], wantin
 
 
 def _write_configs(planned: Plan, configs: dict[str, Path]) -> None:
-    from flextron_mcore.runtime.disk import write_whole
-
     try:
         (planned.results / "launch").mkdir(parents=True, exist_ok=True)
         for job in planned.to_run:
@@ -70,8 +67,6 @@ def _write_configs(planned: Plan, configs: dict[str, Path]) -> None:
 
 
 def _submit(config: DictConfig, planned: Plan, configs: dict[str, Path]) -> dict[str, Any]:
-    from flextron_mcore.launch import slurm
-
     experiment, submitted = slurm.submit(config, planned, configs)
     steps = {job.name: job.config.trainer.max_steps if job.trains else None for job in planned.to_run}
     stages = {job.name: job.stage for job in planned.to_run}

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.data.prepare import parse_inputs, prepare_data
 from flextron_mcore.runs.output import check_output, serial_output, write_metrics
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime.ranks import is_main_process
@@ -17,8 +18,6 @@ def run(config: DictConfig) -> dict[str, Any]:
     if not is_main_process():
         return {}
     check_output(Path(config.out), config.overwrite)
-    from flextron_mcore.data.prepare import parse_inputs, prepare_data
-
     value = config["input"]
     inputs = parse_inputs(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
     with serial_output(config) as out:

@@ -9,10 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.runs.chain import quoted, run_chain
 from flextron_mcore.runs.output import METRICS_FILE, write_metrics
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.training.sampler import draw
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -30,9 +32,6 @@ def _key(key: str, out: Path) -> str:
 
 def _write_networks(out: Path) -> None:
     """Two members of the family, for the exports: half of everything, and one with other widths in every layer."""
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.training.sampler import draw
-
     folder = out / "networks"
     if folder.is_dir():
         return

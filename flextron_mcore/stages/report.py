@@ -7,7 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from flextron_mcore.adaptive import report as adaptive
 from flextron_mcore.config import FlextronError
+from flextron_mcore.report import MAKING, RESULTS, build_report
 from flextron_mcore.runs.output import serial_output, write_metrics
 from flextron_mcore.runtime.ranks import is_main_process
 
@@ -17,9 +19,6 @@ def run(config: DictConfig) -> dict[str, Any]:
     if not is_main_process():
         return {}
     # Commands that draw nothing start without matplotlib.
-    from flextron_mcore.adaptive import report as adaptive
-    from flextron_mcore.report import MAKING, RESULTS, build_report
-
     if not Path(config.run).is_dir():
         raise FlextronError(f"run={config.run}: no such directory")
     with serial_output(config) as out:

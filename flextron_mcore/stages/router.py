@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
+from flextron_mcore.data.blend import open_data
 from flextron_mcore.runs.choice import check_table, latency_table
-from flextron_mcore.runs.opened import check_space, check_widths_only, start
+from flextron_mcore.runs.opened import check_space, check_widths_only
 from flextron_mcore.runs.routers import check_settings, described_routers, train_routers
-
-if TYPE_CHECKING:
-    pass
+from flextron_mcore.stages.adaptive import train_adaptive
+from flextron_mcore.training.checks import check
+from flextron_mcore.training.router import RouterSettings
+from flextron_mcore.training.static import StraightThroughLearner, SurrogateLearner, SurrogateSettings
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Train routers on the frozen model of config.checkpoint."""
-    start(config)
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.choices import Choices
-    from flextron_mcore.data.blend import open_data
-    from flextron_mcore.training.checks import check
-    from flextron_mcore.training.router import RouterSettings
-    from flextron_mcore.training.static import StraightThroughLearner, SurrogateLearner, SurrogateSettings
-
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
     check_widths_only(info, "`flextron router`")
     if config.kind == "adaptive":
-        from flextron_mcore.stages.adaptive import train_adaptive
-
         return train_adaptive(config, info, data)
     if config.kind != "static":
         raise FlextronError(f"kind={config.kind!r} is not known: use static or adaptive")

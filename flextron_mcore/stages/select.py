@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
+from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import show
+from flextron_mcore.data.blend import open_data, valid_datasets
+from flextron_mcore.evaluation.perplexity import evaluate, mean
+from flextron_mcore.latency.measure import Setting, time_networks
+from flextron_mcore.latency.table import LatencyTable
+from flextron_mcore.model import loaded_model
 from flextron_mcore.runs import choice
+from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import make_parent
 from flextron_mcore.runs.terminal import print_table, say
-
-if TYPE_CHECKING:
-    from flextron_mcore.checkpoint.store import CheckpointInfo
-    from flextron_mcore.latency.table import LatencyTable
-    from flextron_mcore.space import SubNetwork
+from flextron_mcore.runtime.disk import disk_errors, write_whole
+from flextron_mcore.space import SubNetwork
+from flextron_mcore.training.checks import sequence_length
 
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
@@ -31,12 +38,6 @@ def run(config: DictConfig) -> dict[str, Any]:
         raise FlextronError(f"out={out}: {what}")
     if config.rounds < 1:
         raise FlextronError(f"rounds={config.rounds} must be at least 1")
-    from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.cost import show
-    from flextron_mcore.runtime import distributed
-    from flextron_mcore.runtime.disk import disk_errors, write_whole
-
-    distributed.initialize(seed=config.seed)
     info = open_checkpoint(config.checkpoint)
     net, budgets = choice.select(config, info, _losses(config, info) if config.data else None)
     table = choice.latency_table(config, info)
@@ -70,9 +71,6 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def _measured(config: DictConfig, info: CheckpointInfo, net: SubNetwork, table: LatencyTable) -> tuple[float, float] | None:
     """Milliseconds of the network and of the full model on this device, alternately; None for a table fitted to foreign ones."""
-    from flextron_mcore.latency.measure import Setting, time_networks
-    from flextron_mcore.model import loaded_model
-
     precision = _PRECISIONS.get(table.machine.get("dtype"))
     if precision is None:
         return None
@@ -84,14 +82,6 @@ def _measured(config: DictConfig, info: CheckpointInfo, net: SubNetwork, table: 
 
 def _losses(config: DictConfig, info: CheckpointInfo) -> choice.Losses:
     """A function that evaluates networks on the validation split of config.data."""
-    import tempfile
-
-    from flextron_mcore.data.blend import open_data, valid_datasets
-    from flextron_mcore.evaluation.perplexity import evaluate, mean
-    from flextron_mcore.model import loaded_model
-    from flextron_mcore.runs.opened import precision
-    from flextron_mcore.training.checks import sequence_length
-
     data = open_data(config.data)
     options = {"virtual_pipeline_model_parallel_size": None, "sequence_parallel": False, **config.model}
     seq_length = sequence_length(DictConfig(options), info, data)

@@ -6,20 +6,19 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from flextron_mcore.choices import Choices
+from flextron_mcore.data.blend import valid_datasets
+from flextron_mcore.evaluation.perplexity import evaluate, mean
+from flextron_mcore.model import loaded_model
 from flextron_mcore.runs.opened import check_widths_only, opened
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar
+from flextron_mcore.space import SubNetwork
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Evaluate the full model, and it with every smaller candidate of every block."""
     info, data, computed, seq_length = opened(config)
-    from flextron_mcore.choices import Choices
-    from flextron_mcore.data.blend import valid_datasets
-    from flextron_mcore.evaluation.perplexity import evaluate, mean
-    from flextron_mcore.model import loaded_model
-    from flextron_mcore.space import SubNetwork
-
     check_widths_only(info, "`flextron sensitivity`")
     choices, full = Choices(info.model, info.space), SubNetwork.full(info.model)
     places = [(block, k) for block, sizes in enumerate(choices.sizes) for k in range(len(sizes) - 1)]

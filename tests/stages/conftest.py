@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flextron_mcore.cli import compose, run_stage
+from flextron_mcore.cli import compose
+from flextron_mcore.runs.start import run_stage
 
 TINY = [
     "num_layers=2",

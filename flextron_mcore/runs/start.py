@@ -1,0 +1,69 @@
+"""Start of a command: the runtime and the process groups first, then the stage's module.
+
+Imports no torch, because the command line imports this and has to answer `--help` at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from omegaconf import DictConfig
+
+from flextron_mcore.config import FlextronError
+
+# Stages that compute at a parallel layout, and those of one process. IMPORTING ones start process groups, if at all, themselves.
+_PARALLEL = (
+    *("pretrain", "importance", "elastic", "router", "joint", "gumbel"),
+    *("sensitivity", "compare", "evaluate", "generate", "export"),
+)
+_SINGLE = ("latency", "select")
+_IMPORTING = ("import", "launch", "family", "quickstart")
+
+
+def run_stage(config: DictConfig) -> dict[str, Any]:
+    """Run the stage that `config` was composed for; its figures. Raises FlextronError where a key is missing."""
+    from omegaconf import OmegaConf
+
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise FlextronError(f"{config.stage}: missing {', '.join(f'{key}=...' for key in missing)}")
+    _start(config)
+    # A stage is found by its name, so that nothing below the commands imports them.
+    return importlib.import_module(f"flextron_mcore.stages.{'import_' if config.stage == 'import' else config.stage}").run(config)
+
+
+def _start(config: DictConfig) -> None:
+    """Start what the stage needs. On a CPU the runtime must precede Megatron-Core's modules, which stages import."""
+    if config.stage not in (*_PARALLEL, *_SINGLE, *_IMPORTING):
+        return
+    # Late: torch takes a second to import.
+    from flextron_mcore.runtime import cpu, distributed
+
+    if config.stage in _PARALLEL:
+        check_processes(config)
+        distributed.initialize(config.model, config.seed)
+    elif config.stage in _SINGLE:
+        distributed.initialize(seed=config.seed)
+    else:
+        cpu.enable()
+
+
+def check_processes(config: DictConfig) -> None:
+    """Raise FlextronError where the processes that were started and the layout of `config` do not fit."""
+    if config.model.context_parallel_size > 1:
+        raise FlextronError(
+            f"model.context_parallel_size={config.model.context_parallel_size}: the elastic attention is not "
+            "context parallel: leave it at 1"
+        )
+    if config.stage == "generate" and config.model.pipeline_model_parallel_size > 1:
+        raise FlextronError("generate: decodes on tensor-parallel ranks only: model.pipeline_model_parallel_size=1")
+    trainer = config.trainer
+    wanted = (trainer.num_nodes or 1) * trainer.devices if trainer.devices else None
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted is not None and wanted != world:
+        raise FlextronError(
+            f"trainer.num_nodes x trainer.devices = {wanted}, but {world} process(es) were started: "
+            f"use torchrun --nproc-per-node={trainer.devices}"
+        )

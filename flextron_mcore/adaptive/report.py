@@ -5,7 +5,8 @@ Losses are in nats per token, budgets and shares in fractions of the full model'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
@@ -14,11 +15,12 @@ from matplotlib.figure import Figure
 from flextron_mcore.axes import layer_axes
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, picture, ramp, tidy
-from flextron_mcore.report.reader import Reader, StageOutput, read_model
+from flextron_mcore.report.reader import StageOutput
 from flextron_mcore.report.text import loss, percent, stem
 from flextron_mcore.report.topic import Section, Table, Topic
 
-KV_POLICIES = ("full", "own")
+KvPolicy = Literal["full", "own"]
+KV_POLICIES = get_args(KvPolicy)
 COLUMNS = 64  # characters of a line of text
 
 
@@ -30,7 +32,7 @@ class Outcome:
     mean_loss: float
     shares: dict[str, float]
     share: float
-    levels: dict[str, list[list[float]]]
+    levels: dict[str, list]
 
     def cell(self, domain: str) -> str:
         """Loss and share of a domain, for a table."""
@@ -38,13 +40,20 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Static:
+    """The static routers' network of a budget."""
+
+    mean_loss: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Budget:
     """One budget: the static routers' network, and the tokens' own choices, by KV policy."""
 
     target: float
-    static_loss: float
-    static_share: float
-    outcomes: dict[str, Outcome]
+    static: Static
+    adaptive: dict[str, Outcome]
 
 
 @dataclass(frozen=True)
@@ -58,20 +67,32 @@ class TokenCosts:
 
 
 @dataclass(frozen=True)
+class TokenRouters:
+    """What the routers were trained for, and the KV policy that they were trained with."""
+
+    costs: list[str]
+    kv_policy: KvPolicy
+
+
+@dataclass(frozen=True)
 class Trained:
-    """Token routers as evaluated by the command that trained them. kv_policy: the one they were trained with; costs: in words."""
+    """Token routers as evaluated by the command that trained them."""
 
     label: str
     model: ModelConfig
-    costs: str
-    kv_policy: str
+    routers: TokenRouters
     full_loss: dict[str, float]
-    budgets: list[Budget]
-    tokens: list[TokenCosts]
+    adaptive_budgets: list[Budget]
+    token_costs: list[TokenCosts]
+
+    @property
+    def costs(self) -> str:
+        """The costs that budgets and shares are of, in words."""
+        return " and ".join(self.routers.costs)
 
     def outcomes(self) -> list[tuple[float, Outcome]]:
         """(target, outcome) of every budget, with the routers' own KV policy."""
-        return [(budget.target, budget.outcomes[self.kv_policy]) for budget in self.budgets]
+        return [(budget.target, budget.adaptive[self.routers.kv_policy]) for budget in self.adaptive_budgets]
 
 
 @dataclass(frozen=True)
@@ -81,59 +102,38 @@ class Evaluated:
     label: str
     cost: str
     budget: float
-    kv_policy: str
+    kv_policy: KvPolicy
     outcome: Outcome
 
 
 def read_trained(output: StageOutput) -> Trained | None:
     """One directory of a stage that trains routers; None for static routers."""
-    metrics, routers = output.metrics, output.metrics.inner("routers")
-    if not routers.has("kind"):
+    if not output.metrics.inner("routers").has("kind"):
         return None
-    budgets = []
-    for row in metrics.rows("adaptive_budgets"):
-        static, given = row.inner("static"), row.inner("adaptive")
-        policies = {policy: given.inner(policy) for policy in KV_POLICIES if given.has(policy)}
-        outcomes = {policy: _outcome(values, values) for policy, values in policies.items()}
-        budgets.append(Budget(row.number("target"), static.number("mean_loss"), static.number("share"), outcomes))
-    return Trained(
-        output.label,
-        read_model(metrics),
-        " and ".join(routers.texts("costs")),
-        routers.choice("kv_policy", KV_POLICIES),
-        metrics.numbers("full_loss"),
-        sorted(budgets, key=lambda budget: budget.target),
-        [row.into(TokenCosts) for row in metrics.rows("token_costs")],
-    )
+    found = output.into(Trained)
+    return replace(found, adaptive_budgets=sorted(found.adaptive_budgets, key=lambda budget: budget.target))
 
 
 def read_evaluated(output: StageOutput) -> Evaluated | None:
     """One `evaluate` directory; None for an evaluation of networks."""
-    metrics = output.metrics
-    if not metrics.has("kv_policy"):
+    if not output.metrics.has("kv_policy"):
         return None
-    outcome = _outcome(metrics, metrics.inner("mean"), "loss")
-    return metrics.into(Evaluated, label=output.label, kv_policy=metrics.choice("kv_policy", KV_POLICIES), outcome=outcome)
-
-
-def _outcome(row: Reader, means: Reader, key: str = "mean_loss") -> Outcome:
-    levels, domains = row.inner("levels"), row.numbers("loss")
-    found = {domain: [[float(x) for x in block] for block in levels.values[domain]] for domain in domains}
-    return row.into(Outcome, loss=domains, mean_loss=means.number(key), levels=found)
+    mean_loss = output.metrics.inner("mean").read("loss", float)
+    return output.into(Evaluated, outcome=output.metrics.into(Outcome, mean_loss=mean_loss))
 
 
 def trained_sections(results: list[Trained]) -> list[Section]:
     """A part of the page for each directory: static against adaptive, by domain, by block, and token by token."""
     parts = []
     for found in results:
-        policies = [policy for policy in KV_POLICIES if any(policy in budget.outcomes for budget in found.budgets)]
+        policies = [policy for policy in KV_POLICIES if any(policy in budget.adaptive for budget in found.adaptive_budgets)]
         columns = [
-            ("Budget", [percent(budget.target) for budget in found.budgets]),
-            ("Static", [loss(budget.static_loss) for budget in found.budgets]),
-            ("Share", [percent(budget.static_share) for budget in found.budgets]),
+            ("Budget", [percent(budget.target) for budget in found.adaptive_budgets]),
+            ("Static", [loss(budget.static.mean_loss) for budget in found.adaptive_budgets]),
+            ("Share", [percent(budget.static.share) for budget in found.adaptive_budgets]),
         ]
         for policy in policies:
-            outcomes = [budget.outcomes.get(policy) for budget in found.budgets]
+            outcomes = [budget.adaptive.get(policy) for budget in found.adaptive_budgets]
             columns.append((f"Adaptive, kv {policy}", [loss(each and each.mean_loss) for each in outcomes]))
             columns.append(("Share", [percent(each and each.share) for each in outcomes]))
         rows = [[percent(target), *map(outcome.cell, found.full_loss)] for target, outcome in found.outcomes()]
@@ -142,11 +142,11 @@ def trained_sections(results: list[Trained]) -> list[Section]:
             loss_against_share(found, f"{name}_pareto"),
             degradation(found, f"{name}_domains"),
             allocation(found, f"{name}_allocation"),
-            *(heat(row, f"{name}_tokens_{stem(row.domain)}", found.costs) for row in found.tokens),
+            *(heat(row, f"{name}_tokens_{stem(row.domain)}", found.costs) for row in found.token_costs),
         ]
         note = "Every token chooses its own levels. Loss on validation data, mean over domains, and the average share of the full"
-        note += f" model’s {found.costs} that tokens spent. The routers were trained with kv {found.kv_policy}: with full every"
-        note += " token writes all keys and values, with own only those of the heads that it uses."
+        note += f" model’s {found.costs} that tokens spent. The routers were trained with kv {found.routers.kv_policy}: with full"
+        note += " every token writes all keys and values, with own only those of the heads that it uses."
         tables = [Table.of_columns(columns), Table(["Budget", *found.full_loss], rows)]
         parts.append(Section(f"adaptive_{name}", f"A choice for every token ({found.label})", note, tables, pictures))
     return parts
@@ -180,9 +180,9 @@ def _lines(figure: Figure, series: dict[str, list[tuple[float, float]]], colours
 
 def loss_against_share(found: Trained, name: str) -> Picture:
     """Mean loss against the average share, static and adaptive."""
-    series = {"static": [(100 * budget.static_share, budget.static_loss) for budget in found.budgets]}
+    series = {"static": [(100 * budget.static.share, budget.static.mean_loss) for budget in found.adaptive_budgets]}
     for policy in KV_POLICIES:
-        outcomes = [budget.outcomes[policy] for budget in found.budgets if policy in budget.outcomes]
+        outcomes = [budget.adaptive[policy] for budget in found.adaptive_budgets if policy in budget.adaptive]
         if outcomes:
             series[f"adaptive, kv {policy}"] = [(100 * outcome.share, outcome.mean_loss) for outcome in outcomes]
 
@@ -215,7 +215,7 @@ def degradation(found: Trained, name: str) -> Picture:
 
 def allocation(found: Trained, name: str) -> Picture:
     """The mean level of each block, by domain, for the middle budget (the paper's figure 9)."""
-    target, outcome = found.outcomes()[len(found.budgets) // 2]
+    target, outcome = found.outcomes()[len(found.adaptive_budgets) // 2]
     domains, layers = list(outcome.levels), found.model.num_layers
     mean = np.array([[_mean_level(block) for block in outcome.levels[domain]] for domain in domains])
     blocks = mean.reshape(len(domains), layers, -1)

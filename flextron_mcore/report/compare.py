@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Literal, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.cost import OWN_UNITS
 from flextron_mcore.report.drawing import SIZE, Picture, Theme, picture, tidy
 from flextron_mcore.report.networks import describe
-from flextron_mcore.report.reader import Reader, Settings, StageOutput, read_model, read_settings, read_subnetwork
+from flextron_mcore.report.reader import Settings, StageOutput
 from flextron_mcore.report.text import cost_unit, loss, lower, percent, signed, significant, stem
 from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic, numbered
 from flextron_mcore.space import SubNetwork
@@ -27,28 +26,37 @@ STYLES = {  # marker and dash of each selector
     **{"router": ("o", "-"), "uniform": ("s", "--"), "matformer": ("^", "-."), "sensitivity": ("D", ":")},
     **{"random": ("x", "none"), "dense": ("P", "none")},
 }
-SELECTORS = tuple(STYLES)[:-1]
-FITTED = ("non_embedding_parameters", "cost")
+Selector = Literal["router", "uniform", "matformer", "sensitivity", "random"]
+SELECTORS = get_args(Selector)
 NAMES = {"dense": "dense, from scratch"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One evaluated network. target: the budget it was selected for; subnetwork, target None for the full model and dense ones.
+    """One evaluated network."""
 
-    selector: one of SELECTORS, "full", or "dense" for a model that was trained from scratch at its size.
-    """
-
-    selector: str
-    name: str
-    target: float | None
-    subnetwork: SubNetwork | None
-    cost: float | None
-    share: float | None
+    cost: float
     parameters: int
     non_embedding_parameters: int
-    loss: dict[str, float]
     mean_loss: float
+    loss: dict[str, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selected(Compared):
+    """The network that a selector chose, for the budget `target` if for one."""
+
+    selector: Selector
+    target: float | None
+    subnetwork: SubNetwork
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Compared):
+    """A model that was trained from scratch at its size; its cost may not be known."""
+
+    name: str
+    cost: float | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class RandomNetworks:
 class EqualCost:
     """A baseline's network, and the loss of the routers' network of exactly its cost."""
 
-    selector: str
+    selector: Selector
     subnetwork: SubNetwork
     share: float
     mean_loss: float
@@ -79,103 +87,70 @@ class EqualCost:
 class Fit:
     """L(N) = (N/Nc)^-alpha + E over `points` networks of a selector; N is `of` in its own unit.
 
-    values, intervals: of Nc, alpha and E; intervals hold 95% confidence. None where the points do not determine the fit.
+    _ci: intervals of 95% confidence. None if the points do not determine the fit.
     """
 
-    selector: str
-    of: str
+    selector: Selector
+    of: Literal["non_embedding_parameters", "cost"]
     points: int
-    values: tuple[float, float, float] | None
-    intervals: tuple[tuple[float, float] | None, ...]
+    Nc: float | None
+    alpha: float | None
+    E: float | None
+    Nc_ci: tuple[float, float] | None
+    alpha_ci: tuple[float, float] | None
+    E_ci: tuple[float, float] | None
+
+    @property
+    def determined(self) -> bool:
+        """True if the points determine the fit."""
+        return None not in (self.Nc, self.alpha, self.E)
+
+    def loss(self, sizes: np.ndarray) -> np.ndarray:
+        """L(N) (the paper's eq. 12); NaN where that is not a number."""
+        with np.errstate(all="ignore"):
+            values = (sizes / self.Nc) ** -self.alpha + self.E
+        return np.where(np.isfinite(values), values, np.nan)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One `compare` directory. cost: a key of OWN_UNITS; full_cost, smallest_cost in its unit; `samples` samples a domain."""
+    """One `compare` directory. full_cost, smallest_cost in its unit; `samples` samples a domain."""
 
     label: str
     model: ModelConfig
-    cost: str
+    cost: Literal["latency", "parameters", "memory"]
     full_cost: float
     smallest_cost: float
-    machine: dict[str, Any]
-    setting: dict[str, Any]
+    machine: dict | None
+    setting: dict | None
     samples: int
     full: Compared
-    networks: list[Compared]
+    networks: list[Selected]
     random: list[RandomNetworks]
     equal: list[EqualCost]
-    dense: list[Compared]
-    fits: list[Fit]
+    dense: list[Dense]
+    scaling_law: list[Fit]
     settings: Settings
 
-    def of(self, selector: str) -> list[Compared]:
+    def share(self, net: Compared) -> float | None:
+        """The network's cost as a fraction of the full model's."""
+        return None if net.cost is None else net.cost / self.full_cost
+
+    def of(self, selector: str) -> list[Selected]:
         """The networks of one selector, the cheapest first."""
         return sorted((net for net in self.networks if net.selector == selector), key=lambda net: (net.cost, net.mean_loss))
 
 
 def read(output: StageOutput) -> Comparison:
     """One `compare` directory."""
-    metrics = output.metrics
-    model, full_cost = read_model(metrics), metrics.number("full_cost")
-    if not full_cost > 0:
-        raise FlextronError(f"{metrics.where}: 'full_cost' must be more than 0, not {full_cost:g}")
-    full = metrics.inner("full")
-    inner = lambda key: dict(metrics.inner(key).values) if metrics.has(key) else {}  # noqa: E731
-    return metrics.into(
-        Comparison,
-        label=output.label,
-        model=model,
-        cost=metrics.choice("cost", tuple(OWN_UNITS)),
-        machine=inner("machine"),
-        setting=inner("setting"),
-        full=_compared(full, "full", name="full model", cost=full.number("cost"), share=1.0),
-        networks=[_network(row, model) for row in metrics.rows("networks")],
-        random=[_random(row) for row in metrics.rows("random")],
-        equal=[
-            row.into(EqualCost, selector=row.choice("selector", SELECTORS), subnetwork=read_subnetwork(row, model))
-            for row in metrics.rows("equal")
-        ],
-        dense=[_dense(row, full_cost) for row in metrics.rows("dense")],
-        fits=[_fit(row) for row in metrics.rows("scaling_law")],
-        settings=read_settings(metrics),
-    )
-
-
-def _compared(row: Reader, selector: str, subnetwork: SubNetwork | None = None, **given: Any) -> Compared:
-    losses = row.numbers("loss") if row.has("loss") else {}
-    return row.into(Compared, selector=selector, subnetwork=subnetwork, loss=losses, **given)
-
-
-def _network(row: Reader, model: ModelConfig) -> Compared:
-    selector = row.choice("selector", SELECTORS)
-    share, cost = row.number("share"), row.number("cost")
-    return _compared(row, selector, read_subnetwork(row, model), name=selector, share=share, cost=cost)
-
-
-def _dense(row: Reader, full_cost: float) -> Compared:
-    cost = row.maybe("cost")
-    return _compared(row, "dense", cost=cost, share=None if cost is None else cost / full_cost)
-
-
-def _random(row: Reader) -> RandomNetworks:
-    found = row.into(RandomNetworks)
-    if len(found.shares) != len(found.mean_losses):
-        losses, shares = len(found.mean_losses), len(found.shares)
-        raise FlextronError(f"{row.where}: 'mean_losses' has {losses} numbers, but 'shares' has {shares}")
+    found, where = output.into(Comparison), output.metrics.where
+    if not found.full_cost > 0:
+        raise FlextronError(f"{where}: 'full_cost' must be more than 0, not {found.full_cost:g}")
+    for i, row in enumerate(found.random):
+        losses, shares = len(row.mean_losses), len(row.shares)
+        if losses != shares:
+            raise FlextronError(f"{where}: random[{i}]: 'mean_losses' has {losses} numbers, but 'shares' has {shares}")
     return found
-
-
-def _fit(row: Reader) -> Fit:
-    keys = ("Nc", "alpha", "E")
-    values = tuple(row.maybe(key) for key in keys)
-    return row.into(
-        Fit,
-        selector=row.choice("selector", SELECTORS),
-        of=row.choice("of", FITTED),
-        values=values if None not in values else None,
-        intervals=tuple(tuple(row.number_list(f"{key}_ci", 2)) if row.has(f"{key}_ci") else None for key in keys),
-    )
 
 
 def sections(results: list[Comparison]) -> list[Section]:
@@ -183,7 +158,7 @@ def sections(results: list[Comparison]) -> list[Section]:
     parts = []
     for c, number, label in numbered(results):
         parts.append(_loss_section(c, f"compare{number}", label))
-        parts += [_fits_section(c, f"scaling{number}", label)] if c.fits else []
+        parts += [_fits_section(c, f"scaling{number}", label)] if c.scaling_law else []
         parts += [_random_section(c, f"random{number}", label)] if c.random else []
         parts += [_equal_section(c, f"equal{number}", label)] if c.equal else []
     return parts
@@ -209,13 +184,14 @@ def sentence(c: Comparison) -> str | None:
 
 def _loss_section(c: Comparison, key: str, label: str) -> Section:
     name, unit = cost_unit(c.cost, c.full_cost)
-    nets = [c.full, *(net for selector in SELECTORS for net in c.of(selector)[::-1]), *c.dense]
-    domains = list(dict.fromkeys(domain for net in nets for domain in net.loss))
+    chosen = [net for selector in SELECTORS for net in c.of(selector)[::-1]]
+    nets: list[Compared] = [c.full, *chosen, *c.dense]
+    domains = list(dict.fromkeys(domain for net in nets for domain in net.loss or ()))
     digits = 3 if c.cost == "latency" and c.full_cost < 100 else 1
     columns: list[Column] = [
-        ("Selector", [net.name if net.selector != "dense" else f"dense: {net.name}" for net in nets]),
-        ("Target", [percent(net.target) for net in nets]),
-        ("Share", [percent(net.share) for net in nets]),
+        ("Selector", ["full model", *(net.selector for net in chosen), *(f"dense: {net.name}" for net in c.dense)]),
+        ("Target", list(map(percent, [None, *(net.target for net in chosen), *(None for _ in c.dense)]))),
+        ("Share", [percent(c.share(net)) for net in nets]),
     ]
     if c.cost != "parameters":
         columns.append((name, ["–" if net.cost is None else f"{net.cost / unit:,.{digits}f}" for net in nets]))
@@ -223,7 +199,7 @@ def _loss_section(c: Comparison, key: str, label: str) -> Section:
         ("Parameters", [f"{net.parameters:,}" for net in nets]),
         ("Non-embedding parameters", [f"{net.non_embedding_parameters:,}" for net in nets]),
         ("Mean loss", [loss(net.mean_loss) for net in nets]),
-        *((f"Loss, {domain}", [loss(net.loss.get(domain)) for net in nets]) for domain in domains),
+        *((f"Loss, {domain}", [loss((net.loss or {}).get(domain)) for net in nets]) for domain in domains),
     ]
     note = f"Networks that each selector chooses for a budget, evaluated on {c.samples:,} samples; target and share are fractions"
     note += f" of the full model’s {c.cost}, the smallest network has {percent(c.smallest_cost / c.full_cost)}.{_measured(c)}"
@@ -235,8 +211,9 @@ def _measured(c: Comparison) -> str:
     """Where a latency was measured, as a sentence after a space; empty for another cost."""
     if c.cost != "latency":
         return ""
-    parts = [str(c.machine[key]) for key in ("device", "dtype") if c.machine.get(key) is not None]
-    setting = {key: value for key, value in c.setting.items() if isinstance(value, str | int | float)}
+    machine, setting = c.machine or {}, c.setting or {}
+    parts = [str(machine[key]) for key in ("device", "dtype") if machine.get(key) is not None]
+    setting = {key: value for key, value in setting.items() if isinstance(value, str | int | float)}
     parts += [str(value) if key == "kind" else f"{key.replace('_', ' ')} {value}" for key, value in setting.items()]
     return f" Measured on {', '.join(parts)}." if parts else ""
 
@@ -244,7 +221,7 @@ def _measured(c: Comparison) -> str:
 def _fits_section(c: Comparison, key: str, label: str) -> Section:
     unit = {"latency": "latency (ms)", "parameters": "parameters", "memory": "memory (bytes)"}[c.cost]
     names = {"cost": unit, "non_embedding_parameters": "non-embedding parameters"}
-    rows = [[fit.selector, names[fit.of], f"{fit.points:,}", *_fitted(fit)] for fit in c.fits]
+    rows = [[fit.selector, names[fit.of], f"{fit.points:,}", *_fitted(fit)] for fit in c.scaling_law]
     note = "L(N) = (N / Nc)^−α + E (the paper’s eq. 12 and Table 3), fitted to the networks of a selector and the full model; in"
     note += " brackets 95% confidence intervals. Networks that are too few or too much alike do not determine a fit."
     table = Table(["Selector", "N", "Networks", "Nc", "α", "E"], rows, left=2)
@@ -252,10 +229,11 @@ def _fits_section(c: Comparison, key: str, label: str) -> Section:
 
 
 def _fitted(fit: Fit) -> list[str]:
-    if fit.values is None:
+    if not fit.determined:
         return ["not determined"] * 3
+    pairs = ((fit.Nc, fit.Nc_ci), (fit.alpha, fit.alpha_ci), (fit.E, fit.E_ci))
     around = lambda interval: f" ({significant(interval[0])} to {significant(interval[1])})" if interval else ""  # noqa: E731
-    return [significant(value) + around(interval) for value, interval in zip(fit.values, fit.intervals, strict=True)]
+    return [significant(value) + around(interval) for value, interval in pairs]
 
 
 def _random_section(c: Comparison, key: str, label: str) -> Section:
@@ -300,16 +278,16 @@ def loss_against(c: Comparison, by: str) -> Picture:
     """Mean loss of each selector's networks against their `by`: "cost", or "non_embedding_parameters" (the paper's figure 5)."""
     title, unit = cost_unit(c.cost, c.full_cost)
     if by == "cost":
-        place = lambda net: (100 * net.share, net.mean_loss)  # noqa: E731
+        place = lambda net: (100 * c.share(net), net.mean_loss)  # noqa: E731
         label, word, own = f"Share of the full model’s {c.cost} (%)", c.cost, c.full_cost / 100
     else:
         name, own = cost_unit("parameters", c.full.non_embedding_parameters)
         place = lambda net: (net.non_embedding_parameters / own, net.mean_loss)  # noqa: E731
         label, word = f"Non-embedding {lower(name)}", "non-embedding parameters"
     groups = [(selector, c.of(selector)) for selector in SELECTORS]
-    groups.append(("dense", [net for net in c.dense if by != "cost" or net.share is not None]))
+    groups.append(("dense", [net for net in c.dense if by != "cost" or net.cost is not None]))
     groups = [(selector, sorted(nets, key=place)) for selector, nets in groups if nets]
-    fit = next((fit for fit in c.fits if (fit.selector, fit.of) == ("router", by) and fit.values), None)
+    fit = next((fit for fit in c.scaling_law if (fit.selector, fit.of) == ("router", by) and fit.determined), None)
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
@@ -322,7 +300,7 @@ def loss_against(c: Comparison, by: str) -> Picture:
         routed = [place(net)[0] for net in c.of("router")]
         if fit and routed:
             x = np.linspace(min(routed), max(*routed, place(c.full)[0]), 200)
-            axes.plot(x, curve(fit, x * own), color=theme.ink, linewidth=1, alpha=0.7, label="fit to router (eq. 12)", zorder=2)
+            axes.plot(x, fit.loss(x * own), color=theme.ink, linewidth=1, alpha=0.7, label="fit to router (eq. 12)", zorder=2)
         axes.set(xlabel=label, ylabel="Mean loss (nats per token)")
         tidy(axes)
         if by == "cost":
@@ -339,14 +317,6 @@ def loss_against(c: Comparison, by: str) -> Picture:
     caption += " The thin line is eq. 12, fitted to the routers’ networks." if fit else ""
     name = f"{stem(c.label)}_loss_{'cost' if by == 'cost' else 'parameters'}"
     return picture(name, words, caption, draw, (SIZE[0], SIZE[1] + 0.5))
-
-
-def curve(fit: Fit, sizes: np.ndarray) -> np.ndarray:
-    """L(N) = (N/Nc)^-alpha + E (the paper's eq. 12); NaN where that is not a number."""
-    critical, alpha, floor = fit.values
-    with np.errstate(all="ignore"):
-        values = (sizes / critical) ** -alpha + floor
-    return np.where(np.isfinite(values), values, np.nan)
 
 
 def random_boxes(c: Comparison) -> Picture:

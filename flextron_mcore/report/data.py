@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flextron_mcore.report.reader import StageOutput, read_settings
+from flextron_mcore.report.reader import Settings
 from flextron_mcore.report.text import memory
 from flextron_mcore.report.topic import Highlights, Section, Table, Topic
 
@@ -13,7 +13,6 @@ from flextron_mcore.report.topic import Highlights, Section, Table, Topic
 class Domain:
     """Sizes of one domain of a data set: tokens, documents and bytes of text."""
 
-    name: str
     train_tokens: int
     valid_tokens: int
     documents: int
@@ -26,14 +25,7 @@ class Data:
 
     label: str
     vocab_size: int
-    domains: list[Domain]
-
-
-def read(output: StageOutput) -> Data:
-    """The data set of one `prepare` directory."""
-    domains = output.metrics.inner("domains")
-    found = [domains.inner(name).into(Domain, name=name) for name in domains.values]
-    return output.metrics.into(Data, label=output.label, domains=found)
+    domains: dict[str, Domain]
 
 
 def sections(results: list[Data]) -> list[Section]:
@@ -47,17 +39,17 @@ def highlights(results: list[Data]) -> Highlights:
 
 
 def _table(data: Data) -> Table:
-    unit, sizes = memory([domain.bytes for domain in data.domains])
+    unit, sizes = memory([domain.bytes for domain in data.domains.values()])
     head = [f"Domain ({data.label})", "Training tokens", "Validation tokens", "Documents", f"Text ({unit})", "Bytes per token"]
     rows = []
-    for domain, size in zip(data.domains, sizes, strict=True):
+    for (name, domain), size in zip(data.domains.items(), sizes, strict=True):
         tokens = domain.train_tokens + domain.valid_tokens
         counts = [f"{count:,}" for count in (domain.train_tokens, domain.valid_tokens, domain.documents)]
-        rows.append([domain.name, *counts, size, f"{domain.bytes / tokens:.2f}" if tokens else "–"])
+        rows.append([name, *counts, size, f"{domain.bytes / tokens:.2f}" if tokens else "–"])
     return Table(head, rows)
 
 
-TOPIC = Topic(("prepare",), read, sections, highlights)
+TOPIC = Topic(("prepare",), lambda output: output.into(Data), sections, highlights)
 IMPORTED = Topic(
-    ("import",), lambda output: read_settings(output.metrics), lambda results: [], lambda results: Highlights(settings=results)
+    ("import",), lambda output: output.metrics.into(Settings), lambda results: [], lambda results: Highlights(settings=results)
 )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.config import ModelConfig
 from flextron_mcore.report.drawing import Picture, Theme, label_points, picture, tidy
 from flextron_mcore.report.networks import (
     is_plain,
@@ -21,13 +21,21 @@ from flextron_mcore.report.networks import (
     shares_in_words,
     units,
 )
-from flextron_mcore.report.reader import Settings, StageOutput, read_model, read_settings, read_subnetwork
+from flextron_mcore.report.reader import Settings, StageOutput
 from flextron_mcore.report.text import big, cost_unit, loss, memory, percent, perplexity, short
 from flextron_mcore.report.topic import Card, Column, Highlights, Section, Table, Topic
 from flextron_mcore.space import SubNetwork, count_parameters
 
 BEFORE_WORDS = ("parent", "before")
 Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean over the domains."""
+
+    loss: float
+    perplexity: float
 
 
 @dataclass(frozen=True)
@@ -42,14 +50,12 @@ class Network:
     kv_cache_bytes: int
     loss: dict[str, float]
     perplexity: dict[str, float]
-    mean_loss: float
-    mean_perplexity: float
+    mean: Mean
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as in the metrics.json it was read from; hidden size and executed layers on top."""
-        values = {**self.__dict__, "subnetwork": self.subnetwork.to_dict()}
-        values["mean"] = {"loss": values.pop("mean_loss"), "perplexity": values.pop("mean_perplexity")}
-        return {**values, "hidden_size": self.subnetwork.hidden_size, "depth": self.subnetwork.depth}
+        sizes = {"hidden_size": self.subnetwork.hidden_size, "depth": self.subnetwork.depth}
+        return {**self.__dict__, "subnetwork": self.subnetwork.to_dict(), "mean": asdict(self.mean), **sizes}
 
 
 @dataclass(frozen=True)
@@ -86,17 +92,11 @@ class Evaluation:
 
 def read(output: StageOutput) -> Evaluation | None:
     """One `evaluate` directory; None for an evaluation of token routing, which has no single network (adaptive/report.py)."""
-    metrics = output.metrics
-    if metrics.has("kv_policy"):
+    if output.metrics.has("kv_policy"):
         return None
-    model, networks = read_model(metrics), []
-    for row in metrics.rows("networks"):
-        mean = row.inner("mean")
-        means = {"mean_loss": mean.number("loss"), "mean_perplexity": mean.number("perplexity")}
-        networks.append(row.into(Network, subnetwork=read_subnetwork(row, model), **means))
-    if not networks:
-        raise FlextronError(f"{metrics.where}: 'networks' is empty")
-    return Evaluation(output.label, model, sorted(networks, key=lambda net: -net.parameters), read_settings(metrics))
+    output.metrics.refuse_empty("networks")
+    found = output.into(Evaluation)
+    return replace(found, networks=sorted(found.networks, key=lambda net: -net.parameters))
 
 
 def find_before(results: Sequence[Evaluation]) -> Evaluation | None:
@@ -134,23 +134,23 @@ def highlights(results: list[Evaluation]) -> Highlights:
         return Highlights(values=values)
     sentences, cards, full, least = [], [], family.full(), family.smallest
     old = lambda net: before.same_shape(net.subnetwork) if before else None  # noqa: E731
-    was = lambda net: [f"{loss(old(net).mean_loss)} before training"] if old(net) else []  # noqa: E731
+    was = lambda net: [f"{loss(old(net).mean.loss)} before training"] if old(net) else []  # noqa: E731
     if full:
-        text = f"The full model has a mean loss of {loss(full.mean_loss)} nats per token"
-        text += f" (perplexity {perplexity(full.mean_perplexity)})"
-        text += f"; its parent, before elastic training, had {loss(old(full).mean_loss)}." if old(full) else "."
+        text = f"The full model has a mean loss of {loss(full.mean.loss)} nats per token"
+        text += f" (perplexity {perplexity(full.mean.perplexity)})"
+        text += f"; its parent, before elastic training, had {loss(old(full).mean.loss)}." if old(full) else "."
         sentences.append(text)
-        cards.append(Card("Full model, mean loss", loss(full.mean_loss), "; ".join(was(full))))
+        cards.append(Card("Full model, mean loss", loss(full.mean.loss), "; ".join(was(full))))
     if least is not full:
         count = len(family.networks) - bool(full)
         which = f"The smallest of its {count} sub-networks" if count > 1 else "Its one sub-network"
         text = f"{which}, {least.name}, has {percent(family.share(least))} of the parameters"
-        text += f" and a mean loss of {loss(least.mean_loss)}"
+        text += f" and a mean loss of {loss(least.mean.loss)}"
         if old(least):
-            text += f", {'down' if least.mean_loss <= old(least).mean_loss else 'up'} from {was(least)[0]}"
+            text += f", {'down' if least.mean.loss <= old(least).mean.loss else 'up'} from {was(least)[0]}"
         sentences.append(text + ".")
         notes = [*was(least), f"{percent(family.share(least))} of the parameters"]
-        cards.append(Card("Smallest network, mean loss", loss(least.mean_loss), "; ".join(notes)))
+        cards.append(Card("Smallest network, mean loss", loss(least.mean.loss), "; ".join(notes)))
     sizes = [net.parameters for net in family.networks]
     cards.append(Card("Networks in one model", f"{len(sizes):,}", f"{big(min(sizes))} to {big(max(sizes))} parameters"))
     return Highlights(sentences, cards, settings=[family.settings], values=values)
@@ -163,13 +163,13 @@ def _family_section(family: Evaluation, before: Evaluation | None) -> Section:
     columns: list[Column] = [
         ("Network", [net.name for net in nets]),
         ("% of full", [percent(family.share(net)) for net in nets]),
-        ("Mean loss", [loss(net.mean_loss) for net in nets]),
+        ("Mean loss", [loss(net.mean.loss) for net in nets]),
     ]
     if before:
         old = [before.same_shape(net.subnetwork) for net in nets]
-        columns.append(("Mean loss before", [loss(net.mean_loss if net else None) for net in old]))
+        columns.append(("Mean loss before", [loss(net.mean.loss if net else None) for net in old]))
     columns += [
-        ("Perplexity", [perplexity(net.mean_perplexity) for net in nets]),
+        ("Perplexity", [perplexity(net.mean.perplexity) for net in nets]),
         *((f"Loss, {domain}", [loss(net.loss.get(domain)) for net in nets]) for domain in domains),
         ("Parameters", [f"{net.parameters:,}" for net in nets]),
         *layer_columns([net.subnetwork for net in nets], family.model),
@@ -199,7 +199,7 @@ def _pareto_section(results: list[Evaluation], family: Evaluation, before: Evalu
 def pareto(family: Evaluation, drawn: Sequence[Evaluation], before: Evaluation | None, name: str, caption: str) -> Picture:
     """Mean loss against parameters of `drawn`, in order; where that is `family` alone, its networks are named."""
     label, unit = cost_unit("parameters", family.networks[0].parameters)
-    place = lambda net: (net.parameters / unit, net.mean_loss)  # noqa: E731
+    place = lambda net: (net.parameters / unit, net.mean.loss)  # noqa: E731
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes, others = figure.subplots(), iter(theme.others * len(drawn))
@@ -228,8 +228,8 @@ def pareto(family: Evaluation, drawn: Sequence[Evaluation], before: Evaluation |
     full, least = family.full(), family.smallest
     words = f"Scatter plot of mean loss against parameters for {len(family.networks)} networks"
     if full:
-        words += f"; full model {full.mean_loss:.3f} nats per token at {full.parameters:,} parameters"
-    words += f"; smallest, {least.name}: {least.mean_loss:.3f} at {least.parameters:,}."
+        words += f"; full model {full.mean.loss:.3f} nats per token at {full.parameters:,} parameters"
+    words += f"; smallest, {least.name}: {least.mean.loss:.3f} at {least.parameters:,}."
     if before and before in drawn:
         words += f" The series {before.label} shows the same before training."
     return picture(name, words, caption, draw)
@@ -238,8 +238,8 @@ def pareto(family: Evaluation, drawn: Sequence[Evaluation], before: Evaluation |
 def pareto_front(networks: Sequence[Network]) -> list[Network]:
     """The networks that no smaller one beats, smallest first."""
     front: list[Network] = []
-    for net in sorted((n for n in networks if np.isfinite(n.mean_loss)), key=lambda n: (n.parameters, n.mean_loss)):
-        if not front or net.mean_loss < front[-1].mean_loss:
+    for net in sorted((n for n in networks if np.isfinite(n.mean.loss)), key=lambda n: (n.parameters, n.mean.loss)):
+        if not front or net.mean.loss < front[-1].mean.loss:
             front.append(net)
     return front
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flextron_mcore.report.reader import StageOutput
@@ -25,10 +25,8 @@ class Export:
 
 def read(output: StageOutput) -> Export:
     """One `export` directory; a path within the run becomes relative to it."""
-    path, run = Path(output.metrics.text("path")), output.run.resolve()
-    if path.is_absolute() and path.is_relative_to(run):
-        path = path.relative_to(run)
-    return output.metrics.into(Export, label=output.label, path=str(path))
+    found, run = output.into(Export), output.run.resolve()
+    return replace(found, path=str(Path(found.path).relative_to(run))) if Path(found.path).is_relative_to(run) else found
 
 
 def sections(results: list[Export]) -> list[Section]:

@@ -6,15 +6,15 @@ Costs are in their own units (cost.py) and as fractions of the full model's.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.config import ModelConfig
 from flextron_mcore.report.drawing import Picture, Theme, label_points, picture, tidy
 from flextron_mcore.report.networks import layer_columns, layer_grid, network_columns
-from flextron_mcore.report.reader import StageOutput, read_model, read_subnetwork
+from flextron_mcore.report.reader import StageOutput
 from flextron_mcore.report.text import cost_unit, loss, lower, percent, short, significant, stem
 from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic, numbered
 from flextron_mcore.space import SubNetwork
@@ -23,57 +23,58 @@ SHOWN = ("parameters", "latency")  # costs that losses are drawn against
 
 
 @dataclass(frozen=True)
+class MemberCost:
+    """One cost of a network, and its share of the full model's."""
+
+    value: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Member:
-    """The network of one budget. costs: {name: (value, share of the full model's)}; loss: None if it was not evaluated."""
+    """The network of one budget. loss: None if it was not evaluated; exports: {format: directory}."""
 
     budget: str
     subnetwork: SubNetwork
-    costs: dict[str, tuple[float, float]]
+    costs: dict[str, MemberCost]
     loss: float | None
-    exports: dict[str, str]  # {format: directory}
+    exports: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as in the metrics.json it was read from."""
-        costs = {name: {"value": value, "share": share} for name, (value, share) in self.costs.items()}
+        costs = {name: asdict(cost) for name, cost in self.costs.items()}
         sizes = {"hidden_size": self.subnetwork.hidden_size, "depth": self.subnetwork.depth}
         return {**self.__dict__, "subnetwork": self.subnetwork.to_dict(), "costs": costs, **sizes}
 
 
 @dataclass(frozen=True)
 class Family:
-    """One `family` directory, members from the smallest number of parameters to the largest."""
+    """One `family` directory, networks from the smallest number of parameters to the largest."""
 
     label: str
     model: ModelConfig
     selector: str
-    members: list[Member]
+    networks: list[Member]
 
     @property
     def costs(self) -> list[str]:
         """Names of the costs that every member has."""
-        return [name for name in self.members[0].costs if all(name in member.costs for member in self.members)]
+        return [name for name in self.networks[0].costs if all(name in member.costs for member in self.networks)]
 
 
 def read(output: StageOutput) -> Family:
     """One `family` directory."""
-    metrics = output.metrics
-    model, members = read_model(metrics), []
-    for row in metrics.rows("networks"):
-        costs, exports = row.inner("costs"), row.inner("exports")
-        found = {name: (costs.inner(name).number("value"), costs.inner(name).number("share")) for name in costs.values}
-        names = {format_: exports.text(format_) for format_ in exports.values}
-        members.append(row.into(Member, subnetwork=read_subnetwork(row, model), costs=found, exports=names))
-    if not members:
-        raise FlextronError(f"{metrics.where}: 'networks' is empty")
-    members.sort(key=lambda member: member.costs.get("parameters", (0.0,)))
-    return metrics.into(Family, label=output.label, model=model, members=members)
+    output.metrics.refuse_empty("networks")
+    found = output.into(Family)
+    size = lambda member: member.costs["parameters"].value if "parameters" in member.costs else 0.0  # noqa: E731
+    return replace(found, networks=sorted(found.networks, key=size))
 
 
 def sections(results: list[Family]) -> list[Section]:
     """A part of the page for each directory."""
     parts = []
     for family, number, label in numbered(results):
-        named = [(member.budget, member.subnetwork) for member in family.members[::-1]]
+        named = [(member.budget, member.subnetwork) for member in family.networks[::-1]]
         pictures = loss_pictures(family)
         pictures.append(layer_grid(named, family.model, f"{stem(family.label)}_widths", f"{family.label}: "))
         note = f"What selector {family.selector} chooses for each budget, each a model of its own. Shares are of the full model’s"
@@ -84,16 +85,16 @@ def sections(results: list[Family]) -> list[Section]:
 
 def highlights(results: list[Family]) -> Highlights:
     """The networks of each directory, for family.json."""
-    return Highlights(values={"budgets": {family.label: [m.to_dict() for m in family.members] for family in results}})
+    return Highlights(values={"budgets": {family.label: [m.to_dict() for m in family.networks] for family in results}})
 
 
 def _table(family: Family) -> Table:
-    members, nets = family.members, [member.subnetwork for member in family.members]
+    members, nets = family.networks, [member.subnetwork for member in family.networks]
     columns: list[Column] = [("Budget", [member.budget for member in members])]
     for cost in family.costs:
-        pairs = [member.costs[cost] for member in members]
-        name, unit = cost_unit(cost, max(value for value, _ in pairs))
-        columns.append((name, [f"{significant(value / unit)} ({percent(share)})" for value, share in pairs]))
+        found = [member.costs[cost] for member in members]
+        name, unit = cost_unit(cost, max(each.value for each in found))
+        columns.append((name, [f"{significant(each.value / unit)} ({percent(each.share)})" for each in found]))
     columns.append(("Mean loss", [loss(member.loss) for member in members]))
     columns += [*network_columns(nets, family.model), *layer_columns(nets, family.model)]
     columns.append(("Exports", [", ".join(member.exports) or "–" for member in members]))
@@ -102,14 +103,14 @@ def _table(family: Family) -> Table:
 
 def loss_pictures(family: Family) -> list[Picture]:
     """Loss against parameters, and against latency if that is known; none if nothing was evaluated."""
-    evaluated = [member for member in family.members if member.loss is not None and math.isfinite(member.loss)]
+    evaluated = [member for member in family.networks if member.loss is not None and math.isfinite(member.loss)]
     return [_loss_picture(family, evaluated, cost) for cost in SHOWN if cost in family.costs and evaluated]
 
 
 def _loss_picture(family: Family, evaluated: list[Member], cost: str) -> Picture:
-    members = sorted(evaluated, key=lambda member: member.costs[cost])
-    label, unit = cost_unit(cost, max(member.costs[cost][0] for member in members))
-    points = [(member.costs[cost][0] / unit, member.loss) for member in members]
+    members = sorted(evaluated, key=lambda member: member.costs[cost].value)
+    label, unit = cost_unit(cost, max(member.costs[cost].value for member in members))
+    points = [(member.costs[cost].value / unit, member.loss) for member in members]
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()

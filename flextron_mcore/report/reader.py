@@ -6,11 +6,12 @@ Every problem in a file is a FlextronError of one line that names the file and t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.space import SubNetwork
@@ -19,89 +20,116 @@ STAGES = (  # in the order of a run
     *("prepare", "pretrain", "import", "importance", "elastic", "router", "joint", "gumbel"),
     *("sensitivity", "evaluate", "compare", "family", "export"),
 )
+PLAIN: dict[type, tuple[str, Callable[[Any], bool]]] = {  # types that are read as they are: their name in a message, and a check
+    str: ("a text", lambda value: isinstance(value, str)),
+    int: ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    float: ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    dict: ("an object", lambda value: isinstance(value, Mapping)),
+    list: ("a list", lambda value: isinstance(value, list)),
+}
 D = TypeVar("D")
+_hints = cache(get_type_hints)
 
 
+@dataclass(frozen=True)
 class Reader:
-    """A JSON object together with the place it came from, so that a wrong value can be named."""
+    """A JSON object together with the place it came from, so that a wrong value can be named. model: of the networks in it."""
 
-    def __init__(self, values: Any, where: str) -> None:
-        if not isinstance(values, Mapping):
-            raise FlextronError(f"{where}: expected a JSON object, not {_kind(values)}")
-        self.values, self.where = values, where
+    values: Mapping[str, Any]
+    where: str
+    model: ModelConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Mapping):
+            raise FlextronError(f"{self.where}: expected a JSON object, not {_shown(self.values)}")
+
+    def has(self, key: str) -> bool:
+        """True if `key` is there and not null."""
+        return self.values.get(key) is not None
+
+    def read(self, key: str, hint: Any) -> Any:
+        """The value of `key` as `hint`: a key of PLAIN, a Literal, a dataclass, lists or dictionaries of these, or one | None.
+
+        NaN and infinity, which a diverged network gives, are numbers. Null and a missing key are None.
+        """
+        origin, arguments = get_origin(hint), get_args(hint)
+        if origin is UnionType:
+            return self.read(key, arguments[0]) if self.has(key) else None
+        if origin is Literal:
+            return self._get(key, f"one of {', '.join(arguments)}", lambda value: value in arguments)
+        if hint in PLAIN:
+            value = self._get(key, *PLAIN[hint])
+            return float(value) if hint is float else value
+        if origin in (list, tuple) and arguments[0] in PLAIN:
+            word, good = PLAIN[arguments[0]]
+            size = len(arguments) if origin is tuple else None
+            wanted = f"a list of {f'{size} ' if size else ''}{word.removeprefix('a ')}s"
+            fits = lambda value: isinstance(value, list) and all(map(good, value)) and size in (None, len(value))  # noqa: E731
+            return origin(self._get(key, wanted, fits))
+        if origin is list:
+            return [row.into(arguments[0]) for row in self.rows(key)]
+        if origin is dict:
+            inner = self.inner(key)
+            return {name: inner.read(name, arguments[1]) for name in inner.values}
+        if hint is SubNetwork:
+            return self._subnetwork(key)
+        return self.inner(key).into(hint)
+
+    def into(self, hint: type[D], /, **given: Any) -> D:
+        """A `hint` (dataclass) whose fields are the keys of the same names, each read by its type, but for those `given`."""
+        if hint is ModelConfig:
+            try:
+                return ModelConfig.from_dict(self.values)
+            except FlextronError as error:
+                raise FlextronError(f"{self.where}: {error}") from None
+        reader = self.with_model() if _hints(hint).get("model") is ModelConfig else self
+        return hint(**given, **{name: reader.read(name, type_) for name, type_ in _hints(hint).items() if name not in given})
+
+    def with_model(self) -> Reader:
+        """The same object, whose networks must be of its `model`."""
+        return replace(self, model=self.read("model", ModelConfig))
+
+    def inner(self, key: str) -> Reader:
+        """The object of `key`."""
+        return replace(self, values=self.read(key, dict), where=f"{self.where}: {key}")
+
+    def rows(self, key: str) -> list[Reader]:
+        """The objects of the list of `key`."""
+        return [replace(self, values=row, where=f"{self.where}: {key}[{i}]") for i, row in enumerate(self.read(key, list))]
+
+    def refuse_empty(self, key: str) -> None:
+        """Raise FlextronError if the list of `key` is empty."""
+        if not self.read(key, list):
+            raise FlextronError(f"{self.where}: '{key}' is empty")
 
     def _get(self, key: str, wanted: str, good: Callable[[Any], bool]) -> Any:
         if key not in self.values:
             raise FlextronError(f"{self.where}: lacks '{key}'")
         value = self.values[key]
         if not good(value):
-            raise FlextronError(f"{self.where}: '{key}' must be {wanted}, not {_kind(value)}")
+            raise FlextronError(f"{self.where}: '{key}' must be {wanted}, not {_shown(value)}")
         return value
 
-    def text(self, key: str) -> str:
-        """A string."""
-        return self._get(key, "a text", lambda v: isinstance(v, str))
-
-    def whole(self, key: str) -> int:
-        """A whole number."""
-        return self._get(key, "a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool))
-
-    def number(self, key: str) -> float:
-        """A number; NaN and infinity, which a diverged network gives, are numbers."""
-        return float(self._get(key, "a number", is_number))
-
-    def numbers(self, key: str) -> dict[str, float]:
-        """An object whose values are all numbers."""
+    def _subnetwork(self, key: str) -> SubNetwork:
         inner = self.inner(key)
-        return {name: inner.number(name) for name in inner.values}
+        found = SubNetwork.from_dict(inner.values, inner.where)
+        if self.model and len(found.layers) != self.model.num_layers:
+            raise FlextronError(f"{self.where}: {len(found.layers)} layers, but the model has {self.model.num_layers}")
+        return found
 
-    def inner(self, key: str) -> Reader:
-        """An object."""
-        return Reader(self._get(key, "an object", lambda v: isinstance(v, Mapping)), f"{self.where}: {key}")
 
-    def rows(self, key: str) -> list[Reader]:
-        """A list of objects."""
-        rows = self._get(key, "a list", lambda v: isinstance(v, list))
-        return [Reader(row, f"{self.where}: {key}[{i}]") for i, row in enumerate(rows)]
+@dataclass(frozen=True)
+class Settings:
+    """Model config and elastic space as a stage wrote them; None for those it did not write."""
 
-    def flag(self, key: str) -> bool:
-        """True or false."""
-        return self._get(key, "true or false", lambda v: isinstance(v, bool))
-
-    def choice(self, key: str, known: Sequence[str]) -> str:
-        """A text that is one of `known`."""
-        return self._get(key, f"one of {', '.join(known)}", lambda v: v in known)
-
-    def texts(self, key: str) -> list[str]:
-        """A list of strings."""
-        return self._get(key, "a list of texts", lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v))
-
-    def number_list(self, key: str, length: int | None = None) -> list[float]:
-        """A list of numbers, of this `length` if it is given."""
-        good = lambda v: isinstance(v, list) and all(map(is_number, v)) and length in (None, len(v))  # noqa: E731
-        return [float(x) for x in self._get(key, f"a list of {f'{length} ' if length else ''}numbers", good)]
-
-    def has(self, key: str) -> bool:
-        """True if `key` is there and not null."""
-        return self.values.get(key) is not None
-
-    def maybe(self, key: str) -> float | None:
-        """A number; None if it is null or missing."""
-        return self.number(key) if self.has(key) else None
-
-    def into(self, type_: type[D], /, **given: Any) -> D:
-        """A `type_` (dataclass) whose fields are the keys of the same names, each read by its type, but for those `given`."""
-        by_type: dict[str, Callable[[str], Any]] = {
-            **{"str": self.text, "int": self.whole, "float": self.number, "bool": self.flag, "float | None": self.maybe},
-            **{"dict[str, float]": self.numbers, "list[str]": self.texts, "list[float]": self.number_list},
-        }
-        read = {field.name: by_type[field.type](field.name) for field in fields(type_) if field.name not in given}
-        return type_(**given, **read)
+    model: dict | None = None
+    space: dict | None = None
 
 
 @dataclass(frozen=True)
 class StageOutput:
-    """One stage directory of the directory `run`. label: its name; kind: the stage; metrics: the content of metrics.json."""
+    """One stage directory of the directory `run`. kind: the stage; metrics: the content of metrics.json."""
 
     run: Path
     directory: Path
@@ -113,16 +141,20 @@ class StageOutput:
         """The name of the directory."""
         return self.directory.resolve().name
 
+    def into(self, hint: type[D], /, **given: Any) -> D:
+        """`hint` from metrics.json; its fields `label`, `kind` and `settings`, if it has them, are those of the directory."""
+        own = {"label": self.label, "kind": self.kind, "settings": self.metrics.into(Settings)}
+        return self.metrics.into(hint, **{name: value for name, value in own.items() if name in _hints(hint)}, **given)
+
     def log(self, event: str) -> list[Reader]:
         """Rows of one event in the order of their steps. A resumed run writes some steps again: the later row counts."""
-        return [
-            row for _, row in sorted({row.whole("step"): row for row in self._log if row.values.get("event") == event}.items())
-        ]
+        rows = {row.read("step", int): row for row in self._log if row.values.get("event") == event}
+        return [rows[step] for step in sorted(rows)]
 
     @cached_property
     def _log(self) -> list[Reader]:
         path = self.directory / "log.jsonl"
-        return list(read_lines(path)) if path.is_file() else []
+        return list(_read_lines(path)) if path.is_file() else []
 
 
 def collect(run: Path) -> list[StageOutput]:
@@ -133,50 +165,17 @@ def collect(run: Path) -> list[StageOutput]:
     """
     if not run.is_dir():
         raise FlextronError(f"{run}: no such directory; report needs a directory of stage outputs")
-    found = []
+    found, known = [], ", ".join(STAGES)
     for directory in (run, *(child for child in run.iterdir() if child.is_dir() and not child.name.startswith("."))):
         path = directory / "metrics.json"
         if path.is_file():
-            metrics = Reader(read_json(path), str(path))
-            found.append(StageOutput(run, directory, metrics.text("stage"), metrics))
+            metrics = Reader(_parse(_read_text(path), str(path)), str(path))
+            found.append(StageOutput(run, directory, metrics.read("stage", str), metrics))
     found = [output for output in found if output.kind in STAGES]
     if not found:
-        known = ", ".join(STAGES)
-        raise FlextronError(
-            f"{run}: no stage output found: looked for metrics.json of a stage ({known}) here and one directory below"
-        )
+        looked = f"looked for metrics.json of a stage ({known}) here and one directory below"
+        raise FlextronError(f"{run}: no stage output found: {looked}")
     return sorted(found, key=lambda output: (STAGES.index(output.kind), output.label))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Model config and elastic space as a stage wrote them; None for those it did not write."""
-
-    model: dict[str, Any] | None = None
-    space: dict[str, Any] | None = None
-
-
-def read_settings(metrics: Reader) -> Settings:
-    """Settings of the keys `model` and `space`."""
-    model, space = (dict(metrics.inner(key).values) if metrics.has(key) else None for key in ("model", "space"))
-    return Settings(model, space)
-
-
-def read_model(metrics: Reader) -> ModelConfig:
-    """Model config of the key `model`, checked."""
-    given = metrics.inner("model")
-    try:
-        return ModelConfig.from_dict(given.values)
-    except FlextronError as error:
-        raise FlextronError(f"{given.where}: {error}") from None
-
-
-def read_subnetwork(row: Reader, model: ModelConfig) -> SubNetwork:
-    """Sub-network of the key `subnetwork`, with as many layers as `model`."""
-    subnetwork = SubNetwork.from_dict(row.inner("subnetwork").values, f"{row.where}: subnetwork")
-    if len(subnetwork.layers) != model.num_layers:
-        raise FlextronError(f"{row.where}: {len(subnetwork.layers)} layers, but the model has {model.num_layers}")
-    return subnetwork
 
 
 def _read_text(path: Path) -> str:
@@ -186,27 +185,19 @@ def _read_text(path: Path) -> str:
         raise FlextronError(f"{path}: not readable: {error}") from None
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FlextronError(f"{path}: not valid JSON: {error}") from None
-
-
-def read_lines(path: Path) -> Iterator[Reader]:
+def _read_lines(path: Path) -> Iterator[Reader]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
-            try:
-                values = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise FlextronError(f"{path}: line {number} is not valid JSON: {error}") from None
-            yield Reader(values, f"{path}: line {number}")
+            yield Reader(_parse(line, f"{path}: line {number}", " is"), f"{path}: line {number}")
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _parse(text: str, where: str, verb: str = ":") -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FlextronError(f"{where}{verb} not valid JSON: {error}") from None
 
 
-def _kind(value: Any) -> str:
+def _shown(value: Any) -> str:
     shown = json.dumps(value)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."

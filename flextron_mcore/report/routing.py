@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ from flextron_mcore.config import ModelConfig
 from flextron_mcore.report import training
 from flextron_mcore.report.drawing import SIZE, Picture, Theme, log_scale, moving_average, picture, tidy
 from flextron_mcore.report.networks import layer_columns, layer_grid, network_columns
-from flextron_mcore.report.reader import Reader, StageOutput, read_model, read_subnetwork
+from flextron_mcore.report.reader import StageOutput
 from flextron_mcore.report.text import loss, percent, stem
 from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic
 from flextron_mcore.report.training import Training, train_curve, training_table, validation_curves
@@ -50,67 +50,78 @@ class BudgetChoice:
 class RoutingStep:
     """One training step; None for values that were not logged.
 
-    loss: the full model's; routed: losses of the step's routed networks. surrogate_loss: mean squared error of the surrogate on
-    the step's new pairs, in nats squared; surrogate_error: that over the variance of the losses. follows: True if the routers
-    were trained by the surrogate. temperature: of relaxed choices.
+    loss: the full model's; subnetwork_losses: of the step's routed networks. surrogate_loss: mean squared error of the surrogate
+    on the step's new pairs, in nats squared; surrogate_error: that over the variance of the losses. temperature: of relaxed
+    choices.
     """
 
     step: int
     loss: float
-    routed: list[float]
-    constraint_loss: float | None
-    surrogate_loss: float | None
-    surrogate_error: float | None
-    follows: bool
+    subnetwork_losses: list[float] | None = None
+    constraint_loss: float | None = None
+    surrogate_loss: float | None = None
+    surrogate_error: float | None = None
+    routers_follow_surrogate: bool | None = None
     temperature: float | None = None
 
     @property
     def excess(self) -> float | None:
         """Mean loss of the routed networks above the full model's."""
-        return sum(self.routed) / len(self.routed) - self.loss if self.routed else None
+        losses = self.subnetwork_losses
+        return sum(losses) / len(losses) - self.loss if losses else None
+
+
+@dataclass(frozen=True)
+class Routers:
+    """What the routers were trained for (`costs`) and by: a surrogate of the loss, from where its error is below `threshold`.
+
+    kind: of routers that choose for every token (adaptive/report.py).
+    """
+
+    costs: list[str]
+    surrogate: bool | None
+    threshold: float | None
+    kind: str | None
 
 
 @dataclass(frozen=True)
 class Routing:
-    """One directory of a stage that trains routers.
+    """One directory of a stage that trains routers. budgets: empty for routers that choose for every token."""
 
-    signal: the routers' training signal, for tables. surrogate: they follow a surrogate of the loss, from where its
-    surrogate_error is below `threshold`. budgets: empty for routers that choose for every token.
-    """
-
-    training: Training
+    label: str
+    kind: str
     model: ModelConfig
-    costs: list[str]
-    signal: str
-    surrogate: bool
-    threshold: float
-    budgets: list[BudgetChoice]
+    routers: Routers
+    budgets: list[BudgetChoice] | None
+    training: Training
     steps: list[RoutingStep]
-
-    @property
-    def label(self) -> str:
-        """The name of the directory."""
-        return self.training.label
 
     @property
     def relaxed(self) -> bool:
         """True if the routers learn from relaxed choices (`gumbel`)."""
-        return self.training.kind == "gumbel"
+        return self.kind == "gumbel"
+
+    @property
+    def signal(self) -> str:
+        """The routers' training signal, for tables."""
+        if self.relaxed:
+            return "relaxed choices"
+        return "surrogate" if self.routers.surrogate else f"straight-through{', a token' if self.routers.kind else ''}"
 
     def follows_from(self) -> int | None:
         """The first step at which the routers follow the surrogate, or None."""
-        return next((row.step for row in self.steps if row.follows), None)
+        return next((row.step for row in self.steps if row.routers_follow_surrogate), None)
 
     def settles_from(self) -> int | None:
-        """The first step, of those that follow the surrogate, at which its error is near what it stays at; None without such.
+        """The first step that follows the surrogate and whose error is near the median of the last quarter, or None.
 
-        Near: at most half above the median of the last quarter of the steps.
+        Near: at most half above it.
         """
         known = [row for row in self.steps if row.surrogate_error is not None and math.isfinite(row.surrogate_error)]
         if not known:
             return None
         level = statistics.median(row.surrogate_error for row in known[-max(1, len(known) // 4) :])
-        return next((row.step for row in known if row.follows and row.surrogate_error <= 1.5 * level), None)
+        return next((row.step for row in known if row.routers_follow_surrogate and row.surrogate_error <= 1.5 * level), None)
 
     def phases(self) -> list[tuple[int, int]]:
         """First and last step of the three phases of router training (PHASE_TEXTS); empty if routers never follow a surrogate.
@@ -127,41 +138,23 @@ class Routing:
 
 def read(output: StageOutput) -> Routing:
     """One directory of `router`, `joint` or `gumbel`."""
-    metrics, routers = output.metrics, output.metrics.inner("routers")
-    model, per_token = read_model(metrics), routers.has("kind")  # token routers name their kind (adaptive/report.py)
-    surrogate = not per_token and routers.flag("surrogate")
-    straight_through = "straight-through, a token" if per_token else "straight-through"
-    budgets = [] if per_token else metrics.rows("budgets")
-    chosen = [row.into(BudgetChoice, subnetwork=read_subnetwork(row, model)) for row in budgets]
-    return Routing(
-        training.read(output),
-        model,
-        routers.texts("costs"),
-        "relaxed choices" if output.kind == "gumbel" else "surrogate" if surrogate else straight_through,
-        surrogate,
-        routers.number("threshold") if surrogate else 0.0,
-        sorted(chosen, key=lambda budget: -budget.target),
-        [_step(row) for row in output.log("train")],
-    )
-
-
-def _step(row: Reader) -> RoutingStep:
-    follows = row.has("routers_follow_surrogate") and row.flag("routers_follow_surrogate")
-    return row.into(RoutingStep, routed=training.subnetwork_losses(row), follows=follows)
+    steps = [row.into(RoutingStep) for row in output.log("train")]
+    found = output.into(Routing, training=training.read(output), steps=steps)
+    return replace(found, budgets=sorted(found.budgets or (), key=lambda budget: -budget.target))
 
 
 def sections(results: list[Routing]) -> list[Section]:
     """The chosen networks, the training, and the two signals side by side, for which there is data."""
     parts = [_budgets_section(results)] if any(routing.budgets for routing in results) else []
     parts.append(_training_section(results))
-    routers = [routing for routing in results if routing.training.kind == "router" and routing.budgets]
-    if len(routers) > 1 and not all(routing.surrogate for routing in routers):
+    routers = [routing for routing in results if routing.kind == "router" and routing.budgets]
+    if len(routers) > 1 and not all(routing.routers.surrogate for routing in routers):
         parts.append(_signals_section(routers))
     return parts
 
 
 def highlights(results: list[Routing]) -> Highlights:
-    """The same as of other training stages."""
+    """Progress and settings of each stage."""
     return training.highlights([routing.training for routing in results])
 
 
@@ -181,7 +174,7 @@ def _budgets_section(results: Sequence[Routing]) -> Section:
         tables.append(Table.of_columns(columns))
         named = [(budget.name, budget.subnetwork) for budget in budgets]
         pictures.append(layer_grid(named, model, f"{stem(routing.label)}_widths", f"{routing.label}: "))
-    costs = " and ".join(dict.fromkeys(cost for routing in results for cost in routing.costs))
+    costs = " and ".join(dict.fromkeys(cost for routing in results for cost in routing.routers.costs))
     note = f"What the trained routers choose for each budget. Budgets and shares are fractions of the full model’s {costs}; the"
     note += " selected network keeps to its budget, the bare argmax of the routers may not. A mean with a range in brackets: the"
     note += " layers differ."
@@ -192,7 +185,7 @@ def _training_section(results: Sequence[Routing]) -> Section:
     pictures = []
     for routing in results:
         pictures += [made] if (made := dynamics(routing)) else []
-        pictures += [train_curve(routing.training)] if routing.training.kind != "router" and routing.training.train else []
+        pictures += [train_curve(routing.training)] if routing.kind != "router" and routing.training.train else []
         pictures += validation_curves(routing.training)
     signals = ("Routers follow", [routing.signal for routing in results])
     table = training_table([routing.training for routing in results], [signals])
@@ -272,13 +265,13 @@ def dynamics(routing: Routing) -> Picture | None:
         ends.append(f"{panel.title} from {smooth[0]:.3g} to {smooth[-1]:.3g}")
     words = f"Router training over {steps[-1].step:,} steps. {'; '.join(ends)}."
     caption = f"{routing.label}: loss of the routed networks, mean of a step, above the full model’s"
-    caption += ", and the surrogate’s error (as the paper’s figure 12)" if routing.surrogate else ""
+    caption += ", and the surrogate’s error (as the paper’s figure 12)" if routing.routers.surrogate else ""
     caption += f"; smoothed over {window} logged steps." if window > 1 else "; not smoothed."
-    if routing.surrogate and routing.follows_from() is not None:
+    if routing.routers.surrogate and routing.follows_from() is not None:
         words += f" The routers follow the surrogate from step {routing.follows_from():,}"
         settled = routing.settles_from()
         words += f", whose error settles at step {settled:,}." if settled is not None else "."
-    elif routing.surrogate and routing.training.kind == "router":
+    elif routing.routers.surrogate and routing.kind == "router":
         words += " The routers never follow the surrogate."
     shown = [text for text, (low, high) in zip(PHASE_TEXTS, bounds, strict=False) if low < high]
     caption += f" {' '.join(shown)}" if bounds else ""
@@ -289,7 +282,7 @@ def _panels(routing: Routing) -> list[_Panel]:
     steps = routing.steps
     panels = [_Panel("Loss above the full model’s (nats per token)", [row.excess for row in steps])]
     if any(row.surrogate_loss is not None for row in steps):
-        errors, threshold = [row.surrogate_error for row in steps], routing.threshold
+        errors, threshold = [row.surrogate_error for row in steps], routing.routers.threshold or 0.0
         panels.append(_Panel("L2 loss of the surrogate (nats²)", [row.surrogate_loss for row in steps], log=True))
         panels.append(_Panel("Surrogate’s error (share of losses’ variance)", errors, True, threshold, averaged=True))
     else:

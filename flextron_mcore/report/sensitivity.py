@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from flextron_mcore.axes import AXES, layer_axes
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, picture, ramp, tidy
-from flextron_mcore.report.reader import Settings, StageOutput, read_model, read_settings
+from flextron_mcore.report.reader import Settings, StageOutput
 from flextron_mcore.report.text import loss, signed, stem
 from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic, numbered
 
@@ -51,16 +51,15 @@ class Sensitivity:
 
 def read(output: StageOutput) -> Sensitivity:
     """One `sensitivity` directory."""
-    metrics = output.metrics
-    model, blocks = read_model(metrics), []
-    for row in metrics.rows("blocks"):
-        block = row.into(BlockLoss, axis=row.choice("axis", [axis.name for axis in layer_axes()]))
-        if not 0 <= block.layer < model.num_layers:
-            raise FlextronError(f"{row.where}: 'layer' must be within 0..{model.num_layers - 1}, not {block.layer}")
-        blocks.append(block)
-    if not blocks:
-        raise FlextronError(f"{metrics.where}: 'blocks' is empty")
-    return metrics.into(Sensitivity, label=output.label, model=model, blocks=blocks, settings=read_settings(metrics))
+    output.metrics.refuse_empty("blocks")
+    found, axes = output.into(Sensitivity), [axis.name for axis in layer_axes()]
+    for i, block in enumerate(found.blocks):
+        where = f"{output.metrics.where}: blocks[{i}]"
+        if block.axis not in axes:
+            raise FlextronError(f"{where}: 'axis' must be one of {', '.join(axes)}, not \"{block.axis}\"")
+        if not 0 <= block.layer < found.model.num_layers:
+            raise FlextronError(f"{where}: 'layer' must be within 0..{found.model.num_layers - 1}, not {block.layer}")
+    return found
 
 
 def sections(results: list[Sensitivity]) -> list[Section]:

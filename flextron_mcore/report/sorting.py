@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from flextron_mcore.report.drawing import Picture, Theme, picture, tidy
-from flextron_mcore.report.reader import StageOutput
 from flextron_mcore.report.text import loss, perplexity, short
 from flextron_mcore.report.topic import Section, Table, Topic
 
@@ -30,22 +29,17 @@ class Ablation:
 
     samples: int
     score: str
-    rows: list[AblationRow]
-
-
-def read(output: StageOutput) -> Ablation:
-    """The ablation of one `importance` directory."""
-    return output.metrics.into(Ablation, rows=[row.into(AblationRow) for row in output.metrics.rows("ablation")])
+    ablation: list[AblationRow]
 
 
 def sections(results: list[Ablation]) -> list[Section]:
     """Loss with half of an operator cut, as a table and bars for each directory."""
     tables, pictures = [], []
-    for i, ablation in enumerate(results):
-        rows = [[r.setup, r.order, r.score, loss(r.loss), perplexity(r.perplexity)] for r in ablation.rows]
+    for i, result in enumerate(results):
+        rows = [[r.setup, r.order, r.score, loss(r.loss), perplexity(r.perplexity)] for r in result.ablation]
         tables.append(Table(["Setup", "Order", "Score", "Loss", "Perplexity"], rows, left=3))
-        if any(row.order != "-" for row in ablation.rows):
-            pictures.append(ablation_bars(ablation.rows, f"sorting{i + 1 if i else ''}"))
+        if any(row.order != "-" for row in result.ablation):
+            pictures.append(ablation_bars(result.ablation, f"sorting{i + 1 if i else ''}"))
     first = results[0]
     note = f"Half of one operator cut, without any training, before and after sorting by importance ({first.samples:,} samples,"
     note += f" score {first.score}; as the paper’s Table 5)."
@@ -82,4 +76,4 @@ def ablation_bars(rows: Sequence[AblationRow], name: str) -> Picture:
     return picture(name, words, "Loss when half of one operator is cut, before any training. Lower is better.", draw)
 
 
-TOPIC = Topic(("importance",), read, sections)
+TOPIC = Topic(("importance",), lambda output: output.into(Ablation), sections)

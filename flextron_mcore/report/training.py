@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, moving_average, picture, ramp, tidy
-from flextron_mcore.report.reader import Reader, Settings, StageOutput, is_number, read_settings
+from flextron_mcore.report.reader import PLAIN, Settings, StageOutput
 from flextron_mcore.report.text import big, duration, loss, short, stem
 from flextron_mcore.report.topic import Card, Column, Highlights, Progress, Section, Table, Topic
 
@@ -30,11 +30,19 @@ GROUPS = {  # of validated networks by the beginning of their names, each with i
 
 
 @dataclass(frozen=True)
+class TrainRow:
+    """One step: losses of the full model and of the sampled sub-networks."""
+
+    step: int
+    loss: float
+    subnetwork_losses: list[float] | None = None
+
+
+@dataclass(frozen=True)
 class Training:
     """One directory of a training stage. `seconds` of wall time; losses in nats per token.
 
-    train: (step, loss of the full model, losses of the sampled sub-networks); validation: (step, loss of each network).
-    first, last: first and last validation loss of each network.
+    validation: (step, loss of each network). first, last: first and last validation loss of each network.
     """
 
     label: str
@@ -43,7 +51,7 @@ class Training:
     tokens: int
     seconds: float
     tokens_per_second: float
-    train: list[tuple[int, float, list[float]]]
+    train: list[TrainRow]
     validation: list[tuple[int, dict[str, float]]]
     first: dict[str, float]
     last: dict[str, float]
@@ -72,29 +80,18 @@ class Training:
 
 def read(output: StageOutput) -> Training:
     """One directory of a training stage, with its log if there is one."""
-    validation = [(row.whole("step"), row.numbers("losses")) for row in output.log("validation")]
-    return output.metrics.into(
-        Training,
-        label=output.label,
-        kind=output.kind,
-        train=[(row.whole("step"), row.number("loss"), subnetwork_losses(row)) for row in output.log("train")],
-        validation=validation,
-        first=_validation_end(output.metrics, "first", validation),
-        last=_validation_end(output.metrics, "last", validation[::-1]),
-        settings=read_settings(output.metrics),
-    )
+    validation = [(row.read("step", int), row.read("losses", dict[str, float])) for row in output.log("validation")]
+    rows = [row.into(TrainRow) for row in output.log("train")]
+    ends = {"first": _end(output, "first", validation), "last": _end(output, "last", validation[::-1])}
+    return output.into(Training, train=rows, validation=validation, **ends)
 
 
-def subnetwork_losses(row: Reader) -> list[float]:
-    """The losses of a step's sub-networks, from the step's row of the log."""
-    return row.number_list("subnetwork_losses") if row.has("subnetwork_losses") else []
-
-
-def _validation_end(metrics: Reader, end: str, logged: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+def _end(output: StageOutput, end: str, logged: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     """The `first` or `last` validation loss of each network: from metrics.json, else from the log, which begins at that end."""
-    given = metrics.values.get("validation")
+    given = output.metrics.values.get("validation")
     row = given.get(end) if isinstance(given, Mapping) else None
     losses = row.get("losses", row) if isinstance(row, Mapping) else None
+    _, is_number = PLAIN[float]
     found = {name: float(value) for name, value in losses.items() if is_number(value)} if isinstance(losses, Mapping) else {}
     for _, values in logged:
         found = {**values, **found}
@@ -133,8 +130,8 @@ def training_table(results: Sequence[Training], more: Sequence[Column] = ()) -> 
 
 def train_curve(training: Training) -> Picture:
     """Training loss of the full model and, smoothed with their range, of the step's sub-networks."""
-    steps, full = [row[0] for row in training.train], [row[1] for row in training.train]
-    subs = [(step, losses) for step, _, losses in training.train if losses]
+    steps, full = [row.step for row in training.train], [row.loss for row in training.train]
+    subs = [(row.step, row.subnetwork_losses) for row in training.train if row.subnetwork_losses]
     window = max(1, len(steps) // 40)
     validated = [(step, losses["full"]) for step, losses in training.validation if "full" in losses]
 

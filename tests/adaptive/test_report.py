@@ -34,9 +34,9 @@ def made(policies=("full", "own")) -> tuple[dict, list[dict]]:
 
 def test_what_is_read(tmp_path):
     (found,) = synthetic.read(TRAINED, tmp_path, adaptive=made(), static=synthetic.routing(steps=1))
-    assert [budget.target for budget in found.budgets] == [0.7, 0.9]
-    assert found.budgets[0].outcomes["own"].loss["hard"] == pytest.approx(4.7)
-    assert found.tokens[0].texts[1] == " $f$"
+    assert [budget.target for budget in found.adaptive_budgets] == [0.7, 0.9]
+    assert found.adaptive_budgets[0].adaptive["own"].loss["hard"] == pytest.approx(4.7)
+    assert found.token_costs[0].texts[1] == " $f$"
 
 
 def test_their_training_is_shown_beside_that_of_static_routers(tmp_path):

@@ -37,15 +37,16 @@ def labels(figure: Figure) -> dict[str, object]:
 def test_what_is_read(comparison):
     c = comparison
     assert (c.label, c.cost, c.samples, c.full_cost) == ("compare", "latency", 128, synthetic.COST.full)
-    assert (c.full.selector, c.full.share, c.full.target, c.full.mean_loss) == ("full", 1.0, None, pytest.approx(3.0))
+    assert (c.share(c.full), c.full.mean_loss) == (1.0, pytest.approx(3.0))
     routed = c.of("router")
     assert [net.target for net in routed] == [0.6, 0.7, 0.8, 0.9]
     assert routed[0].subnetwork == synthetic.best(0.6) and routed[0].loss["prose"] == pytest.approx(routed[0].mean_loss + 0.2)
-    assert [(net.name, net.share) for net in c.dense] == [("small one", 12 / synthetic.COST.full), ("without a cost", None)]
+    assert [(net.name, c.share(net)) for net in c.dense] == [("small one", 12 / synthetic.COST.full), ("without a cost", None)]
     assert c.random[0].router_loss == routed[0].mean_loss and len(c.random[0].mean_losses) == len(c.random[0].shares)
     assert c.equal[0].router_loss == pytest.approx(c.equal[0].mean_loss - 0.05)
-    assert c.fits[0].values == (4.71e6, 1.2, 2.5) and c.fits[0].intervals[1] == (-0.25, 2.65)
-    assert c.fits[2].values is None and c.fits[2].intervals == (None, None, None)
+    fit, unknown = c.scaling_law[0], c.scaling_law[2]
+    assert (fit.Nc, fit.alpha, fit.E) == (4.71e6, 1.2, 2.5) and fit.alpha_ci == (-0.25, 2.65) and fit.determined
+    assert (unknown.Nc, unknown.Nc_ci, unknown.determined) == (None, None, False)
     assert c.machine["device"] == "Toy GPU" and c.setting == {"kind": "prefill", "batch_size": 2}
 
 
@@ -54,7 +55,7 @@ def test_comparison_without_routers_and_measurement(tmp_path):
     for row in metrics["random"]:
         row.update(router_share=None, router_loss=None, better_than=None)
     c = read(tmp_path, metrics)
-    assert (c.networks, c.machine, c.setting) == ([], {}, {})
+    assert (c.networks, c.machine, c.setting) == ([], None, None)
     assert (c.random[0].router_share, c.random[0].router_loss, c.random[0].better_than) == (None, None, None)
 
 
@@ -178,9 +179,9 @@ def test_sentence(comparison):
 
 
 def test_curve_is_equation_12():
-    fit = Fit("router", "cost", 5, (10.0, 2.0, 1.5), (None,) * 3)
-    assert np.allclose(compare.curve(fit, np.array([5.0, 10.0, 20.0])), [5.5, 2.5, 1.75])
-    assert np.isnan(compare.curve(fit, np.array([0.0]))).all()
+    fit = Fit("router", "cost", 5, 10.0, 2.0, 1.5, None, None, None)
+    assert np.allclose(fit.loss(np.array([5.0, 10.0, 20.0])), [5.5, 2.5, 1.75])
+    assert np.isnan(fit.loss(np.array([0.0]))).all()
 
 
 def test_loss_against_cost(comparison, drawn_by):
@@ -208,7 +209,7 @@ def test_loss_against_parameters_has_dense_models_without_a_cost(comparison, dra
 
 
 def test_an_undetermined_fit_is_not_drawn(comparison, drawn_by):
-    unknown = replace(comparison, fits=[replace(fit, values=None) for fit in comparison.fits])
+    unknown = replace(comparison, scaling_law=[replace(fit, E=None) for fit in comparison.scaling_law])
     assert "eq. 12" not in loss_against(unknown, "cost").caption
     assert "fit to router (eq. 12)" not in labels(drawn_by(compare, loss_against, unknown, "cost"))
 

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.report import drawing, evaluation
-from flextron_mcore.report.evaluation import Evaluation, Network
+from flextron_mcore.report.evaluation import Evaluation, Mean, Network
 from flextron_mcore.report.reader import Settings
 from flextron_mcore.space import SKIPPED, LayerChoice, SubNetwork
 from tests.report import synthetic
@@ -25,7 +25,7 @@ def layer(heads: int = 4, ffn: int = 256) -> LayerChoice:
 
 def network(name: str, parameters: int, loss: float, *layers: LayerChoice, hidden: int = 64) -> Network:
     net = SubNetwork(hidden, layers or (layer(2),) * 4)
-    return Network(name, net, parameters, parameters, 2 * parameters, 10, {}, {}, loss, 2.0)
+    return Network(name, net, parameters, parameters, 2 * parameters, 10, {}, {}, Mean(loss, 2.0))
 
 
 def evaluated(*networks: Network) -> Evaluation:
@@ -70,7 +70,7 @@ def test_point_labels_do_not_cover_each_other_or_the_points():
         Network(**{**net.__dict__, "subnetwork": SubNetwork(63, net.subnetwork.layers)}) if i else net
         for i, net in enumerate(nets)
     ]
-    family, place = evaluated(*nets), lambda net: (net.parameters / 1e6, net.mean_loss)
+    family, place = evaluated(*nets), lambda net: (net.parameters / 1e6, net.mean.loss)
     figure = Figure(layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()

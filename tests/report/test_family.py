@@ -16,10 +16,10 @@ def read(run, metrics) -> family.Family:
 def test_members_are_sorted_by_size(tmp_path):
     found = read(tmp_path, synthetic.family())
     assert (found.label, found.selector, found.costs) == ("family", "router", ["parameters", "latency"])
-    assert [member.budget for member in found.members] == ["0.6", "0.7", "0.8", "0.9"]
-    least = found.members[0]
+    assert [member.budget for member in found.networks] == ["0.6", "0.7", "0.8", "0.9"]
+    least = found.networks[0]
     assert least.subnetwork == synthetic.small(0.6) and least.subnetwork.depth == 4 and least.exports == {"hf": "0.6_hf"}
-    assert least.costs["latency"] == (12.0, 0.6) and least.loss == pytest.approx(3.4)
+    assert least.costs["latency"] == family.MemberCost(12.0, 0.6) and least.loss == pytest.approx(3.4)
     given = next(row for row in synthetic.family()["networks"] if row["budget"] == "0.6")
     assert least.to_dict() == {key: value for key, value in given.items() if key != "uniform"}
 

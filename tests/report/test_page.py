@@ -391,7 +391,7 @@ def test_settings_come_from_the_latest_stage_that_knows_them(tmp_path, undrawn):
 
 
 def test_a_topic_is_added_without_an_edit(tmp_path):
-    read = lambda output: output.metrics.number("loss")  # noqa: E731
+    read = lambda output: output.metrics.read("loss", float)  # noqa: E731
     section = lambda results: [Section("mine", "My topic", f"lowest {min(results)}", [], [])]  # noqa: E731
     mine = Topic(("evaluate",), read, section, lambda results: Highlights(["A sentence of mine."], values={"mine": results}))
     for name, loss in (("one", 2.5), ("two", 2.0)):

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.report.reader import Reader, collect, read_model, read_settings, read_subnetwork
+from flextron_mcore.report.reader import Reader, Settings, collect
 from flextron_mcore.space import SubNetwork
 from tests.report import synthetic
 from tests.report.synthetic import ELASTIC, EVALUATE, EXPORT
 
 MODEL = ModelConfig(2, 16, 2, 64, 32)
+
+
+@dataclass(frozen=True)
+class Part:
+    n: int
+
+
+@dataclass(frozen=True)
+class Whole:
+    label: str
+    name: str
+    sizes: dict[str, Part]
+    rows: list[Part]
+    missing: float | None
 
 
 def reader(**values) -> Reader:
@@ -21,23 +37,31 @@ def reader(**values) -> Reader:
 
 def test_good_values():
     values = reader(yes=True, word="b", words=["x", "y"], row=[1, 2.5], none=None, number=3, nan=math.nan)
-    assert values.flag("yes") is True and values.choice("word", ("a", "b")) == "b" and values.texts("words") == ["x", "y"]
-    assert values.number_list("row") == values.number_list("row", 2) == [1.0, 2.5]
-    assert [values.maybe(key) for key in ("none", "missing", "number")] == [None, None, 3.0]
-    assert math.isnan(values.maybe("nan")) and values.has("number") and not values.has("none")
+    assert values.read("yes", bool) is True and values.read("word", Literal["a", "b"]) == "b"
+    assert values.read("words", list[str]) == ["x", "y"] and values.read("row", list[float]) == [1.0, 2.5]
+    assert values.read("row", tuple[float, float]) == (1.0, 2.5)
+    assert [values.read(key, float | None) for key in ("none", "missing", "number")] == [None, None, 3.0]
+    assert math.isnan(values.read("nan", float | None)) and values.has("number") and not values.has("none")
+
+
+def test_dataclasses_are_read_by_their_fields():
+    values = reader(name="it", sizes={"a": {"n": 1}}, rows=[{"n": 2, "more": 3}, {"n": 4}], label="not read")
+    assert values.into(Whole, label="given") == Whole("given", "it", {"a": Part(1)}, [Part(2), Part(4)], None)
+    with pytest.raises(FlextronError, match=r"^m.json: rows\[1\]: lacks 'n'$"):
+        reader(name="it", sizes={}, rows=[{"n": 2}, {}]).into(Whole, label="given")
 
 
 @pytest.mark.parametrize(
     ("read", "value", "message"),
     [
-        (lambda r: r.flag("key"), 1, "m.json: 'key' must be true or false, not 1"),
-        (lambda r: r.choice("key", ("a", "b")), "c", "m.json: 'key' must be one of a, b, not \"c\""),
-        (lambda r: r.choice("key", ("a", "b")), ["a"], "m.json: 'key' must be one of a, b, not [\"a\"]"),
-        (lambda r: r.texts("key"), ["a", 1], "m.json: 'key' must be a list of texts, not [\"a\", 1]"),
-        (lambda r: r.number_list("key"), [1, "2"], "m.json: 'key' must be a list of numbers, not [1, \"2\"]"),
-        (lambda r: r.number_list("key", 2), [1], "m.json: 'key' must be a list of 2 numbers, not [1]"),
-        (lambda r: r.maybe("key"), "x", "m.json: 'key' must be a number, not \"x\""),
-        (lambda r: r.rows("key")[1].whole("n"), [{}, {"n": 1.5}], "m.json: key[1]: 'n' must be a whole number, not 1.5"),
+        (lambda r: r.read("key", bool), 1, "m.json: 'key' must be true or false, not 1"),
+        (lambda r: r.read("key", Literal["a", "b"]), "c", "m.json: 'key' must be one of a, b, not \"c\""),
+        (lambda r: r.read("key", Literal["a", "b"]), ["a"], "m.json: 'key' must be one of a, b, not [\"a\"]"),
+        (lambda r: r.read("key", list[str]), ["a", 1], "m.json: 'key' must be a list of texts, not [\"a\", 1]"),
+        (lambda r: r.read("key", list[float]), [1, "2"], "m.json: 'key' must be a list of numbers, not [1, \"2\"]"),
+        (lambda r: r.read("key", tuple[float, float]), [1], "m.json: 'key' must be a list of 2 numbers, not [1]"),
+        (lambda r: r.read("key", float | None), "x", "m.json: 'key' must be a number, not \"x\""),
+        (lambda r: r.rows("key")[1].read("n", int), [{}, {"n": 1.5}], "m.json: key[1]: 'n' must be a whole number, not 1.5"),
     ],
 )
 def test_bad_values_are_named(read, value, message):
@@ -48,12 +72,12 @@ def test_bad_values_are_named(read, value, message):
 
 def test_model_and_subnetwork():
     row = reader(subnetwork=SubNetwork.full(MODEL).to_dict(), model=MODEL.to_dict())
-    assert read_model(row) == MODEL and read_subnetwork(row, MODEL) == SubNetwork.full(MODEL)
-    assert read_settings(row).space is None and read_settings(row).model == MODEL.to_dict()
+    assert row.read("model", ModelConfig) == MODEL and row.read("subnetwork", SubNetwork) == SubNetwork.full(MODEL)
+    assert row.into(Settings) == Settings(MODEL.to_dict(), None)
     with pytest.raises(FlextronError, match="^m.json: 2 layers, but the model has 3$"):
-        read_subnetwork(row, ModelConfig(3, 16, 2, 64, 32))
+        replace(row, model=ModelConfig(3, 16, 2, 64, 32)).read("subnetwork", SubNetwork)
     with pytest.raises(FlextronError, match="^m.json: model: "):
-        read_model(reader(model={"num_layers": 0}))
+        reader(model={"num_layers": 0}).with_model()
 
 
 def test_no_stage_says_what_was_looked_for(tmp_path):

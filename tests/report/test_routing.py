@@ -8,7 +8,7 @@ import pytest
 
 from flextron_mcore.report import routing, training
 from flextron_mcore.report.reader import Settings
-from flextron_mcore.report.routing import Routing, RoutingStep, dynamics
+from flextron_mcore.report.routing import Routers, Routing, RoutingStep, dynamics
 from flextron_mcore.report.topic import Section
 from flextron_mcore.report.training import Training
 from tests.report import synthetic
@@ -20,7 +20,8 @@ def read(run, metrics, log=None) -> Routing:
 
 def of_steps(*steps: RoutingStep) -> Routing:
     trained = Training("router", "router", len(steps), 1, 1.0, 1.0, [], [], {}, {}, Settings())
-    return Routing(trained, synthetic.MODEL, ["latency"], "surrogate", True, 0.2, [], list(steps))
+    routers = Routers(["latency"], True, 0.2, None)
+    return Routing("router", "router", synthetic.MODEL, routers, [], trained, list(steps))
 
 
 def step(number: int, follows: bool = True, error: float | None = None) -> RoutingStep:
@@ -36,12 +37,12 @@ def test_router_is_a_training_stage_with_budgets_and_signals(tmp_path):
     trained = found.training
     assert (trained.kind, trained.steps, len(trained.train), len(trained.validation)) == ("router", 300, 300, 6)
     assert trained.last == trained.validation[-1][1] and set(trained.first) == {"full", "router 0.6", "router 0.7"}
-    assert (found.costs, found.surrogate, found.threshold, found.signal) == (["latency"], True, 0.2, "surrogate")
+    assert found.routers == Routers(["latency"], True, 0.2, None) and found.signal == "surrogate"
     assert [budget.name for budget in found.budgets] == ["90%", "80%", "70%", "60%"]
     assert found.budgets[-1].subnetwork == synthetic.best(0.6)
     assert (found.budgets[-1].share, found.budgets[-1].argmax_share) == (synthetic.share(synthetic.best(0.6)), 0.6 + 0.012)
     first = found.steps[0]
-    assert first.excess == pytest.approx(sum(first.routed) / 2 - first.loss) and not first.follows
+    assert first.excess == pytest.approx(sum(first.subnetwork_losses) / 2 - first.loss) and not first.routers_follow_surrogate
     assert first.surrogate_loss > 1 and first.constraint_loss == pytest.approx(0.193, abs=1e-3)
     assert (found.follows_from(), found.settles_from()) == (61, 142)
 
@@ -54,7 +55,7 @@ def test_joint_has_no_surrogate(tmp_path):
 
 def test_gumbel_has_a_temperature_and_networks_of_all_axes(tmp_path):
     found = read(tmp_path, *synthetic.gumbel())
-    assert found.relaxed and found.signal == "relaxed choices" and not found.surrogate
+    assert found.relaxed and found.signal == "relaxed choices" and not found.routers.surrogate
     assert found.steps[-1].temperature == pytest.approx(0.1) and found.steps[0].temperature > 0.9
     assert found.budgets[-1].subnetwork == synthetic.small(0.6) and found.budgets[-1].subnetwork.hidden_size == 128
 

@@ -6,7 +6,7 @@ import json
 
 from flextron_mcore.report import training
 from flextron_mcore.report.reader import Settings
-from flextron_mcore.report.training import Training, validation_curves
+from flextron_mcore.report.training import Training, TrainRow, validation_curves
 from tests.report import synthetic
 from tests.report.synthetic import ELASTIC
 
@@ -21,7 +21,7 @@ def test_a_resumed_log_counts_the_later_row_of_a_step(tmp_path):
     log = [{"step": s, "event": "train", "loss": v, "subnetwork_losses": [v + 1]} for s, v in rows]
     log += [{"step": s, "event": "validation", "losses": {"full": v}} for s, v in ((0, 6.0), (3, 3.1))]
     (found,) = synthetic.read(training.TOPIC, tmp_path, elastic=(ELASTIC, [*log, {"event": "checkpoint"}]))
-    assert found.train == [(1, 5.0, [6.0]), (2, 3.5, [4.5]), (3, 3.0, [4.0])]
+    assert found.train == [TrainRow(1, 5.0, [6.0]), TrainRow(2, 3.5, [4.5]), TrainRow(3, 3.0, [4.0])]
     assert (found.first_loss, found.last_loss) == (6.0, 3.1)
 
 

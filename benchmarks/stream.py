@@ -191,7 +191,8 @@ def sort(checkpoint: str, out: str) -> None:
     info = open_checkpoint(checkpoint)
     model = info.model
     shape = model.num_query_groups, model.query_heads_per_group
-    scores = [LayerScores(torch.rand(model.ffn_hidden_size), torch.rand(shape)) for _ in range(model.num_layers)]
-    orders = {i: order(info.space, layer) for i, layer in enumerate(scores)}
+    units = {"ffn_hidden_size": model.ffn_hidden_size, "heads": shape}
+    scores = [LayerScores({axis: torch.rand(size) for axis, size in units.items()}) for _ in range(model.num_layers)]
+    orders = {i: order(model, info.space, layer) for i, layer in enumerate(scores)}
     Path(out).mkdir()
     write_streaming(Path(out), replace(info, sorted=True, path=None), sorted_tensors(info, orders))

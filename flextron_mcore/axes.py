@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.families.tensors import Tensor, declare
 
 ATTENTION_UNITS = ("kv_group", "query_head")
 
@@ -62,6 +63,16 @@ class Axis:
     def size(self, chosen: Any) -> int:
         """The size that a LayerChoice, or for an axis of the network a SubNetwork, has."""
         return math.prod(getattr(chosen, name) for name in self.fields)
+
+    def whole(self, model: ModelConfig) -> tuple[int, ...]:
+        """The fields of the full size."""
+        return self.split(model, "kv_group", self.full(model))
+
+    def unit_field(self, model: ModelConfig, attention_unit: str) -> str:
+        """The field in which sizes differ: the units that are sorted and dropped."""
+        smaller = self.full(model) - self.step(model, 1, attention_unit)[0]
+        pairs = zip(self.fields, self.split(model, attention_unit, smaller), self.whole(model), strict=True)
+        return next(name for name, some, whole in pairs if some != whole)
 
     def candidates(self, model: ModelConfig, granularity: int, attention_unit: str, values: Sequence[float]) -> tuple[int, ...]:
         """Absolute sizes, increasing, of fractions and sizes, and the full size. Raises FlextronError for one that is none."""
@@ -173,3 +184,8 @@ def network_axes() -> list[Axis]:
 def layer_fields() -> list[str]:
     """Names of all fields of LayerChoice that are sizes."""
     return [name for axis in layer_axes() for name in axis.fields]
+
+
+def added_tensors() -> tuple[Tensor, ...]:
+    """Tensors that added axes bring beyond the families' table."""
+    return tuple(t for axis in layer_axes() for t in declare(axis.tensors, tuple(axis.fields) if axis.parallel else ()))

@@ -1,8 +1,8 @@
 """Importance scores (Flextron, eq. 3 and 4; channels and layers as in LLaMaFlex), accumulated over calibration samples in one
 pass of the full model.
 
-Shape suffixes: S sequence (of this rank's tokens), B batch, C hidden channels, F neurons of this rank, G KV groups of this rank,
-Q query heads of a group, H channels of a head, L layers, d all heads' channels.
+Shape suffixes: S sequence (of this rank's tokens), B batch, C hidden channels, U units of an axis with each its own channels,
+L layers.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from flextron_mcore.axes import Axis, layer_axes
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.pipeline.networks import Batch, run_networks
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import on_main_process
-from flextron_mcore.space import SKIPPED, SubNetwork
+from flextron_mcore.space import SKIPPED, ElasticSpace, SubNetwork
 
 SCORES = ("activation", "activation_weight")
 LAYER_SCORES = ("mse", "block_influence")
@@ -28,16 +30,18 @@ LAYER_SCORES = ("mse", "block_influence")
 
 @dataclass
 class LayerScores:
-    """Scores of one layer in the order of the checkpoint: neurons [F] and query heads [G, Q], float64, of the whole layer."""
+    """Scores of one layer in the order of the checkpoint, of the whole layer.
 
-    neurons: Tensor
-    heads: Tensor
+    units: {axis: float64, a dimension for each of its fields}: neurons [F], query heads [KV groups, heads of each].
+    """
+
+    units: dict[str, Tensor]
     influence: float = 0.0  # 1 - cos(what enters the layer, what leaves it), mean over tokens
 
 
 @dataclass
 class Scores:
-    """Of the layers of this rank, or after `collect` of all, and of the channels of the residual stream [C], float64."""
+    """Scores of the layers of this rank, or after `collect` of all, and of the residual stream's channels [C], float64."""
 
     layers: dict[int, LayerScores]
     channels: Tensor
@@ -53,13 +57,15 @@ def importance(
 ) -> Scores:
     """Scores by global layer index of this rank's layers, summed over data-parallel ranks, gathered over tensor-parallel ones.
 
-    score "activation": eq. 3, |output of the head|_1, and eq. 4, |what enters fc2|_1 of the neuron (for gated MLPs the product of
-    gate and up). Channels: |activation|_1 after each norm, summed over norms. "activation_weight" multiplies each by the norm of
-    the columns that follow it (output projection, fc2). Tokens count where the loss_mask of their micro-batch is 1.
+    score "activation": |activation|_1 where an axis is observed: eq. 3, output of the head, and eq. 4, input of fc2 of the neuron
+    (for gated MLPs the product of gate and up). Channels: |activation|_1 after each norm, summed over norms. "activation_weight"
+    multiplies each by the norm of the columns that follow it (output projection, fc2). Tokens count where the loss_mask of their
+    micro-batch is 1.
     """
     if score not in SCORES:
         raise FlextronError(f"score={score!r} is not known: use one of {', '.join(SCORES)}")
     layers = [layer for chunk in model for layer in unwrap(chunk).decoder.layers]
+    arch: ModelConfig = unwrap(model[0]).architecture
     current = _Tokens()
 
     def noted() -> Iterator[Batch]:
@@ -68,7 +74,7 @@ def importance(
             yield batch
 
     with contextlib.ExitStack() as stack, torch.no_grad():
-        sums = {layer.layer_number - 1: stack.enter_context(_observed(layer, current)) for layer in layers}
+        sums = {layer.layer_number - 1: stack.enter_context(_observed(layer, arch, current)) for layer in layers}
         channels_C = stack.enter_context(_observed_norms(model, current))
         for chunk in model:
             chunk.eval()
@@ -81,18 +87,13 @@ def importance(
             found = sums[layer.layer_number - 1]
             if score == "activation_weight":
                 _weigh(layer, found)
-            for tensor in (found.neurons, found.heads):
+            for tensor in found.units.values():
                 torch.distributed.all_reduce(tensor, group=groups[0])
             influence = torch.as_tensor(found.influence, dtype=torch.float64, device=device())
             for group in groups:
                 torch.distributed.all_reduce(influence, group=group)
-            space, ranks = layer.mlp.space, parallel_state.get_tensor_model_parallel_world_size()
-            heads = _gather(found.heads)
-            scores[layer.layer_number - 1] = LayerScores(
-                _undeal(_gather(found.neurons), ranks, space.granularity),
-                _undeal(heads, ranks, space.granularity) if space.attention_unit == "kv_group" else heads,
-                influence.item() / total[0, 1].item(),
-            )
+            units = {axis.name: _whole(axis, found.units[axis.name], arch, layer.mlp.space) for axis in layer_axes()}
+            scores[layer.layer_number - 1] = LayerScores(units, influence.item() / total[0, 1].item())
         for group in (*groups, parallel_state.get_pipeline_model_parallel_group()):
             torch.distributed.all_reduce(channels_C, group=group)
     return Scores(scores, channels_C)
@@ -133,37 +134,33 @@ def _observed_norms(model: Sequence[torch.nn.Module], tokens: _Tokens) -> Iterat
 
 
 @contextlib.contextmanager
-def _observed(layer: torch.nn.Module, tokens: _Tokens) -> Iterator[LayerScores]:
-    """Accumulate |activation| of a layer's neurons and heads, and its influence, while the context is open."""
-    attention, mlp = layer.self_attention, layer.mlp
-    projection, size = attention.linear_proj, attention.layout.size
-    groups, queries = attention.layout.used(None)
-    sums = LayerScores(
-        torch.zeros(mlp.local(None), dtype=torch.float64, device=device()),
-        torch.zeros(groups, queries, dtype=torch.float64, device=device()),
-    )
+def _observed(layer: torch.nn.Module, arch: ModelConfig, tokens: _Tokens) -> Iterator[LayerScores]:
+    """Accumulate |activation| of a layer's units, and its influence, while the context is open."""
+    sums = LayerScores({})
 
-    def neurons(hidden_SBF: Tensor) -> Tensor:
-        counted_SBF = hidden_SBF.abs() * tokens.mask_SB1
-        sums.neurons += counted_SBF.sum((0, 1), dtype=torch.float32).double()
-        return hidden_SBF
-
-    def heads(heads_SBd: Tensor) -> Tensor:
-        counted_SBd = heads_SBd.abs() * tokens.mask_SB1
-        sums.heads += counted_SBd.unflatten(-1, (groups, queries, size)).sum((0, 1, 4), dtype=torch.float32).double()
-        return heads_SBd
+    def observe(name: str, units_SBU: Tensor) -> Tensor:
+        counted_SBU = (units_SBU.abs() * tokens.mask_SB1).unflatten(-1, (*sums.units[name].shape, -1))
+        sums.units[name] += counted_SBU.sum((0, 1, -1), dtype=torch.float32).double()
+        return units_SBU
 
     def influence(module: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         before_SBC, after_SBC = kwargs["hidden_states"].float(), output[0].float()
         turned_SB = 1 - torch.nn.functional.cosine_similarity(before_SBC, after_SBC, dim=-1)
         sums.influence += (turned_SB * tokens.of_rank(len(turned_SB)).squeeze(-1)).sum().double()
 
-    mlp.observe, projection.observe = neurons, heads
+    observed = []
+    for axis in layer_axes():
+        first, *others = axis.whole(arch)
+        first //= parallel_state.get_tensor_model_parallel_world_size() if axis.parallel else 1
+        sums.units[axis.name] = torch.zeros(first, *others, dtype=torch.float64, device=device())
+        observed.append(layer.get_submodule(axis.observed))
+        observed[-1].observe = partial(observe, axis.name)
     handle = layer.register_forward_hook(influence, with_kwargs=True)
     try:
         yield sums
     finally:
-        del mlp.observe, projection.observe
+        for module in observed:
+            del module.observe
         handle.remove()
 
 
@@ -215,10 +212,19 @@ def removal_errors(
 
 
 def _weigh(layer: torch.nn.Module, sums: LayerScores) -> None:
-    attention, mlp = layer.self_attention, layer.mlp
-    sums.neurons *= mlp.linear_fc2.weight.double().norm(dim=0)
-    columns = attention.linear_proj.weight.double().unflatten(1, (*sums.heads.shape, -1))
-    sums.heads *= columns.square().sum((0, 3)).sqrt()
+    for axis in layer_axes():
+        units = sums.units[axis.name]
+        columns = layer.get_parameter(axis.followed_by).double().unflatten(1, (*units.shape, -1))
+        units *= columns.square().sum((0, -1)).sqrt()
+
+
+def _whole(axis: Axis, local: Tensor, arch: ModelConfig, space: ElasticSpace) -> Tensor:
+    """Scores of all tensor-parallel ranks, in sorted order, of those of this rank."""
+    if not axis.parallel:
+        return local
+    gathered, ranks = _gather(local), parallel_state.get_tensor_model_parallel_world_size()
+    dealt = axis.unit_field(arch, space.attention_unit) == next(iter(axis.fields))
+    return _undeal(gathered, ranks, space.granularity) if dealt else gathered
 
 
 def _gather(local: Tensor) -> Tensor:
@@ -240,7 +246,7 @@ def collect(scores: Scores, num_layers: int) -> Scores:
     """Scores of all layers, in order, from the pipeline stages that hold them; on every rank those that the main process has."""
     group = parallel_state.get_pipeline_model_parallel_group()
     parts: list[dict[int, LayerScores]] = [{} for _ in range(group.size())]
-    mine = {i: replace(s, neurons=s.neurons.cpu(), heads=s.heads.cpu()) for i, s in scores.layers.items()}
+    mine = {i: replace(s, units={name: t.cpu() for name, t in s.units.items()}) for i, s in scores.layers.items()}
     torch.distributed.all_gather_object(parts, mine, group=group)
     merged = {i: s for part in parts for i, s in part.items()}
     # Sorting is shared out over the ranks: they must agree on the last bit, which sums over ranks do not promise.

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
+from flextron_mcore.axes import AXES, HIDDEN_SIZE
 from flextron_mcore.checkpoint.sharding import check_granularity
 from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint
 from flextron_mcore.checkpoint.writer import write_streaming
@@ -74,7 +75,7 @@ def run(config: DictConfig) -> dict[str, Any]:
             ranking = sorted(range(info.model.num_layers), key=lambda i: -layers[config.layer_score][i])
             space = replace(space, layer_ranking=tuple(ranking))
         del model  # sorting streams from disk to disk
-        orders = {i: order(space, layer) for i, layer in scores.layers.items()}
+        orders = {i: order(info.model, space, layer) for i, layer in scores.layers.items()}
         channels = scores.channels.argsort(descending=True, stable=True) if len(space.hidden_size) > 1 else None
         folder = iteration_path(out, info.step)
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,14 +105,11 @@ class _Ablation:
     def __init__(self, config: DictConfig, info: Any, space: Any, data: Any, seq_length: int, out: Path) -> None:
         self.config, self.seq_length, self.rows = config, seq_length, []
         arch = info.model
-        self.networks = {
-            "full (baseline)": None,
-            "50% heads": space.uniform(arch, _half(space.heads), arch.ffn_hidden_size),
-            "50% ffn": space.uniform(arch, arch.num_attention_heads, _half(space.ffn_hidden_size)),
-        }
-        whole = (arch.num_attention_heads, arch.ffn_hidden_size)
-        if len(space.hidden_size) > 1:
-            self.networks["50% hidden size"] = space.uniform(arch, *whole, hidden_size=_half(space.hidden_size))
+        self.networks = {"full (baseline)": None}
+        for axis in space.layer_axes:
+            self.networks[f"50% {axis.short.lower()}"] = space.uniform(arch, **{axis.name: _half(space.sizes[axis.name])})
+        if space.elastic(HIDDEN_SIZE):
+            self.networks["50% hidden size"] = space.uniform(arch, hidden_size=_half(space.hidden_size))
         self.datasets = valid_datasets(data, seq_length, config.seed, out / "cache") if config.ablation_batches else {}
 
     def measure(self, model: list[Any], order_name: str) -> None:
@@ -133,6 +131,5 @@ def _half(candidates: tuple[int, ...]) -> int:
 def _write_scores(out: Path, scores: Any) -> None:
     tensors = {"channels": scores.channels.to(torch.float32)}
     for i, layer in scores.layers.items():
-        tensors[f"layers.{i}.neurons"] = layer.neurons.to(torch.float32)
-        tensors[f"layers.{i}.heads"] = layer.heads.to(torch.float32)
+        tensors |= {f"layers.{i}.{AXES[name].unit}": units.to(torch.float32) for name, units in layer.units.items()}
     save_file(tensors, out / "scores.safetensors")

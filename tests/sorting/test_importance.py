@@ -72,7 +72,7 @@ def test_head_scores_are_equation_3(name):
     arch, _, model = case(name)
     expected = by_hand(arch, model)
     for i, layer in scored(model).items():
-        torch.testing.assert_close(layer.heads, expected[i], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(layer.units["heads"], expected[i], rtol=1e-5, atol=1e-4)
 
 
 def test_neuron_scores_are_equation_4():
@@ -80,7 +80,7 @@ def test_neuron_scores_are_equation_4():
     mlp = model.decoder.layers[0].mlp
     inputs = []
     handle = mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
-    scores = scored(model)[0].neurons
+    scores = scored(model)[0].units["ffn_hidden_size"]
     handle.remove()
     x = torch.cat([i.flatten(0, 1) for i in inputs])
     hidden = torch.nn.functional.gelu(x @ mlp.linear_fc1.weight.T + mlp.linear_fc1.bias, approximate="tanh")
@@ -103,17 +103,21 @@ def test_tokens_that_do_not_count_are_not_scored():
     masked = importance([model], halves, 3, toy.LENGTH, 2).layers
     expected = importance([model], first_rows, 3, toy.LENGTH, 1).layers
     for i, layer in expected.items():
-        torch.testing.assert_close(masked[i].neurons, layer.neurons, rtol=1e-6, atol=0)
-        torch.testing.assert_close(masked[i].heads, layer.heads, rtol=1e-6, atol=0)
+        torch.testing.assert_close(masked[i].units["ffn_hidden_size"], layer.units["ffn_hidden_size"], rtol=1e-6, atol=0)
+        torch.testing.assert_close(masked[i].units["heads"], layer.units["heads"], rtol=1e-6, atol=0)
 
 
 def test_the_weighted_score_multiplies_by_the_norm_of_what_follows():
     arch, _, model = case("llama mha")
     plain, weighted = scored(model), scored(model, "activation_weight")
     layer = model.decoder.layers[1]
-    torch.testing.assert_close(weighted[1].neurons, plain[1].neurons * layer.mlp.linear_fc2.weight.norm(dim=0))
+    torch.testing.assert_close(
+        weighted[1].units["ffn_hidden_size"], plain[1].units["ffn_hidden_size"] * layer.mlp.linear_fc2.weight.norm(dim=0)
+    )
     blocks = layer.self_attention.linear_proj.weight.view(arch.hidden_size, 4, 8)
-    torch.testing.assert_close(weighted[1].heads[:, 0], plain[1].heads[:, 0] * blocks.square().sum((0, 2)).sqrt())
+    torch.testing.assert_close(
+        weighted[1].units["heads"][:, 0], plain[1].units["heads"][:, 0] * blocks.square().sum((0, 2)).sqrt()
+    )
 
 
 def test_scoring_leaves_the_model_as_it_was():
@@ -132,7 +136,7 @@ def sort(arch, space, model, scores, tmp_path, new_space=None):
     space = new_space or space
     second = iteration_path(tmp_path / "second", 0)
     second.mkdir(parents=True)
-    orders = {i: order(space, s) for i, s in scores.items()}
+    orders = {i: order(arch, space, s) for i, s in scores.items()}
     write_streaming(second, replace(info, space=space, sorted=True), sorted_tensors(info, orders))
     after = build_model(arch, space, initialize=False).eval()
     load_model(after, open_checkpoint(second))
@@ -149,11 +153,13 @@ def test_sorting_keeps_the_function_and_orders_by_importance(name, tmp_path):
         torch.testing.assert_close(after(tokens, positions, None), model(tokens, positions, None), atol=1e-5, rtol=0)
     changed = False
     for i, again in scored(after).items():
-        assert (again.neurons.diff() <= 1e-3).all()
-        torch.testing.assert_close(again.neurons, scores[i].neurons.sort(descending=True).values, rtol=1e-5, atol=1e-3)
-        units = again.heads.sum(1) if space.attention_unit == "kv_group" else again.heads
+        assert (again.units["ffn_hidden_size"].diff() <= 1e-3).all()
+        torch.testing.assert_close(
+            again.units["ffn_hidden_size"], scores[i].units["ffn_hidden_size"].sort(descending=True).values, rtol=1e-5, atol=1e-3
+        )
+        units = again.units["heads"].sum(1) if space.attention_unit == "kv_group" else again.units["heads"]
         assert (units.diff(dim=-1) <= 1e-3).all()
-        changed |= not torch.equal(scores[i].neurons, again.neurons)
+        changed |= not torch.equal(scores[i].units["ffn_hidden_size"], again.units["ffn_hidden_size"])
     assert changed
     kept = [parameter for key, parameter in after.named_parameters() if key.endswith("modulation")]
     given = [parameter for key, parameter in model.named_parameters() if key.endswith("modulation")]
@@ -167,7 +173,7 @@ def test_sorted_half_keeps_the_most_important_neurons(tmp_path):
     after = sort(arch, space, model, scores, tmp_path)
     for i, layer in enumerate(model.decoder.layers):
         keep = torch.zeros(arch.ffn_hidden_size)
-        keep[scores[i].neurons.argsort(descending=True)[:24]] = 1
+        keep[scores[i].units["ffn_hidden_size"].argsort(descending=True)[:24]] = 1
         layer.mlp.observe = lambda hidden, keep=keep: hidden * keep
     tokens, positions = toy.inputs()
     with torch.no_grad(), use_subnetwork(after, space.uniform(arch, 4, 24)):
@@ -202,7 +208,7 @@ def test_sorting_channels_keeps_the_function_and_orders_them_by_importance(kind,
     info = open_checkpoint(toy.write(model, CheckpointInfo(arch, space), tmp_path / "first"))
     folder = iteration_path(tmp_path / "second", 0)
     folder.mkdir(parents=True)
-    orders = {i: order(space, layer) for i, layer in scored(model).items()}
+    orders = {i: order(arch, space, layer) for i, layer in scored(model).items()}
     channels = scores.argsort(descending=True, stable=True)
     write_streaming(folder, replace(info, sorted=True), sorted_tensors(info, orders, channels))
     after = build_model(arch, space, initialize=False).eval()
@@ -225,6 +231,6 @@ def test_sorting_for_another_space(tmp_path):
 
 def test_ties_keep_their_order():
     arch, space, _ = case("llama mha")
-    tied = LayerScores(torch.ones(48, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64))
-    found = order(space, tied)
-    assert found.neurons.tolist() == list(range(48)) and found.groups.tolist() == list(range(4))
+    tied = LayerScores({"ffn_hidden_size": torch.ones(48, dtype=torch.float64), "heads": torch.ones(4, 1, dtype=torch.float64)})
+    found = order(arch, space, tied)
+    assert found["ffn_hidden_size"].tolist() == list(range(48)) and found["kv_groups"].tolist() == list(range(4))

@@ -15,14 +15,17 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from flextron_mcore.config import FlextronError, JobFailed, nearest
 from flextron_mcore.runs.start import run_stage
 from flextron_mcore.runtime import signals, watch
 from flextron_mcore.runtime.memory import collect_rarely
+from flextron_mcore.settings.compose import compose, read
+from flextron_mcore.settings.help import stage_help, title
+from flextron_mcore.settings.stages import STAGES
 
 
 def _end_with_parent() -> None:
@@ -40,28 +43,6 @@ if getattr(sys.modules.get("__mp_main__"), "__name__", None) == "__mp_main__":
     _end_with_parent()
     importlib.import_module("flextron_mcore.runtime.cpu").import_megatron()  # which it needs in any case
 
-STAGES = {
-    "prepare": "text to Megatron datasets with a tokenizer",
-    "pretrain": "train a parent model from scratch",
-    "import": "a Hugging Face checkpoint to an elastic checkpoint",
-    "importance": "rank neurons and heads, sort them, show what sorting gains",
-    "elastic": "elastic continued training: the full model and random sub-networks together",
-    "latency": "what every candidate of every block costs on this device",
-    "router": "train routers, which choose the sub-network for a budget",
-    "joint": "tune routers and model together",
-    "gumbel": "train the model and one router for all axes together",
-    "sensitivity": "what each block loses when it alone is made smaller",
-    "family": "a model for each of several budgets: chosen, evaluated, exported",
-    "select": "the sub-network for a budget: 0.6, 25ms, 3.4B, 8GiB",
-    "compare": "selectors side by side, and random sub-networks of equal cost",
-    "evaluate": "loss and perplexity a domain",
-    "generate": "text from a sub-network, or with a choice for every token",
-    "export": "a sub-network as a directory that loads elsewhere",
-    "report": "one HTML page of a run, and family.json",
-    "quickstart": "the whole chain on this machine",
-    "launch": "stages as jobs of a Slurm cluster, each after the last; or here",
-    "status": "what became of the jobs that were launched",
-}
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 EXITS = {
     0: "done",
@@ -70,7 +51,7 @@ EXITS = {
     signals.EXIT_STOPPED: "training stopped for SIGTERM, SIGUSR1 or trainer.max_time, with a checkpoint: run it again",
 }
 USAGE = "usage: flextron STAGE key=value ... [--config-dir DIR]\n       flextron STAGE --config FILE\n\nstages:\n"
-USAGE += "".join(f"  {name:<12}{text}\n" for name, text in STAGES.items())
+USAGE += "".join(f"  {name:<12}{title(schema)}\n" for name, schema in STAGES.items())
 USAGE += "\nexit codes:\n" + "".join(f"  {code:<12}{text}\n" for code, text in EXITS.items())
 
 
@@ -209,132 +190,10 @@ def _main(argv: list[str]) -> None:
             raise FlextronError(f"'{argument}' is not of the form key=value")
         else:
             overrides.append(argument)
-    if stage == "launch":
-        overrides = [_launch_key(key) for key in overrides]
-    config = compose(stage, overrides, config_dirs) if file is None else read_config(stage, file, overrides)
-    if help_wanted:
-        from omegaconf import OmegaConf
-
-        print(f"flextron {stage}: {STAGES[stage]}\n\nkeys and their values (??? must be given):\n")
-        print(OmegaConf.to_yaml(config), end="")
-        return
-    run_stage(config)
-
-
-def _launch_key(override: str) -> str:
-    """A key of a stage may be new to launch: the stage checks it. Images have a # in their names, which Hydra would read."""
-    key, _, value = override.partition("=")
-    if key.partition(".")[0] in (*STAGES, "training", "env_vars", "layouts") or key.startswith("cluster.additional_parameters"):
-        return f"++{override}"
-    return f"{key}='{value}'" if key == "container" and "#" in value and value[0] not in "'\"" else override
-
-
-def read_config(stage: str, file: Path, overrides: Sequence[str]) -> Any:
-    """The configuration of a stage that `launch` wrote. Raises FlextronError when it is not one, or of another version."""
-    from omegaconf import OmegaConf
-
-    if overrides:
+    if file is not None and overrides:
         raise FlextronError(f"--config {file}: holds all keys, {overrides[0]} must be changed there")
-    try:
-        config = OmegaConf.load(file)
-    except Exception as error:
-        raise FlextronError(f"--config {file}: cannot be read ({type(error).__name__})") from None
-    if not isinstance(config, Mapping) or config.get("stage") != stage:
-        raise FlextronError(f"--config {file}: is not a configuration of {stage}")
-    return merged(compose(stage), OmegaConf.to_container(config))
-
-
-def merged(config: Any, values: Mapping[str, Any]) -> Any:
-    """A stage's configuration with `values`, a nested mapping, in place of its own. Raises FlextronError for an unknown key."""
-    from omegaconf import OmegaConf
-
-    known = known_keys(config)
-    for key in known_keys(OmegaConf.create(dict(values))):
-        # what a stage lets free, {domain: weight} say, is a value of one of its keys
-        while (
-            key not in known and key.rpartition(".")[0] in known and not isinstance(_at(config, key.rpartition(".")[0]), Mapping)
-        ):
-            key = key.rpartition(".")[0]
-        if key not in known:
-            raise FlextronError(f"{config.stage}: unknown key '{key}'{nearest(key, known)}")
-    OmegaConf.set_struct(config, False)
-    return OmegaConf.merge(config, values)
-
-
-def _at(config: Any, key: str) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.select(config, key, throw_on_missing=False)
-
-
-def config_directory() -> Path:
-    """The shipped configuration: inside an installed package, or beside it in a source checkout."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise FlextronError(f"{package}: the configuration files are missing from this installation; install flextron_mcore again")
-
-
-def compose(stage: str, overrides: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> Any:
-    """The resolved configuration of a stage (OmegaConf). Raises FlextronError for an unknown key, naming the nearest."""
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    overrides = list(overrides)
-    search = [f"hydra.searchpath=[{','.join('file://' + str(Path(d).resolve()) for d in config_dirs)}]"] if config_dirs else []
-
-    def composed(extra: Sequence[str]) -> Any:
-        GlobalHydra.instance().clear()
-        with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-            config = hydra.compose("config", [f"stage={stage}", *search, *extra])
-        OmegaConf.resolve(config)
-        return config
-
-    try:
-        return composed(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        message = str(error)
-        # In a list of overrides Hydra names the culprit in different ways: look for the first key that the stage does not have.
-        known = known_keys(composed([o for o in overrides if _is_group(o)]) if _composes(composed, overrides) else composed([]))
-        for override in overrides:
-            key = override.partition("=")[0].lstrip("+~").partition("@")[0]
-            if key not in known and not _is_group(override):
-                raise FlextronError(f"{stage}: unknown key '{key}'{nearest(key, known)}") from None
-        if match := re.search(r"Could not find '([^']+)'", message):
-            group, _, name = match[1].rpartition("/")
-            folder = config_directory() / group
-            options = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
-            raise FlextronError(
-                f"{stage}: {group}={name} is not known{nearest(name, options)}: use one of {', '.join(options)}"
-            ) from None
-        raise FlextronError(f"{stage}: {' '.join(message.split())}") from None
-
-
-def _composes(composed: Any, overrides: Sequence[str]) -> bool:
-    try:
-        composed([o for o in overrides if _is_group(o)])
-    except Exception:
-        return False
-    return True
-
-
-def _is_group(override: str) -> bool:
-    """Whether an override chooses a group's option (model=tiny) rather than a value."""
-    key = override.partition("=")[0].lstrip("+~")
-    return "." not in key and (config_directory() / key).is_dir()
-
-
-def known_keys(config: Any, prefix: str = "") -> list[str]:
-    """All keys of a configuration, a.b.c for nested ones."""
-    from omegaconf import DictConfig, OmegaConf
-
-    keys = []
-    for name in config:
-        keys.append(prefix + str(name))
-        if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
-            keys += known_keys(config[name], f"{prefix}{name}.")
-    return keys
+    settings = read(stage, file) if file is not None else compose(stage, overrides, config_dirs, partial=help_wanted)
+    if help_wanted:
+        print(stage_help(settings), end="")
+        return
+    run_stage(settings)

@@ -67,7 +67,7 @@ def test_a_wheel_can_be_made_of_what_is_copied(tmp_path):
     assert result.returncode == 0, result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert {"flextron_mcore/cli.py", "flextron_mcore/conf/config.yaml"} <= set(archive.namelist())
+        assert {"flextron_mcore/cli.py", "flextron_mcore/conf/model/tiny.yaml"} <= set(archive.namelist())
 
 
 def test_packages_are_named_in_setup_py_only():

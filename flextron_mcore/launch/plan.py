@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.cli import compose, known_keys, merged
 from flextron_mcore.config import FlextronError, ModelConfig, nearest
+from flextron_mcore.settings.compose import compose, legacy, missing
+from flextron_mcore.settings.schema import keys as keys_of
+from flextron_mcore.settings.stages import STAGES
 from flextron_mcore.space import ElasticSpace
 
 ROUTED = ("gumbel", "joint", "router")  # checkpoints with routers, the one that knows most first
@@ -106,14 +106,14 @@ def architecture(config: DictConfig) -> ModelConfig:
     """The model that config.model describes. A vocabulary that the tokenizer decides counts as prepare's."""
     values = {field.name: config.model[field.name] for field in fields(ModelConfig)}
     if values.get("vocab_size") is None:
-        values["vocab_size"] = int(config.get("prepare", {}).get("vocab_size") or _defaults("prepare").vocab_size)
+        values["vocab_size"] = int(config.get("prepare", {}).get("vocab_size") or compose("prepare", partial=True).vocab_size)
     return ModelConfig.from_dict(values)
 
 
 def _space(config: DictConfig, model: ModelConfig, jobs: list[Job]) -> ElasticSpace:
     """What may vary: as the stage says that makes the checkpoint, and `importance`, which may change it, planned or not."""
     made = next((job.stage for job in jobs if job.stage in ("pretrain", "import")), "import")
-    values = OmegaConf.to_container(_defaults("import").space)
+    values = asdict(compose("import", partial=True).space)
     for stage in (made, "importance"):
         values |= {name: value for name, value in _own(config, stage).get("space", {}).items() if value is not None}
     return ElasticSpace.build(model, **values)
@@ -176,55 +176,42 @@ def _job(
 ) -> Job:
     own = _own(config, stage)
     run = {**config.run, **own.pop("run", {})}
-    base = _defaults(stage)
-    shared = [OmegaConf.to_container(config.training)] if stage in TRAINS else []
+    known = set(keys_of(STAGES[stage]))
+    shared = [OmegaConf.to_container(config.training)] if stage in TRAINS and "training" in config else []
     if stage in (*PARALLEL, "family"):
         shared.append(_layout(config))
     if stage == "pretrain":
         shared.append({"model": {field.name: config.model[field.name] for field in fields(ModelConfig)}})
-    for values in shared:  # of these each stage takes the keys that it has
-        base = merged(base, _only(values, set(known_keys(base))))
-    base = merged(base, {"out": str(results / name), "seed": config.seed, "debug": config.debug})
-    base = merged(base, {**own, **keys})
+    values = [_only(each, known) for each in shared]  # of these each stage takes the keys that it has
+    values += [{"out": str(results / name), "seed": config.seed, "debug": config.debug}, {**own, **keys}]
     for key, sources in INPUTS[stage].items():
         if key in own:
             continue
         value = _source(config, results, sources, before)
         if value is not None:
-            base = merged(base, {key: value})
+            values.append({key: value})
         elif (stage, key) not in OPTIONAL:
             wanted = " or ".join(sources)
             problems.append(
                 f"{stage}: needs the result of {wanted}, which is neither among the stages before it nor complete in {results}: "
                 f"add it to stages=[...], or set {stage}.{key}="
             )
+    settings = compose(stage, values=values, partial=True)
     limit = seconds(run["time_limit"], "run.time_limit")
-    if stage in TRAINS and config.cluster.type == "slurm" and base.trainer.max_time is None:
+    if stage in TRAINS and config.cluster.type == "slurm" and settings.trainer.max_time is None:
         reserve = seconds(run["stop_before"], "run.stop_before")
         if reserve >= limit:
             raise FlextronError(
                 f"{stage}: run.stop_before={run['stop_before']} leaves nothing of run.time_limit={run['time_limit']}"
             )
-        base = merged(base, {"trainer": {"max_time": clock(limit - reserve)}})
+        settings.trainer.max_time = clock(limit - reserve)
     nodes, devices = 1, 1
     if stage in PARALLEL:
-        nodes, devices = base.trainer.num_nodes or 1, base.trainer.devices or 1
-        base = merged(base, {"trainer": {"num_nodes": nodes, "devices": devices}})
-    missing = sorted(OmegaConf.missing_keys(base) - {key for key in INPUTS[stage]})
-    if missing:
-        problems.append(f"{stage}: missing {', '.join(f'{stage}.{key}=' for key in missing)}")
-    OmegaConf.resolve(base)
-    return Job(name, stage, base, nodes, devices, limit, is_complete(results / name))
-
-
-@functools.cache
-def _composed(stage: str) -> DictConfig:
-    return compose(stage)
-
-
-def _defaults(stage: str) -> DictConfig:
-    """The configuration of a stage as it is shipped."""
-    return copy.deepcopy(_composed(stage))
+        nodes, devices = settings.trainer.num_nodes or 1, settings.trainer.devices or 1
+        settings.trainer.num_nodes, settings.trainer.devices = nodes, devices
+    if lacking := [key for key in missing(settings) if key not in INPUTS[stage]]:
+        problems.append(f"{stage}: missing {', '.join(f'{stage}.{key}=' for key in lacking)}")
+    return Job(name, stage, legacy(settings), nodes, devices, limit, is_complete(results / name))
 
 
 def _layout(config: DictConfig) -> dict[str, Any]:
@@ -241,9 +228,10 @@ def _only(values: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[
     """The part of a nested mapping whose keys are known."""
     kept: dict[str, Any] = {}
     for name, value in values.items():
-        if prefix + name not in known:
-            continue
-        kept[name] = _only(value, known, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        if prefix + name in known:
+            kept[name] = value
+        elif isinstance(value, Mapping) and (inner := _only(value, known, f"{prefix}{name}.")):
+            kept[name] = inner
     return kept
 
 

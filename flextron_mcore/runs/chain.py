@@ -12,13 +12,13 @@ from pathlib import Path
 from megatron.core import parallel_state
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.cli import compose
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, make_parent, write_config
 from flextron_mcore.runs.start import run_stage
 from flextron_mcore.runs.terminal import say
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.ranks import on_main_process, wait_for_all
+from flextron_mcore.settings.compose import compose
 
 
 def run_chain(
@@ -35,7 +35,7 @@ def run_chain(
     """
     out = Path(config.out)
     for stage, keys in chain.values():
-        compose(stage, [*keys, f"out={quoted(out / 'x')}"])
+        compose(stage, keys, values=[{"out": str(out / "x")}])
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
         distributed.initialize(seed=config.seed)
@@ -49,8 +49,8 @@ def run_chain(
         say(f"== {name}: flextron {stage} {' '.join(keys)} out={folder}")
         on_main_process(lambda stage=stage: prepare(stage))
         begun = time.perf_counter()
-        composed = compose(stage, [*keys, f"out={quoted(folder)}", f"seed={config.seed}", f"debug={config.debug}"])
-        if ranks > 1 and "global_batch_size" in composed.get("model", {}):  # the chain is written for one process
+        composed = compose(stage, keys, values=[{"out": str(folder), "seed": config.seed, "debug": config.debug}])
+        if ranks > 1 and hasattr(getattr(composed, "model", None), "global_batch_size"):  # the chain is written for one process
             model = composed.model
             model.micro_batch_size = math.gcd(model.micro_batch_size, model.global_batch_size // ranks)
         # Half-written directories exist only for training, which continues them.

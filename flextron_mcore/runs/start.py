@@ -12,6 +12,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.settings.compose import legacy
+from flextron_mcore.settings.training import StageSettings
 
 # Stages that compute at a parallel layout, and those of one process. IMPORTING ones start process groups, if at all, themselves.
 _PARALLEL = (
@@ -22,13 +24,9 @@ _SINGLE = ("latency", "select")
 _IMPORTING = ("import", "launch", "family", "quickstart")
 
 
-def run_stage(config: DictConfig) -> dict[str, Any]:
-    """Run the stage that `config` was composed for; its figures. Raises FlextronError where a key is missing."""
-    from omegaconf import OmegaConf
-
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise FlextronError(f"{config.stage}: missing {', '.join(f'{key}=...' for key in missing)}")
+def run_stage(settings: StageSettings) -> dict[str, Any]:
+    """Run the stage that `settings` are of; its figures."""
+    config = legacy(settings)
     _start(config)
     # A stage is found by its name, so that nothing below the commands imports them.
     return importlib.import_module(f"flextron_mcore.stages.{'import_' if config.stage == 'import' else config.stage}").run(config)

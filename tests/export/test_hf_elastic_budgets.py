@@ -20,7 +20,6 @@ from flextron_mcore.adaptive.routers import AdaptiveRouters, TokenRouting
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
 from flextron_mcore.choosing import use_subnetwork
-from flextron_mcore.cli import compose
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import train_tokenizer
 from flextron_mcore.export.formats import Job, get_format
@@ -32,6 +31,7 @@ from flextron_mcore.routers.store import RouterInfo, write_routers
 from flextron_mcore.runs import choice
 from flextron_mcore.runtime.ranks import place
 from flextron_mcore.selection import routed
+from flextron_mcore.settings.compose import compose, legacy
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.routing_toy import write_table
@@ -95,7 +95,7 @@ def export(info: CheckpointInfo, out: Path, **options):
 
 def selected(info: CheckpointInfo, *keys: str):
     """A function from a budget to what `flextron select` takes."""
-    config = compose("select", [f"checkpoint={info.path.parents[1]}", "budget=1.0", *keys])
+    config = legacy(compose("select", [f"checkpoint={info.path.parents[1]}", "budget=1.0", *keys]))
     table = choice.latency_table(config, info)
     costs = choice.known_costs(config, info, table)
     picks = choice.selector(config, info, config.selector)

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import DictConfig
 
 from flextron_mcore import cli
+from flextron_mcore.settings.compose import legacy
 
 
 @pytest.fixture
@@ -22,6 +23,6 @@ def launch(tmp_path: Path) -> Callable[..., DictConfig]:
             cli._main(["launch", f"base_results_dir={tmp_path}/results", f"data_dir={tmp_path}/data", *arguments])
         finally:
             cli.run_stage = runs
-        return seen[0]
+        return legacy(seen[0])
 
     return composed

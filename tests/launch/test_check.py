@@ -12,6 +12,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.launch import follow
 from flextron_mcore.launch.check import missing
 from flextron_mcore.launch.plan import plan
+from flextron_mcore.settings.compose import to_dict
 from tests.hf_toy import llama, save
 
 
@@ -96,7 +97,7 @@ def test_a_stage_reads_what_launch_wrote(launch, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "run_stage", seen.append)
     cli._main(["elastic", "--config", str(file)])
-    assert json.dumps(OmegaConf.to_container(seen[0])) == json.dumps(OmegaConf.to_container(job.config))
+    assert json.dumps(to_dict(seen[0])) == json.dumps(OmegaConf.to_container(job.config))
     for arguments, message in (
         (["router", "--config", str(file)], "is not a configuration of router"),
         (["elastic", "--config", str(tmp_path / "none.yaml")], "cannot be read"),

@@ -9,12 +9,10 @@ import sys
 import pytest
 import torch
 from megatron.core.transformer.module import Float16Module
-from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from flextron_mcore.choices import Choices
 from flextron_mcore.choosing import set_subnetwork, use_subnetwork
-from flextron_mcore.cli import compose
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.launch.activations import networks, saved_chunk, saved_head, saved_layer
 from flextron_mcore.launch.estimate import Estimate, estimate
@@ -24,6 +22,7 @@ from flextron_mcore.layers.gate import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_model
 from flextron_mcore.pipeline.networks import Distillation, run_networks
+from flextron_mcore.settings.compose import compose, to_dict
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import memory, toy
 
@@ -56,7 +55,7 @@ def configured(stage: str, *keys: str) -> dict:
         given += [f"model.micro_batch_size={BATCH}", f"model.seq_length={LENGTH}"]
     if stage in ("pretrain", "elastic", "joint", "router", "gumbel"):
         given += [f"model.global_batch_size={2 * BATCH}"]
-    return OmegaConf.to_container(compose(stage, [*given, *keys]))
+    return to_dict(compose(stage, [*given, *keys]))
 
 
 def said(arch: ModelConfig, config: dict, ranks: int = 1, **more) -> Estimate:
@@ -262,7 +261,7 @@ def test_work_where_hidden_size_and_depth_are_elastic():
 def test_work_of_a_family():
     arch, costs = FAMILIES["llama"], Costs(FAMILIES["llama"], ElasticSpace.build(FAMILIES["llama"]), LENGTH)
     keys = ["checkpoint=c", "data=d", "out=o", "limit_val_batches=3", f"model.micro_batch_size={BATCH}"]
-    config = OmegaConf.to_container(compose("family", [*keys, "budgets=[0.5,0.25 parameters,25ms]"]))
+    config = to_dict(compose("family", [*keys, "budgets=[0.5,0.25 parameters,25ms]"]))
     family = said(arch, config)
     assert (family.tokens, family.flops) == (3 * BATCH * LENGTH, pytest.approx(3 * BATCH * LENGTH * 1.75 * costs.full))
     assert family.weights == 4 * count_parameters(arch) and family.gradients == 0

@@ -72,8 +72,8 @@ def _changes(before: dict[str, Any] | None, job: dict[str, Any]) -> bool:
 
 def _run(job: dict[str, Any]) -> Any:
     if "stage" in job:
-        from flextron_mcore.cli import compose
         from flextron_mcore.runs.start import run_stage
+        from flextron_mcore.settings.compose import compose
 
         return run_stage(compose(job["stage"], job["keys"]))
     module, _, function = job["call"].partition(":")

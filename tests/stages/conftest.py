@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flextron_mcore.cli import compose
 from flextron_mcore.runs.start import run_stage
+from flextron_mcore.settings.compose import compose
 
 TINY = [
     "num_layers=2",

@@ -6,11 +6,13 @@ import re
 import signal
 
 import pytest
-from omegaconf import OmegaConf
 
 from flextron_mcore import cli
-from flextron_mcore.cli import EXITS, STAGES, compose, config_directory, main
+from flextron_mcore.cli import EXITS, STAGES, main
 from flextron_mcore.runtime import signals
+from flextron_mcore.settings.compose import compose, config_directory
+from flextron_mcore.settings.help import title
+from flextron_mcore.settings.schema import keys
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +41,8 @@ def test_usage_lists_every_stage(capsys):
 def test_every_stage_has_help_and_a_configuration(capsys, stage):
     code, out, _ = call(capsys, stage, "--help")
     printed = stage in ("select", "generate", "launch", "status")  # which need no out
-    assert code == 0 and STAGES[stage] in out and ("out: null" if printed else "out: ???") in out
-    assert compose(stage).stage == stage
+    assert code == 0 and title(STAGES[stage]) in out and ("out=null " if printed else "out=??? ") in out
+    assert all(f"\n  {key}=" in out for key in keys(STAGES[stage]))
 
 
 @pytest.mark.parametrize(
@@ -93,14 +95,13 @@ def test_own_configuration_directory(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("defaults: [tiny, _self_]\nnum_layers: 3\n")
     config = compose("pretrain", ["model=mine", "data=d", "out=o"], [str(tmp_path)])
-    assert config.model.num_layers == 3 and config.model.hidden_size == compose("pretrain").model.hidden_size
+    assert config.model.num_layers == 3 and config.model.hidden_size == compose("pretrain", partial=True).model.hidden_size
 
 
 def test_values_of_all_kinds(tmp_path):
-    config = compose("prepare", ["input={a: [x, y], b: z}", "out=o"])
-    assert OmegaConf.to_container(config)["input"] == {"a": ["x", "y"], "b": "z"}
-    config = compose("importance", ["space.heads=[0.5,8]", "data=o", "checkpoint='a b/c=d'"])
-    assert list(config.space.heads) == [0.5, 8] and config.checkpoint == "a b/c=d"
+    assert compose("prepare", ["input={a: [x, y], b: z}", "out=o"]).input == {"a": ["x", "y"], "b": "z"}
+    settings = compose("importance", ["space.heads=[0.5,8]", "data=o", "checkpoint='a b/c=d'", "out=x"])
+    assert settings.space.heads == [0.5, 8] and settings.checkpoint == "a b/c=d"
 
 
 def test_every_key_of_the_configuration_is_read_somewhere():
@@ -109,7 +110,7 @@ def test_every_key_of_the_configuration_is_read_somewhere():
     package = package if package.is_dir() else config_directory().parent
     source = "".join(p.read_text() for p in package.rglob("*.py"))
     for stage in STAGES:
-        for key in cli.known_keys(compose(stage)):
+        for key in keys(STAGES[stage]):
             name = key.split(".")[-1]
             if stage == "quickstart" and (key.startswith("chain") or name in ("input", "model") or name.endswith("_steps")):
                 continue  # composed into the commands of the chain

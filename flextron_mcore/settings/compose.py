@@ -1,0 +1,282 @@
+"""From what a user typed, recipes of conf/ and the schema of a stage to its settings. No torch import."""
+
+from __future__ import annotations
+
+import functools
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from flextron_mcore.config import FlextronError, nearest
+from flextron_mcore.settings.launch import LaunchSettings, RunSettings
+from flextron_mcore.settings.schema import MISSING, Key, check_value, checked, keys, parse, show
+from flextron_mcore.settings.stages import STAGES
+from flextron_mcore.settings.training import LoopSettings, StageSettings
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+SHARED = "training"  # launch's keys of all stages that train
+
+
+def compose(
+    stage: str,
+    overrides: Sequence[str] = (),
+    config_dirs: Sequence[str | Path] = (),
+    values: Sequence[Mapping[str, Any]] = (),
+    partial: bool = False,
+) -> Any:
+    """Settings of a stage: its schema's defaults, recipes, then `values` (nested mappings), then `overrides` (key=value).
+
+    config_dirs: directories of recipes beside conf/. partial: required keys may be missing, and are MISSING. Raises
+    FlextronError, one line with the key and what is allowed, for an unknown or missing key, a wrong type, a value out of range.
+    """
+    schema = STAGES[stage]
+    chosen, typed = dict(schema.recipes), []
+    for override in overrides:
+        name, _, text = override.partition("=")
+        name = name.lstrip("+")
+        if name in chosen:
+            chosen[name] = None if text == "null" else text
+        else:
+            typed.append((name, text))
+    draft = _Draft(schema)
+    for recipe in _recipes(stage, chosen, config_dirs):
+        draft.fill(recipe, literal=False)
+    for given in values:
+        draft.fill(given, literal=True)
+    for name, text in typed:
+        draft.set_text(name, text)
+    return draft.finish(partial)
+
+
+def read(stage: str, file: Path) -> Any:
+    """Settings of a stage from the file that `launch`, or a stage into its directory, wrote.
+
+    Raises FlextronError when it is not one, or of another version.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise FlextronError(f"--config {file}: cannot be read ({type(error).__name__})") from None
+    if not isinstance(values, dict) or values.pop("stage", None) != stage:
+        raise FlextronError(f"--config {file}: is not a configuration of {stage}")
+    return compose(stage, values=[values])
+
+
+def to_dict(settings: StageSettings) -> dict[str, Any]:
+    """Plain types, for YAML: the stage, its keys, and last those of every stage."""
+    common = [each.name for each in fields(StageSettings)]
+    names = [each.name for each in fields(settings) if each.name not in common and each.name != "stage_keys"]
+    own = getattr(settings, "stage_keys", {})
+    return {"stage": settings.stage, **{name: _plain(getattr(settings, name)) for name in [*names, *common]}, **own}
+
+
+def to_yaml(settings: StageSettings) -> str:
+    """`to_dict` as YAML."""
+    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
+
+
+def legacy(settings: StageSettings) -> DictConfig:
+    """Settings as the DictConfig that stages not yet typed take."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(_escaped(to_dict(settings)))
+
+
+def missing(settings: StageSettings) -> list[str]:
+    """Required keys that have no value, sorted."""
+    flat = dict(_leaves(to_dict(settings), lambda name, value: isinstance(value, Mapping)))
+    return sorted(name for name in keys(type(settings)) if flat.get(name) == MISSING)
+
+
+def config_directory() -> Path:
+    """The shipped recipes: inside an installed package, or beside it in a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "model").is_dir():
+            return folder
+    raise FlextronError(f"{package}: the configuration files are missing from this installation; install flextron_mcore again")
+
+
+def find_key(schema: type[StageSettings], name: str) -> tuple[type[StageSettings] | type[RunSettings], Key, str]:
+    """Schema that owns a dotted key, the key, and what follows it in a key that holds a mapping (env_vars.NAME).
+
+    With launch's, `STAGE.key` and `training.key` are keys of other schemas. Raises FlextronError for an unknown key.
+    """
+    head, _, rest = name.partition(".")
+    if schema is LaunchSettings and rest and (head in STAGES or head == SHARED):
+        if rest.startswith("run.") and head in STAGES:
+            return RunSettings, *_find(keys(RunSettings), rest.removeprefix("run."), f"{head}: unknown key '{rest}'")
+        if head in STAGES:
+            return find_key(STAGES[head], rest)
+        trained = [each for each in STAGES.values() if issubclass(each, LoopSettings)]
+        known = {name: key for each in reversed(trained) for name, key in keys(each).items()}
+        key, inner = _find(known, rest, f"launch: unknown key '{name}'")
+        return next(each for each in trained if key.name in keys(each)), key, inner
+    return schema, *_find(keys(schema), name, f"{schema.stage}: unknown key '{name}'")
+
+
+def _find(known: Mapping[str, Key], name: str, complaint: str) -> tuple[Key, str]:
+    found, inner = name, ""
+    while found not in known:
+        found, dot, last = found.rpartition(".")
+        if not dot:
+            raise FlextronError(complaint + nearest(name, known))
+        inner = f"{last}.{inner}" if inner else last
+    if inner and known[found].type is not dict:
+        raise FlextronError(complaint + nearest(name, known))
+    return known[found], inner
+
+
+class _Draft:
+    """Values of a stage while they are gathered: an OmegaConf structured config."""
+
+    def __init__(self, schema: type[StageSettings]) -> None:
+        from omegaconf import OmegaConf
+
+        self.schema, self.config = schema, OmegaConf.structured(schema)
+        self.scratch: dict[type, DictConfig] = {}  # of other schemas, in which launch's STAGE.key is tried
+
+    def fill(self, values: Mapping[str, Any], literal: bool) -> None:
+        """Set all of a nested mapping. literal: its texts are no interpolations."""
+        for name, value in _leaves(values, self._is_section):
+            self._set(name, _escaped(value) if literal else value, value)
+
+    def set_text(self, name: str, text: str) -> None:
+        """Set a key as the user typed it."""
+        owner, key, inner = find_key(self.schema, name)
+        value = _item(text) if inner else parse(key, text)
+        self._set(name, _escaped(value), value)
+
+    def finish(self, partial: bool) -> Any:
+        """The typed settings."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            values = OmegaConf.to_container(self.config, resolve=True)
+        except OmegaConfBaseException as error:
+            raise FlextronError(f"{self.schema.stage}: {' '.join(str(error).split())}") from None
+        settings = checked(_instance(self.schema, values), self.schema.stage)
+        if not partial and (lacking := missing(settings)):
+            raise FlextronError(f"{self.schema.stage}: missing {', '.join(f'{key}=...' for key in lacking)}")
+        return settings
+
+    def _is_section(self, name: str, value: Any) -> bool:
+        """Whether a mapping at this dotted name holds keys, and not the value of one."""
+        if not isinstance(value, Mapping):
+            return False
+        head, _, rest = name.partition(".")
+        if self.schema is LaunchSettings and (head in STAGES or head == SHARED):
+            if not rest or rest == "run":
+                return True
+            schemas = [STAGES[head]] if head in STAGES else list(STAGES.values())
+            return any(known.startswith(f"{rest}.") for schema in schemas for known in keys(schema))
+        return any(known.startswith(f"{name}.") for known in keys(self.schema))
+
+    def _set(self, name: str, value: Any, shown: Any) -> None:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        owner, key, inner = find_key(self.schema, name)
+        where = getattr(owner, "stage", name.partition(".")[0])
+        foreign = owner is not self.schema
+        if foreign and owner not in self.scratch:
+            self.scratch[owner] = OmegaConf.structured(owner)
+        config = self.scratch[owner] if foreign else self.config
+        target = f"{key.name}.{inner}" if inner else key.name
+        try:
+            OmegaConf.update(config, target, value, merge=False, force_add=bool(inner))
+            if not foreign:
+                return
+            found = OmegaConf.to_container(config)
+        except (OmegaConfBaseException, ValueError) as error:
+            allowed = f"{key.kind}{' ' + key.limits.range if key.limits.range else ''}{' or null' if key.optional else ''}"
+            raise FlextronError(f"{where}: {target}={show(shown)} must be {allowed}") from error
+        for part in target.split("."):
+            found = found[part]
+        if found is not None and not inner and "${" not in str(found):
+            check_value(key, found, where)
+        OmegaConf.update(self.config, f"stage_keys.{name}", found, merge=False, force_add=True)
+
+
+def _leaves(values: Mapping[str, Any], is_section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of a nested mapping."""
+    for name, value in values.items():
+        if is_section(f"{prefix}{name}", value):
+            yield from _leaves(value, is_section, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _item(text: str) -> Any:
+    """An item of a mapping, as the user typed it."""
+    return parse(Key("", object, None, True, keys(StageSettings)["out"].limits), text)
+
+
+def _escaped(value: Any) -> Any:
+    """`value` with texts that OmegaConf takes as they are, whatever `${` they hold."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", value)
+    if isinstance(value, list | tuple):
+        return [_escaped(item) for item in value]
+    return {name: _escaped(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _instance(schema: type, values: Mapping[str, Any]) -> Any:
+    """An instance of a schema; unlike OmegaConf.to_object it keeps missing values, for `launch` to report."""
+    hints = typing.get_type_hints(schema)
+    made = {name: _instance(hints[name], value) if is_dataclass(hints[name]) else value for name, value in values.items()}
+    return schema(**made)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    return value
+
+
+def _recipes(stage: str, chosen: Mapping[str, str | None], config_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """The chosen recipes, in the order of the groups."""
+    folders = [*map(Path, config_dirs), config_directory()]
+    options = []
+    for group, name in chosen.items():
+        name = chosen["model"] if name == "${model}" else name
+        if name is None:
+            continue
+        known = sorted(
+            {
+                file.relative_to(folder / group).with_suffix("").as_posix()
+                for folder in folders
+                for file in (folder / group).rglob("*.yaml")
+            }
+        )
+        if name not in known:
+            raise FlextronError(f"{stage}: {group}={name} is not known{nearest(name, known)}: use one of {', '.join(known)}")
+        options.append(f"+{group}={name}")
+    return [_composed(tuple(options), tuple(str(Path(folder).resolve()) for folder in config_dirs))] if options else []
+
+
+@functools.cache
+def _composed(options: tuple[str, ...], config_dirs: tuple[str, ...]) -> dict[str, Any]:
+    """Recipes merged by Hydra, interpolations unresolved."""
+    import hydra  # slow to import, and stages without recipes do not need it
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    places = ",".join(f"'file://{folder}'" for folder in config_dirs)
+    search = [f"hydra.searchpath=[{places}]"] if places else []
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+            return OmegaConf.to_container(hydra.compose(None, [*search, *options]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise FlextronError(f"{' '.join(option.lstrip('+') for option in options)}: {' '.join(str(error).split())}") from None

@@ -1,0 +1,106 @@
+"""What `flextron STAGE --help` prints, and docs/keys.md, from the schemas. No torch import.
+
+python -m flextron_mcore.settings.help > docs/keys.md
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from typing import Any
+
+from flextron_mcore.settings.compose import STAGES, to_dict
+from flextron_mcore.settings.schema import MISSING, Key, keys, show
+from flextron_mcore.settings.training import StageSettings
+
+PAGE = """# Keys
+
+Every key of every stage, from the schemas in `flextron_mcore/settings`; `flextron STAGE --help` lists those of one stage.
+This page is generated: `python -m flextron_mcore.settings.help > docs/keys.md`.
+
+A value is what you type: `out=2024`, `hf=/d/my,model` and `'prompt=Hello, world'` need no quotes beyond the shell's. `~` is
+expanded in paths. `null` is none; to mean the word, or to keep quotes, quote it: `'out="null"'`. A list is `[a,b]`, or one item
+without brackets; items with commas are quoted. A mapping is `{a: 1, b: 2}`.
+
+| key | stages | default | values | what |
+|---|---|---|---|---|
+"""
+
+
+def title(schema: type[StageSettings]) -> str:
+    """One line that says what a stage does."""
+    line = (schema.__doc__ or "").splitlines()[0].rstrip(".")
+    return line[0].lower() + line[1:]
+
+
+def values(key: Key) -> str:
+    """What a key may be, in few words: `whole number, at least 1; steps`."""
+    limits = key.limits
+    words = " or ".join(limits.choices) if limits.choices else key.kind.removeprefix("a ")
+    if limits.choices and key.type is list:
+        words = f"list of {words}"
+    words += f", {limits.range}" if limits.range else ""
+    return f"{words}; {limits.unit}" if limits.unit else words
+
+
+def stage_help(settings: StageSettings) -> str:
+    """Keys of a stage with the values that `settings`, which may lack some, has for them."""
+    schema = type(settings)
+    given = _flat(to_dict(settings), keys(schema))
+    common = keys(StageSettings)
+    rows = [(name, given[name], key) for name, key in keys(schema).items()]
+    rows.sort(key=lambda row: (row[0].partition(".")[0] in common, "." in row[0], row[1] != MISSING))  # stable
+    width = max(60, min(shutil.get_terminal_size((130, 24)).columns, 130))
+    text = f"flextron {schema.stage}: {title(schema)}\n\n"
+    text += "keys and their values: key=value; null is none, a list is [a,b]; ??? must be given\n"
+    before = ""
+    for name, value, key in rows:
+        group = name.rpartition(".")[0].partition(".")[0] or ("every stage" if name in common else "")
+        text += f"\n{group}\n" if group != before else "" if text.count("\n") > 3 else "\n"
+        before = group
+        head = f"  {name}={show(value)}"
+        lines = textwrap.wrap(f"{key.limits.help} [{values(key)}]", width - 46, break_on_hyphens=False)
+        if len(head) > 44:
+            text += f"{head}\n" + "".join(f"{'':<46}{line}\n" for line in lines)
+        else:
+            text += f"{head:<46}" + f"\n{'':<46}".join(lines) + "\n"
+    if schema.recipes:
+        text += "\nrecipes (conf/, and directories given with --config-dir)\n"
+        text += "".join(f"  {group}={show(name)}\n" for group, name in schema.recipes.items())
+    return text
+
+
+def key_page() -> str:
+    """docs/keys.md."""
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for stage, schema in STAGES.items():
+        defaults = _flat(_defaults(schema), keys(schema))
+        for name, key in keys(schema).items():
+            row = (name, "required" if defaults[name] == MISSING else f"`{show(defaults[name])}`", values(key), key.limits.help)
+            rows.setdefault(row, []).append(stage)
+    ordered = sorted(rows.items(), key=lambda item: ("." in item[0][0], item[0][0]))
+    text = PAGE
+    for (name, default, allowed, help_), stages in ordered:
+        where = "all" if len(stages) == len(STAGES) else ", ".join(stages)
+        cells = (f"`{name}`", where, default, allowed, help_)
+        text += f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
+    return text
+
+
+def _defaults(schema: type[StageSettings]) -> dict[str, Any]:
+    return to_dict(schema())
+
+
+def _flat(nested: dict[str, Any], known: dict[str, Key]) -> dict[str, Any]:
+    """{dotted name: value} of the known keys."""
+    found = {}
+    for name in known:
+        value: Any = nested
+        for part in name.split("."):
+            value = value[part]
+        found[name] = value
+    return found
+
+
+if __name__ == "__main__":
+    print(key_page(), end="")

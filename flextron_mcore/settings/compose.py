@@ -6,7 +6,7 @@ import functools
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,7 @@ def find_key(schema: type[StageSettings], name: str) -> tuple[type[StageSettings
     head, _, rest = name.partition(".")
     if schema is LaunchSettings and rest and (head in STAGES or head == SHARED):
         if rest.startswith("run.") and head in STAGES:
-            return RunSettings, *_find(keys(RunSettings), rest.removeprefix("run."), f"{head}: unknown key '{rest}'")
+            return RunSettings, *_find(keys(RunSettings), rest.removeprefix("run."), f"{head}: unknown key '{rest}'", "run.")
         if head in STAGES:
             return find_key(STAGES[head], rest)
         trained = [each for each in STAGES.values() if issubclass(each, LoopSettings)]
@@ -122,15 +122,14 @@ def find_key(schema: type[StageSettings], name: str) -> tuple[type[StageSettings
     return schema, *_find(keys(schema), name, f"{schema.stage}: unknown key '{name}'")
 
 
-def _find(known: Mapping[str, Key], name: str, complaint: str) -> tuple[Key, str]:
+def _find(known: Mapping[str, Key], name: str, complaint: str, prefix: str = "") -> tuple[Key, str]:
+    """The key that a dotted name is of, and what follows it in a mapping. prefix: of all names, for the hint."""
     found, inner = name, ""
-    while found not in known:
-        found, dot, last = found.rpartition(".")
-        if not dot:
-            raise FlextronError(complaint + nearest(name, known))
+    while found and found not in known:
+        found, _, last = found.rpartition(".")
         inner = f"{last}.{inner}" if inner else last
-    if inner and known[found].type is not dict:
-        raise FlextronError(complaint + nearest(name, known))
+    if not found or (inner and known[found].type is not dict):
+        raise FlextronError(complaint + nearest(prefix + name, [prefix + each for each in known]))
     return known[found], inner
 
 
@@ -164,6 +163,8 @@ class _Draft:
         except OmegaConfBaseException as error:
             raise FlextronError(f"{self.schema.stage}: {' '.join(str(error).split())}") from None
         settings = checked(_instance(self.schema, values), self.schema.stage)
+        if self.schema is LaunchSettings:
+            _check_layouts(settings)
         if not partial and (lacking := missing(settings)):
             raise FlextronError(f"{self.schema.stage}: missing {', '.join(f'{key}=...' for key in lacking)}")
         return settings
@@ -185,25 +186,34 @@ class _Draft:
         from omegaconf.errors import OmegaConfBaseException
 
         owner, key, inner = find_key(self.schema, name)
-        where = getattr(owner, "stage", name.partition(".")[0])
-        foreign = owner is not self.schema
-        if foreign and owner not in self.scratch:
-            self.scratch[owner] = OmegaConf.structured(owner)
-        config = self.scratch[owner] if foreign else self.config
-        target = f"{key.name}.{inner}" if inner else key.name
+        config, where, leaf, tail = self.config, self.schema.stage, key.name, f".{inner}" if inner else ""
+        if owner is not self.schema:  # launch's STAGE.key is tried in the schema that has it
+            if owner not in self.scratch:
+                self.scratch[owner] = OmegaConf.structured(owner)
+            config, where = self.scratch[owner], name.partition(".")[0]
+            if where == SHARED:
+                where, key = self.schema.stage, replace(key, name=f"{SHARED}.{leaf}")
         try:
-            OmegaConf.update(config, target, value, merge=False, force_add=bool(inner))
-            if not foreign:
-                return
-            found = OmegaConf.to_container(config)
+            if inner and OmegaConf.select(config, leaf) is None:
+                OmegaConf.update(config, leaf, {}, merge=False)
+            OmegaConf.update(config, leaf + tail, value, merge=False, force_add=bool(inner))
         except (OmegaConfBaseException, ValueError) as error:
-            allowed = f"{key.kind}{' ' + key.limits.range if key.limits.range else ''}{' or null' if key.optional else ''}"
-            raise FlextronError(f"{where}: {target}={show(shown)} must be {allowed}") from error
-        for part in target.split("."):
-            found = found[part]
-        if found is not None and not inner and "${" not in str(found):
-            check_value(key, found, where)
-        OmegaConf.update(self.config, f"stage_keys.{name}", found, merge=False, force_add=True)
+            allowed = f"{key.allowed}{' or null' * key.optional}"
+            raise FlextronError(f"{where}: {key.name}{tail}={show(shown)} must be {allowed}") from error
+        if owner is not self.schema:
+            found = functools.reduce(lambda node, part: node[part], (leaf + tail).split("."), OmegaConf.to_container(config))
+            if found is not None and not inner and "${" not in str(found):
+                check_value(key, found, where)
+            OmegaConf.update(self.config, f"stage_keys.{name}", found, merge=False, force_add=True)
+
+
+def _check_layouts(settings: LaunchSettings) -> None:
+    """Raise FlextronError for a key in `layouts` that no stage has."""
+    known = {name for schema in STAGES.values() for name in keys(schema)}
+    for gpus, layout in settings.layouts.items() if settings.layouts != MISSING else ():
+        for name, _ in _leaves(layout, lambda name, value: isinstance(value, Mapping)):
+            if name not in known:
+                raise FlextronError(f"launch: unknown key 'layouts.{gpus}.{name}'{nearest(name, known)}")
 
 
 def _leaves(values: Mapping[str, Any], is_section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -36,10 +36,10 @@ def title(schema: type[StageSettings]) -> str:
 def values(key: Key) -> str:
     """What a key may be, in few words: `whole number, at least 1; steps`."""
     limits = key.limits
-    words = " or ".join(limits.choices) if limits.choices else key.kind.removeprefix("a ")
-    if limits.choices and key.type is list:
-        words = f"list of {words}"
-    words += f", {limits.range}" if limits.range else ""
+    if limits.choices:
+        words = " | ".join(limits.choices)
+        return f"list of {words}" if key.type is list else words
+    words = key.allowed.removeprefix("a ")
     return f"{words}; {limits.unit}" if limits.unit else words
 
 

@@ -116,6 +116,14 @@ class Key:
         return "a path" if self.limits.is_path and self.type is str else _KINDS[self.type]
 
     @property
+    def allowed(self) -> str:
+        """Words for type and range, such as `a whole number of at least 1`."""
+        words, bounds = self.kind, self.limits.range
+        if not bounds:
+            return words
+        return f"{words}, each {bounds}" if self.type in (list, dict) else f"{words}{' of' * bounds.startswith('at')} {bounds}"
+
+    @property
     def literal(self) -> bool:
         """Whether what the user typed is the value: no list, number or mapping is read from it."""
         return self.type is str
@@ -138,7 +146,8 @@ def keys(schema: type, prefix: str = "") -> dict[str, Key]:
         origin = typing.get_origin(kind) or kind
         items = typing.get_args(kind)
         name = prefix + each.name
-        found[name] = Key(name, origin, items[-1] if items else None, type(None) in kinds or kind is Any, each.metadata["limits"])
+        optional = type(None) in kinds or (kind is Any and each.default is not MISSING)
+        found[name] = Key(name, origin, items[-1] if items else None, optional, each.metadata["limits"])
     return found
 
 
@@ -237,8 +246,8 @@ def check_value(key: Key, value: Any, where: str) -> None:
     if limits.accepts and (not isinstance(value, limits.accepts) or (isinstance(value, bool) and bool not in limits.accepts)):
         raise FlextronError(f"{shown} must be {key.kind}")
     if limits.length is not None and len(value) != limits.length:
-        raise FlextronError(f"{shown} must be {key.kind}" + (f", each {limits.range}" if limits.range else ""))
-    for item in value if isinstance(value, list) else [value]:
+        raise FlextronError(f"{shown} must be {key.allowed}")
+    for item in value if isinstance(value, list) else value.values() if isinstance(value, Mapping) else [value]:
         if isinstance(item, int | float) and not isinstance(item, bool) and not limits.holds(item):
             raise FlextronError(f"{shown} must be {limits.range or 'finite'}")
         if limits.choices and item not in limits.choices:

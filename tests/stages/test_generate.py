@@ -38,7 +38,7 @@ def test_bad_input(chain, tmp_path):
     keys = [f"checkpoint={chain}/elastic", "prompt=x", "max_new_tokens=5"]
     for more, message in (
         (["max_new_tokens=100"], "max_new_tokens=100: with a prompt of 1 tokens that is more than the model's 32 positions"),
-        (["max_new_tokens=0"], "max_new_tokens must be at least 1"),
+        (["max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
         (["prompts=a.txt"], "give prompt=, a text or a list of them, or prompts="),
         (["prompt=null"], "give prompt=, a text or a list of them, or prompts="),
         (["prompt=[]"], "there is no prompt"),

@@ -110,7 +110,7 @@ def test_kill_and_run_again_is_the_uninterrupted_run(chain, tmp_path):
         (["space.granularity=2"], r"is of another space: its granularity is 1, not 2"),
         (["space.ffn_hidden_size=[0.5,1.0]"], r"is of another space: its ffn_hidden_size is \[16, 32, 48, 64\], not \[32, 64\]"),
         (["data_weights={cod: 1}"], r"cod"),
-        (["distillation.weight=2"], r"distillation.weight must be within 0..1"),
+        (["distillation.weight=2"], r"distillation.weight=2.0 must be within 0..1"),
         (["trainer.devices=4"], r"4, but 1 process\(es\) were started"),
         (["model.tensor_model_parallel_size=2"], r"1 process\(es\) cannot hold model.tensor_model_parallel_size=2"),
     ],

@@ -46,7 +46,7 @@ _HALF = 0.05
 
 @dataclass(frozen=True)
 class AdaptiveSettings:
-    """How adaptive routers learn; see conf/stage/router.yaml."""
+    """How adaptive routers learn; see settings/sections.py."""
 
     targets_per_step: int = 2
     lr: float = 2e-3

@@ -22,7 +22,7 @@ from flextron_mcore.routers.surrogate import Surrogate
 
 @dataclass(frozen=True)
 class SurrogateSettings:
-    """How it learns; see `surrogate` in conf/stage/router.yaml."""
+    """How it learns; see settings/sections.py."""
 
     hidden_size: int = 128
     lr: float = 3e-3

@@ -31,7 +31,7 @@ class Job:
 
     out: an existing, empty directory. dtype: fp32, bf16 or fp16; default: the checkpoint's. max_shard_size: bytes of one weights
     file. tokenizer: a directory; default: the one beside the checkpoint. progress: called with the bytes of each tensor written.
-    options: the format's own, `conf/stage/export.yaml`. origin: what chose the network, for the model card.
+    options: the format's own, `settings/stages.py`. origin: what chose the network, for the model card.
     Raises FlextronError for a value that means nothing.
     """
 

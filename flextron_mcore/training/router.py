@@ -28,7 +28,7 @@ DRAW, LEARN = 0, 1  # streams of random numbers of a step
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """How routers learn; see conf/stage/router.yaml."""
+    """How routers learn; see settings/sections.py."""
 
     targets_per_step: int = 4
     lr: float = 3e-3
@@ -41,7 +41,7 @@ class RouterSettings:
 
 @dataclass(frozen=True)
 class GumbelSettings:
-    """How the router learns; see conf/stage/gumbel.yaml."""
+    """How the router learns; see settings/sections.py."""
 
     targets_per_step: int = 3
     weighted_per_step: int = 1

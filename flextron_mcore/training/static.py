@@ -119,7 +119,7 @@ class StraightThroughLearner(StaticLearner, GateLearner):
 
 @dataclass(frozen=True)
 class SurrogateSettings:
-    """How a surrogate learns; see `surrogate` in conf/stage/router.yaml."""
+    """How a surrogate learns; see settings/sections.py."""
 
     hidden_size: int = 128
     lr: float = 3e-3

@@ -80,7 +80,7 @@ class Plan:
 
 
 def make_plan(model: ModelConfig, net: SubNetwork, options: Mapping[str, Any]) -> Plan:
-    """The plan for `net` with the options of conf/stage/export.yaml. Raises FlextronError for what no class can hold."""
+    """The plan for `net` with the options of settings/stages.py. Raises FlextronError for what no class can hold."""
     for name in options:
         if name not in DEFAULTS:
             raise FlextronError(f"trtllm.{name} is not known: use {', '.join(DEFAULTS)}")

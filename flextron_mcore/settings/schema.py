@@ -171,7 +171,7 @@ def parse(key: Key, text: str) -> Any:
         return text
     if text[:1] + text[-1:] in ("[]", "{}"):
         return _collection(key, text)
-    value = _unquoted(text) if text != _unquoted(text) else _scalar(text, bool in key.limits.accepts)
+    value = _unquoted(text) if text != _unquoted(text) else _scalar(text)
     return [value] if key.type is list else value
 
 
@@ -210,10 +210,8 @@ def _collection(key: Key, text: str) -> Any:
         raise FlextronError(f"{key.name}={text}: cannot be read as {key.kind}") from None
 
 
-def _scalar(text: str, booleans: bool) -> Any:
+def _scalar(text: str) -> Any:
     """A number where the text is one; else the text."""
-    if booleans and text in ("true", "false"):
-        return text == "true"
     for kind in (int, float):
         try:
             return kind(text)
@@ -243,13 +241,14 @@ def check_value(key: Key, value: Any, where: str) -> None:
     """Raise FlextronError unless `value`, of the key's type, is within the key's limits."""
     limits = key.limits
     shown = f"{where}: {key.name}={show(value)}"
-    if limits.accepts and (not isinstance(value, limits.accepts) or (isinstance(value, bool) and bool not in limits.accepts)):
+    accepts = (*limits.accepts, int) if float in limits.accepts else limits.accepts
+    if accepts and (not isinstance(value, accepts) or isinstance(value, bool)):
         raise FlextronError(f"{shown} must be {key.kind}")
     if limits.length is not None and len(value) != limits.length:
         raise FlextronError(f"{shown} must be {key.allowed}")
     for item in value if isinstance(value, list) else value.values() if isinstance(value, Mapping) else [value]:
         if isinstance(item, int | float) and not isinstance(item, bool) and not limits.holds(item):
-            raise FlextronError(f"{shown} must be {limits.range or 'finite'}")
+            raise FlextronError(f"{shown} must be {key.allowed if item is not value else limits.range or 'finite'}")
         if limits.choices and item not in limits.choices:
             raise FlextronError(f"{where}: {key.name}={item!r} is not known: use one of {', '.join(limits.choices)}")
         if limits.form and not re.fullmatch(limits.form, str(item)):

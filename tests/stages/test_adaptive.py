@@ -207,9 +207,9 @@ def test_joint_tunes_model_and_adaptive_routers(chain, routed, tmp_path):
     "keys, message",
     [
         (["kv_policy=none"], "kv_policy='none' is not known: use one of full, own"),
-        (["adaptive.hidden_size=129"], "adaptive.hidden_size=129 is not within 1..128"),
-        (["adaptive.calibration_samples=0"], "adaptive.calibration_samples and targets_per_step must be at least 1"),
-        (["kind=gumbel"], "kind='gumbel' is not known: use static or adaptive"),
+        (["adaptive.hidden_size=129"], "adaptive.hidden_size=129 must be within 1..128"),
+        (["adaptive.calibration_samples=0"], "adaptive.calibration_samples=0 must be at least 1"),
+        (["kind=gumbel"], "kind='gumbel' is not known: use one of static, adaptive"),
     ],
 )
 def test_bad_input_to_training(chain, routed, tmp_path, keys, message):

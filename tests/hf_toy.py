@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from flextron_mcore.checkpoint.hf_import import import_hf
+from flextron_mcore.checkpoint.hf import import_hf
 from flextron_mcore.checkpoint.reader import load_model
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import write_streaming

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +13,7 @@ from flextron_mcore.checkpoint.sharding import dealt_axis
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.families.tensors import Placed, of_network
+from flextron_mcore.families.tensors import Placed, find, of_network
 from flextron_mcore.layers.modulation import gain
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, parameter_share
 
@@ -52,7 +52,7 @@ def cut(
     _check_names(info, stored)
     share = parameter_share(info.model, net) if info.space.modulation else 1.0
     tensors = {}
-    for placed in of_network(info.model, net, SubNetwork.full(info.model)):
+    for placed in placed_tensors(info.model, net):
         source = placed.source
         modulation = _modulation(source) if share < 1 else None
         for needed in (source, modulation):
@@ -67,15 +67,33 @@ def cut(
     return tensors
 
 
+def placed_tensors(model: ModelConfig, net: SubNetwork) -> list[Placed]:
+    """The tensors of `net` as a dense model, in the order of the network."""
+    return list(of_network(model, net, SubNetwork.full(model)))
+
+
+def plain_norms(model: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """`tensors` of `model` with the scales of "layernorm1p", which are stored less one, as those of a layer norm, in fp32."""
+    if model.normalization != "layernorm1p":
+        return dict(tensors)
+
+    def scale(load: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return load().float() + 1
+
+    return {
+        name: replace(lazy, dtype=torch.float32, load=partial(scale, lazy.load)) if find(name).norm_scale else lazy
+        for name, lazy in tensors.items()
+    }
+
+
 def shapes(model: ModelConfig, net: SubNetwork) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors of `cut`, without a checkpoint."""
-    return {placed.name: placed.shape for placed in of_network(model, net, SubNetwork.full(model))}
+    return {placed.name: placed.shape for placed in placed_tensors(model, net)}
 
 
 def _check_names(info: CheckpointInfo, stored: set[str]) -> None:
     """Raise FlextronError for a stored tensor that no declaration names: it would be missing in what is cut."""
-    full = SubNetwork.full(info.model)
-    names = [placed.source for placed in of_network(info.model, full, full)]
+    names = [placed.source for placed in placed_tensors(info.model, SubNetwork.full(info.model))]
     known = {*names, *(_modulation(name) for name in names if info.space.modulation)}
     if unknown := sorted(stored - known):
         raise FlextronError(f"{info.path}: the tensor {unknown[0]} is none that this model declares (families/tensors.py)")

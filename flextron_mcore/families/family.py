@@ -55,7 +55,7 @@ class Names:
         theirs = (theirs,) if isinstance(theirs, str) else theirs
         start = "" if placed.number is None else self.layers.format(placed.number)
         rows, *columns = placed.shape
-        counts = placed.counts
+        counts = placed.tensor.sides[0].counts(placed.sizes[0])
         if len(theirs) == 1:
             shapes = [(rows, *columns)]
         else:

@@ -59,6 +59,13 @@ class Side:
     factors: tuple[Factor, ...]
     parts: int | None = None
 
+    def counts(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Entries of each part, by the factors' sizes: (query heads, 1, 1), (1, 1) for gate and up, or (1,) for one part."""
+        if self.parts is None:
+            return (1,)
+        size, last = sizes[self.parts], self.factors[self.parts].last
+        return (*((size - last,) if size > last else ()), *(1,) * last)
+
 
 _GROUPS, _HEAD, _NEURONS = Factor("kv_groups", parallel=True), Factor("kv_channels"), Factor("ffn_hidden_size", parallel=True)
 HIDDEN = Side((Factor("hidden_size"),))
@@ -191,15 +198,6 @@ class Placed:
         """All factors in order, with their numbers."""
         for side, sizes in zip(self.tensor.sides, self.sizes, strict=True):
             yield from zip(side.factors, sizes, strict=True)
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Entries of each part of the first side: (query heads, 1, 1), (1, 1) for gate and up, or (1,) for a side in one part."""
-        side = self.tensor.sides[0]
-        if side.parts is None:
-            return (1,)
-        size, last = self.sizes[0][side.parts], side.factors[side.parts].last
-        return (*((size - last,) if size > last else ()), *(1,) * last)
 
 
 def of_model(model: ModelConfig, place: str, extra: Sequence[Tensor] = ()) -> list[Tensor]:

@@ -239,7 +239,7 @@ def test_deci_kv_heads_that_do_not_divide_the_query_heads():
     arch = toy.config(num_attention_heads=8, num_query_groups=4, num_layers=4)
     layers = tuple(LayerChoice(True, groups, 2, 48) for groups in (3, 4, 1, 2))
     plan = make_plan(arch, SubNetwork(32, layers), {"style": "deci"})
-    assert [(slot.kv_heads, slot.queries) for slot in plan.slots] == [(4, 2), (4, 2), (1, 8), (2, 4)]
+    assert [(slot.kv_groups, slot.query_heads_per_group) for slot in plan.slots] == [(4, 2), (4, 2), (1, 8), (2, 4)]
 
 
 def test_config(tmp_path):
@@ -300,9 +300,9 @@ def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
     """Whatever the number of layers: the next is read when the last is in the file."""
     arch = toy.config(num_layers=3)
     info = made(arch, ElasticSpace.build(arch, 1, "kv_group", [1.0], [1.0]), tmp_path / "run")
-    events, seen, load, append = [], [], cutting._load, writer._TensorFile.append
+    events, seen, load, write = [], [], cutting._load, writer.TensorFile.write
     monkeypatch.setattr(cutting, "_load", lambda *a: events.append("read") or load(*a))
-    monkeypatch.setattr(writer._TensorFile, "append", lambda *a: events.append("write") or append(*a))
+    monkeypatch.setattr(writer.TensorFile, "write", lambda *a: events.append("write") or write(*a))
     _, job = exported(info, SubNetwork.full(arch), tmp_path / "out", tp=2, progress=seen.append)
     reads = 3 + 3 * 6
     assert events.count("read") == reads  # each once for both ranks

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from flextron_mcore.checkpoint.parts import split
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.card import describe
-from flextron_mcore.export.cut import cut, executed_layers
+from flextron_mcore.export.cut import cut, executed_layers, placed_tensors
 from flextron_mcore.export.formats import Job
 from flextron_mcore.export.gguf.tokenizer import Vocabulary
-from flextron_mcore.export.hf import llama
-from flextron_mcore.export.hf.target import Part
+from flextron_mcore.families.family import Names
 from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.space import LayerChoice, count_parameters
 
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 FILE = "model.gguf"
 TYPES = ("f32", "f16", "q8_0")
 _ROPE_FACTORS = "rope_freqs.weight"
-_NAMES = {  # of transformers' Llama, without "model." and the layer
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+_NAMES = Names(
+    {
+        "embedding.word_embeddings": "token_embd",
+        "self_attention.linear_qkv.layer_norm": "attn_norm",
+        "self_attention.linear_qkv": ("attn_q", "attn_k", "attn_v"),
+        "self_attention.linear_proj": "attn_output",
+        "mlp.linear_fc1.layer_norm": "ffn_norm",
+        "mlp.linear_fc1": ("ffn_gate", "ffn_up"),
+        "mlp.linear_fc2": "ffn_down",
+        "decoder.final_layernorm": "output_norm",
+        "output_layer": "output",
+    },
+    layers="blk.{}.",
+)
 
 
 def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
@@ -53,7 +53,7 @@ def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
     import gguf
 
     model, layers, tensors = job.info.model, executed_layers(job.net), cut(job.info, job.net)
-    parts = list(llama.parts(model, layers, job.net.hidden_size))
+    mapped = _NAMES.map(placed_tensors(model, job.net), "format=gguf")
     writer = gguf.GGUFWriter(job.out / FILE, "deci")
     _add_metadata(writer, model, layers, job.net.hidden_size, kind)
     if vocabulary:
@@ -62,7 +62,8 @@ def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
         writer.add_tokenizer_model("no_vocab")
     factors = _rope_factors(model)
     total = 0
-    for name, shape in _shapes(parts, factors):
+    shapes = [pair for each in mapped for pair in each.shapes.items()]
+    for name, shape in [*([] if factors is None else [(_ROPE_FACTORS, factors.shape)]), *shapes]:
         stored = _stored_type(shape, kind)
         total += _nbytes(shape, stored)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), _nbytes(shape, stored), stored)
@@ -74,12 +75,12 @@ def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
         if factors is not None:
             writer.write_tensor_data(factors)
         parameters = 0
-        for part in parts:
-            whole = tensors[part.source].load().float()
-            for (name, shape), tensor in zip(part.shapes.items(), part.split(whole), strict=True):
+        for each in mapped:
+            whole = tensors[each.placed.name].load().float()
+            for (name, shape), tensor in zip(each.shapes.items(), split(each, whole), strict=True):
                 if tuple(tensor.shape) != shape:
                     raise AssertionError(f"{name}: {tuple(tensor.shape)} instead of {shape}")
-                data = _encode(_name(name), _permuted(name, tensor, model.kv_channels), _stored_type(shape, kind))
+                data = _encode(name, _permuted(name, tensor, model.kv_channels), _stored_type(shape, kind))
                 writer.write_tensor_data(data)
                 parameters += tensor.numel()
                 if job.progress:
@@ -139,25 +140,9 @@ def _rope_factors(model: ModelConfig) -> np.ndarray | None:
     return (1 / (kept + (1 - kept) / factor)).astype(np.float32)
 
 
-def _shapes(parts: Sequence[Part], factors: np.ndarray | None) -> list[tuple[str, tuple[int, ...]]]:
-    """GGUF's name and the shape of every tensor, in the order of the file."""
-    first = [] if factors is None else [(_ROPE_FACTORS, factors.shape)]
-    return first + [(_name(name), shape) for part in parts for name, shape in part.shapes.items()]
-
-
-def _name(theirs: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`."""
-    base, kind = theirs.removeprefix("model.").rsplit(".", 1)
-    block = ""
-    if base.startswith("layers."):
-        _, number, base = base.split(".", 2)
-        block = f"blk.{number}."
-    return f"{block}{_NAMES[base]}.{kind}"
-
-
 def _permuted(name: str, tensor: torch.Tensor, size: int) -> torch.Tensor:
     """llama.cpp rotates neighbouring channels of a query or key, transformers one half of the head with the other."""
-    if ".q_proj." not in name and ".k_proj." not in name:
+    if ".attn_q." not in name and ".attn_k." not in name:
         return tensor
     tensor_NPI = tensor.unflatten(0, (-1, 2, size // 2))
     return tensor_NPI.transpose(1, 2).flatten(0, 2)

@@ -1,13 +1,51 @@
-"""The tokenizer that goes along with an export."""
+"""What all exported directories have: room, a tokenizer, and figures of what is in them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from flextron_mcore.checkpoint.hf_import import copy_tokenizer
+from flextron_mcore.checkpoint.hf import copy_tokenizer
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import read_vocabulary
+from flextron_mcore.export.formats import Job
+from flextron_mcore.runtime.disk import check_space
+
+
+def begin(job: Job, size: int, tokenizer: str = "") -> None:
+    """Check that job.out is an empty directory on a disk with room for `size` bytes; put the tokenizer into a folder of it.
+
+    Raises FlextronError. Call on the main process.
+    """
+    check_empty(job.out)
+    check_space(job.out, size)
+    if job.tokenizer:
+        take_tokenizer(job.tokenizer, job.out / tokenizer)
+
+
+def check_empty(out: Path) -> None:
+    """Raise FlextronError unless `out` is an empty directory."""
+    if not out.is_dir() or any(out.iterdir()):
+        raise FlextronError(f"out={out}: not an empty directory")
+
+
+def figures(out: Path, name: str, architecture: str, parameters: int) -> dict[str, Any]:
+    """What `write` of the format `name` returns: with the bytes and the number of all files. Call on the main process."""
+    sizes = [file.stat().st_size for file in out.rglob("*") if file.is_file()]
+    return {
+        "format": name,
+        "architecture": architecture,
+        "parameters": parameters,
+        "bytes": sum(sizes),
+        "files": len(sizes),
+    }
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write an object, two spaces a level."""
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def take_tokenizer(source: Path, target: Path) -> None:

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from flextron_mcore.checkpoint.hf_import import llama, open_hf
+from flextron_mcore.checkpoint.hf import open_hf
 from flextron_mcore.config import FlextronError
+from flextron_mcore.families import llama
 from tests import hf_toy
 
 OPTIONS = {
@@ -71,12 +72,12 @@ BASE = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermed
     ],
 )
 def test_rope_is_read_as_transformers_4_and_5_write_it(written, base, scaling):
-    model = llama.model_config({**BASE, **written})
+    model = llama.FAMILY.model_config({**BASE, **written})
     assert (model.rotary_base, model.rope_scaling) == (base, scaling)
 
 
 def test_values_of_the_config():
-    model = llama.model_config(
+    model = llama.FAMILY.model_config(
         {
             **BASE,
             "max_position_embeddings": 77,

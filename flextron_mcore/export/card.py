@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.export.cut import executed_layers
 from flextron_mcore.export.formats import Job
 from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
 
@@ -24,7 +23,7 @@ def describe(job: Job) -> str:
         *([("chosen by", job.origin)] if job.origin else []),
     ]
     widths, first = [], 0
-    for layer, run in itertools.groupby(executed_layers(net)):
+    for layer, run in itertools.groupby(net.executed_layers):
         last = first + len(list(run)) - 1
         span = f"{first}" if first == last else f"{first}-{last}"
         widths.append(f"| {span} | {layer.num_attention_heads} | {layer.kv_groups} | {layer.ffn_hidden_size} |")

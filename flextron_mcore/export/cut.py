@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from flextron_mcore.axes import added_tensors
 from flextron_mcore.checkpoint.reader import TensorReader
 from flextron_mcore.checkpoint.sharding import dealt_axis
 from flextron_mcore.checkpoint.store import CheckpointInfo
@@ -15,12 +16,12 @@ from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.families.tensors import Placed, find, of_network
 from flextron_mcore.layers.modulation import gain
-from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, parameter_share
+from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 
 
 def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
     """The dense model of a uniform `net`; of any other, the model of its depth whose every layer has the widest layer's sizes."""
-    layers = executed_layers(net)
+    layers = net.executed_layers
     return replace(
         model,
         num_layers=len(layers),
@@ -29,11 +30,6 @@ def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
         num_query_groups=max(layer.kv_groups for layer in layers),
         ffn_hidden_size=max(layer.ffn_hidden_size for layer in layers),
     )
-
-
-def executed_layers(net: SubNetwork) -> list[LayerChoice]:
-    """The layers that a cut keeps, in order."""
-    return [layer for layer in net.layers if layer.executed]
 
 
 def cut(
@@ -69,7 +65,7 @@ def cut(
 
 def placed_tensors(model: ModelConfig, net: SubNetwork) -> list[Placed]:
     """The tensors of `net` as a dense model, in the order of the network."""
-    return list(of_network(model, net, SubNetwork.full(model)))
+    return list(of_network(model, net, SubNetwork.full(model), added_tensors()))
 
 
 def plain_norms(model: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -81,7 +77,9 @@ def plain_norms(model: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[s
         return load().float() + 1
 
     return {
-        name: replace(lazy, dtype=torch.float32, load=partial(scale, lazy.load)) if find(name).norm_scale else lazy
+        name: replace(lazy, dtype=torch.float32, load=partial(scale, lazy.load))
+        if find(name, added_tensors()).norm_scale
+        else lazy
         for name, lazy in tensors.items()
     }
 

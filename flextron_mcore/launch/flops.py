@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from flextron_mcore.axes import added_tensors
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.cost import OWN_UNITS
@@ -39,7 +40,9 @@ class Costs:
     def layer(self, choice: LayerChoice, hidden_size: int | None = None) -> float:
         """Of a layer that is executed; with all hidden channels for None."""
         size = hidden_size or self.model.hidden_size
-        weights = sum(t.numel(self.model, size, choice) for t in of_model(self.model, "layer") if len(t.sides) == 2)
+        weights = sum(
+            t.numel(self.model, size, choice) for t in of_model(self.model, "layer", added_tensors()) if len(t.sides) == 2
+        )
         return 2.0 * weights + 2.0 * self.length * choice.num_attention_heads * self.model.kv_channels
 
     def head(self, hidden_size: float | None = None) -> float:

@@ -20,7 +20,7 @@ from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.data.tokenizer import train_tokenizer
 from flextron_mcore.export import cut as cutting
-from flextron_mcore.export.cut import cut, executed_layers
+from flextron_mcore.export.cut import cut
 from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.export.trtllm import writer
 from flextron_mcore.export.trtllm.plan import make_plan
@@ -52,7 +52,7 @@ def made(arch: ModelConfig, space: ElasticSpace, folder: Path, seed: int = 0) ->
 
 def difference(info: CheckpointInfo, job: Job) -> float:
     """Of the files from Megatron-Core: a model of the hidden size and the depth of job.net, full widths, computes its widths."""
-    layers = executed_layers(job.net)
+    layers = job.net.executed_layers
     full = SubNetwork.full(info.model).layers
     wide = tuple(replace(layer, executed=ours.executed) for layer, ours in zip(full, job.net.layers, strict=True))
     arch = replace(info.model, hidden_size=job.net.hidden_size, num_layers=len(layers))

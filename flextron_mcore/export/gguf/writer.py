@@ -16,7 +16,7 @@ import torch
 from flextron_mcore.checkpoint.parts import split
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.card import describe
-from flextron_mcore.export.cut import cut, executed_layers, placed_tensors
+from flextron_mcore.export.cut import cut, placed_tensors
 from flextron_mcore.export.formats import Job
 from flextron_mcore.export.gguf.tokenizer import Vocabulary
 from flextron_mcore.families.family import Names
@@ -52,7 +52,7 @@ def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
     """
     import gguf
 
-    model, layers, tensors = job.info.model, executed_layers(job.net), cut(job.info, job.net)
+    model, layers, tensors = job.info.model, job.net.executed_layers, cut(job.info, job.net)
     mapped = _NAMES.map(placed_tensors(model, job.net), "format=gguf")
     writer = gguf.GGUFWriter(job.out / FILE, "deci")
     _add_metadata(writer, model, layers, job.net.hidden_size, kind)

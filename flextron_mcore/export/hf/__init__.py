@@ -10,7 +10,7 @@ import torch
 
 from flextron_mcore.checkpoint.reader import DTYPES
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.export.cut import cut, cut_config, executed_layers, placed_tensors, plain_norms
+from flextron_mcore.export.cut import cut, cut_config, placed_tensors, plain_norms
 from flextron_mcore.export.directory import begin, figures, write_json
 from flextron_mcore.export.formats import Format, Job, rounding
 from flextron_mcore.export.hf.writer import model_card, write_weights
@@ -76,7 +76,7 @@ FORMAT = Format(write, logits, rounding)
 
 def _not_stock(family: Family, model: ModelConfig, net: SubNetwork) -> str | None:
     """Why the stock class cannot hold `net`; None if it can. Raises FlextronError where no other class could."""
-    layers = executed_layers(net)
+    layers = net.executed_layers
     reason = "the widths differ from layer to layer" if not net.is_uniform else family.refusal(model, net.hidden_size, layers[0])
     if reason and family.classes is None:
         raise FlextronError(f"format=hf: {reason}, and {family.name} has no class of its own for that: choose a uniform network")
@@ -100,7 +100,7 @@ def _config(job: Job, family: Family, reason: str | None) -> dict[str, Any]:
     }
     if not reason:
         return config
-    layers = executed_layers(job.net)
+    layers = job.net.executed_layers
     configuration, modeling = _code_files(family)
     return config | {
         "auto_map": {

@@ -20,7 +20,7 @@ from flextron_mcore.checkpoint.store import iteration_path
 from flextron_mcore.checkpoint.writer import LazyTensor, write_streaming, write_torch_dist
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.card import describe
-from flextron_mcore.export.cut import cut, cut_config, executed_layers, plain_norms
+from flextron_mcore.export.cut import cut, cut_config, plain_norms
 from flextron_mcore.export.directory import begin, figures, write_json
 from flextron_mcore.export.formats import Format, Job, rounding
 from flextron_mcore.export.megatron.arguments import LLAMA3, command_line, not_on_the_command_line
@@ -44,7 +44,7 @@ def write(job: Job) -> dict[str, Any]:
     """
     info, net, out = job.info, job.net, job.out
     model = _dense(info.model, net)
-    layers = executed_layers(net)
+    layers = net.executed_layers
     widths = {(layer.num_attention_heads, layer.kv_groups) for layer in layers}
     architecture = "GPTModel"
     if not net.is_uniform:

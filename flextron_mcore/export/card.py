@@ -1,4 +1,4 @@
-"""What a model card says of a sub-network: its size, and what it costs."""
+"""The part of a model card that every format has: the size of the sub-network, and its costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all exported directories have: room, a tokenizer, and figures of what is in them."""
+"""Steps that every format takes: check the directory, copy the tokenizer, measure what was written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_empty(out: Path) -> None:
 
 
 def figures(out: Path, name: str, architecture: str, parameters: int) -> dict[str, Any]:
-    """What `write` of the format `name` returns: with the bytes and the number of all files. Call on the main process."""
+    """The result of `write` of the format `name`, with the bytes and the number of all files. Call on the main process."""
     sizes = [file.stat().st_size for file in out.rglob("*") if file.is_file()]
     return {
         "format": name,
@@ -51,8 +51,8 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 def take_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer of the directory `source` into `target`.
 
-    Raises FlextronError where there is none, or a file of it is damaged. A tokenizer without token types in its configuration is
-    told so: transformers 4 would make them up, and no model here takes them.
+    Raises FlextronError where there is none, or a file of it is damaged. The copy's configuration says that there are no token
+    types, unless it says which: transformers 4 would make them up, and no model here takes them.
     """
     if not copy_tokenizer(source, target):
         raise FlextronError(f"tokenizer={source}: no tokenizer in it (looked for tokenizer.json, tokenizer.model, vocab.json)")

@@ -1,4 +1,4 @@
-"""What a family of Hugging Face models declares, once for every consumer: import, export, cut. No torch import."""
+"""A family of Hugging Face models: config keys and tensor names, declared once for import and export. No torch import."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Names:
-    """What a format calls Megatron-Core's tensors, in the order in which it stores them.
+    """A format's names for Megatron-Core's tensors, in the order in which it stores them.
 
     modules: Megatron-Core's module, of a layer without "decoder.layers.N." -> the format's, without ".weight" and ".bias". One
     name holds the whole tensor, its parts joined; several hold one part each (query, key, value; gate, up). layers: the beginning
@@ -105,7 +105,7 @@ class Family:
         return written
 
     def misfits(self, model: ModelConfig) -> list[str]:
-        """What a model must have and `model` has not; empty if the family can represent it."""
+        """Requirements that `model` does not meet; empty if the family can represent it."""
         needs = dict(self.needs) | ({} if self.grouped else {"num_query_groups": (model.num_attention_heads,)})
         return [
             f"{key}={'|'.join(map(str, allowed))} (it is {getattr(model, key)})"

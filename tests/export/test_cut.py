@@ -159,6 +159,8 @@ def test_what_cannot_be_cut():
     net = SubNetwork(32, (LayerChoice(True, 2, 2, 13),) * 2)
     with pytest.raises(FlextronError, match=r"layers\[0\].ffn_hidden_size 13 is not a candidate"):
         cut(info, net, Reader(state))
+    with pytest.raises(FlextronError, match="the tensor decoder.layers.0.mlp.linear_fc3.weight is none that this model declares"):
+        cut(info, SubNetwork.full(info.model), Reader(state | {"decoder.layers.0.mlp.linear_fc3.weight": torch.ones(2)}))
     del state["decoder.layers.1.mlp.linear_fc2.weight"]
     with pytest.raises(FlextronError, match="lacks the tensor decoder.layers.1.mlp.linear_fc2.weight"):
         cut(info, SubNetwork.full(info.model), Reader(state))

@@ -30,7 +30,7 @@ _PRE_TOKENIZERS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp is told. tokens, types (gguf.TokenType) and scores by id; merges as `left right`, best first."""
+    """A vocabulary in llama.cpp's terms. tokens, types (gguf.TokenType) and scores by id; merges as `left right`, best first."""
 
     model: str
     pre: str | None
@@ -90,7 +90,7 @@ def read(folder: Path, vocab_size: int) -> Vocabulary:
 
 
 class _Unlike(Exception):
-    """What llama.cpp has no like of."""
+    """A trait of a tokenizer that llama.cpp has no like of."""
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _halves(token: str) -> Iterator[tuple[str, str]]:
 
 
 def _space_prefix(values: dict[str, Any]) -> bool:
-    """Whether a text is given a space in front, of a tokenizer that otherwise only writes spaces as sentencepiece does."""
+    """True if a text is given a space in front; raises _Unlike for one that does not write spaces as sentencepiece does."""
     normalizer, pre = values.get("normalizer"), values.get("pre_tokenizer")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
@@ -256,7 +256,7 @@ def _template(value: dict[str, Any] | None) -> tuple[str | None, str | None]:
 
 
 def _special_ids(config: dict[str, Any], vocab: Mapping[str, int], unknown: str | None) -> dict[str, int]:
-    """Ids of tokenizer_config.json. llama.cpp takes ids of its own for bos and eos where it is told none."""
+    """Ids of tokenizer_config.json. llama.cpp takes ids of its own for bos and eos where none are given."""
     ids = {}
     for name in ("bos", "eos", "unk", "pad"):
         token = config.get(f"{name}_token") or (unknown if name == "unk" else None)

@@ -19,6 +19,7 @@ from flextron_mcore.export.card import describe
 from flextron_mcore.export.cut import cut, placed_tensors
 from flextron_mcore.export.formats import Job
 from flextron_mcore.export.gguf.tokenizer import Vocabulary
+from flextron_mcore.export.reference import frequencies, llama3_factors
 from flextron_mcore.families.family import Names
 from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.space import LayerChoice, count_parameters
@@ -125,19 +126,11 @@ def _add_metadata(
 
 
 def _rope_factors(model: ModelConfig) -> np.ndarray | None:
-    """What llama3's scaling divides each frequency by [kv_channels / 2], fp32; None for models without it.
-
-    Source: Llama 3.1's `apply_scaling`: waves longer than a context of original_max_position_embeddings are slowed by `factor`,
-    short ones are kept, and in between the frequency is interpolated.
-    """
+    """Divisors of the frequencies in llama3's scaling [kv_channels / 2], fp32; None for models without it."""
     scaling = model.rope_scaling or {}
     if scaling.get("type") != "llama3":
         return None
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    frequencies = float(model.rotary_base) ** -(np.arange(0, model.kv_channels, 2, dtype=np.float64) / model.kv_channels)
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # of each within the original context
-    kept = np.clip((turns - low) / (high - low), 0, 1) if high > low else (turns >= high).astype(np.float64)
-    return (1 / (kept + (1 - kept) / factor)).astype(np.float32)
+    return llama3_factors(scaling, frequencies(model.rotary_base, model.kv_channels)).float().numpy()
 
 
 def _permuted(name: str, tensor: torch.Tensor, size: int) -> torch.Tensor:

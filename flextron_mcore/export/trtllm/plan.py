@@ -1,4 +1,4 @@
-"""How a sub-network becomes a TensorRT-LLM checkpoint: its class, the sizes every layer is padded to, what each rank holds.
+"""The plan of a TensorRT-LLM checkpoint: its class, the sizes every layer is padded to, the layers of each rank.
 
 Source: TensorRT-LLM's models/{gpt,llama,nemotron_nas} up to release 1.2. Its decoder layers have one size each for all layers
 (GPTForCausalLM, LlamaForCausalLM), or one number of query heads for all layers (DeciLMForCausalLM).

@@ -71,7 +71,7 @@ def _row(folder: Path, format_: str) -> list[str]:
 
 def write(directory: str) -> None:
     """A random checkpoint as the run `directory`/run, and `directory`/half.json."""
-    from flextron_mcore.cli import prepare_environment
+    from flextron_mcore.runtime.environment import prepare_environment
 
     prepare_environment()
     from flextron_mcore.space import ElasticSpace

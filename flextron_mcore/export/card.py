@@ -6,6 +6,8 @@ import itertools
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Job
+from flextron_mcore.latency.table import LatencyTable
+from flextron_mcore.routers.store import TABLE_FILE
 from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
 
 NO_TOKENIZER = "**No tokenizer** came with the checkpoint that this was cut from, so none is here."
@@ -39,9 +41,6 @@ def describe(job: Job) -> str:
 
 def _latency(job: Job) -> str | None:
     """The prediction of the latency table beside the checkpoint, if there is one that says something about job.net."""
-    from flextron_mcore.latency.table import LatencyTable
-    from flextron_mcore.routers.store import TABLE_FILE
-
     info, net = job.info, job.net
     file = info.path / TABLE_FILE
     if not file.is_file() or net.hidden_size != info.model.hidden_size:  # whose blocks the table did not measure

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from flextron_mcore.checkpoint.hf import copy_tokenizer
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import read_vocabulary
@@ -60,8 +62,6 @@ def take_tokenizer(source: Path, target: Path) -> None:
         if (target / file.name).is_file():
             _check(file)
     if (source / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
         try:
             Tokenizer.from_file(str(source / "tokenizer.json"))
         except Exception as error:  # of the Rust library, which has no class of its own

@@ -14,13 +14,12 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.export.cut import cut
 from flextron_mcore.export.directory import check_empty, figures
 from flextron_mcore.export.formats import Format, Job
-from flextron_mcore.export.gguf import tokenizer
-from flextron_mcore.export.gguf.forward import forward
-from flextron_mcore.export.gguf.writer import FILE, TYPES, card, write_file
 from flextron_mcore.families import llama
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters
 
+FILE = "model.gguf"
+TYPES = ("f32", "f16", "q8_0")  # of the weight matrices
 # Largest difference of logits that a type's rounding explains, in units of the logits' own size (`_logit_scale`): rounding is
 # relative, so it grows with them. The most in 46 small random networks, whose rounding averages out least: f16 0.012, q8_0 0.48.
 _ROUNDING = {"f16": 0.04, "q8_0": 1.0}
@@ -35,6 +34,8 @@ def write(job: Job) -> dict[str, Any]:
     outside the space, or an `out` that is not an empty directory.
     """
     require_library()
+    from flextron_mcore.export.gguf import tokenizer, writer  # import the package gguf, which is optional
+
     model, kind = job.info.model, _type(job)
     if misfits := llama.FAMILY.misfits(model):
         raise FlextronError(
@@ -43,14 +44,16 @@ def write(job: Job) -> dict[str, Any]:
         )
     job.info.space.check(model, job.net)
 
+    file = job.out / FILE
+
     def written() -> dict[str, Any]:
         check_empty(job.out)
         vocabulary = tokenizer.read(job.tokenizer, model.vocab_size) if job.tokenizer else None
         try:
-            parameters = write_file(job, kind, vocabulary)
-            (job.out / "README.md").write_text(card(job, kind, vocabulary), encoding="utf-8")
+            parameters = writer.write_file(job, file, kind, vocabulary)
+            (job.out / "README.md").write_text(writer.card(job, file, kind, vocabulary), encoding="utf-8")
         except BaseException:
-            (job.out / FILE).unlink(missing_ok=True)  # never half a model
+            file.unlink(missing_ok=True)  # never half a model
             raise
         if parameters != count_parameters(model, job.net):
             raise AssertionError(f"{parameters} parameters written, {count_parameters(model, job.net)} counted")
@@ -62,6 +65,8 @@ def write(job: Job) -> dict[str, Any]:
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
     """Logits of the file, computed here as llama.cpp does in fp32."""
     require_library()
+    from flextron_mcore.export.gguf.forward import forward  # imports the package gguf, which is optional
+
     return forward(job.out / FILE, tokens_BS)
 
 

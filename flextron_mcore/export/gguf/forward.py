@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGUFReader, quants
 from torch.nn import functional as F
 
 from flextron_mcore.config import FlextronError
@@ -32,8 +33,6 @@ _NAMES = {
 
 def forward(path: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     """Logits [batch, sequence, vocabulary]. Raises FlextronError for a file that is not GGUF."""
-    from gguf import GGUFReader, quants  # the package is optional
-
     try:
         reader = GGUFReader(path)
     except (OSError, ValueError, LookupError) as error:  # what the reader and numpy raise on a damaged file

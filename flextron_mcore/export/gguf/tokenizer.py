@@ -11,12 +11,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import gguf
+from gguf import TokenType
 
 from flextron_mcore.config import FlextronError
-
-if TYPE_CHECKING:
-    import gguf
 
 _SPACE = "▁"  # sentencepiece's
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -150,8 +150,6 @@ def _from_tokenizer_json(values: dict[str, Any], config: dict[str, Any], vocab_s
 
 def _tokens(vocab: Mapping[str, int], special: Mapping[str, bool], size: int) -> tuple[list[str], list[int]]:
     """Text and type by id. special: of the added tokens, whether they are control tokens."""
-    from gguf import TokenType
-
     if (last := max(vocab.values())) >= size:
         raise _Unlike(f"it has tokens up to {last}, the model {size}")
     if len(set(vocab.values())) < len(vocab):
@@ -168,8 +166,6 @@ def _tokens(vocab: Mapping[str, int], special: Mapping[str, bool], size: int) ->
 
 def _mark_bytes(tokens: Sequence[str], types: list[int], unknown: str | None) -> None:
     """Types of the tokens that only sentencepiece has."""
-    from gguf import TokenType
-
     number = {token: i for i, token in enumerate(tokens)}
     for byte in range(256):
         if (token := f"<0x{byte:02X}>") not in number:
@@ -275,8 +271,7 @@ def _chat_template(config: dict[str, Any]) -> str | None:
 
 def _from_sentencepiece(file: Path, config: dict[str, Any], vocab_size: int) -> Vocabulary:
     """A tokenizer.model alone, which llama.cpp splits text by as sentencepiece does."""
-    from gguf import TokenType
-    from transformers.convert_slow_tokenizer import import_protobuf
+    from transformers.convert_slow_tokenizer import import_protobuf  # slow to import
 
     try:
         proto = import_protobuf().ModelProto.FromString(file.read_bytes())

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 
@@ -24,11 +25,6 @@ from flextron_mcore.families.family import Names
 from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.space import LayerChoice, count_parameters
 
-if TYPE_CHECKING:
-    import gguf
-
-FILE = "model.gguf"
-TYPES = ("f32", "f16", "q8_0")
 _ROPE_FACTORS = "rope_freqs.weight"
 _NAMES = Names(
     {
@@ -46,16 +42,14 @@ _NAMES = Names(
 )
 
 
-def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
-    """Write job.net as FILE in job.out; returns the number of parameters.
+def write_file(job: Job, file: Path, kind: str, vocabulary: Vocabulary | None) -> int:
+    """Write job.net as `file` in job.out; returns the number of parameters.
 
-    kind: one of TYPES. Raises FlextronError where the disk is too small, or a weight too large.
+    kind: f32, f16 or q8_0. Raises FlextronError where the disk is too small, or a weight too large.
     """
-    import gguf
-
     model, layers, tensors = job.info.model, job.net.executed_layers, cut(job.info, job.net)
     mapped = _NAMES.map(placed_tensors(model, job.net), "format=gguf")
-    writer = gguf.GGUFWriter(job.out / FILE, "deci")
+    writer = gguf.GGUFWriter(file, "deci")
     _add_metadata(writer, model, layers, job.net.hidden_size, kind)
     if vocabulary:
         vocabulary.add_to(writer)
@@ -100,8 +94,6 @@ def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
 def _add_metadata(
     writer: gguf.GGUFWriter, model: ModelConfig, layers: Sequence[LayerChoice], hidden_size: int, kind: str
 ) -> None:
-    import gguf
-
     files = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
     writer.add_type("model")
     writer.add_name("A Flextron sub-network")
@@ -143,32 +135,26 @@ def _permuted(name: str, tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 def _stored_type(shape: tuple[int, ...], kind: str) -> gguf.GGMLQuantizationType:
     """Vectors stay in f32, which llama.cpp wants; q8_0 has blocks of 32 along a row, so matrices of other widths are f16."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
     if len(shape) == 1:
-        return GGMLQuantizationType.F32
-    stored = GGMLQuantizationType[kind.upper()]
-    return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[stored][0] else stored
+        return gguf.GGMLQuantizationType.F32
+    stored = gguf.GGMLQuantizationType[kind.upper()]
+    return gguf.GGMLQuantizationType.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[stored][0] else stored
 
 
 def _nbytes(shape: tuple[int, ...], stored: gguf.GGMLQuantizationType) -> int:
-    from gguf import GGML_QUANT_SIZES
-
-    block, size = GGML_QUANT_SIZES[stored]
+    block, size = gguf.GGML_QUANT_SIZES[stored]
     return math.prod(shape) // block * size
 
 
 def _encode(name: str, tensor: torch.Tensor, stored: gguf.GGMLQuantizationType) -> np.ndarray:
     """The bytes of a tensor. Raises FlextronError for a weight beyond f16's range, which would become infinite."""
-    from gguf import GGMLQuantizationType, quants
-
     values = np.ascontiguousarray(tensor.numpy())
-    if stored is GGMLQuantizationType.F16 and (largest := max(values.max(), -values.min())) > np.finfo(np.float16).max:
+    if stored is gguf.GGMLQuantizationType.F16 and (largest := max(values.max(), -values.min())) > np.finfo(np.float16).max:
         raise FlextronError(f"gguf.type: {name} has a weight of {largest:.3g}, f16 ends at 65504: use gguf.type=f32")
-    return quants.quantize(values, stored)
+    return gguf.quants.quantize(values, stored)
 
 
-def card(job: Job, kind: str, vocabulary: Vocabulary | None) -> str:
+def card(job: Job, file: Path, kind: str, vocabulary: Vocabulary | None) -> str:
     """README.md of an export."""
     parameters, full = count_parameters(job.info.model, job.net), count_parameters(job.info.model)
     costs = describe(replace(job, dtype="fp32" if kind == "f32" else "fp16")).splitlines()
@@ -176,7 +162,7 @@ def card(job: Job, kind: str, vocabulary: Vocabulary | None) -> str:
     if vocabulary is None:
         use = "llama.cpp loads it and takes token ids, not text (`llama_cpp.Llama.eval`)."
     else:
-        use = f'```bash\nllama-cli -m {FILE} -p "The" -n 20 -no-cnv\n```'
+        use = f'```bash\nllama-cli -m {file.name} -p "The" -n 20 -no-cnv\n```'
     return f"""---
 pipeline_tag: text-generation
 tags: [flextron, gguf]
@@ -184,7 +170,7 @@ tags: [flextron, gguf]
 # A Flextron sub-network
 
 GGUF of architecture `deci`, for llama.cpp: {parameters:,} parameters, {parameters / full:.1%} of the {full:,} of the elastic
-model that flextron_mcore cut it from. Weight matrices are in {kind}; the file has {(job.out / FILE).stat().st_size:,} bytes.
+model that flextron_mcore cut it from. Weight matrices are in {kind}; the file has {file.stat().st_size:,} bytes.
 
 {chr(10).join(costs)}
 

@@ -104,7 +104,7 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=1)
 def _loaded(folder: Path, written: int) -> Any:
     """written: when, so that a directory that is written again is loaded again."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # slow to import
 
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 

@@ -20,6 +20,7 @@ from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import write_streaming
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.model import build_model
 from flextron_mcore.runtime.disk import write_aside
 from flextron_mcore.space import SubNetwork
 

@@ -84,11 +84,6 @@ def plain_norms(model: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[s
     }
 
 
-def shapes(model: ModelConfig, net: SubNetwork) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of `cut`, without a checkpoint."""
-    return {placed.name: placed.shape for placed in placed_tensors(model, net)}
-
-
 def _check_names(info: CheckpointInfo, stored: set[str]) -> None:
     """Raise FlextronError for a stored tensor that no declaration names: it would be missing in what is cut."""
     names = [placed.source for placed in placed_tensors(info.model, SubNetwork.full(info.model))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.families.keys import ConfigKey
+from flextron_mcore.families.keys import ConfigKey, Key
 from flextron_mcore.families.tensors import Layer, Placed
 
 
@@ -92,10 +92,15 @@ class Family:
 
     def model_config(self, config: Mapping[str, Any]) -> ModelConfig:
         """ModelConfig of a config.json. Raises FlextronError for an option that Megatron-Core would compute differently."""
-        values = {name: allowed[0] for name, allowed in self.needs.items()}
+        values: dict[str, Any] = {}
         for key in self.keys:
-            values |= key.read(config)
-        return ModelConfig(**values)
+            found = key.read(config)
+            for name in found.keys() & values.keys():  # Megatron-Core has one value where the family has two
+                if found[name] != values[name]:
+                    both = " with ".join(f"{k.theirs}={config.get(k.theirs, k.default)}" for k in self.keys if _holds(k, name))
+                    raise FlextronError(f"{both} is not supported: the two must be equal")
+            values |= found
+        return ModelConfig(**{name: allowed[0] for name, allowed in self.needs.items()} | values)
 
     def config(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
         """The part of config.json that describes a dense model; source: that which the model was imported from, or {}."""
@@ -112,3 +117,7 @@ class Family:
             for key, allowed in needs.items()
             if getattr(model, key) not in allowed
         ]
+
+
+def _holds(key: ConfigKey, name: str) -> bool:
+    return isinstance(key, Key) and key.ours == name and not key.kept

@@ -22,7 +22,7 @@ from flextron_mcore.data.tokenizer import train_tokenizer
 from flextron_mcore.export import cut as cutting
 from flextron_mcore.export.cut import cut
 from flextron_mcore.export.formats import Job, get_format
-from flextron_mcore.export.trtllm import writer
+from flextron_mcore.export.trtllm import pieces
 from flextron_mcore.export.trtllm.plan import make_plan
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters
 from tests import hf_toy, toy
@@ -300,9 +300,9 @@ def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
     """Whatever the number of layers: the next is read when the last is in the file."""
     arch = toy.config(num_layers=3)
     info = made(arch, ElasticSpace.build(arch, 1, "kv_group", [1.0], [1.0]), tmp_path / "run")
-    events, seen, load, write = [], [], cutting._load, writer.TensorFile.write
+    events, seen, load, write = [], [], cutting._load, pieces.TensorFile.write
     monkeypatch.setattr(cutting, "_load", lambda *a: events.append("read") or load(*a))
-    monkeypatch.setattr(writer.TensorFile, "write", lambda *a: events.append("write") or write(*a))
+    monkeypatch.setattr(pieces.TensorFile, "write", lambda *a: events.append("write") or write(*a))
     _, job = exported(info, SubNetwork.full(arch), tmp_path / "out", tp=2, progress=seen.append)
     reads = 3 + 3 * 6
     assert events.count("read") == reads  # each once for both ranks
@@ -320,8 +320,8 @@ def test_processes_share_the_files(processes, tmp_path, monkeypatch):
     for process in range(processes):
         out = tmp_path / f"{process}"
         out.mkdir()
-        monkeypatch.setattr(writer, "place", lambda process=process: (process, processes))
-        writer.write_ranks(out, plan, cut(info, job.net), torch.float32, None)
+        monkeypatch.setattr(pieces, "place", lambda process=process: (process, processes))
+        pieces.write_ranks(out, plan, cut(info, job.net), torch.float32, None)
         for file in out.iterdir():
             assert file.read_bytes() == (job.out / file.name).read_bytes()
             seen.append(file.name)

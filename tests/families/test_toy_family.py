@@ -16,7 +16,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.families import llama
 from flextron_mcore.families.family import Names
-from flextron_mcore.families.keys import Biases, Key, Option, Rope
+from flextron_mcore.families.keys import Key, Option, Rope
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy
 
@@ -38,7 +38,7 @@ TOY = replace(
         Key("epsilon", "layernorm_epsilon", float),
         Option("act", "silu", written=True),
         Rope(),
-        Biases(("bias",)),
+        Key("bias", "bias", bool, False),
         Key("tied", "share_embeddings_and_output_weights", bool, False),
     ),
     names=Names(

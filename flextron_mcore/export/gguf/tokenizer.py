@@ -8,7 +8,7 @@ Source: llama.cpp, src/llama-vocab.cpp.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,16 @@ class Vocabulary:
     """A vocabulary in llama.cpp's terms. tokens, types (gguf.TokenType) and scores by id; merges as `left right`, best first."""
 
     model: str
-    pre: str | None
     tokens: Sequence[str]
     types: Sequence[int]
-    scores: Sequence[float] | None
-    merges: Sequence[str] | None
     ids: Mapping[str, int]  # bos, eos, unk, pad: those that there are
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
-    chat_template: str | None
+    chat_template: Any  # written if it is a text
+    pre: str | None = None
+    scores: Sequence[float] | None = None
+    merges: Sequence[str] | None = None
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Write the keys."""
@@ -62,7 +62,7 @@ class Vocabulary:
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         writer.add_add_space_prefix(self.add_space_prefix)
-        if self.chat_template:
+        if isinstance(self.chat_template, str) and self.chat_template:
             writer.add_chat_template(self.chat_template)
 
 
@@ -144,7 +144,7 @@ def _from_tokenizer_json(values: dict[str, Any], config: dict[str, Any], vocab_s
         add_bos=before is not None,
         add_eos=after is not None,
         add_space_prefix=prefix,
-        chat_template=_chat_template(config),
+        chat_template=config.get("chat_template"),
     )
 
 
@@ -195,14 +195,10 @@ def _scores(
         before, end = token, max(end, last)
     known = set(merges)
     for token in vocab.keys() - special.keys():
-        for left, right in _halves(token):
+        for left, right in ((token[:i], token[i:]) for i in range(1, len(token))):
             if (len(left) == 1 or left in vocab) and (len(right) == 1 or right in vocab) and (left, right) not in known:
                 raise _Unlike(f"it does not merge {left!r} and {right!r} into {token!r}")
     return [-float(rank.get(token, 0)) for token in tokens]
-
-
-def _halves(token: str) -> Iterator[tuple[str, str]]:
-    return ((token[:i], token[i:]) for i in range(1, len(token)))
 
 
 def _space_prefix(values: dict[str, Any]) -> bool:
@@ -264,11 +260,6 @@ def _special_ids(config: dict[str, Any], vocab: Mapping[str, int], unknown: str 
     return {"bos": ids["eos"], **ids}
 
 
-def _chat_template(config: dict[str, Any]) -> str | None:
-    template = config.get("chat_template")
-    return template if isinstance(template, str) else None
-
-
 def _from_sentencepiece(file: Path, config: dict[str, Any], vocab_size: int) -> Vocabulary:
     """A tokenizer.model alone, which llama.cpp splits text by as sentencepiece does."""
     from transformers.convert_slow_tokenizer import import_protobuf  # slow to import
@@ -292,14 +283,12 @@ def _from_sentencepiece(file: Path, config: dict[str, Any], vocab_size: int) -> 
     named = {f"{name}_token": getattr(trainer, f"{name}_piece") for name in ("bos", "eos", "unk")}
     return Vocabulary(
         model="llama",
-        pre=None,
         tokens=tokens,
         types=types,
         scores=scores,
-        merges=None,
         ids=_special_ids({**named, **config}, vocab, None),
         add_bos=bool(config.get("add_bos_token", True)),
         add_eos=bool(config.get("add_eos_token", False)),
         add_space_prefix=normalizer.add_dummy_prefix,
-        chat_template=_chat_template(config),
+        chat_template=config.get("chat_template"),
     )

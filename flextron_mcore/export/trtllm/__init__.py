@@ -16,10 +16,9 @@ from flextron_mcore.export.card import describe
 from flextron_mcore.export.cut import cut, plain_norms
 from flextron_mcore.export.directory import begin, figures, write_json
 from flextron_mcore.export.formats import Format, Job, rounding
-from flextron_mcore.export.trtllm.pieces import pieces
+from flextron_mcore.export.trtllm.pieces import pieces, write_ranks
 from flextron_mcore.export.trtllm.plan import APPROXIMATED, Plan, config, make_plan
 from flextron_mcore.export.trtllm.readback import checkpoint_logits
-from flextron_mcore.export.trtllm.writer import write_ranks
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork
 

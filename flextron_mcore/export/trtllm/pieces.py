@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
 
+from flextron_mcore.checkpoint.safetensor_files import TensorFile
+from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.export.trtllm.plan import Plan
 from flextron_mcore.families.family import Mapped, Names
 from flextron_mcore.families.tensors import QKV, Placed, of_network
+from flextron_mcore.runtime.ranks import place, wait_for_all
 from flextron_mcore.space import SubNetwork
 
 _MODULES = {
@@ -57,6 +63,38 @@ def pieces(plan: Plan, stage: int) -> Iterator[Piece]:
             source = "embedding.word_embeddings.weight" if tied else source
         ranks = _split(mapped, torch.empty(each.shape, device="meta"), plan.tp)
         yield Piece(source, {n: tuple(r[0].shape) for n, r in zip(mapped.shapes, ranks, strict=True)}, mapped, plan.tp)
+
+
+def write_ranks(
+    out: Path,
+    plan: Plan,
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Write the files of all TensorRT-LLM ranks. Call on all processes: they share the files.
+
+    One tensor of the checkpoint is in memory at a time, and what it was padded to. progress is called with the bytes of each,
+    scaled to the process's share.
+    """
+    process, processes = place()
+    mine = range(plan.tp * plan.pp)[process::processes]
+    for stage in range(plan.pp):
+        ranks = [rank for rank in mine if rank // plan.tp == stage]
+        if not ranks:
+            continue
+        todo = list(pieces(plan, stage))
+        shapes = {name: shape for piece in todo for name, shape in piece.shapes.items()}
+        with contextlib.ExitStack() as stack:
+            files = {rank: stack.enter_context(TensorFile(out / f"rank{rank}.safetensors", shapes, dtype)) for rank in ranks}
+            for piece in todo:
+                split = piece.split(tensors[piece.source].load())
+                for rank, file in files.items():
+                    file.write({name: parts[rank % plan.tp] for name, parts in zip(piece.shapes, split, strict=True)})
+                if progress:
+                    written = len(ranks) * dtype.itemsize * sum(map(math.prod, piece.shapes.values()))
+                    progress(written * plan.tp * plan.pp // len(mine))
+    wait_for_all()
 
 
 def _names(style: str) -> Names:

@@ -16,7 +16,7 @@ from flextron_mcore.export.card import describe
 from flextron_mcore.export.cut import cut, plain_norms
 from flextron_mcore.export.directory import begin, figures, write_json
 from flextron_mcore.export.formats import Format, Job, rounding
-from flextron_mcore.export.trtllm.pieces import pieces, write_ranks
+from flextron_mcore.export.trtllm.pieces import stage_pieces, write_ranks
 from flextron_mcore.export.trtllm.plan import APPROXIMATED, Plan, config, make_plan
 from flextron_mcore.export.trtllm.readback import checkpoint_logits
 from flextron_mcore.runtime.ranks import on_main_process
@@ -65,7 +65,7 @@ FORMAT = Format(write, logits, _tolerance)
 
 def _elements(plan: Plan, stage: int) -> int:
     """Numbers in the file of one rank."""
-    return sum(math.prod(shape) for piece in pieces(plan, stage) for shape in piece.shapes.values())
+    return sum(math.prod(shape) for piece in stage_pieces(plan, stage) for shape in piece.shapes.values())
 
 
 def _card(job: Job, plan: Plan, padded: int, note: str | None) -> str:

@@ -47,7 +47,7 @@ class Piece:
         return _split(self.mapped, tensor, self.tp)
 
 
-def pieces(plan: Plan, stage: int) -> Iterator[Piece]:
+def stage_pieces(plan: Plan, stage: int) -> Iterator[Piece]:
     """The tensors of a pipeline stage, which counts its layers from 0."""
     model, numbers = plan.model, plan.stage(stage)
     tied = model.share_embeddings_and_output_weights
@@ -83,7 +83,7 @@ def write_ranks(
         ranks = [rank for rank in mine if rank // plan.tp == stage]
         if not ranks:
             continue
-        todo = list(pieces(plan, stage))
+        todo = list(stage_pieces(plan, stage))
         shapes = {name: shape for piece in todo for name, shape in piece.shapes.items()}
         with contextlib.ExitStack() as stack:
             files = {rank: stack.enter_context(TensorFile(out / f"rank{rank}.safetensors", shapes, dtype)) for rank in ranks}

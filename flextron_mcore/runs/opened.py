@@ -1,38 +1,60 @@
-"""The runtime, the checkpoint and the data of a command, opened and held against each other."""
+"""The checkpoint and the data of a command, opened and held against each other."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.data.blend import open_data
-from flextron_mcore.model import PRECISIONS, check_layout
+from flextron_mcore.data.blend import PreparedData, open_data, valid_datasets
+from flextron_mcore.evaluation.evaluator import Evaluator
+from flextron_mcore.model import PRECISIONS, check_layout, loaded_model
 from flextron_mcore.pipeline.networks import Distillation
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.checks import sequence_length
 
 
-def opened(config: DictConfig) -> tuple[Any, Any, str, int]:
-    """Checkpoint, data, precision and sequence length of a stage that evaluates networks.
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint and data that fit each other. precision: to compute in. seq_length: tokens of a sample."""
 
-    Raises FlextronError where they do not fit each other or the layout.
-    """
+    info: CheckpointInfo
+    data: PreparedData
+    precision: str
+    seq_length: int
+
+    @classmethod
+    def of(cls, config: DictConfig, info: CheckpointInfo, data: PreparedData) -> Opened:
+        """Raises FlextronError where checkpoint, data and layout do not fit each other."""
+        computed = precision(config, info)
+        check_layout(info.model, info.space, config.model, computed)
+        return cls(info, data, computed, sequence_length(config.model, info, data))
+
+
+def open_evaluation(config: DictConfig) -> Opened:
+    """The checkpoint and the data of a stage that evaluates networks. Raises FlextronError where they do not fit."""
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
-    computed = precision(config, info)
-    check_layout(info.model, info.space, config.model, computed)
-    return info, data, computed, sequence_length(config.model, info, data)
+    return Opened.of(config, info, data)
 
 
-def precision(config: DictConfig, info: Any) -> str:
+def evaluator(config: DictConfig, opened: Opened, cache: Path, progress: Callable[[str], None]) -> Evaluator:
+    """The loaded model on the validation split, of which config.limit_val_batches are used. cache: directory for indices."""
+    datasets = valid_datasets(opened.data, opened.seq_length, config.seed, cache)
+    model = loaded_model(config.model, opened.info, opened.precision)
+    return Evaluator(model, datasets, opened.seq_length, config.model.micro_batch_size, config.limit_val_batches, progress)
+
+
+def precision(config: DictConfig, info: CheckpointInfo) -> str:
     """trainer.precision, or else as stored."""
     return config.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
 
 
-def check_space(config: DictConfig, info: Any) -> None:
+def check_space(config: DictConfig, info: CheckpointInfo) -> None:
     """Raise FlextronError when the configuration asks for another space than the checkpoint's."""
     have = info.space.to_dict()
     wanted = {k: v for k, v in OmegaConf.to_container(config.space).items() if v is not None}
@@ -49,7 +71,7 @@ def check_space(config: DictConfig, info: Any) -> None:
             )
 
 
-def check_widths_only(info: Any, what: str) -> None:
+def check_widths_only(info: CheckpointInfo, what: str) -> None:
     """Raise FlextronError where hidden size or depth is elastic, of which `what` knows nothing."""
     for axis in ("hidden_size", "depth"):
         if len(sizes := getattr(info.space, axis)) > 1:
@@ -59,7 +81,7 @@ def check_widths_only(info: Any, what: str) -> None:
             )
 
 
-def check_not_modulated(info: Any) -> None:
+def check_not_modulated(info: CheckpointInfo) -> None:
     """Raise FlextronError where gains depend on the network, which tokens that choose for themselves do not have."""
     if info.space.modulation:
         raise FlextronError(
@@ -69,7 +91,7 @@ def check_not_modulated(info: Any) -> None:
 
 
 def distillation(config: DictConfig) -> Distillation:
-    """That of config.distillation. Raises FlextronError for values that are none."""
+    """Distillation as config.distillation says. Raises FlextronError for values that are none."""
     if not 0 <= config.distillation.weight <= 1 or config.distillation.temperature <= 0:
         raise FlextronError("distillation.weight must be within 0..1 and distillation.temperature above 0")
     return Distillation(config.distillation.weight, config.distillation.temperature)

@@ -8,12 +8,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.data.blend import valid_datasets
 from flextron_mcore.evaluation.family import uniform_family
-from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
-from flextron_mcore.model import loaded_model
+from flextron_mcore.evaluation.perplexity import mean, perplexity
 from flextron_mcore.runs.choice import select
-from flextron_mcore.runs.opened import opened
+from flextron_mcore.runs.opened import evaluator, open_evaluation
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar
 from flextron_mcore.space import SubNetwork, count_parameters, kv_cache_bytes, weight_bytes
@@ -23,19 +21,16 @@ from flextron_mcore.training.sampler import random_family
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Evaluate config.subnetwork, or the full model and the uniform family."""
-    info, data, computed, seq_length = opened(config)
+    opened = open_evaluation(config)
+    info = opened.info
     if config.selector == "adaptive":
-        return evaluate_adaptive(config, info, data, computed, seq_length)
+        return evaluate_adaptive(config, info, opened.data, opened.precision, opened.seq_length)
     networks = _networks(config, info)
     with new_output(config) as out:
-        datasets = valid_datasets(data, seq_length, config.seed, out / "cache")
-        model = loaded_model(config.model, info, computed)
-        with progress_bar(total=len(networks) * len(datasets), desc="evaluate") as bar:
-            size, limit = config.model.micro_batch_size, config.limit_val_batches
-            samples = limit and limit * size
-            losses = evaluate(
-                model, datasets, networks, seq_length, size, samples, lambda done: bar.set_postfix_str(done) or bar.update()
-            )
+        with progress_bar(desc="evaluate") as bar:
+            evaluation = evaluator(config, opened, out / "cache", lambda done: bar.set_postfix_str(done) or bar.update())
+            bar.reset(len(set(networks.values())) * len(evaluation.datasets))
+            losses = dict(zip(networks, evaluation.losses(list(networks.values())), strict=True))
         discard(out / "cache")
         arch, kv = info.model, config.kv_cache
         dtype = config.trainer.precision or info.dtype
@@ -75,7 +70,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         )
     print_table(
         "validation loss (nats per token)",
-        ["network", "parameters", "weights MiB", "KV MiB", *datasets, "mean", "perplexity"],
+        ["network", "parameters", "weights MiB", "KV MiB", *evaluation.datasets, "mean", "perplexity"],
         [
             [
                 r["name"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import show
 from flextron_mcore.data.blend import open_data, valid_datasets
-from flextron_mcore.evaluation.perplexity import evaluate, mean
+from flextron_mcore.evaluation.evaluator import Evaluator
 from flextron_mcore.latency.measure import Setting, time_networks
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.model import loaded_model
@@ -86,13 +87,10 @@ def _losses(config: DictConfig, info: CheckpointInfo) -> choice.Losses:
     options = {"virtual_pipeline_model_parallel_size": None, "sequence_parallel": False, **config.model}
     seq_length = sequence_length(DictConfig(options), info, data)
 
-    def losses(networks: Any) -> list[float]:
-        named = {str(i): net for i, net in enumerate(networks)}
+    def losses(networks: Sequence[SubNetwork]) -> list[float]:
         model = loaded_model(options, info, precision(config, info))
         with tempfile.TemporaryDirectory() as cache:
             datasets = valid_datasets(data, seq_length, config.seed, Path(cache))
-            size, limit = config.model.micro_batch_size, config.limit_val_batches
-            found = evaluate(model, datasets, named, seq_length, size, limit and limit * size)
-        return [mean(found[name]) for name in named]
+            return Evaluator(model, datasets, seq_length, config.model.micro_batch_size, config.limit_val_batches).means(networks)
 
     return losses

@@ -15,8 +15,8 @@ from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import memory_cost, parameter_cost
+from flextron_mcore.evaluation.comparison import random_row
 from flextron_mcore.space import ElasticSpace, SubNetwork
-from flextron_mcore.stages.compare import _random
 from flextron_mcore.training.loop import _Run
 from tests import toy
 from tests.routing_toy import write_table
@@ -343,6 +343,6 @@ def test_the_routers_own_network_is_not_counted_among_random_ones():
     losses = SimpleNamespace(mean=dict(zip(nets, (3.0, 2.0, 4.0, 1.0), strict=True)).__getitem__)
     cost = SimpleNamespace(of=lambda net: 1.0, full=2.0)
     row = {"selector": "router", "target": 0.5, "subnetwork": nets[1].to_dict(), "share": 0.5, "mean_loss": 2.0}
-    assert _random(0.5, nets, cost, losses, [row])["better_than"] == 2 / 3
-    assert _random(0.5, nets[1:2], cost, losses, [row])["better_than"] is None
-    assert _random(0.5, nets, cost, losses, [])["better_than"] is None
+    assert random_row(0.5, nets, cost, losses, [row])["better_than"] == 2 / 3
+    assert random_row(0.5, nets[1:2], cost, losses, [row])["better_than"] is None
+    assert random_row(0.5, nets, cost, losses, [])["better_than"] is None

@@ -1,0 +1,52 @@
+"""Validation losses of a checkpoint's networks, each network evaluated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from flextron_mcore.evaluation.perplexity import evaluate, mean
+from flextron_mcore.space import SubNetwork
+
+
+class Evaluator:
+    """Losses of networks of `model` on `datasets`, by domain; a network is evaluated when its loss is first asked for.
+
+    batches: at most so many micro-batches of each domain; None: all. progress: called with a line for each network and domain.
+    Call its methods on all ranks, for the same networks.
+    """
+
+    def __init__(
+        self,
+        model: Sequence[torch.nn.Module],
+        datasets: Mapping[str, torch.utils.data.Dataset],
+        seq_length: int,
+        micro_batch_size: int,
+        batches: int | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.model, self.datasets, self.progress = model, datasets, progress
+        self.seq_length, self.micro_batch_size = seq_length, micro_batch_size
+        self.limit = batches and batches * micro_batch_size
+        self._found: dict[SubNetwork, dict[str, float]] = {}
+
+    @property
+    def samples(self) -> int:
+        """Samples that every network is evaluated on, of all domains together."""
+        return sum(min(len(dataset), self.limit or len(dataset)) for dataset in self.datasets.values())
+
+    def losses(self, networks: Sequence[SubNetwork]) -> list[dict[str, float]]:
+        """{domain: loss} of each network [nats per token]."""
+        new = {str(i): net for i, net in enumerate(dict.fromkeys(networks)) if net not in self._found}
+        found = evaluate(self.model, self.datasets, new, self.seq_length, self.micro_batch_size, self.limit, self.progress)
+        self._found |= {net: found[name] for name, net in new.items()}
+        return [self._found[net] for net in networks]
+
+    def means(self, networks: Sequence[SubNetwork]) -> list[float]:
+        """Mean over domains, of each network."""
+        return [mean(losses) for losses in self.losses(networks)]
+
+    def mean(self, net: SubNetwork) -> float:
+        """Mean over domains."""
+        return self.means([net])[0]

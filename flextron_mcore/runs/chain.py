@@ -24,14 +24,14 @@ from flextron_mcore.settings.compose import compose
 def run_chain(
     config: DictConfig,
     chain: Mapping[str, tuple[str, Sequence[str]]],
-    describes: str,
+    same: Sequence[str] = (),
     prepare: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, float]:
     """Run {name: (stage, keys)} into config.out/NAME, but for what is complete there; the seconds of those that ran.
 
-    Under torchrun the processes share the batches of every command. describes: the key of `config` that must be the same when an
-    interrupted chain is continued. prepare: called on the main process before each command. Every key is checked before the
-    first minute is spent.
+    Under torchrun the processes share the batches of every command. same: keys of `config` that an interrupted chain must have
+    as before; none to run more commands of a chain that is open. prepare: called on the main process before each command. Every
+    key is checked before the first minute is spent.
     """
     out = Path(config.out)
     for stage, keys in chain.values():
@@ -39,7 +39,8 @@ def run_chain(
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
         distributed.initialize(seed=config.seed)
-    on_main_process(lambda: _make_output(config, describes))
+    if same:
+        on_main_process(lambda: _make_output(config, same))
     seconds: dict[str, float] = {}
     for name, (stage, keys) in chain.items():
         folder = out / name
@@ -62,7 +63,7 @@ def run_chain(
     return seconds
 
 
-def _make_output(config: DictConfig, describes: str) -> None:
+def _make_output(config: DictConfig, same: Sequence[str]) -> None:
     """The directory of the whole chain: made, or found with the same chain. Raises FlextronError when it is another's."""
     out, stage = Path(config.out), config.stage
     if config.overwrite and (out / CONFIG_FILE).is_file():
@@ -71,7 +72,7 @@ def _make_output(config: DictConfig, describes: str) -> None:
         if not (out / CONFIG_FILE).is_file():
             raise FlextronError(f"out={out}: exists and is not a {stage}; choose another")
         before = OmegaConf.load(out / CONFIG_FILE)
-        if before.get(describes) != config[describes]:
+        if any(before.get(key) != now for key, now in OmegaConf.create({key: getattr(config, key) for key in same}).items()):
             raise FlextronError(f"out={out}: holds a {stage} with other settings; choose another, or overwrite=true")
     make_parent(out)
     out.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def known_costs(config: DictConfig, info: CheckpointInfo, table: LatencyTable | 
 
 def memory_setting(config: DictConfig, info: CheckpointInfo) -> dict[str, Any]:
     """What a memory cost counts: {"dtype", "batch_size", "length"}."""
-    dtype = config.get("dtype") or config.get("trainer", {}).get("precision") or info.dtype
+    trainer = getattr(config, "trainer", None)
+    dtype = getattr(config, "dtype", None) or getattr(trainer, "precision", None) or info.dtype
     if dtype not in DTYPE_BYTES:
         raise FlextronError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPE_BYTES)}")
     kv = config.kv_cache
@@ -75,9 +77,8 @@ def memory_setting(config: DictConfig, info: CheckpointInfo) -> dict[str, Any]:
     return {"dtype": dtype, "batch_size": kv.batch_size, "length": length}
 
 
-def budgets(config: DictConfig, info: CheckpointInfo, costs: dict[str, Cost]) -> list[Budget]:
-    """config.budget, of which all parts hold together."""
-    wanted = config.budget
+def budgets(wanted: Any, costs: dict[str, Cost]) -> list[Budget]:
+    """The parts of a budget as the user gives it, which hold together."""
     found = parse_budget(OmegaConf.to_container(wanted) if OmegaConf.is_config(wanted) else wanted, costs)
     if not found:
         raise FlextronError("budget: is empty; give one such as 0.6, 25ms, 3.4B or 8GiB")
@@ -103,18 +104,51 @@ def selector(config: DictConfig, info: CheckpointInfo, name: str, losses: Losses
     raise FlextronError(f"selector={name!r} is not known: use one of {', '.join(SELECTORS)}")
 
 
-def select(config: DictConfig, info: CheckpointInfo, losses: Losses | None = None) -> tuple[SubNetwork, list[Budget]]:
-    """The network of config.selector for config.budget, and that budget. The same on every rank, which decides for itself."""
+def select(
+    config: DictConfig, info: CheckpointInfo, losses: Losses | None = None, budget: Any = None
+) -> tuple[SubNetwork, list[Budget]]:
+    """The network of config.selector for `budget`, by default config.budget, and that budget, parsed.
+
+    The same on every rank, which decides for itself.
+    """
     table = latency_table(config, info)
     costs = known_costs(config, info, table)
     check_table(table)
-    wanted = budgets(config, info, costs)
+    wanted = budgets(config.budget if budget is None else budget, costs)
     picks = selector(config, info, config.selector, losses)
     for budget in wanted:
         if config.selector == "router" and (trained := picks.untrained(budget)):
             low, high = trained
             say(f"warning: {budget} is outside of what the routers were trained for, {low:.3g} to {high:.3g} of the full model")
     return picks.select(wanted), wanted
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A network of a checkpoint. origin: how it was chosen, in words. budgets: those that it was chosen for."""
+
+    network: SubNetwork
+    origin: str
+    budgets: Sequence[Budget] = ()
+
+
+def chosen_network(config: DictConfig, info: CheckpointInfo) -> Chosen:
+    """The network for config.budget, or of the file config.subnetwork, or the full one. Raises FlextronError for both keys."""
+    if config.budget is not None:
+        if config.subnetwork is not None:
+            raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
+        net, wanted = select(config, info)
+        return Chosen(net, f"selector {config.selector} for {' and '.join(map(str, wanted))}", wanted)
+    if config.subnetwork is not None:
+        return Chosen(read_network(config.subnetwork, info), f"the sub-network in {Path(config.subnetwork).name}")
+    return Chosen(SubNetwork.full(info.model), "the full model")
+
+
+def read_network(file: str | Path, info: CheckpointInfo) -> SubNetwork:
+    """The network that a JSON file describes. Raises FlextronError where the checkpoint has no such network."""
+    net = SubNetwork.from_file(file)
+    info.space.check(info.model, net, str(file))
+    return net
 
 
 def counted_cost(cost: Cost, table: LatencyTable | None, kv_policy: str, quiet: bool = False) -> Cost:
@@ -139,12 +173,12 @@ def adaptive_routing(config: DictConfig, info: CheckpointInfo) -> tuple[Callable
     Raises FlextronError where the checkpoint has no adaptive routers, or they do not serve that budget.
     """
     described, routers = read_routers(info.path, Choices(info.model, info.space), "adaptive")
-    if config.budget is None or config.get("subnetwork") is not None:
+    if config.budget is None or getattr(config, "subnetwork", None) is not None:
         raise FlextronError("selector=adaptive: wants a budget=, and no subnetwork=")
     policy = config.kv_policy or described.kv_policy
     if policy not in KV_POLICIES:
         raise FlextronError(f"kv_policy={policy!r} is not known: use one of {', '.join(KV_POLICIES)}")
-    wanted = budgets(config, info, known_costs(config, info, latency_table(config, info)))
+    wanted = budgets(config.budget, known_costs(config, info, latency_table(config, info)))
     if len(wanted) > 1 or wanted[0].cost.name != described.costs[0]:
         raise FlextronError(
             f"budget={config.budget}: the checkpoint's adaptive routers serve one budget, of {described.costs[0]}"

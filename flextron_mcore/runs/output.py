@@ -59,6 +59,21 @@ def check_output(out: Path, overwrite: bool) -> None:
             raise FlextronError(f"out={out}: exists already; choose another, or replace it with overwrite=true")
 
 
+def check_file(out: Path | None, overwrite: bool) -> None:
+    """Raise FlextronError when a result that is one file cannot be written to `out`; None: it is only printed."""
+    if out and (out.is_dir() or (out.exists() and not overwrite)):
+        reason = "is a directory; name a file" if out.is_dir() else "exists already; choose another, or overwrite=true"
+        raise FlextronError(f"out={out}: {reason}")
+
+
+def write_file(out: Path | None, text: str) -> None:
+    """Write a result that is one file, on the main process."""
+    if out and is_main_process():
+        make_parent(out)
+        with disk_errors(out):
+            write_whole(out, text)
+
+
 def make_parent(out: Path) -> None:
     """Make the directory that will hold `out`."""
     try:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from flextron_mcore.config import FlextronError
 from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.evaluation.perplexity import mean, perplexity
-from flextron_mcore.runs.choice import select
+from flextron_mcore.runs.choice import chosen_network, read_network
 from flextron_mcore.runs.opened import evaluator, open_evaluation
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar
-from flextron_mcore.space import SubNetwork, count_parameters, kv_cache_bytes, weight_bytes
+from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
 from flextron_mcore.stages.adaptive import evaluate_adaptive
 from flextron_mcore.training.sampler import random_family
 
@@ -88,21 +87,15 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def _networks(config: DictConfig, info: Any) -> dict[str, Any]:
     """{name: SubNetwork} that the configuration asks for."""
-    if config.budget is not None:
-        if config.subnetwork is not None:
-            raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
-        net, wanted = select(config, info)
-        networks = {f"{config.selector} {' and '.join(map(str, wanted))}": net}
-    elif config.subnetwork is None:
+    if config.budget is None and config.subnetwork is not None:
+        files = [config.subnetwork] if isinstance(config.subnetwork, str) else config.subnetwork
+        networks = {Path(file).stem: read_network(file, info) for file in files}
+    elif config.budget is None:
         networks = uniform_family(info.model, info.space)
         networks = {"full": networks.pop("full"), **networks}
     else:
-        wanted = config.subnetwork
-        networks = {}
-        for path in OmegaConf.to_container(wanted) if OmegaConf.is_config(wanted) else [wanted]:
-            net = SubNetwork.from_file(path)
-            info.space.check(info.model, net, str(path))
-            networks[Path(path).stem] = net
+        chosen = chosen_network(config, info)
+        networks = {f"{config.selector} {' and '.join(map(str, chosen.budgets))}": chosen.network}
     if config.random:
         networks.update(random_family(info.model, info.space, config.seed, 0, config.random))
     return networks

@@ -13,12 +13,12 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Format, Job, check_format, get_format
 from flextron_mcore.model import check_layout, loaded_model
 from flextron_mcore.pipeline.logits import forward_logits
-from flextron_mcore.runs.choice import select
+from flextron_mcore.runs.choice import chosen_network
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.memory import keep_freed_memory
 from flextron_mcore.runtime.ranks import on_main_process
-from flextron_mcore.space import SubNetwork, count_parameters
+from flextron_mcore.space import count_parameters
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -31,22 +31,15 @@ def run(config: DictConfig) -> dict[str, Any]:
         )
     keep_freed_memory()
     info = open_checkpoint(config.checkpoint)
-    net, origin = SubNetwork.full(info.model), "the full model"
-    if config.budget is not None:
-        if config.subnetwork is not None:
-            raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
-        net, wanted = select(config, info)
-        origin = f"selector {config.selector} for {' and '.join(map(str, wanted))}"
-    elif config.subnetwork is not None:
-        net, origin = SubNetwork.from_file(config.subnetwork), f"the sub-network in {Path(config.subnetwork).name}"
-        info.space.check(info.model, net, str(config.subnetwork))
+    chosen = chosen_network(config, info)
+    net = chosen.network
     if config.verify:
         check_layout(info.model, info.space, config.model)
     written = get_format(config.format)
     options = OmegaConf.to_container(config[config.format], resolve=True) if config.format in config else {}
     with new_output(config) as out:
         with progress_bar(unit="B", unit_scale=True, desc="export") as bar:
-            job = Job(info, net, out, config.dtype, config.max_shard_size, None, bar.update, options, origin)
+            job = Job(info, net, out, config.dtype, config.max_shard_size, None, bar.update, options, chosen.origin)
             figures = written.write(job)
         if figures["parameters"] != count_parameters(info.model, net):
             raise FlextronError(f"export: wrote {figures['parameters']} parameters, counted {count_parameters(info.model, net)}")

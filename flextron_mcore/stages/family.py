@@ -38,7 +38,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         raise FlextronError(f"budgets={budgets}: has one twice")
     chosen = {}
     for name, budget in zip(names, budgets, strict=True):
-        chosen[name], _ = choice.select(DictConfig({**config, "budget": budget}), info)
+        chosen[name], _ = choice.select(config, info, budget=budget)
     costs = choice.known_costs(config, info, choice.latency_table(config, info))
     chain = _chain(config, names, out)
 
@@ -47,13 +47,11 @@ def run(config: DictConfig) -> dict[str, Any]:
             make_parent(out / "networks" / name)
             (out / "networks" / f"{name}.json").write_text(net.to_json(), encoding="utf-8")
 
-    config = DictConfig({**config, "asked": {name: getattr(config, name) for name in ("checkpoint", "budgets", "selector")}})
-    run_chain(config, chain, "asked", write)
+    run_chain(config, chain, ("checkpoint", "budgets", "selector"), write)
     rows = on_main_process(lambda: [_row(name, net, costs, out, config) for name, net in chosen.items()])
     _print(rows, costs)
     metrics = write_metrics(out, "family", {"selector": config.selector, "model": info.model.to_dict(), "networks": rows})
-    report = {"report": ("report", [f"run={quoted(out)}"])}  # of the rows too
-    run_chain(DictConfig({**config, "overwrite": False}), report, "asked")
+    run_chain(config, {"report": ("report", [f"run={quoted(out)}"])})  # which shows the rows, too
     say(f"report: {out / 'report' / 'index.html'}")
     return metrics
 

@@ -15,14 +15,12 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import open_tokenizer
 from flextron_mcore.evaluation.generation import Sampling, generate
 from flextron_mcore.model import check_layout, loaded_model
-from flextron_mcore.runs.choice import adaptive_routing, counted_cost, latency_table, select
+from flextron_mcore.runs.choice import adaptive_routing, chosen_network, counted_cost, latency_table
 from flextron_mcore.runs.opened import precision
-from flextron_mcore.runs.output import make_parent
+from flextron_mcore.runs.output import check_file, write_file
 from flextron_mcore.runs.terminal import progress_bar, say
-from flextron_mcore.runtime.disk import disk_errors, write_whole
 from flextron_mcore.runtime.distributed import device
-from flextron_mcore.runtime.ranks import is_main_process, on_main_process
-from flextron_mcore.space import SubNetwork
+from flextron_mcore.runtime.ranks import on_main_process
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -33,9 +31,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if config.max_new_tokens < 1 or config.temperature < 0 or config.top_k < 0:
         raise FlextronError("generate: max_new_tokens must be at least 1, temperature and top_k at least 0")
     out = Path(config.out) if config.out else None
-    if out and (out.is_dir() or (out.exists() and not config.overwrite)):
-        what = "is a directory; name a file" if out.is_dir() else "exists already; choose another, or overwrite=true"
-        raise FlextronError(f"out={out}: {what}")
+    check_file(out, config.overwrite)
     info = open_checkpoint(config.checkpoint)
     computed = precision(config, info)
     check_layout(info.model, info.space, layout, computed)
@@ -74,10 +70,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     speed = f", {figures['ms_per_token']:.3g} ms a token after the first" if steps else ""
     cost = f"; {figures['share']:.3f} of the full model's {figures['cost']}" if "share" in figures else ""
     say(f"generate: {count} tokens, prompts in {figures['prompt_ms']:.3g} ms{speed}{cost}")
-    if out and is_main_process():
-        make_parent(out)
-        with disk_errors(out):
-            write_whole(out, json.dumps(figures, indent=1) + "\n")
+    write_file(out, json.dumps(figures, indent=1) + "\n")
     return figures
 
 
@@ -112,14 +105,11 @@ def _network(config: DictConfig, info: Any) -> tuple[Any, Any]:
             return {"cost": cost.name, "share": average(mix, blocks, share_NK) / cost.full}
 
         return routing, spent
-    if config.budget is not None:
-        if config.subnetwork is not None:
-            raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
-        net, budgets = select(config, info)
-        cost = budgets[0].cost
-        return net, lambda: {"cost": cost.name, "share": cost.of(net) / cost.full, "subnetwork": net.to_dict()}
-    if config.subnetwork is None:
+    if config.budget is None and config.subnetwork is None:
         return None, dict
-    net = SubNetwork.from_file(config.subnetwork)
-    info.space.check(info.model, net, str(config.subnetwork))
-    return net, lambda: {"subnetwork": net.to_dict()}
+    chosen = chosen_network(config, info)
+    spent_by: dict[str, Any] = {"subnetwork": chosen.network.to_dict()}
+    if chosen.budgets:
+        cost = chosen.budgets[0].cost
+        spent_by = {"cost": cost.name, "share": cost.of(chosen.network) / cost.full, **spent_by}
+    return chosen.network, lambda: spent_by

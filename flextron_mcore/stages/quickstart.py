@@ -21,7 +21,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     """Run config.chain, each command as the command line would; continue where an earlier run stopped."""
     out = Path(config.out)
     chain = {name: (step.stage, [_key(key, out) for key in step["keys"]]) for name, step in config.chain.items()}
-    seconds = run_chain(config, chain, "chain", lambda stage: _write_networks(out) if stage == "export" else None)
+    seconds = run_chain(config, chain, ("chain",), lambda stage: _write_networks(out) if stage == "export" else None)
     return write_metrics(out, "quickstart", on_main_process(lambda: _summary(out, seconds)))
 
 

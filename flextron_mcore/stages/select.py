@@ -20,9 +20,8 @@ from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.model import loaded_model
 from flextron_mcore.runs import choice
 from flextron_mcore.runs.opened import precision
-from flextron_mcore.runs.output import make_parent
+from flextron_mcore.runs.output import check_file, write_file
 from flextron_mcore.runs.terminal import print_table, say
-from flextron_mcore.runtime.disk import disk_errors, write_whole
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.checks import sequence_length
 
@@ -34,9 +33,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise FlextronError("select: is for one process")
     out = Path(config.out) if config.out else None
-    if out and (out.is_dir() or (out.exists() and not config.overwrite)):
-        what = "is a directory; name a file" if out.is_dir() else "exists already; choose another, or overwrite=true"
-        raise FlextronError(f"out={out}: {what}")
+    check_file(out, config.overwrite)
     if config.rounds < 1:
         raise FlextronError(f"rounds={config.rounds} must be at least 1")
     info = open_checkpoint(config.checkpoint)
@@ -56,10 +53,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     print_table(f"selector {config.selector}", ["cost", "budget", "sub-network", "share", "full model"], rows)
     say("heads of each layer:   " + " ".join(str(layer.num_attention_heads) for layer in net.layers))
     say("neurons of each layer: " + " ".join(str(layer.ffn_hidden_size) for layer in net.layers))
+    write_file(out, net.to_json())
     if out:
-        make_parent(out)
-        with disk_errors(out):
-            write_whole(out, net.to_json())
         say(f"written to {out}")
     return {
         "stage": "select",

@@ -102,7 +102,7 @@ def selected(info: CheckpointInfo, *keys: str):
 
     def select(budget) -> SubNetwork:
         config.budget = budget
-        return picks.select(choice.budgets(config, info, costs))
+        return picks.select(choice.budgets(config.budget, costs))
 
     return select, costs
 

@@ -101,8 +101,7 @@ def selected(info: CheckpointInfo, *keys: str):
     picks = choice.selector(config, info, config.selector)
 
     def select(budget) -> SubNetwork:
-        config.budget = budget
-        return picks.select(choice.budgets(config.budget, costs))
+        return picks.select(choice.budgets(budget, costs))
 
     return select, costs
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from flextron_mcore.axes import layer_axes
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.ends import ElasticOutputLayer
 from flextron_mcore.layers.gpt import ArchitectureGPTModel
@@ -26,7 +27,7 @@ def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.T
     """Make `model` compute `net` from now on; None for the full model.
 
     A TokenRouting chooses token by token, a WeightedNetwork computes everything and weighs it. gates: a scalar for each block
-    (layer l's attention at 2 l, its MLP at 2 l + 1) that its output is multiplied with.
+    (layer by layer, in the order of `layer_axes`) that its output is multiplied with.
     """
     gpt = unwrap(model)
     layers: Sequence[ElasticTransformerLayer] = gpt.decoder.layers
@@ -117,16 +118,16 @@ def _weighted(layers: Sequence[ElasticTransformerLayer], net: WeightedNetwork) -
     states = []
     for layer in layers:
         i = layer.layer_number - 1
-        weights = {"heads": net.heads_LK[i], "ffn_hidden_size": net.neurons_LK[i]}
-        masks = {block.axis: block.unit_mask(weights[block.axis]) for block in layer.blocks}
+        masks = {block.axis: block.unit_mask(net.widths_LK[block.axis][i]) for block in layer.blocks}
         gates = {block.axis: net.layers_L[i] for block in layer.blocks}
         states.append(LayerState(masks={"hidden_size": channels, **masks}, gates=gates, share=net.share))
     return states
 
 
 def _gates(layer: ElasticTransformerLayer, gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    first = 2 * (layer.layer_number - 1)
-    return {"heads": gates[first], "ffn_hidden_size": gates[first + 1]}
+    names = [axis.name for axis in layer_axes()]
+    first = len(names) * (layer.layer_number - 1)
+    return dict(zip(names, gates[first : first + len(names)], strict=True))
 
 
 def _modulated(gpt: GPTModel) -> bool:

@@ -21,12 +21,17 @@ from flextron_mcore.layers.unused import unused
 class ElasticTransformerLayer(StateReader, TransformerLayer):
     """Megatron-Core's TransformerLayer on the first channels of the residual stream; or nothing, where it is skipped.
 
-    All modules of the layer share its state. The input of a pipeline stage's first layer is as wide as the model, and so must be
-    the output of its last one: Megatron-Core's schedules send one shape.
+    All modules of the layer share its state. Blocks of added axes (`module` in axes.py, made of the configuration and the space)
+    follow the MLP: each returns what it adds to the residual stream [S, B, c]. The input of a pipeline stage's first layer is as
+    wide as the model, and so must be the output of its last one: Megatron-Core's schedules send one shape.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        space = self.mlp.space
+        self.added = {axis.block: axis.module(self.config, space=space) for axis in space.layer_axes if axis.module}
+        for name, block in self.added.items():
+            self.add_module(name, block)
         for module in self.modules():
             if isinstance(module, StateReader):
                 module.holder = self.holder
@@ -44,6 +49,8 @@ class ElasticTransformerLayer(StateReader, TransformerLayer):
         context = kwargs.get("context")
         if state.widths is None or state.widths.executed:
             hidden_states, context = super().forward(hidden_states, *args, **kwargs)
+            for block in self.added.values():
+                hidden_states = hidden_states + block(hidden_states)
         else:
             hidden_states = unused(hidden_states, self.parameters())
         if state.channels and (missing := state.channels[1] - hidden_states.shape[-1]):

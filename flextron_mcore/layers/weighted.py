@@ -8,43 +8,52 @@ Shape suffixes: L layers, K candidates of an axis, U units of this rank, C hidde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from flextron_mcore.axes import layer_axes
+
 
 @dataclass(frozen=True, eq=False)
 class WeightedNetwork:
     """Weights of the candidates, from smallest to largest, and of executing each layer: leaves that gather gradients.
 
-    hidden [K], layers [L], heads [L, K], neurons [L, K]: float32 on this rank's device, the same on all ranks. share: of the
-    parameters, a plain number, by which blocks are modulated (layers/modulation.py): of the network that was drawn, also while
-    weights lie between candidates.
+    hidden [K], layers [L], and of each axis of the layers [L, K]: float32 on this rank's device, the same on all ranks. share: of
+    the parameters, a plain number, which sets the gain of modulated blocks (layers/block.py): of the network that was drawn, also
+    while weights lie between candidates.
     """
 
     hidden_K: Tensor
     layers_L: Tensor
-    heads_LK: Tensor
-    neurons_LK: Tensor
+    widths_LK: Mapping[str, Tensor]
     share: float | None = None
 
     @classmethod
     def of(cls, weights: Sequence[Sequence], device: torch.device) -> WeightedNetwork:
-        """From plain numbers, in the order of the fields."""
-        parts, share = weights[:4], weights[4:]
-        return cls(*(torch.tensor(part, dtype=torch.float32, device=device, requires_grad=True) for part in parts), *share)
+        """From plain numbers: those of `leaves`, and the share if there is one."""
+        names = [axis.name for axis in layer_axes()]
+        numbers, share = weights[: 2 + len(names)], weights[2 + len(names) :]
+        hidden, layers, *widths = (torch.tensor(n, dtype=torch.float32, device=device, requires_grad=True) for n in numbers)
+        return cls(hidden, layers, dict(zip(names, widths, strict=True)), *share)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Weights of hidden sizes, of layers, and of each axis of the layers."""
+        return [self.hidden_K, self.layers_L, *self.widths_LK.values()]
 
     def gradients(self, tokens: float, sequence_parallel: bool) -> list[Tensor]:
-        """Of the network's mean loss by each of the fields after `run_networks`, the same on all ranks, on the CPU.
+        """Gradients of the network's mean loss by the `leaves` after `run_networks`, the same on all ranks, on the CPU.
 
-        tokens: how many the loss is the mean over. Ranks know their own layers, samples, heads and neurons, and with sequence
-        parallelism positions; what is whole on each tensor-parallel rank is counted once.
+        tokens: how many the loss is the mean over. Ranks know their own layers, samples and units, and with sequence parallelism
+        positions; what is whole on each tensor-parallel rank is counted once.
         """
         ranks, found = parallel_state.get_tensor_model_parallel_world_size(), []
-        for leaf, divided in ((self.hidden_K, False), (self.layers_L, False), (self.heads_LK, True), (self.neurons_LK, True)):
+        parallel = [False, False, *(axis.parallel for axis in layer_axes())]
+        for leaf, divided in zip(self.leaves, parallel, strict=True):
             grad = torch.zeros_like(leaf, dtype=torch.float64) if leaf.grad is None else leaf.grad.double()
             grad = grad if divided or sequence_parallel else grad / ranks
             for group in (

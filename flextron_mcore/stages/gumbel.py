@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choices import Choices
@@ -17,7 +17,7 @@ from flextron_mcore.runs.opened import check_space, distillation
 from flextron_mcore.runs.routers import check_settings, described_routers, train_routers
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.gumbel import GumbelLearner
-from flextron_mcore.training.router import GumbelSettings
+from flextron_mcore.training.router import RouterTraining
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -27,16 +27,16 @@ def run(config: DictConfig) -> dict[str, Any]:
     table = latency_table(config, info)
     check_table(table)
     check_settings(config)
-    router = OmegaConf.to_container(config.router)
-    if not 1 <= router["weighted_per_step"] <= config.targets_per_step:
+    router = config.router
+    if not 1 <= router.weighted_per_step <= config.targets_per_step:
         raise FlextronError(
             f"router.weighted_per_step={router['weighted_per_step']} is not within 1 and "
             f"targets_per_step={config.targets_per_step}"
         )
-    if min(router["temperature"]) <= 0:
+    if min(router.temperature) <= 0:
         raise FlextronError(f"router.temperature={router['temperature']}: must be two numbers above 0, the first and the last")
-    described, costs = described_routers(config, info, table, router.pop("hidden_size"))
-    described = replace(described, kind="gumbel", uniform=router.pop("uniform"))
+    described, costs = described_routers(config, info, table, router.hidden_size)
+    described = replace(described, kind="gumbel", uniform=router.uniform)
     blocks, started = Choices(info.model, info.space), None
     if kind_of_routers(info.path) == "gumbel":
         before, started = read_routers(info.path, blocks)
@@ -45,12 +45,17 @@ def run(config: DictConfig) -> dict[str, Any]:
                 f"checkpoint={info.path}: its router was trained with router.uniform={str(before.uniform).lower()} and "
                 f"costs={list(before.costs)}"
             )
-    settings = GumbelSettings(targets_per_step=config.targets_per_step, **router)
     seq_length = check(config, info, data, 1 + config.targets_per_step)
-    plain = table.to_dict() if table else None
-    learner = GumbelLearner(
-        described.choices(blocks), costs, described, settings, config.seed, config.trainer.max_steps, plain, started
+    training = RouterTraining(
+        described.choices(blocks),
+        costs,
+        described,
+        config.targets_per_step,
+        config.seed,
+        config.trainer.max_steps,
+        table.to_dict() if table else None,
     )
+    learner = GumbelLearner(training, router, started)
     return train_routers(config, info, data, learner, seq_length, frozen=False, teach=distillation(config))
 
 

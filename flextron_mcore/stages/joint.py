@@ -15,9 +15,10 @@ from flextron_mcore.routers.store import kind_of_routers, read_routers
 from flextron_mcore.runs.choice import check_table, known_costs, latency_table
 from flextron_mcore.runs.opened import check_space
 from flextron_mcore.runs.routers import check_settings, train_routers
+from flextron_mcore.settings.sections import RouterSettings
 from flextron_mcore.stages.adaptive import train_adaptive
 from flextron_mcore.training.checks import check
-from flextron_mcore.training.router import RouterSettings
+from flextron_mcore.training.router import RouterTraining
 from flextron_mcore.training.static import StraightThroughLearner
 
 
@@ -35,12 +36,16 @@ def run(config: DictConfig) -> dict[str, Any]:
     table = latency_table(config, info)
     check_table(table)
     known = known_costs(config, info, table)
-    settings = RouterSettings(
-        targets_per_step=config.targets_per_step, two_sided_from=0.0, **OmegaConf.to_container(config.router)
-    )
     seq_length = check(config, info, data, 1 + config.targets_per_step)
-    plain = table.to_dict() if table else None
-    costs = [known[name] for name in described.costs]
-    described = replace(described, measured=())  # was another model's
-    learner = StraightThroughLearner(blocks, costs, described, settings, config.seed, config.trainer.max_steps, plain, routers)
+    training = RouterTraining(
+        blocks,
+        [known[name] for name in described.costs],
+        replace(described, measured=()),  # was another model's
+        config.targets_per_step,
+        config.seed,
+        config.trainer.max_steps,
+        table.to_dict() if table else None,
+    )
+    settings = RouterSettings(two_sided_from=0.0, **OmegaConf.to_container(config.router))
+    learner = StraightThroughLearner(training, settings, routers)
     return train_routers(config, info, data, learner, seq_length, frozen=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choices import Choices
@@ -15,8 +15,8 @@ from flextron_mcore.runs.opened import check_space, check_widths_only
 from flextron_mcore.runs.routers import check_settings, described_routers, train_routers
 from flextron_mcore.stages.adaptive import train_adaptive
 from flextron_mcore.training.checks import check
-from flextron_mcore.training.router import RouterSettings
-from flextron_mcore.training.static import StraightThroughLearner, SurrogateLearner, SurrogateSettings
+from flextron_mcore.training.router import RouterTraining
+from flextron_mcore.training.static import StraightThroughLearner, SurrogateLearner
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -31,15 +31,19 @@ def run(config: DictConfig) -> dict[str, Any]:
     table = latency_table(config, info)
     check_table(table)
     check_settings(config)
-    router, surrogate = (OmegaConf.to_container(config[name]) for name in ("router", "surrogate"))
-    described, costs = described_routers(config, info, table, router.pop("hidden_size"))
-    settings = RouterSettings(targets_per_step=config.targets_per_step, **router)
+    described, costs = described_routers(config, info, table, config.router.hidden_size)
     seq_length = check(config, info, data, 1 + config.targets_per_step)
-    blocks = Choices(info.model, info.space)
-    plain = table.to_dict() if table else None
-    shared = (blocks, costs, described, settings, config.seed, config.trainer.max_steps, plain)
-    if surrogate.pop("enabled"):
-        learner = SurrogateLearner(*shared, SurrogateSettings(**surrogate))
+    training = RouterTraining(
+        Choices(info.model, info.space),
+        costs,
+        described,
+        config.targets_per_step,
+        config.seed,
+        config.trainer.max_steps,
+        table.to_dict() if table else None,
+    )
+    if config.surrogate.enabled:
+        learner = SurrogateLearner(training, config.router, config.surrogate)
     else:
-        learner = StraightThroughLearner(*shared)
+        learner = StraightThroughLearner(training, config.router)
     return train_routers(config, info, data, learner, seq_length, frozen=True)

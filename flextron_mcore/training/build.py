@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -16,13 +15,14 @@ from flextron_mcore.checkpoint.reader import load_model
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.model import PRECISIONS, build_chunks
 from flextron_mcore.runtime.compat import count_padding
+from flextron_mcore.settings.sections import DataParallelSettings, OptimizerSettings, TrainerSettings, TrainingModelSettings
 from flextron_mcore.training.learner import Figures
 
 
 class TrainedModel:
     """DDP-wrapped chunks (usually one), optimizer and scheduler. `info.path` holds the weights, None for fresh ones."""
 
-    def __init__(self, model: Any, trainer: Any, info: CheckpointInfo) -> None:
+    def __init__(self, model: TrainingModelSettings, trainer: TrainerSettings, info: CheckpointInfo) -> None:
         self.overlap = model.ddp.overlap_param_gather
         self.chunks = _distributed(_loaded(model, trainer.precision, info), model.ddp)
         self.optimizer = _optimizer(self.chunks, model, trainer.precision)
@@ -57,7 +57,7 @@ class TrainedModel:
             chunk.enable_forward_pre_hook()
 
 
-def _loaded(model: Any, precision: str, info: CheckpointInfo) -> list[torch.nn.Module]:
+def _loaded(model: TrainingModelSettings, precision: str, info: CheckpointInfo) -> list[torch.nn.Module]:
     """This rank's chunks with their weights."""
     chunks = build_chunks(info.model, info.space, model, precision, initialize=info.path is None)
     if info.path is not None:
@@ -66,7 +66,7 @@ def _loaded(model: Any, precision: str, info: CheckpointInfo) -> list[torch.nn.M
     return [Float16Module(gpt.config, gpt) if precision == "bf16" else gpt for gpt in chunks]
 
 
-def _distributed(chunks: list[torch.nn.Module], options: Any) -> list[DistributedDataParallel]:
+def _distributed(chunks: list[torch.nn.Module], options: DataParallelSettings) -> list[DistributedDataParallel]:
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap_grad_reduce,
@@ -82,7 +82,7 @@ def _distributed(chunks: list[torch.nn.Module], options: Any) -> list[Distribute
     return wrapped
 
 
-def _optimizer(chunks: list[DistributedDataParallel], model: Any, precision: str) -> MegatronOptimizer:
+def _optimizer(chunks: list[DistributedDataParallel], model: TrainingModelSettings, precision: str) -> MegatronOptimizer:
     optim = model.optim
     config = OptimizerConfig(
         optimizer="adam",
@@ -101,7 +101,7 @@ def _optimizer(chunks: list[DistributedDataParallel], model: Any, precision: str
     return get_megatron_optimizer(config, chunks)
 
 
-def _scheduler(optimizer: MegatronOptimizer, optim: Any, max_steps: int) -> OptimizerParamScheduler:
+def _scheduler(optimizer: MegatronOptimizer, optim: OptimizerSettings, max_steps: int) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

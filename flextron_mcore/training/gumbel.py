@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.routers.static import StaticRouters
-from flextron_mcore.routers.store import RouterInfo
+from flextron_mcore.settings.sections import GumbelSettings
 from flextron_mcore.space import SubNetwork, parameter_share
 from flextron_mcore.training.learner import Figures, WeightLearner
-from flextron_mcore.training.router import DRAW, LEARN, GumbelSettings, RouterLearner
+from flextron_mcore.training.router import DRAW, LEARN, RouterLearner, RouterTraining
 
 Weights = list[list]  # the fields of a WeightedNetwork as plain numbers
 
@@ -31,18 +30,9 @@ Weights = list[list]  # the fields of a WeightedNetwork as plain numbers
 class GumbelLearner(RouterLearner, WeightLearner):
     """The router of all axes, and its optimizer."""
 
-    def __init__(
-        self,
-        choices: Choices,
-        costs: Sequence[Cost],
-        info: RouterInfo,
-        settings: GumbelSettings,
-        seed: int,
-        max_steps: int,
-        table: Mapping[str, Any] | None = None,
-        routers: StaticRouters | None = None,
-    ) -> None:
-        super().__init__(choices, costs, info, settings, seed, max_steps, table, routers)
+    def __init__(self, training: RouterTraining, settings: GumbelSettings, routers: StaticRouters | None = None) -> None:
+        super().__init__(training, settings, routers)
+        choices = training.choices
         self.scale: float | None = None  # running mean of the losses above the full model's
         self.drawn: tuple[Tensor, Tensor] | None = None
 
@@ -66,12 +56,12 @@ class GumbelLearner(RouterLearner, WeightLearner):
         """Choices for this step's targets: the first as weights of all candidates, which the router learns from."""
         generator = self._generator(step, DRAW)
         with torch.no_grad():
-            targets_TC = self.targets.draw(self.settings.targets_per_step, generator)
+            targets_TC = self.targets.draw(self.training.targets_per_step, generator)
             targets_TC = targets_TC[torch.randperm(len(targets_TC), generator=generator)]  # any of them may be weighted
             noise_TNK = self._noise(len(targets_TC), generator)
             soft_TNK, hard_TNK = self._relaxed(targets_TC, noise_TNK, step)
         self.drawn = targets_TC, noise_TNK
-        weights_TNK = soft_TNK if step < self.settings.soft_until * self.max_steps else hard_TNK
+        weights_TNK = soft_TNK if step < self.settings.soft_until * self.training.max_steps else hard_TNK
         drawn, count = [self.choices.network(row) for row in hard_TNK.argmax(-1).tolist()], self.settings.weighted_per_step
         weighted = [
             [*(part.tolist() for part in self._weights(row)), parameter_share(self.choices.model, net)]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from flextron_mcore.runtime.disk import write_whole
 from flextron_mcore.runtime.ranks import is_main_process
+from flextron_mcore.settings.training import LoopSettings
 
 LOG_FILE = "log.jsonl"
 # Figures of a step that TensorBoard gets, where the phase has them.
@@ -24,7 +25,7 @@ class Log:
     A resumed run drops the rows after the checkpoint it continues from.
     """
 
-    def __init__(self, out: Path, step: int, settings: Any) -> None:
+    def __init__(self, out: Path, step: int, settings: LoopSettings) -> None:
         self.first_validation: dict[str, float] = {}
         self.active = is_main_process()
         if not self.active:

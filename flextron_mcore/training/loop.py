@@ -32,6 +32,7 @@ from flextron_mcore.runtime.disk import disk_errors
 from flextron_mcore.runtime.distributed import device, stop_agreed
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.runtime.seeds import seed_step
+from flextron_mcore.settings.training import LoopSettings
 from flextron_mcore.training.build import TrainedModel
 from flextron_mcore.training.checkpointing import KEPT, Checkpointer, FrozenCheckpointer, TrainingCheckpointer, remove_unfinished
 from flextron_mcore.training.checks import duration
@@ -58,7 +59,9 @@ class Phase:
     after: Mapping[int, Callable[[Chunks], None]] = field(default_factory=dict)
 
 
-def train(settings: Any, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int) -> dict[str, Any]:
+def train(
+    settings: LoopSettings, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int
+) -> dict[str, Any]:
     """Train until trainer.max_steps and return the figures of metrics.json. Call on all ranks.
 
     info: the model and space; its `path` holds the weights to start from, None for a fresh initialisation. seq_length: from
@@ -71,7 +74,9 @@ def train(settings: Any, out: Path, info: CheckpointInfo, data: PreparedData, ph
 class _Run:
     """A training run on this rank."""
 
-    def __init__(self, settings: Any, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int) -> None:
+    def __init__(
+        self, settings: LoopSettings, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int
+    ) -> None:
         self.settings, self.out, self.info, self.phase, self.seq_length = settings, out, info, phase, seq_length
         self.options, self.trainer = settings.model, settings.trainer
         self.ranks = parallel_state.get_data_parallel_world_size()

@@ -19,6 +19,7 @@ from flextron_mcore.cost import Budget, Cost
 from flextron_mcore.routers.static import StaticRouters, log_probabilities
 from flextron_mcore.routers.store import STATE_FILE, RouterInfo, check_same_table, load_state, save_state, write_routers
 from flextron_mcore.selection.routed import Routed, target_of
+from flextron_mcore.settings.sections import GumbelSettings, RouterSettings
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.constraint import Constraint, Targets
 from flextron_mcore.training.learner import Figures, Learner
@@ -27,64 +28,43 @@ DRAW, LEARN = 0, 1  # streams of random numbers of a step
 
 
 @dataclass(frozen=True)
-class RouterSettings:
-    """How routers learn; see settings/sections.py."""
+class RouterTraining:
+    """Routers to be trained: what they choose from, for which costs and how long.
 
-    targets_per_step: int = 4
-    lr: float = 3e-3
-    updates_per_step: int = 4
-    batch_size: int = 32
-    entropy: tuple[float, float] = (0.3, 0.03)
-    constraint_weight: float = 16.0
-    two_sided_from: float = 0.5
+    costs: those of `info`, which are constrained. table: of latencies, kept beside the routers.
+    """
 
+    choices: Choices
+    costs: Sequence[Cost]
+    info: RouterInfo
+    targets_per_step: int
+    seed: int
+    max_steps: int
+    table: Mapping[str, Any] | None = None
 
-@dataclass(frozen=True)
-class GumbelSettings:
-    """How the router learns; see settings/sections.py."""
-
-    targets_per_step: int = 3
-    weighted_per_step: int = 1
-    lr: float = 1e-2
-    batch_size: int = 32
-    temperature: tuple[float, float] = (1.0, 0.1)
-    soft_until: float = 0.7
-    entropy: tuple[float, float] = (0.1, 0.01)
-    constraint_weight: float = 16.0
-    two_sided_from: float = 0.3
-
-
-def new_routers(choices: Choices, info: RouterInfo, seed: int) -> StaticRouters:
-    """Routers before their training."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return StaticRouters(choices, len(info.costs), info.hidden_size)
+    def new_routers(self) -> StaticRouters:
+        """Routers that have learned nothing, from the current random state."""
+        return StaticRouters(self.choices, len(self.costs), self.info.hidden_size)
 
 
 class RouterLearner(Learner):
-    """Static routers and their optimizer.
-
-    costs: those of `info`, which are constrained. table: of latencies, kept beside the routers. routers: trained ones to start
-    from, or new ones.
-    """
+    """Static routers and their optimizer. routers: trained ones to start from."""
 
     def __init__(
-        self,
-        choices: Choices,
-        costs: Sequence[Cost],
-        info: RouterInfo,
-        settings: RouterSettings | GumbelSettings,
-        seed: int,
-        max_steps: int,
-        table: Mapping[str, Any] | None = None,
-        routers: StaticRouters | None = None,
+        self, training: RouterTraining, settings: RouterSettings | GumbelSettings, routers: StaticRouters | None = None
     ) -> None:
-        self.choices, self.costs, self.info, self.settings = choices, list(costs), info, settings
-        self.seed, self.max_steps, self.table = seed, max_steps, table
-        self.targets = Targets(self.costs, info.ranges)
-        self.constraint = Constraint(settings.two_sided_from * max_steps)
-        self.routers = routers or new_routers(choices, info, seed)
+        self.training, self.settings = training, settings
+        self.choices, self.costs, self.info = training.choices, list(training.costs), training.info
+        self.targets = Targets(self.costs, self.info.ranges)
+        self.constraint = Constraint(settings.two_sided_from * training.max_steps)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(training.seed)
+            self.routers = routers or training.new_routers()
+            self._seeded()
         self.optimizer = torch.optim.Adam(self.routers.parameters(), lr=settings.lr, betas=(0.9, 0.99))
+
+    def _seeded(self) -> None:
+        """Make other modules with random weights, if any."""
 
     # What routers choose now, without noise.
 
@@ -108,7 +88,7 @@ class RouterLearner(Learner):
 
     def _generator(self, step: int, stream: int) -> torch.Generator:
         """Random numbers that are a function of (seed, step, stream)."""
-        value = np.random.SeedSequence([self.seed, 6, stream, step]).generate_state(1)[0]
+        value = np.random.SeedSequence([self.training.seed, 6, stream, step]).generate_state(1)[0]
         return torch.Generator().manual_seed(int(value))
 
     def _entropy(self, logits_TNK: Tensor, step: int) -> Tensor:
@@ -123,7 +103,7 @@ class RouterLearner(Learner):
     def _falling(self, ends: tuple[float, float], step: int) -> float:
         """Geometric schedule between the first and the last value."""
         first, last = ends
-        return first * (last / first) ** (step / self.max_steps)
+        return first * (last / first) ** (step / self.training.max_steps)
 
     def _update(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -141,11 +121,11 @@ class RouterLearner(Learner):
     # What is kept.
 
     def write(self, folder: Path) -> None:
-        write_routers(folder, self.info, self.routers, self.table)
+        write_routers(folder, self.info, self.routers, self.training.table)
         save_state(folder / STATE_FILE, **self._state())
 
     def read(self, folder: Path) -> None:
-        check_same_table(folder, self.table)
+        check_same_table(folder, self.training.table)
         self._restore(load_state(folder / STATE_FILE))
 
     def _state(self) -> dict[str, Any]:

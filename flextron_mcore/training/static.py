@@ -6,21 +6,18 @@ Shape suffixes: T targets, C constrained costs, N blocks, K candidates, B pairs 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flextron_mcore.choices import Choices
-from flextron_mcore.cost import Cost
 from flextron_mcore.routers.static import StaticRouters, gates
-from flextron_mcore.routers.store import RouterInfo
 from flextron_mcore.routers.surrogate import Surrogate
+from flextron_mcore.settings.sections import RouterSettings, SurrogateSettings
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.learner import Figures, GateLearner, LossLearner
-from flextron_mcore.training.router import DRAW, LEARN, RouterLearner, RouterSettings
+from flextron_mcore.training.router import DRAW, LEARN, RouterLearner, RouterTraining
 
 # Networks that are run are large more often than small ones: the nearer to the full model, the less losses differ, and the more
 # of them it takes to tell which blocks matter.
@@ -30,19 +27,9 @@ LARGE = 2.0
 class StaticLearner(RouterLearner):
     """Routers that learn from expected losses: of each candidate of each block, the other blocks as drawn."""
 
-    def __init__(
-        self,
-        choices: Choices,
-        costs: Sequence[Cost],
-        info: RouterInfo,
-        settings: RouterSettings,
-        seed: int,
-        max_steps: int,
-        table: Mapping[str, Any] | None = None,
-        routers: StaticRouters | None = None,
-    ) -> None:
-        super().__init__(choices, costs, info, settings, seed, max_steps, table, routers)
-        spent = [choices.costs_NK(cost) / span for cost, span in zip(self.costs, self.targets.spans, strict=True)]
+    def __init__(self, training: RouterTraining, settings: RouterSettings, routers: StaticRouters | None = None) -> None:
+        super().__init__(training, settings, routers)
+        spent = [self.choices.costs_NK(cost) / span for cost, span in zip(self.costs, self.targets.spans, strict=True)]
         self.spent_CNK = torch.tensor(np.array(spent), dtype=torch.float32)
         starts = [(cost.constant - cost.smallest) / span for cost, span in zip(self.costs, self.targets.spans, strict=True)]
         self.start_C = torch.tensor(starts)
@@ -53,7 +40,7 @@ class StaticLearner(RouterLearner):
         """Choices for this step's targets, with exploration noise."""
         generator = self._generator(step, DRAW)
         with torch.no_grad():
-            targets_TC = self.targets.draw(self.settings.targets_per_step, generator, LARGE)
+            targets_TC = self.targets.draw(self.training.targets_per_step, generator, LARGE)
             indices_TN = self._choose(self.routers(targets_TC), generator)
         self.drawn = targets_TC, indices_TN
         return [self.choices.network(row) for row in indices_TN.tolist()]
@@ -117,44 +104,21 @@ class StraightThroughLearner(StaticLearner, GateLearner):
         return {**self._figures(targets_TC, indices_TN), "constraint_loss": constraint}
 
 
-@dataclass(frozen=True)
-class SurrogateSettings:
-    """How a surrogate learns; see settings/sections.py."""
-
-    hidden_size: int = 128
-    lr: float = 3e-3
-    weight_decay: float = 1.0
-    updates_per_step: int = 8
-    batch_size: int = 64
-    threshold: float = 0.2
-
-
 class SurrogateLearner(StaticLearner, LossLearner):
     """Static routers, their surrogate, and the pairs of choices and losses so far."""
 
-    def __init__(
-        self,
-        choices: Choices,
-        costs: Sequence[Cost],
-        info: RouterInfo,
-        settings: RouterSettings,
-        seed: int,
-        max_steps: int,
-        table: Mapping[str, Any] | None = None,
-        surrogate: SurrogateSettings | None = None,
-    ) -> None:
-        self.surrogate_settings = surrogate or SurrogateSettings()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            routers = StaticRouters(choices, len(info.costs), info.hidden_size)
-            self.surrogate = Surrogate(*choices.exists_NK.shape, self.surrogate_settings.hidden_size)
-        super().__init__(choices, costs, info, settings, seed, max_steps, table, routers)
+    def __init__(self, training: RouterTraining, settings: RouterSettings, surrogate: SurrogateSettings) -> None:
+        self.surrogate_settings = surrogate
+        super().__init__(training, settings)
         self.surrogate_optimizer = torch.optim.AdamW(
-            self.surrogate.parameters(), lr=self.surrogate_settings.lr, weight_decay=self.surrogate_settings.weight_decay
+            self.surrogate.parameters(), lr=surrogate.lr, weight_decay=surrogate.weight_decay
         )
         self.indices: list[Tensor] = []  # the choices of `losses`
         self.error: float | None = None  # running mean of its squared error on new pairs, as a share of the losses' variance
         self.steps_followed = 0
+
+    def _seeded(self) -> None:
+        self.surrogate = Surrogate(*self.choices.exists_NK.shape, self.surrogate_settings.hidden_size)
 
     def learn(self, step: int, losses: Sequence[float]) -> Figures:
         targets_TC, indices_TN = self.drawn
@@ -175,7 +139,7 @@ class SurrogateLearner(StaticLearner, LossLearner):
             l2 = float(((self.surrogate(self._one_hot(indices_TN)) - degradation_T) ** 2).mean())
         relative = l2 / max(float(losses_B.var(unbiased=False)), 1e-12)
         self.error = relative if self.error is None else 0.9 * self.error + 0.1 * relative
-        self.surrogate_optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / self.max_steps)
+        self.surrogate_optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / self.training.max_steps)
         for _ in range(settings.updates_per_step):
             pick = torch.randint(len(losses_B), (settings.batch_size,), generator=generator)
             found_B = self.surrogate(self._one_hot(indices_BN[pick]))
@@ -183,7 +147,7 @@ class SurrogateLearner(StaticLearner, LossLearner):
             self.surrogate_optimizer.zero_grad()
             loss.backward()
             self.surrogate_optimizer.step()
-        follow = len(losses_B) > 4 * self.settings.targets_per_step and self.error < settings.threshold
+        follow = len(losses_B) > 4 * self.training.targets_per_step and self.error < settings.threshold
         self.steps_followed += follow
         return {"surrogate_loss": l2, "surrogate_error": self.error, "routers_follow_surrogate": follow}
 

@@ -9,9 +9,10 @@ import torch
 from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Budget, parameter_cost
 from flextron_mcore.routers.store import RouterInfo
+from flextron_mcore.settings.sections import GumbelSettings
 from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 from flextron_mcore.training.gumbel import GumbelLearner
-from flextron_mcore.training.router import GumbelSettings
+from flextron_mcore.training.router import RouterTraining
 from tests import toy
 
 STEPS = 300
@@ -50,12 +51,11 @@ def loss(axes: Choices, net: SubNetwork) -> float:
     return float(loss_of(*map(torch.tensor, weights)))
 
 
-def learner(uniform: bool = False, seed: int = 0, **settings) -> GumbelLearner:
+def learner(uniform: bool = False, targets: int = 3, **settings) -> GumbelLearner:
     cost = parameter_cost(ARCH, SPACE)
     info = RouterInfo(("parameters",), ((cost.smallest / cost.full, 1.0),), 32, {}, "gumbel", uniform=uniform)
-    return GumbelLearner(
-        Choices(ARCH, SPACE, all_axes=True, uniform=uniform), [cost], info, GumbelSettings(**settings), seed, STEPS
-    )
+    choices = Choices(ARCH, SPACE, all_axes=True, uniform=uniform)
+    return GumbelLearner(RouterTraining(choices, [cost], info, targets, 0, STEPS), GumbelSettings(**settings))
 
 
 def train(taught: GumbelLearner, first: int = 0, last: int = STEPS) -> list[dict]:
@@ -112,7 +112,7 @@ def test_the_bare_argmax_follows_the_target(trained):
 
 
 def test_noise_is_independent_on_every_axis_and_networks_differ():
-    taught = learner(targets_per_step=4, weighted_per_step=1)
+    taught = learner(targets=4, weighted_per_step=1)
     noise_TNK = torch.cat([taught._noise(4, taught._generator(step, 0)) for step in range(500)])
     flat = noise_TNK.masked_fill(~taught.routers.exists_NK, 0).flatten(1)
     kept = flat[:, taught.routers.exists_NK.flatten()]

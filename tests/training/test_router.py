@@ -9,8 +9,9 @@ import torch
 from flextron_mcore.cost import Budget, memory_cost
 from flextron_mcore.routers.store import RouterInfo
 from flextron_mcore.selection.sampling import draw_near
+from flextron_mcore.settings.sections import RouterSettings, SurrogateSettings
 from flextron_mcore.space import SubNetwork
-from flextron_mcore.training.router import RouterSettings
+from flextron_mcore.training.router import RouterTraining
 from flextron_mcore.training.static import StaticLearner, StraightThroughLearner, SurrogateLearner
 from tests.routing_toy import family, latency, true_loss
 
@@ -21,7 +22,10 @@ MEMORY = {"dtype": "bf16", "batch_size": 1, "length": 24}
 def learner(blocks, costs, max_steps=STEPS, seed=0, kind=SurrogateLearner) -> StaticLearner:
     ranges = tuple((cost.smallest / cost.full, 1.0) for cost in costs)
     info = RouterInfo(tuple(cost.name for cost in costs), ranges, 32, MEMORY)
-    return kind(blocks, costs, info, RouterSettings(), seed, max_steps)
+    training = RouterTraining(blocks, costs, info, 4, seed, max_steps)
+    if kind is StraightThroughLearner:
+        return kind(training, RouterSettings())
+    return SurrogateLearner(training, RouterSettings(), SurrogateSettings())
 
 
 def train(blocks, taught: StaticLearner, first: int, last: int, noise: float = 0.005, seed: int = 0) -> list[dict]:
@@ -107,7 +111,7 @@ def test_targets_are_spread_over_the_range():
     cost = latency(blocks)
     memory = memory_cost(blocks.model, blocks.space, "bf16", 64, 24)
     info = RouterInfo(("latency", "memory"), ((0.8, 0.9), (0.7, 1.0)), 8, MEMORY)
-    taught = SurrogateLearner(blocks, [cost, memory], info, RouterSettings(targets_per_step=5), 0, 10)
+    taught = SurrogateLearner(RouterTraining(blocks, [cost, memory], info, 5, 0, 10), RouterSettings(), SurrogateSettings())
     for step in range(10):
         taught.networks(step)
         figures = taught.learn(step, [1.0, 1.1, 1.2, 1.3, 1.4, 1.5])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,19 +18,12 @@ from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.pipeline.losses import distillation, masked_sum
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.space import SubNetwork
 
 Batch = Mapping[str, Tensor]
 # (index of the network, number of the micro-batch, its tokens' losses [B, S], final hidden states [S, B, C] of this rank)
 Watch = Callable[[int, int, Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Share `weight` of the sub-networks' loss that is the divergence from the full model's output at `temperature`."""
-
-    weight: float = 0.0
-    temperature: float = 1.0
 
 
 def run_networks(
@@ -42,7 +34,7 @@ def run_networks(
     seq_length: int,
     micro_batch_size: int,
     forward_only: bool = False,
-    teach: Distillation | None = None,
+    teach: DistillationSettings | None = None,
     gates: Sequence[Sequence[Tensor] | None] | None = None,
     watch: Watch | None = None,
 ) -> Tensor:

@@ -13,7 +13,6 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, open_data, valid_datasets
 from flextron_mcore.evaluation.evaluator import Evaluator
 from flextron_mcore.model import PRECISIONS, check_layout, loaded_model
-from flextron_mcore.pipeline.networks import Distillation
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.checks import sequence_length
 
@@ -88,10 +87,3 @@ def check_not_modulated(info: CheckpointInfo) -> None:
             f"checkpoint={info.path}: has modulation, gains that depend on the one network in use: its tokens cannot choose for "
             "themselves; use kind=static, or `flextron gumbel`"
         )
-
-
-def distillation(config: DictConfig) -> Distillation:
-    """Distillation as config.distillation says. Raises FlextronError for values that are none."""
-    if not 0 <= config.distillation.weight <= 1 or config.distillation.temperature <= 0:
-        raise FlextronError("distillation.weight must be within 0..1 and distillation.temperature above 0")
-    return Distillation(config.distillation.weight, config.distillation.temperature)

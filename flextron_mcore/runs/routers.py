@@ -14,15 +14,13 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost
 from flextron_mcore.data.blend import train_dataset
 from flextron_mcore.evaluation.perplexity import evaluate
-from flextron_mcore.layers.weighted import WeightedNetwork
-from flextron_mcore.pipeline.networks import Distillation
 from flextron_mcore.routers.store import RouterInfo
 from flextron_mcore.runs.choice import known_costs, memory_setting
 from flextron_mcore.runs.output import write_metrics
 from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
-from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.training.loop import Phase, train
 from flextron_mcore.training.measured import measured
 from flextron_mcore.training.router import RouterLearner
@@ -50,7 +48,7 @@ def train_routers(
     learner: RouterLearner,
     seq_length: int,
     frozen: bool,
-    teach: Distillation | None = None,
+    teach: DistillationSettings | None = None,
 ) -> dict[str, Any]:
     """Train, print what the routers choose, and write metrics.json."""
     cost = learner.costs[0]
@@ -59,14 +57,10 @@ def train_routers(
     def choices() -> dict[str, Any]:
         return on_main_process(lambda: {f"router {target:g}": learner.choose(target) for target in targets})
 
-    def networks(step: int) -> list[Any]:
-        drawn = on_main_process(lambda: learner.networks(step))
-        return [None, *(WeightedNetwork.of(net, device()) if isinstance(net, list) else net for net in drawn)]
-
     phase = Phase(
-        networks=networks,
+        networks=learner.step_networks,
         validation=lambda step: {"full": None, **choices()},
-        teach=teach or Distillation(),
+        teach=teach or DistillationSettings(),
         learner=learner,
         frozen=frozen,
     )

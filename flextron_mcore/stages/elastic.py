@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.data.blend import open_data
 from flextron_mcore.evaluation.family import uniform_family
-from flextron_mcore.runs.opened import check_space, distillation
+from flextron_mcore.runs.opened import check_space
 from flextron_mcore.runs.output import write_metrics
 from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.terminal import print_table
@@ -23,7 +23,6 @@ def run(config: DictConfig) -> dict[str, Any]:
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
     seq_length = check(config, info, data, 1 + config.num_subnetworks)
-    teach = distillation(config)
     model, space = info.model, info.space
     draw(model, space, config.seed, 0, config.num_subnetworks, config.mode)
     uniform = uniform_family(model, space)
@@ -33,7 +32,7 @@ def run(config: DictConfig) -> dict[str, Any]:
             **uniform,
             **random_family(model, space, config.seed, step, config.validation_subnetworks, config.mode),
         },
-        teach=teach,
+        teach=config.distillation,
     )
     with resumable_output(config, info, data) as out:
         figures = train(config, out, info, data, phase, seq_length)

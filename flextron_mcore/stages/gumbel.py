@@ -13,7 +13,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import open_data
 from flextron_mcore.routers.store import kind_of_routers, read_routers
 from flextron_mcore.runs.choice import check_table, latency_table
-from flextron_mcore.runs.opened import check_space, distillation
+from flextron_mcore.runs.opened import check_space
 from flextron_mcore.runs.routers import check_settings, described_routers, train_routers
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.gumbel import GumbelLearner
@@ -56,7 +56,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         table.to_dict() if table else None,
     )
     learner = GumbelLearner(training, router, started)
-    return train_routers(config, info, data, learner, seq_length, frozen=False, teach=distillation(config))
+    return train_routers(config, info, data, learner, seq_length, frozen=False, teach=config.distillation)
 
 
 def _modulated(config: DictConfig, info: Any) -> Any:

@@ -22,9 +22,7 @@ from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.settings.sections import GumbelSettings
 from flextron_mcore.space import SubNetwork, parameter_share
 from flextron_mcore.training.learner import Figures, WeightLearner
-from flextron_mcore.training.router import DRAW, LEARN, RouterLearner, RouterTraining
-
-Weights = list[list]  # the fields of a WeightedNetwork as plain numbers
+from flextron_mcore.training.router import DRAW, LEARN, RouterLearner, RouterTraining, Weights
 
 
 class GumbelLearner(RouterLearner, WeightLearner):

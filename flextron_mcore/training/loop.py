@@ -26,12 +26,13 @@ from flextron_mcore.evaluation.perplexity import evaluate, mean
 from flextron_mcore.layers.gate import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import loaded_model
-from flextron_mcore.pipeline.networks import Batch, Distillation, gate_gradients, run_networks
+from flextron_mcore.pipeline.networks import Batch, gate_gradients, run_networks
 from flextron_mcore.runtime import signals
 from flextron_mcore.runtime.disk import disk_errors
 from flextron_mcore.runtime.distributed import device, stop_agreed
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.runtime.seeds import seed_step
+from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.settings.training import LoopSettings
 from flextron_mcore.training.build import TrainedModel
 from flextron_mcore.training.checkpointing import KEPT, Checkpointer, FrozenCheckpointer, TrainingCheckpointer, remove_unfinished
@@ -53,7 +54,7 @@ class Phase:
 
     networks: Callable[[int], list[Network]]
     validation: Callable[[int], Mapping[str, Network]]
-    teach: Distillation = field(default_factory=Distillation)
+    teach: DistillationSettings = field(default_factory=DistillationSettings)
     learner: Learner | None = None
     frozen: bool = False
     after: Mapping[int, Callable[[Chunks], None]] = field(default_factory=dict)

@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 
 from flextron_mcore.choices import Choices
+from flextron_mcore.choosing import Network
 from flextron_mcore.cost import Budget, Cost
+from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.routers.static import StaticRouters, log_probabilities
 from flextron_mcore.routers.store import STATE_FILE, RouterInfo, check_same_table, load_state, save_state, write_routers
+from flextron_mcore.runtime.distributed import device
+from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.selection.routed import Routed, target_of
 from flextron_mcore.settings.sections import GumbelSettings, RouterSettings
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.constraint import Constraint, Targets
 from flextron_mcore.training.learner import Figures, Learner
 
+Weights = list[list]  # the fields of a WeightedNetwork as plain numbers, which every rank gets
 DRAW, LEARN = 0, 1  # streams of random numbers of a step
 
 
@@ -85,6 +90,15 @@ class RouterLearner(Learner):
         return self.selector().argmax(targets)
 
     # A step.
+
+    def networks(self, step: int) -> list[SubNetwork | Weights]:
+        """Choices for the targets of a step. Call on the main process, once."""
+        raise NotImplementedError
+
+    def step_networks(self, step: int) -> list[Network]:
+        """`networks` on every rank, after the full model. Call on all ranks."""
+        drawn = on_main_process(lambda: self.networks(step))
+        return [None, *(WeightedNetwork.of(net, device()) if isinstance(net, list) else net for net in drawn)]
 
     def _generator(self, step: int, stream: int) -> torch.Generator:
         """Random numbers that are a function of (seed, step, stream)."""

@@ -9,7 +9,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from flextron_mcore.choosing import use_subnetwork
-from flextron_mcore.pipeline.networks import Distillation, run_networks
+from flextron_mcore.pipeline.networks import run_networks
+from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 
@@ -91,7 +92,7 @@ def test_slices_accumulate_in_place_and_leave_the_rest_alone():
 @pytest.mark.parametrize("size", [1, 2])
 def test_distillation_teaches_the_subnetworks_and_not_the_full_model(size):
     arch, space, networks = case(toy.LLAMA, "kv_group")
-    teach = Distillation(weight=0.3, temperature=2.0)
+    teach = DistillationSettings(weight=0.3, temperature=2.0)
     reference, model = toy.model(arch, space), toy.model(arch, space)
     tokens = sum(batch["loss_mask"].sum() for batch in batches(2, size))
     for batch in batches(2, size):

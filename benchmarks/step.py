@@ -13,10 +13,10 @@ from tqdm import tqdm
 from benchmarks import interleaved, print_settings, ratio
 from benchmarks.models import BATCH, DESCRIPTION, GPT2, LENGTH, LLAMA, dense, elastic, forward_backward, micro_batch
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime import distributed
+from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.training.sampler import draw
 

@@ -16,8 +16,8 @@ from flextron_mcore.layers.ends import ElasticOutputLayer
 from flextron_mcore.layers.gpt import ArchitectureGPTModel
 from flextron_mcore.layers.state import FULL, LayerState, StateReader, TokenRouting
 from flextron_mcore.layers.transformer_layer import ElasticTransformerLayer
-from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.layers.weighted import WeightedNetwork, mask
+from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.space import SubNetwork, parameter_share
 
 Network = SubNetwork | TokenRouting | WeightedNetwork | None

@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 
 from flextron_mcore.choosing import keep_states, set_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.pipeline.losses import masked_sum
+from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.training.sampler import draw
 

@@ -10,8 +10,8 @@ from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.gpt import mask_padding
 from flextron_mcore.layers.state import FULL
-from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.model import build_model, check_layout, transformer_config
+from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.specs import elastic_gpt_layer_spec
 from tests import toy

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from flextron_mcore.checkpoint.sharding import dealt_axis, to_sorted_order
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.runtime.compat import know_paths
 from flextron_mcore.runtime.disk import plain_errors
+from flextron_mcore.runtime.unwrap import unwrap
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")

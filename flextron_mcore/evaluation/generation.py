@@ -14,8 +14,8 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from flextron_mcore.choosing import Network, use_subnetwork
-from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.space import SubNetwork
 
 

@@ -25,9 +25,9 @@ from flextron_mcore.axes import layer_axes
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.latency.table import STATISTICS, LatencyTable, Timing, Timings, check_errors
-from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.memory import keep_freed_memory
+from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.training.sampler import draw
 

@@ -47,6 +47,14 @@ class State:
         return self.state in ALIVE
 
 
+STATE_COLUMNS = ("job", "id", "state", "")
+
+
+def state_rows(found: Sequence[State]) -> list[list[str]]:
+    """A row of STATE_COLUMNS for each job."""
+    return [[state.record.name, state.record.id, state.state.lower(), state.progress or state.error] for state in found]
+
+
 def write_record(results: Path, experiment: str, records: Sequence[Record]) -> None:
     """Remember the jobs of a launch beside its results; those of earlier ones are replaced."""
     content = {"experiment": experiment, "jobs": [asdict(record) for record in records]}

@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch.estimate import Estimate, estimate
 from flextron_mcore.launch.plan import TRAINS, Job, Plan
-from flextron_mcore.runs.terminal import print_table
 
 # For the CUDA context, NCCL's buffers and fragmentation: bytes, and a share of what is estimated (docs/estimates.md).
 RESERVE, RESERVED_SHARE = 2 * 2**30, 0.05
@@ -49,8 +48,14 @@ def gpu_memory(config: DictConfig) -> int | None:
     return int(float(match[1]) * (10**9 if match[2] == "GB" else 2**30))
 
 
-def print_resources(config: DictConfig, plan: Plan) -> None:
-    """A row a job: nodes, GPUs, tokens, memory, operations, hours, jobs."""
+COLUMNS = (
+    *("job", "nodes", "ranks", "tokens", "weights", "gradients", "optimizer", "activations", "together"),
+    *("FLOPs", "hours", "jobs"),
+)
+
+
+def resources(config: DictConfig, plan: Plan) -> tuple[str, list[list[str]]]:
+    """Title and rows, a row of COLUMNS for each job, of the table of what the jobs need."""
     peak, utilisation = config.cluster.gpu.peak_tflops, config.cluster.utilisation
     rows = []
     total = 0.0
@@ -70,24 +75,10 @@ def print_resources(config: DictConfig, plan: Plan) -> None:
         total += hours * job.ranks
         usable = job.time_limit / 3600
         rows.append([*row, f"{hours:.2f}", str(max(1, -int(-hours // usable)))])
-    columns = [
-        "job",
-        "nodes",
-        "ranks",
-        "tokens",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "together",
-        "FLOPs",
-        "hours",
-        "jobs",
-    ]
     title = "estimates; memory in GB of the fullest rank, without the CUDA context"
     if peak:
         title += f"; hours at {utilisation:.0%} of {peak:g} TFLOP/s a GPU: {total:,.0f} GPU hours"
-    print_table(title, columns, rows)
+    return title, rows
 
 
 def _estimate(plan: Plan, job: Job) -> Estimate | None:

@@ -15,8 +15,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from flextron_mcore.choosing import use_subnetwork
-from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.space import SubNetwork
 
 

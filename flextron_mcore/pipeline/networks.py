@@ -14,10 +14,10 @@ from torch import Tensor
 
 from flextron_mcore.choosing import Network, set_subnetwork
 from flextron_mcore.layers.gpt import mask_padding
-from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.pipeline.losses import distillation, masked_sum
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.space import SubNetwork
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from flextron_mcore.axes import Axis, layer_axes
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.pipeline.networks import Batch, run_networks
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.space import SKIPPED, ElasticSpace, SubNetwork
 
 SCORES = ("activation", "activation_weight")

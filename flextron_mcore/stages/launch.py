@@ -11,9 +11,9 @@ from flextron_mcore.config import FlextronError, JobFailed
 from flextron_mcore.launch import follow, local, slurm
 from flextron_mcore.launch.check import check_configuration, missing
 from flextron_mcore.launch.plan import Plan, plan
-from flextron_mcore.launch.resources import check_memory, print_resources
+from flextron_mcore.launch.resources import COLUMNS, check_memory, resources
+from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime.disk import write_whole
-from flextron_mcore.stages.status import print_states
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -35,12 +35,17 @@ def run(config: DictConfig) -> dict[str, Any]:
         return {"jobs": {}}
     if config.cluster.type == "slurm":
         _check_idle(planned)  # before a file is replaced that a job reads when it is queued again
-    print_resources(config, planned)
+    _print_resources(config, planned)
     _write_configs(planned, configs)
     if config.cluster.type == "local":
         local.run(planned.to_run, configs, {name: str(value) for name, value in config.env_vars.items() if value is not None})
         return {"jobs": {job.name: follow.COMPLETE for job in planned.to_run}}
     return _submit(config, planned, configs)
+
+
+def _print_resources(config: DictConfig, planned: Plan) -> None:
+    title, rows = resources(config, planned)
+    print_table(title, COLUMNS, rows)
 
 
 def _dry_run(config: DictConfig, planned: Plan, configs: dict[str, Path], wanting: list[str]) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def _dry_run(config: DictConfig, planned: Plan, configs: dict[str, Path], wantin
     else:
         for job in planned.to_run:
             print(f"# ---- {job.name}\n{' '.join(local.command(job, configs[job.name]))}\n")
-    print_resources(config, planned)
+    _print_resources(config, planned)
     for line in wanting:
         print(f"not ready: {line}")
     print("dry run: nothing was written or submitted")
@@ -78,7 +83,7 @@ def _submit(config: DictConfig, planned: Plan, configs: dict[str, Path]) -> dict
         print(f"follow with: flextron status run={planned.results}")
         return {"jobs": {record.name: record.id for record in records}}
     found = follow.follow(planned.results, records, lambda line: print(line, flush=True))
-    print_states(planned.results, found)
+    print_table(str(planned.results), follow.STATE_COLUMNS, follow.state_rows(found))
     failed = [state for state in found if state.state != follow.COMPLETE]
     if failed:
         first = failed[0]

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from flextron_mcore.config import FlextronError, nearest
-from flextron_mcore.launch.follow import State, log_files, read_record, states
+from flextron_mcore.launch.follow import STATE_COLUMNS, log_files, read_record, state_rows, states
 from flextron_mcore.runs.terminal import print_table
 
 
@@ -28,11 +28,5 @@ def run(config: DictConfig) -> dict[str, Any]:
         print("\n".join(lines[-config.lines :] if config.lines else lines))
         return {"log": str(files[0])}
     found = states(results, records)
-    print_states(results, found)
+    print_table(str(results), STATE_COLUMNS, state_rows(found))
     return {"jobs": {state.record.name: state.state for state in found}}
-
-
-def print_states(results: Path, found: list[State]) -> None:
-    """The table of `flextron status`."""
-    rows = [[s.record.name, s.record.id, s.state.lower(), s.progress or s.error] for s in found]
-    print_table(str(results), ["job", "id", "state", ""], rows)

@@ -19,10 +19,10 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from flextron_mcore.checkpoint.store import INFO_FILE, CheckpointInfo, iteration_path, list_checkpoints, write_info
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.unwrap import unwrap
 from flextron_mcore.runtime.compat import save_options
 from flextron_mcore.runtime.disk import check_space, disk_errors, plain_errors, publish
 from flextron_mcore.runtime.ranks import is_main_process
+from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.training.build import TrainedModel
 from flextron_mcore.training.learner import Learner
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.doors import ElasticTraining
-from flextron_mcore.layers.unwrap import unwrap
+from flextron_mcore.runtime.unwrap import unwrap
 from tests.stages.conftest import stage
 
 pytest.importorskip("megatron.bridge", reason="Megatron-Bridge, or Transformer Engine, is not installed", exc_type=ImportError)

@@ -1,4 +1,4 @@
-"""The model inside its wrappers. Apart, so that reading a checkpoint imports no layers of Megatron-Core."""
+"""The model inside Megatron-Core's wrappers."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ def main() -> None:
     for name in names:
         if name not in BENCHMARKS:
             sys.exit(f"unknown benchmark '{name}': use any of {', '.join(BENCHMARKS)}")
-    from flextron_mcore.cli import prepare_environment
     from flextron_mcore.config import FlextronError
+    from flextron_mcore.runtime.environment import prepare_environment
 
     prepare_environment()
     try:

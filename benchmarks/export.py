@@ -71,7 +71,7 @@ def _row(folder: Path, format_: str) -> list[str]:
 
 def write(directory: str) -> None:
     """A random checkpoint as the run `directory`/run, and `directory`/half.json."""
-    from flextron_mcore.cli import prepare_environment
+    from flextron_mcore.runtime.environment import prepare_environment
 
     prepare_environment()
     from flextron_mcore.space import ElasticSpace
@@ -88,7 +88,7 @@ def random_run(run: Path, model: ModelConfig, space: ElasticSpace) -> None:
 
     from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path
     from flextron_mcore.checkpoint.writer import LazyTensor, write_streaming
-    from flextron_mcore.export.cut import shapes
+    from flextron_mcore.export.cut import placed_tensors
     from flextron_mcore.space import SubNetwork
 
     # One block of random numbers over and over: to draw billions takes longer than to write them.
@@ -99,8 +99,8 @@ def random_run(run: Path, model: ModelConfig, space: ElasticSpace) -> None:
         return block.repeat(-(-numel // block.numel()))[:numel].view(shape)
 
     tensors = {
-        name: LazyTensor(shape, torch.bfloat16, lambda shape=shape: fill(shape))
-        for name, shape in shapes(model, SubNetwork.full(model)).items()
+        placed.name: LazyTensor(placed.shape, torch.bfloat16, lambda shape=placed.shape: fill(shape))
+        for placed in placed_tensors(model, SubNetwork.full(model))
     }
     folder = iteration_path(run, 0)
     folder.mkdir(parents=True)

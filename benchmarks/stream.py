@@ -37,7 +37,7 @@ HF_CONFIG = {
 }
 # As in the command line, without its warnings.
 _IMPORTS = """
-from flextron_mcore.cli import prepare_environment
+from flextron_mcore.runtime.environment import prepare_environment
 prepare_environment()
 import flextron_mcore.training.loop, flextron_mcore.export.hf
 """
@@ -178,7 +178,7 @@ def sort(checkpoint: str, out: str) -> None:
     """Sort a checkpoint by random scores."""
     from dataclasses import replace
 
-    from flextron_mcore.cli import prepare_environment
+    from flextron_mcore.runtime.environment import prepare_environment
 
     prepare_environment()
     import torch

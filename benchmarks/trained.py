@@ -17,8 +17,8 @@ def command(usage: str, paths: int, run: Callable[..., None]) -> None:
 
     Stop with one line for what cannot be read.
     """
-    from flextron_mcore.cli import prepare_environment
     from flextron_mcore.config import FlextronError
+    from flextron_mcore.runtime.environment import prepare_environment
 
     given = [argument for argument in sys.argv[1:] if "=" not in argument]
     pairs = (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from flextron_mcore.cli import prepare_environment
+from flextron_mcore.runtime.environment import prepare_environment
 
 prepare_environment()
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import logging
 import os
 import re
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -22,6 +20,7 @@ from typing import NamedTuple, NoReturn
 from flextron_mcore.config import FlextronError, JobFailed, nearest
 from flextron_mcore.runs.start import run_stage
 from flextron_mcore.runtime import signals, watch
+from flextron_mcore.runtime.environment import prepare_environment
 from flextron_mcore.runtime.memory import collect_rarely
 from flextron_mcore.settings.compose import compose, read
 from flextron_mcore.settings.help import stage_help, title
@@ -147,19 +146,6 @@ def _wait_for_cause(error: BaseException | None) -> float:
             return watch.SILENCE + 3 * watch.PERIOD
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return 0.0
-
-
-def prepare_environment() -> None:
-    """What must be set before torch is imported; call first of all."""
-    # Threads that spin while they wait for each other are ten times slower when another process wants a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Megatron-Core reports every optional package it does not find; transformers every file it loads.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
-    for name in ("megatron", "transformers", "torch.distributed", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what it warns of when ranks end one after another
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _main(argv: list[str]) -> None:

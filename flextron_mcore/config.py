@@ -104,7 +104,7 @@ class ModelConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether fc1 holds a gate and an up projection of equal size (SwiGLU, GeGLU)."""
+        """True if fc1 holds a gate and an up projection of equal size (SwiGLU, GeGLU)."""
         return self.activation in GATED_ACTIVATIONS
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flextron_mcore.axes import ATTENTION_UNITS, AXES, Axis, layer_axes, layer_fields
+from flextron_mcore.axes import ATTENTION_UNITS, AXES, Axis, added_tensors, layer_axes, layer_fields
 from flextron_mcore.config import FlextronError, ModelConfig, nearest
 from flextron_mcore.families import tensors
 
@@ -296,7 +296,7 @@ def count_parameters(model: ModelConfig, net: SubNetwork | None = None, embeddin
 
     embeddings=False leaves out token and position embeddings and the output layer (the paper's "non-embedding" count).
     """
-    return tensors.count(model, net or SubNetwork.full(model), embeddings)
+    return tensors.count(model, net or SubNetwork.full(model), embeddings, added_tensors())
 
 
 def parameter_share(model: ModelConfig, net: SubNetwork) -> float:

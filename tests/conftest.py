@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
-from flextron_mcore.cli import prepare_environment
+from flextron_mcore.runtime.environment import prepare_environment
 
 prepare_environment()
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from flextron_mcore.checkpoint.hf_import import import_hf
+from flextron_mcore.checkpoint.hf import import_hf, open_hf
 from flextron_mcore.checkpoint.reader import load_model
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import write_streaming
 from flextron_mcore.choosing import use_subnetwork
-from flextron_mcore.config import ModelConfig
+from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.model import build_model
 from flextron_mcore.runtime.disk import write_aside
 from flextron_mcore.space import SubNetwork
@@ -117,6 +119,25 @@ def checkpoint(source: Path, run: Path, space: dict[str, Any] | None = None, dty
     with write_aside(target) as folder:
         write_streaming(folder, info, tensors)
     return replace(info, path=target)
+
+
+def check_import(theirs: PreTrainedModel, folder: Path) -> None:
+    """The imported model has the logits of `theirs`."""
+    info = checkpoint(save(theirs, folder / "hf"), folder / "run")
+    expected, found = logits(theirs), logits(megatron(info))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
+
+
+def check_refusal(config: dict[str, Any], folder: Path, words: list[str]) -> None:
+    """A model of this config.json is refused in one line that has the file and `words` in it."""
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FlextronError) as caught:
+        open_hf(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in [str(folder / "config.json"), *words]:
+        assert word in message
 
 
 def megatron(info: CheckpointInfo) -> torch.nn.Module:

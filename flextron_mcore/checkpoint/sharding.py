@@ -12,6 +12,7 @@ import math
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from flextron_mcore.axes import added_tensors
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.families.tensors import TENSORS, find
 from flextron_mcore.space import ElasticSpace, SubNetwork
@@ -33,7 +34,7 @@ MLP_AXES, ATTENTION_AXES = _parallel_axes("ffn_hidden_size"), _parallel_axes("kv
 def dealt_axis(model: ModelConfig, space: ElasticSpace, key: str) -> tuple[int, int, int, int] | None:
     """(axis, units, granularity, blocks) of a tensor that is stored in dealt order, None for one that is not."""
     whole = {"vocab_size"} if space.attention_unit == "kv_group" else {"vocab_size", "kv_groups"}
-    tensor = find(key)
+    tensor = find(key, added_tensors())
     if tensor is None:
         return None
     full = SubNetwork.full(model)

@@ -1,12 +1,13 @@
-"""What a model card says of a sub-network: its size, and what it costs."""
+"""The part of a model card that every format has: the size of the sub-network, and its costs."""
 
 from __future__ import annotations
 
 import itertools
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.export.cut import executed_layers
 from flextron_mcore.export.formats import Job
+from flextron_mcore.latency.table import LatencyTable
+from flextron_mcore.routers.store import TABLE_FILE
 from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
 
 NO_TOKENIZER = "**No tokenizer** came with the checkpoint that this was cut from, so none is here."
@@ -24,7 +25,7 @@ def describe(job: Job) -> str:
         *([("chosen by", job.origin)] if job.origin else []),
     ]
     widths, first = [], 0
-    for layer, run in itertools.groupby(executed_layers(net)):
+    for layer, run in itertools.groupby(net.executed_layers):
         last = first + len(list(run)) - 1
         span = f"{first}" if first == last else f"{first}-{last}"
         widths.append(f"| {span} | {layer.num_attention_heads} | {layer.kv_groups} | {layer.ffn_hidden_size} |")
@@ -40,9 +41,6 @@ def describe(job: Job) -> str:
 
 def _latency(job: Job) -> str | None:
     """The prediction of the latency table beside the checkpoint, if there is one that says something about job.net."""
-    from flextron_mcore.latency.table import LatencyTable
-    from flextron_mcore.routers.store import TABLE_FILE
-
     info, net = job.info, job.net
     file = info.path / TABLE_FILE
     if not file.is_file() or net.hidden_size != info.model.hidden_size:  # whose blocks the table did not measure

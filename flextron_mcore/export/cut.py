@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
 
+from flextron_mcore.axes import added_tensors
 from flextron_mcore.checkpoint.reader import TensorReader
 from flextron_mcore.checkpoint.sharding import dealt_axis
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.families.tensors import Placed, of_network
+from flextron_mcore.families.tensors import Placed, find, of_network
 from flextron_mcore.layers.modulation import gain
-from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, parameter_share
+from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 
 
 def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
     """The dense model of a uniform `net`; of any other, the model of its depth whose every layer has the widest layer's sizes."""
-    layers = executed_layers(net)
+    layers = net.executed_layers
     return replace(
         model,
         num_layers=len(layers),
@@ -29,11 +30,6 @@ def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
         num_query_groups=max(layer.kv_groups for layer in layers),
         ffn_hidden_size=max(layer.ffn_hidden_size for layer in layers),
     )
-
-
-def executed_layers(net: SubNetwork) -> list[LayerChoice]:
-    """The layers that a cut keeps, in order."""
-    return [layer for layer in net.layers if layer.executed]
 
 
 def cut(
@@ -52,7 +48,7 @@ def cut(
     _check_names(info, stored)
     share = parameter_share(info.model, net) if info.space.modulation else 1.0
     tensors = {}
-    for placed in of_network(info.model, net, SubNetwork.full(info.model)):
+    for placed in placed_tensors(info.model, net):
         source = placed.source
         modulation = _modulation(source) if share < 1 else None
         for needed in (source, modulation):
@@ -67,15 +63,30 @@ def cut(
     return tensors
 
 
-def shapes(model: ModelConfig, net: SubNetwork) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of `cut`, without a checkpoint."""
-    return {placed.name: placed.shape for placed in of_network(model, net, SubNetwork.full(model))}
+def placed_tensors(model: ModelConfig, net: SubNetwork) -> list[Placed]:
+    """The tensors of `net` as a dense model, in the order of the network."""
+    return list(of_network(model, net, SubNetwork.full(model), added_tensors()))
+
+
+def plain_norms(model: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """`tensors` of `model` with the scales of "layernorm1p", which are stored less one, as those of a layer norm, in fp32."""
+    if model.normalization != "layernorm1p":
+        return dict(tensors)
+
+    def scale(load: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return load().float() + 1
+
+    return {
+        name: replace(lazy, dtype=torch.float32, load=partial(scale, lazy.load))
+        if find(name, added_tensors()).norm_scale
+        else lazy
+        for name, lazy in tensors.items()
+    }
 
 
 def _check_names(info: CheckpointInfo, stored: set[str]) -> None:
     """Raise FlextronError for a stored tensor that no declaration names: it would be missing in what is cut."""
-    full = SubNetwork.full(info.model)
-    names = [placed.source for placed in of_network(info.model, full, full)]
+    names = [placed.source for placed in placed_tensors(info.model, SubNetwork.full(info.model))]
     known = {*names, *(_modulation(name) for name in names if info.space.modulation)}
     if unknown := sorted(stored - known):
         raise FlextronError(f"{info.path}: the tensor {unknown[0]} is none that this model declares (families/tensors.py)")

@@ -56,7 +56,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Format:
-    """How to write a form and to read it back.
+    """A form of export: writes a directory and reads it back.
 
     write: on all ranks; returns format, architecture, parameters, bytes, files. Raises FlextronError for what it cannot hold.
     logits: (job, one of `networks`, tokens [batch, sequence]) -> logits [batch, sequence, vocabulary] in fp32, computed from
@@ -84,7 +84,7 @@ def get_format(name: str) -> Format:
 
 
 def rounding(job: Job) -> float:
-    """What logits may differ by: fp32 rounding, or that of the export's dtype.
+    """Largest difference of logits that rounding explains: of fp32, or of the export's dtype.
 
     Weights are not rounded where they are the checkpoint's own, in its dtype: that is, where no modulation was multiplied in.
     """

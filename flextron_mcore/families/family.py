@@ -1,4 +1,4 @@
-"""What a family of Hugging Face models declares, once for every consumer: import, export, cut. No torch import."""
+"""A family of Hugging Face models: config keys and tensor names, declared once for import and export. No torch import."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.families.keys import ConfigKey
+from flextron_mcore.families.keys import ConfigKey, Key
 from flextron_mcore.families.tensors import Layer, Placed
 
 
@@ -27,7 +27,7 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Names:
-    """What a format calls Megatron-Core's tensors, in the order in which it stores them.
+    """A format's names for Megatron-Core's tensors, in the order in which it stores them.
 
     modules: Megatron-Core's module, of a layer without "decoder.layers.N." -> the format's, without ".weight" and ".bias". One
     name holds the whole tensor, its parts joined; several hold one part each (query, key, value; gate, up). layers: the beginning
@@ -55,7 +55,7 @@ class Names:
         theirs = (theirs,) if isinstance(theirs, str) else theirs
         start = "" if placed.number is None else self.layers.format(placed.number)
         rows, *columns = placed.shape
-        counts = placed.counts
+        counts = placed.tensor.sides[0].counts(placed.sizes[0])
         if len(theirs) == 1:
             shapes = [(rows, *columns)]
         else:
@@ -92,10 +92,15 @@ class Family:
 
     def model_config(self, config: Mapping[str, Any]) -> ModelConfig:
         """ModelConfig of a config.json. Raises FlextronError for an option that Megatron-Core would compute differently."""
-        values = {name: allowed[0] for name, allowed in self.needs.items()}
+        values: dict[str, Any] = {}
         for key in self.keys:
-            values |= key.read(config)
-        return ModelConfig(**values)
+            found = key.read(config)
+            for name in found.keys() & values.keys():  # Megatron-Core has one value where the family has two
+                if found[name] != values[name]:
+                    both = " with ".join(f"{k.theirs}={config.get(k.theirs, k.default)}" for k in self.keys if _holds(k, name))
+                    raise FlextronError(f"{both} is not supported: the two must be equal")
+            values |= found
+        return ModelConfig(**{name: allowed[0] for name, allowed in self.needs.items()} | values)
 
     def config(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
         """The part of config.json that describes a dense model; source: that which the model was imported from, or {}."""
@@ -105,10 +110,14 @@ class Family:
         return written
 
     def misfits(self, model: ModelConfig) -> list[str]:
-        """What a model must have and `model` has not; empty if the family can represent it."""
+        """Requirements that `model` does not meet; empty if the family can represent it."""
         needs = dict(self.needs) | ({} if self.grouped else {"num_query_groups": (model.num_attention_heads,)})
         return [
             f"{key}={'|'.join(map(str, allowed))} (it is {getattr(model, key)})"
             for key, allowed in needs.items()
             if getattr(model, key) not in allowed
         ]
+
+
+def _holds(key: ConfigKey, name: str) -> bool:
+    return isinstance(key, Key) and key.ours == name and not key.kept

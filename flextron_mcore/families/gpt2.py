@@ -6,7 +6,7 @@ import re
 
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.families.family import Family, Names
-from flextron_mcore.families.keys import Activation, Kept, Key, Option
+from flextron_mcore.families.keys import Key, Option
 from flextron_mcore.families.tensors import Layer
 
 _ACTIVATIONS = {
@@ -45,12 +45,12 @@ FAMILY = Family(
         Key("n_layer", "num_layers", int),
         Key("n_head", "num_attention_heads", int),
         Key("n_positions", "max_position_embeddings", int, 1024),
-        Activation("activation_function", _ACTIVATIONS, "gelu_new"),
+        Key("activation_function", "activation", str, "gelu_new", names=_ACTIVATIONS),
         Key("layer_norm_epsilon", "layernorm_epsilon", float, 1e-5),
         Key("initializer_range", "init_method_std", float, 0.02),
         # Megatron-Core has one dropout for the residual stream; in GPT-2 embd_pdrop equals resid_pdrop.
         Key("resid_pdrop", "hidden_dropout", float, 0.1),
-        Kept("embd_pdrop", "hidden_dropout"),
+        Key("embd_pdrop", "hidden_dropout", float, kept=True),
         Key("attn_pdrop", "attention_dropout", float, 0.1),
         Option("scale_attn_weights", True, written=True),
         Option("scale_attn_by_inverse_layer_idx", False),

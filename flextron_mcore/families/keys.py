@@ -23,18 +23,33 @@ class ConfigKey(Protocol):
 
 @dataclass(frozen=True)
 class Key:
-    """A key that holds one value of ModelConfig as it is."""
+    """A key that holds one value of ModelConfig.
+
+    names: transformers' values -> ours, where they differ; of several for one of ours the source's, else the first, is written.
+    kept: Megatron-Core has no such value; the source's is written, else ours.
+    """
 
     theirs: str
     ours: str
     kind: type
     default: Any = _REQUIRED
+    names: Mapping[str, str] | None = None
+    kept: bool = False
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {self.ours: value(config, self.theirs, self.kind, self.default)}
+        if self.kept:
+            return {}
+        found = value(config, self.theirs, self.kind, self.default)
+        if self.names is not None and found not in self.names:
+            raise FlextronError(f"{self.theirs}={found!r} is not supported: only {', '.join(self.names)}")
+        return {self.ours: found if self.names is None else self.names[found]}
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        return {self.theirs: getattr(model, self.ours)}
+        ours, given = getattr(model, self.ours), source.get(self.theirs)
+        if self.names is None:
+            return {self.theirs: given if self.kept and given is not None else ours}
+        fitting = [name for name, means in self.names.items() if means == ours]
+        return {self.theirs: given if given in fitting else fitting[0]}
 
 
 @dataclass(frozen=True)
@@ -52,59 +67,6 @@ class Option:
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
         return {self.key: self.only} if self.written else {}
-
-
-@dataclass(frozen=True)
-class Activation:
-    """The activation function.
-
-    names: transformers' -> ours; of several that mean the same, the one of the source, else the first, is written.
-    """
-
-    key: str
-    names: Mapping[str, str]
-    default: str
-
-    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        found = value(config, self.key, str, self.default)
-        if found not in self.names:
-            raise FlextronError(f"{self.key}={found!r} is not supported: only {', '.join(self.names)}")
-        return {"activation": self.names[found]}
-
-    def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        fitting = [theirs for theirs, ours in self.names.items() if ours == model.activation]
-        return {self.key: source[self.key] if source.get(self.key) in fitting else fitting[0]}
-
-
-@dataclass(frozen=True)
-class Biases:
-    """Keys that each say whether some linear layers have biases; Megatron-Core has them everywhere or nowhere."""
-
-    keys: tuple[str, ...]
-
-    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        found = {key: value(config, key, bool, False) for key in self.keys}
-        if len(set(found.values())) > 1:
-            shown = " with ".join(f"{key}={has}" for key, has in found.items())
-            raise FlextronError(f"{shown} is not supported: biases are everywhere or nowhere")
-        return {"bias": found[self.keys[0]]}
-
-    def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        return dict.fromkeys(self.keys, model.bias)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A key that Megatron-Core has no value for: written as the source has it, else as the value `ours`."""
-
-    key: str
-    ours: str
-
-    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {}
-
-    def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        return {self.key: source.get(self.key, getattr(model, self.ours))}
 
 
 @dataclass(frozen=True)

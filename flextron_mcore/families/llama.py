@@ -6,7 +6,7 @@ import re
 
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.families.family import Family, Names
-from flextron_mcore.families.keys import Biases, Key, Option, Rope
+from flextron_mcore.families.keys import Key, Option, Rope
 from flextron_mcore.families.tensors import Layer
 
 
@@ -37,7 +37,8 @@ FAMILY = Family(
         Key("initializer_range", "init_method_std", float, 0.02),
         Key("rms_norm_eps", "layernorm_epsilon", float, 1e-6),
         Rope(),
-        Biases(("attention_bias", "mlp_bias")),
+        Key("attention_bias", "bias", bool, False),
+        Key("mlp_bias", "bias", bool, False),
         Key("attention_dropout", "attention_dropout", float, 0.0),
         Key("tie_word_embeddings", "share_embeddings_and_output_weights", bool, False),
     ),

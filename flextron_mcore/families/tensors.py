@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from flextron_mcore.config import ModelConfig
 
@@ -59,6 +59,13 @@ class Side:
     factors: tuple[Factor, ...]
     parts: int | None = None
 
+    def counts(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Entries of each part, by the factors' sizes: (query heads, 1, 1), (1, 1) for gate and up, or (1,) for one part."""
+        if self.parts is None:
+            return (1,)
+        size, last = sizes[self.parts], self.factors[self.parts].last
+        return (*((size - last,) if size > last else ()), *(1,) * last)
+
 
 _GROUPS, _HEAD, _NEURONS = Factor("kv_groups", parallel=True), Factor("kv_channels"), Factor("ffn_hidden_size", parallel=True)
 HIDDEN = Side((Factor("hidden_size"),))
@@ -76,18 +83,22 @@ NEURONS = Side((_NEURONS,))
 class Tensor:
     """A weight or a bias.
 
-    name: in a layer without "decoder.layers.N.". place: "before" the layers, in each "layer", or "after" them.
-    exists: whether a model has it.
+    name: in a layer without "decoder.layers.N.". place: "before" the layers, in each "layer", or "after" them. needs: a field of
+    ModelConfig and the values with which a model has the tensor; empty if every model has it.
     """
 
     name: str
     sides: tuple[Side, ...]
     place: str = "layer"
-    exists: Callable[[ModelConfig], bool] = lambda model: True
+    needs: tuple[Any, ...] = ()
 
     def key(self, number: int | None) -> str:
         """Name in a model; number: of its layer, None outside of layers."""
         return self.name if number is None else f"decoder.layers.{number}.{self.name}"
+
+    def exists(self, model: ModelConfig) -> bool:
+        """True for a model that has the tensor."""
+        return not self.needs or getattr(model, self.needs[0]) in self.needs[1:]
 
     @property
     def embedding(self) -> bool:
@@ -112,40 +123,31 @@ class Tensor:
         )
 
 
-def _biased(model: ModelConfig) -> bool:
-    return model.bias
-
-
-def _shifted(model: ModelConfig) -> bool:
-    return model.normalization != "rmsnorm"
-
-
-def _positioned(model: ModelConfig) -> bool:
-    return model.position_embedding_type == "learned_absolute"
-
-
-def _untied(model: ModelConfig) -> bool:
-    return not model.share_embeddings_and_output_weights
-
+_BIASED = ("bias", True)
+_SHIFTED = ("normalization", "layernorm", "layernorm1p")
+_LEARNED = ("position_embedding_type", "learned_absolute")
+_UNTIED = ("share_embeddings_and_output_weights", False)
 
 TENSORS = (
     Tensor("embedding.word_embeddings.weight", (VOCABULARY, HIDDEN), "before"),
-    Tensor("embedding.position_embeddings.weight", (POSITIONS, HIDDEN), "before", _positioned),
+    Tensor(
+        "embedding.position_embeddings.weight", (POSITIONS, HIDDEN), "before", ("position_embedding_type", "learned_absolute")
+    ),
     Tensor("self_attention.linear_qkv.weight", (QKV, HIDDEN)),
     Tensor("self_attention.linear_proj.weight", (HIDDEN, HEADS)),
     Tensor("mlp.linear_fc1.weight", (GATE_AND_UP, HIDDEN)),
     Tensor("mlp.linear_fc2.weight", (HIDDEN, NEURONS)),
-    Tensor("self_attention.linear_qkv.bias", (QKV,), exists=_biased),
-    Tensor("self_attention.linear_proj.bias", (HIDDEN,), exists=_biased),
-    Tensor("mlp.linear_fc1.bias", (GATE_AND_UP,), exists=_biased),
-    Tensor("mlp.linear_fc2.bias", (HIDDEN,), exists=_biased),
+    Tensor("self_attention.linear_qkv.bias", (QKV,), needs=_BIASED),
+    Tensor("self_attention.linear_proj.bias", (HIDDEN,), needs=_BIASED),
+    Tensor("mlp.linear_fc1.bias", (GATE_AND_UP,), needs=_BIASED),
+    Tensor("mlp.linear_fc2.bias", (HIDDEN,), needs=_BIASED),
     Tensor("self_attention.linear_qkv.layer_norm_weight", (HIDDEN,)),
     Tensor("mlp.linear_fc1.layer_norm_weight", (HIDDEN,)),
-    Tensor("self_attention.linear_qkv.layer_norm_bias", (HIDDEN,), exists=_shifted),
-    Tensor("mlp.linear_fc1.layer_norm_bias", (HIDDEN,), exists=_shifted),
+    Tensor("self_attention.linear_qkv.layer_norm_bias", (HIDDEN,), needs=_SHIFTED),
+    Tensor("mlp.linear_fc1.layer_norm_bias", (HIDDEN,), needs=_SHIFTED),
     Tensor("decoder.final_layernorm.weight", (HIDDEN,), "after"),
-    Tensor("decoder.final_layernorm.bias", (HIDDEN,), "after", _shifted),
-    Tensor("output_layer.weight", (VOCABULARY, HIDDEN), "after", _untied),
+    Tensor("decoder.final_layernorm.bias", (HIDDEN,), "after", _SHIFTED),
+    Tensor("output_layer.weight", (VOCABULARY, HIDDEN), "after", _UNTIED),
 )
 
 
@@ -191,15 +193,6 @@ class Placed:
         """All factors in order, with their numbers."""
         for side, sizes in zip(self.tensor.sides, self.sizes, strict=True):
             yield from zip(side.factors, sizes, strict=True)
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Entries of each part of the first side: (query heads, 1, 1), (1, 1) for gate and up, or (1,) for a side in one part."""
-        side = self.tensor.sides[0]
-        if side.parts is None:
-            return (1,)
-        size, last = self.sizes[0][side.parts], side.factors[side.parts].last
-        return (*((size - last,) if size > last else ()), *(1,) * last)
 
 
 def of_model(model: ModelConfig, place: str, extra: Sequence[Tensor] = ()) -> list[Tensor]:

@@ -41,7 +41,7 @@ def _most(flights: int, step: int, config: Mapping[str, Any]) -> int:
 
 
 def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False, weighted: bool = False) -> tuple[int, int]:
-    """What autograd keeps of a layer's attention block, and of its MLP block, for the backward pass of a micro-batch.
+    """Bytes that autograd keeps of a layer's attention block, and of its MLP, for the backward pass of a micro-batch.
 
     frozen: no weight wants a gradient. gates: blocks' outputs are multiplied with gates, or modulation, that do. weighted: so are
     channels, heads and neurons too.
@@ -50,11 +50,11 @@ def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False, weighted:
     h, q, k, f1, f2 = rank.sizes
     inputs = 0 if frozen else rank.stream
     shared = norm(rank, frozen, weighted) + (rank.stream if gates or weighted else 0) + _dropout_mask(rank)
-    mixed = q + 2 * k  # values are a view of the fused product, and keep it
+    fused = q + 2 * k  # values are a view of the fused product, and keep it
     if model.position_embedding_type == "rope":
-        attention = n * (mixed + q + k) * e + 4 * layout.length * model.kv_channels * e
+        attention = n * (fused + q + k) * e + 4 * layout.length * model.kv_channels * e
     else:
-        attention = n * (mixed + (q if model.query_heads_per_group > 1 else 0)) * e
+        attention = n * (fused + (q if model.query_heads_per_group > 1 else 0)) * e
     attention += n * q * e + 4 * n * (q // model.kv_channels)  # output, and the logarithm of each softmax's sum
     if model.gated:
         # Gate and up projection share their input, which is gathered once for both.
@@ -68,7 +68,7 @@ def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False, weighted:
 
 
 def norm(rank: Rank, frozen: bool = False, weighted: bool = False) -> int:
-    """What a norm keeps: its input and statistics; without CUDA, RMSNorm is several operations, in fp32, and weighted all are."""
+    """Bytes that a norm keeps: input and statistics; without CUDA, RMSNorm is several fp32 operations, and weighted all are."""
     rows, h = rank.rows, rank.model.hidden_size
     if weighted:
         return rows * (4 * h * (4 if rank.model.normalization == "rmsnorm" else 5) + 8)
@@ -80,7 +80,7 @@ def norm(rank: Rank, frozen: bool = False, weighted: bool = False) -> int:
 
 
 def saved_head(rank: Rank, frozen: bool = False, weighted: bool = False) -> int:
-    """What autograd keeps of the final norm, the output layer and the cross entropy (softmax in fp32, targets)."""
+    """Bytes that autograd keeps of the final norm, the output layer and the cross entropy (softmax in fp32, targets)."""
     return norm(rank, frozen, weighted) + (0 if frozen else rank.stream) + rank.tokens * (4 * rank.vocabulary + 9)
 
 
@@ -108,7 +108,7 @@ def _backward(rank: Rank, micro_batches: int, frozen: bool, gates: bool, teach: 
 
 
 def saved_chunk(rank: Rank, layers: int, attention: int, mlp: int) -> tuple[int, int]:
-    """What is kept of a chunk of `layers`, and what is computed again on top of that in its backward pass."""
+    """Bytes kept of a chunk of `layers`, and bytes that its backward pass computes again on top of that."""
     (method, number), layer = rank.layout.recompute, attention + mlp
     if method == "uniform":
         return layers // number * rank.stream, number * layer - rank.stream
@@ -135,7 +135,7 @@ def _head(rank: Rank, frozen: bool, teach: bool, weighted: bool) -> int:
 
 
 def _layer_work(rank: Rank, frozen: bool) -> int:
-    """What the MLP's backward pass, the first of a layer, works with: gradients of activations and of weights.
+    """Bytes that the MLP's backward pass, the first of a layer, works with: gradients of activations and of weights.
 
     A weight's gradient is there twice (layers/linear.py: the part, and a tensor that DDP's hook wants to see).
     """
@@ -149,7 +149,7 @@ def _layer_work(rank: Rank, frozen: bool) -> int:
 
 
 def _mask_work(rank: Rank) -> int:
-    """What the MLP's backward pass works with on top of that where neurons are weighed: their gradients, and the weights'."""
+    """Bytes that the MLP's backward pass works with on top where neurons are weighed: their gradients, and the weights'."""
     return rank.layout.dtype * rank.tokens * rank.sizes[4]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from flextron_mcore.checkpoint.hf_import import open_hf
+from flextron_mcore.checkpoint.hf import open_hf
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.data.blend import open_data

@@ -1,4 +1,4 @@
-"""What a stage will need, before a job is submitted: bytes of GPU memory, tokens, floating-point operations. No torch import.
+"""Needs of a stage, before a job is submitted: bytes of GPU memory, tokens, floating-point operations. No torch import.
 
 docs/estimates.md has the formulas, what they leave out, and how they were checked.
 """
@@ -47,7 +47,7 @@ def estimate(
     valid_samples: Sequence[int] | None = None,
     cuda: bool = True,
 ) -> Estimate:
-    """What the stage of `config`, a resolved configuration, needs on `world_size` ranks.
+    """Needs of the stage of `config`, a resolved configuration, on `world_size` ranks.
 
     stored_dtype: of the checkpoint, which stages compute in unless trainer.precision says otherwise. valid_samples: of each
     domain's validation split; None: one domain, which has what limit_val_batches asks for. cuda: False for the CPU, where norms

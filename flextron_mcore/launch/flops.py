@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from flextron_mcore.axes import added_tensors
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.cost import OWN_UNITS
@@ -37,27 +38,29 @@ class Costs:
     tensor: int = 1
 
     def layer(self, choice: LayerChoice, hidden_size: int | None = None) -> float:
-        """Of a layer that is executed; with all hidden channels for None."""
+        """FLOPs of an executed layer; with all hidden channels for None."""
         size = hidden_size or self.model.hidden_size
-        weights = sum(t.numel(self.model, size, choice) for t in of_model(self.model, "layer") if len(t.sides) == 2)
+        weights = sum(
+            t.numel(self.model, size, choice) for t in of_model(self.model, "layer", added_tensors()) if len(t.sides) == 2
+        )
         return 2.0 * weights + 2.0 * self.length * choice.num_attention_heads * self.model.kv_channels
 
     def head(self, hidden_size: float | None = None) -> float:
-        """Of the output layer; with all hidden channels for None."""
+        """FLOPs of the output layer; with all hidden channels for None."""
         return 2.0 * (hidden_size or self.model.hidden_size) * (-(-self.model.vocab_size // self.tensor) * self.tensor)
 
     def of(self, net: SubNetwork) -> float:
-        """Of a network."""
+        """FLOPs of a network."""
         return self.head(net.hidden_size) + sum(self.layer(layer, net.hidden_size) for layer in net.layers if layer.executed)
 
     @property
     def full(self) -> float:
-        """Of the full model."""
+        """FLOPs of the full model."""
         return self.of(SubNetwork.full(self.model))
 
     @property
     def smallest(self) -> float:
-        """Of the smallest network."""
+        """FLOPs of the smallest network."""
         return self.of(self.space.uniform(self.model, *(sizes[0] for sizes in self.space.sizes.values())))
 
     def drawn(self, mode: str = "flextron") -> float:
@@ -72,14 +75,14 @@ class Costs:
         return mean(self.head(h) + depth * mean(self.layer(choice, h) for choice in choices) for h in sizes["hidden_size"])
 
     def budgeted(self, low: float | None, high: float, part: float) -> float:
-        """Of a network for a budget, `part` of the way from `low` to `high`, shares of the full model's cost."""
+        """FLOPs of a network for a budget `part` of the way from `low` to `high`, shares of the full model's cost."""
         bottom = self.smallest if low is None else low * self.full
         return bottom + part * (high * self.full - bottom)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage reads and computes."""
+    """Tokens that a stage reads, and its FLOPs."""
 
     tokens: int
     flops: float
@@ -88,7 +91,7 @@ class Work:
 def work(
     model: ModelConfig, space: ElasticSpace, config: Mapping[str, Any], layout: Layout, valid_samples: Sequence[int] | None
 ) -> Work:
-    """Of the stage of `config`; valid_samples as in `estimate`."""
+    """Work of the stage of `config`; valid_samples as in `estimate`."""
     costs = Costs(model, space, layout.length, layout.tensor)
     if config["stage"] in LOOPED:
         return _training(costs, config, layout, valid_samples)
@@ -156,7 +159,7 @@ def _training(costs: Costs, config: Mapping[str, Any], layout: Layout, valid_sam
 
 
 def _range(config: Mapping[str, Any]) -> tuple[float | None, float]:
-    """Of the budgets that routers are trained for; joint has those of the routers, which are not known before."""
+    """Range of the budgets that routers are trained for; joint has the routers' own, which is not given here."""
     targets = config.get("targets") or {}
     return targets.get("low"), targets.get("high", 1.0)
 

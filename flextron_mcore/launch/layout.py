@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flextron_mcore.axes import added_tensors
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.families.tensors import of_model
 from flextron_mcore.space import DTYPE_BYTES, ElasticSpace, SubNetwork
@@ -152,7 +153,10 @@ class Rank:
 
         def count(place: str) -> int:
             layer = full.layers[0] if place == "layer" else None
-            return sum(tensor.numel(self.model, full.hidden_size, layer, ranks) for tensor in of_model(self.model, place))
+            return sum(
+                tensor.numel(self.model, full.hidden_size, layer, ranks)
+                for tensor in of_model(self.model, place, added_tensors())
+            )
 
         total = self.layout.layers[self.index] * count("layer")
         total += count("before") if self.first else 0

@@ -7,11 +7,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.checkpoint.hf_import import copy_tokenizer, import_hf, open_hf
+from flextron_mcore.checkpoint.hf import copy_tokenizer, import_hf, open_hf
 from flextron_mcore.checkpoint.store import iteration_path
 from flextron_mcore.checkpoint.writer import write_streaming
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
-from flextron_mcore.runs.terminal import print_table, progress_bar, say
+from flextron_mcore.runs.terminal import print_table, progress_bar
 from flextron_mcore.runtime.ranks import on_main_process, processes_on_cpu
 from flextron_mcore.space import count_parameters
 
@@ -32,13 +32,10 @@ def run(config: DictConfig) -> dict[str, Any]:
             "bytes": size,
             "dtype": info.dtype,
             "tokenizer": on_main_process(lambda: copy_tokenizer(Path(config.hf), out / "tokenizer")),
-            "unused_tensors": list(source.unused),
             "model": info.model.to_dict(),
             "space": info.space.to_dict(),
         }
         metrics = write_metrics(out, "import", figures)
-    if source.unused:
-        say(f"import: {len(source.unused)} tensors have no place in the model: {', '.join(source.unused[:5])} ...")
     space = info.space
     print_table(
         f"imported {config.hf}: {figures['parameters']:,} parameters, {info.dtype}",

@@ -11,7 +11,7 @@ from flextron_mcore.checkpoint.sharding import dealt_axis, to_disk_order
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.export.cut import cut, cut_config, executed_layers
+from flextron_mcore.export.cut import cut, cut_config
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters
 from tests import toy
 
@@ -137,7 +137,7 @@ def test_layers_that_are_skipped_are_left_out_and_the_others_renumbered():
     full = SubNetwork.full(info.model)
     net = replace(full, layers=(replace(full.layers[0], executed=False), full.layers[1]))
     tensors = cut(info, net, Reader(state))
-    assert len(executed_layers(net)) == cut_config(info.model, net).num_layers == 1
+    assert len(net.executed_layers) == cut_config(info.model, net).num_layers == 1
     assert not any(key.startswith("decoder.layers.1.") for key in tensors)
     for key, lazy in tensors.items():
         assert torch.equal(lazy.load(), state[key.replace("layers.0.", "layers.1.")])
@@ -159,6 +159,8 @@ def test_what_cannot_be_cut():
     net = SubNetwork(32, (LayerChoice(True, 2, 2, 13),) * 2)
     with pytest.raises(FlextronError, match=r"layers\[0\].ffn_hidden_size 13 is not a candidate"):
         cut(info, net, Reader(state))
+    with pytest.raises(FlextronError, match="the tensor decoder.layers.0.mlp.linear_fc3.weight is none that this model declares"):
+        cut(info, SubNetwork.full(info.model), Reader(state | {"decoder.layers.0.mlp.linear_fc3.weight": torch.ones(2)}))
     del state["decoder.layers.1.mlp.linear_fc2.weight"]
     with pytest.raises(FlextronError, match="lacks the tensor decoder.layers.1.mlp.linear_fc2.weight"):
         cut(info, SubNetwork.full(info.model), Reader(state))

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from flextron_mcore.export import hf
-from flextron_mcore.export.cut import shapes
+from flextron_mcore.export.cut import placed_tensors
 from flextron_mcore.export.formats import Job
 from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.space import SubNetwork, count_parameters
@@ -77,7 +77,7 @@ def test_all_axes_are_the_checkpoints(cases, name):
         with Operands() as seen, torch.no_grad():
             case.model(hf_toy.tokens(1, 4), use_cache=False)
         assert all(weight.untyped_storage().data_ptr() in storages for weight in seen.weights)
-        owned = sum(math.prod(shape) for shape in shapes(info.model, net).values() if len(shape) == 2)
+        owned = sum(math.prod(placed.shape) for placed in placed_tensors(info.model, net) if len(placed.shape) == 2)
         assert sum(weight.numel() for weight in seen.weights) == owned + tied * info.model.vocab_size * net.hidden_size
     case.model.set_budget(None)
     assert torch.equal(hf_toy.logits(case.model), hf_toy.logits(case.theirs))

@@ -20,9 +20,9 @@ from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.data.tokenizer import train_tokenizer
 from flextron_mcore.export import cut as cutting
-from flextron_mcore.export.cut import cut, executed_layers
+from flextron_mcore.export.cut import cut
 from flextron_mcore.export.formats import Job, get_format
-from flextron_mcore.export.trtllm import writer
+from flextron_mcore.export.trtllm import pieces
 from flextron_mcore.export.trtllm.plan import make_plan
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters
 from tests import hf_toy, toy
@@ -52,7 +52,7 @@ def made(arch: ModelConfig, space: ElasticSpace, folder: Path, seed: int = 0) ->
 
 def difference(info: CheckpointInfo, job: Job) -> float:
     """Of the files from Megatron-Core: a model of the hidden size and the depth of job.net, full widths, computes its widths."""
-    layers = executed_layers(job.net)
+    layers = job.net.executed_layers
     full = SubNetwork.full(info.model).layers
     wide = tuple(replace(layer, executed=ours.executed) for layer, ours in zip(full, job.net.layers, strict=True))
     arch = replace(info.model, hidden_size=job.net.hidden_size, num_layers=len(layers))
@@ -239,7 +239,7 @@ def test_deci_kv_heads_that_do_not_divide_the_query_heads():
     arch = toy.config(num_attention_heads=8, num_query_groups=4, num_layers=4)
     layers = tuple(LayerChoice(True, groups, 2, 48) for groups in (3, 4, 1, 2))
     plan = make_plan(arch, SubNetwork(32, layers), {"style": "deci"})
-    assert [(slot.kv_heads, slot.queries) for slot in plan.slots] == [(4, 2), (4, 2), (1, 8), (2, 4)]
+    assert [(slot.kv_groups, slot.query_heads_per_group) for slot in plan.slots] == [(4, 2), (4, 2), (1, 8), (2, 4)]
 
 
 def test_config(tmp_path):
@@ -300,9 +300,9 @@ def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
     """Whatever the number of layers: the next is read when the last is in the file."""
     arch = toy.config(num_layers=3)
     info = made(arch, ElasticSpace.build(arch, 1, "kv_group", [1.0], [1.0]), tmp_path / "run")
-    events, seen, load, append = [], [], cutting._load, writer._TensorFile.append
+    events, seen, load, write = [], [], cutting._load, pieces.TensorFile.write
     monkeypatch.setattr(cutting, "_load", lambda *a: events.append("read") or load(*a))
-    monkeypatch.setattr(writer._TensorFile, "append", lambda *a: events.append("write") or append(*a))
+    monkeypatch.setattr(pieces.TensorFile, "write", lambda *a: events.append("write") or write(*a))
     _, job = exported(info, SubNetwork.full(arch), tmp_path / "out", tp=2, progress=seen.append)
     reads = 3 + 3 * 6
     assert events.count("read") == reads  # each once for both ranks
@@ -320,8 +320,8 @@ def test_processes_share_the_files(processes, tmp_path, monkeypatch):
     for process in range(processes):
         out = tmp_path / f"{process}"
         out.mkdir()
-        monkeypatch.setattr(writer, "place", lambda process=process: (process, processes))
-        writer.write_ranks(out, plan, cut(info, job.net), torch.float32, None)
+        monkeypatch.setattr(pieces, "place", lambda process=process: (process, processes))
+        pieces.write_ranks(out, plan, cut(info, job.net), torch.float32, None)
         for file in out.iterdir():
             assert file.read_bytes() == (job.out / file.name).read_bytes()
             seen.append(file.name)

@@ -101,8 +101,8 @@ def main(file: str) -> None:
     if torch.cuda.is_available():
         sys.exit("tests.gpu.parity: the reference is the CPU's: set CUDA_VISIBLE_DEVICES= (empty)")
     sys.modules |= {"transformer_engine": None, "apex": None}  # which may not load without a GPU
-    from flextron_mcore.cli import prepare_environment
     from flextron_mcore.runtime import distributed
+    from flextron_mcore.runtime.environment import prepare_environment
 
     prepare_environment()
     distributed.initialize(seed=1234)

@@ -46,7 +46,7 @@ def fail() -> None:
 
 
 if __name__ == "__main__":
-    from flextron_mcore.cli import prepare_environment
+    from flextron_mcore.runtime.environment import prepare_environment
 
     prepare_environment()
     from flextron_mcore.training.loop import _Run

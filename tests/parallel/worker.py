@@ -85,8 +85,8 @@ def main(folder: Path) -> None:
     import contextlib
     import io
 
-    from flextron_mcore.cli import prepare_environment
     from flextron_mcore.config import FlextronError
+    from flextron_mcore.runtime.environment import prepare_environment
 
     prepare_environment()
     from flextron_mcore.runtime import distributed

@@ -12,14 +12,14 @@ import torch
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.cut import cut
+from flextron_mcore.export.directory import check_empty, figures
 from flextron_mcore.export.formats import Format, Job
-from flextron_mcore.export.gguf import tokenizer
-from flextron_mcore.export.gguf.forward import forward
-from flextron_mcore.export.gguf.writer import FILE, TYPES, card, write_file
-from flextron_mcore.export.hf import llama
+from flextron_mcore.families import llama
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters
 
+FILE = "model.gguf"
+TYPES = ("f32", "f16", "q8_0")  # of the weight matrices
 # Largest difference of logits that a type's rounding explains, in units of the logits' own size (`_logit_scale`): rounding is
 # relative, so it grows with them. The most in 46 small random networks, whose rounding averages out least: f16 0.012, q8_0 0.48.
 _ROUNDING = {"f16": 0.04, "q8_0": 1.0}
@@ -34,41 +34,44 @@ def write(job: Job) -> dict[str, Any]:
     outside the space, or an `out` that is not an empty directory.
     """
     require_library()
+    from flextron_mcore.export.gguf import tokenizer, writer  # import the package gguf, which is optional
+
     model, kind = job.info.model, _type(job)
-    if misfits := llama.misfits(model):
+    if misfits := llama.FAMILY.misfits(model):
         raise FlextronError(
             f"format=gguf: llama.cpp holds layers of different widths for Llama only, which needs {', '.join(misfits)}: "
             "use format=hf or format=trtllm"
         )
     job.info.space.check(model, job.net)
 
-    def written() -> tuple[int, list[int]]:
-        """Parameters, and the bytes of each file."""
-        if not job.out.is_dir() or any(job.out.iterdir()):
-            raise FlextronError(f"out={job.out}: not an empty directory")
+    file = job.out / FILE
+
+    def written() -> dict[str, Any]:
+        check_empty(job.out)
         vocabulary = tokenizer.read(job.tokenizer, model.vocab_size) if job.tokenizer else None
         try:
-            parameters = write_file(job, kind, vocabulary)
-            (job.out / "README.md").write_text(card(job, kind, vocabulary), encoding="utf-8")
+            parameters = writer.write_file(job, file, kind, vocabulary)
+            (job.out / "README.md").write_text(writer.card(job, file, kind, vocabulary), encoding="utf-8")
         except BaseException:
-            (job.out / FILE).unlink(missing_ok=True)  # never half a model
+            file.unlink(missing_ok=True)  # never half a model
             raise
-        return parameters, [file.stat().st_size for file in job.out.iterdir()]
+        if parameters != count_parameters(model, job.net):
+            raise AssertionError(f"{parameters} parameters written, {count_parameters(model, job.net)} counted")
+        return figures(job.out, "gguf", "deci", parameters)
 
-    parameters, sizes = on_main_process(written)
-    if parameters != count_parameters(model, job.net):
-        raise AssertionError(f"{parameters} parameters written, {count_parameters(model, job.net)} counted")
-    return {"format": "gguf", "architecture": "deci", "parameters": parameters, "bytes": sum(sizes), "files": len(sizes)}
+    return on_main_process(written)
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Of the file, computed here as llama.cpp does in fp32."""
+    """Logits of the file, computed here as llama.cpp does in fp32."""
     require_library()
+    from flextron_mcore.export.gguf.forward import forward  # imports the package gguf, which is optional
+
     return forward(job.out / FILE, tokens_BS)
 
 
 def tolerance(job: Job) -> float:
-    """Of f32, rounding of the sums; of the others, that of the weights, relative to the size of the logits."""
+    """Rounding of the sums, and for other types than f32 that of the weights, which grows with the logits."""
     scale, kind = _logit_scale(job), _type(job)
     return 1e-4 * max(1.0, scale) + _ROUNDING.get(kind, 0.0) * scale
 

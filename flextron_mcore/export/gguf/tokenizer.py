@@ -8,15 +8,15 @@ Source: llama.cpp, src/llama-vocab.cpp.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import gguf
+from gguf import TokenType
 
 from flextron_mcore.config import FlextronError
-
-if TYPE_CHECKING:
-    import gguf
 
 _SPACE = "▁"  # sentencepiece's
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,19 +30,19 @@ _PRE_TOKENIZERS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp is told. tokens, types (gguf.TokenType) and scores by id; merges as `left right`, best first."""
+    """A vocabulary in llama.cpp's terms. tokens, types (gguf.TokenType) and scores by id; merges as `left right`, best first."""
 
     model: str
-    pre: str | None
     tokens: Sequence[str]
     types: Sequence[int]
-    scores: Sequence[float] | None
-    merges: Sequence[str] | None
     ids: Mapping[str, int]  # bos, eos, unk, pad: those that there are
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
-    chat_template: str | None
+    chat_template: Any  # written if it is a text
+    pre: str | None = None
+    scores: Sequence[float] | None = None
+    merges: Sequence[str] | None = None
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Write the keys."""
@@ -62,7 +62,7 @@ class Vocabulary:
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         writer.add_add_space_prefix(self.add_space_prefix)
-        if self.chat_template:
+        if isinstance(self.chat_template, str) and self.chat_template:
             writer.add_chat_template(self.chat_template)
 
 
@@ -90,7 +90,7 @@ def read(folder: Path, vocab_size: int) -> Vocabulary:
 
 
 class _Unlike(Exception):
-    """What llama.cpp has no like of."""
+    """A trait of a tokenizer that llama.cpp has no like of."""
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -144,14 +144,12 @@ def _from_tokenizer_json(values: dict[str, Any], config: dict[str, Any], vocab_s
         add_bos=before is not None,
         add_eos=after is not None,
         add_space_prefix=prefix,
-        chat_template=_chat_template(config),
+        chat_template=config.get("chat_template"),
     )
 
 
 def _tokens(vocab: Mapping[str, int], special: Mapping[str, bool], size: int) -> tuple[list[str], list[int]]:
     """Text and type by id. special: of the added tokens, whether they are control tokens."""
-    from gguf import TokenType
-
     if (last := max(vocab.values())) >= size:
         raise _Unlike(f"it has tokens up to {last}, the model {size}")
     if len(set(vocab.values())) < len(vocab):
@@ -168,8 +166,6 @@ def _tokens(vocab: Mapping[str, int], special: Mapping[str, bool], size: int) ->
 
 def _mark_bytes(tokens: Sequence[str], types: list[int], unknown: str | None) -> None:
     """Types of the tokens that only sentencepiece has."""
-    from gguf import TokenType
-
     number = {token: i for i, token in enumerate(tokens)}
     for byte in range(256):
         if (token := f"<0x{byte:02X}>") not in number:
@@ -199,18 +195,14 @@ def _scores(
         before, end = token, max(end, last)
     known = set(merges)
     for token in vocab.keys() - special.keys():
-        for left, right in _halves(token):
+        for left, right in ((token[:i], token[i:]) for i in range(1, len(token))):
             if (len(left) == 1 or left in vocab) and (len(right) == 1 or right in vocab) and (left, right) not in known:
                 raise _Unlike(f"it does not merge {left!r} and {right!r} into {token!r}")
     return [-float(rank.get(token, 0)) for token in tokens]
 
 
-def _halves(token: str) -> Iterator[tuple[str, str]]:
-    return ((token[:i], token[i:]) for i in range(1, len(token)))
-
-
 def _space_prefix(values: dict[str, Any]) -> bool:
-    """Whether a text is given a space in front, of a tokenizer that otherwise only writes spaces as sentencepiece does."""
+    """True if a text is given a space in front; raises _Unlike for one that does not write spaces as sentencepiece does."""
     normalizer, pre = values.get("normalizer"), values.get("pre_tokenizer")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
@@ -256,7 +248,7 @@ def _template(value: dict[str, Any] | None) -> tuple[str | None, str | None]:
 
 
 def _special_ids(config: dict[str, Any], vocab: Mapping[str, int], unknown: str | None) -> dict[str, int]:
-    """Ids of tokenizer_config.json. llama.cpp takes ids of its own for bos and eos where it is told none."""
+    """Ids of tokenizer_config.json. llama.cpp takes ids of its own for bos and eos where none are given."""
     ids = {}
     for name in ("bos", "eos", "unk", "pad"):
         token = config.get(f"{name}_token") or (unknown if name == "unk" else None)
@@ -268,15 +260,9 @@ def _special_ids(config: dict[str, Any], vocab: Mapping[str, int], unknown: str 
     return {"bos": ids["eos"], **ids}
 
 
-def _chat_template(config: dict[str, Any]) -> str | None:
-    template = config.get("chat_template")
-    return template if isinstance(template, str) else None
-
-
 def _from_sentencepiece(file: Path, config: dict[str, Any], vocab_size: int) -> Vocabulary:
     """A tokenizer.model alone, which llama.cpp splits text by as sentencepiece does."""
-    from gguf import TokenType
-    from transformers.convert_slow_tokenizer import import_protobuf
+    from transformers.convert_slow_tokenizer import import_protobuf  # slow to import
 
     try:
         proto = import_protobuf().ModelProto.FromString(file.read_bytes())
@@ -297,14 +283,12 @@ def _from_sentencepiece(file: Path, config: dict[str, Any], vocab_size: int) -> 
     named = {f"{name}_token": getattr(trainer, f"{name}_piece") for name in ("bos", "eos", "unk")}
     return Vocabulary(
         model="llama",
-        pre=None,
         tokens=tokens,
         types=types,
         scores=scores,
-        merges=None,
         ids=_special_ids({**named, **config}, vocab, None),
         add_bos=bool(config.get("add_bos_token", True)),
         add_eos=bool(config.get("add_eos_token", False)),
         add_space_prefix=normalizer.add_dummy_prefix,
-        chat_template=_chat_template(config),
+        chat_template=config.get("chat_template"),
     )

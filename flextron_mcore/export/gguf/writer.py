@@ -8,53 +8,48 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 
+from flextron_mcore.checkpoint.parts import split
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.card import describe
-from flextron_mcore.export.cut import cut, executed_layers
+from flextron_mcore.export.cut import cut, placed_tensors
 from flextron_mcore.export.formats import Job
 from flextron_mcore.export.gguf.tokenizer import Vocabulary
-from flextron_mcore.export.hf import llama
-from flextron_mcore.export.hf.target import Part
+from flextron_mcore.export.reference import frequencies, llama3_factors
+from flextron_mcore.families.family import Names
 from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.space import LayerChoice, count_parameters
 
-if TYPE_CHECKING:
-    import gguf
-
-FILE = "model.gguf"
-TYPES = ("f32", "f16", "q8_0")
 _ROPE_FACTORS = "rope_freqs.weight"
-_NAMES = {  # of transformers' Llama, without "model." and the layer
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+_NAMES = Names(
+    {
+        "embedding.word_embeddings": "token_embd",
+        "self_attention.linear_qkv.layer_norm": "attn_norm",
+        "self_attention.linear_qkv": ("attn_q", "attn_k", "attn_v"),
+        "self_attention.linear_proj": "attn_output",
+        "mlp.linear_fc1.layer_norm": "ffn_norm",
+        "mlp.linear_fc1": ("ffn_gate", "ffn_up"),
+        "mlp.linear_fc2": "ffn_down",
+        "decoder.final_layernorm": "output_norm",
+        "output_layer": "output",
+    },
+    layers="blk.{}.",
+)
 
 
-def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
-    """Write job.net as FILE in job.out; returns the number of parameters.
+def write_file(job: Job, file: Path, kind: str, vocabulary: Vocabulary | None) -> int:
+    """Write job.net as `file` in job.out; returns the number of parameters.
 
-    kind: one of TYPES. Raises FlextronError where the disk is too small, or a weight too large.
+    kind: f32, f16 or q8_0. Raises FlextronError where the disk is too small, or a weight too large.
     """
-    import gguf
-
-    model, layers, tensors = job.info.model, executed_layers(job.net), cut(job.info, job.net)
-    parts = list(llama.parts(model, layers, job.net.hidden_size))
-    writer = gguf.GGUFWriter(job.out / FILE, "deci")
+    model, layers, tensors = job.info.model, job.net.executed_layers, cut(job.info, job.net)
+    mapped = _NAMES.map(placed_tensors(model, job.net), "format=gguf")
+    writer = gguf.GGUFWriter(file, "deci")
     _add_metadata(writer, model, layers, job.net.hidden_size, kind)
     if vocabulary:
         vocabulary.add_to(writer)
@@ -62,7 +57,8 @@ def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
         writer.add_tokenizer_model("no_vocab")
     factors = _rope_factors(model)
     total = 0
-    for name, shape in _shapes(parts, factors):
+    shapes = [pair for each in mapped for pair in each.shapes.items()]
+    for name, shape in [*([] if factors is None else [(_ROPE_FACTORS, factors.shape)]), *shapes]:
         stored = _stored_type(shape, kind)
         total += _nbytes(shape, stored)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), _nbytes(shape, stored), stored)
@@ -74,12 +70,12 @@ def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
         if factors is not None:
             writer.write_tensor_data(factors)
         parameters = 0
-        for part in parts:
-            whole = tensors[part.source].load().float()
-            for (name, shape), tensor in zip(part.shapes.items(), part.split(whole), strict=True):
+        for each in mapped:
+            whole = tensors[each.placed.name].load().float()
+            for (name, shape), tensor in zip(each.shapes.items(), split(each, whole), strict=True):
                 if tuple(tensor.shape) != shape:
                     raise AssertionError(f"{name}: {tuple(tensor.shape)} instead of {shape}")
-                data = _encode(_name(name), _permuted(name, tensor, model.kv_channels), _stored_type(shape, kind))
+                data = _encode(name, _permuted(name, tensor, model.kv_channels), _stored_type(shape, kind))
                 writer.write_tensor_data(data)
                 parameters += tensor.numel()
                 if job.progress:
@@ -98,8 +94,6 @@ def write_file(job: Job, kind: str, vocabulary: Vocabulary | None) -> int:
 def _add_metadata(
     writer: gguf.GGUFWriter, model: ModelConfig, layers: Sequence[LayerChoice], hidden_size: int, kind: str
 ) -> None:
-    import gguf
-
     files = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
     writer.add_type("model")
     writer.add_name("A Flextron sub-network")
@@ -124,40 +118,16 @@ def _add_metadata(
 
 
 def _rope_factors(model: ModelConfig) -> np.ndarray | None:
-    """What llama3's scaling divides each frequency by [kv_channels / 2], fp32; None for models without it.
-
-    Source: Llama 3.1's `apply_scaling`: waves longer than a context of original_max_position_embeddings are slowed by `factor`,
-    short ones are kept, and in between the frequency is interpolated.
-    """
+    """Divisors of the frequencies in llama3's scaling [kv_channels / 2], fp32; None for models without it."""
     scaling = model.rope_scaling or {}
     if scaling.get("type") != "llama3":
         return None
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    frequencies = float(model.rotary_base) ** -(np.arange(0, model.kv_channels, 2, dtype=np.float64) / model.kv_channels)
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # of each within the original context
-    kept = np.clip((turns - low) / (high - low), 0, 1) if high > low else (turns >= high).astype(np.float64)
-    return (1 / (kept + (1 - kept) / factor)).astype(np.float32)
-
-
-def _shapes(parts: Sequence[Part], factors: np.ndarray | None) -> list[tuple[str, tuple[int, ...]]]:
-    """GGUF's name and the shape of every tensor, in the order of the file."""
-    first = [] if factors is None else [(_ROPE_FACTORS, factors.shape)]
-    return first + [(_name(name), shape) for part in parts for name, shape in part.shapes.items()]
-
-
-def _name(theirs: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`."""
-    base, kind = theirs.removeprefix("model.").rsplit(".", 1)
-    block = ""
-    if base.startswith("layers."):
-        _, number, base = base.split(".", 2)
-        block = f"blk.{number}."
-    return f"{block}{_NAMES[base]}.{kind}"
+    return llama3_factors(scaling, frequencies(model.rotary_base, model.kv_channels)).float().numpy()
 
 
 def _permuted(name: str, tensor: torch.Tensor, size: int) -> torch.Tensor:
     """llama.cpp rotates neighbouring channels of a query or key, transformers one half of the head with the other."""
-    if ".q_proj." not in name and ".k_proj." not in name:
+    if ".attn_q." not in name and ".attn_k." not in name:
         return tensor
     tensor_NPI = tensor.unflatten(0, (-1, 2, size // 2))
     return tensor_NPI.transpose(1, 2).flatten(0, 2)
@@ -165,32 +135,26 @@ def _permuted(name: str, tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 def _stored_type(shape: tuple[int, ...], kind: str) -> gguf.GGMLQuantizationType:
     """Vectors stay in f32, which llama.cpp wants; q8_0 has blocks of 32 along a row, so matrices of other widths are f16."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
     if len(shape) == 1:
-        return GGMLQuantizationType.F32
-    stored = GGMLQuantizationType[kind.upper()]
-    return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[stored][0] else stored
+        return gguf.GGMLQuantizationType.F32
+    stored = gguf.GGMLQuantizationType[kind.upper()]
+    return gguf.GGMLQuantizationType.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[stored][0] else stored
 
 
 def _nbytes(shape: tuple[int, ...], stored: gguf.GGMLQuantizationType) -> int:
-    from gguf import GGML_QUANT_SIZES
-
-    block, size = GGML_QUANT_SIZES[stored]
+    block, size = gguf.GGML_QUANT_SIZES[stored]
     return math.prod(shape) // block * size
 
 
 def _encode(name: str, tensor: torch.Tensor, stored: gguf.GGMLQuantizationType) -> np.ndarray:
     """The bytes of a tensor. Raises FlextronError for a weight beyond f16's range, which would become infinite."""
-    from gguf import GGMLQuantizationType, quants
-
     values = np.ascontiguousarray(tensor.numpy())
-    if stored is GGMLQuantizationType.F16 and (largest := max(values.max(), -values.min())) > np.finfo(np.float16).max:
+    if stored is gguf.GGMLQuantizationType.F16 and (largest := max(values.max(), -values.min())) > np.finfo(np.float16).max:
         raise FlextronError(f"gguf.type: {name} has a weight of {largest:.3g}, f16 ends at 65504: use gguf.type=f32")
-    return quants.quantize(values, stored)
+    return gguf.quants.quantize(values, stored)
 
 
-def card(job: Job, kind: str, vocabulary: Vocabulary | None) -> str:
+def card(job: Job, file: Path, kind: str, vocabulary: Vocabulary | None) -> str:
     """README.md of an export."""
     parameters, full = count_parameters(job.info.model, job.net), count_parameters(job.info.model)
     costs = describe(replace(job, dtype="fp32" if kind == "f32" else "fp16")).splitlines()
@@ -198,7 +162,7 @@ def card(job: Job, kind: str, vocabulary: Vocabulary | None) -> str:
     if vocabulary is None:
         use = "llama.cpp loads it and takes token ids, not text (`llama_cpp.Llama.eval`)."
     else:
-        use = f'```bash\nllama-cli -m {FILE} -p "The" -n 20 -no-cnv\n```'
+        use = f'```bash\nllama-cli -m {file.name} -p "The" -n 20 -no-cnv\n```'
     return f"""---
 pipeline_tag: text-generation
 tags: [flextron, gguf]
@@ -206,7 +170,7 @@ tags: [flextron, gguf]
 # A Flextron sub-network
 
 GGUF of architecture `deci`, for llama.cpp: {parameters:,} parameters, {parameters / full:.1%} of the {full:,} of the elastic
-model that flextron_mcore cut it from. Weight matrices are in {kind}; the file has {(job.out / FILE).stat().st_size:,} bytes.
+model that flextron_mcore cut it from. Weight matrices are in {kind}; the file has {file.stat().st_size:,} bytes.
 
 {chr(10).join(costs)}
 

@@ -9,19 +9,16 @@ from typing import Any
 import torch
 
 from flextron_mcore.checkpoint.reader import DTYPES
-from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.export.cut import cut, cut_config, executed_layers
+from flextron_mcore.export.cut import cut, cut_config, placed_tensors, plain_norms
+from flextron_mcore.export.directory import begin, figures, write_json
 from flextron_mcore.export.formats import Format, Job, rounding
-from flextron_mcore.export.hf import gpt2, llama
-from flextron_mcore.export.hf.target import Target
-from flextron_mcore.export.hf.writer import model_card, write_json, write_weights
-from flextron_mcore.export.tokenizer import take_tokenizer
-from flextron_mcore.runtime.disk import check_space
+from flextron_mcore.export.hf.writer import model_card, write_weights
+from flextron_mcore.families import family_of_model
+from flextron_mcore.families.family import Family
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters, weight_bytes
 
-TARGETS = (llama.TARGET, gpt2.TARGET)
 _CODE = Path(__file__).parent / "code"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -34,54 +31,40 @@ def write(job: Job) -> dict[str, Any]:
     Returns format, architecture, parameters, bytes and files (of the whole directory); `reason` if no stock class was possible.
     Raises FlextronError for a model of no family, a network outside the space, or an `out` that is not an empty directory.
     """
-    info, net, out, dtype, tokenizer = job.info, job.net, job.out, job.dtype, job.tokenizer
-    model = info.model
-    target = _target(model)
-    tensors = cut(info, net)
-    layers, reason = executed_layers(net), target.not_stock(model, net)
+    info, net, out, dtype = job.info, job.net, job.out, DTYPES[job.dtype]
+    family = family_of_model(info.model, info.hf_config)
+    mapped = family.names.map(placed_tensors(info.model, net), "format=hf")
+    tensors = plain_norms(info.model, cut(info, net))
+    reason = _not_stock(family, info.model, net)
 
     def prepared() -> dict[str, Any]:
         """Everything but the weights and config.json, which is returned."""
-        if not out.is_dir() or any(out.iterdir()):
-            raise FlextronError(f"out={out}: not an empty directory")
-        check_space(out, weight_bytes(model, net, dtype))
-        config = _config(info, net, target, reason, tokenizer) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-        if tokenizer:
-            take_tokenizer(tokenizer, out)
+        begin(job, weight_bytes(info.model, net, job.dtype))
+        config = _config(job, family, reason) | {"torch_dtype": str(dtype).removeprefix("torch.")}
         if not (out / "generation_config.json").is_file():
             ids = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
             write_json(out / "generation_config.json", ids)
-        for name in target.code_files if reason else ():
+        for name in _code_files(family) if reason else ():
             shutil.copyfile(_CODE / f"{name}.py", out / f"{name}.py")
         return config
 
     config = on_main_process(prepared)
-    parts = list(target.parts(model, layers, net.hidden_size))
-    parameters = write_weights(out, parts, tensors, DTYPES[dtype], job.max_shard_size, job.progress)
-    if parameters != count_parameters(model, net):
-        raise AssertionError(f"{parameters} parameters written, {count_parameters(model, net)} counted")
+    parameters = write_weights(out, mapped, tensors, dtype, job.max_shard_size, job.progress)
+    if parameters != count_parameters(info.model, net):
+        raise AssertionError(f"{parameters} parameters written, {count_parameters(info.model, net)} counted")
     (architecture,) = config["architectures"]
 
-    def finished() -> list[int]:
-        """Bytes of each file."""
+    def finished() -> dict[str, Any]:
         (out / "README.md").write_text(model_card(job, architecture), encoding="utf-8")
         write_json(out / "config.json", config)
-        return [file.stat().st_size for file in out.iterdir()]
+        return figures(out, "hf", architecture, parameters)
 
-    sizes = on_main_process(finished)
-    result = {
-        "format": "hf",
-        "architecture": architecture,
-        "parameters": parameters,
-        "bytes": sum(sizes),
-        "files": len(sizes),
-    }
-    return result | ({"reason": reason} if reason else {})
+    return on_main_process(finished) | ({"reason": reason} if reason else {})
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Of the directory, in transformers."""
-    from transformers import AutoModelForCausalLM
+    """Logits of the directory, in transformers."""
+    from transformers import AutoModelForCausalLM  # slow to import
 
     exported = AutoModelForCausalLM.from_pretrained(job.out, trust_remote_code=True, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -91,53 +74,58 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 FORMAT = Format(write, logits, rounding)
 
 
-def _target(model: ModelConfig) -> Target:
-    """The family that can represent `model`."""
-    complaints = []
-    for target in TARGETS:
-        misfits = target.misfits(model)
-        if not misfits:
-            return target
-        complaints.append((len(misfits), f"{target.name} needs {', '.join(misfits)}"))
-    nearest_first = "; ".join(text for _, text in sorted(complaints))
-    raise FlextronError(f"format=hf: this model is of no family that it can write: {nearest_first}")
+def _not_stock(family: Family, model: ModelConfig, net: SubNetwork) -> str | None:
+    """Why the stock class cannot hold `net`; None if it can. Raises FlextronError where no other class could."""
+    layers = net.executed_layers
+    reason = "the widths differ from layer to layer" if not net.is_uniform else family.refusal(model, net.hidden_size, layers[0])
+    if reason and family.classes is None:
+        raise FlextronError(f"format=hf: {reason}, and {family.name} has no class of its own for that: choose a uniform network")
+    return reason
 
 
-def _config(info: CheckpointInfo, net: SubNetwork, target: Target, reason: str | None, tokenizer: Path | None) -> dict[str, Any]:
+def _code_files(family: Family) -> tuple[str, str]:
+    """The files of `code/` that hold the class for layers of different widths, without `.py`: configuration and model."""
+    return f"configuration_flextron_{family.model_type}", f"modeling_flextron_{family.model_type}"
+
+
+def _config(job: Job, family: Family, reason: str | None) -> dict[str, Any]:
     """config.json: of the stock class, or with a `reason` against it of the class in `code/`."""
+    info, elastic = job.info, f"Flextron{family.architecture}"
     config = {
-        "architectures": [target.elastic if reason else target.stock],
-        "model_type": f"flextron_{target.model_type}" if reason else target.model_type,
-        **target.config(cut_config(info.model, net), info.hf_config or {}),
-        **_token_ids(info, tokenizer),
+        "architectures": [elastic if reason else family.architecture],
+        "model_type": f"flextron_{family.model_type}" if reason else family.model_type,
+        **family.config(cut_config(info.model, job.net), info.hf_config or {}),
+        **_token_ids(job),
         "use_cache": True,
     }
     if not reason:
         return config
-    layers = executed_layers(net)
-    configuration, modeling = target.code_files
+    layers = job.net.executed_layers
+    configuration, modeling = _code_files(family)
     return config | {
         "auto_map": {
-            "AutoConfig": f"{configuration}.Flextron{target.classes}Config",
-            "AutoModel": f"{modeling}.Flextron{target.classes}Model",
-            "AutoModelForCausalLM": f"{modeling}.{target.elastic}",
+            "AutoConfig": f"{configuration}.Flextron{family.classes}Config",
+            "AutoModel": f"{modeling}.Flextron{family.classes}Model",
+            "AutoModelForCausalLM": f"{modeling}.{elastic}",
         },
         "head_dim": info.model.kv_channels,
-        "per_layer_config": {str(i): target.widths(layer) for i, layer in enumerate(layers)},
+        "per_layer_config": {
+            str(i): {theirs: getattr(layer, ours) for theirs, ours in family.widths.items()} for i, layer in enumerate(layers)
+        },
         "num_attention_heads_per_layer": [layer.num_attention_heads for layer in layers],  # where SGLang looks
     }
 
 
-def _token_ids(info: CheckpointInfo, tokenizer: Path | None) -> dict[str, Any]:
+def _token_ids(job: Job) -> dict[str, Any]:
     """Ids of the special tokens: those the model was imported with, else the tokenizer's, else null.
 
     Null is said: the classes' defaults are ids of Llama's and GPT-2's own vocabularies.
     """
-    if info.hf_config:
-        return {name: info.hf_config[name] for name in _TOKEN_IDS if name in info.hf_config}
-    if tokenizer is None:
+    if job.info.hf_config:
+        return {name: job.info.hf_config[name] for name in _TOKEN_IDS if name in job.info.hf_config}
+    if job.tokenizer is None:
         return dict.fromkeys(_TOKEN_IDS)
-    from flextron_mcore.data.tokenizer import open_tokenizer
+    from flextron_mcore.data.tokenizer import open_tokenizer  # imports transformers, slow
 
-    opened = open_tokenizer(tokenizer).hf
+    opened = open_tokenizer(job.tokenizer).hf
     return {name: getattr(opened, name) for name in _TOKEN_IDS}

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export import hf
+from flextron_mcore.export.directory import figures, write_json
 from flextron_mcore.export.formats import Format, Job, rounding
-from flextron_mcore.export.hf.writer import write_json
 from flextron_mcore.export.hf_elastic.family import FAMILY_FILE, build_family, read_networks, write_family
+from flextron_mcore.families import family_of_model
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters
 
@@ -38,24 +39,26 @@ def write(job: Job) -> dict[str, Any]:
         raise FlextronError(
             "format=hf_elastic: holds every sub-network: write the full model, and set others on what it loads as"
         )
+    declared = family_of_model(info.model, info.hf_config)
+    if declared.classes is None:
+        raise FlextronError(f"format=hf_elastic: {declared.name} has no class that holds every sub-network: use format=hf")
     family, routers = on_main_process(lambda: build_family(info, job.dtype, job.options))
     hf.write(replace(job, options={}))
 
-    def finished() -> tuple[str, list[int]]:
-        """Turn the stock directory into an elastic one: (architecture, bytes of each file)."""
+    def finished() -> dict[str, Any]:
+        """Turn the stock directory into an elastic one."""
         for file in out.glob("*.py"):  # of a full model that no stock class can hold
             file.unlink()
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        target = next(t for t in hf.TARGETS if config["model_type"].removeprefix("flextron_") == t.model_type)
-        elastic, modeling = f"FlextronElastic{target.stock}", f"modeling_flextron_elastic_{target.model_type}"
+        architecture, modeling = f"FlextronElastic{declared.architecture}", f"modeling_flextron_elastic_{declared.model_type}"
         for name in ("per_layer_config", "num_attention_heads_per_layer"):
             config.pop(name, None)
         config |= {
-            "architectures": [elastic],
-            "model_type": f"flextron_elastic_{target.model_type}",
+            "architectures": [architecture],
+            "model_type": f"flextron_elastic_{declared.model_type}",
             "auto_map": {
-                "AutoConfig": f"{_COMMON[0]}.FlextronElastic{target.classes}Config",
-                "AutoModelForCausalLM": f"{modeling}.{elastic}",
+                "AutoConfig": f"{_COMMON[0]}.FlextronElastic{declared.classes}Config",
+                "AutoModelForCausalLM": f"{modeling}.{architecture}",
             },
             "head_dim": info.model.kv_channels,
         }
@@ -65,20 +68,12 @@ def write(job: Job) -> dict[str, Any]:
         if routers is not None:
             tensors = {name: tensor.detach().float().contiguous() for name, tensor in routers.state_dict().items()}
             save_file(tensors, out / ROUTERS_FILE, metadata={"format": "pt"})
-        (out / "README.md").write_text(_card(job, elastic, family), encoding="utf-8")
+        (out / "README.md").write_text(_card(job, architecture, family), encoding="utf-8")
         write_json(out / "config.json", config)
-        return elastic, [file.stat().st_size for file in out.iterdir()]
+        found = figures(out, "hf_elastic", architecture, count_parameters(info.model))
+        return found | {"selector": family["selector"], "networks": len(family["networks"])}
 
-    architecture, sizes = on_main_process(finished)
-    return {
-        "format": "hf_elastic",
-        "architecture": architecture,
-        "parameters": count_parameters(info.model),
-        "bytes": sum(sizes),
-        "files": len(sizes),
-        "selector": family["selector"],
-        "networks": len(family["networks"]),
-    }
+    return on_main_process(finished)
 
 
 def networks(job: Job) -> list[SubNetwork]:
@@ -96,7 +91,7 @@ def networks(job: Job) -> list[SubNetwork]:
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Of the directory, in transformers, which loads it once for all networks."""
+    """Logits of the directory, in transformers, which loads it once for all networks."""
     model = _loaded(job.out, (job.out / "config.json").stat().st_mtime_ns)
     model.set_subnetwork(net.to_dict())
     with torch.no_grad():
@@ -109,7 +104,7 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=1)
 def _loaded(folder: Path, written: int) -> Any:
     """written: when, so that a directory that is written again is loaded again."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # slow to import
 
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 

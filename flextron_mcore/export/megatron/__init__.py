@@ -5,7 +5,7 @@ The directory is laid out as a run of flextron and as `--load` of Megatron-LM: `
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,12 +20,11 @@ from flextron_mcore.checkpoint.store import iteration_path
 from flextron_mcore.checkpoint.writer import LazyTensor, write_streaming, write_torch_dist
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.export.card import describe
-from flextron_mcore.export.cut import cut, cut_config, executed_layers
+from flextron_mcore.export.cut import cut, cut_config, plain_norms
+from flextron_mcore.export.directory import begin, figures, write_json
 from flextron_mcore.export.formats import Format, Job, rounding
 from flextron_mcore.export.megatron.arguments import LLAMA3, command_line, not_on_the_command_line
 from flextron_mcore.export.megatron.read import read_logits
-from flextron_mcore.export.tokenizer import take_tokenizer
-from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, weight_bytes
 
@@ -45,7 +44,7 @@ def write(job: Job) -> dict[str, Any]:
     """
     info, net, out = job.info, job.net, job.out
     model = _dense(info.model, net)
-    layers = executed_layers(net)
+    layers = net.executed_layers
     widths = {(layer.num_attention_heads, layer.kv_groups) for layer in layers}
     architecture = "GPTModel"
     if not net.is_uniform:
@@ -54,11 +53,7 @@ def write(job: Job) -> dict[str, Any]:
     folder = iteration_path(out, max(info.step, 1))
 
     def prepared() -> None:
-        if not out.is_dir() or any(out.iterdir()):
-            raise FlextronError(f"out={out}: not an empty directory")
-        check_space(out, weight_bytes(info.model, net, job.dtype))
-        if job.tokenizer:
-            take_tokenizer(job.tokenizer, out / "tokenizer")
+        begin(job, weight_bytes(info.model, net, job.dtype), "tokenizer")
         folder.mkdir(parents=True)
 
     space = _space(model) if net.is_uniform else None
@@ -70,31 +65,22 @@ def write(job: Job) -> dict[str, Any]:
     else:
         write_torch_dist(folder, tensors, job.progress, _COMMON, elsewhere=True)
 
-    def finished() -> list[int]:
-        """Bytes of each file."""
+    def finished() -> dict[str, Any]:
         (folder.parent / TRACKER_FILE).write_text(f"{max(info.step, 1)}\n", encoding="utf-8")
         config = _config(model, layers, len(widths) > 1, job.dtype) | {"checkpoint": str(folder.relative_to(out))}
-        (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(out / CONFIG_FILE, config)
         shutil.copyfile(_CODE, out / CODE_FILE)
         refusal = not_on_the_command_line(model, net)
         if refusal is None:
             (out / ARGUMENTS_FILE).write_text(command_line(model, job.dtype), encoding="utf-8")
         (out / "README.md").write_text(_card(job, architecture, refusal), encoding="utf-8")
-        return [file.stat().st_size for file in out.rglob("*") if file.is_file()]
+        return figures(out, "megatron", architecture, sum(math.prod(tensor.shape) for tensor in tensors.values()))
 
-    sizes = on_main_process(finished)
-    result = {
-        "format": "megatron",
-        "architecture": architecture,
-        "parameters": sum(torch.Size(tensor.shape).numel() for tensor in tensors.values()),
-        "bytes": sum(sizes),
-        "files": len(sizes),
-    }
-    return result | ({"reason": _reason(len(widths) > 1)} if not net.is_uniform else {})
+    return on_main_process(finished) | ({"reason": _reason(len(widths) > 1)} if not net.is_uniform else {})
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Of the directory, by the code in it, in a process of its own that has one rank."""
+    """Logits of the directory, by the code in it, in a process of its own that has one rank."""
     return read_logits(job.out, tokens_BS)
 
 
@@ -111,14 +97,11 @@ def _tensors(job: Job, space: ElasticSpace | None) -> dict[str, LazyTensor]:
     """The tensors of `cut` in the dtype of the export."""
     dtype = DTYPES[job.dtype]
 
-    def load(name: str, lazy: LazyTensor) -> torch.Tensor:
-        tensor = lazy.load()
-        if job.info.model.normalization == "layernorm1p" and name.endswith(("layer_norm_weight", "layernorm.weight")):
-            tensor = tensor.float() + 1  # Megatron-Core's "1p" norms store the scale less one
-        return tensor.to(dtype)
+    def load(lazy: LazyTensor) -> torch.Tensor:
+        return lazy.load().to(dtype)
 
-    tensors = cut(job.info, job.net, space=space)
-    return {name: replace(lazy, dtype=dtype, load=partial(load, name, lazy)) for name, lazy in tensors.items()}
+    tensors = plain_norms(job.info.model, cut(job.info, job.net, space=space))
+    return {name: replace(lazy, dtype=dtype, load=partial(load, lazy)) for name, lazy in tensors.items()}
 
 
 def _space(model: ModelConfig) -> ElasticSpace:

@@ -32,7 +32,7 @@ def read_logits(directory: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def _main(directory: str, tokens: str, found: str) -> None:
-    from flextron_mcore.cli import prepare_environment
+    from flextron_mcore.runtime.environment import prepare_environment
 
     prepare_environment()
     from flextron_mcore.runtime import distributed

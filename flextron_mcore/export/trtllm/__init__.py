@@ -12,17 +12,13 @@ from typing import Any
 import torch
 
 from flextron_mcore.checkpoint.reader import DTYPES
-from flextron_mcore.config import FlextronError
 from flextron_mcore.export.card import describe
-from flextron_mcore.export.cut import cut
+from flextron_mcore.export.cut import cut, plain_norms
+from flextron_mcore.export.directory import begin, figures, write_json
 from flextron_mcore.export.formats import Format, Job, rounding
-from flextron_mcore.export.hf.writer import write_json
-from flextron_mcore.export.tokenizer import take_tokenizer
-from flextron_mcore.export.trtllm.pieces import pieces
+from flextron_mcore.export.trtllm.pieces import stage_pieces, write_ranks
 from flextron_mcore.export.trtllm.plan import APPROXIMATED, Plan, config, make_plan
 from flextron_mcore.export.trtllm.readback import checkpoint_logits
-from flextron_mcore.export.trtllm.writer import write_ranks
-from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork
 
@@ -37,46 +33,26 @@ def write(job: Job) -> dict[str, Any]:
     Raises FlextronError for what TensorRT-LLM's classes cannot hold, a tensor-parallel size that does not divide a layer, a
     network outside the space, or an `out` that is not an empty directory.
     """
-    info, out, tokenizer = job.info, job.out, job.tokenizer
-    tensors = cut(info, job.net)
+    info, out = job.info, job.out
+    tensors = plain_norms(info.model, cut(info, job.net))
     plan = make_plan(info.model, job.net, job.options)
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     padded = _elements(replace(plan, tp=1, pp=1), 0)
     stored = plan.tp * sum(_elements(plan, stage) for stage in range(plan.pp))
-    if left := tensors.keys() - {piece.source for stage in range(plan.pp) for piece in pieces(plan, stage)}:
-        raise AssertionError(f"not exported: {', '.join(sorted(left))}")
     note = _NOTE if info.model.activation in APPROXIMATED else None
-
-    def prepared() -> None:
-        if not out.is_dir() or any(out.iterdir()):
-            raise FlextronError(f"out={out}: not an empty directory")
-        check_space(out, stored * DTYPES[job.dtype].itemsize)
-        if tokenizer:
-            take_tokenizer(tokenizer, out / "tokenizer")
-
-    on_main_process(prepared)
+    on_main_process(lambda: begin(job, stored * DTYPES[job.dtype].itemsize, "tokenizer"))
     write_ranks(out, plan, tensors, DTYPES[job.dtype], job.progress)
 
-    def finished() -> list[int]:
-        """Bytes of each file."""
+    def finished() -> dict[str, Any]:
         write_json(out / "config.json", config(plan, job.dtype))
         (out / "README.md").write_text(_card(job, plan, padded, note), encoding="utf-8")
-        return [file.stat().st_size for file in out.rglob("*") if file.is_file()]
+        return figures(out, "trtllm", plan.architecture, parameters) | {"padded_parameters": padded}
 
-    sizes = on_main_process(finished)
-    result = {
-        "format": "trtllm",
-        "architecture": plan.architecture,
-        "parameters": parameters,
-        "padded_parameters": padded,
-        "bytes": sum(sizes),
-        "files": len(sizes),
-    }
-    return result | ({"note": note} if note else {})
+    return on_main_process(finished) | ({"note": note} if note else {})
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Of the files, ranks merged, by a forward pass of our own: not by TensorRT-LLM, which needs a GPU."""
+    """Logits of the files, ranks merged, by a forward pass of our own: not by TensorRT-LLM, which needs a GPU."""
     return checkpoint_logits(job.out, tokens_BS)
 
 
@@ -88,13 +64,15 @@ FORMAT = Format(write, logits, _tolerance)
 
 
 def _elements(plan: Plan, stage: int) -> int:
-    """Of the file of one rank."""
-    return sum(math.prod(shape) for piece in pieces(plan, stage) for shape in piece.shapes.values())
+    """Numbers in the file of one rank."""
+    return sum(math.prod(shape) for piece in stage_pieces(plan, stage) for shape in piece.shapes.values())
 
 
 def _card(job: Job, plan: Plan, padded: int, note: str | None) -> str:
     """README.md."""
-    held = "\n".join(f"| {i} | {slot.heads} | {slot.kv_heads} | {slot.ffn} |" for i, slot in enumerate(plan.slots))
+    held = "\n".join(
+        f"| {i} | {slot.num_attention_heads} | {slot.kv_groups} | {slot.ffn_hidden_size} |" for i, slot in enumerate(plan.slots)
+    )
     world = plan.tp * plan.pp
     return f"""# A Flextron sub-network for TensorRT-LLM (releases that build engines, up to 1.2)
 

@@ -1,113 +1,136 @@
-"""The tensors of a TensorRT-LLM checkpoint, cut out of those of the sub-network and padded with zeros to what its class holds.
-
-Shape suffixes: C hidden channels, G KV groups, R query heads of a group followed by its key and its value, Q query heads of a
-group, H channels of a head, B gate and up projections (2, or 1 for an ungated MLP), F neurons; .. whatever follows.
-"""
+"""The tensors of a TensorRT-LLM checkpoint: the sub-network's, padded with zeros to what its class holds, for each rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
 
-from flextron_mcore.export.trtllm.plan import Plan, Slot
-from flextron_mcore.space import LayerChoice
+from flextron_mcore.checkpoint.safetensor_files import TensorFile
+from flextron_mcore.checkpoint.writer import LazyTensor
+from flextron_mcore.export.trtllm.plan import Plan
+from flextron_mcore.families.family import Mapped, Names
+from flextron_mcore.families.tensors import QKV, Placed, of_network
+from flextron_mcore.runtime.ranks import place, wait_for_all
+from flextron_mcore.space import SubNetwork
 
-Split = Callable[[torch.Tensor], Sequence[Sequence[torch.Tensor]]]
+_MODULES = {
+    "embedding.word_embeddings": "transformer.vocab_embedding",
+    "embedding.position_embeddings": "transformer.position_embedding",
+    "self_attention.linear_qkv.layer_norm": "input_layernorm",
+    "self_attention.linear_qkv": "attention.qkv",
+    "self_attention.linear_proj": "attention.dense",
+    "mlp.linear_fc1.layer_norm": "post_layernorm",
+    "mlp.linear_fc1": ("{mlp}.fc", "{mlp}.gate"),  # the gate's projection is their `fc`, the other their `gate`
+    "mlp.linear_fc2": "{mlp}.proj",
+    "decoder.final_layernorm": "transformer.ln_f",
+    "output_layer": "lm_head",
+}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One Megatron-Core tensor as TensorRT-LLM's: `shapes` of a rank's by name. split: the tensor -> for each name the ranks'."""
+    """One Megatron-Core tensor, `source`, as TensorRT-LLM's, whose names and shapes on a rank are `shapes`."""
 
     source: str
     shapes: dict[str, tuple[int, ...]]
-    split: Split
+    mapped: Mapped
+    tp: int
+
+    def split(self, tensor: torch.Tensor) -> list[Sequence[torch.Tensor]]:
+        """For each name the tensors of the ranks."""
+        return _split(self.mapped, tensor, self.tp)
 
 
-def pieces(plan: Plan, stage: int) -> Iterator[Piece]:
+def stage_pieces(plan: Plan, stage: int) -> Iterator[Piece]:
     """The tensors of a pipeline stage, which counts its layers from 0."""
-    model, tp, c = plan.model, plan.tp, plan.hidden_size
-    embedding = "embedding.word_embeddings.weight"
-    whole: Split = lambda tensor: [[tensor] * tp]  # noqa: E731
-    if stage == 0:
-        yield Piece(embedding, {"transformer.vocab_embedding.weight": (model.vocab_size, c)}, whole)
-        if model.position_embedding_type == "learned_absolute":
-            shape = (model.max_position_embeddings, c)
-            yield Piece("embedding.position_embeddings.weight", {"transformer.position_embedding.weight": shape}, whole)
-    for new, old in enumerate(plan.stage(stage)):
-        yield from _layer(plan, f"decoder.layers.{old}.", f"transformer.layers.{new}.", plan.layers[old], plan.slots[old])
-    if stage == plan.pp - 1:
-        yield from _norm(plan, "decoder.final_layernorm.", "transformer.ln_f")
-        # Written out where it is the embedding too: whether TensorRT-LLM fills a missing one in depends on its release.
-        source = embedding if model.share_embeddings_and_output_weights else "output_layer.weight"
-        rows = plan.vocabulary
-        yield Piece(source, {"lm_head.weight": (rows // tp, c)}, lambda w: [_to_size(w, 0, rows).chunk(tp)])
+    model, numbers = plan.model, plan.stage(stage)
+    tied = model.share_embeddings_and_output_weights
+    own, padded = (SubNetwork(plan.hidden_size, tuple(each[i] for i in numbers)) for each in (plan.layers, plan.slots))
+    # A tied output layer is written too: whether TensorRT-LLM fills a missing one in depends on its release.
+    placed = of_network(replace(model, share_embeddings_and_output_weights=False), own, padded)
+    ends = {"before": stage == 0, "layer": True, "after": stage == plan.pp - 1}
+    for mapped in _names(plan.style).map((each for each in placed if ends[each.tensor.place]), "format=trtllm"):
+        each = mapped.placed
+        source = each.tensor.key(None if each.number is None else numbers[each.number])
+        if source == "output_layer.weight":
+            mapped = replace(mapped, placed=replace(each, whole=((plan.vocabulary,), each.whole[1])))
+            source = "embedding.word_embeddings.weight" if tied else source
+        ranks = _split(mapped, torch.empty(each.shape, device="meta"), plan.tp)
+        yield Piece(source, {n: tuple(r[0].shape) for n, r in zip(mapped.shapes, ranks, strict=True)}, mapped, plan.tp)
 
 
-def _layer(plan: Plan, ours: str, theirs: str, layer: LayerChoice, slot: Slot) -> Iterator[Piece]:
-    model, tp, c, size = plan.model, plan.tp, plan.hidden_size, plan.model.kv_channels
-    heads, kv_heads, ffn = slot.heads // tp, max(slot.kv_heads // tp, 1), slot.ffn // tp  # of a rank
-    kinds = {"weight": (c,), "bias": ()} if model.bias else {"weight": (c,)}
-    mlp = theirs + ("ffn" if plan.style == "deci" else "mlp")
-    attention = theirs + "attention"
-    yield from _norm(plan, ours + "self_attention.linear_qkv.layer_norm_", theirs + "input_layernorm")
-    for kind, columns in kinds.items():
-        shape = ((heads + 2 * kv_heads) * size, *columns)
-        split = partial(_qkv, layer, slot, size, tp)
-        yield Piece(f"{ours}self_attention.linear_qkv.{kind}", {f"{attention}.qkv.{kind}": shape}, split)
-    split = partial(_dense, layer, slot, size, tp)
-    yield Piece(ours + "self_attention.linear_proj.weight", {f"{attention}.dense.weight": (c, heads * size)}, split)
-    yield from _norm(plan, ours + "mlp.linear_fc1.layer_norm_", theirs + "post_layernorm")
-    for kind, columns in kinds.items():
-        names = [f"{mlp}.{name}.{kind}" for name in (("fc", "gate") if model.gated else ("fc",))]
-        split = partial(_fc1, len(names), slot, tp)
-        yield Piece(f"{ours}mlp.linear_fc1.{kind}", dict.fromkeys(names, (ffn, *columns)), split)
-    split = lambda w: [_to_size(w, 1, slot.ffn).chunk(tp, 1)]  # noqa: E731
-    yield Piece(ours + "mlp.linear_fc2.weight", {f"{mlp}.proj.weight": (c, ffn)}, split)
-    if model.bias:
-        for source, name in (("self_attention.linear_proj", f"{attention}.dense"), ("mlp.linear_fc2", f"{mlp}.proj")):
-            yield Piece(f"{ours}{source}.bias", {f"{name}.bias": (c,)}, lambda b: [[b] * tp])
+def write_ranks(
+    out: Path,
+    plan: Plan,
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Write the files of all TensorRT-LLM ranks. Call on all processes: they share the files.
+
+    One tensor of the checkpoint is in memory at a time, and what it was padded to. progress is called with the bytes of each,
+    scaled to the process's share.
+    """
+    process, processes = place()
+    mine = range(plan.tp * plan.pp)[process::processes]
+    for stage in range(plan.pp):
+        ranks = [rank for rank in mine if rank // plan.tp == stage]
+        if not ranks:
+            continue
+        todo = list(stage_pieces(plan, stage))
+        shapes = {name: shape for piece in todo for name, shape in piece.shapes.items()}
+        with contextlib.ExitStack() as stack:
+            files = {rank: stack.enter_context(TensorFile(out / f"rank{rank}.safetensors", shapes, dtype)) for rank in ranks}
+            for piece in todo:
+                split = piece.split(tensors[piece.source].load())
+                for rank, file in files.items():
+                    file.write({name: parts[rank % plan.tp] for name, parts in zip(piece.shapes, split, strict=True)})
+                if progress:
+                    written = len(ranks) * dtype.itemsize * sum(map(math.prod, piece.shapes.values()))
+                    progress(written * plan.tp * plan.pp // len(mine))
+    wait_for_all()
 
 
-def _norm(plan: Plan, ours: str, theirs: str) -> Iterator[Piece]:
-    zero_centered = plan.model.normalization == "layernorm1p"  # stored less one
-
-    def scale(weight_C: torch.Tensor) -> list[list[torch.Tensor]]:
-        return [[weight_C + 1 if zero_centered else weight_C] * plan.tp]
-
-    yield Piece(f"{ours}weight", {f"{theirs}.weight": (plan.hidden_size,)}, scale)
-    if plan.model.normalization != "rmsnorm":
-        yield Piece(f"{ours}bias", {f"{theirs}.bias": (plan.hidden_size,)}, lambda b: [[b] * plan.tp])
+def _names(style: str) -> Names:
+    mlp = "ffn" if style == "deci" else "mlp"
+    modules = {
+        ours: theirs.format(mlp=mlp) if isinstance(theirs, str) else tuple(name.format(mlp=mlp) for name in theirs)
+        for ours, theirs in _MODULES.items()
+    }
+    return Names(modules, layers="transformer.layers.{}.")
 
 
-def _qkv(layer: LayerChoice, slot: Slot, size: int, tp: int, tensor: torch.Tensor) -> list[list[torch.Tensor]]:
-    """Each rank's query heads, then its keys, then its values. A KV head that there are too few of goes to several ranks."""
-    queries = layer.query_heads_per_group
-    parts_GRH = tensor.unflatten(0, (layer.kv_groups, queries + 2, size)).split([queries, 1, 1], dim=1)
-    query_GQH, key_G1H, value_G1H = (_to_size(part, 0, slot.kv_heads) for part in parts_GRH)
-    copies = max(tp // slot.kv_heads, 1)
-    flat = [_to_size(query_GQH, 1, slot.queries), *(part.repeat_interleave(copies, 0) for part in (key_G1H, value_G1H))]
-    ranks = [part.flatten(0, 2).chunk(tp) for part in flat]
-    return [[torch.cat(parts) for parts in zip(*ranks, strict=True)]]
+def _split(mapped: Mapped, tensor: torch.Tensor, tp: int) -> list[Sequence[torch.Tensor]]:
+    """For each name of `mapped` the tensors of `tp` ranks; under one name a rank has its share of each part, joined."""
+    placed, first = mapped.placed, mapped.placed.tensor.sides[0]
+    for axis in reversed(range(tensor.dim())):
+        tensor = tensor.unflatten(axis, placed.sizes[axis])
+    parts = [tensor] if first.parts is None else tensor.split(mapped.counts, first.parts)
+    shares = [
+        _shares(placed, part, number, count, tp)
+        for number, (part, count) in enumerate(zip(parts, first.counts(placed.whole[0]), strict=True))
+    ]
+    return shares if len(mapped.shapes) == len(parts) else [[torch.cat(each) for each in zip(*shares, strict=True)]]
 
 
-def _dense(layer: LayerChoice, slot: Slot, size: int, tp: int, weight: torch.Tensor) -> list[Sequence[torch.Tensor]]:
-    weight_CGQH = weight.unflatten(1, (layer.kv_groups, layer.query_heads_per_group, size))
-    padded_CGQH = _to_size(_to_size(weight_CGQH, 1, slot.kv_heads), 2, slot.queries)
-    return [padded_CGQH.flatten(1).chunk(tp, 1)]
-
-
-def _fc1(projections: int, slot: Slot, tp: int, tensor: torch.Tensor) -> list[Sequence[torch.Tensor]]:
-    """The gate's projection is their `fc`, the other their `gate`."""
-    padded_BF = _to_size(tensor.unflatten(0, (projections, -1)), 1, slot.ffn)
-    return [part_F.chunk(tp) for part_F in padded_BF]
-
-
-def _to_size(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    """With zeros after the last unit of `axis`."""
-    missing = size - tensor.shape[axis]
-    return pad(tensor, (0, 0) * (tensor.dim() - 1 - axis) + (0, missing)) if missing else tensor
+def _shares(placed: Placed, part: torch.Tensor, number: int, count: int, tp: int) -> Sequence[torch.Tensor]:
+    """One part, an axis for each factor, padded to the `whole` sizes (`count` entries of what is split into parts), by rank."""
+    first, sides = placed.tensor.sides[0], placed.tensor.sides
+    wide = [list(sizes) for sizes in placed.whole]
+    if first.parts is not None:
+        wide[0][first.parts] = count
+    for axis, size in enumerate([size for sizes in wide for size in sizes]):
+        missing = size - part.shape[axis]
+        part = pad(part, (0, 0) * (part.dim() - 1 - axis) + (0, missing)) if missing else part
+    if first == QKV and number > 0:  # a KV head that there are fewer of than ranks goes to several
+        part = part.repeat_interleave(max(tp // part.shape[0], 1), 0)
+    part = part.flatten(0, len(wide[0]) - 1)
+    part = part.flatten(1) if len(sides) > 1 else part
+    shared = [axis for axis, side in enumerate(sides) if any(factor.parallel for factor in side.factors)]
+    return part.chunk(tp, shared[0]) if shared and placed.tensor.place != "before" else [part] * tp  # not the embedding

@@ -1,4 +1,4 @@
-"""How a sub-network becomes a TensorRT-LLM checkpoint: its class, the sizes every layer is padded to, what each rank holds.
+"""The plan of a TensorRT-LLM checkpoint: its class, the sizes every layer is padded to, the layers of each rank.
 
 Source: TensorRT-LLM's models/{gpt,llama,nemotron_nas} up to release 1.2. Its decoder layers have one size each for all layers
 (GPTForCausalLM, LlamaForCausalLM), or one number of query heads for all layers (DeciLMForCausalLM).
@@ -30,32 +30,18 @@ _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
-class Slot:
-    """What a layer has room for: `kv_heads` groups of `queries` query heads each, and `ffn` neurons."""
-
-    kv_heads: int
-    queries: int
-    ffn: int
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self.kv_heads * self.queries
-
-
-@dataclass(frozen=True)
 class Plan:
     """A checkpoint to be.
 
-    layers: those executed. numbers: what they are in the sub-network. slots: theirs in the checkpoint. tp, pp: ranks that share
-    every layer, and stages that share the layers out.
+    layers: those executed. numbers: what they are in the sub-network. slots: the widths that the checkpoint has room for in each.
+    tp, pp: ranks that share every layer, and stages that share the layers out.
     """
 
     model: ModelConfig
     hidden_size: int
     layers: tuple[LayerChoice, ...]
     numbers: tuple[int, ...]
-    slots: tuple[Slot, ...]
+    slots: tuple[LayerChoice, ...]
     style: str
     tp: int
     pp: int
@@ -115,10 +101,10 @@ def config(plan: Plan, dtype: str) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "hidden_size": plan.hidden_size,
         "num_hidden_layers": len(plan.layers),
-        "num_attention_heads": widest.heads,
-        "num_key_value_heads": max(slot.kv_heads for slot in plan.slots),
+        "num_attention_heads": widest.num_attention_heads,
+        "num_key_value_heads": max(slot.kv_groups for slot in plan.slots),
         "head_size": model.kv_channels,
-        "intermediate_size": max(slot.ffn for slot in plan.slots),
+        "intermediate_size": max(slot.ffn_hidden_size for slot in plan.slots),
         "hidden_act": (_GATES if llama else _ACTIVATIONS)[model.activation],
         "norm_epsilon": model.layernorm_epsilon,
         "position_embedding_type": "rope_gpt_neox" if rope else "learned_absolute",
@@ -133,8 +119,8 @@ def config(plan: Plan, dtype: str) -> dict[str, Any]:
     }
     if plan.style == "deci":
         layer = lambda slot: {  # noqa: E731
-            "attention": {"impl": "attention", "num_key_value_heads": slot.kv_heads},
-            "ffn": {"impl": "mlp", "intermediate_size": slot.ffn},
+            "attention": {"impl": "attention", "num_key_value_heads": slot.kv_groups},
+            "ffn": {"impl": "mlp", "intermediate_size": slot.ffn_hidden_size},
         }
         return values | {"layer_configs": [layer(slot) for slot in plan.slots]}
     if llama:
@@ -162,8 +148,9 @@ def _misfit(model: ModelConfig, style: str) -> str | None:
     return None
 
 
-def _padded_slots(layers: tuple[LayerChoice, ...]) -> list[Slot]:
-    widest = Slot(
+def _padded_slots(layers: tuple[LayerChoice, ...]) -> list[LayerChoice]:
+    widest = LayerChoice(
+        True,
         max(layer.kv_groups for layer in layers),
         max(layer.query_heads_per_group for layer in layers),
         max(layer.ffn_hidden_size for layer in layers),
@@ -171,14 +158,14 @@ def _padded_slots(layers: tuple[LayerChoice, ...]) -> list[Slot]:
     return [widest] * len(layers)
 
 
-def _deci_slots(layers: tuple[LayerChoice, ...]) -> list[Slot]:
+def _deci_slots(layers: tuple[LayerChoice, ...]) -> list[LayerChoice]:
     """All with the query heads of the widest layer; KV heads as many as the layer has, or the next number that divides those.
 
     These always leave room for the layer's own: a space varies the groups or the queries of a group, not both.
     """
     heads = max(layer.num_attention_heads for layer in layers)
     chosen = [next(n for n in range(layer.kv_groups, heads + 1) if heads % n == 0) for layer in layers]
-    return [Slot(n, heads // n, layer.ffn_hidden_size) for n, layer in zip(chosen, layers, strict=True)]
+    return [LayerChoice(True, n, heads // n, layer.ffn_hidden_size) for n, layer in zip(chosen, layers, strict=True)]
 
 
 def _check_division(plan: Plan) -> None:
@@ -187,9 +174,9 @@ def _check_division(plan: Plan) -> None:
     complaints = []
     for number, layer, slot in zip(plan.numbers, plan.layers, plan.slots, strict=True):
         for what, own, size in (
-            ("query heads", layer.num_attention_heads, slot.heads),
-            ("KV heads", layer.kv_groups, slot.kv_heads),
-            ("neurons", layer.ffn_hidden_size, slot.ffn),
+            ("query heads", layer.num_attention_heads, slot.num_attention_heads),
+            ("KV heads", layer.kv_groups, slot.kv_groups),
+            ("neurons", layer.ffn_hidden_size, slot.ffn_hidden_size),
         ):
             if size % tp and not (what == "KV heads" and tp % size == 0):
                 complaints.append((own != size, f"layers[{number}] has {size} {what}{'' if own == size else ' after padding'}"))

@@ -11,7 +11,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file, logging
 
 from .flextron_family import FAMILY_FILE, Family
-from .flextron_parts import Routed, Static, computing
+from .flextron_parts import Static, TokenChoice, computing
 
 logger = logging.get_logger(__name__)
 
@@ -22,7 +22,7 @@ _BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
 class ElasticForCausalLM:
-    """What a family's class of transformers gains. Bad input raises ValueError with one line.
+    """Methods that a family's class of transformers gains. Bad input raises ValueError with one line.
 
     kv_policy of a choice: with "full", every network writes keys and values of all KV groups (also of layers that it skips), and
     one that is switched to later finds them all. With "own", a network writes those that it uses only, and layers that it skips
@@ -30,14 +30,14 @@ class ElasticForCausalLM:
     """
 
     family = None  # what flextron_family.json holds
-    _choice = None  # what is computed: a Static, a Routed, or None for the full model
+    _choice = None  # what is computed: a Static, a TokenChoice, or None for the full model
     _budget = None
     _calls = None  # if a list, gets the number of tokens of each forward pass
     _drafts = False  # whether this handle drafts, for a sequence without padding
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As transformers', and with what the directory knows of sub-networks."""
+        """Load as transformers does, and read the directory's sub-networks."""
         hub = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -49,7 +49,7 @@ class ElasticForCausalLM:
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As transformers'; the full model and what is known of its sub-networks."""
+        """Save as transformers does: the full model, and the files of its sub-networks."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.family is not None:
             shutil.copyfile(self.family_file, Path(save_directory) / FAMILY_FILE)
@@ -61,7 +61,7 @@ class ElasticForCausalLM:
             raise ValueError("this model was not loaded from an exported directory: it knows of no sub-networks")
         return self.family
 
-    # What to compute.
+    # The choice in use.
 
     def set_budget(self, budget, adaptive=False, kv_policy=None):
         """Compute, from now on, the network that `flextron select` takes for a budget.
@@ -76,7 +76,7 @@ class ElasticForCausalLM:
                 raise ValueError("budget=None is the full model, which leaves tokens nothing to choose")
             self._choice = self._static(None, "full", kv_policy)
         elif adaptive:
-            self._choice = self._routed(budget, kv_policy)
+            self._choice = self._token_choice(budget, kv_policy)
         else:
             name, limit = family.parse(budget)
             if outside := family.untrained(name, limit):
@@ -117,8 +117,8 @@ class ElasticForCausalLM:
 
     @property
     def adaptive(self):
-        """Whether tokens choose for themselves."""
-        return isinstance(self._choice, Routed)
+        """True if tokens choose for themselves."""
+        return isinstance(self._choice, TokenChoice)
 
     @property
     def subnetwork(self):
@@ -128,7 +128,7 @@ class ElasticForCausalLM:
         return copy.deepcopy(self._choice.network) if self._choice else self._known().full()
 
     def costs(self):
-        """What is computed costs: "parameters", "bytes" of these, "memory" with a KV cache as budgets count it, "latency" in ms.
+        """Costs of the choice in use: "parameters", "bytes" of these, "memory" with the KV cache of budgets, "latency" in ms.
 
         "share": of each the share of the full model's. Where tokens choose for themselves, their average since the budget was
         set (the full model's before any).
@@ -163,7 +163,7 @@ class ElasticForCausalLM:
             self._made[index, own] = Static(network, own, family.gains(network))
         return self._made[index, own]
 
-    def _routed(self, budget, kv_policy):
+    def _token_choice(self, budget, kv_policy):
         family = self.family
         if family.adaptive is None:
             raise ValueError("adaptive=True: this directory has no adaptive routers")
@@ -174,7 +174,7 @@ class ElasticForCausalLM:
         space = family.space
         heads = [tuple(family.layer(size, 0).values())[1:3] for size in space["heads"]]
         own = self._own(kv_policy, family.adaptive["kv_policy"])
-        return Routed(self.routers, target, heads, space["ffn_hidden_size"], own)
+        return TokenChoice(self.routers, target, heads, space["ffn_hidden_size"], own)
 
     @contextlib.contextmanager
     def chosen(self, args, kwargs):
@@ -192,7 +192,7 @@ class ElasticForCausalLM:
     # Self-speculative decoding.
 
     def generate_speculative(self, input_ids, draft_budget=0.5, draft_length=4, max_new_tokens=64, **kwargs):
-        """What `generate` gives, where a small network of the same weights drafts and this one verifies: a SpeculativeOutput.
+        """Generate with a small network of the same weights that drafts, and this one that verifies: a SpeculativeOutput.
 
         input_ids: [1, S]. draft_budget: as for `set_budget`, or a network as for `set_subnetwork`. draft_length: tokens drafted
         before they are verified together. The draft keeps a cache of its own. kwargs: of `generate`; do_sample defaults to False.

@@ -1,4 +1,4 @@
-"""What an elastic model knows of its sub-networks: the space they are from, what they cost, and which one answers a budget.
+"""The sub-networks of an elastic model: the space they are from, their costs, and which one answers a budget.
 
 All of it comes from flextron_family.json. No solver is here: `flextron export` tabulated the answers to every budget.
 """
@@ -61,7 +61,7 @@ class Family:
         return {"hidden_size": row["hidden_size"], "layers": layers}
 
     def gains(self, network):
-        """What each layer's attention and MLP outputs are multiplied with; None for a model without modulation."""
+        """Gains of each layer's attention and MLP outputs; None for a model without modulation."""
         if not self.values.get("modulation"):
             return None
         share = self.parameters(network) / self.parameters(self.full())
@@ -101,7 +101,7 @@ class Family:
     # Costs.
 
     def cost(self, name, network):
-        """What a network costs, in the cost's own unit."""
+        """Cost of a network, in the cost's own unit."""
         layers = [layer for layer in network["layers"] if layer["executed"]]
         if name == "parameters":
             return self.parameters(network)
@@ -153,8 +153,9 @@ class Family:
             costs = (counted["heads"], counted["ffn_hidden_size"])[axis]
             row = row[: len(costs)]  # rows are padded
             total += sum(share * value for share, value in zip(row, costs, strict=True))
-            if mixed := counted.get("mixed"):
-                total += sum(x * much for x, much in zip(mixed[axis], _mixed(row, sizes[axis], counted["tokens"]), strict=True))
+            if each := counted.get("mixed"):  # milliseconds a unit of routing overhead
+                overhead = _routing_overhead(row, sizes[axis], counted["tokens"])
+                total += sum(x * much for x, much in zip(each[axis], overhead, strict=True))
         return total
 
     # Budgets.
@@ -194,8 +195,8 @@ class Family:
     def answer(self, name, limit):
         """The index of the network for a budget: the one that `flextron select` takes, unless a given one uses more of it."""
         table, most = self.values["answers"][name], limit * (1 + 1e-12)
-        if "cells" in table:
-            found = self._routed(table, name, most)
+        if "cells" in table:  # cost bins
+            found = self._best_bin(table, name, most)
         else:
             found = ([index for least, index in table["steps"] if least <= most] or [None])[-1]
         used = 0.0 if found is None else self.cost(name, self.network(found))
@@ -207,18 +208,18 @@ class Family:
             raise ValueError(f"budget: no network of selector {self.selector} keeps to {name} <= {show(name, limit)} ({share})")
         return found
 
-    def _routed(self, table, name, limit):
-        """Of the cells just below the limit the one with the best score: [score, cost, network] (selection/routed.py)."""
-        cells, cost, width, within = table["cells"], self.costs[name], self.values["cell"], self.values["within"]
+    def _best_bin(self, table, name, limit):
+        """The best scored network of the cost bins just below the limit: [score, cost, network] (selection/routed.py)."""
+        bins, cost, width, within = table["cells"], self.costs[name], self.values["cell"], self.values["within"]
         full, smallest = cost["full"], cost["smallest"]
-        top = min(max(math.floor((limit - smallest) / (width * full)), 0), len(cells) - 1)
+        top = min(max(math.floor((limit - smallest) / (width * full)), 0), len(bins) - 1)
         inside = []
-        for cell in range(top, -1, -1):
-            high = min(smallest + (cell + 1) * (width * full), full)
+        for number in range(top, -1, -1):
+            high = min(smallest + (number + 1) * (width * full), full)
             if high < limit - within * full and inside:
                 break
-            if cells[cell] and cells[cell][1] <= limit:
-                inside.append(cells[cell])
+            if bins[number] and bins[number][1] <= limit:
+                inside.append(bins[number])
                 if inside[-1][1] < limit - within * full and len(inside) == 1:
                     break
         near = [found for found in inside if found[1] >= limit - within * full]
@@ -226,7 +227,7 @@ class Family:
         return best[2] if best else table["least"][0]
 
     def target(self, share):
-        """Where the adaptive routers spend `share` of the full model's cost on average, by their calibration."""
+        """The target at which the adaptive routers spend `share` of the full model's cost on average, by their calibration."""
         points = sorted(self.adaptive["calibration"])
         low, high = (pick(spent for _, spent in points) for pick in (min, max))
         if not low - 0.005 <= share <= high + 0.005:
@@ -239,8 +240,8 @@ class Family:
         return min(points, key=lambda point: abs(point[1] - share))[0]
 
 
-def _mixed(row, sizes, tokens):
-    """How much a block's tokens differ, as flextron_mcore/adaptive/cost.py counts it. row: the share of tokens at each level."""
+def _routing_overhead(row, sizes, tokens):
+    """Units of routing overhead of a block, as flextron_mcore/adaptive/cost.py counts them. row: shares of the levels."""
     occurs = lambda share: 1 - (1 - share) ** tokens  # noqa: E731
     above, before = 0.0, 0
     for level, size in enumerate(sizes):

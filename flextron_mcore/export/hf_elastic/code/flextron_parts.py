@@ -1,4 +1,4 @@
-"""What layers need to compute a part of themselves: which part is wanted, tokens by level, keys and values of some groups.
+"""Tools of layers that compute a part of themselves: the choice in use, tokens by level, keys and values of some groups.
 
 Weights are never copied: every product is with a view of them.
 
@@ -21,7 +21,7 @@ _ACTIVE = contextvars.ContextVar("flextron_active", default=None)
 
 @contextlib.contextmanager
 def computing(choice):
-    """Inside the context (and in this thread) layers compute `choice`: a Static, a Routed, or None for all that they have."""
+    """Inside the context (and in this thread) layers compute `choice`: a Static, a TokenChoice, or None for all of it."""
     token = _ACTIVE.set(choice)
     try:
         yield
@@ -41,7 +41,7 @@ class Static:
         self.layers = [tuple(row[name] * bool(row["executed"]) for name in names) for row in network["layers"]]
 
     def executes(self, layer):
-        """Whether a layer is computed at all."""
+        """True for a layer that is computed at all."""
         return bool(self.network["layers"][layer]["executed"])
 
     def heads(self, layer, x_BSC):
@@ -53,7 +53,7 @@ class Static:
         return [(None, self.layers[layer][2])]
 
 
-class Routed:
+class TokenChoice:
     """Every token chooses for itself, by routers of flextron_mcore/adaptive/routers.py.
 
     tensors: theirs, in fp32. target: between 0, the smallest network's cost, and 1. heads_of, neurons_of: sizes of each level.
@@ -212,7 +212,7 @@ def modulated(out_BSC, layer, block):
 
 
 def groups_written(written, count, device):
-    """How many groups each of the N tokens writes: [N]."""
+    """Number of groups [N] that each of the N tokens writes."""
     counts_N = torch.empty(count, dtype=torch.long, device=device)
     for rows, groups in written:
         counts_N[slice(None) if rows is None else rows] = groups
@@ -220,7 +220,7 @@ def groups_written(written, count, device):
 
 
 def holds_own(cache, index):
-    """Whether a layer of the cache holds counts."""
+    """True if a layer of the cache holds counts."""
     if cache is None or index >= len(cache.layers):
         return False
     layer = cache.layers[index]
@@ -228,12 +228,12 @@ def holds_own(cache, index):
 
 
 def has_counts(cache, index):
-    """Whether a layer that a network skips has to count its positions."""
+    """True if a layer that a network skips has to count its positions."""
     return index == 0 or (index < len(cache.layers) and cache.layers[index].is_initialized)
 
 
 def unseen(cache, index, length):
-    """How many positions before the `length` at hand a layer of the cache lacks, as it was skipped from the start."""
+    """Number of positions before the `length` at hand that a layer of the cache lacks, as it was skipped from the start."""
     if cache is None or index == 0 or type(cache.layers[0]) is not DynamicLayer or has_counts(cache, index):
         return 0
     return cache.layers[0].get_seq_length() - length  # the first layer has those at hand already

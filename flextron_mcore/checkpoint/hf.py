@@ -1,4 +1,4 @@
-"""Import Hugging Face checkpoints. A family of models is one file here that ends in a `Family`, listed in FAMILIES."""
+"""Import Hugging Face checkpoints of the families that `families/` declares."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
-from flextron_mcore.checkpoint.hf_import import gpt2, llama
-from flextron_mcore.checkpoint.hf_import.common import Family, Recipe, StoredTensor, open_weights, read_json
+from flextron_mcore.checkpoint.parts import join
 from flextron_mcore.checkpoint.reader import DTYPES
+from flextron_mcore.checkpoint.safetensor_files import StoredTensor, open_weights, read_json
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.space import ElasticSpace
+from flextron_mcore.families import family_of_config
+from flextron_mcore.families.family import Mapped
+from flextron_mcore.families.tensors import of_network
+from flextron_mcore.space import ElasticSpace, SubNetwork
 
-FAMILIES = (llama.FAMILY, gpt2.FAMILY)
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKENIZER_FILES = (
     *_VOCABULARY_FILES,
@@ -36,23 +38,23 @@ _TOKENIZER_FILES = (
 class HFCheckpoint:
     """An opened Hugging Face directory whose weights are all there, of the shapes its config gives.
 
-    config: config.json. recipes: Megatron-Core name -> how it is made. sources: the tensors that recipes name, in its files.
-    dtype: fp32, bf16 or fp16, wide enough for every weight. unused: stored tensors that the model has no place for.
+    config: config.json. tensors: Megatron-Core's tensors, by what they are stored as. sources: where these lie in its files.
+    dtype: fp32, bf16 or fp16, wide enough for every weight.
     """
 
     path: Path
     config: Mapping[str, Any]
     model: ModelConfig
-    recipes: Mapping[str, Recipe]
+    tensors: tuple[Mapped, ...]
     sources: Mapping[str, StoredTensor]
     dtype: str
-    unused: tuple[str, ...]
 
 
 def open_hf(path: str | Path) -> HFCheckpoint:
     """Read config.json and the headers of the weights in the directory `path`; no weight is read.
 
-    Raises FlextronError for a directory, file, architecture, option or tensor that is missing, damaged or unsupported.
+    Raises FlextronError for a directory, file, architecture, option or tensor that is missing, damaged or unsupported, and for a
+    stored tensor that the family does not declare: the model would compute something else without it.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -60,28 +62,33 @@ def open_hf(path: str | Path) -> HFCheckpoint:
     file = path / "config.json"
     config = read_json(file)
     try:
-        family = _family(config)
+        family = family_of_config(config)
         model = family.model_config(config)
     except FlextronError as error:
         raise FlextronError(f"{file}: {error}") from None
     stored = {name.removeprefix(family.prefix): tensor for name, tensor in open_weights(path).items()}
-    recipes = family.recipes(model)
+    full = SubNetwork.full(model)
+    tensors = family.names.map(of_network(model, full, full), family.architecture)
     sources: dict[str, StoredTensor] = {}
-    for recipe in recipes.values():
-        for name, shape in recipe.sources.items():
-            tensor = stored.pop(name.removeprefix(family.prefix), None)
-            if tensor is None:
-                raise FlextronError(f"{path}: the weights lack the tensor {name}")
-            if tensor.shape != shape:
-                raise FlextronError(
-                    f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}, "
-                    f"config.json gives {list(shape)}: the two are not of the same model"
-                )
-            sources[name] = tensor
+    for name, shape in (pair for mapped in tensors for pair in mapped.shapes.items()):
+        tensor = stored.pop(name.removeprefix(family.prefix), None)
+        if tensor is None:
+            raise FlextronError(f"{path}: the weights lack the tensor {name}")
+        if tensor.shape != shape:
+            raise FlextronError(
+                f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}, "
+                f"config.json gives {list(shape)}: the two are not of the same model"
+            )
+        sources[name] = tensor
     # A tied output layer may be stored a second time; transformers does not read it either.
-    unused = sorted(name for name in stored if name != "lm_head.weight" and not family.ignored.search(name))
+    unknown = sorted(name for name in stored if name != "lm_head.weight" and not family.ignored.search(name))
+    if unknown:
+        raise FlextronError(
+            f"{stored[unknown[0]].file}: holds {len(unknown)} tensor(s) that a {family.architecture} of this config.json lacks "
+            f"and that would be lost: {', '.join(unknown[:5])}"
+        )
     dtype = functools.reduce(torch.promote_types, [tensor.torch_dtype for tensor in sources.values()])
-    return HFCheckpoint(path, config, model, recipes, sources, _name(dtype), tuple(unused))
+    return HFCheckpoint(path, config, model, tuple(tensors), sources, _name(dtype))
 
 
 def import_hf(
@@ -98,8 +105,8 @@ def import_hf(
         raise FlextronError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPES)}")
     info = CheckpointInfo(hf.model, ElasticSpace.from_dict(hf.model, space or {}), dtype, hf_config=dict(hf.config))
     tensors = {
-        key: LazyTensor(recipe.shape, DTYPES[dtype], functools.partial(_load, hf, recipe, DTYPES[dtype]))
-        for key, recipe in hf.recipes.items()
+        mapped.placed.name: LazyTensor(mapped.placed.shape, DTYPES[dtype], functools.partial(_load, hf, mapped, DTYPES[dtype]))
+        for mapped in hf.tensors
     }
     return info, tensors
 
@@ -118,22 +125,8 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     return True
 
 
-def _load(hf: HFCheckpoint, recipe: Recipe, dtype: torch.dtype) -> torch.Tensor:
-    return recipe.join(*(hf.sources[name].read() for name in recipe.sources)).to(dtype)
-
-
-def _family(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json, by its first architecture, or by its model type if it names none."""
-    if config.get("quantization_config"):
-        raise FlextronError("quantized models are not supported: import the original")
-    architectures, model_type = config.get("architectures"), config.get("model_type")
-    for family in FAMILIES:
-        if family.architecture in architectures if isinstance(architectures, list) else family.model_type == model_type:
-            return family
-    shown = (
-        f"architecture {', '.join(map(str, architectures))}" if isinstance(architectures, list) else f"model_type {model_type!r}"
-    )
-    raise FlextronError(f"{shown} is not supported: only {', '.join(family.architecture for family in FAMILIES)}")
+def _load(hf: HFCheckpoint, mapped: Mapped, dtype: torch.dtype) -> torch.Tensor:
+    return join(mapped, *(hf.sources[name].read() for name in mapped.shapes)).to(dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

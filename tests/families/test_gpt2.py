@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flextron_mcore.checkpoint.hf_import import gpt2, open_hf
-from flextron_mcore.config import FlextronError
+from flextron_mcore.checkpoint.hf import open_hf
+from flextron_mcore.families import gpt2
 from tests import hf_toy
 
 OPTIONS = {
@@ -24,11 +22,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_logits_are_those_of_transformers(options, tmp_path):
-    theirs = hf_toy.gpt2(**options)
-    info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run")
-    expected, found = hf_toy.logits(theirs), hf_toy.logits(hf_toy.megatron(info))
-    assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, atol=hf_toy.ATOL, rtol=0)
+    hf_toy.check_import(hf_toy.gpt2(**options), tmp_path)
 
 
 def test_old_files_without_prefix_with_mask_buffers(tmp_path):
@@ -40,7 +34,6 @@ def test_old_files_without_prefix_with_mask_buffers(tmp_path):
     old |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4).tril(), "h.1.attn.masked_bias": torch.tensor(-1e4)}
     save_file(old, file)
     hf = open_hf(tmp_path)
-    assert hf.unused == ()
     assert hf.sources.keys() == {name for name in new if name != "lm_head.weight"}
     assert torch.equal(hf.sources["transformer.h.1.attn.c_attn.weight"].read(), new["transformer.h.1.attn.c_attn.weight"])
 
@@ -49,7 +42,7 @@ def test_values_of_the_config():
     config = dict(
         n_embd=32, n_layer=3, n_head=4, n_positions=77, vocab_size=50, resid_pdrop=0.2, attn_pdrop=0, initializer_range=0.5
     )
-    model = gpt2.model_config(config)
+    model = gpt2.FAMILY.model_config(config)
     assert (model.num_layers, model.max_position_embeddings, model.ffn_hidden_size, model.kv_channels) == (3, 77, 128, 8)
     assert (model.hidden_dropout, model.attention_dropout, model.init_method_std) == (0.2, 0.0, 0.5)
     assert model.share_embeddings_and_output_weights
@@ -69,10 +62,4 @@ def test_values_of_the_config():
 )
 def test_unsupported_options_are_one_clear_line(changes, words, tmp_path):
     config = {"architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50, **changes}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FlextronError) as caught:
-        open_hf(tmp_path)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in [str(tmp_path / "config.json"), *words]:
-        assert word in message
+    hf_toy.check_refusal(config, tmp_path, words)

@@ -1,25 +1,28 @@
-"""What the importers of all families share: reading safetensors one tensor at a time, and config values."""
+"""Files of the safetensors format, read and written a tensor at a time; the library wants all of a file in memory.
+
+A file is the length of a header (8 bytes, little-endian), the header (JSON: dtype, shape and place of each tensor), the data.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime.disk import forget
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
-_REQUIRED = object()
+_MOST_CACHED = 32 * 2**20  # bytes of a file that are written before the disk has to have them
 
 
 @dataclass(frozen=True)
@@ -48,51 +51,6 @@ class StoredTensor:
             if file.readinto(memoryview(buffer.numpy())) != buffer.numel():
                 raise FlextronError(f"{self.file}: ends before its last tensor: the file is damaged, download it again")
         return buffer.view(self.torch_dtype).view(self.shape)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one Megatron-Core tensor is made: `sources` are Hugging Face names and shapes, `join` takes these tensors in order."""
-
-    shape: tuple[int, ...]
-    sources: Mapping[str, tuple[int, ...]]
-    join: Callable[..., torch.Tensor] = lambda tensor: tensor
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of Hugging Face models: one file of this package each, listed in `hf_import.FAMILIES`.
-
-    prefix: what its tensor names begin with, absent in checkpoints of the bare model. ignored: stored tensors that are not
-    weights. model_config: config.json -> ModelConfig. recipes: Megatron-Core name -> Recipe, for the whole model.
-    """
-
-    architecture: str
-    model_type: str
-    prefix: str
-    ignored: re.Pattern[str]
-    model_config: Callable[[Mapping[str, Any]], ModelConfig]
-    recipes: Callable[[ModelConfig], dict[str, Recipe]]
-
-
-def value(config: Mapping[str, Any], key: str, kind: type, default: Any = _REQUIRED) -> Any:
-    """`config[key]` of type `kind` (int counts as float); `default` where it is absent or null. Raises FlextronError."""
-    found = config.get(key)
-    if found is None:
-        if default is _REQUIRED:
-            raise FlextronError(f"lacks '{key}'")
-        return default
-    if kind is float and type(found) is int:
-        return float(found)
-    if type(found) is not kind:
-        raise FlextronError(f"{key} must be of type {kind.__name__}, not {found!r}")
-    return found
-
-
-def require(config: Mapping[str, Any], key: str, expected: Any) -> None:
-    """Raise FlextronError unless the option `key` is absent, null or `expected`, the only value that is supported."""
-    if config.get(key) not in (None, expected):
-        raise FlextronError(f"{key}={config[key]!r} is not supported (only {expected!r} is)")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -138,7 +96,7 @@ def open_weights(directory: Path) -> dict[str, StoredTensor]:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file: 8 bytes, the length n of a JSON header; the header; the data.
+    """The tensors of one file.
 
     Raises FlextronError for a damaged file; for one of the wrong size, with the size it should have.
     """
@@ -167,3 +125,49 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if size != 8 + length + end:
         raise FlextronError(f"{file}: {size} bytes, expected {8 + length + end}: the file is damaged, download it again")
     return stored
+
+
+class TensorFile:
+    """A file to be written, tensors in any order; byte for byte what the library writes.
+
+    A context manager. Raises AssertionError for a tensor of another shape, or where one is missing at the end.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self._path, self._shapes, self._dtype, self._missing = path, shapes, dtype, set(shapes)
+        self._cached = 0  # bytes in the page cache, which nobody reads again
+
+    def __enter__(self) -> TensorFile:
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        name = next(name for name, dtype in _DTYPES.items() if dtype == self._dtype)
+        begins, end = {}, 0
+        for key, shape in sorted(self._shapes.items()):
+            begins[key], end = end, end + self._dtype.itemsize * math.prod(shape)
+            entries[key] = {"dtype": name, "shape": shape, "data_offsets": [begins[key], end]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._begins = {key: 8 + len(text) + begin for key, begin in begins.items()}
+        self._file = self._path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        return self
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write some of the tensors, each where it belongs."""
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != self._shapes[name]:
+                raise AssertionError(f"{name}: {tuple(tensor.shape)} instead of {self._shapes[name]}")
+            self._missing.discard(name)
+            self._file.seek(self._begins[name])
+            data = tensor.to(self._dtype).contiguous().flatten().view(torch.uint8).numpy()
+            self._file.write(data)
+            self._cached += data.nbytes
+        if self._cached > _MOST_CACHED:
+            self._file.flush()
+            forget(self._file.name)
+            self._cached = 0
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        forget(self._path)
+        if kind is None and self._missing:
+            raise AssertionError(f"{self._path.name}: lacks {', '.join(sorted(self._missing))}")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
-from flextron_mcore.checkpoint.hf_import import llama, open_hf
-from flextron_mcore.config import FlextronError
+from flextron_mcore.checkpoint.hf import open_hf
+from flextron_mcore.families import llama
 from tests import hf_toy
 
 OPTIONS = {
@@ -26,11 +24,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_logits_are_those_of_transformers(options, tmp_path):
-    theirs = hf_toy.llama(**options)
-    info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run")
-    expected, found = hf_toy.logits(theirs), hf_toy.logits(hf_toy.megatron(info))
-    assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, atol=hf_toy.ATOL, rtol=0)
+    hf_toy.check_import(hf_toy.llama(**options), tmp_path)
 
 
 @pytest.mark.parametrize("scaling", [hf_toy.LINEAR, hf_toy.LLAMA3], ids=["linear", "llama3"])
@@ -71,12 +65,12 @@ BASE = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermed
     ],
 )
 def test_rope_is_read_as_transformers_4_and_5_write_it(written, base, scaling):
-    model = llama.model_config({**BASE, **written})
+    model = llama.FAMILY.model_config({**BASE, **written})
     assert (model.rotary_base, model.rope_scaling) == (base, scaling)
 
 
 def test_values_of_the_config():
-    model = llama.model_config(
+    model = llama.FAMILY.model_config(
         {
             **BASE,
             "max_position_embeddings": 77,
@@ -111,10 +105,4 @@ def test_values_of_the_config():
 )
 def test_unsupported_options_are_one_clear_line(changes, words, tmp_path):
     config = {"architectures": ["LlamaForCausalLM"], **BASE, **changes}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FlextronError) as caught:
-        open_hf(tmp_path)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in [str(tmp_path / "config.json"), *words]:
-        assert word in message
+    hf_toy.check_refusal(config, tmp_path, words)

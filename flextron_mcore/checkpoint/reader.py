@@ -15,7 +15,7 @@ from flextron_mcore.checkpoint.sharding import dealt_axis, to_sorted_order
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime.compat import know_paths
-from flextron_mcore.runtime.disk import plain_errors
+from flextron_mcore.runtime.disk import first_line, plain_errors
 from flextron_mcore.runtime.unwrap import unwrap
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +71,7 @@ class TensorReader:
                     dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         except Exception as error:
             raise FlextronError(
-                f"{self.info.path}: tensor {key} cannot be read: the checkpoint is damaged ({_first_line(error)})"
+                f"{self.info.path}: tensor {key} cannot be read: the checkpoint is damaged ({first_line(error)})"
             ) from None
         return tensor
 
@@ -123,10 +123,6 @@ def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
                 loaded = dist_checkpointing.load(group, str(info.path), validate_access_integrity=False)
         except Exception as error:
             raise FlextronError(
-                f"checkpoint={info.path}: cannot be loaded, damaged or of another model ({_first_line(error)})"
+                f"checkpoint={info.path}: cannot be loaded, damaged or of another model ({first_line(error)})"
             ) from error
         gpt.load_state_dict({key: loaded[key] for key in wanted}, strict=False)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from flextron_mcore.choosing import use_subnetwork
+from flextron_mcore.pipeline.networks import from_last_stage
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.space import SubNetwork
@@ -56,10 +57,4 @@ def forward_logits(chunks: Sequence[torch.nn.Module], net: SubNetwork | None, to
         logits_BSV = found[0].contiguous()
     else:
         logits_BSV = torch.empty(batch, length, gpt.vocab_size, device=device())
-    if pipeline > 1:
-        torch.distributed.broadcast(
-            logits_BSV,
-            parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-    return logits_BSV[..., : gpt.real_vocab_size]  # without what pads the vocabulary to equal parts
+    return from_last_stage(logits_BSV)[..., : gpt.real_vocab_size]  # without what pads the vocabulary to equal parts

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.space import SubNetwork
 
 Batch = Mapping[str, Tensor]
-# (index of the network, number of the micro-batch, its tokens' losses [B, S], final hidden states [S, B, C] of this rank)
+# (index of the network, number of the micro-batch, losses of its tokens [B, S], final hidden states [S, B, C] of this rank)
 Watch = Callable[[int, int, Tensor, Tensor], None]
 
 
@@ -38,16 +38,17 @@ def run_networks(
     gates: Sequence[Sequence[Tensor] | None] | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Run `num_batches` micro-batches through each of `networks`; the first is the full model when training.
+    """Run `num_batches` micro-batches through each of `networks`, of which the first is the full model when training.
 
-    model: this rank's virtual-pipeline chunks (usually one). batches: makes an iterator of this rank's micro-batches.
     Returns [len(networks), 2] float64, the same on all ranks: sums of the language-model loss and of tokens over the
-    data-parallel group. Unless forward_only, gradients are left in the model: of the sum over networks of the mean loss, since
-    only the full model's tokens are counted and Megatron-Core divides by that count. gates: for each network those of its blocks,
-    or None; `gate_gradients` has what they gathered. watch: told about every micro-batch on the last pipeline stage.
+    data-parallel group. Unless forward_only, leaves the gradients of eq. 5 in the model: of the sum over networks of their mean
+    losses. Megatron-Core divides by the number of tokens that it is told, which is the full model's alone.
+
+    model: this rank's virtual-pipeline chunks (usually one). batches: makes an iterator of this rank's micro-batches. teach:
+    distillation of the networks from the first one. gates: one for each block of each network, or None for a network without;
+    `gate_gradients` collects their gradients. watch: called with every micro-batch, on the last pipeline stage.
     """
     per_batch = len(networks)
-
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
 
     def items() -> Iterator[tuple[Batch, int, int]]:
@@ -70,7 +71,7 @@ def run_networks(
         return output, partial(loss_function, batch, index, number, gpt, final)
 
     def loss_function(
-        batch: Batch, index: int, number: int, gpt: Any, final: list[Tensor], output: Tensor
+        batch: Batch, index: int, number: int, gpt: GPTModel, final: list[Tensor], output: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         mask = batch["loss_mask"]
         if teach:
@@ -111,18 +112,20 @@ def run_networks(
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         total += torch.stack(reports).sum(0)
         torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return from_last_stage(total).cpu()
+
+
+def from_last_stage(tensor: Tensor) -> Tensor:
+    """The tensor of the last pipeline stage, on all stages, in place of theirs."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        torch.distributed.broadcast(
-            total,
-            parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-    return total.cpu()
+        last, group = parallel_state.get_pipeline_model_parallel_last_rank(), parallel_state.get_pipeline_model_parallel_group()
+        torch.distributed.broadcast(tensor, last, group=group)
+    return tensor
 
 
 @contextlib.contextmanager
-def _final_states(gpt: Any) -> Iterator[list[Tensor]]:
-    """Inside, the output of the layers' block is put into the list."""
+def _final_states(gpt: GPTModel) -> Iterator[list[Tensor]]:
+    """Context that collects the final hidden states of forward passes in a list."""
     found: list[Tensor] = []
     handle = gpt.decoder.register_forward_hook(lambda module, args, output: found.append(output.detach()))
     try:
@@ -134,8 +137,8 @@ def _final_states(gpt: Any) -> Iterator[list[Tensor]]:
 def gate_gradients(gates: Sequence[Sequence[Tensor]], tokens: float, sequence_parallel: bool) -> Tensor:
     """Gradients of each network's mean loss by its gates after `run_networks`: [networks, blocks], the same on all ranks.
 
-    tokens: how many the loss is the mean over. A rank's gates know the layers, samples and (with sequence parallelism) positions
-    of that rank.
+    tokens: number that the loss is the mean over. Gates of a rank gather over its layers, its samples and, with sequence
+    parallelism, its positions.
     """
     zero = torch.zeros((), device=device())
     found = torch.stack([torch.stack([zero if gate.grad is None else gate.grad for gate in row]) for row in gates]).double()

@@ -18,6 +18,7 @@ from flextron_mcore.adaptive.routers import AdaptiveRouters
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.routers.static import StaticRouters
+from flextron_mcore.runtime.disk import first_line
 from flextron_mcore.space import SubNetwork
 
 ROUTERS_FILE, WEIGHTS_FILE, TABLE_FILE = "routers.json", "routers.safetensors", "latency.json"
@@ -120,8 +121,7 @@ def read_routers(folder: Path, blocks: Choices, kind: str = "static") -> tuple[R
     except FlextronError:
         raise
     except Exception as error:  # safetensors has errors of its own
-        first = (str(error).strip().splitlines() or [""])[0][:200]
-        raise FlextronError(f"{file}: the routers cannot be read ({type(error).__name__}: {first})") from None
+        raise FlextronError(f"{file}: the routers cannot be read ({type(error).__name__}: {first_line(error)})") from None
     return info, routers
 
 

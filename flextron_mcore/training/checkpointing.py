@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from flextron_mcore.checkpoint.store import INFO_FILE, CheckpointInfo, iteration_path, list_checkpoints, write_info
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime.compat import save_options
-from flextron_mcore.runtime.disk import check_space, disk_errors, plain_errors, publish
+from flextron_mcore.runtime.disk import check_space, disk_errors, first_line, plain_errors, publish
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.training.build import TrainedModel
@@ -116,8 +116,8 @@ class TrainingCheckpointer(Checkpointer):
             with plain_errors():
                 state = dist_checkpointing.load(self._state(is_loading=True), str(info.path))
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise FlextronError(f"{info.path}: cannot be resumed from, damaged or of another run ({first})") from error
+            message = f"{info.path}: cannot be resumed from, damaged or of another run ({first_line(error)})"
+            raise FlextronError(message) from error
         for name, gpt in self.chunks.items():
             gpt.load_state_dict(state[name])
         self.trained.optimizer.load_state_dict(state["optimizer"])

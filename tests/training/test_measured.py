@@ -19,7 +19,7 @@ from flextron_mcore.training.measured import measured
 from flextron_mcore.training.static import StraightThroughLearner
 from tests.routing_toy import family, latency, true_loss
 from tests.training import test_gumbel as gumbel
-from tests.training.test_router import learner, train
+from tests.training.test_static import learner, train
 
 CELL = 0.005  # half as many as there are, for time
 

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from flextron_mcore.axes import layer_axes
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, picture, ramp, tidy
+from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, chart, panels, picture, ramp
+from flextron_mcore.report.networks import units
 from flextron_mcore.report.reader import StageOutput
 from flextron_mcore.report.text import loss, percent, stem
 from flextron_mcore.report.topic import Section, Table, Topic
@@ -170,12 +171,10 @@ def evaluated_sections(results: list[Evaluated]) -> list[Section]:
 
 def _lines(figure: Figure, series: dict[str, list[tuple[float, float]]], colours: list, xlabel: str, ylabel: str) -> None:
     """One marked line for each of the series."""
-    axes = figure.subplots()
+    axes = chart(figure, xlabel, ylabel)
     for (text, points), marker, colour in zip(series.items(), MARKERS * len(series), colours, strict=False):
         axes.plot(*zip(*points, strict=True), f"{marker}-", color=colour, label=text, markersize=5)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
-    tidy(axes)
 
 
 def loss_against_share(found: Trained, name: str) -> Picture:
@@ -219,21 +218,20 @@ def allocation(found: Trained, name: str) -> Picture:
     domains, layers = list(outcome.levels), found.model.num_layers
     mean = np.array([[_mean_level(block) for block in outcome.levels[domain]] for domain in domains])
     blocks = mean.reshape(len(domains), layers, -1)
+    titles = [axis.title for axis in layer_axes()][: blocks.shape[2]]
 
     def draw(figure: Figure, theme: Theme) -> None:
         colours = LinearSegmentedColormap.from_list("shares", theme.shades)
-        panels = figure.subplots(blocks.shape[2], 1, squeeze=False)[:, 0]
-        for i, (axes, axis) in enumerate(zip(panels, layer_axes(), strict=False)):
+        for i, axes in enumerate(panels(figure, titles)):
             drawn = axes.imshow(blocks[:, :, i], cmap=colours, vmin=0, vmax=1, aspect="auto")
             axes.set_yticks(range(len(domains)), domains)
             axes.set_xticks(range(layers), [str(i + 1) for i in range(layers)])
-            axes.set_title(axis.title, loc="left", fontsize=9.5, fontweight="bold")
             axes.spines[:].set_visible(False)
         axes.set_xlabel("Layer")
         figure.colorbar(drawn, ax=figure.axes, label="Mean level, 0 smallest, 1 largest", shrink=0.8)
 
     cells = [f"{domain} {', '.join(f'{value:.2f}' for value in row)}" for domain, row in zip(domains, mean, strict=True)]
-    words = f"Mean level of attention and FFN of each layer in turn, by domain: {'; '.join(cells)}."
+    words = f"Mean level of {' and '.join(units()[: len(titles)])} of each layer in turn, by domain: {'; '.join(cells)}."
     caption = f"{found.label}: how much of every block the tokens of a domain use on average, at a budget of {percent(target)}"
     return picture(name, words, f"{caption} (as the paper’s figure 9).", draw, (SIZE[0], 1.6 + 0.5 * len(domains)))
 

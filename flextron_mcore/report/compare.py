@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.report.drawing import SIZE, Picture, Theme, picture, tidy
+from flextron_mcore.report.drawing import SIZE, Picture, Theme, chart, picture
 from flextron_mcore.report.networks import describe
 from flextron_mcore.report.reader import Settings, StageOutput
 from flextron_mcore.report.text import cost_unit, loss, lower, percent, signed, significant, stem
@@ -290,7 +290,7 @@ def loss_against(c: Comparison, by: str) -> Picture:
     fit = next((fit for fit in c.scaling_law if (fit.selector, fit.of) == ("router", by) and fit.determined), None)
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
+        axes = chart(figure, label)
         for selector, nets in groups:
             marker, dash = STYLES[selector]
             style = {"marker": marker, "linestyle": dash, "markersize": 5, "linewidth": 1.3, "color": colour(theme, selector)}
@@ -301,8 +301,6 @@ def loss_against(c: Comparison, by: str) -> Picture:
         if fit and routed:
             x = np.linspace(min(routed), max(*routed, place(c.full)[0]), 200)
             axes.plot(x, fit.loss(x * own), color=theme.ink, linewidth=1, alpha=0.7, label="fit to router (eq. 12)", zorder=2)
-        axes.set(xlabel=label, ylabel="Mean loss (nats per token)")
-        tidy(axes)
         if by == "cost":
             shown = own / unit  # of one percent
             top = axes.secondary_xaxis("top", functions=(lambda x: x * shown, lambda x: x / shown))
@@ -327,7 +325,7 @@ def random_boxes(c: Comparison) -> Picture:
     routed = [(100 * row.target, row.router_loss) for row, _ in rows if row.router_loss is not None]
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
+        axes = chart(figure, f"Budget (% of the full model’s {c.cost})")
         lines = dict.fromkeys(("whiskerprops", "capprops"), {"color": theme.muted})
         box = {"facecolor": theme.grid, "edgecolor": theme.muted}
         middle = {"color": theme.before, "linewidth": 1.8}
@@ -340,8 +338,7 @@ def random_boxes(c: Comparison) -> Picture:
             handles += axes.plot(*zip(*routed, strict=True), "o-", **style)
         axes.axhline(c.full.mean_loss, color=theme.ink, linestyle="--", linewidth=1)
         handles += axes.plot([], [], "--", color=theme.ink, linewidth=1, label="full model")
-        axes.set(xlabel=f"Budget (% of the full model’s {c.cost})", ylabel="Mean loss (nats per token)")
-        tidy(axes, x_numbers=False)
+        axes.grid(False, axis="x")
         axes.set_xticks(places, [f"{place:.4g}" for place in places])
         axes.set_xlim(places[0] - 0.6 * gap, places[-1] + 0.6 * gap)
         figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)

@@ -91,7 +91,24 @@ def moving_average(values: Sequence[float], window: int) -> np.ndarray:
     return np.convolve(values, kernel)[inside] / np.convolve(np.ones(len(values)), kernel)[inside]
 
 
+def chart(figure: Figure, xlabel: str, ylabel: str = "Mean loss (nats per token)") -> Axes:
+    """The axes of a figure of one panel, labelled and tidy."""
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    tidy(axes)
+    return axes
+
+
+def panels(figure: Figure, titles: Sequence[str], **options: bool) -> list[Axes]:
+    """Panels above each other, with these titles, that share the x axis."""
+    made = list(figure.subplots(len(titles), 1, sharex=True, squeeze=False, **options)[:, 0])
+    for axes, title in zip(made, titles, strict=True):
+        axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+    return made
+
+
 def tidy(axes: Axes, x_numbers: bool = True) -> None:
+    """A grid behind the data, no frame above and on the right, and round ticks where x is a number."""
     axes.grid(axis="y" if not x_numbers else "both")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -155,6 +172,7 @@ def label_points(
 def picture(
     name: str, alt: str, caption: str, draw: Callable[[Figure, Theme], None], size: tuple[float, float] = SIZE
 ) -> Picture:
+    """The figure that `draw` draws, of `size` inches, for both themes."""
     return Picture(name, alt, caption, _render(draw, size, LIGHT), _render(draw, size, DARK))
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.report.drawing import Picture, Theme, label_points, picture, tidy
+from flextron_mcore.report.drawing import Picture, Theme, chart, label_points, picture
 from flextron_mcore.report.networks import (
     is_plain,
     layer_columns,
@@ -202,7 +202,7 @@ def pareto(family: Evaluation, drawn: Sequence[Evaluation], before: Evaluation |
     place = lambda net: (net.parameters / unit, net.mean.loss)  # noqa: E731
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes, others = figure.subplots(), iter(theme.others * len(drawn))
+        axes, others = chart(figure, f"{label[:-1]}, embeddings included)"), iter(theme.others * len(drawn))
         obstacles: list[Point] = []
         for found in drawn:
             colour = theme.after if found is family else theme.before if found is before else next(others)
@@ -218,9 +218,7 @@ def pareto(family: Evaluation, drawn: Sequence[Evaluation], before: Evaluation |
             axes.plot(*zip(*line, strict=True), "-", color=theme.after, linewidth=1.2, alpha=0.55, zorder=2, label="Pareto front")
             obstacles += _along(line)
         axes.plot([], [], "*", color=theme.muted, markersize=10, linestyle="none", label="full model")
-        axes.set(xlabel=f"{label[:-1]}, embeddings included)", ylabel="Mean loss (nats per token)")
         axes.margins(x=0.09, y=0.1)
-        tidy(axes)
         axes.legend(loc="best" if len(drawn) > 1 else "upper right")
         if len(drawn) == 1:
             name_networks(figure, axes, family, place, obstacles, theme)

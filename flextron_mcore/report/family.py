@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.report.drawing import Picture, Theme, label_points, picture, tidy
+from flextron_mcore.report.drawing import Picture, Theme, chart, label_points, picture
 from flextron_mcore.report.networks import layer_columns, layer_grid, network_columns
 from flextron_mcore.report.reader import StageOutput
 from flextron_mcore.report.text import cost_unit, loss, lower, percent, short, significant, stem
@@ -113,11 +113,9 @@ def _loss_picture(family: Family, evaluated: list[Member], cost: str) -> Picture
     points = [(member.costs[cost].value / unit, member.loss) for member in members]
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
+        axes = chart(figure, label)
         axes.plot(*zip(*points, strict=True), "o", color=theme.after, markersize=5.5)
-        axes.set(xlabel=label, ylabel="Mean loss (nats per token)")
         axes.margins(x=0.12, y=0.15)
-        tidy(axes)
         names = [(short(member.budget, 20), point, False) for member, point in zip(members, points, strict=True)]
         label_points(figure, axes, names, points, theme)
 

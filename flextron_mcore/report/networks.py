@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from flextron_mcore.axes import Axis, layer_axes, network_axes
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.report.drawing import SIZE, Picture, Theme, picture
+from flextron_mcore.report.drawing import SIZE, Picture, Theme, panels, picture
 from flextron_mcore.report.text import short, spread
 from flextron_mcore.report.topic import Column
 from flextron_mcore.space import SubNetwork
@@ -89,10 +89,10 @@ def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, n
 def _draw_grid(figure: Figure, theme: Theme, shares: np.ndarray, names: list[str], axes_shown: list[Axis]) -> None:
     """A panel for each axis: shares [networks, layers, axes] as shades, and as numbers where there is room."""
     colours = LinearSegmentedColormap.from_list("shades", theme.shades)
-    panels = figure.subplots(len(axes_shown), 1, sharex=True, squeeze=False)[:, 0]
+    drawn = panels(figure, [axis.title for axis in axes_shown])
     layers = shares.shape[1]
     numbered = layers <= MOST_NUMBERS
-    for which, (axes, axis) in enumerate(zip(panels, axes_shown, strict=True)):
+    for which, axes in enumerate(drawn):
         values = shares[:, :, which]
         image = axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         for (y, x), value in np.ndenumerate(values):
@@ -100,7 +100,6 @@ def _draw_grid(figure: Figure, theme: Theme, shares: np.ndarray, names: list[str
                 bright = np.dot(colours(value)[:3], (0.299, 0.587, 0.114)) > 0.5
                 style = {"ha": "center", "va": "center", "fontsize": 8, "color": "#10151d" if bright else "#ffffff"}
                 axes.text(x, y, f"{100 * value:.0f}" if value else "–", **style)
-        axes.set_title(axis.title, loc="left", fontsize=9.5, fontweight="bold")
         axes.set_yticks(range(len(names)), names)
         axes.set_xticks(np.arange(layers + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
@@ -108,9 +107,9 @@ def _draw_grid(figure: Figure, theme: Theme, shares: np.ndarray, names: list[str
         axes.tick_params(which="both", length=0)
         axes.spines[:].set_visible(False)
     ticks = range(0, layers, 1 if numbered else -(-layers // 10))
-    panels[-1].set_xticks(ticks, [str(i + 1) for i in ticks])
-    panels[-1].set_xlabel("Layer")
+    drawn[-1].set_xticks(ticks, [str(i + 1) for i in ticks])
+    drawn[-1].set_xlabel("Layer")
     if not numbered:
-        bar = figure.colorbar(image, ax=panels, fraction=0.04, pad=0.02, ticks=[0, 0.25, 0.5, 0.75, 1])
+        bar = figure.colorbar(image, ax=drawn, fraction=0.04, pad=0.02, ticks=[0, 0.25, 0.5, 0.75, 1])
         bar.ax.set_yticklabels(["0%", "25%", "50%", "75%", "100%"])
         bar.outline.set_visible(False)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.report import training
-from flextron_mcore.report.drawing import SIZE, Picture, Theme, log_scale, moving_average, picture, tidy
+from flextron_mcore.report.drawing import SIZE, Picture, Theme, log_scale, moving_average, panels, picture, tidy
 from flextron_mcore.report.networks import layer_columns, layer_grid, network_columns
 from flextron_mcore.report.reader import StageOutput
 from flextron_mcore.report.text import loss, percent, stem
@@ -205,7 +205,7 @@ def _signals_section(routers: Sequence[Routing]) -> Section:
 
 
 @dataclass(frozen=True)
-class _Panel:
+class _Curve:
     """One curve. values: None for steps without one; threshold: a level to draw; averaged: moving averages already."""
 
     title: str
@@ -234,35 +234,36 @@ def dynamics(routing: Routing) -> Picture | None:
     nothing was logged.
     """
     steps = routing.steps
-    panels = [panel for panel in _panels(routing) if panel.points(steps)[0]]
-    if not panels:
+    curves = [curve for curve in _curves(routing) if curve.points(steps)[0]]
+    if not curves:
         return None
     window = max(1, len(steps) // 40)
     bounds = routing.phases()
 
     def draw(figure: Figure, theme: Theme) -> None:
-        drawn = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for i, (axes, panel) in enumerate(zip(drawn, panels, strict=True)):
-            x, y = panel.points(steps)
+        drawn = panels(figure, [curve.title for curve in curves])
+        for i, (axes, curve) in enumerate(zip(drawn, curves, strict=True)):
+            x, y = curve.points(steps)
             colour = theme.after if i == 0 else theme.before
             axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(x, panel.smooth(y, window), "-" if i == 0 else "--", color=colour)
-            if panel.threshold is not None:
-                label = f"threshold {panel.threshold:g}"
-                axes.axhline(panel.threshold, color=theme.ink, linestyle=":", linewidth=1.3, label=label)
+            axes.plot(x, curve.smooth(y, window), "-" if i == 0 else "--", color=colour)
+            if curve.threshold is not None:
+                label = f"threshold {curve.threshold:g}"
+                axes.axhline(curve.threshold, color=theme.ink, linestyle=":", linewidth=1.3, label=label)
                 axes.legend(loc="upper right")
-            axes.set_title(panel.title, loc="left", fontsize=9.5, fontweight="bold", pad=14 if bounds and i == 0 else 6)
             axes.set_xlabel("Step" if axes is drawn[-1] else "")
             tidy(axes)
-            if panel.log:
+            if curve.log:
                 log_scale(axes, y)
             _mark_phases(axes, bounds, theme, numbers=i == 0)
+        if bounds:
+            drawn[0].set_title(curves[0].title, loc="left", fontsize=9.5, fontweight="bold", pad=14)  # above the numbers
         drawn[-1].xaxis.get_major_locator().set_params(integer=True)
 
     ends = []
-    for panel in panels:
-        smooth = panel.smooth(panel.points(steps)[1], window)
-        ends.append(f"{panel.title} from {smooth[0]:.3g} to {smooth[-1]:.3g}")
+    for curve in curves:
+        smooth = curve.smooth(curve.points(steps)[1], window)
+        ends.append(f"{curve.title} from {smooth[0]:.3g} to {smooth[-1]:.3g}")
     words = f"Router training over {steps[-1].step:,} steps. {'; '.join(ends)}."
     caption = f"{routing.label}: loss of the routed networks, mean of a step, above the full model’s"
     caption += ", and the surrogate’s error (as the paper’s figure 12)" if routing.routers.surrogate else ""
@@ -275,21 +276,21 @@ def dynamics(routing: Routing) -> Picture | None:
         words += " The routers never follow the surrogate."
     shown = [text for text, (low, high) in zip(PHASE_TEXTS, bounds, strict=False) if low < high]
     caption += f" {' '.join(shown)}" if bounds else ""
-    return picture(f"{stem(routing.label)}_dynamics", words, caption, draw, (SIZE[0], 0.7 + 1.5 * len(panels)))
+    return picture(f"{stem(routing.label)}_dynamics", words, caption, draw, (SIZE[0], 0.7 + 1.5 * len(curves)))
 
 
-def _panels(routing: Routing) -> list[_Panel]:
+def _curves(routing: Routing) -> list[_Curve]:
     steps = routing.steps
-    panels = [_Panel("Loss above the full model’s (nats per token)", [row.excess for row in steps])]
+    curves = [_Curve("Loss above the full model’s (nats per token)", [row.excess for row in steps])]
     if any(row.surrogate_loss is not None for row in steps):
         errors, threshold = [row.surrogate_error for row in steps], routing.routers.threshold or 0.0
-        panels.append(_Panel("L2 loss of the surrogate (nats²)", [row.surrogate_loss for row in steps], log=True))
-        panels.append(_Panel("Surrogate’s error (share of losses’ variance)", errors, True, threshold, averaged=True))
+        curves.append(_Curve("L2 loss of the surrogate (nats²)", [row.surrogate_loss for row in steps], log=True))
+        curves.append(_Curve("Surrogate’s error (share of losses’ variance)", errors, True, threshold, averaged=True))
     else:
-        panels.append(_Panel("Constraint loss", [row.constraint_loss for row in steps]))
+        curves.append(_Curve("Constraint loss", [row.constraint_loss for row in steps]))
     if routing.relaxed:
-        panels.append(_Panel("Temperature", [row.temperature for row in steps], log=True))
-    return panels
+        curves.append(_Curve("Temperature", [row.temperature for row in steps], log=True))
+    return curves
 
 
 def _mark_phases(axes: Axes, bounds: list[tuple[int, int]], theme: Theme, numbers: bool) -> None:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from flextron_mcore.axes import AXES, layer_axes
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, picture, ramp, tidy
+from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, panels, picture, ramp, tidy
 from flextron_mcore.report.reader import Settings, StageOutput
 from flextron_mcore.report.text import loss, signed, stem
 from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic, numbered
@@ -90,19 +90,18 @@ def degradation(s: Sensitivity) -> Picture:
     label = lambda axis, size: f"{s.share(axis.name, size)} ({size:,})"  # noqa: E731
 
     def draw(figure: Figure, theme: Theme) -> None:
-        panels = figure.subplots(len(axes_shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-        for axes, axis in zip(panels, axes_shown, strict=True):
+        drawn = panels(figure, [axis.title for axis in axes_shown], sharey=True)
+        for axes, axis in zip(drawn, axes_shown, strict=True):
             sizes = s.candidates(axis.name)
             for i, (size, colour) in enumerate(zip(sizes, ramp(theme, len(sizes)), strict=False)):
                 curve = s.curve(axis.name, size)
                 style = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.3, "color": colour}
                 axes.plot([layer + 1 for layer in curve], list(curve.values()), label=label(axis, size), **style)
             axes.axhline(0, color=theme.muted, linewidth=0.8)
-            axes.set_title(axis.title, loc="left", fontsize=9.5, fontweight="bold")
-            axes.set_xlabel("Layer" if axes is panels[-1] else "")
+            axes.set_xlabel("Layer" if axes is drawn[-1] else "")
             tidy(axes)
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        panels[-1].xaxis.get_major_locator().set_params(integer=True)
+        drawn[-1].xaxis.get_major_locator().set_params(integer=True)
         figure.supylabel("Loss above the full model’s (nats per token)", fontsize=9.5)
 
     texts = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, moving_average, picture, ramp, tidy
+from flextron_mcore.report.drawing import MARKERS, SIZE, Picture, Theme, chart, moving_average, picture, ramp
 from flextron_mcore.report.reader import PLAIN, Settings, StageOutput
 from flextron_mcore.report.text import big, duration, loss, short, stem
 from flextron_mcore.report.topic import Card, Column, Highlights, Progress, Section, Table, Topic
@@ -136,7 +136,7 @@ def train_curve(training: Training) -> Picture:
     validated = [(step, losses["full"]) for step, losses in training.validation if "full" in losses]
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
+        axes = chart(figure, "Step", "Training loss (nats per token)" if subs else "Loss (nats per token)")
         if subs:
             x = [step for step, _ in subs]
             low, mean, high = (moving_average([of(losses) for _, losses in subs], window) for of in (min, np.mean, max))
@@ -147,8 +147,6 @@ def train_curve(training: Training) -> Picture:
         if validated and not subs:
             style = {"color": theme.ink, "markersize": 4, "linewidth": 1, "label": "full model, validation"}
             axes.plot(*zip(*validated, strict=True), "o--", **style)
-        axes.set(xlabel="Step", ylabel="Training loss (nats per token)" if subs else "Loss (nats per token)")
-        tidy(axes)
         axes.legend(loc="upper right")
 
     smooth = f"smoothed over {window} logged steps" if window > 1 else "not smoothed"
@@ -170,7 +168,7 @@ def _validation(training: Training, group: str, names: list[str]) -> Picture:
     ordered = sorted(names, key=lambda name: -curves[name][-1][1])
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
+        axes = chart(figure, "Step", "Validation loss (nats per token)")
         colours = ramp(theme, len(ordered))
         for i, name in enumerate(ordered):
             label = short(name.removeprefix("uniform ")) if i < MOST_LABELS else None
@@ -180,8 +178,6 @@ def _validation(training: Training, group: str, names: list[str]) -> Picture:
             axes.plot([], [], color="none", label=f"and {len(ordered) - MOST_LABELS} more")
         if curves["full"]:
             axes.plot(*zip(*curves["full"], strict=True), color=theme.ink, linewidth=2.2, label="full model", zorder=4)
-        axes.set(xlabel="Step", ylabel="Validation loss (nats per token)")
-        tidy(axes)
         figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
 
     rows = (min(len(names), MOST_LABELS + 1) + 2) // 2

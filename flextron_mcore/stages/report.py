@@ -18,7 +18,6 @@ def run(config: DictConfig) -> dict[str, Any]:
     """Write config.out/index.html, its figures and family.json from the stages found in config.run. The main process does."""
     if not is_main_process():
         return {}
-    # Commands that draw nothing start without matplotlib.
     if not Path(config.run).is_dir():
         raise FlextronError(f"run={config.run}: no such directory")
     with serial_output(config) as out:

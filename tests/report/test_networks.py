@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from flextron_mcore.axes import AXES, Axis
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.report import networks
 from flextron_mcore.report.networks import describe, layer_columns, layer_grid, network_columns, percent_label
@@ -61,3 +62,17 @@ def test_deep_models_have_a_colour_scale_in_place_of_numbers(monkeypatch, drawn_
     figure = drawn_by(networks, layer_grid, [("uneven", UNEVEN)], MODEL, "widths")
     assert [axes.get_title("left") for axes in figure.axes[:2]] == ["Attention heads", "FFN width"]
     assert [text.get_text() for text in figure.axes[0].texts] == numbers and len(figure.axes) == panels
+
+
+def test_an_added_axis_is_shown_everywhere(monkeypatch, drawn_by):
+    full = {"adapter_rank": "ranks"}
+    rank = Axis("rank", "channels", "Adapter rank", "Adapter", block="adapter", full=lambda model: 8, fields=full)
+    monkeypatch.setitem(AXES, "rank", rank)
+    half = LayerChoice.of({"kv_groups": 2, "query_heads_per_group": 1, "ffn_hidden_size": 256, "adapter_rank": 4})
+    net = SubNetwork(64, (half,) * 4)
+    assert layer_columns([net], MODEL)[-1] == ("Adapter of 8", ["4"])
+    assert percent_label(net, MODEL) == "50/100/50" and describe(net, MODEL) == "50% heads, 100% FFN, 50% Adapter"
+    picture = layer_grid([("half", net)], MODEL, "widths")
+    words = "Percent of heads / percent of FFN neurons / percent of Adapter channels that each layer keeps."
+    assert picture.alt == f"{words} half: 50/100/50, 50/100/50, 50/100/50, 50/100/50."
+    assert drawn_by(networks, layer_grid, [("half", net)], MODEL, "widths").axes[2].get_title("left") == "Adapter rank"

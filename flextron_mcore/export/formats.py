@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.space import DTYPE_BYTES, SubNetwork
+from flextron_mcore.settings.stages import GgufSettings, HfElasticSettings, TrtllmSettings
+from flextron_mcore.space import SubNetwork
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,7 @@ class Job:
 
     out: an existing, empty directory. dtype: fp32, bf16 or fp16; default: the checkpoint's. max_shard_size: bytes of one weights
     file. tokenizer: a directory; default: the one beside the checkpoint. progress: called with the bytes of each tensor written.
-    options: the format's own, `settings/stages.py`. origin: what chose the network, for the model card.
-    Raises FlextronError for a value that means nothing.
+    settings: the format's own; default: its schema's. origin: what chose the network, for the model card.
     """
 
     info: CheckpointInfo
@@ -42,16 +42,12 @@ class Job:
     max_shard_size: int = 10**9
     tokenizer: Path | None = None
     progress: Callable[[int], None] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: TrtllmSettings | GgufSettings | HfElasticSettings | None = None
     origin: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", self.dtype or self.info.dtype)
         object.__setattr__(self, "tokenizer", self.tokenizer or self.info.tokenizer)
-        if self.dtype not in DTYPE_BYTES:
-            raise FlextronError(f"dtype={self.dtype!r} is not known: use one of {', '.join(DTYPE_BYTES)}")
-        if type(self.max_shard_size) is not int or self.max_shard_size < 1:
-            raise FlextronError(f"max_shard_size={self.max_shard_size!r} must be a whole number of bytes")
 
 
 @dataclass(frozen=True)

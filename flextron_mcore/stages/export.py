@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
@@ -36,10 +36,10 @@ def run(config: DictConfig) -> dict[str, Any]:
     if config.verify:
         check_layout(info.model, info.space, config.model)
     written = get_format(config.format)
-    options = OmegaConf.to_container(config[config.format], resolve=True) if config.format in config else {}
+    own = getattr(config, config.format, None)
     with new_output(config) as out:
         with progress_bar(unit="B", unit_scale=True, desc="export") as bar:
-            job = Job(info, net, out, config.dtype, config.max_shard_size, None, bar.update, options, chosen.origin)
+            job = Job(info, net, out, config.dtype, config.max_shard_size, None, bar.update, own, chosen.origin)
             figures = written.write(job)
         if figures["parameters"] != count_parameters(info.model, net):
             raise FlextronError(f"export: wrote {figures['parameters']} parameters, counted {count_parameters(info.model, net)}")

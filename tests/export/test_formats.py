@@ -33,7 +33,7 @@ def test_modulation_is_exported(name, kind, tmp_path):
     written, tokens = get_format(name), toy.inputs()[0]
     for number, net in enumerate(nets if name != "hf_elastic" else nets[1:2]):
         (out := tmp_path / f"{number}").mkdir()
-        job = Job(info, net, out, options={})
+        job = Job(info, net, out)
         written.write(job)
         for each in written.networks(job):
             with torch.no_grad(), use_subnetwork(model, each):

@@ -303,10 +303,6 @@ def test_bad_arguments(tmp_path):
         write(Job(info, full, tmp_path / "none"))
     with pytest.raises(FlextronError, match="not an empty directory"):
         write(Job(info, full, tmp_path / "hf"))
-    with pytest.raises(FlextronError, match="dtype='fp8' is not known"):
-        exported(info, full, tmp_path / "dtype", dtype="fp8")
-    with pytest.raises(FlextronError, match="max_shard_size='1GB' must be a whole number of bytes"):
-        exported(info, full, tmp_path / "shards", max_shard_size="1GB")
     with pytest.raises(FlextronError, match="hf: no tokenizer in it"):
         exported(info, full, tmp_path / "tokenizer", tokenizer=tmp_path / "hf")
     with pytest.raises(FlextronError, match="not a candidate"):

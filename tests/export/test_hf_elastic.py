@@ -21,6 +21,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.layers.dispatch import KV_POLICIES
 from flextron_mcore.layers.routed_layer import GivenLevels
+from flextron_mcore.settings.stages import HfElasticSettings
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.export.test_hf import CASES
@@ -333,8 +334,9 @@ def test_what_is_refused(cases, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(FlextronError, match="format=hf_elastic: holds every sub-network"):
         FORMAT.write(Job(info, smaller, tmp_path / "out"))
+    other = HfElasticSettings(selector="sensitivity", latency=None)
     with pytest.raises(FlextronError, match="selector=sensitivity: format=hf_elastic tabulates"):
-        FORMAT.write(Job(info, SubNetwork.full(info.model), tmp_path / "out", options={"selector": "sensitivity"}))
+        FORMAT.write(Job(info, SubNetwork.full(info.model), tmp_path / "out", settings=other))
     assert not list((tmp_path / "out").iterdir())
     full = model.subnetwork
     for budget, words in {

@@ -32,6 +32,8 @@ from flextron_mcore.runs import choice
 from flextron_mcore.runtime.ranks import place
 from flextron_mcore.selection import routed
 from flextron_mcore.settings.compose import compose, legacy
+from flextron_mcore.settings.sections import CacheSettings
+from flextron_mcore.settings.stages import HfElasticSettings
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.routing_toy import write_table
@@ -87,9 +89,14 @@ def routed_checkpoint(
     return info
 
 
+def own(**changes) -> HfElasticSettings:
+    """The format's settings: routers' answers, the table beside them, and `changes`."""
+    return HfElasticSettings(**{"selector": "router", "latency": None, "kv_cache": CacheSettings()} | changes)
+
+
 def export(info: CheckpointInfo, out: Path, **options):
     out.mkdir()
-    figures = FORMAT.write(Job(info, SubNetwork.full(info.model), out, options=options))
+    figures = FORMAT.write(Job(info, SubNetwork.full(info.model), out, settings=own(**options)))
     return figures, hf_toy.load(out)
 
 
@@ -229,7 +236,7 @@ def test_given_networks_answer_too(tmp_path):
     (tmp_path / "bad").mkdir()
     with pytest.raises(FlextronError, match="other.json: hidden_size 40 is not a candidate"):
         FORMAT.write(
-            Job(info, SubNetwork.full(info.model), tmp_path / "bad", options={"networks": [str(tmp_path / "other.json")]})
+            Job(info, SubNetwork.full(info.model), tmp_path / "bad", settings=own(networks=[str(tmp_path / "other.json")]))
         )
 
 

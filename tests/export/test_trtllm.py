@@ -24,6 +24,7 @@ from flextron_mcore.export.cut import cut
 from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.export.trtllm import pieces
 from flextron_mcore.export.trtllm.plan import make_plan
+from flextron_mcore.settings.stages import TrtllmSettings
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.export.test_hf import CASES, networks
@@ -34,8 +35,7 @@ FORMAT = get_format("trtllm")
 def exported(info: CheckpointInfo, net: SubNetwork, out: Path, tp: int = 1, pp: int = 1, style: str = "padded", **changes):
     """(figures, job)"""
     out.mkdir()
-    options = {"style": style, "tensor_parallel_size": tp, "pipeline_parallel_size": pp}
-    job = Job(info, net, out, options=options, **changes)
+    job = Job(info, net, out, settings=TrtllmSettings(style, tp, pp), **changes)
     return FORMAT.write(job), job
 
 
@@ -238,7 +238,7 @@ def test_padding_is_zeros_and_the_rest_is_the_networks(style, unit, tmp_path):
 def test_deci_kv_heads_that_do_not_divide_the_query_heads():
     arch = toy.config(num_attention_heads=8, num_query_groups=4, num_layers=4)
     layers = tuple(LayerChoice(True, groups, 2, 48) for groups in (3, 4, 1, 2))
-    plan = make_plan(arch, SubNetwork(32, layers), {"style": "deci"})
+    plan = make_plan(arch, SubNetwork(32, layers), TrtllmSettings("deci"))
     assert [(slot.kv_groups, slot.query_heads_per_group) for slot in plan.slots] == [(4, 2), (4, 2), (1, 8), (2, 4)]
 
 
@@ -316,7 +316,7 @@ def test_processes_share_the_files(processes, tmp_path, monkeypatch):
     arch = toy.config(**toy.GPT2, num_layers=3)
     info = made(arch, ElasticSpace.build(arch, 1, "kv_group", [1.0], [1.0]), tmp_path / "run")
     _, job = exported(info, SubNetwork.full(arch), tmp_path / "out", tp=2, pp=3)
-    plan, seen = make_plan(arch, job.net, job.options), []
+    plan, seen = make_plan(arch, job.net, job.settings), []
     for process in range(processes):
         out = tmp_path / f"{process}"
         out.mkdir()
@@ -340,9 +340,6 @@ def test_the_tokenizer_goes_along(tmp_path):
 @pytest.mark.parametrize(
     "family, options, words",
     [
-        (toy.LLAMA, {"style": "exact"}, "trtllm.style='exact' is not known: use one of padded, deci"),
-        (toy.LLAMA, {"tp": 2}, "trtllm.tp is not known"),
-        (toy.LLAMA, {"tensor_parallel_size": 0}, "trtllm.tensor_parallel_size=0 must be a whole number"),
         (toy.LLAMA, {"pipeline_parallel_size": 3}, "trtllm.pipeline_parallel_size=3 is more than the 2 layers"),
         (toy.LLAMA | {"activation": "relu"}, {}, "rmsnorm with activation=relu"),
         (toy.LLAMA | {"position_embedding_type": "learned_absolute"}, {}, "rmsnorm with learned ones"),
@@ -362,7 +359,7 @@ def test_what_cannot_be_held_is_one_line(family, options, words):
     full = SubNetwork.full(arch).layers[0]
     net = SubNetwork(32, (full, replace(full, executed=False), replace(full, ffn_hidden_size=18)))
     with pytest.raises(FlextronError) as caught:
-        make_plan(arch, net, options)
+        make_plan(arch, net, TrtllmSettings(**options))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -19,7 +19,6 @@ from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters
 
 FILE = "model.gguf"
-TYPES = ("f32", "f16", "q8_0")  # of the weight matrices
 # Largest difference of logits that a type's rounding explains, in units of the logits' own size (`_logit_scale`): rounding is
 # relative, so it grows with them. The most in 46 small random networks, whose rounding averages out least: f16 0.012, q8_0 0.48.
 _ROUNDING = {"f16": 0.04, "q8_0": 1.0}
@@ -28,7 +27,7 @@ _ROUNDING = {"f16": 0.04, "q8_0": 1.0}
 def write(job: Job) -> dict[str, Any]:
     """Write job.net as model.gguf, with a README.md. Call on all ranks; the main process writes, a tensor at a time.
 
-    options: type, of the weight matrices: f32, f16 or q8_0; default: f32 of an fp32 export, else f16. Vectors are always f32.
+    Weight matrices are f32 in an fp32 export, else f16, unless job.settings say otherwise. Vectors are always f32.
     Returns format, architecture, parameters, bytes, files.
     Raises FlextronError for a model that is no Llama, a tokenizer that llama.cpp lacks, weights too large for f16, a network
     outside the space, or an `out` that is not an empty directory.
@@ -88,11 +87,9 @@ def require_library() -> None:
 
 
 def _type(job: Job) -> str:
-    kind = job.options.get("type")
+    kind = job.settings.type if job.settings else None
     if kind is None:
         return "f32" if job.dtype == "fp32" else "f16"
-    if kind not in TYPES:
-        raise FlextronError(f"gguf.type={kind!r} is not known: use one of {', '.join(TYPES)}")
     if job.dtype != job.info.dtype:
         raise FlextronError(f"dtype={job.dtype} and gguf.type={kind} are two ways to say how weights are stored: give one")
     return kind

@@ -42,8 +42,8 @@ def write(job: Job) -> dict[str, Any]:
     declared = family_of_model(info.model, info.hf_config)
     if declared.classes is None:
         raise FlextronError(f"format=hf_elastic: {declared.name} has no class that holds every sub-network: use format=hf")
-    family, routers = on_main_process(lambda: build_family(info, job.dtype, job.options))
-    hf.write(replace(job, options={}))
+    family, routers = on_main_process(lambda: build_family(info, job.dtype, job.settings))
+    hf.write(replace(job, settings=None))
 
     def finished() -> dict[str, Any]:
         """Turn the stock directory into an elastic one."""

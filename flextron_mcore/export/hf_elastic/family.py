@@ -23,6 +23,8 @@ from flextron_mcore.routers.static import log_probabilities
 from flextron_mcore.routers.store import TABLE_FILE, RouterInfo, kind_of_routers, read_routers
 from flextron_mcore.selection.routed import CELL, WITHIN, Routed
 from flextron_mcore.selection.selectors import MatFormer, Uniform
+from flextron_mcore.settings.sections import CacheSettings
+from flextron_mcore.settings.stages import HfElasticSettings
 from flextron_mcore.space import DTYPE_BYTES, SKIPPED, SubNetwork
 
 FAMILY_FILE = "flextron_family.json"
@@ -40,31 +42,33 @@ class _Networks:
         return self.numbers.setdefault(net, len(self.numbers))
 
 
-def build_family(info: CheckpointInfo, dtype: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], AdaptiveRouters | None]:
+def build_family(
+    info: CheckpointInfo, dtype: str, settings: HfElasticSettings | None
+) -> tuple[dict[str, Any], AdaptiveRouters | None]:
     """The contents of flextron_family.json, and the checkpoint's adaptive routers if it has such.
 
-    dtype: of the export, which memory is counted in. options: `selector` (default: the routers if the checkpoint has any, else
-    uniform), `latency` (a table, or a directory with one; default: the one beside the routers), `kv_cache` (batch_size, length:
-    what a memory budget counts), `networks` (files of networks that may answer budgets too). Raises FlextronError.
+    dtype: of the export, which memory is counted in. settings None: the routers answer budgets if the checkpoint has any, else
+    the uniform networks. Raises FlextronError.
     """
     blocks = Choices(info.model, info.space)
-    name = options.get("selector") or "router"
+    settings = settings or HfElasticSettings(selector="router", latency=None, kv_cache=CacheSettings())
+    name = settings.selector
     kind = kind_of_routers(info.path) if info.path else None
     if name == "router" and kind is None:
         name = "uniform"
     if name != "router" and name not in _SELECTORS:
         known = ", ".join(["router", *_SELECTORS])
         raise FlextronError(f"selector={name}: format=hf_elastic tabulates the answers to every budget, which it can for {known}")
-    table = _latency_table(info, options.get("latency"))
-    kv = options.get("kv_cache") or {}
-    memory = {"batch_size": kv.get("batch_size", 1), "length": kv.get("length") or info.model.max_position_embeddings}
+    table = _latency_table(info, settings.latency)
+    kv = settings.kv_cache
+    memory = {"batch_size": kv.batch_size, "length": kv.length or info.model.max_position_embeddings}
     costs = {"latency": table.cost()} if table else {}
     costs["parameters"] = parameter_cost(info.model, info.space)
     costs["memory"] = memory_cost(info.model, info.space, dtype, **memory)
     picks: Any = _routed(info, blocks, costs) if name == "router" else _SELECTORS[name](blocks)
     ranges = picks.ranges if isinstance(picks, Routed) else {}
     networks = _Networks()
-    given = [_given(info, Path(file)) for file in options.get("networks") or ()]
+    given = [_given(info, Path(file)) for file in settings.networks]
     answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
     adaptive, adaptive_routers = _adaptive(info, blocks, kind, costs, table)
     values = {

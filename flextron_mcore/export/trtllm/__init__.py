@@ -20,6 +20,7 @@ from flextron_mcore.export.trtllm.pieces import stage_pieces, write_ranks
 from flextron_mcore.export.trtllm.plan import APPROXIMATED, Plan, config, make_plan
 from flextron_mcore.export.trtllm.readback import checkpoint_logits
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.settings.stages import TrtllmSettings
 from flextron_mcore.space import SubNetwork
 
 _NOTE = "TensorRT-LLM computes gelu by its tanh approximation, this model was trained with the exact one: logits differ slightly"
@@ -35,7 +36,7 @@ def write(job: Job) -> dict[str, Any]:
     """
     info, out = job.info, job.out
     tensors = plain_norms(info.model, cut(info, job.net))
-    plan = make_plan(info.model, job.net, job.options)
+    plan = make_plan(info.model, job.net, job.settings or TrtllmSettings())
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     padded = _elements(replace(plan, tp=1, pp=1), 0)
     stored = plan.tp * sum(_elements(plan, stage) for stage in range(plan.pp))

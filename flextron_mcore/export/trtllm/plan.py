@@ -6,15 +6,13 @@ Source: TensorRT-LLM's models/{gpt,llama,nemotron_nas} up to release 1.2. Its de
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.settings.stages import TrtllmSettings
 from flextron_mcore.space import LayerChoice, SubNetwork
 
-STYLES = ("padded", "deci")
-DEFAULTS = {"style": "padded", "tensor_parallel_size": 1, "pipeline_parallel_size": 1}
 # Its gelu is the tanh approximation; there is no other (tensorrt_llm.functional.gelu).
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -65,17 +63,9 @@ class Plan:
         return range(first, first + least + (number < more))
 
 
-def make_plan(model: ModelConfig, net: SubNetwork, options: Mapping[str, Any]) -> Plan:
-    """The plan for `net` with the options of settings/stages.py. Raises FlextronError for what no class can hold."""
-    for name in options:
-        if name not in DEFAULTS:
-            raise FlextronError(f"trtllm.{name} is not known: use {', '.join(DEFAULTS)}")
-    style, tp, pp = ({**DEFAULTS, **options}[name] for name in DEFAULTS)
-    if style not in STYLES:
-        raise FlextronError(f"trtllm.style={style!r} is not known: use one of {', '.join(STYLES)}")
-    for name, size in (("tensor_parallel_size", tp), ("pipeline_parallel_size", pp)):
-        if type(size) is not int or size < 1:
-            raise FlextronError(f"trtllm.{name}={size!r} must be a whole number of at least 1")
+def make_plan(model: ModelConfig, net: SubNetwork, settings: TrtllmSettings) -> Plan:
+    """The plan for `net`. Raises FlextronError for what no class can hold."""
+    style, tp, pp = settings.style, settings.tensor_parallel_size, settings.pipeline_parallel_size
     if misfit := _misfit(model, style):
         raise FlextronError(f"format=trtllm: {misfit}")
     kept = [i for i, layer in enumerate(net.layers) if layer.executed]

@@ -6,37 +6,38 @@ Counted for the full model. Letters as in layout.py: n tokens of a micro-batch; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from flextron_mcore.launch.layout import TRAINED, Rank
+from flextron_mcore.settings.stages import WorkloadSettings
+from flextron_mcore.settings.training import StageSettings
 
 TAUGHT = 40  # bytes a logit: with distillation ten tensors of logits in fp32 are there at the same time (measured)
 
 
-def activations(rank: Rank, config: Mapping[str, Any]) -> int:
+def activations(rank: Rank, settings: StageSettings) -> int:
     """The peak above weights, gradients and optimizer state."""
-    stage = config["stage"]
+    stage = settings.stage
     gathered = rank.tokens * rank.model.hidden_size * rank.layout.dtype if rank.layout.sequence_parallel else 0
-    gates = stage == "joint" or (stage == "router" and not config["surrogate"]["enabled"]) or bool(config.get("modulation"))
+    gates = (
+        stage == "joint" or (stage == "router" and not settings.surrogate.enabled) or bool(getattr(settings, "modulation", False))
+    )
     if stage not in TRAINED and not gates:
-        return gathered + _forward(rank) + (_kv_cache(rank, config["setting"]) if stage == "latency" else 0)
-    micro_batches = config["model"]["global_batch_size"] // (rank.layout.micro_batch * rank.layout.data)
-    teach = stage in ("elastic", "gumbel") and config["distillation"]["weight"] > 0
-    step = networks(config)
-    weighted = _most(in_flight(rank, micro_batches * step), step, config) if stage == "gumbel" else 0
+        return gathered + _forward(rank) + (_kv_cache(rank, settings.setting) if stage == "latency" else 0)
+    micro_batches = settings.model.global_batch_size // (rank.layout.micro_batch * rank.layout.data)
+    teach = stage in ("elastic", "gumbel") and settings.distillation.weight > 0
+    step = networks(settings)
+    weighted = _most(in_flight(rank, micro_batches * step), step, settings) if stage == "gumbel" else 0
     return gathered + _backward(rank, micro_batches * step, stage not in TRAINED, gates, teach, weighted)
 
 
-def networks(config: Mapping[str, Any]) -> int:
+def networks(settings: StageSettings) -> int:
     """Networks of a training step."""
     more = {"elastic": "num_subnetworks", **dict.fromkeys(("router", "joint", "gumbel"), "targets_per_step")}
-    return 1 + (config[more[config["stage"]]] if config["stage"] in more else 0)
+    return 1 + (getattr(settings, more[settings.stage]) if settings.stage in more else 0)
 
 
-def _most(flights: int, step: int, config: Mapping[str, Any]) -> int:
+def _most(flights: int, step: int, settings: StageSettings) -> int:
     """The most networks with weights (layers/weighted.py) among the passes in flight, where `step` networks take turns."""
-    weighted, chunks = config["router"]["weighted_per_step"], config["model"]["virtual_pipeline_model_parallel_size"] or 1
+    weighted, chunks = settings.router.weighted_per_step, settings.model.virtual_pipeline_model_parallel_size or 1
     return min(flights, chunks * (flights // step * weighted + min(flights % step, weighted)))
 
 
@@ -161,10 +162,10 @@ def _forward(rank: Rank) -> int:
     return max(layer, n * rank.vocabulary * logits + 2 * rank.stream if rank.last else 0)
 
 
-def _kv_cache(rank: Rank, setting: Mapping[str, Any]) -> int:
-    if setting["kind"] != "generation":
+def _kv_cache(rank: Rank, setting: WorkloadSettings) -> int:
+    if setting.kind != "generation":
         return 0
-    length = rank.layout.length + setting["generated_tokens"] - 1
+    length = rank.layout.length + setting.generated_tokens - 1
     return 2 * rank.model.num_layers * rank.sizes[2] * rank.layout.micro_batch * length * rank.layout.dtype
 
 

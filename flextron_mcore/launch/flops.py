@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from flextron_mcore.axes import added_tensors
 from flextron_mcore.choices import Choices
@@ -22,6 +21,7 @@ from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.families.tensors import of_model
 from flextron_mcore.launch.layout import LOOPED, Layout
 from flextron_mcore.selection.selectors import MatFormer, Uniform
+from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 
 LARGE = 2.0  # as in training/router.py, which draws budgets whose mean is 1 / (1 + LARGE) of their range below its top
@@ -89,21 +89,21 @@ class Work:
 
 
 def work(
-    model: ModelConfig, space: ElasticSpace, config: Mapping[str, Any], layout: Layout, valid_samples: Sequence[int] | None
+    model: ModelConfig, space: ElasticSpace, settings: StageSettings, layout: Layout, valid_samples: Sequence[int] | None
 ) -> Work:
-    """Work of the stage of `config`; valid_samples as in `estimate`."""
+    """Work of the stage of `settings`; valid_samples as in `estimate`."""
     costs = Costs(model, space, layout.length, layout.tensor)
-    if config["stage"] in LOOPED:
-        return _training(costs, config, layout, valid_samples)
-    if config["stage"] == "latency":
-        return _latency(costs, config)
-    options = config["model"]
-    limit = config["ablation_batches" if config["stage"] == "importance" else "limit_val_batches"]
-    valid = costs.length * _valid(limit and limit * options["micro_batch_size"], valid_samples)
-    if config["stage"] == "importance":
-        return _importance(costs, config, valid if limit else 0)
-    each = {"evaluate": _evaluated, "sensitivity": _sensitivity, "compare": _compared, "family": _family}[config["stage"]]
-    return Work(valid, valid * each(costs, config))
+    if settings.stage in LOOPED:
+        return _training(costs, settings, layout, valid_samples)
+    if settings.stage == "latency":
+        return _latency(costs, settings)
+    options = settings.model
+    limit = settings.ablation_batches if settings.stage == "importance" else settings.limit_val_batches
+    valid = costs.length * _valid(limit and limit * options.micro_batch_size, valid_samples)
+    if settings.stage == "importance":
+        return _importance(costs, settings, valid if limit else 0)
+    each = {"evaluate": _evaluated, "sensitivity": _sensitivity, "compare": _compared, "family": _family}[settings.stage]
+    return Work(valid, valid * each(costs, settings))
 
 
 def _valid(limit: int | None, samples: Sequence[int] | None) -> int:
@@ -113,13 +113,13 @@ def _valid(limit: int | None, samples: Sequence[int] | None) -> int:
     return sum(min(n, limit) if limit else n for n in samples)
 
 
-def _importance(costs: Costs, config: Mapping[str, Any], valid: int) -> Work:
+def _importance(costs: Costs, settings: StageSettings, valid: int) -> Work:
     """One pass; where depth is elastic one without each layer too; and before and after sorting the table of its gain."""
-    model, space, tokens = costs.model, costs.space, config["samples"] * costs.length
+    model, space, tokens = costs.model, costs.space, settings.samples * costs.length
     flops = tokens * costs.full
     if len(space.depth) > 1:
         without = costs.full - costs.layer(SubNetwork.full(model).layers[0])
-        flops += min(config["samples"], config["layer_samples"]) * costs.length * (costs.full + model.num_layers * without)
+        flops += min(settings.samples, settings.layer_samples) * costs.length * (costs.full + model.num_layers * without)
     axes = (space.heads, space.ffn_hidden_size, space.hidden_size)
     full = [sizes[-1] for sizes in axes]
     table = [full]
@@ -128,40 +128,40 @@ def _importance(costs: Costs, config: Mapping[str, Any], valid: int) -> Work:
     return Work(tokens, flops + 2 * valid * sum(costs.of(space.uniform(model, *sizes)) for sizes in table))
 
 
-def _training(costs: Costs, config: Mapping[str, Any], layout: Layout, valid_samples: Sequence[int] | None) -> Work:
-    stage, trainer, batch = config["stage"], config["trainer"], config["model"]["global_batch_size"]
-    low, high = _range(config)
+def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_samples: Sequence[int] | None) -> Work:
+    stage, trainer, batch = settings.stage, settings.trainer, settings.model.global_batch_size
+    low, high = _range(settings)
     if stage == "elastic":
-        networks = [costs.drawn(config["mode"])] * config["num_subnetworks"]
+        networks = [costs.drawn(settings.mode)] * settings.num_subnetworks
         family = [costs.of(net) for net in uniform_family(costs.model, costs.space).values()]
-        validated = [*family, *[costs.drawn(config["mode"])] * config["validation_subnetworks"]]
+        validated = [*family, *[costs.drawn(settings.mode)] * settings.validation_subnetworks]
     elif stage in ("router", "joint", "gumbel"):
-        weighted = config["router"].get("weighted_per_step", 0)  # computed at full size
-        sliced = [costs.budgeted(low, high, 1 - 1 / (1 + LARGE))] * (config["targets_per_step"] - weighted)
+        weighted = getattr(settings.router, "weighted_per_step", 0)  # computed at full size
+        sliced = [costs.budgeted(low, high, 1 - 1 / (1 + LARGE))] * (settings.targets_per_step - weighted)
         networks = [costs.full] * weighted + sliced
-        targets = config["validation_targets"]
+        targets = settings.validation_targets
         shares = [costs.budgeted(low, high, part) for part in _TARGETS] if targets is None else [t * costs.full for t in targets]
         validated = [costs.full, *shares]
     else:
         networks, validated = [], [costs.full]
     if stage != "router":
         passes = [_trained(costs, net, layout) for net in (costs.full, *networks)]
-    elif config["surrogate"]["enabled"]:
+    elif settings.surrogate.enabled:
         passes = [costs.full, *networks]
     else:  # through frozen weights to the gates: no gradients of weights
         passes = [costs.full, *(_trained(costs, net, layout) - (net - _attention(costs, net)) for net in networks)]
-    tokens = trainer["max_steps"] * batch * costs.length
-    limit = trainer["limit_val_batches"]
-    every, steps = trainer["val_check_interval"], trainer["max_steps"]
+    tokens = trainer.max_steps * batch * costs.length
+    limit = trainer.limit_val_batches
+    every, steps = trainer.val_check_interval, trainer.max_steps
     validations = 1 + steps // every + (steps % every > 0)
     valid = validations * costs.length * _valid(limit and limit * batch, valid_samples)
     return Work(tokens, tokens * sum(passes) + valid * sum(validated))
 
 
-def _range(config: Mapping[str, Any]) -> tuple[float | None, float]:
+def _range(settings: StageSettings) -> tuple[float | None, float]:
     """Range of the budgets that routers are trained for; joint has the routers' own, which is not given here."""
-    targets = config.get("targets") or {}
-    return targets.get("low"), targets.get("high", 1.0)
+    targets = getattr(settings, "targets", None)
+    return (targets.low, targets.high) if targets else (None, 1.0)
 
 
 def _trained(costs: Costs, net: float, layout: Layout) -> float:
@@ -185,27 +185,27 @@ def _attention(costs: Costs, net: float) -> float:
     return net * without / costs.full
 
 
-def _evaluated(costs: Costs, config: Mapping[str, Any]) -> float:
-    given = config["subnetwork"]
-    if config["budget"] is not None:
+def _evaluated(costs: Costs, settings: StageSettings) -> float:
+    given = settings.subnetwork
+    if settings.budget is not None:
         found = [costs.full]  # at most
     elif given is None:
         found = [costs.of(net) for net in uniform_family(costs.model, costs.space).values()]
     else:
         files = [Path(given)] if isinstance(given, str) else map(Path, given)
         found = [costs.of(SubNetwork.from_file(file)) if file.is_file() else costs.full for file in files]
-    return sum(found) + config["random"] * costs.drawn()
+    return sum(found) + settings.random * costs.drawn()
 
 
-def _family(costs: Costs, config: Mapping[str, Any]) -> float:
+def _family(costs: Costs, settings: StageSettings) -> float:
     """A network for each budget: shares of a cost stand for shares of operations, the others count as the full model."""
-    words = [str(budget).split() for budget in config["budgets"]]
+    words = [str(budget).split() for budget in settings.budgets]
     shares = [word[0] for word in words if len(word) == 1 or word[1] in OWN_UNITS]
     known = [float(share) for share in shares if re.fullmatch(r"0?\.\d+", share)]
     return costs.full * (sum(known) + len(words) - len(known))
 
 
-def _sensitivity(costs: Costs, config: Mapping[str, Any]) -> float:
+def _sensitivity(costs: Costs, settings: StageSettings) -> float:
     """The full model, and it with every smaller candidate of every block."""
     blocks, full = Choices(costs.model, costs.space), SubNetwork.full(costs.model)
     of_layer = range(len(costs.space.layer_axes))  # the same in every layer
@@ -213,29 +213,27 @@ def _sensitivity(costs: Costs, config: Mapping[str, Any]) -> float:
     return costs.full + costs.model.num_layers * sum(costs.of(blocks.replaced(full, *place)) for place in smaller)
 
 
-def _compared(costs: Costs, config: Mapping[str, Any]) -> float:
-    """Networks that two selectors share are counted twice; config.dense not at all."""
-    names, blocks = list(config["selectors"]), Choices(costs.model, costs.space)
+def _compared(costs: Costs, settings: StageSettings) -> float:
+    """Networks that two selectors share are counted twice; dense not at all."""
+    names, blocks = list(settings.selectors), Choices(costs.model, costs.space)
     targets = [costs.budgeted(None, 1.0, part) for part in _TARGETS]
-    if config["targets"] is not None:
-        targets = [share * costs.full for share in config["targets"]]
-    each = config["random_at_target"] + len(names) + ("random" in names) * config["random_networks"]
+    if settings.targets is not None:
+        targets = [share * costs.full for share in settings.targets]
+    each = settings.random_at_target + len(names) + ("random" in names) * settings.random_networks
     known = {"uniform": Uniform(blocks).networks(), "matformer": MatFormer(blocks).networks()}
     equal = sum(costs.of(net) for name in names for net in known.get(name, ())) * (2 if "router" in names else 1)
     return costs.full + each * sum(targets) + equal
 
 
-def _latency(costs: Costs, config: Mapping[str, Any]) -> Work:
+def _latency(costs: Costs, settings: StageSettings) -> Work:
     """One process, whatever the number of ranks; nothing where the table is fitted to measurements made elsewhere."""
-    setting = config["setting"]
-    if config["measurements"] is not None:
+    setting = settings.setting
+    if settings.measurements is not None:
         return Work(0, 0.0)
-    generated = setting["generated_tokens"] - 1 if setting["kind"] == "generation" else 0
+    generated = setting.generated_tokens - 1 if setting.kind == "generation" else 0
     space = costs.space
     balanced = len(space.hidden_size) * max(len(space.sizes[axis.name]) for axis in space.layer_axes)
-    each = (config["rounds"] + 1) * setting["batch_size"] * (costs.length + generated)  # tokens of a network
+    each = (settings.rounds + 1) * setting.batch_size * (costs.length + generated)  # tokens of a network
     all_layers = replace(space, sizes={**space.sizes, "depth": space.depth[-1:]})
     whole = Costs(costs.model, all_layers, costs.length, costs.tensor).drawn()
-    return Work(
-        each * (balanced + config["check_networks"]), each * (balanced * whole + config["check_networks"] * costs.drawn())
-    )
+    return Work(each * (balanced + settings.check_networks), each * (balanced * whole + settings.check_networks * costs.drawn()))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
 
 from flextron_mcore.axes import added_tensors
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.families.tensors import of_model
+from flextron_mcore.settings.sections import LayoutSettings
+from flextron_mcore.settings.stages import WorkloadSettings
+from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import DTYPE_BYTES, ElasticSpace, SubNetwork
 
 TRAINED = ("pretrain", "elastic", "joint", "gumbel")  # weights that learn: gradients and optimizer state
@@ -33,17 +35,16 @@ class Layout:
 
     @classmethod
     def read(
-        cls, model: ModelConfig, space: ElasticSpace, config: Mapping[str, Any], world: int, stored_dtype: str, cuda: bool
+        cls, model: ModelConfig, space: ElasticSpace, settings: StageSettings, world: int, stored_dtype: str, cuda: bool
     ) -> Layout:
         """Raises FlextronError, naming the key, where sizes do not divide."""
-        if config["stage"] == "latency":  # one process, the whole model
-            setting = config["setting"]
-            options: Mapping[str, Any] = {"micro_batch_size": setting["batch_size"]}
-            length, world = prompt_length(model, setting), 1
+        if settings.stage == "latency":  # one process, the whole model
+            options: LayoutSettings | SimpleNamespace = SimpleNamespace(micro_batch_size=settings.setting.batch_size)
+            length, world = prompt_length(model, settings.setting), 1
         else:
-            options = config["model"]
-            length = options.get("seq_length") or model.max_position_embeddings
-        tensor, pipeline = (options.get(f"{kind}_model_parallel_size") or 1 for kind in ("tensor", "pipeline"))
+            options = settings.model
+            length = getattr(options, "seq_length", None) or model.max_position_embeddings
+        tensor, pipeline = (getattr(options, f"{kind}_model_parallel_size", 1) for kind in ("tensor", "pipeline"))
         if world % (tensor * pipeline):
             raise FlextronError(
                 f"model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size={pipeline} "
@@ -52,19 +53,19 @@ class Layout:
         for name, value in (("space.granularity", space.granularity), ("model.num_query_groups", model.num_query_groups)):
             if value % tensor:
                 raise FlextronError(f"model.tensor_model_parallel_size={tensor} does not divide {name}={value}")
-        data, size = world // (tensor * pipeline), options["micro_batch_size"]
-        if (config["stage"] in LOOPED) and options["global_batch_size"] % (size * data):
+        data, size = world // (tensor * pipeline), options.micro_batch_size
+        if (settings.stage in LOOPED) and options.global_batch_size % (size * data):
             raise FlextronError(
-                f"model.global_batch_size={options['global_batch_size']} is not a multiple of model.micro_batch_size={size} "
+                f"model.global_batch_size={options.global_batch_size} is not a multiple of model.micro_batch_size={size} "
                 f"x {data} data-parallel rank(s)"
             )
-        precision = (config.get("trainer") or {}).get("precision") or stored_dtype
+        precision = getattr(getattr(settings, "trainer", None), "precision", None) or stored_dtype
         return cls(
             tensor,
             pipeline,
-            options.get("virtual_pipeline_model_parallel_size") or 1,
+            getattr(options, "virtual_pipeline_model_parallel_size", None) or 1,
             data,
-            bool(options.get("sequence_parallel")) and tensor > 1,
+            getattr(options, "sequence_parallel", False) and tensor > 1,
             _layers(model, options, pipeline),
             size,
             length,
@@ -74,18 +75,18 @@ class Layout:
         )
 
 
-def prompt_length(model: ModelConfig, setting: Mapping[str, Any]) -> int:
+def prompt_length(model: ModelConfig, setting: WorkloadSettings) -> int:
     """Tokens that one forward pass of `flextron latency` reads of a sequence, at most."""
     positions = model.max_position_embeddings
-    return setting["prompt_length"] or (positions if setting["kind"] == "prefill" else positions // 2)
+    return setting.prompt_length or (positions if setting.kind == "prefill" else positions // 2)
 
 
-def _layers(model: ModelConfig, options: Mapping[str, Any], pipeline: int) -> tuple[int, ...]:
+def _layers(model: ModelConfig, options: LayoutSettings | SimpleNamespace, pipeline: int) -> tuple[int, ...]:
     """Layers of each pipeline rank."""
-    first, last = (options.get(f"num_layers_in_{end}_pipeline_stage") for end in ("first", "last"))
+    first, last = (getattr(options, f"num_layers_in_{end}_pipeline_stage", None) for end in ("first", "last"))
     ends = [n for n in (first, last) if n is not None]
     middle, left = pipeline - len(ends), model.num_layers - sum(ends)
-    chunks = options.get("virtual_pipeline_model_parallel_size") or 1
+    chunks = getattr(options, "virtual_pipeline_model_parallel_size", None) or 1
     each = left // middle if middle > 0 else 0
     if middle < 0 or left != each * middle or any(n % chunks for n in (*ends, each)):
         raise FlextronError(
@@ -98,11 +99,11 @@ def _layers(model: ModelConfig, options: Mapping[str, Any], pipeline: int) -> tu
     return tuple(layers)
 
 
-def _recompute(options: Mapping[str, Any]) -> tuple[str, int]:
-    kind = options.get("recompute_granularity")
+def _recompute(options: LayoutSettings | SimpleNamespace) -> tuple[str, int]:
+    kind = getattr(options, "recompute_granularity", None)
     if kind == "full":
-        return options["recompute_method"], options["recompute_num_layers"]
-    return ("mlp" if kind == "selective" and "mlp" in (options.get("recompute_modules") or ()) else ""), 1
+        return options.recompute_method, options.recompute_num_layers
+    return ("mlp" if kind == "selective" and "mlp" in (options.recompute_modules or ()) else ""), 1
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,12 @@ class Rank:
 
     @property
     def first(self) -> bool:
-        """Whether it holds the embedding."""
+        """True if it holds the embedding."""
         return self.index == 0
 
     @property
     def last(self) -> bool:
-        """Whether it holds the output layer."""
+        """True if it holds the output layer."""
         return self.index == self.layout.pipeline - 1
 
     @property
@@ -130,7 +131,7 @@ class Rank:
 
     @property
     def padded(self) -> bool:
-        """Whether some of them only fill it up."""
+        """True if some rows only fill it up."""
         return self.model.vocab_size % self.layout.tensor > 0
 
     @property

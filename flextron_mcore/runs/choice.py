@@ -21,13 +21,12 @@ from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost, parse
 from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.layers.dispatch import KV_POLICIES
-from flextron_mcore.routers.static import log_probabilities
 from flextron_mcore.routers.store import TABLE_FILE, read_routers
 from flextron_mcore.runs.opened import check_widths_only
 from flextron_mcore.runs.terminal import say
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.selection import selectors
-from flextron_mcore.selection.routed import Routed
+from flextron_mcore.selection.routed import trained_selector
 from flextron_mcore.selection.selectors import Selector
 from flextron_mcore.space import DTYPE_BYTES, ElasticSpace, SubNetwork
 
@@ -192,13 +191,7 @@ def adaptive_routing(config: DictConfig, info: CheckpointInfo) -> tuple[Callable
 
 
 def _routed(config: DictConfig, info: CheckpointInfo, blocks: Any) -> Selector:
-    routers, weights = read_routers(info.path, blocks)
-    costs = known_costs(config, info, latency_table(config, info))
-    if missing := [name for name in routers.costs if name not in costs]:
-        raise FlextronError(f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
-    ranges, blocks = dict(zip(routers.costs, routers.ranges, strict=True)), routers.choices(blocks)
-    trained = {name: costs[name] for name in routers.costs}
-    return Routed(blocks, trained, log_probabilities(weights), ranges, routers.losses(blocks))
+    return trained_selector(info.path, blocks, known_costs(config, info, latency_table(config, info)))
 
 
 def _degradations(config: DictConfig, blocks: Any) -> Any:

@@ -1,7 +1,7 @@
-"""flextron_family.json: what a directory of all sub-networks says of them, with the answers to every budget.
+"""flextron_family.json: the sub-networks of a directory that holds all of them, their costs, and the answers to every budget.
 
-`selection/routed.py` finds a budget's network among cells of a cost, whose contents do not depend on the budget; so a table of
-the cells answers every budget as it does, without its solver. Selectors with a handful of networks are tabulated as steps.
+`selection/routed.py` finds a budget's network among bins of a cost, whose contents do not depend on the budget; so a table of
+the bins answers every budget as it does, without its solver. Selectors with a handful of networks are tabulated as steps.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.routers.static import log_probabilities
 from flextron_mcore.routers.store import TABLE_FILE, RouterInfo, kind_of_routers, read_routers
-from flextron_mcore.selection.routed import CELL, WITHIN, Routed
+from flextron_mcore.selection.routed import CELL, WITHIN, Routed, trained_selector
 from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.settings.sections import CacheSettings
 from flextron_mcore.settings.stages import HfElasticSettings
@@ -65,7 +64,7 @@ def build_family(
     costs = {"latency": table.cost()} if table else {}
     costs["parameters"] = parameter_cost(info.model, info.space)
     costs["memory"] = memory_cost(info.model, info.space, dtype, **memory)
-    picks: Any = _routed(info, blocks, costs) if name == "router" else _SELECTORS[name](blocks)
+    picks: Any = trained_selector(info.path, blocks, costs) if name == "router" else _SELECTORS[name](blocks)
     ranges = picks.ranges if isinstance(picks, Routed) else {}
     networks = _Networks()
     given = [_given(info, Path(file)) for file in settings.networks]
@@ -92,7 +91,7 @@ def build_family(
 
 
 def write_family(file: Path, values: Mapping[str, Any]) -> None:
-    """As JSON that a person can read: a network, a cell, a layer's modulation a line."""
+    """Write JSON that a person can read: a network, a cost bin, a layer's modulation a line."""
     text = json.dumps({k: v for k, v in values.items() if k not in ("networks", "answers", "modulation")}, indent=1)[:-2]
     tables = []
     for cost, table in values["answers"].items():
@@ -127,18 +126,8 @@ def _given(info: CheckpointInfo, file: Path) -> SubNetwork:
     return net
 
 
-def _routed(info: CheckpointInfo, blocks: Choices, costs: Mapping[str, Cost]) -> Routed:
-    """What the checkpoint's routers choose."""
-    described, weights = read_routers(info.path, blocks)
-    if missing := [cost for cost in described.costs if cost not in costs]:
-        raise FlextronError(f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
-    trained = {cost: costs[cost] for cost in described.costs}
-    ranges = dict(zip(described.costs, described.ranges, strict=True))
-    return Routed(described.choices(blocks), trained, log_probabilities(weights), ranges, described.losses(blocks))
-
-
 def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork]) -> dict[str, list]:
-    """The table of one cost: cells [score, cost, network] or null, and the least network; or steps [cost, network] that rise.
+    """The table of one cost: cost bins [score, cost, network] or null, and the least network; or rising steps [cost, network].
 
     given: [cost, network].
     """
@@ -178,7 +167,7 @@ def _adaptive(
 
 
 def _modulation(info: CheckpointInfo) -> list[list[list[float]]]:
-    """Of each layer what modulates its attention and its MLP (layers/modulation.py); empty where nothing does."""
+    """Modulation of each layer's attention and MLP (layers/modulation.py); empty for a model without."""
     if not info.space.modulation:
         return []
     reader, blocks = TensorReader(info), ("self_attention", "mlp")

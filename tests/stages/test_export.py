@@ -55,7 +55,7 @@ def refused(folder: Path, message: str, *keys: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_bad_input(name, run, tmp_path):
     key, out = [f"checkpoint={run}", f"format={name}"], tmp_path / "out"
-    (tmp_path / "other.json").write_text(SubNetwork.full(toy.config(ffn_hidden_size=40)).to_json())
+    (tmp_path / "other.json").write_text(SubNetwork.full(toy.config(ffn_hidden_size=40, num_query_groups=2)).to_json())
     other = f"subnetwork={tmp_path}/other.json"
     if name != "hf_elastic":
         refused(tmp_path, r"other.json: layers\[0\].ffn_hidden_size 40 is", *key, other, f"out={out}")

@@ -26,8 +26,8 @@ from flextron_mcore.runs.opened import check_widths_only
 from flextron_mcore.runs.terminal import say
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.selection import selectors
-from flextron_mcore.selection.routed import trained_selector
 from flextron_mcore.selection.selectors import Selector
+from flextron_mcore.selection.trained import trained_selector
 from flextron_mcore.space import DTYPE_BYTES, ElasticSpace, SubNetwork
 
 SELECTORS = ("router", "uniform", "matformer", "sensitivity", "random")

@@ -14,15 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from flextron_mcore.choices import Choices
-from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost
-from flextron_mcore.routers.static import log_probabilities
-from flextron_mcore.routers.store import read_routers
 from flextron_mcore.selection.knapsack import Limit, cheapest, every_size
 from flextron_mcore.space import SubNetwork
 
@@ -163,14 +159,3 @@ class Routed:
 def target_of(cost: Cost, value: float) -> float:
     """A cost's value as the routers see it: 0 for the smallest network's, 1 for the full model's."""
     return (value - cost.smallest) / (cost.full - cost.smallest) if cost.full > cost.smallest else 1.0
-
-
-def trained_selector(folder: Path, choices: Choices, costs: Mapping[str, Cost]) -> Routed:
-    """The selector of the routers in `folder`. Raises FlextronError where a cost that they were trained for is not in `costs`."""
-    routers, weights = read_routers(folder, choices)
-    if missing := [name for name in routers.costs if name not in costs]:
-        raise FlextronError(f"checkpoint={folder}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
-    ranges = dict(zip(routers.costs, routers.ranges, strict=True))
-    trained = {name: costs[name] for name in routers.costs}
-    choices = routers.choices(choices)
-    return Routed(choices, trained, log_probabilities(weights), ranges, routers.losses(choices))

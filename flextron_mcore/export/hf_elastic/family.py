@@ -20,8 +20,9 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.routers.store import TABLE_FILE, RouterInfo, kind_of_routers, read_routers
-from flextron_mcore.selection.routed import CELL, WITHIN, Routed, trained_selector
+from flextron_mcore.selection.routed import CELL, WITHIN, Routed
 from flextron_mcore.selection.selectors import MatFormer, Uniform
+from flextron_mcore.selection.trained import trained_selector
 from flextron_mcore.settings.sections import CacheSettings
 from flextron_mcore.settings.stages import HfElasticSettings
 from flextron_mcore.space import DTYPE_BYTES, SKIPPED, SubNetwork

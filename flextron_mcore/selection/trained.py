@@ -1,0 +1,24 @@
+"""The selector of the routers in a checkpoint; apart from routed.py, which needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from flextron_mcore.choices import Choices
+from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import Cost
+from flextron_mcore.routers.static import log_probabilities
+from flextron_mcore.routers.store import read_routers
+from flextron_mcore.selection.routed import Routed
+
+
+def trained_selector(folder: Path, choices: Choices, costs: Mapping[str, Cost]) -> Routed:
+    """The selector of the routers in `folder`. Raises FlextronError where a cost that they were trained for is not in `costs`."""
+    routers, weights = read_routers(folder, choices)
+    if missing := [name for name in routers.costs if name not in costs]:
+        raise FlextronError(f"checkpoint={folder}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
+    ranges = dict(zip(routers.costs, routers.ranges, strict=True))
+    trained = {name: costs[name] for name in routers.costs}
+    choices = routers.choices(choices)
+    return Routed(choices, trained, log_probabilities(weights), ranges, routers.losses(choices))

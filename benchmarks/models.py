@@ -17,7 +17,7 @@ from flextron_mcore.layers.attention import SDPACoreAttention
 from flextron_mcore.model import build_model, gpt_model, transformer_config
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
-from flextron_mcore.specs import norm_class
+from flextron_mcore.specs import backend_classes
 
 BATCH, LENGTH = 2, 512
 _SIZE = dict(num_layers=2, hidden_size=512, num_attention_heads=16, vocab_size=1024, max_position_embeddings=LENGTH)
@@ -52,7 +52,7 @@ def dense(model: ModelConfig, net: SubNetwork, fully_stock: bool = False) -> tor
     layer = get_gpt_layer_local_spec(normalization=configs[0].normalization)
     spec = layer
     if not fully_stock:
-        norm, parts = norm_class(configs[0].normalization), layer.submodules
+        (norm, _), parts = backend_classes(configs[0].normalization), layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = norm
         parts.self_attention.submodules.core_attention = SDPACoreAttention
         spec = TransformerBlockSubmodules(layer_specs=[layer] * len(choices), layer_norm=norm)

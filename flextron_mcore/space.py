@@ -142,7 +142,7 @@ class ElasticSpace:
     granularity: the largest tensor-parallel size ever to be used; it divides every candidate of FFN width and, with `kv_group`,
         every number of groups (checkpoint/sharding.py).
     layer_ranking: the layers, most important first: a network of depth d executes the first d of them (`executed`).
-    modulation: whether blocks have gains that depend on the network (layers/modulation.py). It changes no network's sizes, so
+    modulation: whether blocks have gains that depend on the network (layers/block.py). It changes no network's sizes, so
         tables and routers of a space serve it with and without.
     """
 

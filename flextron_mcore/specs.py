@@ -32,7 +32,7 @@ def elastic_gpt_layer_spec(space: ElasticSpace, normalization: str = "RMSNorm", 
     scaled-dot-product attention, or "te", Transformer Engine's. Keys of its checkpoints are those of the stock specs with both.
     Raises FlextronError where Transformer Engine cannot be imported.
     """
-    norm, core_attention = norm_class(normalization, backend), core_attention_class(backend)
+    norm, core_attention = backend_classes(normalization, backend)
     return ModuleSpec(
         module=ElasticTransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -69,34 +69,25 @@ def elastic_gpt_block_spec(
     """Spec of this pipeline stage's block: elastic layers, and a final norm that knows sequence parallelism."""
     layer = elastic_gpt_layer_spec(space, config.normalization, backend)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm_class(config.normalization, backend))
+    norm, _ = backend_classes(config.normalization, backend)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
-def norm_class(normalization: str, backend: str = "local") -> type:
-    """The backend's class for TransformerConfig.normalization."""
-    if _transformer_engine(backend):
-        from flextron_mcore.layers import te
+def backend_classes(normalization: str, backend: str = "local") -> tuple[type, type]:
+    """(norm of TransformerConfig.normalization, core attention) of a backend.
 
-        return te.TERMSNorm if normalization == "RMSNorm" else te.TELayerNorm
-    return RMSNorm if normalization == "RMSNorm" else LayerNorm
-
-
-def core_attention_class(backend: str = "local") -> type:
-    """The backend's core attention, for any number of heads."""
-    if _transformer_engine(backend):
-        from flextron_mcore.layers import te
-
-        return te.TECoreAttention
-    return SDPACoreAttention
-
-
-def _transformer_engine(backend: str) -> bool:
-    """Whether `backend` is Transformer Engine's. Raises FlextronError where it is not known or cannot be used."""
+    Raises FlextronError where the backend is not known or cannot be used.
+    """
     if backend not in BACKENDS:
         raise FlextronError(f"backend={backend!r} is not known: use one of {', '.join(BACKENDS)}")
-    if backend == "te" and not HAVE_TE:
+    rms = normalization == "RMSNorm"
+    if backend == "local":
+        return RMSNorm if rms else LayerNorm, SDPACoreAttention
+    if not HAVE_TE:
         raise FlextronError("backend='te' needs Transformer Engine, which cannot be imported here: use 'local'")
-    return backend == "te"
+    from flextron_mcore.layers import te  # imports Transformer Engine, which few machines have
+
+    return te.TERMSNorm if rms else te.TELayerNorm, te.TECoreAttention
 
 
 def default_space(config: Any) -> ElasticSpace:

@@ -15,7 +15,7 @@ from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.families.tensors import Placed, find, of_network
-from flextron_mcore.layers.modulation import gain
+from flextron_mcore.layers.block import gain
 from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 
 

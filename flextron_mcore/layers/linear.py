@@ -112,17 +112,15 @@ def accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], ano
     return None if another else torch.empty_like(weight)
 
 
-def take(weight: torch.Tensor | None, selection: Selection, embedded: bool = False) -> torch.Tensor | None:
-    """The selected part of a parameter, differentiable (None for an absent bias). embedded: it is an embedding's, too."""
-    return None if weight is None else _taken(weight, embedded, selection)[0]
+def take(weight: torch.Tensor, selection: Selection, embedded: bool = False) -> torch.Tensor:
+    """The selected part of a parameter, differentiable. embedded: the parameter is an embedding's, too."""
+    return take_all(weight, selection, embedded=embedded)[0]
 
 
-def take_all(weight: torch.Tensor | None, *selections: Selection) -> tuple[torch.Tensor | None, ...]:
-    """Several parts of one parameter. Taken together: autograd would add up full-size gradients of separate ones."""
-    return (None,) * len(selections) if weight is None else _taken(weight, False, *selections)
-
-
-def _taken(weight: torch.Tensor, embedded: bool, *selections: Selection) -> tuple[torch.Tensor, ...]:
+def take_all(weight: torch.Tensor | None, *selections: Selection, embedded: bool = False) -> tuple[torch.Tensor | None, ...]:
+    """Several parts of one parameter (None for an absent one). Taken apart, autograd would add up full-size gradients."""
+    if weight is None:
+        return (None,) * len(selections)
     if torch.is_grad_enabled():
         return _Take.apply(weight, embedded, *selections)
     return tuple(selection.take(weight) for selection in selections)
@@ -215,6 +213,7 @@ def product(
     allreduce_dgrad: bool = False,
     sequence_parallel: bool = False,
 ) -> torch.Tensor:
+    """x @ weight.T + bias, with Megatron-Core's communication of the tensor-parallel `layer`."""
     if not torch.is_grad_enabled() and not sequence_parallel:
         return F.linear(x, weight, bias)
     function = linear_with_grad_accumulation_and_async_allreduce if weight.requires_grad else linear_with_frozen_weight

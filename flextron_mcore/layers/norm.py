@@ -1,7 +1,6 @@
 """Normalisation layers for the local backend, over as many channels as their input has.
 
 Megatron-Core's own torch wrapper refuses sequence parallelism and zero-centred scales; these do not.
-The state's mask of the axis hidden_size [C] weighs the channels, in the statistics too (layers/weighted.py).
 
 Shape suffixes: C hidden channels, c the part in use.
 """
@@ -16,22 +15,33 @@ import torch.nn.functional as F
 from flextron_mcore.layers.state import StateReader
 
 
-class RMSNorm(StateReader, torch.nn.RMSNorm):
+class ElasticNorm(StateReader):
+    """LayerNorm with a bias, RMSNorm without. zero_centered: the scale is 1 + weight."""
+
+    zero_centered = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., c] -> [..., c], with the first c of the scales; or with channels weighed by the state's mask."""
+        channels, bias, mask_C = x.shape[-1], self._parameters.get("bias"), self.state.masks.get("hidden_size")
+        weight = first(self.weight, channels)
+        weight = weight + 1 if self.zero_centered else weight
+        if mask_C is not None:
+            return masked_norm(x, weight, bias, self.eps, mask_C)
+        if bias is None:
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        return F.layer_norm(x, x.shape[-1:], weight, first(bias, channels), self.eps)
+
+
+class RMSNorm(ElasticNorm, torch.nn.RMSNorm):
     """Root-mean-square normalisation over the last dimension."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         _mark_sequence_parallel(self, config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., c] -> [..., c], with the first c of the scales."""
-        if (mask_C := self.state.masks.get("hidden_size")) is not None:
-            return masked_norm(x, self.weight, None, self.eps, mask_C)
-        return F.rms_norm(x, x.shape[-1:], first(self.weight, x.shape[-1]), self.eps)
 
-
-class LayerNorm(StateReader, torch.nn.LayerNorm):
-    """Layer normalisation over the last dimension; with `layernorm_zero_centered_gamma` the scale is 1 + weight."""
+class LayerNorm(ElasticNorm, torch.nn.LayerNorm):
+    """Layer normalisation over the last dimension; zero-centred with `layernorm_zero_centered_gamma`."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -39,15 +49,6 @@ class LayerNorm(StateReader, torch.nn.LayerNorm):
         if self.zero_centered:
             torch.nn.init.zeros_(self.weight)
         _mark_sequence_parallel(self, config)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., c] -> [..., c], with the first c of the scales and biases."""
-        channels = x.shape[-1]
-        weight = first(self.weight, channels)
-        weight = weight + 1 if self.zero_centered else weight
-        if (mask_C := self.state.masks.get("hidden_size")) is not None:
-            return masked_norm(x, weight, self.bias, self.eps, mask_C)
-        return F.layer_norm(x, x.shape[-1:], weight, first(self.bias, channels), self.eps)
 
 
 def masked_norm(

@@ -44,7 +44,7 @@ class LayerState:
 
     widths: the sizes in use, None for all units. channels: of the residual stream, (that the blocks see, that the layer returns),
     None for all. masks: by axis, a weight for each unit [U] (layers/weighted.py). gates: by axis, a scalar that the output of the
-    axis's block is multiplied with (layers/gate.py). share: of the network's parameters in the full model's, which sets the gain
+    axis's block is multiplied with (layers/block.py). share: of the network's parameters in the full model's, which sets the gain
     of modulated blocks; None for the full model. routing: chooses the widths token by token instead.
     """
 

@@ -10,15 +10,13 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformer_engine.pytorch as te
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.norm import first, masked_norm
-from flextron_mcore.layers.state import StateReader
+from flextron_mcore.layers.norm import ElasticNorm
 
 
 def _options(config) -> dict[str, Any]:
@@ -30,46 +28,34 @@ def _options(config) -> dict[str, Any]:
     }
 
 
-class _NoExtraState:
-    """Without fp8 a norm has no state but its parameters: checkpoints are those of the local backend."""
+class _TENorm(ElasticNorm):
+    """Transformer Engine's norm for all channels, torch's for a part of them: theirs is made for one size.
+
+    Without fp8 a norm has no state but its parameters: checkpoints are those of the local backend.
+    """
 
     get_extra_state = torch.nn.Module.get_extra_state
     set_extra_state = torch.nn.Module.set_extra_state
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., c] -> [..., c]."""
+        whole = x.shape[-1] == len(self.weight) and "hidden_size" not in self.state.masks
+        return super(ElasticNorm, self).forward(x) if whole else super().forward(x)
 
-class TERMSNorm(_NoExtraState, StateReader, te.RMSNorm):
+
+class TERMSNorm(_TENorm, te.RMSNorm):
     """Root-mean-square normalisation over the last dimension."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps, **_options(config))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., c] -> [..., c]; of a part of the channels with torch's norm, for its own is made for one size."""
-        channels = x.shape[-1]
-        if (mask_C := self.state.masks.get("hidden_size")) is not None:
-            return masked_norm(x, self.weight, None, self.eps, mask_C)
-        if channels == len(self.weight):
-            return super().forward(x)
-        return F.rms_norm(x, (channels,), first(self.weight, channels), self.eps)
 
-
-class TELayerNorm(_NoExtraState, StateReader, te.LayerNorm):
-    """Layer normalisation over the last dimension; with `layernorm_zero_centered_gamma` the scale is 1 + weight."""
+class TELayerNorm(_TENorm, te.LayerNorm):
+    """Layer normalisation over the last dimension; zero-centred with `layernorm_zero_centered_gamma`."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps, **_options(config))
         self.zero_centered = config.layernorm_zero_centered_gamma
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., c] -> [..., c], as in TERMSNorm."""
-        channels, mask_C = x.shape[-1], self.state.masks.get("hidden_size")
-        if channels == len(self.weight) and mask_C is None:
-            return super().forward(x)
-        weight = first(self.weight, channels)
-        weight = weight + 1 if self.zero_centered else weight
-        if mask_C is not None:
-            return masked_norm(x, weight, self.bias, self.eps, mask_C)
-        return F.layer_norm(x, (channels,), weight, first(self.bias, channels), self.eps)
 
 
 class TECoreAttention(MegatronModule):

@@ -23,7 +23,7 @@ from flextron_mcore.choosing import Network
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, batch, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean
-from flextron_mcore.layers.gate import new_gates
+from flextron_mcore.layers.block import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import loaded_model
 from flextron_mcore.pipeline.networks import Batch, gate_gradients, run_networks

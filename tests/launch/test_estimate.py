@@ -19,7 +19,7 @@ from flextron_mcore.launch.activations import networks, saved_chunk, saved_head,
 from flextron_mcore.launch.estimate import Estimate, estimate
 from flextron_mcore.launch.flops import Costs
 from flextron_mcore.launch.layout import Layout, Rank
-from flextron_mcore.layers.gate import new_gates
+from flextron_mcore.layers.block import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_model
 from flextron_mcore.pipeline.networks import run_networks

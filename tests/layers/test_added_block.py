@@ -7,7 +7,7 @@ import torch
 
 from flextron_mcore.axes import AXES
 from flextron_mcore.choosing import set_subnetwork, use_subnetwork
-from flextron_mcore.layers.gate import new_gates
+from flextron_mcore.layers.block import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_model
 from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share

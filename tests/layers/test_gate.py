@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flextron_mcore.choosing import set_subnetwork
-from flextron_mcore.layers.gate import new_gates
+from flextron_mcore.layers.block import new_gates
 from flextron_mcore.model import build_model
 from flextron_mcore.space import ElasticSpace
 from tests import toy

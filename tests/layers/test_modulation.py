@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 
 from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.layers.modulation import gain
+from flextron_mcore.layers.block import gain
 from flextron_mcore.layers.routed_layer import GivenLevels
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import transformer_config

@@ -168,7 +168,7 @@ def _adaptive(
 
 
 def _modulation(info: CheckpointInfo) -> list[list[list[float]]]:
-    """Modulation of each layer's attention and MLP (layers/modulation.py); empty for a model without."""
+    """Modulation of each layer's attention and MLP (layers/block.py); empty for a model without."""
     if not info.space.modulation:
         return []
     reader, blocks = TensorReader(info), ("self_attention", "mlp")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +14,8 @@ from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import memory_cost, parameter_cost
-from flextron_mcore.evaluation.comparison import random_row
-from flextron_mcore.space import ElasticSpace, SubNetwork
+from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.loop import _Run
-from tests import toy
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, stage
 
@@ -334,15 +331,3 @@ def test_the_ablation_without_a_surrogate(chain, routed, tmp_path):
     parts = [load_file(folder / "routers.safetensors")[key] for folder in list_checkpoints(tmp_path / "out")]
     assert not parts[0].equal(parts[-1])
     assert metrics["validation"]["first"]["full"] == metrics["validation"]["last"]["full"]
-
-
-def test_the_routers_own_network_is_not_counted_among_random_ones():
-    arch = toy.config()
-    space = ElasticSpace.build(arch, granularity=1, heads=[2, 4], ffn_hidden_size=[12, 48])
-    nets = [space.uniform(arch, *sizes) for sizes in ((2, 12), (2, 48), (4, 12), (4, 48))]
-    losses = SimpleNamespace(mean=dict(zip(nets, (3.0, 2.0, 4.0, 1.0), strict=True)).__getitem__)
-    cost = SimpleNamespace(of=lambda net: 1.0, full=2.0)
-    row = {"selector": "router", "target": 0.5, "subnetwork": nets[1].to_dict(), "share": 0.5, "mean_loss": 2.0}
-    assert random_row(0.5, nets, cost, losses, [row])["better_than"] == 2 / 3
-    assert random_row(0.5, nets[1:2], cost, losses, [row])["better_than"] is None
-    assert random_row(0.5, nets, cost, losses, [])["better_than"] is None

@@ -34,8 +34,8 @@ class Axis:
     `observe` sees the activations that score the units: the last dimension holds the fields' units, and each unit's channels.
     followed_by: the weight whose columns these enter. parallel: the units are divided over tensor-parallel ranks, in dealt order.
 
-    module: the layer module that an added axis brings (layers/transformer_layer.py), as the layer's attribute `block`. tensors:
-    what it adds to the tensor table, {name within the layer: dimensions}.
+    module: for an added axis the ElasticBlock (layers/block.py) that it brings, made from (config, space=space): the layer's
+    attribute `block`. tensors: its entries of the tensor table, {name within the layer: dimensions}.
     """
 
     name: str

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
+from flextron_mcore.choices import Choices
 from flextron_mcore.choosing import Network
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, batch, train_dataset, valid_datasets
@@ -167,7 +168,7 @@ class _Run:
         networks, learner = self.phase.networks(step), self.phase.learner
         gates = None
         if isinstance(learner, GateLearner):
-            gates = [None, *new_gates(len(networks) - 1, 2 * self.info.model.num_layers, device())]
+            gates = [None, *new_gates(len(networks) - 1, Choices(self.info.model, self.info.space).count, device())]
         if self.trained:
             self.trained.zero_grad()
         total = run_networks(

@@ -1,6 +1,6 @@
-"""A new axis of the layers is one record and one layer module: here the width of a low-rank adapter behind every MLP.
+"""An axis of one record and one layer module (tests/toy_axis.py) is sampled, priced, timed, sorted, routed, selected and cut.
 
-With nothing else it is sampled, counted, priced, timed, sorted, routed, selected, cut out and shown.
+tests/layers/test_added_block.py has what its module computes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from megatron.core.transformer.module import MegatronModule
 
-from flextron_mcore.axes import AXES, Axis
+from flextron_mcore.axes import AXES
 from flextron_mcore.checkpoint.reader import TensorReader, load_model
 from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path, open_checkpoint
 from flextron_mcore.checkpoint.writer import write_streaming
@@ -25,65 +24,24 @@ from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.export.cut import cut, cut_config
 from flextron_mcore.latency.measure import Setting, measure
 from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.layers.block import ElasticBlock
-from flextron_mcore.layers.weighted import WeightedNetwork, mask
+from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_model
 from flextron_mcore.report.networks import describe, layer_columns
 from flextron_mcore.routers.store import RouterInfo
 from flextron_mcore.selection.selectors import Sensitivity, Uniform
+from flextron_mcore.settings.sections import GumbelSettings, RouterSettings, SurrogateSettings
 from flextron_mcore.sorting.importance import importance
 from flextron_mcore.sorting.permutation import order, sorted_tensors
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from flextron_mcore.training.gumbel import GumbelLearner
-from flextron_mcore.training.router import GumbelSettings, RouterSettings
+from flextron_mcore.training.router import RouterTraining
 from flextron_mcore.training.sampler import draw
 from flextron_mcore.training.static import SurrogateLearner
-from tests import toy
+from tests import toy, toy_axis
+from tests.toy_axis import AXIS
 
-NAME, WIDTH = "adapter_width", 8
-ARCH = toy.config()
-
-
-class Adapter(ElasticBlock, MegatronModule):
-    """Low-rank adapter: C -> W -> C. Shape suffixes: S sequence, B batch, C channels, W width; small letters in use."""
-
-    axis = NAME
-
-    def __init__(self, config, space: ElasticSpace) -> None:
-        super().__init__(config, space=space)
-        self.down = torch.nn.Parameter(torch.zeros(space.adapter_width[-1], config.hidden_size))
-        self.up = torch.nn.Parameter(torch.zeros(config.hidden_size, space.adapter_width[-1]))
-
-    def unit_mask(self, weights_K: torch.Tensor) -> torch.Tensor:
-        return mask(weights_K, self.space.adapter_width)
-
-    def observe(self, inner_SBw: torch.Tensor) -> torch.Tensor:
-        return inner_SBw
-
-    def forward(self, hidden_SBc: torch.Tensor):
-        state, c = self.state, hidden_SBc.shape[-1]
-        w = len(self.down) if state.widths is None else state.widths.adapter_width
-        inner_SBw = self.observe((hidden_SBc @ self.down[:w, :c].T).relu())
-        if self.axis in state.masks:
-            inner_SBw = inner_SBw * state.masks[self.axis]
-        return self.scaled((inner_SBw @ self.up[:c, :w].T, None))[0]
-
-
-AXIS = Axis(
-    NAME,
-    unit="ranks",
-    title="Adapter width",
-    short="Adapter",
-    block="adapter",
-    full=lambda model: WIDTH,
-    fields={NAME: "ranks"},
-    default=(0.25, 1.0),
-    observed="adapter",
-    followed_by="adapter.up",
-    parallel=False,
-    module=Adapter,
-    tensors={"adapter.down": (NAME, "hidden_size"), "adapter.up": ("hidden_size", NAME)},
-)
+NAME, ARCH = AXIS.name, toy.config()
+SIZES = {"heads": [0.5, 1.0], "ffn_hidden_size": [0.5, 1.0], NAME: [0.25, 1.0]}
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +51,7 @@ def axis(monkeypatch):
 
 @pytest.fixture
 def space(axis) -> ElasticSpace:
-    return ElasticSpace.build(ARCH, heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0], hidden_size=[16, 32], depth=[1, 2])
+    return ElasticSpace.build(ARCH, **SIZES, hidden_size=[16, 32], depth=[1, 2])
 
 
 def logits(model: torch.nn.Module, net) -> torch.Tensor:
@@ -102,13 +60,13 @@ def logits(model: torch.nn.Module, net) -> torch.Tensor:
 
 
 def widths(net: SubNetwork) -> list[int]:
-    return [layer.adapter_width for layer in net.layers]
+    return [layer.adapter_rank for layer in net.layers]
 
 
 def test_it_has_candidates_and_is_sampled(space, tmp_path):
-    assert space.adapter_width == (2, 8) and ElasticSpace.from_dict(ARCH, space.to_dict()) == space
-    with pytest.raises(FlextronError, match="space.adapter_width: 9 is not within 1..8"):
-        ElasticSpace.build(ARCH, adapter_width=[9])
+    assert space.adapter_rank == (2, 8) and ElasticSpace.from_dict(ARCH, space.to_dict()) == space
+    with pytest.raises(FlextronError, match="space.adapter_rank: 9 is not within 1..8"):
+        ElasticSpace.build(ARCH, adapter_rank=[9])
     nets = draw(ARCH, space, seed=0, step=0, count=50)
     assert {width for net in nets for width in widths(net)} == {0, 2, 8}  # 0 in layers that are skipped
     for net in nets:
@@ -117,7 +75,7 @@ def test_it_has_candidates_and_is_sampled(space, tmp_path):
     (tmp_path / "net.json").write_text(nets[0].to_json())
     assert SubNetwork.from_file(tmp_path / "net.json") == nets[0]
     other = replace(nets[0], layers=(replace(SubNetwork.full(ARCH).layers[0], added=((NAME, 3),)),) * 2)
-    with pytest.raises(FlextronError, match=r"layers\[0\].adapter_width 3 is not a candidate \[2, 8\]"):
+    with pytest.raises(FlextronError, match=r"layers\[0\].adapter_rank 3 is not a candidate \[2, 8\]"):
         space.check(ARCH, other)
 
 
@@ -133,24 +91,6 @@ def test_the_draws_of_the_other_axes_stay_as_they_are(space, monkeypatch):
     sizes = {name: sizes for name, sizes in space.sizes.items() if name != NAME}
     without = draw(ARCH, replace(space, sizes=sizes), seed=3, step=5, count=8)
     assert [replace(net, layers=tuple(replace(layer, added=()) for layer in net.layers)) for net in with_it] == without
-
-
-def test_it_is_computed_with_slices_as_with_masks(space):
-    model = toy.model(ARCH, space)
-    assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(ARCH)
-    full = logits(model, None)
-    assert torch.equal(logits(model, SubNetwork.full(ARCH)), full)
-    for net in draw(ARCH, space, seed=1, step=0, count=6):
-        layers = [layer if layer.executed else space.layer_choice(ARCH) for layer in net.layers]
-        one_hot = [
-            [[float(axis.size(layer) == size) for size in space.sizes[axis.name]] for layer in layers]
-            for axis in space.layer_axes
-        ]
-        hidden = [float(net.hidden_size == size) for size in space.hidden_size]
-        weights = [hidden, [float(layer.executed) for layer in net.layers], *one_hot]
-        weighted = WeightedNetwork.of(weights, torch.device("cpu"))
-        torch.testing.assert_close(logits(model, net), logits(model, weighted), atol=2e-4, rtol=1e-4)
-        assert not torch.allclose(logits(model, net), full, atol=0.1) or net == SubNetwork.full(ARCH)
 
 
 def test_it_is_priced_in_parameters_and_memory(space):
@@ -201,33 +141,35 @@ def test_it_is_cut(space, tmp_path, monkeypatch):
     """The dense model of a uniform network, whose full adapter width is the candidate."""
     model = toy.model(ARCH, space)
     info = open_checkpoint(toy.write(model, CheckpointInfo(ARCH, space), tmp_path / "run"))
-    net = space.uniform(ARCH, 2, 24, 16, adapter_width=2)
+    net = space.uniform(ARCH, 2, 24, 16, adapter_rank=2)
     tensors = {name: lazy.load() for name, lazy in cut(info, net, TensorReader(info)).items()}
     assert sum(tensor.numel() for tensor in tensors.values()) == count_parameters(ARCH, net)
     assert tensors["decoder.layers.1.adapter.up"].shape == (16, 2)
-    monkeypatch.setitem(AXES, NAME, replace(AXIS, full=lambda model: 2))
+    sliced = logits(model, net)
+    monkeypatch.setattr(toy_axis, "RANK", 2)
     small = cut_config(ARCH, net)
-    dense = toy.model(small, ElasticSpace.build(small, heads=[1.0], ffn_hidden_size=[1.0]))
+    dense = toy.model(small, ElasticSpace.build(small, **{name: [1.0] for name in AXES}))
     assert toy.memory_names(dense).keys() == tensors.keys()
     with torch.no_grad():
         for name, tensor in toy.memory_names(dense).items():
             tensor.copy_(tensors[name])
-    torch.testing.assert_close(logits(dense, None), logits(model, net), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(dense, None), sliced, atol=1e-5, rtol=1e-5)
 
 
 def test_it_is_routed_statically():
     """The adapter of the first layer matters most: at every budget the routers keep it whole, and drop other things."""
-    space = ElasticSpace.build(ARCH, heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0])
+    space = ElasticSpace.build(ARCH, **SIZES)
     choices, cost = Choices(ARCH, space), parameter_cost(ARCH, space)
     assert choices.blocks == [(layer, name) for layer in (0, 1) for name in ("heads", "ffn_hidden_size", NAME)]
     info = RouterInfo(("parameters",), ((cost.smallest / cost.full, 1.0),), 16, {})
-    learner = SurrogateLearner(choices, [cost], info, RouterSettings(targets_per_step=8), 0, 60)
+    training = RouterTraining(choices, [cost], info, 8, 0, 60)
+    learner = SurrogateLearner(training, RouterSettings(), SurrogateSettings())
     for step in range(60):
-        missing = [(sum(2 - i for i in choices.indices(net)), net.layers[0].adapter_width == 2) for net in learner.networks(step)]
+        missing = [(sum(2 - i for i in choices.indices(net)), net.layers[0].adapter_rank == 2) for net in learner.networks(step)]
         learner.learn(step, [0.0, *(0.1 * others + adapter for others, adapter in missing)])
     for share in (0.65, 0.75, 0.85):
         net = learner.choose(share)
-        assert net.layers[0].adapter_width == 8 and (share - 0.05) * cost.full <= cost.of(net) <= share * cost.full
+        assert net.layers[0].adapter_rank == 8 and (share - 0.05) * cost.full <= cost.of(net) <= share * cost.full
 
 
 @pytest.mark.parametrize("uniform", [False, True])
@@ -237,7 +179,7 @@ def test_it_is_routed_with_all_axes(space, uniform):
         net = choices.network([int(np.random.default_rng([seed, i]).integers(len(s))) for i, s in enumerate(choices.sizes)])
         assert choices.network(choices.indices(net)) == net
     info = RouterInfo(("parameters",), ((cost.smallest / cost.full, 1.0),), 16, {}, "gumbel", uniform=uniform)
-    learner, model = GumbelLearner(choices, [cost], info, GumbelSettings(), 0, 10), toy.model(ARCH, space)
+    learner, model = GumbelLearner(RouterTraining(choices, [cost], info, 3, 0, 10), GumbelSettings()), toy.model(ARCH, space)
     tokens, positions = toy.inputs()
     weighted, *drawn = learner.networks(0)
     net = WeightedNetwork.of(weighted, torch.device("cpu"))
@@ -249,22 +191,11 @@ def test_it_is_routed_with_all_axes(space, uniform):
     learner.learn(0, [1.0] * (len(drawn) + 2), [gradients])
     rows = [row for row, axis in enumerate(choices.axes) if axis.name == NAME]
     assert (learner.routers.out_NKU[rows] != before[rows]).any(-1).any(-1).all()
-    assert learner.choose(0.8).layers[0].adapter_width in (0, 2, 8)
-
-
-def test_gates_reach_it(space):
-    from flextron_mcore.choosing import set_subnetwork
-    from flextron_mcore.layers.gate import new_gates
-
-    model, choices = toy.model(ARCH, space), Choices(ARCH, space)
-    (gates,) = new_gates(1, choices.count, torch.device("cpu"))
-    set_subnetwork(model, SubNetwork.full(ARCH), gates)
-    model(*toy.inputs(), None).square().mean().backward()
-    assert all(gate.grad != 0 for gate in gates) and len(gates) == 6
+    assert learner.choose(0.8).layers[0].adapter_rank in (0, 2, 8)
 
 
 def test_it_is_selected():
-    space = ElasticSpace.build(ARCH, heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0], depth=[1.0])
+    space = ElasticSpace.build(ARCH, **SIZES)
     choices, cost = Choices(ARCH, space), parameter_cost(ARCH, space)
     degradation_NK = np.array([[0.0 if axis.name == "ffn_hidden_size" else 1.0, 0.0] for axis in choices.axes])
     net = Sensitivity(choices, degradation_NK).select([Budget(cost, 0.8 * cost.full)])
@@ -274,6 +205,6 @@ def test_it_is_selected():
 
 
 def test_it_is_shown(space):
-    net = space.uniform(ARCH, adapter_width=2)
-    assert "25% ranks" in describe(net, ARCH) or "25% Adapter" in describe(net, ARCH)
+    net = space.uniform(ARCH, adapter_rank=2)
+    assert describe(net, ARCH) == "100% heads, 100% FFN, 25% Adapter"
     assert [name for name, _ in layer_columns([net], ARCH)] == ["Heads of 4", "FFN of 48", "Adapter of 8"]

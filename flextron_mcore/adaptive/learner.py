@@ -36,7 +36,7 @@ from flextron_mcore.routers.store import (
     save_state,
     write_routers,
 )
-from flextron_mcore.selection.routed import target_of
+from flextron_mcore.selection.router import target_of
 from flextron_mcore.training.constraint import Constraint
 from flextron_mcore.training.learner import Figures, TraceLearner
 

@@ -36,7 +36,7 @@ class RouterInfo:
     model's. memory: what a memory cost counts, {"dtype", "batch_size", "length"}. kind: static; adaptive, which choose for every
     token, with the attention's kv_policy (layers/dispatch.py); or gumbel, which choose on all axes, `uniform` for all layers.
     calibration: for adaptive routers, [target, average share of the first cost] on training data, by which a budget finds its
-    target. measured: [candidates of the blocks, loss] of networks that static routers may choose (training/measured.py).
+    target. evaluated: [candidates of the blocks, loss] of networks that static routers may choose (training/candidates.py).
     """
 
     costs: tuple[str, ...]
@@ -46,7 +46,7 @@ class RouterInfo:
     kind: str = "static"
     kv_policy: str = "full"
     calibration: tuple[tuple[float, float], ...] = ()
-    measured: tuple[tuple[tuple[int, ...], float], ...] = ()
+    evaluated: tuple[tuple[tuple[int, ...], float], ...] = ()
     uniform: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class RouterInfo:
             "memory": dict(self.memory),
             "kv_policy": self.kv_policy,
             "calibration": [list(pair) for pair in self.calibration],
-            "measured": [[list(indices), loss] for indices, loss in self.measured],
+            "evaluated": [[list(indices), loss] for indices, loss in self.evaluated],
             "uniform": self.uniform,
         }
 
@@ -69,9 +69,9 @@ class RouterInfo:
         return replace(blocks, all_axes=True, uniform=self.uniform) if self.kind == "gumbel" else blocks
 
     def losses(self, blocks: Choices) -> dict[SubNetwork, float]:
-        """`measured`, by network."""
+        """`evaluated`, by network."""
         choices = self.choices(blocks)
-        return {choices.network(indices): loss for indices, loss in self.measured}
+        return {choices.network(indices): loss for indices, loss in self.evaluated}
 
 
 def write_routers(folder: Path, info: RouterInfo, routers: Routers, table: Mapping[str, Any] | None) -> None:
@@ -110,7 +110,7 @@ def read_routers(folder: Path, blocks: Choices, kind: str = "static") -> tuple[R
             values["kind"],
             values.get("kv_policy", "full"),
             tuple((float(target), float(share)) for target, share in values.get("calibration", ())),
-            tuple((tuple(indices), float(loss)) for indices, loss in values.get("measured", ())),
+            tuple((tuple(indices), float(loss)) for indices, loss in values.get("evaluated", ())),
             bool(values.get("uniform", False)),
         )
         weights = load_file(folder / WEIGHTS_FILE)

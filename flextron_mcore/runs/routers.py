@@ -21,8 +21,8 @@ from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.sections import DistillationSettings
+from flextron_mcore.training.candidates import evaluate_candidates
 from flextron_mcore.training.loop import Phase, train
-from flextron_mcore.training.measured import measured
 from flextron_mcore.training.router import RouterLearner
 from flextron_mcore.training.static import SurrogateLearner
 
@@ -65,8 +65,8 @@ def train_routers(
         frozen=frozen,
     )
     with resumable_output(config, info, data) as out:
-        if config.measured_samples:
-            phase.after = {config.trainer.max_steps: partial(_measure, config, out, data, learner, seq_length)}
+        if config.candidate_samples:
+            phase.after = {config.trainer.max_steps: partial(_evaluate_candidates, config, out, data, learner, seq_length)}
         figures = train(config, out, info, data, phase, seq_length)
         rows = on_main_process(lambda: [_budget(learner, target) for target in targets])
         first, last = figures["validation"]["first"], figures["validation"]["last"]
@@ -92,21 +92,21 @@ def train_routers(
         return write_metrics(out, config.stage, {**figures, "routers": described, "budgets": rows})
 
 
-def _measure(config: DictConfig, out: Path, data: Any, learner: RouterLearner, seq_length: int, model: Any) -> None:
-    """Measure the networks that the routers may choose, on training data, into the learner's `info`."""
-    samples = config.measured_samples
+def _evaluate_candidates(config: DictConfig, out: Path, data: Any, learner: RouterLearner, seq_length: int, model: Any) -> None:
+    """Evaluate the networks that the routers may choose on training data, into the learner's `info`."""
+    samples = config.candidate_samples
     dataset = train_dataset(data, seq_length, samples, config.seed, out / "cache", config.data_weights)
 
-    def measure(networks: Sequence[Any], count: int) -> list[float]:
+    def evaluated(networks: Sequence[Any], count: int) -> list[float]:
         names = {str(i): net for i, net in enumerate(networks)}
-        with progress_bar(total=len(networks), desc="measured", unit="network") as bar:
+        with progress_bar(total=len(networks), desc="candidates", unit="network") as bar:
             size = config.model.micro_batch_size
             found = evaluate(model, {"train": dataset}, names, seq_length, size, count, lambda _: bar.update())
         return [found[name]["train"] for name in names]
 
-    losses = measured(learner, measure, samples)
+    losses = evaluate_candidates(learner, evaluated, samples)
     indices = ((tuple(learner.choices.indices(net)), loss) for net, loss in losses.items())
-    learner.info = replace(learner.info, measured=tuple(indices))
+    learner.info = replace(learner.info, evaluated=tuple(indices))
 
 
 def validation_targets(wanted: Sequence[float] | None, cost: Cost, allowed: tuple[float, float]) -> list[float]:
@@ -146,8 +146,8 @@ def _range(targets: Mapping[str, Any], cost: Cost) -> tuple[float, float]:
 
 def check_settings(config: DictConfig) -> None:
     router, surrogate = config.router, config.get("surrogate", {})
-    if config.measured_samples < 0:
-        raise FlextronError(f"measured_samples={config.measured_samples} must be at least 0")
+    if config.candidate_samples < 0:
+        raise FlextronError(f"candidate_samples={config.candidate_samples} must be at least 0")
     counts = {"targets_per_step": config.targets_per_step}
     counts |= {f"router.{name}": router[name] for name in ("hidden_size", "updates_per_step", "batch_size") if name in router}
     names = ("hidden_size", "updates_per_step", "batch_size")

@@ -1,8 +1,8 @@
-"""What is worth measuring next, given what was measured: networks near the best ones. No torch import.
+"""Networks worth evaluating next, given those evaluated: networks near the best ones. No torch import.
 
 Of the networks of one hidden size and depth, losses are fitted by a trend of the cost and an additive part of every candidate,
 drawn to 0 where little is known. What that thinks best among those that differ from a good network in two blocks at most is
-close to what was measured, so that the fit is asked for little. Measured and fitted again, it finds the next step.
+close to evaluated networks, so that the fit is asked for little. Evaluated and fitted again, it finds the next step.
 
 Shape suffixes: S networks, N choices, K candidates, M moves, each of one choice to another candidate.
 """
@@ -21,7 +21,7 @@ _RIDGE = 0.1  # of a candidate that one network has, so much of its effect is le
 _TREND = 3  # coefficients
 
 
-def worth_measuring(
+def worth_evaluating(
     choices: Choices, cost: Cost, losses: Mapping[SubNetwork, float], near: Iterable[SubNetwork], span: float
 ) -> list[SubNetwork]:
     """Networks that have no loss yet: for each of `near` the likeliest better one that costs as much or up to `span` less, and

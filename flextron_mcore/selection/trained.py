@@ -1,4 +1,4 @@
-"""The selector of the routers in a checkpoint; apart from routed.py, which needs no torch."""
+"""The selector of the routers in a checkpoint; apart from router.py, which needs no torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost
 from flextron_mcore.routers.static import log_probabilities
 from flextron_mcore.routers.store import read_routers
-from flextron_mcore.selection.routed import Routed
+from flextron_mcore.selection.router import RouterSelector
 
 
-def trained_selector(folder: Path, choices: Choices, costs: Mapping[str, Cost]) -> Routed:
+def trained_selector(folder: Path, choices: Choices, costs: Mapping[str, Cost]) -> RouterSelector:
     """The selector of the routers in `folder`. Raises FlextronError where a cost that they were trained for is not in `costs`."""
     routers, weights = read_routers(folder, choices)
     if missing := [name for name in routers.costs if name not in costs]:
@@ -21,4 +21,4 @@ def trained_selector(folder: Path, choices: Choices, costs: Mapping[str, Cost]) 
     ranges = dict(zip(routers.costs, routers.ranges, strict=True))
     trained = {name: costs[name] for name in routers.costs}
     choices = routers.choices(choices)
-    return Routed(choices, trained, log_probabilities(weights), ranges, routers.losses(choices))
+    return RouterSelector(choices, trained, log_probabilities(weights), ranges, routers.losses(choices))

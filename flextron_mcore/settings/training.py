@@ -89,7 +89,7 @@ class CostSettings(LoopSettings):
     checkpoint: str = path(MISSING, "checkpoint to start from")
     latency: str | None = path(None, "table of `flextron latency`; null: the one beside the routers")
     targets_per_step: int = setting(3, "budgets, and so networks, a step, beside the full model", at_least=1)
-    measured_samples: int = setting(
+    candidate_samples: int = setting(
         64,
         "of the training data, to evaluate the networks that trained routers may choose; 0: none",
         unit="samples",
@@ -129,7 +129,7 @@ class JointSettings(CostSettings):
 
     stage: ClassVar[str] = "joint"
 
-    measured_samples: int = setting(
+    candidate_samples: int = setting(
         0,
         "of the training data, to evaluate the networks that trained routers may choose; 0: none",
         unit="samples",

@@ -124,7 +124,7 @@ def _learner(config: DictConfig, info: Any) -> AdaptiveLearner:
     known = known_costs(config, info, table)
     if missing := [name for name in described.costs if name not in known]:
         raise FlextronError(f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
-    told, routers = replace(described, measured=()), found  # which will be another model's
+    told, routers = replace(described, evaluated=()), found  # which will be another model's
     if not joint:
         told = replace(described, hidden_size=hidden_size, kind="adaptive", kv_policy=config.kv_policy)
         if table and (routed := table.routed.get(config.kv_policy)) and routed.hidden_size != hidden_size:
@@ -254,13 +254,13 @@ class _Measured:
     def _static(self, share: float) -> Any:
         from flextron_mcore.cost import Budget
         from flextron_mcore.routers.static import log_probabilities
-        from flextron_mcore.selection.routed import Routed as Selected
+        from flextron_mcore.selection.router import RouterSelector as Selected
 
         learner, cost = self.learner, self.learner.costs[0]
         static = learner.routers.static
         device = static.shift_NU.device
         costs, losses = {c.name: c for c in learner.costs}, learner.info.losses(learner.blocks)
-        picks = Selected(learner.blocks, costs, log_probabilities(static.cpu()), measured=losses)
+        picks = Selected(learner.blocks, costs, log_probabilities(static.cpu()), evaluated=losses)
         net = picks.select([Budget(cost, share * cost.full)])
         static.to(device)
         return net

@@ -40,7 +40,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     training = RouterTraining(
         blocks,
         [known[name] for name in described.costs],
-        replace(described, measured=()),  # was another model's
+        replace(described, evaluated=()),  # was another model's
         config.targets_per_step,
         config.seed,
         config.trainer.max_steps,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flextron_mcore.cost import Cost
-from flextron_mcore.selection.routed import target_of
+from flextron_mcore.selection.router import target_of
 
 
 @dataclass(frozen=True)

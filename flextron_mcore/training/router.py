@@ -22,7 +22,7 @@ from flextron_mcore.routers.static import StaticRouters, log_probabilities
 from flextron_mcore.routers.store import STATE_FILE, RouterInfo, check_same_table, load_state, save_state, write_routers
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import on_main_process
-from flextron_mcore.selection.routed import Routed, target_of
+from flextron_mcore.selection.router import RouterSelector, target_of
 from flextron_mcore.settings.sections import GumbelSettings, RouterSettings
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.constraint import Constraint, Targets
@@ -73,10 +73,10 @@ class RouterLearner(Learner):
 
     # What routers choose now, without noise.
 
-    def selector(self) -> Routed:
+    def selector(self) -> RouterSelector:
         """Selector of the routers as they are."""
         costs = {cost.name: cost for cost in self.costs}
-        return Routed(self.choices, costs, log_probabilities(self.routers), measured=self.info.losses(self.choices))
+        return RouterSelector(self.choices, costs, log_probabilities(self.routers), evaluated=self.info.losses(self.choices))
 
     def choose(self, share: float) -> SubNetwork:
         """Network for a share of the (first) cost of the full model."""

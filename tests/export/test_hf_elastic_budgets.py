@@ -30,7 +30,7 @@ from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo, write_routers
 from flextron_mcore.runs import choice
 from flextron_mcore.runtime.ranks import place
-from flextron_mcore.selection import routed
+from flextron_mcore.selection import router
 from flextron_mcore.settings.compose import compose, legacy
 from flextron_mcore.settings.sections import CacheSettings
 from flextron_mcore.settings.stages import HfElasticSettings
@@ -47,11 +47,11 @@ SPACE = {"heads": [0.25, 0.5, 0.75, 1.0], "ffn_hidden_size": [10, 20, 30, 40], "
 
 
 @pytest.fixture(scope="module", autouse=True)
-def wide_cells():
+def wide_bins():
     """Of which there are an eighth as many, each of which takes a solver; the directory says how wide they are."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (routed, family):
-            patch.setattr(module, "CELL", 0.02)
+        for module in (router, family):
+            patch.setattr(module, "BIN", 0.02)
             patch.setattr(module, "WITHIN", 0.05)
         yield
 

@@ -9,7 +9,7 @@ import pytest
 
 from flextron_mcore.choices import Choices
 from flextron_mcore.cost import parameter_cost
-from flextron_mcore.selection.search import worth_measuring
+from flextron_mcore.selection.search import worth_evaluating
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 from tests.routing_toy import family, latency, true_loss
@@ -48,7 +48,7 @@ def test_proposals_are_new_near_and_of_the_same_size():
     choices, span = Choices(ARCH, SPACE, all_axes=True), 0.05 * COST.full
     known = dict.fromkeys(drawn(choices, 30), 1.0)
     near = list(known)[:10]
-    found = worth_measuring(choices, COST, known, near, span)
+    found = worth_evaluating(choices, COST, known, near, span)
     assert len(found) == len(set(found)) and not known.keys() & set(found) and len(found) > 5
     for net in found:
         sources = [
@@ -61,7 +61,7 @@ def test_proposals_are_new_near_and_of_the_same_size():
         assert sources
 
 
-def test_the_best_of_a_cost_is_found_from_few_that_were_measured():
+def test_the_best_of_a_cost_is_found_from_few_that_were_evaluated():
     """A loss that is nearly additive: blocks matter differently, and neighbours depend on each other."""
     choices = family(3)
     cost, loss = latency(choices), true_loss(choices, seed=3)
@@ -76,7 +76,7 @@ def test_the_best_of_a_cost_is_found_from_few_that_were_measured():
     before = best(losses)
     for _ in range(6):
         near = dict.fromkeys(net for net in best(losses) if net)
-        losses |= {net: loss(net) for net in worth_measuring(choices, cost, losses, near, span)}
+        losses |= {net: loss(net) for net in worth_evaluating(choices, cost, losses, near, span)}
     perfect, found = best(every), best(losses)
     assert len(losses) < 0.1 * len(every)
     assert sum(a == b for a, b in zip(perfect, found, strict=True)) > len(highs) / 2
@@ -94,5 +94,5 @@ def test_where_only_the_cost_counts_as_much_as_may_be_is_spent():
         reached = [other for other in every if sum(a != b for a, b in zip(choices.indices(other), own, strict=True)) <= 2]
         steps = [(cost.of(other) - cost.of(net)) / cost.full for other in reached if other not in known]
         wanted = [max(step for step in steps if low <= step <= high) for low, high in ((-0.05, 0), (0, 0.05))]
-        found = worth_measuring(choices, cost, known, [net], 0.05 * cost.full)
+        found = worth_evaluating(choices, cost, known, [net], 0.05 * cost.full)
         assert [(cost.of(other) - cost.of(net)) / cost.full for other in found] == pytest.approx(wanted)

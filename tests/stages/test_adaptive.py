@@ -32,7 +32,7 @@ def routed(chain, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("adaptive")
     table = write_table(chain / "elastic", run / "latency" / "latency.json")
     keys = [f"data={chain}/data", f"latency={table.parent}", *RUN]
-    stage("router", f"checkpoint={chain}/elastic", *keys, "trainer.max_steps=6", "measured_samples=0", f"out={run}/static")
+    stage("router", f"checkpoint={chain}/elastic", *keys, "trainer.max_steps=6", "candidate_samples=0", f"out={run}/static")
     files = contents(run / "static")
     stage("router", *adaptive_keys(chain, run), f"out={run}/adaptive")
     assert contents(run / "static") == files  # what the new checkpoints share is not written to

@@ -21,7 +21,7 @@ def runs(chain, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("benchmarks")
     table = write_table(chain / "elastic", run / "latency.json", routed=True)
     keys = [f"data={chain}/data", f"latency={table}", *RUN, "trainer.max_steps=4"]
-    stage("router", f"checkpoint={chain}/elastic", *keys, "measured_samples=0", f"out={run}/static")
+    stage("router", f"checkpoint={chain}/elastic", *keys, "candidate_samples=0", f"out={run}/static")
     adaptive = ["kind=adaptive", "targets_per_step=2", "adaptive.calibration_samples=8", "validation_targets=[0.9]"]
     stage("router", f"checkpoint={run}/static", *keys, *adaptive, f"out={run}/adaptive")
     return run

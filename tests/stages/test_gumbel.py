@@ -24,7 +24,7 @@ from tests.stages.test_routing import Interrupted, rows
 
 AXES = ["space.hidden_size=[0.5,0.75,1.0]", "space.depth=[1,2]"]
 UNIFORM = ["router.uniform=true", "modulation=true"]
-RUN = [*TRAIN, "model.micro_batch_size=4", "model.global_batch_size=8", "measured_samples=0"]
+RUN = [*TRAIN, "model.micro_batch_size=4", "model.global_batch_size=8", "candidate_samples=0"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def axes(chain, tmp_path_factory) -> Path:
     keys = [f"checkpoint={chain}/parent", f"data={chain}/data", *AXES, "samples=16", "layer_samples=8", "ablation_batches=1"]
     stage("importance", *keys, f"out={run}/sorted")
     write_table(run / "sorted", run / "latency" / "latency.json")
-    stage("gumbel", *gumbel_keys(chain, run), "measured_samples=8", f"out={run}/gumbel")
+    stage("gumbel", *gumbel_keys(chain, run), "candidate_samples=8", f"out={run}/gumbel")
     stage("gumbel", *gumbel_keys(chain, run), *UNIFORM, f"out={run}/uniform")
     return run
 

@@ -24,7 +24,7 @@ RUN = [*(key for key in TRAIN if "optim" not in key), "model.micro_batch_size=4"
 
 def router_keys(run: Path, table: Path, *more: str) -> list[str]:
     keys = [f"checkpoint={run}/elastic", f"data={run}/data", f"latency={table}", *RUN, "trainer.max_steps=8"]
-    return [*keys, *([] if any("measured_samples" in key for key in more) else ["measured_samples=0"]), *more]
+    return [*keys, *([] if any("candidate_samples" in key for key in more) else ["candidate_samples=0"]), *more]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def routed(chain, tmp_path_factory) -> Path:
     """A directory with the outputs of latency (made up), router, joint and sensitivity."""
     run = tmp_path_factory.mktemp("routed")
     table = write_table(chain / "elastic", run / "latency" / "latency.json")
-    stage("router", *router_keys(chain, table.parent, "measured_samples=8", f"out={run}/router"))
+    stage("router", *router_keys(chain, table.parent, "candidate_samples=8", f"out={run}/router"))
     stage("sensitivity", f"checkpoint={run}/router", f"data={chain}/data", "limit_val_batches=1", f"out={run}/sensitivity")
     keys = [f"checkpoint={run}/router", f"data={chain}/data", *RUN, "trainer.max_steps=4"]
     stage("joint", *keys, "targets_per_step=2", f"out={run}/joint")
@@ -60,10 +60,10 @@ def test_what_router_writes(chain, routed):
     assert len({row["full"] for row in validated}) == 1  # frozen
     newest = list_checkpoints(routed / "router")[-1]
     assert {"routers.json", "routers.safetensors", "latency.json", "router_training.pt"} <= {p.name for p in newest.iterdir()}
-    measured = dict((tuple(indices), loss) for indices, loss in json.loads((newest / "routers.json").read_text())["measured"])
+    evaluated = dict((tuple(indices), loss) for indices, loss in json.loads((newest / "routers.json").read_text())["evaluated"])
     info = open_checkpoint(newest)
-    for row in metrics["budgets"]:  # the best of what was measured within the budget, not merely the likeliest
-        assert tuple(Choices(info.model, info.space).indices(SubNetwork.from_dict(row["subnetwork"]))) in measured
+    for row in metrics["budgets"]:  # the best evaluated one within the budget, not merely the likeliest
+        assert tuple(Choices(info.model, info.space).indices(SubNetwork.from_dict(row["subnetwork"]))) in evaluated
     before, after = (TensorReader(open_checkpoint(path)) for path in (chain / "elastic", routed / "router"))
     assert all(before.read(key).equal(after.read(key)) for key in before.keys())  # noqa: SIM118
     weights = newest / "__0_0.distcp"

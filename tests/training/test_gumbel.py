@@ -99,7 +99,7 @@ def test_budgets_are_kept_used_monotone_and_well_spent(trained):
         same = [other for other in every if spent[-1] - 0.02 <= cost.of(other) / cost.full <= spent[-1] and other != net]
         better += [loss(axes, other) > loss(axes, net) for other in same]
     assert spent == sorted(spent)
-    # Of uniform networks there are 72 in all, so that most budgets leave no choice; measuring tries all of them (test_measured).
+    # Of uniform networks there are 72 in all, so that most budgets leave no choice; test_candidates tries all of them.
     assert len(better) > 30 and np.mean(better) > (0.7 if axes.uniform else 0.9)
 
 

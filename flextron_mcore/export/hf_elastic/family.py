@@ -1,6 +1,6 @@
 """flextron_family.json: the sub-networks of a directory that holds all of them, their costs, and the answers to every budget.
 
-`selection/routed.py` finds a budget's network among bins of a cost, whose contents do not depend on the budget; so a table of
+`selection/router.py` finds a budget's network among bins of a cost, whose contents do not depend on the budget; so a table of
 the bins answers every budget as it does, without its solver. Selectors with a handful of networks are tabulated as steps.
 """
 
@@ -20,7 +20,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.routers.store import TABLE_FILE, RouterInfo, kind_of_routers, read_routers
-from flextron_mcore.selection.routed import CELL, WITHIN, Routed
+from flextron_mcore.selection.router import BIN, WITHIN, RouterSelector
 from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.selection.trained import trained_selector
 from flextron_mcore.settings.sections import CacheSettings
@@ -66,7 +66,7 @@ def build_family(
     costs["parameters"] = parameter_cost(info.model, info.space)
     costs["memory"] = memory_cost(info.model, info.space, dtype, **memory)
     picks: Any = trained_selector(info.path, blocks, costs) if name == "router" else _SELECTORS[name](blocks)
-    ranges = picks.ranges if isinstance(picks, Routed) else {}
+    ranges = picks.ranges if isinstance(picks, RouterSelector) else {}
     networks = _Networks()
     given = [_given(info, Path(file)) for file in settings.networks]
     answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
@@ -77,8 +77,8 @@ def build_family(
         "space": info.space.to_dict(),
         "selector": name,
         "fraction_of": "latency" if table else next(iter(ranges), "parameters"),
-        "cell": CELL,
-        "within": picks.within if isinstance(picks, Routed) else WITHIN,
+        "cell": BIN,
+        "within": picks.within if isinstance(picks, RouterSelector) else WITHIN,
         "costs": {cost.name: _cost(cost) for cost in costs.values()},
         "latency": {"machine": dict(table.machine), "setting": dict(table.setting)} if table else None,
         "memory": {"dtype": dtype, "bytes_a_number": DTYPE_BYTES[dtype], **memory},
@@ -133,9 +133,9 @@ def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork
     given: [cost, network].
     """
     more = [[cost.of(net), networks.number(net)] for net in given]
-    if isinstance(picks, Routed):
-        cells = [found and [*found[:2], networks.number(found[2])] for found in picks.cells(cost)]
-        return {"cells": cells, "least": [networks.number(picks.choices.least(cost))], "given": more}
+    if isinstance(picks, RouterSelector):
+        bins = [found and [*found[:2], networks.number(found[2])] for found in picks.bins(cost)]
+        return {"cells": bins, "least": [networks.number(picks.choices.least(cost))], "given": more}
     steps: list[list] = []
     for limit in sorted({cost.of(net) for net in picks.networks()}):
         net = picks.select([Budget(cost, limit)])

@@ -209,7 +209,7 @@ class Family:
         return found
 
     def _best_bin(self, table, name, limit):
-        """The best scored network of the cost bins just below the limit: [score, cost, network] (selection/routed.py)."""
+        """The best scored network of the cost bins just below the limit: [score, cost, network] (selection/router.py)."""
         bins, cost, width, within = table["cells"], self.costs[name], self.values["cell"], self.values["within"]
         full, smallest = cost["full"], cost["smallest"]
         top = min(max(math.floor((limit - smallest) / (width * full)), 0), len(bins) - 1)

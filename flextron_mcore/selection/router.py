@@ -1,10 +1,10 @@
-"""The network that trained routers choose for a budget.
+"""Selector of trained routers: the network that they choose for a budget.
 
 The routers' argmax (eq. 9) is not exactly on the budget: the constraint of eq. 8 is a soft one, and a choice is discrete. So
-costs are divided into narrow cells, and in each the network is found that the routers think likeliest at that cost. A budget
-takes the likeliest of those in the cells just below it, where using more of the budget counts for something too. Where the argmax
+costs are divided into narrow bins, and in each the network is found that the routers think likeliest at that cost. A budget
+takes the likeliest of those in the bins just below it, where using more of the budget counts for something too. Where the argmax
 is clear and on the budget, it is what is taken. No surrogate is needed, so this serves after joint tuning too. Where losses of
-networks were measured (training/measured.py), a cell's is the best of these. Since a cell's network and its score do not depend
+networks were evaluated (training/candidates.py), a bin's is the best of these. Since a bin's network and its score do not depend
 on the budget, a larger budget never gets a cheaper network.
 
 Shape suffixes: C costs that the routers were trained for, N choices, K candidates.
@@ -22,8 +22,8 @@ from flextron_mcore.cost import Budget, Cost
 from flextron_mcore.selection.knapsack import Limit, cheapest, every_size
 from flextron_mcore.space import SubNetwork
 
-# Shares of the full model's cost: the width of a cell, and how much of a budget may stay unused where networks are that near.
-CELL = 0.0025
+# Shares of the full model's cost: the width of a cost bin, and how much of a budget may stay unused where networks are that near.
+BIN = 0.0025
 WITHIN, WITHIN_AXES = 0.01, 0.019  # over all axes the good networks lie less densely
 # How much likelier a network must be to be taken before one that uses more of the budget: log-probability per full cost.
 WORTH = 150.0
@@ -31,20 +31,21 @@ _Found = tuple[float, float, SubNetwork]  # score, cost, network
 
 
 @dataclass(frozen=True)
-class Routed:
+class RouterSelector:
     """Selector of trained routers.
 
     log_p: log-probabilities [N, K] for targets [C], each 0 for the smallest network's and 1 for the full model's cost of
     `costs`, by name. ranges: the shares of the full model's cost that they were trained for. A budget of a cost that is not among
-    `costs` is served by the target whose argmax comes nearest to it. measured: losses of networks, for budgets of the first cost.
+    `costs` is served by the target whose argmax comes nearest to it. evaluated: losses of networks, for budgets of the first
+    cost.
     """
 
     choices: Choices
     costs: Mapping[str, Cost]
     log_p: Callable[[Sequence[float]], np.ndarray]
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    measured: Mapping[SubNetwork, float] = field(default_factory=dict)
-    _cells: dict = field(default_factory=dict, compare=False, repr=False)
+    evaluated: Mapping[SubNetwork, float] = field(default_factory=dict)
+    _bins: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def within(self) -> float:
@@ -65,14 +66,14 @@ class Routed:
         """The likeliest network that uses one of the budgets; for a single budget else the nearest below it."""
         cost, limit = budgets[which].cost, budgets[which].limit * (1 + 1e-12)
         others = [budget for i, budget in enumerate(budgets) if i != which]
-        width = CELL * cost.full
+        width = BIN * cost.full
         top = min(max(int(np.floor((limit - cost.smallest) / width)), 0), self._last(cost))
         inside: list[_Found] = []
-        for cell in range(top, -1, -1):
-            high = min(cost.smallest + (cell + 1) * width, cost.full)
+        for number in range(top, -1, -1):
+            high = min(cost.smallest + (number + 1) * width, cost.full)
             if high < limit - self.within * cost.full and (inside or others):
                 break
-            found = self._cell(cost, others, high - width, high)
+            found = self._bin(cost, others, high - width, high)
             if found and found[1] <= limit:
                 inside.append(found)
                 if found[1] < limit - self.within * cost.full and len(inside) == 1:
@@ -82,16 +83,16 @@ class Routed:
         near = [found for found in inside if found[1] >= limit - self.within * cost.full]
         return max(near or inside, key=lambda found: found[:2], default=None)
 
-    def cells(self, cost: Cost) -> list[_Found | None]:
-        """(score, cost, network) of every cell of a cost, cheapest first: what answers each single budget of it."""
-        width = CELL * cost.full
-        bounds = [min(cost.smallest + (cell + 1) * width, cost.full) for cell in range(self._last(cost) + 1)]
-        return [self._cell(cost, [], high - width, high) for high in bounds]
+    def bins(self, cost: Cost) -> list[_Found | None]:
+        """(score, cost, network) of every bin of a cost, cheapest first: what answers each single budget of it."""
+        width = BIN * cost.full
+        bounds = [min(cost.smallest + (number + 1) * width, cost.full) for number in range(self._last(cost) + 1)]
+        return [self._bin(cost, [], high - width, high) for high in bounds]
 
     def proposals(self, cost: Cost) -> list[SubNetwork]:
-        """What the routers think likeliest of every cost: in each cell, or over all axes for each size in windows of WITHIN."""
+        """What the routers think likeliest of every cost: in each bin, or over all axes for each size in windows of WITHIN."""
         if not self.choices.all_axes:
-            return [found[-1] for found in self.cells(cost) if found]
+            return [found[-1] for found in self.bins(cost) if found]
         found: list[SubNetwork] = [self.choices.least(cost), SubNetwork.full(self.choices.model)]
         high = cost.full
         while high > cost.smallest:
@@ -109,22 +110,22 @@ class Routed:
 
     @staticmethod
     def _last(cost: Cost) -> int:
-        """The number of the cell that holds the full model."""
-        return int(np.ceil((cost.full - cost.smallest) / (CELL * cost.full) - 1e-9))
+        """The number of the bin that holds the full model."""
+        return int(np.ceil((cost.full - cost.smallest) / (BIN * cost.full) - 1e-9))
 
-    def _cell(self, cost: Cost, others: Sequence[Budget], low: float, high: float) -> _Found | None:
+    def _bin(self, cost: Cost, others: Sequence[Budget], low: float, high: float) -> _Found | None:
         """The likeliest network that costs between `low` and `high`."""
         key = (cost.name, tuple((other.cost.name, other.limit) for other in others), high)
-        if self.measured and not others and cost.name == next(iter(self.costs)):
-            inside = [(-loss, cost.of(net), net) for net, loss in self.measured.items()]
+        if self.evaluated and not others and cost.name == next(iter(self.costs)):
+            inside = [(-loss, cost.of(net), net) for net, loss in self.evaluated.items()]
             inside = [found for found in inside if low <= found[1] <= high * (1 + 1e-12)]
             return max(inside, key=lambda found: found[:2], default=None)
-        if key not in self._cells:
+        if key not in self._bins:
             values_NK = self._values([Budget(cost, high), *others])
             limits: list[Limit] = [(cost, low, high), *((other.cost, 0.0, other.limit) for other in others)]
             net = cheapest(self.choices, values_NK, limits)
-            self._cells[key] = (self._score(values_NK, net, cost), cost.of(net), net) if net else None
-        return self._cells[key]
+            self._bins[key] = (self._score(values_NK, net, cost), cost.of(net), net) if net else None
+        return self._bins[key]
 
     def _values(self, budgets: Sequence[Budget]) -> np.ndarray:
         """How unlikely the routers think each candidate for these budgets."""
@@ -147,10 +148,10 @@ class Routed:
         if given.keys() & self.costs.keys():
             return [given.get(name, 1.0) for name in self.costs]
         first = budgets[0]
-        if "scan" not in self._cells:
+        if "scan" not in self._bins:
             tried = [[t] * len(self.costs) for t in np.linspace(0, 1, 101)]
-            self._cells["scan"] = [(targets, self.argmax(targets)) for targets in tried]
-        return min(self._cells["scan"], key=lambda pair: abs(first.cost.of(pair[1]) - first.limit))[0]
+            self._bins["scan"] = [(targets, self.argmax(targets)) for targets in tried]
+        return min(self._bins["scan"], key=lambda pair: abs(first.cost.of(pair[1]) - first.limit))[0]
 
     def _score(self, values_NK: np.ndarray, net: SubNetwork, cost: Cost) -> float:
         return WORTH * cost.of(net) / cost.full - self.choices.total(values_NK, net)

@@ -1,4 +1,4 @@
-"""Losses that were measured decide what budgets get."""
+"""Losses of evaluated candidates decide what budgets get."""
 
 from __future__ import annotations
 
@@ -10,57 +10,57 @@ import pytest
 
 from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Budget
-from flextron_mcore.selection import routed
-from flextron_mcore.selection.routed import WITHIN
+from flextron_mcore.selection import router
+from flextron_mcore.selection.router import WITHIN
 from flextron_mcore.selection.selectors import Uniform
 from flextron_mcore.space import SubNetwork
-from flextron_mcore.training import measured as module
-from flextron_mcore.training.measured import measured
+from flextron_mcore.training import candidates
+from flextron_mcore.training.candidates import evaluate_candidates
 from flextron_mcore.training.static import StraightThroughLearner
 from tests.routing_toy import family, latency, true_loss
 from tests.training import test_gumbel as gumbel
 from tests.training.test_static import learner, train
 
-CELL = 0.005  # half as many as there are, for time
+BIN = 0.005  # half as many as there are, for time
 
 
 @pytest.fixture(autouse=True)
-def wide_cells(monkeypatch):
-    for place in (routed, module):
-        monkeypatch.setattr(place, "CELL", CELL)
+def wide_bins(monkeypatch):
+    for place in (router, candidates):
+        monkeypatch.setattr(place, "BIN", BIN)
 
 
 def test_budgets_get_better_networks():
-    """Routers that were trained briefly, on noisy losses; what is measured is the true loss, in the first round with noise."""
+    """Routers that were trained briefly, on noisy losses; evaluation gives the true loss, in the first round with noise."""
     blocks = family(4)
     cost, loss = latency(blocks), true_loss(blocks)
     taught = learner(blocks, [cost], max_steps=80)
     train(blocks, taught, 0, 80, noise=0.05)
     rounds: list[tuple[int, int]] = []
 
-    def measure(networks, samples: int) -> list[float]:
+    def evaluate(networks, samples: int) -> list[float]:
         rounds.append((len(networks), samples))
         noise = np.random.default_rng(0).normal(scale=0.002 if samples < 64 else 0.0, size=len(networks))
         return [2 + loss(net) + more for net, more in zip(networks, noise, strict=True)]
 
     before = taught.selector()
-    losses = measured(taught, measure, 64)
+    losses = evaluate_candidates(taught, evaluate, 64)
     assert [samples for _, samples in rounds] == [8] * 7 + [64]
     assert all(count > 0 for count, _ in rounds)
     assert sum(count for count, _ in rounds[:-1]) > 1.5 * rounds[-1][0] > 0
     assert all(losses[net] == 2 + loss(net) for net in losses) and len(losses) <= rounds[-1][0]
-    taught.info = replace(taught.info, measured=tuple((tuple(blocks.indices(net)), value) for net, value in losses.items()))
+    taught.info = replace(taught.info, evaluated=tuple((tuple(blocks.indices(net)), value) for net, value in losses.items()))
     after = taught.selector()
     shares = np.linspace(cost.smallest / cost.full + 0.02, 1, 40)
     gains, spent = [], []
     for share in shares:
         old, new = (selector.select([Budget(cost, share * cost.full)]) for selector in (before, after))
         assert new in losses and cost.of(new) <= share * cost.full * (1 + 1e-9)
-        assert cost.of(new) >= cost.of(old) - (WITHIN + 2 * CELL) * cost.full
+        assert cost.of(new) >= cost.of(old) - (WITHIN + 2 * BIN) * cost.full
         gains.append(loss(old) - loss(new))
         spent.append(cost.of(new))
     assert spent == sorted(spent)
-    # What the first round's noise, or a budget between two cells, may cost.
+    # What the first round's noise, or a budget between two bins, may cost.
     assert np.mean(gains) > 0.003 and np.mean(np.array(gains) < -0.002) <= 0.05
     assert after.select([Budget(cost, cost.full)]) == before.select([Budget(cost, cost.full)])
 
@@ -73,20 +73,20 @@ def test_where_networks_are_few_the_best_of_all_is_found():
     train(blocks, taught, 0, 5)
     tried: list[set[SubNetwork]] = []
 
-    def measure(networks, samples: int) -> list[float]:
+    def evaluate(networks, samples: int) -> list[float]:
         tried.append(set(networks))
         return [loss(net) for net in networks]
 
-    likeliest = {found[-1] for found in taught.selector().cells(cost) if found}
-    losses = measured(taught, measure, 2)
+    likeliest = {found[-1] for found in taught.selector().bins(cost) if found}
+    losses = evaluate_candidates(taught, evaluate, 2)
     every = {blocks.network(row) for row in itertools.product(*(range(len(sizes)) for sizes in blocks.sizes))}
     assert likeliest <= tried[0] <= every and losses.keys() <= tried[0]
-    taught.info = replace(taught.info, measured=tuple((tuple(blocks.indices(net)), value) for net, value in losses.items()))
+    taught.info = replace(taught.info, evaluated=tuple((tuple(blocks.indices(net)), value) for net, value in losses.items()))
     beaten = []
     for share in np.linspace(cost.smallest / cost.full + 0.01, 1, 30):
         value = loss(taught.selector().select([Budget(cost, share * cost.full)]))
         beaten += [loss(net) < value for net in every if share - WITHIN <= cost.of(net) / cost.full <= share]
-    assert len(beaten) > 100 and np.mean(beaten) < 0.03  # a budget between two cells may miss one
+    assert len(beaten) > 100 and np.mean(beaten) < 0.03  # a budget between two bins may miss one
 
 
 def test_what_few_samples_put_second_can_still_be_chosen():
@@ -100,11 +100,11 @@ def test_what_few_samples_put_second_can_still_be_chosen():
     near = sorted((net for net in every if limit - WITHIN * cost.full <= cost.of(net) <= limit), key=loss)
     best, second = near[:2]
 
-    def measure(networks, samples: int) -> list[float]:
+    def evaluate(networks, samples: int) -> list[float]:
         swapped = {best: loss(second), second: loss(best)} if samples < 64 else {}
         return [swapped.get(net, loss(net)) for net in networks]
 
-    losses = measured(taught, measure, 64)
+    losses = evaluate_candidates(taught, evaluate, 64)
     assert loss(best) < loss(second) and {best, second} <= losses.keys()
 
 
@@ -114,18 +114,18 @@ def test_over_all_axes_every_size_is_tried(uniform):
     cost, axes = taught.costs[0], taught.choices
     tried: list[set[SubNetwork]] = []
 
-    def measure(networks, samples: int) -> list[float]:
+    def evaluate(networks, samples: int) -> list[float]:
         tried.append(set(networks))
         return [gumbel.loss(axes, net) for net in networks]
 
-    losses = measured(taught, measure, 8)
+    losses = evaluate_candidates(taught, evaluate, 8)
     sizes = {(net.hidden_size, sum(layer.executed for layer in net.layers)) for net in tried[0]}
     assert sizes == set(itertools.product(axes.space.hidden_size, axes.space.depth))
     if uniform:
         assert tried[0] == set(Uniform(Choices(axes.model, axes.space)).networks())
     budgets = [[Budget(cost, share * cost.full)] for share in np.linspace(0.3, 1, 30)]
     before = [taught.selector().select(budget) for budget in budgets]
-    taught.info = replace(taught.info, measured=tuple((tuple(axes.indices(net)), value) for net, value in losses.items()))
+    taught.info = replace(taught.info, evaluated=tuple((tuple(axes.indices(net)), value) for net, value in losses.items()))
     after = [taught.selector().select(budget) for budget in budgets]
     assert [cost.of(net) for net in after] == sorted(cost.of(net) for net in after)
     old, new = (np.mean([gumbel.loss(axes, net) for net in found]) for found in (before, after))
@@ -139,13 +139,13 @@ def test_what_is_clearly_worse_than_a_cheaper_network_is_no_answer(uniform):
     cost, axes = taught.costs[0], taught.choices
     every: dict[SubNetwork, float] = {}
 
-    def measure(networks, samples: int) -> list[float]:
+    def evaluate(networks, samples: int) -> list[float]:
         found = [2 + 0.3 * (net.hidden_size < axes.space.hidden_size[-1]) + 0.1 * gumbel.loss(axes, net) for net in networks]
         every.update(zip(networks, found, strict=True))
         return found
 
-    losses = measured(taught, measure, 8)
-    taught.info = replace(taught.info, measured=tuple((tuple(axes.indices(net)), loss) for net, loss in losses.items()))
+    losses = evaluate_candidates(taught, evaluate, 8)
+    taught.info = replace(taught.info, evaluated=tuple((tuple(axes.indices(net)), loss) for net, loss in losses.items()))
     shares = np.linspace(cost.smallest / cost.full, 1, 200)
     chosen = [taught.selector().select([Budget(cost, share * cost.full)]) for share in shares]
     assert all(losses[later] <= 1.005 * losses[net] for net, later in itertools.pairwise(chosen))
@@ -161,5 +161,5 @@ def test_the_full_model_stays_though_a_cheaper_network_is_better():
     blocks = family(2)
     cost, full = latency(blocks), SubNetwork.full(blocks.model)
     less, more = sorted((blocks.replaced(full, block, 0) for block in (0, 1)), key=cost.of)
-    kept = module._answers(cost, {full: 2.2, more: 2.5, blocks.least(cost): 3.0, less: 2.0})
+    kept = candidates._answers(cost, {full: 2.2, more: 2.5, blocks.least(cost): 3.0, less: 2.0})
     assert list(kept) == [blocks.least(cost), less, full]

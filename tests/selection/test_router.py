@@ -10,7 +10,7 @@ import pytest
 from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.selection.knapsack import cheapest
-from flextron_mcore.selection.routed import CELL, WITHIN, Routed, target_of
+from flextron_mcore.selection.router import BIN, WITHIN, RouterSelector, target_of
 from flextron_mcore.space import SubNetwork
 from tests.routing_toy import family, latency
 
@@ -33,7 +33,7 @@ def boltzmann(blocks: Choices, cost: Cost, seed: int):
 def test_budgets_are_used_never_exceeded_and_monotone(layers, seed):
     blocks = family(layers)
     cost = latency(blocks)
-    routed = Routed(blocks, {"latency": cost}, boltzmann(blocks, cost, seed))
+    routed = RouterSelector(blocks, {"latency": cost}, boltzmann(blocks, cost, seed))
     shares = np.sort(np.random.default_rng(seed).uniform(cost.smallest / cost.full, 1, 24))
     costs = []
     for share in shares:
@@ -44,11 +44,11 @@ def test_budgets_are_used_never_exceeded_and_monotone(layers, seed):
     assert costs == sorted(costs)
     for share, spent in zip(shares, costs, strict=True):
         nearest = cheapest(blocks, -blocks.costs_NK(cost), [(cost, 0.0, share * cost.full)])
-        assert share - spent <= max(WITHIN, share - cost.of(nearest) / cost.full) + CELL
+        assert share - spent <= max(WITHIN, share - cost.of(nearest) / cost.full) + BIN
     assert routed.select([Budget(cost, cost.full)]) == SubNetwork.full(blocks.model)
     smallest = routed.select([Budget(cost, cost.smallest)])
     assert blocks.indices(smallest) == [0] * blocks.count
-    again = Routed(blocks, {"latency": cost}, boltzmann(blocks, cost, seed))  # whatever was asked before
+    again = RouterSelector(blocks, {"latency": cost}, boltzmann(blocks, cost, seed))  # whatever was asked before
     assert again.select([Budget(cost, shares[12] * cost.full)]) == routed.select([Budget(cost, shares[12] * cost.full)])
 
 
@@ -62,7 +62,7 @@ def test_an_argmax_that_is_on_the_budget_is_taken():
         p[np.arange(blocks.count), blocks.indices(wanted)] = 0.97
         return np.log(p)
 
-    routed = Routed(blocks, {"latency": cost}, log_p)
+    routed = RouterSelector(blocks, {"latency": cost}, log_p)
     for more in (0.0, 0.004, 0.009):
         assert routed.select([Budget(cost, cost.of(wanted) + more * cost.full)]) == wanted
     assert routed.argmax([0.3]) == wanted
@@ -72,12 +72,12 @@ def test_several_budgets_and_costs_that_were_not_trained():
     blocks = family(4)
     cost, parameters = latency(blocks), parameter_cost(blocks.model, blocks.space)
     memory = memory_cost(blocks.model, blocks.space, "bf16", 64, 24)
-    routed = Routed(blocks, {"latency": cost}, boltzmann(blocks, cost, 0))
+    routed = RouterSelector(blocks, {"latency": cost}, boltzmann(blocks, cost, 0))
     previous = 0.0
     for share in np.linspace(0.6, 1, 6):
         net = routed.select([Budget(parameters, share * parameters.full)])
         assert previous <= parameters.of(net) <= share * parameters.full
-        assert share < 0.62 or share > 0.95 or parameters.of(net) >= (share - WITHIN - CELL) * parameters.full
+        assert share < 0.62 or share > 0.95 or parameters.of(net) >= (share - WITHIN - BIN) * parameters.full
         previous = parameters.of(net)
         budgets = [Budget(cost, share * cost.full), Budget(memory, 0.75 * memory.full)]
         both = routed.select(budgets)
@@ -91,7 +91,7 @@ def test_targets():
     fixed = family(2, heads=[1.0], ffn_hidden_size=[1.0])
     only = latency(fixed)
     assert target_of(only, only.full) == 1
-    net = Routed(fixed, {"latency": only}, lambda targets: np.zeros((4, 1))).select([Budget(only, only.full)])
+    net = RouterSelector(fixed, {"latency": only}, lambda targets: np.zeros((4, 1))).select([Budget(only, only.full)])
     assert net == SubNetwork.full(fixed.model)
 
 
@@ -102,7 +102,7 @@ def test_budgets_that_hold_nothing_near_together_are_used_as_far_as_they_go(unif
     axes = Choices(blocks.model, blocks.space, all_axes=True, uniform=uniform)
     costs = [parameter_cost(axes.model, axes.space), memory_cost(axes.model, axes.space, "bf16", 64, 24)]
     every = {axes.network(row) for row in itertools.product(*(range(len(sizes)) for sizes in axes.sizes))}
-    routed = Routed(axes, {"parameters": costs[0]}, lambda targets: np.where(axes.exists_NK, 0.0, -np.inf))
+    routed = RouterSelector(axes, {"parameters": costs[0]}, lambda targets: np.where(axes.exists_NK, 0.0, -np.inf))
     for shares in ((0.35, 0.6), (0.6, 0.4)):
         budgets = [Budget(cost, share * cost.full) for cost, share in zip(costs, shares, strict=True)]
         allowed = [net for net in every if all(budget.allows(net) for budget in budgets)]

@@ -69,7 +69,7 @@ class TokenCosts:
 
 @dataclass(frozen=True)
 class TokenRouters:
-    """What the routers were trained for, and the KV policy that they were trained with."""
+    """Costs that the routers were trained for, and the KV policy that they were trained with."""
 
     costs: list[str]
     kv_policy: KvPolicy

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.cost import OWN_UNITS
 from flextron_mcore.report.drawing import SIZE, Picture, Theme, chart, picture
 from flextron_mcore.report.networks import describe
 from flextron_mcore.report.reader import Settings, StageOutput
@@ -70,6 +71,11 @@ class RandomNetworks:
     router_loss: float | None
     better_than: float | None
 
+    @property
+    def finite(self) -> list[float]:
+        """The losses without those of diverged networks."""
+        return [value for value in self.mean_losses if np.isfinite(value)]
+
 
 @dataclass(frozen=True)
 class EqualCost:
@@ -114,11 +120,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One `compare` directory. full_cost, smallest_cost in its unit; `samples` samples a domain."""
+    """One `compare` directory. cost: a key of OWN_UNITS; full_cost, smallest_cost in its unit; `samples` samples a domain."""
 
     label: str
     model: ModelConfig
-    cost: Literal["latency", "parameters", "memory"]
+    cost: str
     full_cost: float
     smallest_cost: float
     machine: dict | None
@@ -143,7 +149,8 @@ class Comparison:
 
 def read(output: StageOutput) -> Comparison:
     """One `compare` directory."""
-    found, where = output.into(Comparison), output.metrics.where
+    cost = output.metrics.read("cost", Literal[tuple(OWN_UNITS)])
+    found, where = output.into(Comparison, cost=cost), output.metrics.where
     if not found.full_cost > 0:
         raise FlextronError(f"{where}: 'full_cost' must be more than 0, not {found.full_cost:g}")
     for i, row in enumerate(found.random):
@@ -219,8 +226,8 @@ def _measured(c: Comparison) -> str:
 
 
 def _fits_section(c: Comparison, key: str, label: str) -> Section:
-    unit = {"latency": "latency (ms)", "parameters": "parameters", "memory": "memory (bytes)"}[c.cost]
-    names = {"cost": unit, "non_embedding_parameters": "non-embedding parameters"}
+    unit = OWN_UNITS[c.cost]
+    names = {"cost": c.cost if c.cost == unit else f"{c.cost} ({unit})", "non_embedding_parameters": "non-embedding parameters"}
     rows = [[fit.selector, names[fit.of], f"{fit.points:,}", *_fitted(fit)] for fit in c.scaling_law]
     note = "L(N) = (N / Nc)^−α + E (the paper’s eq. 12 and Table 3), fitted to the networks of a selector and the full model; in"
     note += " brackets 95% confidence intervals. Networks that are too few or too much alike do not determine a fit."
@@ -246,7 +253,7 @@ def _random_section(c: Comparison, key: str, label: str) -> Section:
         rows.append([percent(row.target), f"{len(losses):,}", *ends, *router])
     note = f"Mean loss of random networks of each budget, as a share of the full model’s {c.cost}, and of the routers’ network;"
     note += " better than: the random networks whose loss is higher."
-    pictures = [random_boxes(c)] if any(map(finite, c.random)) else []
+    pictures = [random_boxes(c)] if any(row.finite for row in c.random) else []
     return Section(key, f"Routers against random networks{label}", note, [Table(head, rows)], pictures, beside=bool(pictures))
 
 
@@ -319,10 +326,10 @@ def loss_against(c: Comparison, by: str) -> Picture:
 
 def random_boxes(c: Comparison) -> Picture:
     """Losses of random networks at each budget as boxes, and the routers' as a line (the paper's figure 13)."""
-    rows = [(row, finite(row)) for row in sorted(c.random, key=lambda row: row.target) if finite(row)]
-    places = [100 * row.target for row, _ in rows]
+    rows = [row for row in sorted(c.random, key=lambda row: row.target) if row.finite]
+    places = [100 * row.target for row in rows]
     gap = min((b - a for a, b in zip(places, places[1:], strict=False)), default=10.0)
-    routed = [(100 * row.target, row.router_loss) for row, _ in rows if row.router_loss is not None]
+    routed = [(100 * row.target, row.router_loss) for row in rows if row.router_loss is not None]
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = chart(figure, f"Budget (% of the full model’s {c.cost})")
@@ -330,8 +337,7 @@ def random_boxes(c: Comparison) -> Picture:
         box = {"facecolor": theme.grid, "edgecolor": theme.muted}
         middle = {"color": theme.before, "linewidth": 1.8}
         look = {"patch_artist": True, "boxprops": box, "medianprops": middle, **lines}
-        losses = [losses for _, losses in rows]
-        axes.boxplot(losses, positions=places, widths=0.5 * gap, whis=(0, 100), manage_ticks=False, **look)
+        axes.boxplot([row.finite for row in rows], positions=places, widths=0.5 * gap, whis=(0, 100), manage_ticks=False, **look)
         handles = [Patch(**box, label="random networks"), *axes.plot([], [], **middle, label="their median")]
         if routed:
             style = {"color": theme.after, "markersize": 5.5, "zorder": 5, "label": "router"}
@@ -343,19 +349,15 @@ def random_boxes(c: Comparison) -> Picture:
         axes.set_xlim(places[0] - 0.6 * gap, places[-1] + 0.6 * gap)
         figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)
 
-    boxes = "; ".join(_box_words(*row) for row in rows)
+    boxes = "; ".join(map(_box_words, rows))
     words = f"Box plots of the mean loss of random networks by budget, in nats per token: {boxes}."
     caption = f"{c.label}: losses of random networks of each budget (box from quartile to quartile, whiskers to the"
     caption += " extremes), and of the routers’ network of that budget (as the paper’s figure 13)."
     return picture(f"{stem(c.label)}_random", words, caption, draw)
 
 
-def finite(row: RandomNetworks) -> list[float]:
-    """The losses without those of diverged networks."""
-    return [value for value in row.mean_losses if np.isfinite(value)]
-
-
-def _box_words(row: RandomNetworks, losses: list[float]) -> str:
+def _box_words(row: RandomNetworks) -> str:
+    losses = row.finite
     text = f"{100 * row.target:.4g}%: {min(losses):.3f} to {max(losses):.3f}, median {np.median(losses):.3f}"
     return text + (f", router {row.router_loss:.3f}" if row.router_loss is not None else "")
 

@@ -1,4 +1,4 @@
-"""What a run starts from: the data sets of `prepare`, and the settings of an imported model. No torch import."""
+"""The start of a run: data sets of `prepare`, and the settings of an imported model. No torch import."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Reader:
         return hint(**given, **{name: reader.read(name, type_) for name, type_ in _hints(hint).items() if name not in given})
 
     def with_model(self) -> Reader:
-        """The same object, whose networks must be of its `model`."""
+        """This object, whose networks are checked against its `model`."""
         return replace(self, model=self.read("model", ModelConfig))
 
     def inner(self, key: str) -> Reader:

@@ -73,7 +73,7 @@ class RoutingStep:
 
 @dataclass(frozen=True)
 class Routers:
-    """What the routers were trained for (`costs`) and by: a surrogate of the loss, from where its error is below `threshold`.
+    """Costs that the routers were trained for; True for a surrogate of the loss, followed where its error is below `threshold`.
 
     kind: of routers that choose for every token (adaptive/report.py).
     """

@@ -17,15 +17,15 @@ def made(policies=("full", "own")) -> tuple[dict, list[dict]]:
     del metrics["budgets"]
     budgets = []
     for target in (0.9, 0.7):
-        mixes = {}
+        outcomes = {}
         for i, policy in enumerate(policies):
             losses = {"easy": 2.0 + (1 - target) + 0.1 * i, "hard": 4.0 + 2 * (1 - target) + 0.1 * i}
             levels = {domain: [[0.5, 0.25, 0.25]] * 16 for domain in losses}
             shares = {"easy": target - 0.1, "hard": target + 0.1}
             mean = sum(losses.values()) / 2
-            mixes[policy] = {"loss": losses, "mean_loss": mean, "shares": shares, "share": target, "levels": levels}
+            outcomes[policy] = {"loss": losses, "mean_loss": mean, "shares": shares, "share": target, "levels": levels}
         static = {"mean_loss": 3.5, "share": target - 0.01}
-        budgets.append({"target": target, "static": static, "adaptive": mixes})
+        budgets.append({"target": target, "static": static, "adaptive": outcomes})
     metrics["routers"] = {"kind": "adaptive", "costs": ["latency"], "kv_policy": policies[0]}
     metrics["adaptive_budgets"], metrics["full_loss"] = budgets, {"easy": 2.0, "hard": 4.0}
     metrics["token_costs"] = [{"domain": "easy", "budget": 0.9, "texts": ["def", " $f$", "\n"], "shares": [0.9, 0.8, 0.6]}]

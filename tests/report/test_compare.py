@@ -157,7 +157,7 @@ def test_equal_cost_without_routers(tmp_path, undrawn):
     assert part.tables[0].rows[0][-3:] == ["–", "–", "–"]
 
 
-def test_several_comparisons_are_told_apart(tmp_path, undrawn):
+def test_several_comparisons_have_their_labels(tmp_path, undrawn):
     both = {"compare": synthetic.compare(), "compare_memory": synthetic.compare("memory")}
     parts = compare.sections(synthetic.read(compare.TOPIC, tmp_path, **both))
     assert [part.key for part in parts[::4]] == ["compare", "compare2"] and len({part.key for part in parts}) == 8

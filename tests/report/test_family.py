@@ -53,7 +53,7 @@ def test_a_row_a_budget(tmp_path, undrawn):
     assert part.pictures[-1].alt.endswith("0/0, 0/0, 0/0, 0/0.")
 
 
-def test_several_are_told_apart_and_losses_may_be_missing(tmp_path, undrawn):
+def test_several_have_their_labels_and_losses_may_be_missing(tmp_path, undrawn):
     stages = {"one": synthetic.family(), "two": synthetic.family(latency=False, losses=False)}
     first, second = family.sections(synthetic.read(family.TOPIC, tmp_path, **stages))
     assert (first.key, second.key, second.title) == ("models", "models2", "A model for every budget (two)")

@@ -68,7 +68,7 @@ def transformer_config(
     initialize: bool = True,
     **overrides: Any,
 ) -> TransformerConfig:
-    """TransformerConfig of `model`; `options` may hold any of PARALLEL_OPTIONS. initialize: whether weights get random values."""
+    """TransformerConfig of `model`; `options` may hold any of PARALLEL_OPTIONS. initialize: give weights random values."""
     if precision not in PRECISIONS:
         raise FlextronError(f"precision {precision!r} is not known: use one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
@@ -110,7 +110,7 @@ def transformer_config(
     values.update(overrides)
     try:
         return TransformerConfig(**values)
-    except (AssertionError, ValueError) as error:  # what Megatron-Core thinks of a combination of options
+    except (AssertionError, ValueError) as error:  # a combination of options that Megatron-Core refuses
         raise FlextronError(f"model: {error}") from None
 
 

@@ -96,7 +96,7 @@ def default_space(config: Any) -> ElasticSpace:
 
 
 def architecture(config: Any, vocab_size: int = 1, max_position_embeddings: int = 1) -> ModelConfig:
-    """The sizes of a TransformerConfig's layers as a ModelConfig, which is all that a space and its sub-networks depend on."""
+    """ModelConfig with the sizes of a TransformerConfig's layers: a space and its sub-networks depend on nothing else."""
     return ModelConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -128,5 +128,5 @@ class DefaultElasticLayer(ElasticTransformerLayer):
         super().__init__(config, spec.submodules, *args, **kwargs)
 
 
-# The same as an object, for what takes a ModuleSpec and calls no function (`gpt_builder` of Megatron-LM's model_provider).
+# For a caller that takes a ModuleSpec and calls no function (`gpt_builder` of Megatron-LM's model_provider).
 elastic_layer = ModuleSpec(module=DefaultElasticLayer)

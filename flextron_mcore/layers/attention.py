@@ -199,7 +199,7 @@ class SDPACoreAttention(MegatronModule):
 
     @staticmethod
     def as_mask(hidden: torch.Tensor) -> torch.Tensor:
-        """What is added to scores: minus infinity where a key is hidden. `forward` takes either, and makes this of the other."""
+        """Numbers to add to scores: minus infinity where a key is hidden. `forward` makes them itself of a boolean mask."""
         return torch.where(hidden, -torch.inf, 0.0)
 
     def forward(

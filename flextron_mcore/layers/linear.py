@@ -66,7 +66,7 @@ class Selection:
             target.add_(piece)
 
     def _pieces(self, joined: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What `parts` are of a tensor of shape `result`, each of its part's shape."""
+        """The places of `parts` in a tensor of shape `result`, each of its part's shape."""
         if self.dim == 0:
             flat = joined.flatten().split([part.numel() for part in parts])
             return [piece.view(part.shape) for piece, part in zip(flat, parts, strict=True)]
@@ -98,9 +98,9 @@ class _Take(torch.autograd.Function):
 
 
 def accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], another: bool = False) -> torch.Tensor | None:
-    """What a backward pass returns for a parameter that `add` adds the gradient of.
+    """Result of a backward pass for a parameter whose gradient `add` adds to a full-size tensor.
 
-    another: whether another use of the parameter in the same backward pass returns something, too.
+    another: True if another use of the parameter in the same backward pass returns something, too.
     """
     if not hasattr(weight, "grad_added_to_main_grad") or getattr(weight, "main_grad", None) is None:
         full = torch.zeros_like(weight)

@@ -83,7 +83,7 @@ class TECoreAttention(MegatronModule):
 
     @staticmethod
     def as_mask(hidden: torch.Tensor) -> torch.Tensor:
-        """What `forward` takes for it: the same."""
+        """The mask that `forward` takes: the boolean one."""
         return hidden
 
     def forward(

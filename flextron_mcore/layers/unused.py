@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def unused(hidden_states: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """The hidden states as they are, telling Megatron-Core's DDP in the backward pass that these parameters had their turn.
+    """Hidden states, unchanged; their backward pass tells Megatron-Core's DDP that these parameters had their turn.
 
     With overlapping reduction it counts, in the last micro-batch of a step, which parameters had a gradient, and starts when all
-    had one. Matrices are those of which parts are used (`layers/linear.py`): nothing is added, and the pages of what stands for
+    had one. Of matrices only parts are ever used (layers/linear.py): nothing is added, and the pages of the stand-in for
     their gradient are never touched.
     """
     if not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""A network whose every candidate has a weight: what a router learns from (LLaMaFlex: Gumbel-softmax masks).
+"""A network whose every candidate has a weight, from which a router learns (LLaMaFlex: Gumbel-softmax masks).
 
 All units are computed and multiplied with masks, so that a gradient tells what each candidate would have changed, chosen or not.
 With one weight of 1 on each axis it is that sub-network, computed the expensive way: nothing but a router's training wants it.
@@ -67,7 +67,7 @@ class WeightedNetwork:
 
 
 def mask(weights_K: Tensor, sizes: Sequence[int]) -> Tensor:
-    """[U]: of each unit the weights of the candidates that have it. sizes: the candidates, in units, increasing, the last U."""
+    """Sum of the weights of the candidates that have a unit: [U]. sizes: the candidates, in units, increasing, the last U."""
     at_least_K = weights_K.flip(0).cumsum(0).flip(0)
     # Nothing that saves tensors for its backward pass: layers share a mask, and recomputed ones have such a pass each.
     return torch.cat(

@@ -43,9 +43,10 @@ class Names:
         order = list(self.modules)
         found = []
         for placed in tensors:
-            module, kind = re.fullmatch(r"(.*)[._](weight|bias)", placed.tensor.name).groups()
-            if module not in self.modules:
+            parts = re.fullmatch(r"(.*)[._](weight|bias)", placed.tensor.name)
+            if parts is None or parts[1] not in self.modules:
                 raise FlextronError(f"{where}: no name is declared for the tensor {placed.name}")
+            module, kind = parts.groups()
             rank = ("before", "layer", "after").index(placed.tensor.place), placed.number or 0, order.index(module)
             found.append((rank, self._mapped(placed, module, kind)))
         return [mapped for _, mapped in sorted(found, key=lambda pair: pair[0])]

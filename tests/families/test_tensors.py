@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from flextron_mcore.config import FlextronError
+from flextron_mcore.families import llama
 from flextron_mcore.families.tensors import count, declare, find, of_model, of_network
 from flextron_mcore.space import LayerChoice, SubNetwork
 from tests import toy
@@ -56,9 +58,12 @@ def test_tensors_that_an_axis_brings():
         adapter: int
 
     arch = toy.config(num_query_groups=2)
-    extra = declare({"adapter.down.weight": ("adapter", "hidden_size"), "adapter.up.weight": ("hidden_size", "adapter")})
+    extra = declare({"adapter.down.weight": ("adapter", "hidden_size"), "adapter.up": ("hidden_size", "adapter")})
     net, full = (SubNetwork(16, tuple(Widened(True, 2, 2, 48, width) for width in widths)) for widths in ((3, 5), (8, 8)))
     assert count(arch, net, extra=extra) == count(arch, net) + 2 * 16 * (3 + 5)
     placed = {tensor.name: tensor for tensor in of_network(arch, net, full, extra)}
     down = placed["decoder.layers.1.adapter.down.weight"]
     assert (down.sizes, down.whole) == (((5,), (16,)), ((8,), (16,)))
+    for tensor in (down, placed["decoder.layers.1.adapter.up"]):  # no format has a name for them
+        with pytest.raises(FlextronError, match=f"here: no name is declared for the tensor {tensor.name}"):
+            llama.FAMILY.names.map([tensor], "here")

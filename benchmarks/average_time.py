@@ -22,7 +22,7 @@ def _run(data: str, *adaptive: str, passes: int = 6, rounds: int = 15) -> None:
     from flextron_mcore.runs.choice import check_table, latency_table
     from flextron_mcore.runs.terminal import print_table
 
-    columns = ["routers", "keys", "budget", "told", "ms", "time / full", "off the budget", "told by the static table", "levels"]
+    columns = ["routers", "keys", "budget", "predicted", "ms", "time / full", "off the budget", "by the static table", "levels"]
     if rounds < 2:
         raise FlextronError(f"rounds={rounds}: quartiles want at least 2")
     for path in adaptive:
@@ -40,13 +40,12 @@ def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds:
     import torch
 
     from benchmarks import interleaved, print_settings, ratio
-    from flextron_mcore.adaptive.evaluation import average
-    from flextron_mcore.choices import Choices
+    from flextron_mcore.adaptive.serving import RoutersAtBudget, routers_at_budget
+    from flextron_mcore.adaptive.usage import TokenCost
     from flextron_mcore.config import FlextronError
     from flextron_mcore.model import loaded_model
-    from flextron_mcore.runs.choice import adaptive_routing, counted_cost
 
-    blocks, setting = Choices(info.model, info.space), table.setting
+    setting = table.setting
     (model,) = loaded_model({}, info, "bf16" if table.machine.get("dtype") == "bfloat16" else "fp32")
     model.eval()
     tokens = in_turn(datasets, passes * setting["batch_size"]).split(setting["batch_size"])
@@ -57,14 +56,15 @@ def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds:
         f"(quartiles) of {rounds} paired rounds; the table: {measured}",
     )
     nets: dict[str, Any] = {"full": None}
+    chosen: dict[str, RoutersAtBudget] = {}
     reasons = []
     for budget in BUDGETS:
         try:
-            make, cost, _ = adaptive_routing(settings(budget=budget, kv_policy=None), info)
+            chosen[f"{budget:g}"] = routers_at_budget(settings(budget=budget, kv_policy=None), info)
         except FlextronError as error:  # not reached by these routers
             reasons.append(f"{name}: {error}")
             continue
-        nets[f"{budget:g}"] = make()
+        nets[f"{budget:g}"] = chosen[f"{budget:g}"].routing()
     if len(nets) == 1:
         raise FlextronError(reasons[0])
     for reason in reasons:
@@ -74,13 +74,15 @@ def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds:
         seconds = interleaved(calls, rounds)
     rows = []
     for budget, net in list(nets.items())[1:]:
-        counted = counted_cost(cost, table, net.kv_policy)
         share_NK = (net.counts_NK / net.counts_NK.sum(-1, keepdim=True)).cpu().numpy()
-        told, static = (average(each, blocks, share_NK) / cost.full for each in (counted, cost))
+        at = chosen[budget]
+        predicted, static = at.share(share_NK), TokenCost(at.budget.cost).average(at.choices, share_NK) / at.budget.cost.full
         found = ratio(seconds[budget], seconds["full"])
         ms, off = 1000 * min(seconds[budget]) / passes, found.median / float(budget) - 1
         levels = " ".join(map(str, (share_NK > 0.002).sum(1)))
-        rows.append([name, net.kv_policy, budget, f"{told:.3f}", f"{ms:.1f}", str(found), f"{off:+.1%}", f"{static:.3f}", levels])
+        rows.append(
+            [name, net.kv_policy, budget, f"{predicted:.3f}", f"{ms:.1f}", str(found), f"{off:+.1%}", f"{static:.3f}", levels]
+        )
     return rows
 
 

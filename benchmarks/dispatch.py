@@ -10,11 +10,11 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from tqdm import tqdm
 
 from benchmarks import interleaved, print_settings, ratio
-from flextron_mcore.adaptive.latency import random_router
+from flextron_mcore.adaptive.latency import RandomRouter
 from flextron_mcore.choosing import set_subnetwork
 from flextron_mcore.config import ModelConfig
-from flextron_mcore.layers.routed_layer import GivenLevels
 from flextron_mcore.layers.state import FULL, LayerState
+from flextron_mcore.layers.tokens.layer import FixedLevels
 from flextron_mcore.model import build_model
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime import distributed
@@ -109,7 +109,7 @@ def _blocks(model: torch.nn.Module, shape: Shape):
     hidden = torch.randn(shape.length, shape.batch, shape.hidden, device=like.device, dtype=like.dtype)
     rotary = model.rotary_pos_emb(shape.length)
 
-    def mlp(routing: GivenLevels | None) -> Callable[[], object]:
+    def mlp(routing: FixedLevels | None) -> Callable[[], object]:
         def call() -> object:
             if routing:
                 routing.begin()
@@ -118,7 +118,7 @@ def _blocks(model: torch.nn.Module, shape: Shape):
 
         return call
 
-    def attention(routing: GivenLevels | None) -> Callable[[], object]:
+    def attention(routing: FixedLevels | None) -> Callable[[], object]:
         def call() -> object:
             if routing:
                 routing.begin()
@@ -127,10 +127,10 @@ def _blocks(model: torch.nn.Module, shape: Shape):
 
         return call
 
-    router = random_router(shape.hidden, ROUTER, len(FRACTIONS))
-    yield "MLP", {"mixed": mlp(GivenLevels(levels)), "dense": mlp(None)}, MEAN
-    yield "attention, own keys", {"mixed": attention(GivenLevels(levels, "own")), "dense": attention(None)}, MEAN
-    yield "attention, all keys", {"mixed": attention(GivenLevels(levels, "full")), "dense": attention(None)}, MEAN
+    router = RandomRouter(shape.hidden, ROUTER, len(FRACTIONS))
+    yield "MLP", {"mixed": mlp(FixedLevels(levels)), "dense": mlp(None)}, MEAN
+    yield "attention, own keys", {"mixed": attention(FixedLevels(levels, "own")), "dense": attention(None)}, MEAN
+    yield "attention, all keys", {"mixed": attention(FixedLevels(levels, "full")), "dense": attention(None)}, MEAN
     yield "router", {"router": lambda: router(0, hidden), "dense MLP": mlp(None)}, 1.0
     layer.holder.state = FULL
 
@@ -142,10 +142,10 @@ def _models(model: torch.nn.Module, arch: ModelConfig, space: ElasticSpace, shap
     widths = [(space.heads[i], space.ffn_hidden_size[i]) for i in (half - 1, half)]
     layers = tuple(space.layer_choice(arch, *widths[i % 2]) for i in range(LAYERS))
     static = SubNetwork(arch.hidden_size, layers)
-    router = random_router(arch.hidden_size, ROUTER, len(FRACTIONS))
+    router = RandomRouter(arch.hidden_size, ROUTER, len(FRACTIONS))
     for policy, keys in (("own", "own"), ("full", "all")):
-        prompt = GivenLevels(_levels(shape.length, shape.batch), policy, router)
-        one = GivenLevels(_levels(PROMPT + GENERATED, 1), policy, router)
+        prompt = FixedLevels(_levels(shape.length, shape.batch), policy, router)
+        one = FixedLevels(_levels(PROMPT + GENERATED, 1), policy, router)
         pair = {name: _prefill(model, net, tokens) for name, net in (("mixed", prompt), ("static", static))}
         yield f"prefill, {keys} keys", pair, 1.0
         both = {name: _Decode(model, net, tokens[:1]) for name, net in (("mixed", one), ("static", static))}
@@ -155,11 +155,11 @@ def _models(model: torch.nn.Module, arch: ModelConfig, space: ElasticSpace, shap
         yield f"{GENERATED} tokens after it, one by one, {keys} keys", tokens_after, 1.0, prompts
 
 
-def _prefill(model: torch.nn.Module, net: SubNetwork | GivenLevels, tokens: torch.Tensor) -> Callable[[], object]:
+def _prefill(model: torch.nn.Module, net: SubNetwork | FixedLevels, tokens: torch.Tensor) -> Callable[[], object]:
     positions = torch.arange(tokens.shape[1], device=device()).expand(len(tokens), -1)
 
     def call() -> object:
-        if isinstance(net, GivenLevels):
+        if isinstance(net, FixedLevels):
             net.begin()
         set_subnetwork(model, net)
         return model(tokens, positions, None)
@@ -170,13 +170,13 @@ def _prefill(model: torch.nn.Module, net: SubNetwork | GivenLevels, tokens: torc
 class _Decode:
     """A prompt, and tokens one by one with a KV cache, at batch 1."""
 
-    def __init__(self, model: torch.nn.Module, net: SubNetwork | GivenLevels, tokens: torch.Tensor) -> None:
+    def __init__(self, model: torch.nn.Module, net: SubNetwork | FixedLevels, tokens: torch.Tensor) -> None:
         self.model, self.net, self.tokens = model, net, tokens
         self.positions = torch.arange(PROMPT + GENERATED, device=device())[None]
 
     def prompt(self) -> None:
         """Fills a new cache."""
-        if isinstance(self.net, GivenLevels):
+        if isinstance(self.net, FixedLevels):
             self.net.begin()
         self.context = StaticInferenceContext(1, PROMPT + GENERATED)
         self._run(0, PROMPT)

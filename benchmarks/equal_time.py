@@ -24,13 +24,13 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
     from tqdm import tqdm
 
     from benchmarks import interleaved, print_settings
-    from flextron_mcore.adaptive.evaluation import target_for
-    from flextron_mcore.adaptive.routers import TokenRouting
+    from flextron_mcore.adaptive.calibration import target_for
+    from flextron_mcore.adaptive.routing import AdaptiveRouting
+    from flextron_mcore.adaptive.store import read_adaptive_routers
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.choices import Choices
     from flextron_mcore.evaluation.perplexity import evaluate, mean
     from flextron_mcore.model import loaded_model
-    from flextron_mcore.routers.store import read_routers
     from flextron_mcore.runs.terminal import print_table
 
     info = open_checkpoint(static)
@@ -52,11 +52,11 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
             bar.update()
         for path in adaptive:
             own = open_checkpoint(path)
-            described, routers = read_routers(own.path, blocks, "adaptive")
+            described, routers = read_adaptive_routers(own.path, blocks)
             routed = loaded_model({}, own, "fp32")  # with joint training another model
             for share in TARGETS:
                 target = torch.tensor([target_for(described.calibration, share, nearest=True)])
-                chosen = TokenRouting(routers.eval(), target, described.kv_policy)
+                chosen = AdaptiveRouting(routers.eval(), target, described.kv_policy)
                 losses[path, share] = mean(evaluate(routed, datasets, {"": chosen}, length, BATCH, samples)[""])
                 calls[path, share] = partial(forward, routed[0], chosen, tokens)
                 rows.append([path, described.kv_policy, share])

@@ -67,7 +67,7 @@ def in_turn(datasets: Mapping[str, Any], count: int) -> Any:
 
 
 def settings(**keys: Any) -> Any:
-    """A configuration for stages/choice.py: what the checkpoint has beside its routers, unless keys say otherwise."""
+    """A configuration for runs/choice.py: what the checkpoint has beside its routers, unless keys say otherwise."""
     from omegaconf import OmegaConf
 
     return OmegaConf.create({"latency": None, "kv_cache": {"batch_size": 1, "length": None}, "dtype": None, **keys})
@@ -77,10 +77,10 @@ def forward(model: Any, net: Any, tokens: Any) -> object:
     """One pass over tokens [B, S] with a network, or with routers at work."""
     import torch
 
-    from flextron_mcore.adaptive.routers import TokenRouting
+    from flextron_mcore.adaptive.routing import AdaptiveRouting
     from flextron_mcore.choosing import set_subnetwork
 
-    if isinstance(net, TokenRouting):
+    if isinstance(net, AdaptiveRouting):
         net.begin()
     set_subnetwork(model, net)
     return model(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1), None)

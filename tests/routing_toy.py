@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from flextron_mcore.adaptive.table import RoutedTable
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.latency.measure import device_name
-from flextron_mcore.latency.table import LatencyTable, RoutedTable, Timing, Timings
-from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.latency.table import LatencyTable, Timing, Timings
+from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
 
@@ -75,7 +76,8 @@ def write_table(checkpoint: Path, file: Path, routed: bool = False, **changes) -
     if routed:
         candidates = {name: tuple(0.97 * value for value in values) for name, values in cost.candidates.items()}
         one = 0.001 * cost.full
-        row = RoutedTable(32, candidates, {"heads": (2 * one, one, 3 * one), "ffn_hidden_size": (one, 2 * one, 0.0)}, {})
+        overhead = {"heads": (2 * one, one, 3 * one), "ffn_hidden_size": (one, 2 * one, 0.0)}
+        row = RoutedTable(32, candidates, overhead, {}).to_dict()
         table = replace(table, routed=dict.fromkeys(KV_POLICIES, row))
     file.write_text(json.dumps({**table.to_dict(), **changes}))
     return file

@@ -32,7 +32,8 @@ class Job:
 
     out: an existing, empty directory. dtype: fp32, bf16 or fp16; default: the checkpoint's. max_shard_size: bytes of one weights
     file. tokenizer: a directory; default: the one beside the checkpoint. progress: called with the bytes of each tensor written.
-    settings: the format's own; default: its schema's. origin: what chose the network, for the model card.
+    settings: the format's own; default: its schema's. origin: what chose the network, for the model card. token_routers: of
+    hf_elastic, the checkpoint's adaptive routers: description for its table, and tensors (adaptive/export.py).
     """
 
     info: CheckpointInfo
@@ -44,6 +45,7 @@ class Job:
     progress: Callable[[int], None] | None = None
     settings: TrtllmSettings | GgufSettings | HfElasticSettings | None = None
     origin: str | None = None
+    token_routers: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", self.dtype or self.info.dtype)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from flextron_mcore.adaptive.cost import RoutingCost
 from flextron_mcore.axes import AXES, DEPTH
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import Cost
@@ -50,27 +49,12 @@ class Timings:
 
 
 @dataclass(frozen=True)
-class RoutedTable:
-    """What a block costs in milliseconds whose tokens choose for themselves, routing included.
-
-    hidden_size: of the routers. candidates: {axis: cost of each candidate}, if all tokens are of that level; where they differ
-    their mean. overhead: {axis: cost of each of OVERHEADS (adaptive/cost.py) in its block}. check: errors of sums against whole
-    networks.
-    """
-
-    hidden_size: int
-    candidates: Mapping[str, tuple[float, ...]]
-    overhead: Mapping[str, tuple[float, ...]]
-    check: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class LatencyTable:
     """Latencies of the candidates of `space` at a stated setting on a stated device, by hidden size.
 
     statistic: the one of STATISTICS that `cost` uses, and that `check` compares. setting: what was run, such as {"kind":
     "prefill", "batch_size": 2, "sequence_length": 4096}. machine: device, dtype, versions, load. check: `check_errors` of whole
-    networks. routed: the same for blocks whose tokens choose for themselves, by KV policy.
+    networks. routed: by KV policy, a part about blocks whose tokens differ, which is kept as it is (adaptive/table.py).
     """
 
     model: ModelConfig
@@ -80,12 +64,7 @@ class LatencyTable:
     statistic: str
     timings: Mapping[int, Timings]
     check: Mapping[str, float] = field(default_factory=dict)
-    routed: Mapping[str, RoutedTable] = field(default_factory=dict)
-
-    def routed_cost(self, kv_policy: str) -> Cost:
-        """The same for tokens that choose for themselves. Raises KeyError where that was not measured."""
-        routed, tokens = self.routed[kv_policy], self.setting["batch_size"] * self.setting["prompt_length"]
-        return RoutingCost.of_levels(self.cost(), routed.candidates, routed.overhead, tokens)
+    routed: Mapping[str, Any] = field(default_factory=dict)
 
     def cost(self) -> Cost:
         """The table as a cost, in milliseconds."""
@@ -105,13 +84,6 @@ class LatencyTable:
                 f"its sums are off by {median:.1%} (median) and {p95:.1%} (95th percentile) of whole networks' latency, above "
                 f"{TRUSTED_MEDIAN:.0%} and {TRUSTED_P95:.0%}: measure again on an idle machine, or with more rounds"
             )
-        off = {policy: routed.check.get("median_error", 0.0) for policy, routed in self.routed.items()}
-        wrong = [f"{error:.1%} (kv_policy={policy})" for policy, error in off.items() if error > TRUSTED_MEDIAN]
-        if wrong:
-            return (
-                f"its sums for tokens that choose for themselves are off by {' and '.join(wrong)} of whole networks' latency "
-                f"(median), above {TRUSTED_MEDIAN:.0%}: measure again on an idle machine, or with more routed.rounds"
-            )
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,15 +99,7 @@ class LatencyTable:
             "check": dict(self.check),
             **self._rows(self.model.hidden_size),
             **({"narrow": narrow} if narrow else {}),
-            "routed": {
-                policy: {
-                    "hidden_size": routed.hidden_size,
-                    **routed.candidates,
-                    "overhead": {AXES[name].block: costs for name, costs in routed.overhead.items()},
-                    "check": dict(routed.check),
-                }
-                for policy, routed in self.routed.items()
-            },
+            "routed": dict(self.routed),
             "model": self.model.to_dict(),
             "space": self.space.to_dict(),
         }
@@ -178,7 +142,7 @@ class LatencyTable:
                 statistic,
                 {size: _timings(path, parts[size], space) for size in space.hidden_size},
                 values["check"],
-                {policy: _routed(path, row, space) for policy, row in values.get("routed", {}).items()},
+                values.get("routed", {}),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FlextronError(f"{path}: is not a latency table ({type(error).__name__}: {error})") from None
@@ -250,16 +214,6 @@ def _check_candidates(path: str | Path, axis: str, known: Mapping[int, Any], wan
         raise FlextronError(
             f"{path}: lacks the candidates {missing} of space.{axis}: measure a table of this checkpoint with `flextron latency`"
         )
-
-
-def _routed(path: str | Path, row: Mapping[str, Any], space: ElasticSpace) -> RoutedTable:
-    if "overhead" not in row:
-        raise FlextronError(f"{path}: its `routed` part is of an earlier version: measure again, or remove that part")
-    candidates = {axis.name: tuple(map(float, row[axis.name])) for axis in space.layer_axes}
-    if any(len(costs) != len(space.sizes[name]) for name, costs in candidates.items()):
-        raise ValueError("the routed part is of another space")
-    overhead = {axis.name: tuple(map(float, row["overhead"][axis.block])) for axis in space.layer_axes}
-    return RoutedTable(int(row["hidden_size"]), candidates, overhead, dict(row["check"]))
 
 
 def _milliseconds(timing: Timing) -> dict[str, float]:

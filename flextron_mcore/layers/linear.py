@@ -25,8 +25,8 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
-from flextron_mcore.layers.dispatch import Given, Leading
 from flextron_mcore.layers.norm import first
+from flextron_mcore.layers.rows import PrefixRows, RowIndex
 
 _FEW = 512  # tokens: for so few, copying a part of a weight that lies apart is slower than multiplying piece by piece
 
@@ -134,7 +134,7 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
     """
 
     def forward(  # type: ignore[override]
-        self, input_: torch.Tensor, *parts: tuple[Selection, Selection], rows: Given | Leading | None = None
+        self, input_: torch.Tensor, *parts: tuple[Selection, Selection], rows: RowIndex | PrefixRows | None = None
     ) -> list[torch.Tensor]:
         """x @ weight.T + bias for each of `parts` (selections of weight and bias): [S, B, C] -> [S, B, d], split over ranks.
 
@@ -163,7 +163,7 @@ class ElasticRowParallelLinear(RowParallelLinear):
         self,
         input_: torch.Tensor | Sequence[torch.Tensor],
         part: Selection | Sequence[Selection],
-        rows: Leading | None = None,
+        rows: PrefixRows | None = None,
         shape: torch.Size | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, d] -> ([S, B, c] summed, and with sequence parallelism scattered, over tensor-parallel ranks; bias or None).

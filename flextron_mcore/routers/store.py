@@ -5,16 +5,16 @@ They do not depend on the layout of the run that wrote them.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from flextron_mcore.adaptive.routers import AdaptiveRouters
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.routers.static import StaticRouters
@@ -24,19 +24,17 @@ from flextron_mcore.space import SubNetwork
 ROUTERS_FILE, WEIGHTS_FILE, TABLE_FILE = "routers.json", "routers.safetensors", "latency.json"
 STATE_FILE = "router_training.pt"  # what continues their training
 FORMAT_VERSION = 1
-KINDS = ("static", "adaptive", "gumbel")
-Routers = StaticRouters | AdaptiveRouters
+KINDS = ("static", "gumbel", "adaptive")  # adaptive routers are read by adaptive/store.py
 
 
 @dataclass(frozen=True)
 class RouterInfo:
-    """What trained routers are.
+    """Description of trained routers.
 
     costs: names of the costs that they were trained for. ranges: for each the least and largest target, as shares of the full
-    model's. memory: what a memory cost counts, {"dtype", "batch_size", "length"}. kind: static; adaptive, which choose for every
-    token, with the attention's kv_policy (layers/dispatch.py); or gumbel, which choose on all axes, `uniform` for all layers.
-    calibration: for adaptive routers, [target, average share of the first cost] on training data, by which a budget finds its
-    target. evaluated: [candidates of the blocks, loss] of networks that static routers may choose (training/candidates.py).
+    model's. memory: what a memory cost counts, {"dtype", "batch_size", "length"}. kind: static, or gumbel: over all axes, with
+    one choice for all layers if `uniform`; other kinds have a class of their own. evaluated: (candidates of the choices, loss)
+    of evaluated networks that static routers may choose.
     """
 
     costs: tuple[str, ...]
@@ -44,8 +42,6 @@ class RouterInfo:
     hidden_size: int
     memory: Mapping[str, Any]
     kind: str = "static"
-    kv_policy: str = "full"
-    calibration: tuple[tuple[float, float], ...] = ()
     evaluated: tuple[tuple[tuple[int, ...], float], ...] = ()
     uniform: bool = False
 
@@ -58,11 +54,22 @@ class RouterInfo:
             "ranges": [list(pair) for pair in self.ranges],
             "hidden_size": self.hidden_size,
             "memory": dict(self.memory),
-            "kv_policy": self.kv_policy,
-            "calibration": [list(pair) for pair in self.calibration],
             "evaluated": [[list(indices), loss] for indices, loss in self.evaluated],
             "uniform": self.uniform,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The reverse of `to_dict`."""
+        return cls(
+            tuple(values["costs"]),
+            tuple((float(low), float(high)) for low, high in values["ranges"]),
+            values["hidden_size"],
+            values["memory"],
+            values["kind"],
+            tuple((tuple(indices), float(loss)) for indices, loss in values.get("evaluated", ())),
+            bool(values.get("uniform", False)),
+        )
 
     def choices(self, blocks: Choices) -> Choices:
         """The choices that they make, in the space of `blocks`."""
@@ -74,7 +81,7 @@ class RouterInfo:
         return {choices.network(indices): loss for indices, loss in self.evaluated}
 
 
-def write_routers(folder: Path, info: RouterInfo, routers: Routers, table: Mapping[str, Any] | None) -> None:
+def write_routers(folder: Path, info: RouterInfo, routers: torch.nn.Module, table: Mapping[str, Any] | None) -> None:
     """Write the routers' files into a checkpoint's directory. table: of the latencies they were trained with, as plain types."""
     save_file({name: tensor.detach().contiguous() for name, tensor in routers.state_dict().items()}, folder / WEIGHTS_FILE)
     (folder / ROUTERS_FILE).write_text(json.dumps(info.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -82,12 +89,24 @@ def write_routers(folder: Path, info: RouterInfo, routers: Routers, table: Mappi
         (folder / TABLE_FILE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
-def read_routers(folder: Path, blocks: Choices, kind: str = "static") -> tuple[RouterInfo, Routers]:
-    """The routers of the checkpoint in `folder`; adaptive ones hold the static ones that they started from, which kind static
-    wants.
+def read_routers(folder: Path, blocks: Choices) -> tuple[RouterInfo, StaticRouters]:
+    """Routers of the checkpoint in `folder` that choose a network; of another kind those that they started from.
 
     Raises FlextronError where it has none or they cannot be read.
     """
+    with opened_routers(folder) as (values, weights):
+        if values["kind"] not in ("static", "gumbel"):
+            weights = static_part(weights)
+            values = {**values, "kind": "static", "hidden_size": weights["shift_NU"].shape[-1]}
+        info = RouterInfo.from_dict(values)
+        routers = StaticRouters(info.choices(blocks), len(info.costs), info.hidden_size)
+        routers.load_state_dict(weights)
+    return info, routers
+
+
+@contextlib.contextmanager
+def opened_routers(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+    """routers.json and routers.safetensors of a checkpoint. Raises FlextronError where they, or the block, cannot read them."""
     file = folder / ROUTERS_FILE
     if not file.is_file():
         raise FlextronError(
@@ -97,51 +116,24 @@ def read_routers(folder: Path, blocks: Choices, kind: str = "static") -> tuple[R
         values = json.loads(file.read_text(encoding="utf-8"))
         if values["format"] != FORMAT_VERSION or values["kind"] not in KINDS:
             raise FlextronError(f"{file}: routers of format {values['format']}, kind {values['kind']!r} are not known here")
-        if kind == "adaptive" and values["kind"] != kind:
-            raise FlextronError(
-                f"checkpoint={folder}: its routers are {values['kind']}: train adaptive ones with `flextron router kind=adaptive`"
-            )
-        ranges = tuple((float(low), float(high)) for low, high in values["ranges"])
-        info = RouterInfo(
-            tuple(values["costs"]),
-            ranges,
-            values["hidden_size"],
-            values["memory"],
-            values["kind"],
-            values.get("kv_policy", "full"),
-            tuple((float(target), float(share)) for target, share in values.get("calibration", ())),
-            tuple((tuple(indices), float(loss)) for indices, loss in values.get("evaluated", ())),
-            bool(values.get("uniform", False)),
-        )
-        weights = load_file(folder / WEIGHTS_FILE)
-        routers = _made(info, blocks, weights)
-        routers.load_state_dict(weights)
-        if (kind, info.kind) == ("static", "adaptive"):
-            info, routers = replace(info, kind="static", hidden_size=_hidden_size(weights)), routers.static
+        yield values, load_file(folder / WEIGHTS_FILE)
     except FlextronError:
         raise
     except Exception as error:  # safetensors has errors of its own
         raise FlextronError(f"{file}: the routers cannot be read ({type(error).__name__}: {first_line(error)})") from None
-    return info, routers
+
+
+def static_part(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of the static routers that others started from."""
+    return {name.removeprefix("static."): tensor for name, tensor in weights.items() if name.startswith("static.")}
 
 
 def kind_of_routers(folder: Path) -> str | None:
-    """`static`, `adaptive`, or None where there are none that can be read."""
+    """One of KINDS, or None where there are none that can be read."""
     try:
         return str(json.loads((folder / ROUTERS_FILE).read_text(encoding="utf-8"))["kind"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
-
-
-def _made(info: RouterInfo, blocks: Choices, weights: Mapping[str, torch.Tensor]) -> Routers:
-    if info.kind != "adaptive":
-        return StaticRouters(info.choices(blocks), len(info.costs), info.hidden_size)
-    static = StaticRouters(blocks, len(info.costs), _hidden_size(weights))
-    return AdaptiveRouters(blocks, len(info.costs), info.hidden_size, static)
-
-
-def _hidden_size(weights: Mapping[str, torch.Tensor]) -> int:
-    return weights["static.shift_NU"].shape[-1]
 
 
 def check_same_table(folder: Path, table: Mapping[str, Any] | None) -> None:

@@ -9,22 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from flextron_mcore.adaptive.evaluation import target_for
-from flextron_mcore.adaptive.routers import TokenRouting
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost, parse_budget
 from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.layers.dispatch import KV_POLICIES
-from flextron_mcore.routers.store import TABLE_FILE, read_routers
+from flextron_mcore.routers.store import TABLE_FILE
 from flextron_mcore.runs.opened import check_widths_only
 from flextron_mcore.runs.terminal import say
-from flextron_mcore.runtime.distributed import device
 from flextron_mcore.selection import selectors
 from flextron_mcore.selection.selectors import Selector
 from flextron_mcore.selection.trained import trained_selector
@@ -148,46 +143,6 @@ def read_network(file: str | Path, info: CheckpointInfo) -> SubNetwork:
     net = SubNetwork.from_file(file)
     info.space.check(info.model, net, str(file))
     return net
-
-
-def counted_cost(cost: Cost, table: LatencyTable | None, kv_policy: str, quiet: bool = False) -> Cost:
-    """What tokens that choose for themselves cost, in the unit of `cost`: for a latency what was measured of such blocks.
-
-    quiet: no warning where that was not measured.
-    """
-    if cost.name != "latency" or table is None:
-        return cost
-    if kv_policy not in table.routed:
-        quiet or say(
-            "warning: the latency table knows nothing of tokens that choose for themselves, so routing is not counted: "
-            "measure it with `flextron latency routed.enabled=true`"
-        )
-        return cost
-    return table.routed_cost(kv_policy)
-
-
-def adaptive_routing(config: DictConfig, info: CheckpointInfo) -> tuple[Callable[[], TokenRouting], Cost, float]:
-    """What makes the routing for config.budget and config.kv_policy; the cost that the budget is of; the share of it.
-
-    Raises FlextronError where the checkpoint has no adaptive routers, or they do not serve that budget.
-    """
-    described, routers = read_routers(info.path, Choices(info.model, info.space), "adaptive")
-    if config.budget is None or getattr(config, "subnetwork", None) is not None:
-        raise FlextronError("selector=adaptive: wants a budget=, and no subnetwork=")
-    policy = config.kv_policy or described.kv_policy
-    if policy not in KV_POLICIES:
-        raise FlextronError(f"kv_policy={policy!r} is not known: use one of {', '.join(KV_POLICIES)}")
-    wanted = budgets(config.budget, known_costs(config, info, latency_table(config, info)))
-    if len(wanted) > 1 or wanted[0].cost.name != described.costs[0]:
-        raise FlextronError(
-            f"budget={config.budget}: the checkpoint's adaptive routers serve one budget, of {described.costs[0]}"
-        )
-    cost = wanted[0].cost
-    share = wanted[0].limit / cost.full
-    target_C = torch.ones(len(described.costs))
-    target_C[0] = target_for(described.calibration, share)
-    routers = routers.to(device()).eval()
-    return lambda: TokenRouting(routers, target_C, policy), cost, share
 
 
 def _routed(config: DictConfig, info: CheckpointInfo, blocks: Any) -> Selector:

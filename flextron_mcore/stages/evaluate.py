@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from flextron_mcore.adaptive.serving import evaluate_adaptive
 from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.evaluation.perplexity import mean, perplexity
 from flextron_mcore.runs.choice import chosen_network, read_network
@@ -14,7 +15,6 @@ from flextron_mcore.runs.opened import evaluator, open_evaluation
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar
 from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
-from flextron_mcore.stages.adaptive import evaluate_adaptive
 from flextron_mcore.training.sampler import random_family
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from flextron_mcore.adaptive.export import exported_routers
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Format, Job, check_format, get_format
@@ -36,10 +37,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     if config.verify:
         check_layout(info.model, info.space, config.model)
     written = get_format(config.format)
-    own = getattr(config, config.format, None)
+    own, routers = getattr(config, config.format, None), None
+    if config.format == "hf_elastic":
+        routers = on_main_process(lambda: exported_routers(info, own.latency))
     with new_output(config) as out:
         with progress_bar(unit="B", unit_scale=True, desc="export") as bar:
-            job = Job(info, net, out, config.dtype, config.max_shard_size, None, bar.update, own, chosen.origin)
+            job = Job(info, net, out, config.dtype, config.max_shard_size, None, bar.update, own, chosen.origin, routers)
             figures = written.write(job)
         if figures["parameters"] != count_parameters(info.model, net):
             raise FlextronError(f"export: wrote {figures['parameters']} parameters, counted {count_parameters(info.model, net)}")

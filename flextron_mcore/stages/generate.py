@@ -8,14 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from flextron_mcore.adaptive.evaluation import average
+from flextron_mcore.adaptive.serving import routers_at_budget
 from flextron_mcore.checkpoint.store import open_checkpoint
-from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import open_tokenizer
 from flextron_mcore.evaluation.generation import Sampling, generate
 from flextron_mcore.model import check_layout, loaded_model
-from flextron_mcore.runs.choice import adaptive_routing, chosen_network, counted_cost, latency_table
+from flextron_mcore.runs.choice import chosen_network
 from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import check_file, write_file
 from flextron_mcore.runs.terminal import progress_bar, say
@@ -95,14 +94,12 @@ def _prompts(config: DictConfig) -> list[str]:
 def _network(config: DictConfig, info: Any) -> tuple[Any, Any]:
     """What is to compute, and a function that says after it has what was spent, as a share of the full model's cost."""
     if config.selector == "adaptive":
-        make, cost, _ = adaptive_routing(config, info)
-        routing = make()
-        mix, blocks = counted_cost(cost, latency_table(config, info), routing.kv_policy), Choices(info.model, info.space)
+        chosen = routers_at_budget(config, info)
+        routing = chosen.routing()
 
         def spent() -> dict[str, Any]:
             counts_NK = routing.counts_NK.cpu().numpy()
-            share_NK = counts_NK / counts_NK.sum(-1, keepdims=True)
-            return {"cost": cost.name, "share": average(mix, blocks, share_NK) / cost.full}
+            return {"cost": chosen.budget.cost.name, "share": chosen.share(counts_NK / counts_NK.sum(-1, keepdims=True))}
 
         return routing, spent
     if config.budget is None and config.subnetwork is None:

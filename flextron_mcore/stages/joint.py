@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.adaptive.training import train_adaptive
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
@@ -16,7 +17,6 @@ from flextron_mcore.runs.choice import check_table, known_costs, latency_table
 from flextron_mcore.runs.opened import check_space
 from flextron_mcore.runs.routers import check_settings, train_routers
 from flextron_mcore.settings.sections import RouterSettings
-from flextron_mcore.stages.adaptive import train_adaptive
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.router import RouterTraining
 from flextron_mcore.training.static import StraightThroughLearner

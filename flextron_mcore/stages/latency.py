@@ -10,12 +10,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.adaptive.latency import measure_routed, networks_per_round
+from flextron_mcore.adaptive.table import RoutedTable, routed_warning, token_cost
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.latency.measure import Setting, balanced, measure
-from flextron_mcore.latency.table import RoutedTable, fit
-from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.latency.table import fit
+from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.model import loaded_model
 from flextron_mcore.runs.opened import check_not_modulated, precision
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
@@ -40,7 +41,9 @@ def run(config: DictConfig) -> dict[str, Any]:
             (out / TABLE_FILE).write_text(json.dumps(table.to_dict(), indent=1) + "\n", encoding="utf-8")
         values = table.to_dict()
         figures = {name: values[name] for name in ("machine", "setting", "full_model_ms", "smallest_network_ms", "check")}
-        metrics = write_metrics(out, "latency", {**figures, "warning": table.warning()})
+        found = [table.warning(), *(routed_warning(table, policy) for policy in table.routed)]
+        warnings = [warning for warning in found if warning]
+        metrics = write_metrics(out, "latency", {**figures, "warning": warnings[0] if warnings else None})
     cost = table.cost()
     rows, layers, space = [], info.model.num_layers, info.space
     for hidden in reversed(space.hidden_size):
@@ -57,14 +60,15 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"latency: sums against {check['networks']} whole networks: {check['median_error']:.1%} off (median), "
             f"{check['p95_error']:.1%} (95th percentile)"
         )
-    for policy, routed in table.routed.items():
-        mixed = table.routed_cost(policy)
+    for policy in table.routed:
+        levels = token_cost(cost, table, policy).levels
+        error = RoutedTable.read(table, policy).check["median_error"]
         say(
-            f"latency: tokens that choose for themselves, kv_policy={policy}: {mixed.smallest / cost.full:.2f} of the full model "
-            f"with all at the smallest level, {mixed.full / cost.full:.2f} at the largest; sums "
-            f"{routed.check['median_error']:.1%} off whole networks (median)"
+            f"latency: tokens that choose for themselves, kv_policy={policy}: {levels.smallest / cost.full:.2f} of the full "
+            f"model with all at the smallest level, {levels.full / cost.full:.2f} at the largest; sums {error:.1%} off whole "
+            "networks (median)"
         )
-    if warning := table.warning():
+    for warning in warnings:
         say(f"latency: warning: do not trust this table: {warning}")
     return metrics
 
@@ -106,8 +110,8 @@ def _measured(config: DictConfig, info: Any) -> Any:
     with progress_bar(total=count, desc="latency, routed", unit="network") as bar:
         sizes, cost = (config.routed.rounds, config.routed.hidden_size), table.cost()
 
-        def of(policy: str) -> RoutedTable:
-            return measure_routed(model, blocks, setting, *sizes, policy, cost, config.seed, bar.update)
+        def of(policy: str) -> dict[str, Any]:
+            return measure_routed(model, blocks, setting, *sizes, policy, cost, config.seed, bar.update).to_dict()
 
         found = {policy: on_main_process(lambda p=policy: of(p)) for policy in policies}
     return replace(table, routed={policy: found.get(policy, found["full"]) for policy in KV_POLICIES})

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from flextron_mcore.adaptive.training import train_adaptive
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
@@ -13,7 +14,6 @@ from flextron_mcore.data.blend import open_data
 from flextron_mcore.runs.choice import check_table, latency_table
 from flextron_mcore.runs.opened import check_space, check_widths_only
 from flextron_mcore.runs.routers import check_settings, described_routers, train_routers
-from flextron_mcore.stages.adaptive import train_adaptive
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.router import RouterTraining
 from flextron_mcore.training.static import StraightThroughLearner, SurrogateLearner

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from flextron_mcore.adaptive import latency as routed
+from flextron_mcore.adaptive.table import RoutedTable, routed_warning, token_cost
+from flextron_mcore.adaptive.usage import TokenCost
 from flextron_mcore.config import FlextronError
-from flextron_mcore.cost import Cost
+from flextron_mcore.cost import Cost, parameter_cost
 from flextron_mcore.latency.measure import Setting
-from flextron_mcore.latency.table import LatencyTable, RoutedTable
-from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.layers.state import FULL
+from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.space import SubNetwork
 from tests import toy
 from tests.routing_toy import family, latency, write_table
@@ -27,10 +31,10 @@ def test_it_measures(kind, kv_policy):
     setting = Setting(kind, 2, 8, 4 if kind == "generation" else 1)
     found = routed.measure_routed(model, blocks, setting, 2, 8, kv_policy, latency(blocks), 0, lambda: calls.append(1))
     assert len(calls) == 3 * routed.networks_per_round(blocks)
-    assert [len(costs) for costs in found.candidates.values()] == [4, 4]
+    assert [len(costs) for costs in found.levels.values()] == [4, 4]
     assert [len(costs) for costs in found.overhead.values()] == [3, 3]
-    assert min(cost for part in (found.candidates, found.overhead) for costs in part.values() for cost in costs) >= 0
-    assert max(found.candidates["heads"]) > 0 and found.check["median_error"] >= 0 and found.hidden_size == 8
+    assert min(cost for part in (found.levels, found.overhead) for costs in part.values() for cost in costs) >= 0
+    assert max(found.levels["heads"]) > 0 and found.check["median_error"] >= 0 and found.hidden_size == 8
     assert all(layer.state is FULL for layer in model.decoder.layers)
 
 
@@ -50,7 +54,7 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
         for layer in model.decoder.layers:
             routing = layer.state.routing
             for axis, block in enumerate((routing.of_attention, routing.of_mlp)):
-                levels = block.given.levels_NSB[block.index]
+                levels = block.fixed.levels_NSB[block.block]
                 sizes = np.array([blocks.space.heads, blocks.space.ffn_hidden_size][axis])
                 first = levels[:8].numpy()
                 further = len(np.unique(first)) - 1
@@ -70,7 +74,7 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
     monkeypatch.setattr(routed, "time_blocks", lambda model, run: ([2 * part for part in parts(model)], 14.0))
     monkeypatch.setattr(routed, "time_run", lambda run: 2 * whole(run))
     found = routed.measure_routed(model, blocks, setting, 1, 8, "full", static, 0)
-    assert [list(found) for found in found.candidates.values()] == [pytest.approx(costs[0]), pytest.approx(costs[1])]
+    assert [list(found) for found in found.levels.values()] == [pytest.approx(costs[0]), pytest.approx(costs[1])]
     assert list(found.overhead.values()) == [pytest.approx(overhead[0]), pytest.approx(overhead[1])]
     assert found.check["largest_error"] < 1e-9
 
@@ -84,23 +88,33 @@ def test_the_table_keeps_them(tmp_path):
     file = write_table(toy_run, tmp_path / "latency.json")
     values = json.loads(file.read_text())
     assert values["routed"] == {}
-    row = {"hidden_size": 8, "heads": [1, 2, 3, 4], "ffn_hidden_size": [2, 3, 4, 5], "check": {"median_error": 0.01}}
-    row["overhead"] = {"attention": [0.5, 0.25, 1], "mlp": [0, 0.1, 0]}
+    levels = {"heads": (1.0, 2.0, 3.0, 4.0), "ffn_hidden_size": (2.0, 3.0, 4.0, 5.0)}
+    overhead = {"heads": (0.5, 0.25, 1.0), "ffn_hidden_size": (0.0, 0.1, 0.0)}
+    part = RoutedTable(8, levels, overhead, {"median_error": 0.01})
+    row = json.loads(json.dumps(part.to_dict()))
     file.write_text(json.dumps({**values, "routed": {"own": row}}))
     table = LatencyTable.from_file(file, blocks.model, blocks.space)
-    candidates = {"heads": (1.0, 2.0, 3.0, 4.0), "ffn_hidden_size": (2.0, 3.0, 4.0, 5.0)}
-    overhead = {"heads": (0.5, 0.25, 1.0), "ffn_hidden_size": (0.0, 0.1, 0.0)}
-    assert table.routed == {"own": RoutedTable(8, candidates, overhead, {"median_error": 0.01})}
-    assert (table.routed_cost("own").overhead, table.routed_cost("own").tokens) == (overhead, 8)
+    assert RoutedTable.read(table, "own") == part and RoutedTable.read(table, "full") is None
     file.write_text(json.dumps(table.to_dict()))
     assert LatencyTable.from_file(file, blocks.model, blocks.space) == table
-    assert table.routed_cost("own").full == table.cost().constant + 2 * 9
-    assert table.to_dict()["routed"]["own"]["heads"] == (1.0, 2.0, 3.0, 4.0)
+    cost = token_cost(table.cost(), table, "own")
+    assert (cost.overhead, cost.tokens) == (overhead, 8) and cost.levels.full == table.cost().constant + 2 * 9
+    for other in (token_cost(table.cost(), table, "full"), token_cost(table.cost(), None, "own")):
+        assert other == TokenCost(table.cost())
+    parameters = parameter_cost(blocks.model, blocks.space)
+    assert token_cost(parameters, table, "own") == TokenCost(parameters)
     older = {key: value for key, value in row.items() if key != "overhead"}
-    for bad, message in (
-        ({**row, "heads": [1, 2]}, "is not a latency table"),
-        (older, "is of an earlier version: measure again"),
-    ):
-        file.write_text(json.dumps({**values, "routed": {"own": bad}}))
-        with pytest.raises(FlextronError, match=message):
-            LatencyTable.from_file(file, blocks.model, blocks.space)
+    for bad in ({**row, "levels": {**levels, "heads": [1, 2]}}, older, {**row, "hidden_size": "wide"}):
+        with pytest.raises(FlextronError, match="the table's part routed.own cannot be read .* measure it again"):
+            RoutedTable.read(replace(table, routed={"own": bad}), "own")
+
+
+def test_a_table_says_when_its_routed_part_should_not_be_trusted():
+    blocks = family(2)
+    costs = {axis: (1.0,) * 4 for axis in ("heads", "ffn_hidden_size")}
+    overhead = {axis: (0.0,) * 3 for axis in costs}
+    parts = {p: RoutedTable(8, costs, overhead, {"median_error": e}).to_dict() for p, e in (("full", 0.03), ("own", 0.6))}
+    table = LatencyTable(blocks.model, blocks.space, {}, {}, "median", {}, routed=parts)
+    assert routed_warning(table, "full") is None
+    assert re.search(r"\(kv_policy=own\) are off by 60.0% of .* more routed.rounds", routed_warning(table, "own"))
+    assert "routing is not counted: measure it" in routed_warning(replace(table, routed={}), "own")

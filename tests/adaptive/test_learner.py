@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flextron_mcore.adaptive.cost import RoutingCost
-from flextron_mcore.adaptive.learner import AdaptiveLearner, AdaptiveSettings
-from flextron_mcore.adaptive.routers import AdaptiveRouters, Seen
+from flextron_mcore.adaptive.learner import AdaptiveLearner
+from flextron_mcore.adaptive.routers import AdaptiveRouters
+from flextron_mcore.adaptive.routing import Trace
+from flextron_mcore.adaptive.store import AdaptiveInfo
+from flextron_mcore.adaptive.usage import TokenCost
 from flextron_mcore.routers.static import StaticRouters
-from flextron_mcore.routers.store import RouterInfo
+from flextron_mcore.settings.sections import AdaptiveSettings
 from tests.routing_toy import family, latency
 
 
@@ -18,15 +20,15 @@ def learned(
     level: int,
     target: float,
     weight: float = 0.0,
-    mixed: tuple[float, ...] = (),
+    overhead: tuple[float, ...] = (0.0,) * 3,
     start: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The levels [blocks, S] that tokens learn whose parts change the loss by `parts` [S][K], all of them being at `level`.
 
-    mixed: what it adds that tokens differ, as parts of the full model's cost. start: logits [K] that they start from.
+    overhead: costs of OVERHEADS in every block, as parts of the full model's cost. start: logits [K] that they start from.
     """
-    learner = learner_of(len(parts), weight, mixed)
-    blocks, routers = learner.blocks, learner.routers
+    learner = learner_of(len(parts), weight, overhead)
+    blocks, routers = learner.choices, learner.routers
     hidden = torch.randn(len(parts), 1, blocks.model.hidden_size)
     levels = torch.full((len(parts), 1), level)
     for step in range(60):
@@ -37,33 +39,33 @@ def learned(
         for block in range(blocks.count):
             mask = torch.ones(len(parts), 1, 4, requires_grad=True)
             mask.grad = torch.tensor(parts)[:, None].clone()
-            routing.seen.append(Seen(block, 0, hidden, levels, torch.ones_like(levels, dtype=torch.bool), mask))
+            routing.traces.append(Trace(block, 0, hidden, levels, torch.ones_like(levels, dtype=torch.bool), mask))
         learner.learn(step, [3.0, 3.5])
     logits = [routers(block, hidden, routing.target_C, routing.start_NK)[:, 0] for block in range(blocks.count)]
     return torch.stack(logits).argmax(-1)
 
 
-def learner_of(tokens: int, weight: float, mixed: tuple[float, ...]) -> AdaptiveLearner:
+def learner_of(tokens: int, weight: float, overhead: tuple[float, ...]) -> AdaptiveLearner:
     torch.manual_seed(0)
     blocks = family(1)
     cost = latency(blocks)
-    mixed = tuple(value * cost.full for value in mixed)
-    counted = RoutingCost.of_levels(cost, cost.candidates, {axis: mixed for axis in cost.candidates}, tokens)
-    info = RouterInfo(("latency",), ((cost.smallest / cost.full, 1.0),), 8, {}, "adaptive")
+    overhead = tuple(value * cost.full for value in overhead)
+    spent = TokenCost(cost, {axis: overhead for axis in cost.candidates}, tokens)
+    info = AdaptiveInfo(("latency",), ((cost.smallest / cost.full, 1.0),), 8, {})
     routers = AdaptiveRouters(blocks, 1, 8, StaticRouters(blocks, 1, 8))
-    settings = AdaptiveSettings(targets_per_step=1, lr=0.05, constraint_weight=weight)
-    return AdaptiveLearner(blocks, [cost], info, settings, 0, 100, routers, False, {"full": [counted]})
+    settings = AdaptiveSettings(lr=0.05, constraint_weight=weight)
+    return AdaptiveLearner(blocks, [cost], info, settings, 1, 0, 100, routers, False, {"full": [spent]})
 
 
 def spent_by_halves(learner: AdaptiveLearner) -> float:
     """The share of the full model's cost that a step counts: half of 8 tokens at the smallest level, half at the largest."""
     (routing,) = learner.networks(0)
     levels = torch.tensor([[0], [3]] * 4)
-    for block in range(learner.blocks.count):
+    for block in range(learner.choices.count):
         mask = torch.ones(8, 1, 4, requires_grad=True)
         mask.grad = torch.zeros(8, 1, 4)
-        hidden = torch.randn(8, 1, learner.blocks.model.hidden_size)
-        routing.seen.append(Seen(block, 0, hidden, levels, torch.ones_like(levels, dtype=torch.bool), mask))
+        hidden = torch.randn(8, 1, learner.choices.model.hidden_size)
+        routing.traces.append(Trace(block, 0, hidden, levels, torch.ones_like(levels, dtype=torch.bool), mask))
     return learner.learn(0, [3.0, 3.5])["costs"][0][0]
 
 
@@ -78,15 +80,15 @@ def test_the_price_pulls_to_the_budget(level, target, wanted):
     assert (learned([[0.0] * 4] * 3, level, target, weight=16.0) == wanted).all()
 
 
-@pytest.mark.parametrize("mixed, wanted", [((), {0, 3}), ((12, 0, 0), {0}), ((0, 12, 0), {0}), ((0, 0, 40), {0})])
-def test_it_must_be_worth_that_tokens_differ(mixed, wanted):
+@pytest.mark.parametrize("overhead, wanted", [((0, 0, 0), {0, 3}), ((12, 0, 0), {0}), ((0, 12, 0), {0}), ((0, 0, 40), {0})])
+def test_it_must_be_worth_that_tokens_differ(overhead, wanted):
     """One token of eight wants all parts, and gets them unless a second level costs more than they bring."""
     parts = [[0.0, -0.4, -0.4, -0.4], *[[0.0] * 4] * 7]
-    chosen = learned(parts, level=0, target=-0.1, weight=0.5, mixed=mixed, start=torch.tensor([3.0, 0, 0, 0]))
+    chosen = learned(parts, level=0, target=-0.1, weight=0.5, overhead=overhead, start=torch.tensor([3.0, 0, 0, 0]))
     assert all(set(levels.tolist()) == wanted for levels in chosen), chosen
 
 
-def test_what_is_spent_counts_that_tokens_differ():
+def test_spent_cost_has_the_routing_overhead():
     """0.3 of the full model's cost for a further level."""
-    spent = [spent_by_halves(learner_of(8, 0.5, mixed)) for mixed in ((), (0, 0.3, 0))]
+    spent = [spent_by_halves(learner_of(8, 0.5, overhead)) for overhead in ((0, 0, 0), (0, 0.3, 0))]
     assert spent[1] - spent[0] == pytest.approx(2 * 0.3 * (2 * 0.5 * 1.05 / 0.55 - 1), rel=1e-4)

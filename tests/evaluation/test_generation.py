@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flextron_mcore.adaptive.routers import AdaptiveRouters, TokenRouting
+from flextron_mcore.adaptive.routers import AdaptiveRouters
+from flextron_mcore.adaptive.routing import AdaptiveRouting
 from flextron_mcore.choices import Choices
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.evaluation.generation import Sampling, generate
-from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.space import ElasticSpace
 from tests import toy
@@ -38,7 +39,7 @@ def networks(case, kind: str):
     routers = AdaptiveRouters(blocks, 1, 16, StaticRouters(blocks, 1, 16))
     with torch.no_grad():
         routers.out_NKU.normal_(std=2)
-    return lambda: TokenRouting(routers, torch.tensor([0.5]), kind)
+    return lambda: AdaptiveRouting(routers, torch.tensor([0.5]), kind)
 
 
 @torch.no_grad()

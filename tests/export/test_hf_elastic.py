@@ -19,8 +19,8 @@ from flextron_mcore.choices import Choices
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError
 from flextron_mcore.export.formats import Job, get_format
-from flextron_mcore.layers.dispatch import KV_POLICIES
-from flextron_mcore.layers.routed_layer import GivenLevels
+from flextron_mcore.layers.tokens.layer import FixedLevels
+from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.settings.stages import HfElasticSettings
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy, toy
@@ -209,7 +209,7 @@ def test_a_switch_keeps_the_cache(cases, name, kv_policy, implementation):
         levels_NSB = torch.zeros(blocks.count, 24, 2, dtype=torch.long)
         for net, start in zip(nets, starts, strict=True):
             levels_NSB[:, start:] = torch.tensor(blocks.indices(net))[:, None, None]
-        with use_subnetwork(case.megatron, GivenLevels(levels_NSB, kv_policy)), torch.no_grad():
+        with use_subnetwork(case.megatron, FixedLevels(levels_NSB, kv_policy)), torch.no_grad():
             expected = case.megatron(tokens, torch.arange(24).expand_as(tokens), None)
         close(in_steps(case.model, tokens, nets, starts, [kv_policy] * 5), expected)
     case.model.set_attn_implementation("sdpa")

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from flextron_mcore.export import hf
 from flextron_mcore.export.cut import placed_tensors
 from flextron_mcore.export.formats import Job
-from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.export.test_hf_elastic import DEEP, Case, Operands, close, greedy, in_steps, make, write

@@ -14,9 +14,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from flextron_mcore.adaptive.cost import RoutingCost
-from flextron_mcore.adaptive.evaluation import average, target_for
-from flextron_mcore.adaptive.routers import AdaptiveRouters, TokenRouting
+from flextron_mcore.adaptive.calibration import target_for
+from flextron_mcore.adaptive.export import exported_routers
+from flextron_mcore.adaptive.routers import AdaptiveRouters
+from flextron_mcore.adaptive.routing import AdaptiveRouting
+from flextron_mcore.adaptive.store import AdaptiveInfo, read_adaptive_routers
+from flextron_mcore.adaptive.table import token_cost
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
 from flextron_mcore.choosing import use_subnetwork
@@ -25,7 +28,7 @@ from flextron_mcore.data.tokenizer import train_tokenizer
 from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.export.hf_elastic import family
 from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.layers.dispatch import KV_POLICIES
+from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo, write_routers
 from flextron_mcore.runs import choice
@@ -72,10 +75,11 @@ def routed_checkpoint(
     blocks = Choices(info.model, info.space)
     torch.manual_seed(len(costs) + LAYERS)
     memory = {"dtype": "fp32", "batch_size": 1, "length": hf_toy.LENGTH}
-    described = RouterInfo(
-        tuple(costs), ((0.3, 1.0),) * len(costs), 8 if kind == "adaptive" else 16, memory, kind, kv_policy, CALIBRATION
-    )
-    described = replace(described, uniform=uniform)
+    ranges = ((0.3, 1.0),) * len(costs)
+    if kind == "adaptive":
+        described = AdaptiveInfo(costs, ranges, 8, memory, kv_policy=kv_policy, calibration=CALIBRATION)
+    else:
+        described = RouterInfo(costs, ranges, 16, memory, kind, uniform=uniform)
     routers = StaticRouters(described.choices(blocks), len(costs), 16)
     torch.nn.init.normal_(routers.out_NKU, std=2.0)
     torch.nn.init.normal_(routers.bias_NK)
@@ -96,7 +100,8 @@ def own(**changes) -> HfElasticSettings:
 
 def export(info: CheckpointInfo, out: Path, **options):
     out.mkdir()
-    figures = FORMAT.write(Job(info, SubNetwork.full(info.model), out, settings=own(**options)))
+    token_routers = exported_routers(info, options.get("latency"))
+    figures = FORMAT.write(Job(info, SubNetwork.full(info.model), out, settings=own(**options), token_routers=token_routers))
     return figures, hf_toy.load(out)
 
 
@@ -270,19 +275,17 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
     counted = case == "llama"
     info = routed_checkpoint(tmp_path, kind="adaptive", kv_policy=kv_policy, maker=maker, counted=counted, **space)
     _, model = export(info, tmp_path / "out")
-    from flextron_mcore.routers.store import read_routers
-
     blocks = Choices(info.model, info.space)
-    described, routers = read_routers(info.path, blocks, "adaptive")
+    described, routers = read_adaptive_routers(info.path, blocks)
     megatron, tokens = hf_toy.megatron(info), hf_toy.tokens(2, 20)
     positions = torch.arange(20).expand_as(tokens)
     _, known = selected(info)
     table = LatencyTable.from_file(tmp_path / "latency.json", info.model, info.space)
-    known["latency"] = choice.counted_cost(known["latency"], table, kv_policy)
-    assert isinstance(known["latency"], RoutingCost) is counted
+    known = {name: token_cost(cost, table, kv_policy) for name, cost in known.items()}
+    assert bool(known["latency"].overhead) is counted
     for budget in (0.6, 0.75, 0.9):
         model.set_budget(budget, adaptive=True)
-        routing = TokenRouting(routers, torch.tensor([target_for(described.calibration, budget)]), kv_policy)
+        routing = AdaptiveRouting(routers, torch.tensor([target_for(described.calibration, budget)]), kv_policy)
         routing.begin()
         with use_subnetwork(megatron, routing), torch.no_grad():
             expected = megatron(tokens, positions, None)
@@ -292,7 +295,7 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         share_NK = (routing.counts_NK / routing.counts_NK.sum(-1, keepdim=True)).numpy()
         for name, cost in known.items():
-            assert model.costs()[name] == pytest.approx(average(cost, blocks, share_NK))
+            assert model.costs()[name] == pytest.approx(cost.average(blocks, share_NK))
         assert model.adaptive and model.subnetwork is None and model.budget == budget
         torch.testing.assert_close(steps(model, tokens), expected, atol=1e-5, rtol=0)
     shares = np.linspace(0.5, 0.93, 44)
@@ -340,13 +343,12 @@ def chatty(tmp_path_factory) -> Path:
     theirs = hf_toy.llama(vocab_size=300, num_hidden_layers=LAYERS)
     bigger = hf_toy.checkpoint(hf_toy.save(theirs, root / "hf2"), root / "run2", {**SPACE, "attention_unit": "kv_group"})
     table = json.loads(write_table(bigger.path, root / "bigger.json").read_text())
-    from flextron_mcore.routers.store import read_routers
-
-    described, routers = read_routers(info.path, Choices(info.model, info.space), "adaptive")
+    described, routers = read_adaptive_routers(info.path, Choices(info.model, info.space))
     write_routers(bigger.path, described, routers, table)
     tokenizer.save(root / "tokenizer")
     (root / "out").mkdir()
-    FORMAT.write(Job(bigger, SubNetwork.full(bigger.model), root / "out", tokenizer=root / "tokenizer"))
+    routers = exported_routers(bigger, None)
+    FORMAT.write(Job(bigger, SubNetwork.full(bigger.model), root / "out", tokenizer=root / "tokenizer", token_routers=routers))
     return root / "out"
 
 

@@ -28,8 +28,8 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
     from megatron.core.transformer.module import Float16Module
 
     from flextron_mcore.choosing import use_subnetwork
-    from flextron_mcore.layers.dispatch import KV_POLICIES
-    from flextron_mcore.layers.routed_layer import GivenLevels
+    from flextron_mcore.layers.tokens.layer import FixedLevels
+    from flextron_mcore.layers.tokens.levels import KV_POLICIES
     from flextron_mcore.model import build_model
     from flextron_mcore.pipeline.networks import run_networks
     from flextron_mcore.runtime.distributed import device
@@ -45,7 +45,7 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
     generator, sizes = torch.Generator().manual_seed(4), (len(space.heads), len(space.ffn_hidden_size))
     # Of every block; -1: a token that takes part in nothing.
     levels = [torch.randint(-1, sizes[n % 2], (toy.LENGTH, BATCH), generator=generator) for n in range(2 * arch.num_layers)]
-    networks |= {f"levels, {policy}": GivenLevels(torch.stack(levels).to(device()), policy) for policy in KV_POLICIES}
+    networks |= {f"levels, {policy}": FixedLevels(torch.stack(levels).to(device()), policy) for policy in KV_POLICIES}
     if state is None:
         state = {k: v.bfloat16().float() for k, v in toy.model(arch, space).state_dict().items() if v is not None}
     gpt = build_model(arch, space, precision=precision)

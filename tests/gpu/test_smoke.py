@@ -16,13 +16,14 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from flextron_mcore.adaptive.serving import routers_at_budget
+from flextron_mcore.adaptive.table import RoutedTable
 from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.model import loaded_model
 from flextron_mcore.pipeline.logits import forward_logits
-from flextron_mcore.runs.choice import adaptive_routing
 from flextron_mcore.space import SubNetwork
 from tests.stages.conftest import stage
 
@@ -146,9 +147,9 @@ def test_latency_of_tokens_that_choose(run, elastic, tmp_path):
     info = open_checkpoint(run / "elastic")
     table = LatencyTable.from_file(tmp_path / "out" / "latency.json", info.model, info.space)
     for policy in ("full", "own"):
-        cost = table.routed_cost(policy)
-        assert all(value >= 0 for part in (cost.candidates, cost.overhead) for value in chain(*part.values()))
-        assert all(max(costs) > 0 for costs in cost.candidates.values())
+        routed = RoutedTable.read(table, policy)
+        assert all(value >= 0 for part in (routed.levels, routed.overhead) for value in chain(*part.values()))
+        assert all(max(costs) > 0 for costs in routed.levels.values())
 
 
 def test_routers(run, router, joint):
@@ -202,7 +203,7 @@ def test_the_exported_family_chooses_for_every_token_alike(run, adaptive, device
     budget = (min(shares) + max(shares)) / 2
     theirs.set_budget(budget, adaptive=True)
     keys = {"budget": budget, "kv_policy": None, "latency": None, "kv_cache": {"batch_size": 1, "length": None}, "dtype": None}
-    routing = adaptive_routing(OmegaConf.create(keys), info)[0]()
+    routing = routers_at_budget(OmegaConf.create(keys), info).routing()
     routing.begin()
     with torch.no_grad(), use_subnetwork(ours.eval(), routing):
         expected = ours(tokens, torch.arange(64, device=device).expand(2, -1), None)

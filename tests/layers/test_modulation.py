@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.block import gain
-from flextron_mcore.layers.routed_layer import GivenLevels
+from flextron_mcore.layers.tokens.layer import FixedLevels
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import transformer_config
 from flextron_mcore.pipeline.networks import run_networks
@@ -149,7 +149,7 @@ def test_the_share_is_that_of_the_network_in_use():
 def test_what_has_no_share_is_refused():
     arch, space, model, _ = case()
     with pytest.raises(FlextronError, match="token routing does not support modulation"):
-        set_subnetwork(model, GivenLevels(torch.zeros(2 * arch.num_layers, toy.LENGTH, 2, dtype=torch.long)))
+        set_subnetwork(model, FixedLevels(torch.zeros(2 * arch.num_layers, toy.LENGTH, 2, dtype=torch.long)))
     foreign = GPTModel(transformer_config(arch), elastic_gpt_layer_spec(space), arch.vocab_size, arch.max_position_embeddings)
     with pytest.raises(FlextronError, match="a space with modulation wants a model of flextron_mcore.model.build_model"):
         set_subnetwork(foreign, space.uniform(arch, 2, 24))

@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from flextron_mcore.checkpoint.reader import load_model
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers import dispatch, routed_attention
 from flextron_mcore.layers.attention import ElasticSelfAttention
 from flextron_mcore.layers.state import FULL
+from flextron_mcore.layers.tokens import attention as token_attention
+from flextron_mcore.layers.tokens import levels as token_levels
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_chunks, loaded_model
 from flextron_mcore.pipeline.logits import forward_logits
@@ -49,8 +50,8 @@ def logits(checkpoint: str, layout: dict[str, Any], out: str, net: str | None = 
 def evaluate_as_on_a_gpu(keys: list[str]) -> None:
     """`flextron evaluate`, in which blocks whose tokens choose are computed as they are on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (dispatch, routed_attention):
-            patch.setattr(module, "on_gpu", lambda x: True)
+        for module in (token_levels, token_attention):
+            patch.setattr(module, "waits_are_expensive", lambda x: True)
         stage("evaluate", *keys)
 
 

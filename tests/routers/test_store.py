@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
-from flextron_mcore.adaptive.routers import AdaptiveRouters
 from flextron_mcore.config import FlextronError
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo, load_state, read_routers, save_state, write_routers
@@ -25,16 +23,6 @@ def test_round_trip(tmp_path):
     assert info == INFO and json.loads((tmp_path / "latency.json").read_text()) == {"a": 1}
     targets = torch.rand(3, 2)
     assert again(targets).equal(routers(targets))
-
-
-def test_adaptive_routers_hold_the_static_ones(tmp_path):
-    routers = AdaptiveRouters(BLOCKS, 2, 8, StaticRouters(BLOCKS, 2, 16))
-    described = replace(INFO, kind="adaptive", kv_policy="own", calibration=((0.0, 0.5), (1.0, 0.9)))
-    write_routers(tmp_path, described, routers, None)
-    info, again = read_routers(tmp_path, BLOCKS, "adaptive")
-    assert info == described and again.out_NKU.equal(routers.out_NKU)
-    info, static = read_routers(tmp_path, BLOCKS)
-    assert (info.kind, info.hidden_size) == ("static", 16) and static.out_NKU.equal(routers.static.out_NKU)
 
 
 @pytest.mark.parametrize(

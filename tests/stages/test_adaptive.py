@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from flextron_mcore.adaptive import training
+from flextron_mcore.adaptive.assessment import Evaluator
 from flextron_mcore.checkpoint.reader import TensorReader
 from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.dispatch import KV_POLICIES
-from flextron_mcore.stages import adaptive
+from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.training.loop import _Run
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, stage
@@ -32,7 +33,7 @@ def routed(chain, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("adaptive")
     table = write_table(chain / "elastic", run / "latency" / "latency.json")
     keys = [f"data={chain}/data", f"latency={table.parent}", *RUN]
-    stage("router", f"checkpoint={chain}/elastic", *keys, "trainer.max_steps=6", "candidate_samples=0", f"out={run}/static")
+    stage("router", f"checkpoint={chain}/elastic", *keys, "trainer.max_steps=6", "candidate_samples=4", f"out={run}/static")
     files = contents(run / "static")
     stage("router", *adaptive_keys(chain, run), f"out={run}/adaptive")
     assert contents(run / "static") == files  # what the new checkpoints share is not written to
@@ -93,6 +94,10 @@ def test_what_is_written(chain, routed):
     assert json.loads((newest / "routers.json").read_text())["calibration"] == found["calibration"]
     first, last = (load_file(list_checkpoints(routed / "adaptive")[i] / "routers.safetensors") for i in (0, -1))
     assert not first["out_NKU"].equal(last["out_NKU"]) and first["static.out_NKU"].equal(last["static.out_NKU"])
+    described = [
+        json.loads((list_checkpoints(routed / name)[-1] / "routers.json").read_text()) for name in ("static", "adaptive")
+    ]
+    assert described[0]["evaluated"] and described[0]["evaluated"] == described[1]["evaluated"]
     static = load_file(list_checkpoints(routed / "static")[-1] / "routers.safetensors")
     assert static["out_NKU"].equal(last["static.out_NKU"])
 
@@ -170,17 +175,17 @@ def test_killed_while_it_calibrates(chain, routed, tmp_path, monkeypatch, name):
     if name == "joint":
         more = ["targets_per_step=2", "model.optim.sched.warmup_steps=1", "trainer.max_steps=2"]
         keys = [f"checkpoint={routed}/adaptive", f"data={chain}/data", *RUN, *ADAPTIVE[2:], *more]
-    calibrate, run = adaptive._Measured.calibrate, tmp_path / "parts"
+    calibrate, run, steps = Evaluator.calibrate, tmp_path / "parts", 2 if name == "joint" else 8
 
     def killed(self, model):
-        assert open_checkpoint(run).step == self.config.trainer.max_steps - 1  # whole by now
+        assert open_checkpoint(run).step == steps - 1  # whole by now
         raise Interrupted
 
     whole = stage(name, *keys, f"out={tmp_path}/whole")
-    monkeypatch.setattr(adaptive._Measured, "calibrate", killed)
+    monkeypatch.setattr(Evaluator, "calibrate", killed)
     with pytest.raises(Interrupted):
         stage(name, *keys, f"out={run}")
-    monkeypatch.setattr(adaptive._Measured, "calibrate", calibrate)
+    monkeypatch.setattr(Evaluator, "calibrate", calibrate)
     again = stage(name, *keys, f"out={run}")
     for key in ("calibration", "adaptive_budgets"):
         assert again[key] == whole[key], key
@@ -247,7 +252,7 @@ def test_a_table_that_counts_other_routers(chain, routed, tmp_path, capsys):
 @pytest.mark.parametrize("better, counted, said", [(-1.0, True, True), (1.0, True, False), (-1.0, False, False)])
 def test_where_routing_costs_more_than_it_saves_it_is_said(chain, routed, tmp_path, monkeypatch, capsys, better, counted, said):
     table = write_table(routed / "static", tmp_path / "latency.json", routed=counted)
-    monkeypatch.setattr(adaptive, "_better", lambda row, learner: better)
+    monkeypatch.setattr(training, "better", lambda row, kv_policy: better)
     keys = [f"latency={table}", "trainer.max_steps=1", f"out={tmp_path}/out"]
     stage("router", *adaptive_keys(chain, routed), *keys)
     assert ("routing costs more than it saves" in capsys.readouterr().out) is said

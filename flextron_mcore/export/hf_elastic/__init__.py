@@ -42,7 +42,7 @@ def write(job: Job) -> dict[str, Any]:
     declared = family_of_model(info.model, info.hf_config)
     if declared.classes is None:
         raise FlextronError(f"format=hf_elastic: {declared.name} has no class that holds every sub-network: use format=hf")
-    family, routers = on_main_process(lambda: build_family(info, job.dtype, job.settings))
+    family = on_main_process(lambda: build_family(job))
     hf.write(replace(job, settings=None))
 
     def finished() -> dict[str, Any]:
@@ -65,9 +65,8 @@ def write(job: Job) -> dict[str, Any]:
         for name in (*_COMMON, modeling):
             shutil.copyfile(_CODE / f"{name}.py", out / f"{name}.py")
         write_family(out / FAMILY_FILE, family)
-        if routers is not None:
-            tensors = {name: tensor.detach().float().contiguous() for name, tensor in routers.state_dict().items()}
-            save_file(tensors, out / ROUTERS_FILE, metadata={"format": "pt"})
+        if job.token_routers is not None:
+            save_file(job.token_routers[1], out / ROUTERS_FILE, metadata={"format": "pt"})
         (out / "README.md").write_text(_card(job, architecture, family), encoding="utf-8")
         write_json(out / "config.json", config)
         found = figures(out, "hf_elastic", architecture, count_parameters(info.model))

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flextron_mcore.adaptive.routers import AdaptiveRouters
 from flextron_mcore.checkpoint.reader import TensorReader
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
+from flextron_mcore.export.formats import Job
 from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.routers.store import TABLE_FILE, RouterInfo, kind_of_routers, read_routers
+from flextron_mcore.routers.store import TABLE_FILE, kind_of_routers
 from flextron_mcore.selection.router import BIN, WITHIN, RouterSelector
 from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.selection.trained import trained_selector
@@ -42,16 +42,14 @@ class _Networks:
         return self.numbers.setdefault(net, len(self.numbers))
 
 
-def build_family(
-    info: CheckpointInfo, dtype: str, settings: HfElasticSettings | None
-) -> tuple[dict[str, Any], AdaptiveRouters | None]:
-    """The contents of flextron_family.json, and the checkpoint's adaptive routers if it has such.
+def build_family(job: Job) -> dict[str, Any]:
+    """The contents of flextron_family.json. Raises FlextronError.
 
-    dtype: of the export, which memory is counted in. settings None: the routers answer budgets if the checkpoint has any, else
-    the uniform networks. Raises FlextronError.
+    Without settings of the format, the routers answer budgets if the checkpoint has any, else the uniform networks.
     """
+    info, dtype = job.info, job.dtype
     blocks = Choices(info.model, info.space)
-    settings = settings or HfElasticSettings(selector="router", latency=None, kv_cache=CacheSettings())
+    settings = job.settings or HfElasticSettings(selector="router", latency=None, kv_cache=CacheSettings())
     name = settings.selector
     kind = kind_of_routers(info.path) if info.path else None
     if name == "router" and kind is None:
@@ -59,7 +57,7 @@ def build_family(
     if name != "router" and name not in _SELECTORS:
         known = ", ".join(["router", *_SELECTORS])
         raise FlextronError(f"selector={name}: format=hf_elastic tabulates the answers to every budget, which it can for {known}")
-    table = _latency_table(info, settings.latency)
+    table = latency_table(info, settings.latency)
     kv = settings.kv_cache
     memory = {"batch_size": kv.batch_size, "length": kv.length or info.model.max_position_embeddings}
     costs = {"latency": table.cost()} if table else {}
@@ -70,8 +68,7 @@ def build_family(
     networks = _Networks()
     given = [_given(info, Path(file)) for file in settings.networks]
     answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
-    adaptive, adaptive_routers = _adaptive(info, blocks, kind, costs, table)
-    values = {
+    return {
         "format": FORMAT_VERSION,
         "model": info.model.to_dict(),
         "space": info.space.to_dict(),
@@ -83,12 +80,11 @@ def build_family(
         "latency": {"machine": dict(table.machine), "setting": dict(table.setting)} if table else None,
         "memory": {"dtype": dtype, "bytes_a_number": DTYPE_BYTES[dtype], **memory},
         "ranges": {cost: list(pair) for cost, pair in ranges.items()},
-        "adaptive": adaptive,
+        "adaptive": job.token_routers and job.token_routers[0],
         "modulation": _modulation(info),
         "answers": answers,
         "networks": [_row(net) for net in networks.numbers],
     }
-    return values, adaptive_routers
 
 
 def write_family(file: Path, values: Mapping[str, Any]) -> None:
@@ -114,7 +110,8 @@ def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNe
     return networks
 
 
-def _latency_table(info: CheckpointInfo, latency: Any) -> LatencyTable | None:
+def latency_table(info: CheckpointInfo, latency: str | None) -> LatencyTable | None:
+    """The table `latency` (a file, or a directory with one), or else the one beside the routers."""
     if latency is None and (info.path is None or not (info.path / TABLE_FILE).is_file()):
         return None
     file = Path(latency or info.path)
@@ -142,29 +139,6 @@ def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork
         if not steps or steps[-1][1] != networks.number(net):
             steps.append([limit, networks.number(net)])
     return {"steps": steps, "given": more}
-
-
-def _adaptive(
-    info: CheckpointInfo, blocks: Choices, kind: str | None, costs: Mapping[str, Cost], table: LatencyTable | None
-) -> tuple[dict[str, Any] | None, AdaptiveRouters | None]:
-    if kind != "adaptive":
-        return None, None
-    described: RouterInfo
-    described, routers = read_routers(info.path, blocks, "adaptive")
-    if not described.calibration or described.costs[0] not in costs:
-        return None, None  # their training did not end, or their table is not at hand
-    # What tokens' choices cost, by KV policy, where that is not a network's sum: as they were calibrated.
-    counted = {}
-    if table and described.costs[0] == "latency":
-        for policy in table.routed:
-            cost = table.routed_cost(policy)
-            counted[policy] = {**_sums(cost), "mixed": list(map(list, cost.overhead.values())), "tokens": cost.tokens}
-    return {
-        "cost": described.costs[0],
-        "kv_policy": described.kv_policy,
-        "calibration": [list(pair) for pair in described.calibration],
-        "counted": counted,
-    }, routers
 
 
 def _modulation(info: CheckpointInfo) -> list[list[list[float]]]:

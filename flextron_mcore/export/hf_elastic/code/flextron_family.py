@@ -140,22 +140,21 @@ class Family:
         return total
 
     def average(self, name, shares, kv_policy):
-        """A token's average cost where tokens choose for themselves; shares: for each block those of its candidates.
+        """Average cost of tokens that choose for themselves; shares: for each block, of tokens at each of its levels.
 
-        As flextron_mcore/adaptive/evaluation.py counts it: where the latency of such blocks was measured, with it.
+        As TokenCost of flextron_mcore/adaptive/usage.py, with the routing overhead where it was measured.
         """
-        static = self.costs[name]
-        counted = self.adaptive["counted"].get(kv_policy, static) if name == self.adaptive["cost"] else static
-        sizes = (self.space["heads"], self.space["ffn_hidden_size"])
-        total = counted["constant"]
+        cost = self.costs[name]
+        if name == self.adaptive["cost"]:
+            cost = self.adaptive["token_costs"].get(kv_policy, cost)
+        total = cost["constant"]
         for i, row in enumerate(shares):
-            axis = i % 2
-            costs = (counted["heads"], counted["ffn_hidden_size"])[axis]
-            row = row[: len(costs)]  # rows are padded
-            total += sum(share * value for share, value in zip(row, costs, strict=True))
-            if each := counted.get("mixed"):  # milliseconds a unit of routing overhead
-                overhead = _routing_overhead(row, sizes[axis], counted["tokens"])
-                total += sum(x * much for x, much in zip(each[axis], overhead, strict=True))
+            axis = ("heads", "ffn_hidden_size")[i % 2]
+            row = row[: len(cost[axis])]  # rows are padded
+            total += sum(share * value for share, value in zip(row, cost[axis], strict=True))
+            if overhead := cost.get("overhead"):
+                amounts = _overheads(row, self.space[axis], cost["tokens"])
+                total += sum(amount * value for amount, value in zip(amounts, overhead[axis], strict=True))
         return total
 
     # Budgets.
@@ -240,8 +239,8 @@ class Family:
         return min(points, key=lambda point: abs(point[1] - share))[0]
 
 
-def _routing_overhead(row, sizes, tokens):
-    """Units of routing overhead of a block, as flextron_mcore/adaptive/cost.py counts them. row: shares of the levels."""
+def _overheads(row, sizes, tokens):
+    """Amounts of routing overhead of a block, as in flextron_mcore/adaptive/usage.py. row: share of tokens at each level."""
     occurs = lambda share: 1 - (1 - share) ** tokens  # noqa: E731
     above, before = 0.0, 0
     for level, size in enumerate(sizes):

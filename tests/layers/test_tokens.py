@@ -9,9 +9,11 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from flextron_mcore.choosing import set_subnetwork, use_subnetwork
-from flextron_mcore.layers import dispatch, linear, routed_attention
-from flextron_mcore.layers.dispatch import KV_POLICIES
-from flextron_mcore.layers.routed_layer import RoutedLayer
+from flextron_mcore.layers import linear
+from flextron_mcore.layers.tokens import attention as token_attention
+from flextron_mcore.layers.tokens import levels as token_levels
+from flextron_mcore.layers.tokens.layer import RoutedLayer
+from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 from tests.layers.test_equality import ATTENTION, KINDS, case
@@ -89,8 +91,8 @@ def gradients(model: torch.nn.Module, logits: torch.Tensor) -> dict[str, torch.T
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("kind", KINDS)
 def test_dispatch_is_the_masked_oracle(kind, attention, kv_policy, dense, monkeypatch):
-    for module in (dispatch, routed_attention):
-        monkeypatch.setattr(module, "on_gpu", lambda x: dense)
+    for module in (token_levels, token_attention):
+        monkeypatch.setattr(module, "waits_are_expensive", lambda x: dense)
     arch, space = case(kind, attention)
     model, (tokens, positions) = toy.model(arch, space), toy.inputs()
     for seed, least in ((0, 0), (1, -1)):  # without and with padding
@@ -119,7 +121,7 @@ def test_queries_in_parts_and_weights_where_they_lie(batch, attention, kv_policy
     expected = oracle(model, levels, space, kv_policy, tokens, positions)
     wanted = gradients(model, expected)
     for least, few in ((3, 0), (5, 512), (64, 0)):
-        monkeypatch.setattr(routed_attention, "_LEAST", least)
+        monkeypatch.setattr(token_attention, "_LEAST", least)
         monkeypatch.setattr(linear, "_FEW", few)
         with use_subnetwork(model, Fixed(levels, kv_policy, sizes)):
             with torch.no_grad():
@@ -170,8 +172,8 @@ def decoded(model: torch.nn.Module, routing: Fixed, tokens: torch.Tensor, positi
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_decoding_is_prefill(kind, attention, kv_policy, dense, monkeypatch):
-    for module in (dispatch, routed_attention):
-        monkeypatch.setattr(module, "on_gpu", lambda x: dense)
+    for module in (token_levels, token_attention):
+        monkeypatch.setattr(module, "waits_are_expensive", lambda x: dense)
     arch, space = case(kind, attention)
     model, (tokens, positions) = toy.model(arch, space), toy.inputs()
     levels, sizes = levels_of(space, arch.num_layers, 5)

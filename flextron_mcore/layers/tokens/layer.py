@@ -1,6 +1,6 @@
-"""Token routing of a layer: its two blocks computed with a level for every token (layers/dispatch.py).
+"""Token routing of a layer: its two blocks computed with a level for every token.
 
-Shape suffixes: S sequence, B batch, C hidden channels, F neurons of this rank, f those of a step, K candidates, h heads.
+Shape suffixes: S sequence, B batch, C hidden channels, N blocks, K candidates.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.dispatch import BlockRouting, Leading, by_level
-from flextron_mcore.layers.routed_attention import routed_attention
+from flextron_mcore.layers.rows import PrefixRows
 from flextron_mcore.layers.state import Output
+from flextron_mcore.layers.tokens.attention import routed_attention
+from flextron_mcore.layers.tokens.levels import BlockRouting, by_level
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the core layers do not import token routing, nor the reverse at run time
     from flextron_mcore.layers.attention import ElasticSelfAttention
     from flextron_mcore.layers.mlp import ElasticMLP
 
@@ -36,8 +37,7 @@ class RoutedLayer:
         """Each token with the heads of its own level."""
         if attention_mask is not None:
             raise FlextronError("routing token by token knows the causal mask only: attention_mask must be None")
-        levels_SB = self.of_attention.levels(hidden_states, module.config.sequence_parallel)
-        return routed_attention(module, self.of_attention, hidden_states, levels_SB, *args, **kwargs)
+        return routed_attention(module, self.of_attention, hidden_states, *args, **kwargs)
 
     def mlp(self, module: ElasticMLP, hidden_states: Tensor) -> Output:
         """Each token with the neurons of its own level."""
@@ -52,51 +52,49 @@ class RoutedLayer:
         ranges = [(edges[step.first], edges[step.last + 1]) for step in steps]
         parts = [part for low, high in ranges for part in module.rows(high, channels, low)]
         counts = [step.count for step in steps]
-        products = module.linear_fc1(
-            hidden_states, *parts, rows=Leading(order, [count for count in counts for _ in range(module.parts)])
-        )
+        rows = PrefixRows(order, [count for count in counts for _ in range(module.parts)])
+        hidden = [module.observe(h) for h in module.activated(module.linear_fc1(hidden_states, *parts, rows=rows))]
         columns = [module.columns(high, channels, low) for low, high in ranges]
-        hidden = [module.observe(h) for h in module.activated(products)]
-        return module.linear_fc2(hidden, columns, Leading(order, counts), levels_SB.shape)
+        return module.linear_fc2(hidden, columns, PrefixRows(order, counts), levels_SB.shape)
 
 
-class GivenLevels:
-    """Routing by levels [N blocks, S, B] that are given: of all tokens of a micro-batch, of which a pass takes the next ones.
+class FixedLevels:
+    """TokenRouting by fixed levels [N, S, B] of all tokens of a micro-batch, of which a pass takes the next ones.
 
-    For timing and tests. also: called with what enters a block, as routers are that would find the levels.
+    For timing and tests. router: called with a block's number and input, for the work of the routers that would find the levels.
     """
 
     def __init__(
-        self, levels_NSB: Tensor, kv_policy: str = "full", also: Callable[[int, Tensor], object] = lambda index, hidden: None
+        self, levels_NSB: Tensor, kv_policy: str = "full", router: Callable[[int, Tensor], object] = lambda block, hidden: None
     ) -> None:
-        self.levels_NSB, self.kv_policy, self.also = levels_NSB, kv_policy, also
+        self.levels_NSB, self.kv_policy, self.router = levels_NSB, kv_policy, router
         self.begin()
 
     def begin(self, number: int = 0, counted_BS: Tensor | None = None) -> None:
-        """From the first token on."""
+        """Start from the first token."""
         self.position = [0] * len(self.levels_NSB)
 
     def layer(self, index: int) -> RoutedLayer:
-        """The levels of a layer's blocks."""
-        return RoutedLayer(_GivenBlock(self, 2 * index), _GivenBlock(self, 2 * index + 1))
+        """Routing of a layer."""
+        return RoutedLayer(_FixedBlock(self, 2 * index), _FixedBlock(self, 2 * index + 1))
 
 
 @dataclass(frozen=True)
-class _GivenBlock:
-    given: GivenLevels
-    index: int
+class _FixedBlock:
+    fixed: FixedLevels
+    block: int
     masked: ClassVar[bool] = False
 
     @property
     def kv_policy(self) -> str:
-        return self.given.kv_policy
+        return self.fixed.kv_policy
 
     def levels(self, hidden_SBC: Tensor, sequence_parallel: bool) -> Tensor:
-        self.given.also(self.index, hidden_SBC)
+        self.fixed.router(self.block, hidden_SBC)
         length = len(hidden_SBC) * (parallel_state.get_tensor_model_parallel_world_size() if sequence_parallel else 1)
-        start = self.given.position[self.index]
-        self.given.position[self.index] = start + length
-        return self.given.levels_NSB[self.index, start : start + length]
+        start = self.fixed.position[self.block]
+        self.fixed.position[self.block] = start + length
+        return self.fixed.levels_NSB[self.block, start : start + length]
 
     def masks(self, levels_SB: Tensor) -> Tensor:
-        raise NotImplementedError("given levels have no gradient")
+        raise NotImplementedError("fixed levels have no gradient")

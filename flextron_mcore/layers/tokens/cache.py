@@ -1,4 +1,4 @@
-"""The KV cache of a block of heads with `kv_policy=own`: only what is used is kept.
+"""KV cache of a block of heads with `kv_policy=own`: only used keys and values are kept.
 
 Shape suffixes: B batch, n participants of a sequence, T keys, g KV groups of the block, H channels of a head.
 """
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flextron_mcore.layers.dispatch import Participants
+from flextron_mcore.layers.tokens.levels import Participants
 
 
 @dataclass
 class OwnCache:
     """Keys and values of one block of heads, of the tokens that take part in it only.
 
-    counts_B: how many of each sequence there are. same: that number where all sequences have it. The room grows with the longest.
+    counts_B: how many each sequence has. same: that number where all sequences have it. The room grows with the longest.
     """
 
     counts_B: Tensor

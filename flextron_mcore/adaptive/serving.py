@@ -1,0 +1,119 @@
+"""Adaptive routers of a checkpoint at one budget, for commands that evaluate or generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from flextron_mcore.adaptive.assessment import levels_by_domain
+from flextron_mcore.adaptive.calibration import target_for
+from flextron_mcore.adaptive.evaluation import evaluate_routed
+from flextron_mcore.adaptive.routers import AdaptiveRouters
+from flextron_mcore.adaptive.routing import AdaptiveRouting
+from flextron_mcore.adaptive.store import read_adaptive_routers
+from flextron_mcore.adaptive.table import token_cost, warn_of_routed
+from flextron_mcore.adaptive.usage import TokenCost
+from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choices import Choices
+from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import Budget
+from flextron_mcore.data.blend import PreparedData, valid_datasets
+from flextron_mcore.evaluation.perplexity import mean, perplexity
+from flextron_mcore.layers.tokens.levels import KV_POLICIES
+from flextron_mcore.model import loaded_model
+from flextron_mcore.runs.choice import budgets, known_costs, latency_table
+from flextron_mcore.runs.output import discard, new_output, write_metrics
+from flextron_mcore.runs.terminal import print_table, progress_bar, say
+from flextron_mcore.runtime.distributed import device
+
+
+@dataclass(frozen=True)
+class RoutersAtBudget:
+    """Routers that spend a budget on average."""
+
+    choices: Choices
+    routers: AdaptiveRouters
+    target_C: torch.Tensor
+    kv_policy: str
+    budget: Budget
+    cost: TokenCost
+
+    @property
+    def budget_share(self) -> float:
+        """The budget, as a share of the full model's cost."""
+        return self.budget.limit / self.budget.cost.full
+
+    def routing(self) -> AdaptiveRouting:
+        """A new routing, which has counted no tokens."""
+        return AdaptiveRouting(self.routers, self.target_C, self.kv_policy)
+
+    def share(self, share_NK: np.ndarray) -> float:
+        """Cost of a token at these shares of levels, as a share of the full model's cost."""
+        return self.cost.average(self.choices, share_NK) / self.budget.cost.full
+
+
+def routers_at_budget(settings: DictConfig, info: CheckpointInfo) -> RoutersAtBudget:
+    """The checkpoint's adaptive routers at settings.budget. Raises FlextronError where it has none, or they do not serve that."""
+    choices, table = Choices(info.model, info.space), latency_table(settings, info)
+    described, routers = read_adaptive_routers(info.path, choices)
+    if settings.budget is None or getattr(settings, "subnetwork", None) is not None:
+        raise FlextronError("selector=adaptive: wants a budget=, and no subnetwork=")
+    policy = settings.kv_policy or described.kv_policy
+    if policy not in KV_POLICIES:
+        raise FlextronError(f"kv_policy={policy!r} is not known: use one of {', '.join(KV_POLICIES)}")
+    budget, *others = budgets(settings.budget, known_costs(settings, info, table))
+    if others or budget.cost.name != described.costs[0]:
+        raise FlextronError(
+            f"budget={settings.budget}: the checkpoint's adaptive routers serve one budget, of {described.costs[0]}"
+        )
+    target_C = torch.ones(len(described.costs))
+    target_C[0] = target_for(described.calibration, budget.limit / budget.cost.full)
+    warn_of_routed(table, [budget.cost], policy, say)
+    cost = token_cost(budget.cost, table, policy)
+    return RoutersAtBudget(choices, routers.to(device()).eval(), target_C, policy, budget, cost)
+
+
+def evaluate_adaptive(
+    settings: DictConfig, info: CheckpointInfo, data: PreparedData, computed: str, seq_length: int
+) -> dict[str, Any]:
+    """Loss, perplexity and average cost of a checkpoint's adaptive routers at a budget, by domain."""
+    at = routers_at_budget(settings, info)
+    with new_output(settings) as out:
+        datasets = valid_datasets(data, seq_length, settings.seed, out / "cache")
+        model, size = loaded_model(settings.model, info, computed), settings.model.micro_batch_size
+        samples = settings.limit_val_batches and settings.limit_val_batches * size
+        with progress_bar(total=len(datasets), desc="evaluate") as bar:
+            found = evaluate_routed(model, datasets, at.routing, seq_length, size, samples, lambda done: bar.update())
+        discard(out / "cache")
+        losses = {domain: row.loss for domain, row in found.items()}
+        shares = {domain: at.share(row.share_NK) for domain, row in found.items()}
+        metrics = write_metrics(
+            out,
+            "evaluate",
+            {
+                "loss": losses,
+                "perplexity": {domain: perplexity(loss) for domain, loss in losses.items()},
+                "mean": {"loss": mean(losses), "perplexity": perplexity(mean(losses))},
+                "cost": at.budget.cost.name,
+                "full_cost": at.budget.cost.full,
+                "budget": at.budget_share,
+                "kv_policy": at.kv_policy,
+                "shares": shares,
+                "share": mean(shares),
+                "levels": levels_by_domain(at.choices, found),
+                "dtype": settings.trainer.precision or info.dtype,
+                "model": info.model.to_dict(),
+                "space": info.space.to_dict(),
+            },
+        )
+    print_table(
+        f"validation loss (nats per token) and the average share of the full model's {at.budget.cost.name}, at a budget of "
+        f"{at.budget_share:.3f}",
+        ["", *datasets, "mean"],
+        [["loss", *losses.values(), mean(losses)], ["share", *shares.values(), mean(shares)]],
+    )
+    return metrics

@@ -1,0 +1,51 @@
+"""Adaptive routers in a checkpoint's directory, in the files of routers/store.py beside the static ones they started from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flextron_mcore.adaptive.routers import AdaptiveRouters
+from flextron_mcore.choices import Choices
+from flextron_mcore.config import FlextronError
+from flextron_mcore.routers.static import StaticRouters
+from flextron_mcore.routers.store import RouterInfo, opened_routers, static_part
+
+
+@dataclass(frozen=True)
+class AdaptiveInfo(RouterInfo):
+    """Description of trained adaptive routers.
+
+    kv_policy: that they were trained with (layers/tokens/levels.py). calibration: (target, average share of the first cost) on
+    training data, by which a budget finds its target.
+    """
+
+    kind: str = "adaptive"
+    kv_policy: str = "full"
+    calibration: tuple[tuple[float, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for routers.json."""
+        return {**super().to_dict(), "kv_policy": self.kv_policy, "calibration": [list(pair) for pair in self.calibration]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdaptiveInfo:
+        """The reverse of `to_dict`."""
+        calibration = tuple((float(target), float(share)) for target, share in values["calibration"])
+        return replace(super().from_dict(values), kv_policy=values["kv_policy"], calibration=calibration)
+
+
+def read_adaptive_routers(folder: Path, choices: Choices) -> tuple[AdaptiveInfo, AdaptiveRouters]:
+    """The adaptive routers of the checkpoint in `folder`. Raises FlextronError where it has none or they cannot be read."""
+    with opened_routers(folder) as (values, weights):
+        if values["kind"] != "adaptive":
+            raise FlextronError(
+                f"checkpoint={folder}: its routers are {values['kind']}: train adaptive ones with `flextron router kind=adaptive`"
+            )
+        info, static = AdaptiveInfo.from_dict(values), static_part(weights)
+        start = StaticRouters(choices, len(info.costs), static["shift_NU"].shape[-1])
+        routers = AdaptiveRouters(choices, len(info.costs), info.hidden_size, start)
+        routers.load_state_dict(weights)
+    return info, routers

@@ -1,0 +1,153 @@
+"""Training of adaptive routers by `flextron router kind=adaptive`, and with the model by `flextron joint`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from flextron_mcore.adaptive.assessment import Evaluator
+from flextron_mcore.adaptive.learner import AdaptiveLearner
+from flextron_mcore.adaptive.routers import AdaptiveRouters
+from flextron_mcore.adaptive.store import AdaptiveInfo, read_adaptive_routers
+from flextron_mcore.adaptive.table import RoutedTable, token_cost, warn_of_routed
+from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
+from flextron_mcore.choices import Choices
+from flextron_mcore.config import FlextronError
+from flextron_mcore.data.blend import PreparedData, train_dataset, valid_datasets
+from flextron_mcore.layers.tokens.levels import KV_POLICIES
+from flextron_mcore.model import loaded_model
+from flextron_mcore.routers.store import read_routers
+from flextron_mcore.runs.choice import check_table, known_costs, latency_table
+from flextron_mcore.runs.opened import check_not_modulated
+from flextron_mcore.runs.output import discard, write_metrics
+from flextron_mcore.runs.resume import resumable_output
+from flextron_mcore.runs.routers import validation_targets
+from flextron_mcore.runs.terminal import print_table, say
+from flextron_mcore.runtime.distributed import device
+from flextron_mcore.training.checks import check
+from flextron_mcore.training.loop import Phase, train
+
+MOST_HIDDEN = 128  # units of a router
+
+
+def train_adaptive(settings: DictConfig, info: CheckpointInfo, data: PreparedData) -> dict[str, Any]:
+    """Train, calibrate, evaluate beside the static routers' choices, and write metrics.json."""
+    check_not_modulated(info)
+    learner = _learner(settings, info)
+    cost, policy = learner.costs[0], learner.info.kv_policy
+    targets = validation_targets(settings.validation_targets, cost, learner.info.ranges[0])
+    seq_length = check(settings, info, data, 1 + settings.targets_per_step)
+    with resumable_output(settings, info, data) as out:
+        cache, samples = out / "cache", settings.adaptive.calibration_samples
+        training = train_dataset(data, seq_length, samples, settings.seed, cache, settings.data_weights)
+        limit = settings.trainer.limit_val_batches
+        evaluator = Evaluator(
+            learner,
+            {"train": training},
+            samples,
+            valid_datasets(data, seq_length, settings.seed, cache),
+            limit and limit * settings.model.global_batch_size,
+            seq_length,
+            settings.model.micro_batch_size,
+        )
+        phase = Phase(
+            networks=lambda step: [None, *learner.networks(step)],
+            validation=lambda step: {"full": None, **{f"adaptive {s:g}": learner.routing(learner.target(s)) for s in targets}},
+            learner=learner,
+            frozen=settings.stage == "router",
+            after={settings.trainer.max_steps: evaluator.calibrate},
+        )
+        figures = train(settings, out, info, data, phase, seq_length)
+        model = loaded_model(settings.model, open_checkpoint(list_checkpoints(out)[-1]), settings.trainer.precision)
+        rows = evaluator.budgets(model, targets)
+        more = {
+            "full_loss": evaluator.losses(model, None),
+            "token_costs": evaluator.token_costs(model, rows[len(rows) // 2]["target"], data),
+        }
+        discard(cache)
+        _print(rows, cost.name)
+        if learner.token_costs[policy][0].overhead and all(better(row, policy) < 0 for row in rows):
+            say(f"{settings.stage}: at these budgets routing costs more than it saves: the static choice serves them better")
+        described = {"kind": "adaptive", "costs": list(learner.info.costs), "kv_policy": policy}
+        found = {"routers": described, "calibration": learner.info.calibration, "adaptive_budgets": rows}
+        return write_metrics(out, settings.stage, {**figures, **found, **more})
+
+
+def better(row: Mapping[str, Any], kv_policy: str) -> float:
+    """Loss by which the adaptive choice at a budget is below the static one."""
+    return row["static"]["mean_loss"] - row["adaptive"][kv_policy]["mean_loss"]
+
+
+def _print(rows: list[dict[str, Any]], cost: str) -> None:
+    kinds = ["static", *rows[0]["adaptive"]]
+    print_table(
+        f"validation loss (nats per token), and the average share of the full model's {cost} that was spent",
+        ["budget", *(text for kind in kinds for text in (kind, "share")), "better by"],
+        [
+            [f"{row['target']:g}", *(x for part in (row["static"], *row["adaptive"].values()) for x in _pair(part))]
+            + [better(row, kinds[1])]
+            for row in rows
+        ],
+    )
+
+
+def _pair(row: Mapping[str, Any]) -> tuple[float, float]:
+    return row["mean_loss"], row["share"]
+
+
+def _learner(settings: DictConfig, info: CheckpointInfo) -> AdaptiveLearner:
+    """New routers that start from the static ones of the checkpoint, or its adaptive ones if these are to go on learning."""
+    if settings.adaptive.calibration_samples < 1 or settings.targets_per_step < 1:
+        raise FlextronError("adaptive.calibration_samples and targets_per_step must be at least 1")
+    choices, table = Choices(info.model, info.space), latency_table(settings, info)
+    check_table(table)
+    known = known_costs(settings, info, table)
+    if settings.stage == "joint":
+        described, routers = read_adaptive_routers(info.path, choices)
+        described, surrogate = replace(described, evaluated=()), None  # losses of another model, once this one has learned
+    else:
+        described, routers = _new_routers(settings, info, choices)
+        surrogate = settings.surrogate if settings.adaptive.surrogate else None
+        routed = RoutedTable.read(table, described.kv_policy) if table else None
+        if routed and routed.hidden_size != described.hidden_size:
+            say(
+                f"router: warning: the latency table counts routers with {routed.hidden_size} hidden units, "
+                f"not adaptive.hidden_size={described.hidden_size}"
+            )
+    if missing := [name for name in described.costs if name not in known]:
+        raise FlextronError(f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
+    costs = [known[name] for name in described.costs]
+    warn_of_routed(table, costs, described.kv_policy, say)
+    return AdaptiveLearner(
+        choices,
+        costs,
+        described,
+        settings.adaptive,
+        settings.targets_per_step,
+        settings.seed,
+        settings.trainer.max_steps,
+        routers.to(device()),
+        settings.model.sequence_parallel,
+        {policy: [token_cost(cost, table, policy) for cost in costs] for policy in KV_POLICIES},
+        table.to_dict() if table else None,
+        surrogate,
+    )
+
+
+def _new_routers(settings: DictConfig, info: CheckpointInfo, choices: Choices) -> tuple[AdaptiveInfo, AdaptiveRouters]:
+    hidden_size = settings.adaptive.hidden_size
+    if settings.kv_policy not in KV_POLICIES:
+        raise FlextronError(f"kv_policy={settings.kv_policy!r} is not known: use one of {', '.join(KV_POLICIES)}")
+    if not 1 <= hidden_size <= MOST_HIDDEN:
+        raise FlextronError(f"adaptive.hidden_size={hidden_size} is not within 1..{MOST_HIDDEN}")
+    static, start = read_routers(info.path, choices)
+    described = AdaptiveInfo(
+        static.costs, static.ranges, hidden_size, static.memory, evaluated=static.evaluated, kv_policy=settings.kv_policy
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return described, AdaptiveRouters(choices, len(static.costs), hidden_size, start)

@@ -1,0 +1,272 @@
+"""Attention in which every token uses the heads of its own level.
+
+Heads are computed in blocks: block k holds those that level k has and level k - 1 has not, and is computed for the tokens of
+level k or higher, its participants. With `kv_policy=full` all tokens write keys and values for all heads, and only queries and
+the output projection are routed. With `own`, and whole KV groups as units, the participants write keys and values too, and
+attend to each other only: causal attention over the sub-sequence that they form, at its tokens' own positions.
+
+Shape suffixes: S sequence, B batch, N tokens (S*B), n participants of a sequence, T keys, G KV groups of this rank, g those of a
+block, h query heads of a block, H channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.layers.linear import Selection
+from flextron_mcore.layers.rows import PrefixRows, RowIndex, put_rows, take_rows
+from flextron_mcore.layers.state import Output
+from flextron_mcore.layers.tokens.cache import OwnCache
+from flextron_mcore.layers.tokens.heads import Position, Run, head_blocks, level_of_heads, runs
+from flextron_mcore.layers.tokens.levels import BlockRouting, Participants, falling, waits_are_expensive
+
+if TYPE_CHECKING:  # the core layer does not import token routing, nor the reverse at run time
+    from flextron_mcore.layers.attention import ElasticSelfAttention
+
+_PARTS, _LEAST = 8, 64  # of the queries of a block of heads: how many parts, and how many queries in each
+
+
+def routed_attention(
+    module: ElasticSelfAttention,
+    routing: BlockRouting,
+    hidden_states: Tensor,
+    key_value_states: Tensor | None = None,
+    inference_context: Any = None,
+    rotary_pos_emb: Any = None,
+    inference_params: Any = None,
+    **kwargs: Any,
+) -> Output:
+    """Self-attention with the levels of `routing`: [S, B, C] -> ([S, B, C], bias or None). Arguments as Megatron-Core's."""
+    context = inference_context or inference_params
+    unsupported = [name for name in ("packed_seq_params", "attention_bias", "rotary_pos_cos") if kwargs.get(name) is not None]
+    if unsupported or (context is not None and not context.is_static_batching()) or module.config.apply_rope_fusion:
+        raise FlextronError(
+            "routing token by token does not support "
+            + (" and ".join(unsupported) or "dynamic batching and fused rotary embeddings")
+        )
+    levels_SB = routing.levels(hidden_states, module.config.sequence_parallel)
+    start = context.sequence_len_offset if context is not None else 0
+    rotary = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+    position = Position(start, len(levels_SB), rotary, hidden_states.dtype)
+    # With query heads as units a token uses all KV groups.
+    own = routing.kv_policy == "own" and module.space.attention_unit == "kv_group"
+    if routing.masked:
+        return _masked(module, routing, hidden_states, levels_SB, position, own)
+    present = runs(head_blocks(module), Participants.by_level(levels_SB, len(module.space.heads)))
+    computed = _Pass(module, hidden_states, levels_SB, position, present, context)
+    return computed.projected(computed.own_keys() if own else computed.all_keys())
+
+
+def _masked(
+    module: ElasticSelfAttention, routing: BlockRouting, hidden_states: Tensor, levels_SB: Tensor, position: Position, own: bool
+) -> Output:
+    """All heads of all tokens, times masks through which the levels get a gradient."""
+    query, key, value = module.get_query_key_value_tensors(hidden_states)
+    query, key = position.rotate(query, None), position.rotate(key, None)
+    level_h = level_of_heads(module, levels_SB.device)
+    hidden = hidden_keys(levels_SB, level_h) if own else None
+    recompute = module.checkpoint_core_attention and module.training
+    attend = module._checkpointed_attention_forward if recompute else module.core_attention
+    kind = AttnMaskType.causal if hidden is None else AttnMaskType.arbitrary
+    heads = attend(query, key, value, hidden, attn_mask_type=kind)
+    return module.linear_proj(heads, mask_h=routing.masks(levels_SB).index_select(-1, level_h))
+
+
+def hidden_keys(levels_SB: Tensor, level_h: Tensor) -> Tensor:
+    """Mask [B, heads, S, S] of the keys that a token must not see with own keys. level_h: that adds each head."""
+    position = torch.arange(len(levels_SB), device=levels_SB.device)
+    taken_hSB = levels_SB >= level_h[:, None, None]
+    # Every token sees itself: what does not take part is multiplied with zero afterwards, and must be a number.
+    allowed = taken_hSB.permute(2, 0, 1)[:, :, None, :] & (position <= position[:, None]) | (position == position[:, None])
+    return allowed.logical_not()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass of the block. present: the runs of heads that any token uses. context: Megatron-Core's cache, if there is one."""
+
+    module: ElasticSelfAttention
+    hidden_states: Tensor
+    levels_SB: Tensor
+    position: Position
+    present: list[Run]
+    context: BaseInferenceContext | None
+
+    def all_keys(self) -> list[Tensor]:
+        """Heads of each run [n, B, h, H], with keys and values of all tokens."""
+        module, present = self.module, self.present
+        size, group_size, (length, batch) = module.layout.size, module.layout.queries, self.levels_SB.shape
+        queries = [(run.block.groups, run.block.queries) for run in present]
+        joint = int(bool(present) and present[0].participants.rows is None)
+        groups = module.layout.groups
+        if self.context is None and present:  # no later tokens, which might want keys and values of heads that none uses here
+            groups = max(run.block.groups.stop for run in present)
+        # One product for what all tokens have: all keys and values, and the queries of the first run where they take part in it.
+        both = (slice(groups), slice(group_size, group_size + 2))
+        parts = [[both, *queries[:joint]], *([part] for part in queries[joint:])]
+        rows = RowIndex([None, *(run.participants.rows for run in present[joint:])])
+        shared, *products = module.linear_qkv(self.hidden_states, *map(self._rows, parts), rows=rows)
+        if joint:
+            shared, first = shared.tensor_split([2 * groups * size], -1)
+            products.insert(0, first)
+        key, value = self._keys_values(shared.view(length, batch, groups, 2, size))
+        out = []
+        for run, product in zip(present, products, strict=True):
+            block, found = run.block, run.participants
+            query = _normed(module.q_layernorm, product.view(len(found.index_nB), batch, product.shape[-1] // size, size))
+            query = self.position.rotate(query, None if found.rows is None else found.index_nB)
+            keys, values = key[:, :, block.groups], value[:, :, block.groups]
+            if found.rows is None:
+                out.append(_attend(module, query, keys, values, None))
+            elif waits_are_expensive(query):
+                out.append(self._attend_among_all(query, keys, values, found))
+            else:
+                out.append(_attend_up_to(module, query, keys, values, self.position.start + found.index_nB))
+        return out
+
+    def _keys_values(self, shared_SBG2H: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens so far, each [T, B, G, H]."""
+        module, context = self.module, self.context
+        partial = any(run.participants.rows is not None for run in self.present)
+        if context is None and partial and not waits_are_expensive(shared_SBG2H):
+            # A head's keys next to each other in memory: every part of its queries reads them.
+            key_BGSH, value_BGSH = shared_SBG2H.permute(3, 1, 2, 0, 4).contiguous()
+            key_BGSH = self.position.rotate_per_head(_normed(module.k_layernorm, key_BGSH))
+            return key_BGSH.permute(2, 0, 1, 3), value_BGSH.permute(2, 0, 1, 3)
+        key, value = shared_SBG2H.unbind(-2)
+        key = self.position.rotate(_normed(module.k_layernorm, key), None)
+        return (key, value) if context is None else _cached(module, context, key, value)
+
+    def own_keys(self) -> list[Tensor]:
+        """Heads of each run [n, B, h, H], with keys and values of its participants only."""
+        module, batch = self.module, self.levels_SB.shape[1]
+        size, group_size = module.layout.size, module.layout.queries
+        parts = [self._rows([(run.block.groups, slice(group_size + 2))]) for run in self.present]
+        rows = RowIndex([run.participants.rows for run in self.present])
+        products = module.linear_qkv(self.hidden_states, *parts, rows=rows) if self.present else []
+        out = []
+        for run, product in zip(self.present, products, strict=True):
+            found = run.participants
+            joined = product.view(len(found.index_nB), batch, -1, group_size + 2, size)
+            index = None if found.rows is None else found.index_nB
+            if waits_are_expensive(joined) and module.q_layernorm is None and module.k_layernorm is None:
+                both = self.position.rotate(joined[..., :-1, :], index)  # together: fewer kernels, but keys lie apart
+                query, key = both[..., :-1, :].flatten(2, 3), both[..., -1, :]
+            else:
+                parts = _normed(module.q_layernorm, joined[..., :-2, :]), _normed(module.k_layernorm, joined[..., -2:-1, :])
+                query, key = (self.position.rotate(x.flatten(2, 3), index) for x in parts)
+            # Filling follows a sequence's own participants, which therefore do not see it.
+            attend = self._attend_cached if self.context is not None else lambda _, *parts: _attend(module, *parts, None)
+            out.append(attend(run, query, key, joined[..., -1, :]))
+        return out
+
+    def _attend_cached(self, run: Run, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Core attention of a run, each of whose levels has a cache of its own: of the tokens that ever took part in it."""
+        module, blocks, group_size = self.module, head_blocks(self.module), self.module.layout.queries
+        nobody_B = torch.zeros(query.shape[1], dtype=torch.long, device=query.device)
+        caches = self.context.key_value_memory_dict.setdefault(module.layer_number, [OwnCache(nobody_B) for _ in blocks])
+        parts, first = [], run.block.groups.start
+        for level in run.levels:
+            of = slice(blocks[level].groups.start - first, blocks[level].groups.stop - first)
+            heads = slice(of.start * group_size, of.stop * group_size)
+            keys, values, mask = caches[level].append(run.participants, key[:, :, of], value[:, :, of])
+            parts.append(_attend(module, query[:, :, heads], keys, values, mask))
+        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+    def _attend_among_all(self, query: Tensor, key: Tensor, value: Tensor, participants: Participants) -> Tensor:
+        """Core attention of queries at their places among all tokens, with zeros in between: without a mask."""
+        (length, batch), tokens = self.levels_SB.shape, self.levels_SB.numel()
+        every_NhH = put_rows(query.flatten(0, 1), participants.rows, tokens)
+        heads = _attend(self.module, every_NhH.view(length, batch, *query.shape[2:]), key, value, None)
+        return take_rows(heads.flatten(0, 1), participants.rows).view(query.shape)
+
+    def projected(self, heads: list[Tensor]) -> Output:
+        """Output projection of each token's own heads."""
+        if heads and waits_are_expensive(heads[0]):
+            return self._projected_together(heads)
+        project, shape = self.module.linear_proj, self.levels_SB.shape
+        if not heads:  # padding only
+            nothing, none = project.weight.new_zeros(0, 0), PrefixRows(self.levels_SB.new_empty(0), [0])
+            return project([nothing], [self._columns(slice(0), slice(0))], none, shape)
+        # By falling level, so that what a run adds is added to the first tokens, where the sum lies.
+        found = [run.participants for run in self.present]
+        order = None if found[-1].rows is None else falling(self.levels_SB.flatten())
+        inputs = [those.ordered(values, order).flatten(1) for those, values in zip(found, heads, strict=True)]
+        parts = [self._columns(run.block.groups, run.block.queries) for run in self.present]
+        counts = [those.count for those in found]
+        return project(inputs, parts, PrefixRows(None if order is None else order[: counts[0]], counts), shape)
+
+    def _projected_together(self, heads: list[Tensor]) -> Output:
+        """Output projection as one product, with zeros for heads that a token has not."""
+        joined, tokens = [], self.levels_SB.numel()
+        for run, values_nBhH in zip(self.present, heads, strict=True):
+            found, (groups, queries) = run.participants, (run.block.groups, run.block.queries)
+            if found.count < found.valid_nB.numel():  # those that fill up have none of these heads
+                values_nBhH = values_nBhH.masked_fill(found.valid_nB.logical_not()[..., None, None], 0)
+            values_NhH = put_rows(values_nBhH.flatten(0, 1), found.rows, tokens)
+            shape = (groups.stop - (groups.start or 0), queries.stop - (queries.start or 0))
+            joined.append(values_NhH.unflatten(1, shape))
+        dim = 1 if self.module.space.attention_unit == "kv_group" else 2
+        values_NGQH = torch.cat(joined, dim) if len(joined) > 1 else joined[0]
+        last = self.present[-1].block
+        part = self._columns(slice(last.groups.stop), slice(last.queries.stop))
+        return self.module.linear_proj([values_NGQH.flatten(1)], [part], PrefixRows(None, [tokens]), self.levels_SB.shape)
+
+    def _rows(self, heads: list[tuple[slice, slice]]) -> tuple[Selection, Selection]:
+        channels = self.module.linear_qkv.weight.shape[1]
+        return self.module.layout.rows(heads, channels, channels)
+
+    def _columns(self, groups: slice, queries: slice) -> Selection:
+        channels = self.module.linear_proj.weight.shape[0]
+        return self.module.layout.columns(groups, queries, channels, channels)
+
+
+def _attend(module: ElasticSelfAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Core attention: [n, B, h, H], [T, B, g, H] x 2 -> [n, B, h, H]; mask None: causal, the last query sees all keys."""
+    kind = AttnMaskType.causal if mask is None else AttnMaskType.arbitrary
+    return module.core_attention(query, key, value, mask, attn_mask_type=kind).view(*query.shape)
+
+
+def _attend_up_to(module: ElasticSelfAttention, query: Tensor, key: Tensor, value: Tensor, last_nB: Tensor) -> Tensor:
+    """Core attention of queries that each see the keys up to a position of their own, `last`, which rises but for filling.
+
+    In parts, each with the keys that any of its queries sees: in one, half of the products would be useless.
+    """
+    count, length = len(query), len(key)
+    step = max(-(-count // _PARTS), _LEAST)
+    starts = range(0, count, step)
+    # The largest so far: what shorter sequences are filled up with may lie anywhere.
+    limits = last_nB.amax(1).cummax(0).values[[min(start + step, count) - 1 for start in starts]] + 1
+    # A query's row of the mask is a window of this: nothing hidden up to its position, then everything.
+    hidden = module.core_attention.as_mask(torch.arange(2 * length, device=last_nB.device) >= length)
+    first_Bn = length - 1 - last_nB.T
+    out = []
+    for start, limit in zip(starts, limits.tolist(), strict=True):
+        part = slice(start, start + step)
+        rows = first_Bn[:, part]
+        mask = hidden.unfold(0, limit, 1).index_select(0, rows.flatten()).view(len(rows), 1, -1, limit)
+        out.append(_attend(module, query[part], key[:limit], value[:limit], mask))
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def _cached(module: ElasticSelfAttention, context: BaseInferenceContext, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Add to Megatron-Core's cache of the layer; its keys and values up to now."""
+    memories, start = context.key_value_memory_dict, context.sequence_len_offset
+    if module.layer_number not in memories:
+        shape = context.max_sequence_length, context.max_batch_size, key.shape[-1], key.dtype
+        memories[module.layer_number] = tuple(module._allocate_memory(*shape) for _ in range(2))
+    end, batch = start + len(key), key.shape[1]
+    for memory, new in zip(memories[module.layer_number], (key, value), strict=True):
+        memory[start:end, :batch] = new
+    return tuple(memory[:end, :batch] for memory in memories[module.layer_number])
+
+
+def _normed(norm: torch.nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)

@@ -22,6 +22,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, memory_cost, parameter_cost
 from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.export.cut import cut, cut_config
+from flextron_mcore.export.formats import Job, get_format
 from flextron_mcore.latency.measure import Setting, measure
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.layers.weighted import WeightedNetwork
@@ -154,6 +155,15 @@ def test_it_is_cut(space, tmp_path, monkeypatch):
         for name, tensor in toy.memory_names(dense).items():
             tensor.copy_(tensors[name])
     torch.testing.assert_close(logits(dense, None), sliced, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hf", "trtllm", "gguf", "megatron"])
+def test_a_format_that_has_no_name_for_it_refuses(name, space, tmp_path):
+    info = open_checkpoint(toy.write(toy.model(ARCH, space), CheckpointInfo(ARCH, space), tmp_path / "run"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FlextronError, match=f"format={name}: .* tensor .*adapter"):
+        get_format(name).write(Job(info, SubNetwork.full(ARCH), tmp_path / "out"))
+    assert not [file for file in (tmp_path / "out").iterdir() if file.stat().st_size]
 
 
 def test_it_is_routed_statically():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from flextron_mcore.axes import added_tensors
 from flextron_mcore.checkpoint.reader import DTYPES
 from flextron_mcore.checkpoint.store import iteration_path
 from flextron_mcore.checkpoint.writer import LazyTensor, write_streaming, write_torch_dist
@@ -43,6 +44,8 @@ def write(job: Job) -> dict[str, Any]:
     empty directory, or a tokenizer directory without one.
     """
     info, net, out = job.info, job.net, job.out
+    if added := added_tensors():
+        raise FlextronError(f"format=megatron: Megatron-Core's own layers have no tensor {added[0].name}")
     model = _dense(info.model, net)
     layers = net.executed_layers
     widths = {(layer.num_attention_heads, layer.kv_groups) for layer in layers}

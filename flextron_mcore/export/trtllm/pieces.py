@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 
+from flextron_mcore.axes import added_tensors
 from flextron_mcore.checkpoint.safetensor_files import TensorFile
 from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.export.trtllm.plan import Plan
@@ -53,7 +54,8 @@ def stage_pieces(plan: Plan, stage: int) -> Iterator[Piece]:
     tied = model.share_embeddings_and_output_weights
     own, padded = (SubNetwork(plan.hidden_size, tuple(each[i] for i in numbers)) for each in (plan.layers, plan.slots))
     # A tied output layer is written too: whether TensorRT-LLM fills a missing one in depends on its release.
-    placed = of_network(replace(model, share_embeddings_and_output_weights=False), own, padded)
+    untied = replace(model, share_embeddings_and_output_weights=False)
+    placed = of_network(untied, own, padded, added_tensors())
     ends = {"before": stage == 0, "layer": True, "after": stage == plan.pp - 1}
     for mapped in _names(plan.style).map((each for each in placed if ends[each.tensor.place]), "format=trtllm"):
         each = mapped.placed

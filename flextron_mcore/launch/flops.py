@@ -24,7 +24,7 @@ from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 
-LARGE = 2.0  # as in training/router.py, which draws budgets whose mean is 1 / (1 + LARGE) of their range below its top
+LARGE = 2.0  # as in training/static.py, which draws budgets whose mean is 1 / (1 + LARGE) of their range below its top
 _TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of stages/router.py: shares of that range to validate at
 
 

@@ -148,7 +148,14 @@ class _Draft:
             self._set(name, _escaped(value) if literal else value, value)
 
     def set_text(self, name: str, text: str) -> None:
-        """Set a key as the user typed it."""
+        """Set a key as the user typed it, or several keys of a section: kv_cache={batch_size: 2, length: 16}."""
+        if text.startswith("{") and self._is_section(name, {}):
+            try:
+                section = yaml.safe_load(text)
+            except (yaml.YAMLError, ValueError):
+                raise FlextronError(f"{self.schema.stage}: {name}={text} must be a mapping, {{key: value, ...}}") from None
+            self.fill(functools.reduce(lambda inner, part: {part: inner}, reversed(name.split(".")), section), literal=True)
+            return
         owner, key, inner = find_key(self.schema, name)
         value = _item(text) if inner else parse(key, text)
         self._set(name, _escaped(value), value)

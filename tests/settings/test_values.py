@@ -105,6 +105,11 @@ def test_paths_have_their_home_expanded():
     assert compose("launch", ["container_mounts=[~/x:/x]", "cluster.account=a"]).container_mounts == [f"{home}/x:/x"]
 
 
+def test_a_section_may_be_given_at_once():
+    typed = ["checkpoint=a", "budget=0.5", "kv_cache={batch_size: 2, length: 16}"]
+    assert compose("select", typed) == compose("select", [*typed[:2], "kv_cache.batch_size=2", "kv_cache.length=16"])
+
+
 @pytest.mark.parametrize(
     "stage, typed, value",
     [
@@ -175,6 +180,8 @@ def test_other_values(stage, typed, value):
         ("elastic", "model.sequence_parallel=2x", "elastic: model.sequence_parallel=2x must be true or false"),
         ("elastic", "distillation.weight=1.5", "elastic: distillation.weight=1.5 must be within 0..1"),
         ("elastic", "trainer=3", "elastic: unknown key 'trainer'"),
+        ("elastic", "distillation={weigth: 0.5}", "elastic: unknown key 'distillation.weigth'"),
+        ("elastic", "distillation={weight", "elastic: distillation={weight must be a mapping"),
         ("elastic", "data_weights={code: x}", "elastic: data_weights={code: x} must be a mapping, each at least 0 or null"),
         ("elastic", "data_weights={code: -1}", "elastic: data_weights={code: -1.0} must be a mapping, each at least 0"),
         ("elastic", "out.x=3", "elastic: unknown key 'out.x'"),

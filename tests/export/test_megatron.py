@@ -162,14 +162,9 @@ def test_training_goes_on(tmp_path):
     check(tmp_path / "half", figures, tokens, expected)
     # The half of the half is that of the whole: units keep their order.
     same = SubNetwork(48, half.layers)
-    info = replace(
-        info,
-        space=replace(
-            info.space,
-            heads=(half.layers[0].num_attention_heads, *info.space.heads),
-            ffn_hidden_size=(half.layers[0].ffn_hidden_size, *info.space.ffn_hidden_size),
-        ),
-    )
+    layer, sizes = half.layers[0], info.space.sizes
+    heads, neurons = (layer.num_attention_heads, *sizes["heads"]), (layer.ffn_hidden_size, *sizes["ffn_hidden_size"])
+    info = replace(info, space=replace(info.space, sizes={**sizes, "heads": heads, "ffn_hidden_size": neurons}))
     torch.testing.assert_close(hf_toy.logits(hf_toy.megatron(info), same), expected, atol=1e-5, rtol=0)
 
 

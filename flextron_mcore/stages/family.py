@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from flextron_mcore.axes import layer_axes
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost, show
@@ -78,15 +79,14 @@ def _chain(config: DictConfig, names: list[str], out: Path) -> dict[str, tuple[s
 
 
 def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, config: DictConfig) -> dict[str, Any]:
-    executed = [layer for layer in net.layers if layer.executed]
+    means = {f"mean_{axis.name}": sum(map(axis.size, net.executed_layers)) / net.depth for axis in layer_axes()}
     row = {
         "budget": name,
         "subnetwork": net.to_dict(),
         "costs": {kind: {"value": cost.of(net), "share": cost.of(net) / cost.full} for kind, cost in costs.items()},
         "hidden_size": net.hidden_size,
-        "depth": len(executed),
-        "mean_heads": sum(layer.num_attention_heads for layer in executed) / len(executed),
-        "mean_ffn_hidden_size": sum(layer.ffn_hidden_size for layer in executed) / len(executed),
+        "depth": net.depth,
+        **means,
         "uniform": net.is_uniform,
         "exports": {format_: f"{name}_{format_}" for format_ in config.formats},
         "loss": None,
@@ -101,15 +101,14 @@ def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, config: 
 def _print(rows: list[dict[str, Any]], costs: dict[str, Cost]) -> None:
     print_table(
         "the family: what each budget gets",
-        ["budget", *costs, "hidden size", "layers", "heads (mean)", "neurons (mean)", "loss"],
+        ["budget", *costs, "hidden size", "layers", *(f"{axis.unit} (mean)" for axis in layer_axes()), "loss"],
         [
             [
                 row["budget"],
                 *(f"{show(kind, row['costs'][kind]['value'])} ({row['costs'][kind]['share']:.3f})" for kind in costs),
                 row["hidden_size"],
                 row["depth"],
-                f"{row['mean_heads']:g}",
-                f"{row['mean_ffn_hidden_size']:g}",
+                *(f"{row[f'mean_{axis.name}']:g}" for axis in layer_axes()),
                 "" if row["loss"] is None else row["loss"],
             ]
             for row in rows

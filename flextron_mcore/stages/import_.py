@@ -41,8 +41,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         f"imported {config.hf}: {figures['parameters']:,} parameters, {info.dtype}",
         ["axis", "candidates"],
         [
-            [f"heads ({space.attention_unit})", ", ".join(map(str, space.heads))],
-            ["ffn_hidden_size", ", ".join(map(str, space.ffn_hidden_size))],
+            *([axis.name, ", ".join(map(str, space.sizes[axis.name]))] for axis in space.layer_axes),
+            ["attention_unit", space.attention_unit],
             ["granularity (largest tensor-parallel size)", space.granularity],
         ],
     )

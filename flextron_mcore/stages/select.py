@@ -51,8 +51,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         ours, full = measured
         rows.append(["latency, measured", "", show("latency", ours), ours / full, show("latency", full)])
     print_table(f"selector {config.selector}", ["cost", "budget", "sub-network", "share", "full model"], rows)
-    say("heads of each layer:   " + " ".join(str(layer.num_attention_heads) for layer in net.layers))
-    say("neurons of each layer: " + " ".join(str(layer.ffn_hidden_size) for layer in net.layers))
+    for axis in info.space.layer_axes:
+        say(f"{axis.unit} of each layer: " + " ".join(str(axis.size(layer)) for layer in net.layers))
     write_file(out, net.to_json())
     if out:
         say(f"written to {out}")

@@ -11,11 +11,13 @@ PACKAGE = Path(__file__).parents[1] / "flextron_mcore"
 # From the ground up. Rooms of one line do not import each other.
 FLOORS = """
 config
-families runtime
+families
 axes
-space data
-cost checkpoint settings
-choices layers
+space
+cost settings
+runtime choices
+data checkpoint
+layers
 routers specs choosing
 selection model
 pipeline

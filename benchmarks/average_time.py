@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.trained import command, domains, forward, in_turn, settings
+from flextron_mcore.settings.sections import LayoutSettings
 
 BUDGETS = (0.6, 0.7, 0.8, 0.9)
 
@@ -46,7 +47,7 @@ def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds:
     from flextron_mcore.model import loaded_model
 
     setting = table.setting
-    (model,) = loaded_model({}, info, "bf16" if table.machine.get("dtype") == "bfloat16" else "fp32")
+    (model,) = loaded_model(LayoutSettings(), info, "bf16" if table.machine.get("dtype") == "bfloat16" else "fp32")
     model.eval()
     tokens = in_turn(datasets, passes * setting["batch_size"]).split(setting["batch_size"])
     measured = f"{table.machine.get('device')}, {table.machine.get('threads')} thread(s)"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.trained import command, domains, forward, in_turn, settings
+from flextron_mcore.settings.sections import LayoutSettings
 
 TARGETS, LADDER = (0.6, 0.7, 0.8), [0.55, 0.65, 0.75, 0.85, 0.9, 0.95, 1.0]
 BATCH = 8
@@ -43,7 +44,7 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
     datasets = domains(data, length)
     tokens = in_turn(datasets, sequences * len(datasets))
     networks: dict[float, Any] = _static(info, sorted({*TARGETS, *LADDER}))
-    model, *_ = loaded = loaded_model({}, info, "fp32")
+    model, *_ = loaded = loaded_model(LayoutSettings(), info, "fp32")
     calls: dict[Any, Any] = {share: partial(forward, model, net, tokens) for share, net in networks.items()}
     losses, rows = {}, []
     with tqdm(total=len(networks) + len(adaptive) * len(TARGETS) + rounds + 1, desc="equal_time") as bar:
@@ -53,7 +54,7 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
         for path in adaptive:
             own = open_checkpoint(path)
             described, routers = read_adaptive_routers(own.path, blocks)
-            routed = loaded_model({}, own, "fp32")  # with joint training another model
+            routed = loaded_model(LayoutSettings(), own, "fp32")  # with joint training another model
             for share in TARGETS:
                 target = torch.tensor([target_for(described.calibration, share, nearest=True)])
                 chosen = AdaptiveRouting(routers.eval(), target, described.kv_policy)

@@ -69,10 +69,11 @@ def measure(what: str, micro_batches: int) -> None:
 
     from flextron_mcore.model import build_model
     from flextron_mcore.pipeline.networks import run_networks
+    from flextron_mcore.settings.sections import LayoutSettings
     from flextron_mcore.space import ElasticSpace
     from flextron_mcore.training.sampler import draw
 
-    layout = {"pipeline_model_parallel_size": 2 if what == "flushes" else 1}
+    layout = LayoutSettings(pipeline_model_parallel_size=2 if what == "flushes" else 1)
     distributed.initialize(layout)
     space = ElasticSpace.build(MODEL)
     gpt = build_model(MODEL, space, layout)

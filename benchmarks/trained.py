@@ -67,10 +67,10 @@ def in_turn(datasets: Mapping[str, Any], count: int) -> Any:
 
 
 def settings(**keys: Any) -> Any:
-    """A configuration for runs/choice.py: what the checkpoint has beside its routers, unless keys say otherwise."""
-    from omegaconf import OmegaConf
+    """Settings for runs/choice.py: what the checkpoint has beside its routers, unless keys say otherwise."""
+    from flextron_mcore.settings.stages import EvaluateSettings
 
-    return OmegaConf.create({"latency": None, "kv_cache": {"batch_size": 1, "length": None}, "dtype": None, **keys})
+    return EvaluateSettings(**keys)
 
 
 def forward(model: Any, net: Any, tokens: Any) -> object:

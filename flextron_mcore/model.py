@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from flextron_mcore.choosing import keep_states
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.ends import make_ends_elastic
 from flextron_mcore.layers.gpt import ArchitectureGPTModel
+from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.specs import elastic_gpt_block_spec
 
@@ -43,40 +44,24 @@ _ACTIVATIONS = {
 _BACKENDS = {"local": "local", "transformer_engine": "te"}  # TransformerConfig.transformer_impl -> the spec's backend
 # The dimension of a weight that is split over tensor-parallel ranks.
 _SPLIT = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
-# Options of TransformerConfig that a run's `model` section may set, under Megatron-Core's own names.
-# transformer_impl picks the spec's backend.
-PARALLEL_OPTIONS = (
-    "transformer_impl",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "sequence_parallel",
-    "recompute_granularity",
-    "recompute_method",
-    "recompute_num_layers",
-    "recompute_modules",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-)
 
 
 def transformer_config(
     model: ModelConfig,
-    options: Mapping[str, Any] | None = None,
+    options: LayoutSettings | None = None,
     precision: str = "fp32",
     initialize: bool = True,
     **overrides: Any,
 ) -> TransformerConfig:
-    """TransformerConfig of `model`; `options` may hold any of PARALLEL_OPTIONS. initialize: give weights random values."""
+    """TransformerConfig of `model`; `options` is the layout. initialize: whether weights get random values."""
     if precision not in PRECISIONS:
         raise FlextronError(f"precision {precision!r} is not known: use one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
-    values: dict[str, Any] = {k: options[k] for k in PARALLEL_OPTIONS if options and options.get(k) is not None}
-    if values.setdefault("transformer_impl", "local") not in _BACKENDS:
+    options = options or LayoutSettings()
+    values: dict[str, Any] = {each.name: getattr(options, each.name) for each in fields(LayoutSettings)}
+    values = {name: value for name, value in values.items() if value is not None}
+    if values["transformer_impl"] not in _BACKENDS:
         raise FlextronError(f"model.transformer_impl={values['transformer_impl']}: use one of {', '.join(_BACKENDS)}")
-    if "recompute_modules" in values:
-        values["recompute_modules"] = list(values["recompute_modules"])
     values.update(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -117,7 +102,7 @@ def transformer_config(
 def build_model(
     model: ModelConfig,
     space: ElasticSpace,
-    options: Mapping[str, Any] | None = None,
+    options: LayoutSettings | None = None,
     precision: str = "fp32",
     vp_stage: int | None = None,
     **overrides: Any,
@@ -132,12 +117,12 @@ def build_model(
     return gpt.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else gpt
 
 
-def check_layout(model: ModelConfig, space: ElasticSpace, options: Mapping[str, Any], precision: str = "fp32") -> None:
-    """Raise FlextronError, naming the key, unless `model` can be built in the layout of `options` (PARALLEL_OPTIONS)."""
-    check_granularity(space.granularity, options.get("tensor_model_parallel_size") or 1)
-    stages = options.get("pipeline_model_parallel_size") or 1
-    chunks = options.get("virtual_pipeline_model_parallel_size") or 1
-    ends = [options.get(f"num_layers_in_{end}_pipeline_stage") for end in ("first", "last")]
+def check_layout(model: ModelConfig, space: ElasticSpace, options: LayoutSettings, precision: str = "fp32") -> None:
+    """Raise FlextronError, naming the key, unless `model` can be built in the layout of `options`."""
+    check_granularity(space.granularity, options.tensor_model_parallel_size)
+    stages = options.pipeline_model_parallel_size
+    chunks = options.virtual_pipeline_model_parallel_size or 1
+    ends = [options.num_layers_in_first_pipeline_stage, options.num_layers_in_last_pipeline_stage]
     given = [layers for layers in ends if layers is not None]
     middle, layers = stages - len(given), model.num_layers - sum(given)
     if middle < 0 or layers < 0 or (layers % middle if middle else layers) or any(n % chunks for n in given):
@@ -165,10 +150,10 @@ def check_layout(model: ModelConfig, space: ElasticSpace, options: Mapping[str, 
 
 
 def build_chunks(
-    model: ModelConfig, space: ElasticSpace, options: Mapping[str, Any], precision: str = "fp32", **overrides: Any
+    model: ModelConfig, space: ElasticSpace, options: LayoutSettings, precision: str = "fp32", **overrides: Any
 ) -> list[GPTModel]:
     """This rank's virtual pipeline stages, usually one."""
-    stages = options.get("virtual_pipeline_model_parallel_size")
+    stages = options.virtual_pipeline_model_parallel_size
     if not stages:
         return [build_model(model, space, options, precision, **overrides)]
     # With two pipeline ranks the batched sends of the interleaved schedule cross on gloo.
@@ -176,7 +161,7 @@ def build_chunks(
     return [build_model(model, space, options, precision, stage, **overrides) for stage in range(stages)]
 
 
-def loaded_model(options: Mapping[str, Any], info: CheckpointInfo, precision: str) -> list[torch.nn.Module]:
+def loaded_model(options: LayoutSettings, info: CheckpointInfo, precision: str) -> list[torch.nn.Module]:
     """This rank's part of the checkpoint's model, a chunk for each of its virtual pipeline stages, ready for evaluation.
 
     options: the `model` section with the layout. No weight wants a gradient.

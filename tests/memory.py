@@ -75,13 +75,13 @@ def training(arch: dict[str, Any], data: str, out: str, keys: list[str]) -> dict
     from flextron_mcore.config import ModelConfig
     from flextron_mcore.data.blend import open_data
     from flextron_mcore.runtime import distributed
-    from flextron_mcore.settings.compose import compose, legacy
+    from flextron_mcore.settings.compose import compose
     from flextron_mcore.space import ElasticSpace
     from flextron_mcore.training.checks import check
     from flextron_mcore.training.log import Log
     from flextron_mcore.training.loop import Phase, _Run
 
-    config = legacy(compose("pretrain", [f"data={data}", f"out={out}", *keys]))
+    config = compose("pretrain", [f"data={data}", f"out={out}", *keys])
     distributed.initialize(config.model, config.seed)
     model, prepared = ModelConfig.from_dict(arch), open_data(data)
     info = CheckpointInfo(model, ElasticSpace.build(model, granularity=2), dtype=config.trainer.precision)

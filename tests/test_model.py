@@ -12,6 +12,7 @@ from flextron_mcore.layers.gpt import mask_padding
 from flextron_mcore.layers.state import FULL
 from flextron_mcore.model import build_model, check_layout, transformer_config
 from flextron_mcore.runtime.unwrap import unwrap
+from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.specs import elastic_gpt_layer_spec
 from tests import toy
@@ -61,7 +62,7 @@ def test_the_spec_says_which_backends_there_are():
     with pytest.raises(FlextronError, match="backend='apex' is not known: use one of local, te"):
         elastic_gpt_layer_spec(ElasticSpace.build(toy.config()), backend="apex")
     with pytest.raises(FlextronError, match="model.transformer_impl=apex: use one of local, transformer_engine"):
-        transformer_config(toy.config(), {"transformer_impl": "apex"})
+        transformer_config(toy.config(), LayoutSettings(transformer_impl="apex"))
 
 
 @pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed: tests/gpu/test_te.py")
@@ -70,7 +71,7 @@ def test_transformer_engine_is_asked_for_where_it_is_not():
     with pytest.raises(FlextronError, match="backend='te' needs Transformer Engine, which cannot be imported here: use 'local'"):
         elastic_gpt_layer_spec(space, backend="te")
     with pytest.raises(FlextronError, match="model.transformer_impl=transformer_engine: it cannot be imported here"):
-        check_layout(toy.config(), space, {"transformer_impl": "transformer_engine"})
+        check_layout(toy.config(), space, LayoutSettings(transformer_impl="transformer_engine"))
 
 
 RECOMPUTATIONS = {
@@ -91,7 +92,7 @@ def test_recomputation_uses_the_choice_of_its_forward_pass(recompute, family):
     gradients = []
     for options in ({}, recompute):
         torch.manual_seed(0)
-        model = build_model(arch, space, options).train()
+        model = build_model(arch, space, LayoutSettings(**options)).train()
         losses = []
         for i, net in enumerate(networks):
             tokens, positions = toy.inputs(seed=i)
@@ -136,7 +137,7 @@ def test_layouts_that_do_not_fit(options, message):
     arch = toy.config(num_layers=6)
     space = ElasticSpace.build(arch, granularity=2, heads=[0.5, 1.0])
     with pytest.raises(FlextronError) as error:
-        check_layout(arch, space, options)
+        check_layout(arch, space, LayoutSettings(**options))
     assert str(error.value).startswith(message)
 
 

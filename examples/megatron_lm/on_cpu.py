@@ -7,6 +7,7 @@ from typing import Any
 from megatron.training import arguments, get_args, training
 
 from flextron_mcore.runtime import distributed
+from flextron_mcore.settings.sections import LayoutSettings
 
 _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
 
@@ -18,7 +19,8 @@ def enable() -> None:
 
     def initialize_megatron(**kwargs: Any) -> None:
         args = get_args()
-        distributed.initialize({name: getattr(args, name) for name in _LAYOUT}, args.seed)  # found and used by Megatron-LM
+        layout = LayoutSettings(**{name: getattr(args, name) for name in _LAYOUT})
+        distributed.initialize(layout, args.seed)  # found and used by Megatron-LM
         initialize(**kwargs, allow_no_cuda=True)
 
     training.initialize_megatron = initialize_megatron

@@ -8,20 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from flextron_mcore.checkpoint.hf import open_hf
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.data.blend import open_data
 from flextron_mcore.launch.plan import PARALLEL, Job, Plan, is_complete
 from flextron_mcore.model import check_layout
+from flextron_mcore.settings.launch import LaunchSettings
+from flextron_mcore.settings.schema import MISSING
 
 
-def check_configuration(config: DictConfig, plan: Plan) -> None:
+def check_configuration(config: LaunchSettings, plan: Plan) -> None:
     """Raise FlextronError where the configuration itself is wrong, whatever is on disk."""
     for key in ("account",) if config.cluster.type == "slurm" else ():
-        if not config.cluster[key]:
+        if not getattr(config.cluster, key):
             raise FlextronError(f"cluster.{key}: is empty; Slurm accounts are listed by `sacctmgr show assoc user=$USER`")
     if config.overwrite:
         raise FlextronError(
@@ -36,7 +36,7 @@ def check_configuration(config: DictConfig, plan: Plan) -> None:
 def _check_axes(plan: Plan, job: Job) -> None:
     """A stage that knows heads and neurons only would find out when its turn comes."""
     elastic = [axis for axis in ("hidden_size", "depth") if len(getattr(plan.space, axis)) > 1]
-    sensitivity = "sensitivity" in ((job.config.get("selectors") or ()) if job.stage == "compare" else ())
+    sensitivity = "sensitivity" in (job.config.selectors if job.stage == "compare" else ())
     if elastic and (job.stage in ("router", "sensitivity") or sensitivity):
         what, instead = ("selector sensitivity", "set compare.selectors=") if sensitivity else ("it", "use gumbel")
         raise FlextronError(
@@ -45,8 +45,8 @@ def _check_axes(plan: Plan, job: Job) -> None:
         )
 
 
-def _check_layout(config: DictConfig, plan: Plan, job: Job) -> None:
-    options, gpus = job.config.model, config.cluster.get("gpus_per_node")
+def _check_layout(config: LaunchSettings, plan: Plan, job: Job) -> None:
+    options, gpus = job.config.model, config.cluster.gpus_per_node
     if gpus and job.devices > gpus:
         raise FlextronError(f"{job.stage}: trainer.devices={job.devices} is more than cluster.gpus_per_node={gpus}")
     model_ranks = (options.tensor_model_parallel_size or 1) * (options.pipeline_model_parallel_size or 1)
@@ -61,7 +61,7 @@ def _check_layout(config: DictConfig, plan: Plan, job: Job) -> None:
             f"{job.stage}: model.global_batch_size={options.global_batch_size} is not a multiple of model.micro_batch_size="
             f"{options.micro_batch_size} x {copies} data-parallel ranks"
         )
-    length = options.get("seq_length")
+    length = options.seq_length
     if length and length > plan.model.max_position_embeddings:
         raise FlextronError(
             f"{job.stage}: model.seq_length={length} is more than the model's {plan.model.max_position_embeddings} positions"
@@ -72,7 +72,7 @@ def _check_layout(config: DictConfig, plan: Plan, job: Job) -> None:
         raise FlextronError(f"{job.stage}: {error}") from None
 
 
-def missing(config: DictConfig, plan: Plan) -> list[str]:
+def missing(config: LaunchSettings, plan: Plan) -> list[str]:
     """What is not there yet of what the jobs need, a line each."""
     lines = list(plan.problems)
     checks: list[Any] = [lambda: _check_results(plan.results), lambda: _check_container(config)]
@@ -81,8 +81,8 @@ def missing(config: DictConfig, plan: Plan) -> list[str]:
     planned = {str(job.out) for job in plan.jobs}
     for job in plan.to_run:
         for key, look in (("data", _look_at_data), ("hf", _look_at_hf), ("checkpoint", _look_at_checkpoint)):
-            value = job.config.get(key)
-            if value and str(value) not in planned:
+            value = getattr(job.config, key, None)
+            if value and value != MISSING and str(value) not in planned:
                 checks.append(lambda value=value, look=look: look(Path(value), plan.model))
     for check in checks:
         try:
@@ -109,8 +109,8 @@ def _check_results(results: Path) -> None:
         probe.unlink()
 
 
-def _check_container(config: DictConfig) -> None:
-    if not config.cluster.get("use_container"):
+def _check_container(config: LaunchSettings) -> None:
+    if not config.cluster.use_container:
         return
     image = config.container
     if not image:

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from flextron_mcore.config import FlextronError, ModelConfig, nearest
-from flextron_mcore.settings.compose import compose, legacy, missing
+from flextron_mcore.settings.compose import SHARED, compose, missing
+from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.schema import keys as keys_of
 from flextron_mcore.settings.stages import STAGES
+from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace
 
 ROUTED = ("gumbel", "joint", "router")  # checkpoints with routers, the one that knows most first
@@ -47,7 +47,7 @@ class Job:
 
     name: str
     stage: str
-    config: DictConfig
+    config: StageSettings
     nodes: int
     devices: int  # processes a node
     time_limit: int  # seconds
@@ -81,7 +81,7 @@ class Plan:
         return [job for job in self.jobs if not job.complete]
 
 
-def plan(config: DictConfig) -> Plan:
+def plan(config: LaunchSettings) -> Plan:
     """Plan config.stages. Raises FlextronError for a configuration that no input could make right."""
     results = Path(config.run.results_dir).expanduser().absolute()
     model = architecture(config)
@@ -102,15 +102,15 @@ def plan(config: DictConfig) -> Plan:
     return Plan(jobs, problems, model, _space(config, model, jobs), results)
 
 
-def architecture(config: DictConfig) -> ModelConfig:
+def architecture(config: LaunchSettings) -> ModelConfig:
     """The model that config.model describes. A vocabulary that the tokenizer decides counts as prepare's."""
-    values = {field.name: config.model[field.name] for field in fields(ModelConfig)}
+    values = {field.name: getattr(config.model, field.name) for field in fields(ModelConfig)}
     if values.get("vocab_size") is None:
-        values["vocab_size"] = int(config.get("prepare", {}).get("vocab_size") or compose("prepare", partial=True).vocab_size)
+        values["vocab_size"] = int(_own(config, "prepare").get("vocab_size") or compose("prepare", partial=True).vocab_size)
     return ModelConfig.from_dict(values)
 
 
-def _space(config: DictConfig, model: ModelConfig, jobs: list[Job]) -> ElasticSpace:
+def _space(config: LaunchSettings, model: ModelConfig, jobs: list[Job]) -> ElasticSpace:
     """What may vary: as the stage says that makes the checkpoint, and `importance`, which may change it, planned or not."""
     made = next((job.stage for job in jobs if job.stage in ("pretrain", "import")), "import")
     values = asdict(compose("import", partial=True).space)
@@ -146,18 +146,18 @@ def clock(total: int) -> str:
     return f"{total // 86400:02d}:{total // 3600 % 24:02d}:{total // 60 % 60:02d}:{total % 60:02d}"
 
 
-def _instances(config: DictConfig, stage: str) -> list[tuple[str, dict[str, Any]]]:
+def _instances(config: LaunchSettings, stage: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, keys) of the jobs of a stage: one, but for the exports of several budgets."""
     if stage == "family" and config.budgets:
-        return [(stage, {} if "budgets" in _own(config, stage) else {"budgets": OmegaConf.to_container(config.budgets)})]
-    if stage != "export" or not config.budgets or {"budget", "subnetwork"} & config.get("export", {}).keys():
+        return [(stage, {} if "budgets" in _own(config, stage) else {"budgets": config.budgets})]
+    if stage != "export" or not config.budgets or {"budget", "subnetwork"} & _own(config, "export").keys():
         return [(stage, {})]
-    return [(f"export_{_word(budget)}", {"budget": budget}) for budget in OmegaConf.to_container(config.budgets)]
+    return [(f"export_{_word(budget)}", {"budget": budget}) for budget in config.budgets]
 
 
-def _own(config: DictConfig, stage: str) -> dict[str, Any]:
+def _own(config: LaunchSettings, stage: str) -> dict[str, Any]:
     """The keys that were set for a stage alone."""
-    return OmegaConf.to_container(config[stage]) if stage in config else {}
+    return dict(config.stage_keys.get(stage, {}))
 
 
 def _word(budget: Any) -> str:
@@ -165,7 +165,7 @@ def _word(budget: Any) -> str:
 
 
 def _job(
-    config: DictConfig,
+    config: LaunchSettings,
     model: ModelConfig,
     results: Path,
     name: str,
@@ -175,13 +175,13 @@ def _job(
     problems: list[str],
 ) -> Job:
     own = _own(config, stage)
-    run = {**config.run, **own.pop("run", {})}
+    run = {**asdict(config.run), **own.pop("run", {})}
     known = set(keys_of(STAGES[stage]))
-    shared = [OmegaConf.to_container(config.training)] if stage in TRAINS and "training" in config else []
+    shared = [_own(config, SHARED)] if stage in TRAINS else []
     if stage in (*PARALLEL, "family"):
         shared.append(_layout(config))
     if stage == "pretrain":
-        shared.append({"model": {field.name: config.model[field.name] for field in fields(ModelConfig)}})
+        shared.append({"model": {field.name: getattr(config.model, field.name) for field in fields(ModelConfig)}})
     values = [_only(each, known) for each in shared]  # of these each stage takes the keys that it has
     values += [{"out": str(results / name), "seed": config.seed, "debug": config.debug}, {**own, **keys}]
     for key, sources in INPUTS[stage].items():
@@ -211,11 +211,11 @@ def _job(
         settings.trainer.num_nodes, settings.trainer.devices = nodes, devices
     if lacking := [key for key in missing(settings) if key not in INPUTS[stage]]:
         problems.append(f"{stage}: missing {', '.join(f'{stage}.{key}=' for key in lacking)}")
-    return Job(name, stage, legacy(settings), nodes, devices, limit, is_complete(results / name))
+    return Job(name, stage, settings, nodes, devices, limit, is_complete(results / name))
 
 
-def _layout(config: DictConfig) -> dict[str, Any]:
-    layouts = OmegaConf.to_container(config.layouts)
+def _layout(config: LaunchSettings) -> dict[str, Any]:
+    layouts = config.layouts
     if config.gpus not in layouts:
         raise FlextronError(
             f"gpus={config.gpus}: layouts has one for {', '.join(map(str, layouts))}; choose one of them, or add yours: "
@@ -235,7 +235,7 @@ def _only(values: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[
     return kept
 
 
-def _source(config: DictConfig, results: Path, sources: tuple[str, ...], before: list[str]) -> str | None:
+def _source(config: LaunchSettings, results: Path, sources: tuple[str, ...], before: list[str]) -> str | None:
     if sources == ("results",):
         return str(results)
     if sources == ("hf",):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 
-from omegaconf import DictConfig, OmegaConf
-
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch.estimate import Estimate, estimate
 from flextron_mcore.launch.plan import TRAINS, Job, Plan
+from flextron_mcore.settings.launch import LaunchSettings
+from flextron_mcore.settings.schema import MISSING
 
 # For the CUDA context, NCCL's buffers and fragmentation: bytes, and a share of what is estimated (docs/estimates.md).
 RESERVE, RESERVED_SHARE = 2 * 2**30, 0.05
 
 
-def check_memory(config: DictConfig, plan: Plan) -> None:
+def check_memory(config: LaunchSettings, plan: Plan) -> None:
     """Raise FlextronError naming the stage whose layout does not fit into the memory of a GPU."""
     size = gpu_memory(config)
     for job in plan.to_run:
@@ -37,7 +37,7 @@ def check_memory(config: DictConfig, plan: Plan) -> None:
         )
 
 
-def gpu_memory(config: DictConfig) -> int | None:
+def gpu_memory(config: LaunchSettings) -> int | None:
     """Bytes of cluster.gpu.memory; None where it is not given."""
     text = config.cluster.gpu.memory
     if text is None:
@@ -54,7 +54,7 @@ COLUMNS = (
 )
 
 
-def resources(config: DictConfig, plan: Plan) -> tuple[str, list[list[str]]]:
+def resources(config: LaunchSettings, plan: Plan) -> tuple[str, list[list[str]]]:
     """Title and rows, a row of COLUMNS for each job, of the table of what the jobs need."""
     peak, utilisation = config.cluster.gpu.peak_tflops, config.cluster.utilisation
     rows = []
@@ -83,10 +83,11 @@ def resources(config: DictConfig, plan: Plan) -> tuple[str, list[list[str]]]:
 
 def _estimate(plan: Plan, job: Job) -> Estimate | None:
     measured_elsewhere = job.stage == "latency" and job.config.measurements
-    unknown = job.stage == "family" and (job.config.data is None or OmegaConf.is_missing(job.config, "budgets"))
+    unknown = job.stage == "family" and (job.config.data is None or job.config.budgets == MISSING)
     if job.stage not in ESTIMATED or measured_elsewhere or unknown:
         return None
-    return estimate(plan.model, plan.space, job.config, job.ranks, job.config.get("trainer", {}).get("precision") or "bf16")
+    precision = getattr(getattr(job.config, "trainer", None), "precision", None)
+    return estimate(plan.model, plan.space, job.config, job.ranks, precision or "bf16")
 
 
 ESTIMATED = (*TRAINS, "importance", "latency", "sensitivity", "evaluate", "compare", "family")

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch.check import is_file_of_image
 from flextron_mcore.launch.plan import Job, Plan
+from flextron_mcore.settings.launch import LaunchSettings
 
 SHUTDOWN = 600  # seconds that torchrun leaves its processes after SIGTERM, to write a checkpoint; its default is 30
 REQUEUE = """
@@ -45,7 +44,7 @@ class Submitted:
     folder: str
 
 
-def submit(config: DictConfig, plan: Plan, configs: dict[str, Path]) -> tuple[str, list[Submitted]]:
+def submit(config: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> tuple[str, list[Submitted]]:
     """Submit the jobs; the experiment's id at NeMo-Run, and the jobs. Raises FlextronError with what sbatch said."""
     with _experiment(config, plan, configs, _home(plan)) as experiment:
         try:
@@ -61,7 +60,7 @@ def submit(config: DictConfig, plan: Plan, configs: dict[str, Path]) -> tuple[st
     return experiment._id, jobs
 
 
-def scripts(config: DictConfig, plan: Plan, configs: dict[str, Path]) -> list[tuple[str, str]]:
+def scripts(config: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> list[tuple[str, str]]:
     """(name, sbatch script) of each job, exactly as it would be submitted; nothing is written."""
     home = _home(plan)
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,7 +77,7 @@ def _home(plan: Plan) -> Path:
 
 
 @contextlib.contextmanager
-def _experiment(config: DictConfig, plan: Plan, configs: dict[str, Path], home: Path) -> Iterator[Any]:
+def _experiment(config: LaunchSettings, plan: Plan, configs: dict[str, Path], home: Path) -> Iterator[Any]:
     given = os.environ.get("NEMORUN_HOME")
     os.environ["NEMORUN_HOME"] = str(home)  # read when NeMo-Run is imported
     try:
@@ -101,7 +100,7 @@ def _experiment(config: DictConfig, plan: Plan, configs: dict[str, Path], home: 
         yield experiment
 
 
-def _executor(config: DictConfig, plan: Plan, job: Job) -> Any:
+def _executor(config: LaunchSettings, plan: Plan, job: Job) -> Any:
     import nemo_run as run
 
     cluster = config.cluster
@@ -109,7 +108,7 @@ def _executor(config: DictConfig, plan: Plan, job: Job) -> Any:
     if cluster.use_container:
         image = str(Path(config.container).expanduser().absolute()) if is_file_of_image(config.container) else config.container
         container = {"container_image": image, "container_mounts": mounts(config, plan)}
-    given = OmegaConf.to_container(cluster.additional_parameters)
+    given = cluster.additional_parameters
     if cluster.nodelist:
         given["nodelist"] = cluster.nodelist
     parallel = job.ranks > 1
@@ -138,12 +137,12 @@ def _executor(config: DictConfig, plan: Plan, job: Job) -> Any:
     )
 
 
-def mounts(config: DictConfig, plan: Plan) -> list[str]:
+def mounts(config: LaunchSettings, plan: Plan) -> list[str]:
     """What containers see of the file system, as HOST:CONTAINER: the results, what the jobs read, and container_mounts."""
     paths = [plan.results]
     for job in plan.to_run:
         for key in ("data", "hf", "checkpoint", "latency", "sensitivity", "tokenizer", "input", "subnetwork"):
-            value = job.config.get(key)
+            value = getattr(job.config, key, None)
             if isinstance(value, str) and value.startswith("/"):
                 paths.append(Path(value))
     kept: list[Path] = []
@@ -153,7 +152,7 @@ def mounts(config: DictConfig, plan: Plan) -> list[str]:
     return [f"{path}:{path}" for path in kept] + list(config.container_mounts)
 
 
-def _environment(config: DictConfig, plan: Plan, job: Job) -> dict[str, str]:
+def _environment(config: LaunchSettings, plan: Plan, job: Job) -> dict[str, str]:
     """The job's environment variables, as NeMo-Run writes them into the script: without quotes of its own."""
     values = {
         "LOGLEVEL": "WARNING",

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from megatron.core import parallel_state
-from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, make_parent, write_config
@@ -19,10 +19,11 @@ from flextron_mcore.runs.terminal import say
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.ranks import on_main_process, wait_for_all
 from flextron_mcore.settings.compose import compose
+from flextron_mcore.settings.training import StageSettings
 
 
 def run_chain(
-    config: DictConfig,
+    config: StageSettings,
     chain: Mapping[str, tuple[str, Sequence[str]]],
     same: Sequence[str] = (),
     prepare: Callable[[str], None] = lambda stage: None,
@@ -63,7 +64,7 @@ def run_chain(
     return seconds
 
 
-def _make_output(config: DictConfig, same: Sequence[str]) -> None:
+def _make_output(config: StageSettings, same: Sequence[str]) -> None:
     """The directory of the whole chain: made, or found with the same chain. Raises FlextronError when it is another's."""
     out, stage = Path(config.out), config.stage
     if config.overwrite and (out / CONFIG_FILE).is_file():
@@ -71,8 +72,8 @@ def _make_output(config: DictConfig, same: Sequence[str]) -> None:
     if out.exists() and any(out.iterdir()):
         if not (out / CONFIG_FILE).is_file():
             raise FlextronError(f"out={out}: exists and is not a {stage}; choose another")
-        before = OmegaConf.load(out / CONFIG_FILE)
-        if any(before.get(key) != now for key, now in OmegaConf.create({key: getattr(config, key) for key in same}).items()):
+        before = yaml.safe_load((out / CONFIG_FILE).read_text(encoding="utf-8"))
+        if any(before.get(key) != getattr(config, key) for key in same):
             raise FlextronError(f"out={out}: holds a {stage} with other settings; choose another, or overwrite=true")
     make_parent(out)
     out.mkdir(exist_ok=True)
@@ -80,5 +81,5 @@ def _make_output(config: DictConfig, same: Sequence[str]) -> None:
 
 
 def quoted(value: object) -> str:
-    """A value as a Hydra override takes it."""
+    """A value as `key=value` takes it, whatever it holds."""
     return "'" + str(value).replace("'", r"\'") + "'"

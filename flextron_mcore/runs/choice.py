@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
@@ -23,13 +22,14 @@ from flextron_mcore.runs.terminal import say
 from flextron_mcore.selection import selectors
 from flextron_mcore.selection.selectors import Selector
 from flextron_mcore.selection.trained import trained_selector
-from flextron_mcore.space import DTYPE_BYTES, ElasticSpace, SubNetwork
+from flextron_mcore.settings.training import StageSettings
+from flextron_mcore.space import ElasticSpace, SubNetwork
 
 SELECTORS = ("router", "uniform", "matformer", "sensitivity", "random")
 Losses = Callable[[Sequence[SubNetwork]], Sequence[float]]
 
 
-def latency_table(config: DictConfig, info: CheckpointInfo) -> LatencyTable | None:
+def latency_table(config: StageSettings, info: CheckpointInfo) -> LatencyTable | None:
     """The table of config.latency (a file, or the directory of `flextron latency`), or else the one beside the routers."""
     file = Path(config.latency) if config.latency else info.path / TABLE_FILE
     if file.is_dir():
@@ -49,7 +49,7 @@ def check_table(table: LatencyTable | None) -> None:
         say(f"warning: the latency table is of another device: {where}; this one is {here}")
 
 
-def known_costs(config: DictConfig, info: CheckpointInfo, table: LatencyTable | None) -> dict[str, Cost]:
+def known_costs(config: StageSettings, info: CheckpointInfo, table: LatencyTable | None) -> dict[str, Cost]:
     """{name: Cost}: the latency where there is a table, parameters, memory as config.kv_cache and config.dtype count it."""
     memory = memory_setting(config, info)
     costs = {"latency": table.cost()} if table else {}
@@ -58,28 +58,24 @@ def known_costs(config: DictConfig, info: CheckpointInfo, table: LatencyTable | 
     return costs
 
 
-def memory_setting(config: DictConfig, info: CheckpointInfo) -> dict[str, Any]:
+def memory_setting(config: StageSettings, info: CheckpointInfo) -> dict[str, Any]:
     """What a memory cost counts: {"dtype", "batch_size", "length"}."""
     trainer = getattr(config, "trainer", None)
     dtype = getattr(config, "dtype", None) or getattr(trainer, "precision", None) or info.dtype
-    if dtype not in DTYPE_BYTES:
-        raise FlextronError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPE_BYTES)}")
     kv = config.kv_cache
     length = kv.length or info.model.max_position_embeddings
-    if kv.batch_size < 0 or length < 1:
-        raise FlextronError(f"kv_cache: batch_size={kv.batch_size}, length={length} is not a memory to count")
     return {"dtype": dtype, "batch_size": kv.batch_size, "length": length}
 
 
 def budgets(wanted: Any, costs: dict[str, Cost]) -> list[Budget]:
     """The parts of a budget as the user gives it, which hold together."""
-    found = parse_budget(OmegaConf.to_container(wanted) if OmegaConf.is_config(wanted) else wanted, costs)
+    found = parse_budget(wanted, costs)
     if not found:
         raise FlextronError("budget: is empty; give one such as 0.6, 25ms, 3.4B or 8GiB")
     return found
 
 
-def selector(config: DictConfig, info: CheckpointInfo, name: str, losses: Losses | None = None) -> Selector:
+def selector(config: StageSettings, info: CheckpointInfo, name: str, losses: Losses | None = None) -> Selector:
     """The selector `name`. losses: evaluates networks, for `random`. Raises FlextronError where it lacks what it needs."""
     blocks = Choices(info.model, info.space)
     if name == "router":
@@ -99,7 +95,7 @@ def selector(config: DictConfig, info: CheckpointInfo, name: str, losses: Losses
 
 
 def select(
-    config: DictConfig, info: CheckpointInfo, losses: Losses | None = None, budget: Any = None
+    config: StageSettings, info: CheckpointInfo, losses: Losses | None = None, budget: Any = None
 ) -> tuple[SubNetwork, list[Budget]]:
     """The network of config.selector for `budget`, by default config.budget, and that budget, parsed.
 
@@ -126,7 +122,7 @@ class Chosen:
     budgets: Sequence[Budget] = ()
 
 
-def chosen_network(config: DictConfig, info: CheckpointInfo) -> Chosen:
+def chosen_network(config: StageSettings, info: CheckpointInfo) -> Chosen:
     """The network for config.budget, or of the file config.subnetwork, or the full one. Raises FlextronError for both keys."""
     if config.budget is not None:
         if config.subnetwork is not None:
@@ -145,11 +141,11 @@ def read_network(file: str | Path, info: CheckpointInfo) -> SubNetwork:
     return net
 
 
-def _routed(config: DictConfig, info: CheckpointInfo, blocks: Any) -> Selector:
+def _routed(config: StageSettings, info: CheckpointInfo, blocks: Any) -> Selector:
     return trained_selector(info.path, blocks, known_costs(config, info, latency_table(config, info)))
 
 
-def _degradations(config: DictConfig, blocks: Any) -> Any:
+def _degradations(config: StageSettings, blocks: Any) -> Any:
     """[blocks, candidates] from the metrics.json of `flextron sensitivity`."""
     if not config.sensitivity:
         raise FlextronError("selector=sensitivity: give sensitivity=, the directory that `flextron sensitivity` wrote")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, open_data, valid_datasets
 from flextron_mcore.evaluation.evaluator import Evaluator
 from flextron_mcore.model import PRECISIONS, check_layout, loaded_model
+from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.checks import sequence_length
 
@@ -27,36 +26,36 @@ class Opened:
     seq_length: int
 
     @classmethod
-    def of(cls, config: DictConfig, info: CheckpointInfo, data: PreparedData) -> Opened:
+    def of(cls, config: StageSettings, info: CheckpointInfo, data: PreparedData) -> Opened:
         """Raises FlextronError where checkpoint, data and layout do not fit each other."""
         computed = precision(config, info)
         check_layout(info.model, info.space, config.model, computed)
         return cls(info, data, computed, sequence_length(config.model, info, data))
 
 
-def open_evaluation(config: DictConfig) -> Opened:
+def open_evaluation(config: StageSettings) -> Opened:
     """The checkpoint and the data of a stage that evaluates networks. Raises FlextronError where they do not fit."""
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
     return Opened.of(config, info, data)
 
 
-def evaluator(config: DictConfig, opened: Opened, cache: Path, progress: Callable[[str], None]) -> Evaluator:
+def evaluator(config: StageSettings, opened: Opened, cache: Path, progress: Callable[[str], None]) -> Evaluator:
     """The loaded model on the validation split, of which config.limit_val_batches are used. cache: directory for indices."""
     datasets = valid_datasets(opened.data, opened.seq_length, config.seed, cache)
     model = loaded_model(config.model, opened.info, opened.precision)
     return Evaluator(model, datasets, opened.seq_length, config.model.micro_batch_size, config.limit_val_batches, progress)
 
 
-def precision(config: DictConfig, info: CheckpointInfo) -> str:
+def precision(config: StageSettings, info: CheckpointInfo) -> str:
     """trainer.precision, or else as stored."""
     return config.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
 
 
-def check_space(config: DictConfig, info: CheckpointInfo) -> None:
+def check_space(config: StageSettings, info: CheckpointInfo) -> None:
     """Raise FlextronError when the configuration asks for another space than the checkpoint's."""
     have = info.space.to_dict()
-    wanted = {k: v for k, v in OmegaConf.to_container(config.space).items() if v is not None}
+    wanted = {k: v for k, v in asdict(config.space).items() if v is not None}
     for name in ("granularity", "attention_unit", *have):
         if name not in wanted:
             continue

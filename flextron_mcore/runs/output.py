@@ -9,17 +9,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime.disk import disk_errors, write_aside, write_whole
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process, wait_for_all
+from flextron_mcore.settings.compose import to_yaml
+from flextron_mcore.settings.training import StageSettings
 
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.json"
 
 
 @contextlib.contextmanager
-def serial_output(config: DictConfig) -> Iterator[Path]:
+def serial_output(config: StageSettings) -> Iterator[Path]:
     """A directory to write results into, which becomes `config.out` when the stage succeeds and leaves nothing when it fails.
 
     For a stage that the main process runs alone. Raises FlextronError when `out` exists and overwrite=true is not given.
@@ -33,7 +33,7 @@ def serial_output(config: DictConfig) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_output(config: DictConfig) -> Iterator[Path]:
+def new_output(config: StageSettings) -> Iterator[Path]:
     """`serial_output` for a stage that all ranks run: the directory is whole when all are done, which a rank that fails never is.
 
     Raises what `serial_output` does, on every rank the same.
@@ -82,9 +82,9 @@ def make_parent(out: Path) -> None:
         raise FlextronError(f"out={out}: cannot be written: {error.strerror}") from None
 
 
-def write_config(folder: Path, config: DictConfig) -> None:
+def write_config(folder: Path, config: StageSettings) -> None:
     """The resolved configuration as config.yaml."""
-    (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
 
 
 def write_metrics(folder: Path, stage: str, figures: Mapping[str, Any]) -> dict[str, Any]:

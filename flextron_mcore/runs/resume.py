@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
@@ -22,6 +20,8 @@ from flextron_mcore.data.tokenizer import read_vocabulary
 from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, check_output, make_parent
 from flextron_mcore.runtime.disk import disk_errors, write_aside, write_whole
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.settings.compose import as_yaml, to_dict
+from flextron_mcore.settings.training import LoopSettings
 
 LOCK_FILE = ".lock"
 # Keys, and groups of keys, that may differ between a run and its continuation: they do not change what is computed.
@@ -38,7 +38,7 @@ _FREE_KEYS = (
 
 
 @contextlib.contextmanager
-def resumable_output(config: DictConfig, info: CheckpointInfo, data: PreparedData) -> Iterator[Path]:
+def resumable_output(config: LoopSettings, info: CheckpointInfo, data: PreparedData) -> Iterator[Path]:
     """config.out, made for a new run, or with the unfinished run that it holds; no other process writes to it within the block.
 
     Only the same run is continued: of the same configuration except for speed and layout, on the same tokens of the same
@@ -55,9 +55,9 @@ def resumable_output(config: DictConfig, info: CheckpointInfo, data: PreparedDat
 
 
 @contextlib.contextmanager
-def _open_run(config: DictConfig, info: CheckpointInfo, data: PreparedData) -> Iterator[None]:
+def _open_run(config: LoopSettings, info: CheckpointInfo, data: PreparedData) -> Iterator[None]:
     out, vocabulary = Path(config.out), read_vocabulary(data.tokenizer)
-    values = OmegaConf.to_container(config, resolve=True)
+    values = to_dict(config)
     values["fingerprints"] = {"data": data.fingerprint, "tokenizer": vocabulary and vocabulary.fingerprint}
     make_parent(out)
     with contextlib.ExitStack() as lock:
@@ -85,7 +85,7 @@ def _open_run(config: DictConfig, info: CheckpointInfo, data: PreparedData) -> I
 def _complete(out: Path, values: Mapping[str, Any], new: bool, tokenizer: Path | None) -> None:
     """Write what a run has from its beginning, as far as it is not there."""
     if new:
-        write_whole(out / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(values)))
+        write_whole(out / CONFIG_FILE, as_yaml(values))
     if tokenizer and not (out / "tokenizer").is_dir():
         with write_aside(out / "tokenizer") as folder:
             shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
@@ -162,11 +162,11 @@ def _beside(values: Mapping[str, Any]) -> str:
 def _read_config(file: Path) -> dict[str, Any]:
     """config.yaml as {"a.b": value}."""
     try:
-        values = OmegaConf.to_container(OmegaConf.load(file))
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
         if isinstance(values, dict) and "seed" in values:  # the last key of every stage
             return _flat(values)
         reason = "not a configuration"
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = type(error).__name__
     raise FlextronError(f"{file}: is damaged ({reason}): bring it back from a copy, choose another out, or overwrite=true")
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost
@@ -22,12 +20,14 @@ from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.training.candidates import evaluate_candidates
+from flextron_mcore.settings.sections import DistillationSettings, TargetSettings
+from flextron_mcore.settings.training import CostSettings
 from flextron_mcore.training.loop import Phase, train
 from flextron_mcore.training.router import RouterLearner
 from flextron_mcore.training.static import SurrogateLearner
 
 
-def described_routers(config: DictConfig, info: Any, table: Any, hidden_size: int) -> tuple[RouterInfo, list[Cost]]:
+def described_routers(config: CostSettings, info: Any, table: Any, hidden_size: int) -> tuple[RouterInfo, list[Cost]]:
     """What the routers of a configuration are, and the costs that they are for."""
     known = known_costs(config, info, table)
     names = config.costs or (["latency"] if table else ["parameters"])
@@ -42,7 +42,7 @@ def described_routers(config: DictConfig, info: Any, table: Any, hidden_size: in
 
 
 def train_routers(
-    config: DictConfig,
+    config: CostSettings,
     info: Any,
     data: Any,
     learner: RouterLearner,
@@ -92,7 +92,7 @@ def train_routers(
         return write_metrics(out, config.stage, {**figures, "routers": described, "budgets": rows})
 
 
-def _evaluate_candidates(config: DictConfig, out: Path, data: Any, learner: RouterLearner, seq_length: int, model: Any) -> None:
+def _evaluate_candidates(config: CostSettings, out: Path, data: Any, learner: RouterLearner, seq_length: int, model: Any) -> None:
     """Evaluate the networks that the routers may choose on training data, into the learner's `info`."""
     samples = config.candidate_samples
     dataset = train_dataset(data, seq_length, samples, config.seed, out / "cache", config.data_weights)
@@ -132,28 +132,13 @@ def _budget(learner: RouterLearner, target: float) -> dict[str, Any]:
     }
 
 
-def _range(targets: Mapping[str, Any], cost: Cost) -> tuple[float, float]:
+def _range(targets: TargetSettings, cost: Cost) -> tuple[float, float]:
     """The range of targets, as shares of the full model's cost."""
     least = cost.smallest / cost.full
-    low = least if targets["low"] is None else float(targets["low"])
-    high = float(targets["high"])
+    low = least if targets.low is None else float(targets.low)
+    high = float(targets.high)
     if not least - 1e-9 <= low < high <= 1:
         raise FlextronError(
             f"targets: {low:.4g} to {high:.4g} is no range within {least:.4f} (the smallest network's {cost.name}) and 1"
         )
     return low, high
-
-
-def check_settings(config: DictConfig) -> None:
-    router, surrogate = config.router, config.get("surrogate", {})
-    if config.candidate_samples < 0:
-        raise FlextronError(f"candidate_samples={config.candidate_samples} must be at least 0")
-    counts = {"targets_per_step": config.targets_per_step}
-    counts |= {f"router.{name}": router[name] for name in ("hidden_size", "updates_per_step", "batch_size") if name in router}
-    names = ("hidden_size", "updates_per_step", "batch_size")
-    counts |= {f"surrogate.{name}": surrogate[name] for name in names if name in surrogate}
-    for name, value in counts.items():
-        if value < 1:
-            raise FlextronError(f"{name}={value} must be at least 1")
-    if len(router.entropy) != 2 or min(router.entropy) <= 0:
-        raise FlextronError(f"router.entropy={list(router.entropy)} must be two numbers above 0, the first and the last weight")

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
 
 import torch
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import cpu, signals, watch
 from flextron_mcore.runtime.memory import collect_again
+from flextron_mcore.settings.sections import LayoutSettings
 
 # How long ranks wait for each other. Not a way to find dead ones, which the watch does sooner: one rank may work alone for long.
 TIMEOUT = timedelta(minutes=30)
 
 
-def initialize(parallel: Mapping[str, Any] | None = None, seed: int = 1234) -> None:
+def initialize(parallel: LayoutSettings | None = None, seed: int = 1234) -> None:
     """Start torch.distributed and Megatron-Core's process groups for this process.
 
-    parallel: NeMo's names tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size. May be
-    called again for another layout after Megatron-Core's destroy_model_parallel. Without a launcher it is a world of one process.
+    parallel: the tensor, pipeline and virtual pipeline sizes count. May be called again for another layout after Megatron-Core's
+    destroy_model_parallel. Without a launcher it is a world of one process.
     Raises FlextronError when the number of processes does not fit the layout or the GPUs, or the launcher tells too little.
     """
     cpu.enable()
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel = parallel or {}
-    tensor = int(parallel.get("tensor_model_parallel_size") or 1)
-    pipeline = int(parallel.get("pipeline_model_parallel_size") or 1)
+    parallel = parallel or LayoutSettings()
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % (tensor * pipeline):
         raise FlextronError(
@@ -66,7 +64,7 @@ def initialize(parallel: Mapping[str, Any] | None = None, seed: int = 1234) -> N
         parallel_state.initialize_model_parallel(
             tensor,
             pipeline,
-            parallel.get("virtual_pipeline_model_parallel_size"),
+            parallel.virtual_pipeline_model_parallel_size,
             distributed_timeout_minutes=TIMEOUT.seconds // 60,
         )
     torch.manual_seed(seed)

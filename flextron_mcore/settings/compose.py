@@ -79,14 +79,12 @@ def to_dict(settings: StageSettings) -> dict[str, Any]:
 
 def to_yaml(settings: StageSettings) -> str:
     """`to_dict` as YAML."""
-    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
+    return as_yaml(to_dict(settings))
 
 
-def legacy(settings: StageSettings) -> DictConfig:
-    """Settings as the DictConfig that stages not yet typed take."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.create(_escaped(to_dict(settings)))
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML, in their order."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def missing(settings: StageSettings) -> list[str]:

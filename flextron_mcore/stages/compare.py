@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
@@ -25,10 +23,11 @@ from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.routers import validation_targets
 from flextron_mcore.runs.terminal import print_table, progress_bar
 from flextron_mcore.selection.sampling import draw_near
+from flextron_mcore.settings.stages import CompareSettings
 from flextron_mcore.space import SubNetwork
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: CompareSettings) -> dict[str, Any]:
     """Evaluate what every selector of config.selectors takes for every target, and what chance does."""
     opened = open_evaluation(config)
     info = opened.info

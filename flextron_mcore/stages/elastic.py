@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig
-
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.data.blend import open_data
 from flextron_mcore.evaluation.family import uniform_family
@@ -13,12 +11,13 @@ from flextron_mcore.runs.opened import check_space
 from flextron_mcore.runs.output import write_metrics
 from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.terminal import print_table
+from flextron_mcore.settings.training import ElasticSettings
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.loop import Phase, train
 from flextron_mcore.training.sampler import draw, random_family
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: ElasticSettings) -> dict[str, Any]:
     """Train the full model and config.num_subnetworks random sub-networks together."""
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from flextron_mcore.adaptive.serving import evaluate_adaptive
 from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.evaluation.perplexity import mean, perplexity
@@ -14,11 +12,12 @@ from flextron_mcore.runs.choice import chosen_network, read_network
 from flextron_mcore.runs.opened import evaluator, open_evaluation
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar
+from flextron_mcore.settings.stages import EvaluateSettings
 from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
 from flextron_mcore.training.sampler import random_family
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: EvaluateSettings) -> dict[str, Any]:
     """Evaluate config.subnetwork, or the full model and the uniform family."""
     opened = open_evaluation(config)
     info = opened.info
@@ -85,11 +84,10 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def _networks(config: DictConfig, info: Any) -> dict[str, Any]:
+def _networks(config: EvaluateSettings, info: Any) -> dict[str, Any]:
     """{name: SubNetwork} that the configuration asks for."""
     if config.budget is None and config.subnetwork is not None:
-        files = [config.subnetwork] if isinstance(config.subnetwork, str) else config.subnetwork
-        networks = {Path(file).stem: read_network(file, info) for file in files}
+        networks = {Path(file).stem: read_network(file, info) for file in config.subnetwork}
     elif config.budget is None:
         networks = uniform_family(info.model, info.space)
         networks = {"full": networks.pop("full"), **networks}

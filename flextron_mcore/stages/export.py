@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from flextron_mcore.adaptive.export import exported_routers
 from flextron_mcore.checkpoint.store import open_checkpoint
@@ -19,10 +19,11 @@ from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.memory import keep_freed_memory
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.settings.stages import ExportSettings
 from flextron_mcore.space import count_parameters
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: ExportSettings) -> dict[str, Any]:
     """Write config.subnetwork of config.checkpoint to config.out, and with verify=true read it back. Ranks share the shards."""
     check_output(Path(config.out), config.overwrite)
     check_format(config.format)
@@ -66,7 +67,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def _verify(config: DictConfig, written: Format, job: Job) -> float:
+def _verify(config: ExportSettings, written: Format, job: Job) -> float:
     """Largest difference of logits between what was written, read back, and the sub-network in Megatron-Core (fp32).
 
     The checkpoint is computed at the layout of `config`, the export on the main process.

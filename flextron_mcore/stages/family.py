@@ -7,32 +7,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from flextron_mcore.axes import layer_axes
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost, show
-from flextron_mcore.export.formats import check_format
 from flextron_mcore.runs import choice
 from flextron_mcore.runs.chain import quoted, run_chain
 from flextron_mcore.runs.output import METRICS_FILE, make_parent, write_metrics
 from flextron_mcore.runs.terminal import print_table, say
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.settings.stages import FamilySettings
 from flextron_mcore.space import SubNetwork
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: FamilySettings) -> dict[str, Any]:
     """Choose, evaluate and export a network for each of config.budgets, and report."""
-    budgets = OmegaConf.to_container(config).get("budgets")
-    if not isinstance(budgets, list) or not budgets:
+    budgets = config.budgets
+    if not budgets:
         raise FlextronError(f"budgets={budgets}: must be a list such as [0.4, 0.6, 25ms]")
-    for format_ in config.formats:
-        check_format(format_)
-        if format_ == "hf_elastic":
-            raise FlextronError("formats: hf_elastic holds every sub-network in one directory: use `flextron export`")
-    if config.selector == "random":
-        raise FlextronError("selector=random: evaluates networks; use `flextron select`")
     info, out = open_checkpoint(config.checkpoint), Path(config.out)
     names = [_name(budget) for budget in budgets]
     if len(set(names)) < len(names):
@@ -63,7 +55,7 @@ def _name(budget: Any) -> str:
     return re.sub(r"[^A-Za-z0-9.,-]+", "_", text.strip())
 
 
-def _chain(config: DictConfig, names: list[str], out: Path) -> dict[str, tuple[str, list[str]]]:
+def _chain(config: FamilySettings, names: list[str], out: Path) -> dict[str, tuple[str, list[str]]]:
     checkpoint = f"checkpoint={quoted(config.checkpoint)}"
     files = {name: quoted(out / "networks" / f"{name}.json") for name in names}
     chain: dict[str, tuple[str, list[str]]] = {}
@@ -78,7 +70,7 @@ def _chain(config: DictConfig, names: list[str], out: Path) -> dict[str, tuple[s
     return chain
 
 
-def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, config: DictConfig) -> dict[str, Any]:
+def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, config: FamilySettings) -> dict[str, Any]:
     means = {f"mean_{axis.name}": sum(map(axis.size, net.executed_layers)) / net.depth for axis in layer_axes()}
     row = {
         "budget": name,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig
 
 from flextron_mcore.adaptive.serving import routers_at_budget
 from flextron_mcore.checkpoint.store import open_checkpoint
@@ -20,15 +19,14 @@ from flextron_mcore.runs.output import check_file, write_file
 from flextron_mcore.runs.terminal import progress_bar, say
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.settings.stages import GenerateSettings
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: GenerateSettings) -> dict[str, Any]:
     """Continue config.prompt with config.subnetwork, the choice for config.budget, or the full model."""
     layout = config.model
     if layout.sequence_parallel:
         raise FlextronError("generate: a single token cannot be split over ranks: model.sequence_parallel=false")
-    if config.max_new_tokens < 1 or config.temperature < 0 or config.top_k < 0:
-        raise FlextronError("generate: max_new_tokens must be at least 1, temperature and top_k at least 0")
     out = Path(config.out) if config.out else None
     check_file(out, config.overwrite)
     info = open_checkpoint(config.checkpoint)
@@ -48,7 +46,7 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"than the model's {info.model.max_position_embeddings} positions"
         )
     network, spent = _network(config, info)
-    (model,) = loaded_model({**layout, "virtual_pipeline_model_parallel_size": None}, info, computed)
+    (model,) = loaded_model(replace(layout, virtual_pipeline_model_parallel_size=None), info, computed)
     sampling = Sampling(config.temperature, config.top_k, config.seed)
     with progress_bar(total=longest - min(map(len, prompts)), desc="generate", unit="token", leave=False) as bar:
         found = generate(model, prompts, network, config.max_new_tokens, tokenizer.eod, sampling, bar.update)
@@ -73,13 +71,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     return figures
 
 
-def _prompts(config: DictConfig) -> list[str]:
+def _prompts(config: GenerateSettings) -> list[str]:
     """config.prompt: a text or a list of them; or the lines of config.prompts."""
     if (config.prompt is None) == (config.prompts is None):
         raise FlextronError("generate: give prompt=, a text or a list of them, or prompts=, a file with one a line")
     if config.prompt is not None:
-        found = [config.prompt] if isinstance(config.prompt, str | int | float) else list(config.prompt)
-        found = [str(text) for text in found]
+        found = config.prompt
     else:
         try:
             lines = on_main_process(lambda: Path(config.prompts).read_text(encoding="utf-8").splitlines())
@@ -91,7 +88,7 @@ def _prompts(config: DictConfig) -> list[str]:
     return found
 
 
-def _network(config: DictConfig, info: Any) -> tuple[Any, Any]:
+def _network(config: GenerateSettings, info: Any) -> tuple[Any, Any]:
     """What is to compute, and a function that says after it has what was spent, as a share of the full model's cost."""
     if config.selector == "adaptive":
         chosen = routers_at_budget(config, info)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from omegaconf import DictConfig
-
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
@@ -14,27 +12,24 @@ from flextron_mcore.data.blend import open_data
 from flextron_mcore.routers.store import kind_of_routers, read_routers
 from flextron_mcore.runs.choice import check_table, latency_table
 from flextron_mcore.runs.opened import check_space
-from flextron_mcore.runs.routers import check_settings, described_routers, train_routers
+from flextron_mcore.runs.routers import described_routers, train_routers
+from flextron_mcore.settings.training import GumbelStageSettings
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.gumbel import GumbelLearner
 from flextron_mcore.training.router import RouterTraining
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: GumbelStageSettings) -> dict[str, Any]:
     """Train the model of config.checkpoint, and a router, which starts from the checkpoint's where it has one of this kind."""
     info, data = _modulated(config, open_checkpoint(config.checkpoint)), open_data(config.data)
     check_space(config, info)
     table = latency_table(config, info)
     check_table(table)
-    check_settings(config)
     router = config.router
-    if not 1 <= router.weighted_per_step <= config.targets_per_step:
+    if router.weighted_per_step > config.targets_per_step:
         raise FlextronError(
-            f"router.weighted_per_step={router['weighted_per_step']} is not within 1 and "
-            f"targets_per_step={config.targets_per_step}"
+            f"router.weighted_per_step={router.weighted_per_step} is not within 1 and targets_per_step={config.targets_per_step}"
         )
-    if min(router.temperature) <= 0:
-        raise FlextronError(f"router.temperature={router['temperature']}: must be two numbers above 0, the first and the last")
     described, costs = described_routers(config, info, table, router.hidden_size)
     described = replace(described, kind="gumbel", uniform=router.uniform)
     blocks, started = Choices(info.model, info.space), None
@@ -59,7 +54,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     return train_routers(config, info, data, learner, seq_length, frozen=False, teach=config.distillation)
 
 
-def _modulated(config: DictConfig, info: Any) -> Any:
+def _modulated(config: GumbelStageSettings, info: Any) -> Any:
     """The checkpoint with config.modulation, which may add it. Raises FlextronError where it would take it away."""
     if config.modulation is False and info.space.modulation:
         raise FlextronError(f"checkpoint={info.path}: has modulation, which its networks need: leave modulation=false out")

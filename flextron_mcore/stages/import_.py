@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.checkpoint.hf import copy_tokenizer, import_hf, open_hf
 from flextron_mcore.checkpoint.store import iteration_path
@@ -13,14 +12,15 @@ from flextron_mcore.checkpoint.writer import write_streaming
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar
 from flextron_mcore.runtime.ranks import on_main_process, processes_on_cpu
+from flextron_mcore.settings.stages import ImportSettings
 from flextron_mcore.space import count_parameters
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: ImportSettings) -> dict[str, Any]:
     """Stream config.hf into an elastic checkpoint, units in the order they have. Several ranks share the tensors."""
     check_output(Path(config.out), config.overwrite)
     source = open_hf(Path(config.hf))
-    info, tensors = import_hf(source, OmegaConf.to_container(config.space), config.dtype)
+    info, tensors = import_hf(source, asdict(config.space), config.dtype)
     size = sum(t.dtype.itemsize * _numel(t.shape) for t in tensors.values())
     with processes_on_cpu(), new_output(config) as out:
         folder = iteration_path(out, 0)

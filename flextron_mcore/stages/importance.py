@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
 from flextron_mcore.axes import AXES, HIDDEN_SIZE
 from flextron_mcore.checkpoint.sharding import check_granularity
 from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint
 from flextron_mcore.checkpoint.writer import write_streaming
-from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import open_data, train_dataset, valid_datasets
 from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
 from flextron_mcore.model import check_layout, loaded_model
@@ -25,23 +23,17 @@ from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process
-from flextron_mcore.sorting.importance import LAYER_SCORES, SCORES, collect, importance, removal_errors
+from flextron_mcore.settings.stages import ImportanceSettings
+from flextron_mcore.sorting.importance import collect, importance, removal_errors
 from flextron_mcore.sorting.permutation import order, sorted_tensors
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.checks import sequence_length
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: ImportanceSettings) -> dict[str, Any]:
     """Score on config.samples calibration sequences, write the sorted checkpoint and the ablation table."""
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
-    if config.score not in SCORES:
-        raise FlextronError(f"score={config.score!r} is not known: use one of {', '.join(SCORES)}")
-    if config.layer_score not in LAYER_SCORES:
-        raise FlextronError(f"layer_score={config.layer_score!r} is not known: use one of {', '.join(LAYER_SCORES)}")
-    for name in ("samples", "layer_samples"):
-        if config[name] < 1:
-            raise FlextronError(f"{name}={config[name]} must be at least 1")
-    wanted = {k: v for k, v in OmegaConf.to_container(config.space).items() if v is not None}
+    wanted = {k: v for k, v in asdict(config.space).items() if v is not None}
     # Sorting writes all units anew, so this is the stage that may change the space.
     space = ElasticSpace.from_dict(info.model, {**info.space.to_dict(), **wanted})
     dtype = precision(config, info)
@@ -102,7 +94,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 class _Ablation:
     """Half of the heads and half of the neurons, unsorted and sorted, on the validation split: the paper's Table 5."""
 
-    def __init__(self, config: DictConfig, info: Any, space: Any, data: Any, seq_length: int, out: Path) -> None:
+    def __init__(self, config: ImportanceSettings, info: Any, space: Any, data: Any, seq_length: int, out: Path) -> None:
         self.config, self.seq_length, self.rows = config, seq_length, []
         arch = info.model
         self.networks = {"full (baseline)": None}

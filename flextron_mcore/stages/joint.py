@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.adaptive.training import train_adaptive
 from flextron_mcore.checkpoint.store import open_checkpoint
@@ -15,18 +13,18 @@ from flextron_mcore.data.blend import open_data
 from flextron_mcore.routers.store import kind_of_routers, read_routers
 from flextron_mcore.runs.choice import check_table, known_costs, latency_table
 from flextron_mcore.runs.opened import check_space
-from flextron_mcore.runs.routers import check_settings, train_routers
+from flextron_mcore.runs.routers import train_routers
 from flextron_mcore.settings.sections import RouterSettings
+from flextron_mcore.settings.training import JointSettings
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.router import RouterTraining
 from flextron_mcore.training.static import StraightThroughLearner
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: JointSettings) -> dict[str, Any]:
     """Tune the model of config.checkpoint and its routers."""
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
-    check_settings(config)
     blocks = Choices(info.model, info.space)
     if kind_of_routers(info.path) == "adaptive":
         return train_adaptive(config, info, data)
@@ -46,6 +44,6 @@ def run(config: DictConfig) -> dict[str, Any]:
         config.trainer.max_steps,
         table.to_dict() if table else None,
     )
-    settings = RouterSettings(two_sided_from=0.0, **OmegaConf.to_container(config.router))
+    settings = RouterSettings(two_sided_from=0.0, **asdict(config.router))
     learner = StraightThroughLearner(training, settings, routers)
     return train_routers(config, info, data, learner, seq_length, frozen=False)

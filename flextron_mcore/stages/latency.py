@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from flextron_mcore.adaptive.latency import measure_routed, networks_per_round
 from flextron_mcore.adaptive.table import RoutedTable, routed_warning, token_cost
@@ -22,13 +20,14 @@ from flextron_mcore.runs.opened import check_not_modulated, precision
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
+from flextron_mcore.settings.sections import LayoutSettings
+from flextron_mcore.settings.stages import LatencySettings
 from flextron_mcore.space import SubNetwork
 
 TABLE_FILE = "latency.json"
-KINDS = ("prefill", "generation")
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: LatencySettings) -> dict[str, Any]:
     """Measure, or fit to config.measurements; write latency.json and how far its sums are from whole networks."""
     check_output(Path(config.out), config.overwrite)
     info = open_checkpoint(config.checkpoint)
@@ -73,29 +72,17 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def _measured(config: DictConfig, info: Any) -> Any:
+def _measured(config: LatencySettings, info: Any) -> Any:
     if config.routed.enabled:
         check_not_modulated(info)
     asked, positions = config.setting, info.model.max_position_embeddings
-    if asked.kind not in KINDS:
-        raise FlextronError(f"setting.kind={asked.kind!r} is not known: use one of {', '.join(KINDS)}")
     generated = asked.generated_tokens if asked.kind == "generation" else 1
     prompt = asked.prompt_length or (positions if asked.kind == "prefill" else positions // 2)
-    for name, value in (
-        ("setting.batch_size", asked.batch_size),
-        ("setting.generated_tokens", generated),
-        ("rounds", config.rounds),
-        ("routed.rounds", config.routed.rounds),
-        ("routed.hidden_size", config.routed.hidden_size),
-    ):
-        if value < 1:
-            raise FlextronError(f"{name}={value} must be at least 1")
     if not 1 <= prompt + generated - 1 <= positions:
         raise FlextronError(
             f"setting: {prompt} tokens of prompt and {generated} generated do not fit the model's {positions} positions"
         )
-    layout = {"virtual_pipeline_model_parallel_size": None}
-    model = loaded_model(layout, info, precision(config, info))[0]
+    model = loaded_model(LayoutSettings(), info, precision(config, info))[0]
     networks = (config.rounds + 1) * (balanced(info.space) + config.check_networks)
     setting = Setting(asked.kind, asked.batch_size, prompt, generated)
     with progress_bar(total=networks, desc="latency", unit="network") as bar:
@@ -117,7 +104,7 @@ def _measured(config: DictConfig, info: Any) -> Any:
     return replace(table, routed={policy: found.get(policy, found["full"]) for policy in KV_POLICIES})
 
 
-def _fitted(config: DictConfig, info: Any) -> Any:
+def _fitted(config: LatencySettings, info: Any) -> Any:
     file = Path(config.measurements)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -133,5 +120,5 @@ def _fitted(config: DictConfig, info: Any) -> Any:
         raise FlextronError(
             f'{file}: is not a list of {{"subnetwork": ..., "ms": ...}} ({type(error).__name__}: {error})'
         ) from None
-    setting = {**OmegaConf.to_container(config.setting), "kind": "fitted", "measurements": len(measured)}
+    setting = {**asdict(config.setting), "kind": "fitted", "measurements": len(measured)}
     return fit(info.model, info.space, measured, setting, {"device": f"fitted to {file.name}"})

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from flextron_mcore.config import FlextronError, JobFailed
 from flextron_mcore.launch import follow, local, slurm
 from flextron_mcore.launch.check import check_configuration, missing
@@ -14,9 +12,11 @@ from flextron_mcore.launch.plan import Plan, plan
 from flextron_mcore.launch.resources import COLUMNS, check_memory, resources
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime.disk import write_whole
+from flextron_mcore.settings.compose import to_yaml
+from flextron_mcore.settings.launch import LaunchSettings
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: LaunchSettings) -> dict[str, Any]:
     """Plan, check, and submit or run config.stages."""
     planned = plan(config)
     check_configuration(config, planned)
@@ -43,12 +43,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     return _submit(config, planned, configs)
 
 
-def _print_resources(config: DictConfig, planned: Plan) -> None:
+def _print_resources(config: LaunchSettings, planned: Plan) -> None:
     title, rows = resources(config, planned)
     print_table(title, COLUMNS, rows)
 
 
-def _dry_run(config: DictConfig, planned: Plan, configs: dict[str, Path], wanting: list[str]) -> dict[str, Any]:
+def _dry_run(config: LaunchSettings, planned: Plan, configs: dict[str, Path], wanting: list[str]) -> dict[str, Any]:
     if config.cluster.type == "slurm":
         for name, script in slurm.scripts(config, planned, configs):
             print(f"# ---- {name}\n{script.rstrip()}\n")
@@ -66,12 +66,12 @@ def _write_configs(planned: Plan, configs: dict[str, Path]) -> None:
     try:
         (planned.results / "launch").mkdir(parents=True, exist_ok=True)
         for job in planned.to_run:
-            write_whole(configs[job.name], OmegaConf.to_yaml(job.config))
+            write_whole(configs[job.name], to_yaml(job.config))
     except OSError as error:
         raise FlextronError(f"run.results_dir={planned.results}: cannot be written: {error.strerror}") from None
 
 
-def _submit(config: DictConfig, planned: Plan, configs: dict[str, Path]) -> dict[str, Any]:
+def _submit(config: LaunchSettings, planned: Plan, configs: dict[str, Path]) -> dict[str, Any]:
     experiment, submitted = slurm.submit(config, planned, configs)
     steps = {job.name: job.config.trainer.max_steps if job.trains else None for job in planned.to_run}
     stages = {job.name: job.stage for job in planned.to_run}

@@ -5,21 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from flextron_mcore.data.prepare import parse_inputs, prepare_data
 from flextron_mcore.runs.output import check_output, serial_output, write_metrics
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime.ranks import is_main_process
+from flextron_mcore.settings.stages import PrepareSettings
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: PrepareSettings) -> dict[str, Any]:
     """Write token files per domain and the tokenizer. The main process does; other ranks have nothing to do."""
     if not is_main_process():
         return {}
     check_output(Path(config.out), config.overwrite)
-    value = config["input"]
-    inputs = parse_inputs(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+    inputs = parse_inputs(config.input)
     with serial_output(config) as out:
         figures = prepare_data(
             inputs,

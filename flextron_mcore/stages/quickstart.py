@@ -7,20 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.runs.chain import quoted, run_chain
 from flextron_mcore.runs.output import METRICS_FILE, write_metrics
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.settings.stages import QuickstartSettings
 from flextron_mcore.training.sampler import draw
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: QuickstartSettings) -> dict[str, Any]:
     """Run config.chain, each command as the command line would; continue where an earlier run stopped."""
     out = Path(config.out)
-    chain = {name: (step.stage, [_key(key, out) for key in step["keys"]]) for name, step in config.chain.items()}
+    chain = {name: (step["stage"], [_key(key, out) for key in step["keys"]]) for name, step in config.chain.items()}
     seconds = run_chain(config, chain, ("chain",), lambda stage: _write_networks(out) if stage == "export" else None)
     return write_metrics(out, "quickstart", on_main_process(lambda: _summary(out, seconds)))
 

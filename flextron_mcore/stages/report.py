@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from flextron_mcore.adaptive import report as adaptive
 from flextron_mcore.config import FlextronError
 from flextron_mcore.report import MAKING, RESULTS, build_report
 from flextron_mcore.runs.output import serial_output, write_metrics
 from flextron_mcore.runtime.ranks import is_main_process
+from flextron_mcore.settings.stages import ReportSettings
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: ReportSettings) -> dict[str, Any]:
     """Write config.out/index.html, its figures and family.json from the stages found in config.run. The main process does."""
     if not is_main_process():
         return {}

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig
-
 from flextron_mcore.adaptive.training import train_adaptive
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choices import Choices
-from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import open_data
 from flextron_mcore.runs.choice import check_table, latency_table
 from flextron_mcore.runs.opened import check_space, check_widths_only
-from flextron_mcore.runs.routers import check_settings, described_routers, train_routers
+from flextron_mcore.runs.routers import described_routers, train_routers
+from flextron_mcore.settings.training import RouterStageSettings
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.router import RouterTraining
 from flextron_mcore.training.static import StraightThroughLearner, SurrogateLearner
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: RouterStageSettings) -> dict[str, Any]:
     """Train routers on the frozen model of config.checkpoint."""
     info, data = open_checkpoint(config.checkpoint), open_data(config.data)
     check_space(config, info)
     check_widths_only(info, "`flextron router`")
     if config.kind == "adaptive":
         return train_adaptive(config, info, data)
-    if config.kind != "static":
-        raise FlextronError(f"kind={config.kind!r} is not known: use static or adaptive")
     table = latency_table(config, info)
     check_table(table)
-    check_settings(config)
     described, costs = described_routers(config, info, table, config.router.hidden_size)
     seq_length = check(config, info, data, 1 + config.targets_per_step)
     training = RouterTraining(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError
@@ -22,20 +21,20 @@ from flextron_mcore.runs import choice
 from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import check_file, write_file
 from flextron_mcore.runs.terminal import print_table, say
+from flextron_mcore.settings.sections import EvaluationModelSettings, LayoutSettings
+from flextron_mcore.settings.stages import SelectSettings
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.checks import sequence_length
 
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: SelectSettings) -> dict[str, Any]:
     """Print the network of config.selector for config.budget, and write it to config.out."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise FlextronError("select: is for one process")
     out = Path(config.out) if config.out else None
     check_file(out, config.overwrite)
-    if config.rounds < 1:
-        raise FlextronError(f"rounds={config.rounds} must be at least 1")
     info = open_checkpoint(config.checkpoint)
     net, budgets = choice.select(config, info, _losses(config, info) if config.data else None)
     table = choice.latency_table(config, info)
@@ -65,22 +64,21 @@ def run(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def _measured(config: DictConfig, info: CheckpointInfo, net: SubNetwork, table: LatencyTable) -> tuple[float, float] | None:
+def _measured(config: SelectSettings, info: CheckpointInfo, net: SubNetwork, table: LatencyTable) -> tuple[float, float] | None:
     """Milliseconds of the network and of the full model on this device, alternately; None for a table fitted to foreign ones."""
     precision = _PRECISIONS.get(table.machine.get("dtype"))
     if precision is None:
         return None
-    layout = {"virtual_pipeline_model_parallel_size": None}
-    model = loaded_model(layout, info, precision)[0]
+    model = loaded_model(LayoutSettings(), info, precision)[0]
     ours, full = time_networks(model, info.model, [net, None], Setting(**table.setting), config.rounds, config.seed)
     return getattr(ours, table.statistic), getattr(full, table.statistic)
 
 
-def _losses(config: DictConfig, info: CheckpointInfo) -> choice.Losses:
+def _losses(config: SelectSettings, info: CheckpointInfo) -> choice.Losses:
     """A function that evaluates networks on the validation split of config.data."""
     data = open_data(config.data)
-    options = {"virtual_pipeline_model_parallel_size": None, "sequence_parallel": False, **config.model}
-    seq_length = sequence_length(DictConfig(options), info, data)
+    options = EvaluationModelSettings(**asdict(config.model))
+    seq_length = sequence_length(options, info, data)
 
     def losses(networks: Sequence[SubNetwork]) -> list[float]:
         model = loaded_model(options, info, precision(config, info))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig
-
 from flextron_mcore.choices import Choices
 from flextron_mcore.runs.opened import check_widths_only, evaluator, open_evaluation
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar
+from flextron_mcore.settings.stages import SensitivitySettings
 from flextron_mcore.space import SubNetwork
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: SensitivitySettings) -> dict[str, Any]:
     """Evaluate the full model, and it with every smaller candidate of every block."""
     opened = open_evaluation(config)
     info = opened.info

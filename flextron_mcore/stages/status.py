@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from flextron_mcore.config import FlextronError, nearest
 from flextron_mcore.launch.follow import STATE_COLUMNS, log_files, read_record, state_rows, states
 from flextron_mcore.runs.terminal import print_table
+from flextron_mcore.settings.stages import StatusSettings
 
 
-def run(config: DictConfig) -> dict[str, Any]:
+def run(config: StatusSettings) -> dict[str, Any]:
     """Print the jobs of the newest launch in config.run, or the log of one."""
     results = Path(config.run).expanduser().absolute()
     records = read_record(results)

@@ -34,7 +34,7 @@ from flextron_mcore.routers.store import RouterInfo, write_routers
 from flextron_mcore.runs import choice
 from flextron_mcore.runtime.ranks import place
 from flextron_mcore.selection import router
-from flextron_mcore.settings.compose import compose, legacy
+from flextron_mcore.settings.compose import compose
 from flextron_mcore.settings.sections import CacheSettings
 from flextron_mcore.settings.stages import HfElasticSettings
 from flextron_mcore.space import SubNetwork, count_parameters
@@ -107,7 +107,7 @@ def export(info: CheckpointInfo, out: Path, **options):
 
 def selected(info: CheckpointInfo, *keys: str):
     """A function from a budget to what `flextron select` takes."""
-    config = legacy(compose("select", [f"checkpoint={info.path.parents[1]}", "budget=1.0", *keys]))
+    config = compose("select", [f"checkpoint={info.path.parents[1]}", "budget=1.0", *keys])
     table = choice.latency_table(config, info)
     costs = choice.known_costs(config, info, table)
     picks = choice.selector(config, info, config.selector)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from flextron_mcore.adaptive.serving import routers_at_budget
@@ -198,7 +197,7 @@ def test_the_exported_family_chooses_for_every_token_alike(run, adaptive, device
     theirs = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "family", trust_remote_code=True, dtype=torch.float32).to(device).eval()
     )
-    (ours,) = loaded_model({"virtual_pipeline_model_parallel_size": None}, info, "fp32")
+    (ours,) = loaded_model(LayoutSettings(), info, "fp32")
     shares = [share for _, share in adaptive["calibration"]]
     budget = (min(shares) + max(shares)) / 2
     theirs.set_budget(budget, adaptive=True)
@@ -241,7 +240,7 @@ def test_the_export_is_the_network(run, selected, device, what, tmp_path):
     info = open_checkpoint(run / "joint")
     net = SubNetwork.from_file(run / "net.json") if network else None
     tokens = torch.randint(0, info.model.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    options = {"virtual_pipeline_model_parallel_size": None}
+    options = LayoutSettings()
     for precision, dtype, allowed in (("fp32", torch.float32, 1e-4), ("bf16", torch.bfloat16, 0.03)):
         ours = forward_logits(loaded_model(options, info, precision), net, tokens)
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / what, trust_remote_code=True, dtype=dtype).to(device).eval()

@@ -6,23 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
 
 from flextron_mcore import cli
-from flextron_mcore.settings.compose import legacy
+from flextron_mcore.settings.launch import LaunchSettings
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Callable[..., DictConfig]:
+def launch(tmp_path: Path) -> Callable[..., LaunchSettings]:
     """The configuration that `flextron launch` with these arguments would run."""
 
-    def composed(*arguments: str) -> DictConfig:
-        seen: list[DictConfig] = []
+    def composed(*arguments: str) -> LaunchSettings:
+        seen: list[LaunchSettings] = []
         runs, cli.run_stage = cli.run_stage, seen.append
         try:
             cli._main(["launch", f"base_results_dir={tmp_path}/results", f"data_dir={tmp_path}/data", *arguments])
         finally:
             cli.run_stage = runs
-        return legacy(seen[0])
+        return seen[0]
 
     return composed

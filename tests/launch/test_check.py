@@ -12,7 +12,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.launch import follow
 from flextron_mcore.launch.check import missing
 from flextron_mcore.launch.plan import plan
-from flextron_mcore.settings.compose import to_dict
+from flextron_mcore.settings.compose import to_dict, to_yaml
 from tests.hf_toy import llama, save
 
 
@@ -89,15 +89,13 @@ def test_a_missing_account_is_a_missing_key(tmp_path):
 
 def test_a_stage_reads_what_launch_wrote(launch, tmp_path, monkeypatch):
     """--config FILE is the stage with exactly those keys; of another stage or with unknown keys it is refused."""
-    from omegaconf import OmegaConf
-
     job = plan(launch("cluster=local", "model=smoke")).jobs[3]
     file = tmp_path / "elastic.yaml"
-    file.write_text(OmegaConf.to_yaml(job.config))
+    file.write_text(to_yaml(job.config))
     seen = []
     monkeypatch.setattr(cli, "run_stage", seen.append)
     cli._main(["elastic", "--config", str(file)])
-    assert json.dumps(to_dict(seen[0])) == json.dumps(OmegaConf.to_container(job.config))
+    assert json.dumps(to_dict(seen[0])) == json.dumps(to_dict(job.config))
     for arguments, message in (
         (["router", "--config", str(file)], "is not a configuration of router"),
         (["elastic", "--config", str(tmp_path / "none.yaml")], "cannot be read"),

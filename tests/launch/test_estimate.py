@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
 from megatron.core.transformer.module import Float16Module
-from omegaconf import DictConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from flextron_mcore.choices import Choices
@@ -23,8 +23,9 @@ from flextron_mcore.layers.block import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_model
 from flextron_mcore.pipeline.networks import run_networks
-from flextron_mcore.settings.compose import compose, legacy
-from flextron_mcore.settings.sections import DistillationSettings
+from flextron_mcore.settings.compose import compose
+from flextron_mcore.settings.sections import DistillationSettings, LayoutSettings
+from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import memory, toy
 
@@ -51,22 +52,22 @@ RECOMPUTED = {
 }
 
 
-def configured(stage: str, *keys: str) -> DictConfig:
+def configured(stage: str, *keys: str) -> StageSettings:
     given = ["out=o", *([] if stage in ("latency",) else ["data=d"]), *([] if stage == "pretrain" else ["checkpoint=c"])]
     if stage != "latency":
         given += [f"model.micro_batch_size={BATCH}", f"model.seq_length={LENGTH}"]
     if stage in ("pretrain", "elastic", "joint", "router", "gumbel"):
         given += [f"model.global_batch_size={2 * BATCH}"]
-    return legacy(compose(stage, [*given, *keys]))
+    return compose(stage, [*given, *keys])
 
 
-def said(arch: ModelConfig, config: DictConfig, ranks: int = 1, **more) -> Estimate:
+def said(arch: ModelConfig, config: StageSettings, ranks: int = 1, **more) -> Estimate:
     return estimate(arch, ElasticSpace.build(arch), config, ranks, "fp32", cuda=False, **more)
 
 
-def built(arch: ModelConfig, config: DictConfig, precision: str = "fp32", frozen: bool = False) -> torch.nn.Module:
-    space = ElasticSpace.build(arch, modulation=bool(config.get("modulation")))
-    model = build_model(arch, space, config["model"], precision).train().requires_grad_(not frozen)
+def built(arch: ModelConfig, config: StageSettings, precision: str = "fp32", frozen: bool = False) -> torch.nn.Module:
+    space = ElasticSpace.build(arch, modulation=bool(getattr(config, "modulation", False)))
+    model = build_model(arch, space, config.model, precision).train().requires_grad_(not frozen)
     return Float16Module(model.config, model).train() if precision == "bf16" else model
 
 
@@ -83,7 +84,7 @@ def test_what_autograd_keeps_with_recomputation(family, recomputed):
     compare_kept(FAMILIES[family], configured("pretrain", *RECOMPUTED[recomputed]), "fp32")
 
 
-def compare_kept(arch: ModelConfig, config: DictConfig, precision: str) -> None:
+def compare_kept(arch: ModelConfig, config: StageSettings, precision: str) -> None:
     model = built(arch, config, precision)
     tokens, positions = (x.contiguous() for x in toy.inputs(BATCH, vocab=arch.vocab_size, length=LENGTH))
     with memory.Kept([*model.parameters(), tokens, positions]) as kept:
@@ -263,7 +264,7 @@ def test_work_where_hidden_size_and_depth_are_elastic():
 def test_work_of_a_family():
     arch, costs = FAMILIES["llama"], Costs(FAMILIES["llama"], ElasticSpace.build(FAMILIES["llama"]), LENGTH)
     keys = ["checkpoint=c", "data=d", "out=o", "limit_val_batches=3", f"model.micro_batch_size={BATCH}"]
-    config = legacy(compose("family", [*keys, "budgets=[0.5,0.25 parameters,25ms]"]))
+    config = compose("family", [*keys, "budgets=[0.5,0.25 parameters,25ms]"])
     family = said(arch, config)
     assert (family.tokens, family.flops) == (3 * BATCH * LENGTH, pytest.approx(3 * BATCH * LENGTH * 1.75 * costs.full))
     assert family.weights == 4 * count_parameters(arch) and family.gradients == 0

@@ -48,7 +48,7 @@ def test_the_recipe_of_all_axes_is_whole_and_fits(launch, model, gpus, tmp_path)
     gumbel = jobs["gumbel"]
     assert gumbel.trainer.max_steps * gumbel.model.global_batch_size * gumbel.model.seq_length == pytest.approx(60e9, rel=0.01)
     assert len(planned.space.hidden_size) == len(planned.space.depth) == 5
-    taken = {name: (config.get("checkpoint"), config.get("latency")) for name, config in jobs.items()}
+    taken = {name: (getattr(config, "checkpoint", None), getattr(config, "latency", None)) for name, config in jobs.items()}
     results = str(planned.results)
     assert taken == {
         "import": (None, None),
@@ -67,7 +67,7 @@ def test_stages_take_what_was_planned_before_what_is_complete(launch, tmp_path):
     (results / "joint" / "metrics.json").write_text("{}")
     stages = "stages=[import,importance,elastic,latency,gumbel,evaluate,family,export,compare]"
     jobs = {job.name: job for job in plan(launch(*BARE, "model=llama2/7b", stages, "budgets=[25ms]", "family.formats=[]")).jobs}
-    taken = {name: job.config.get("checkpoint") for name, job in jobs.items()}
+    taken = {name: getattr(job.config, "checkpoint", None) for name, job in jobs.items()}
     assert taken["latency"] == taken["gumbel"] == f"{results}/elastic"
     assert {taken[name] for name in ("evaluate", "family", "export_25ms", "compare")} == {f"{results}/gumbel"}
     assert jobs["gumbel"].trains and jobs["gumbel"].ranks == 32 and jobs["family"].ranks == 1
@@ -109,7 +109,7 @@ def test_each_stage_takes_the_result_of_the_one_before(launch, tmp_path):
         "export_0.8",
     ]
     assert jobs["import"].hf == f"{tmp_path}/data/Llama-2-7b-hf"
-    taken = {name: config.get("checkpoint") for name, config in jobs.items()}
+    taken = {name: getattr(config, "checkpoint", None) for name, config in jobs.items()}
     assert taken == {
         "import": None,
         "importance": f"{results}/import",

@@ -8,6 +8,7 @@ import torch
 from flextron_mcore.choosing import set_subnetwork
 from flextron_mcore.layers.block import new_gates
 from flextron_mcore.model import build_model
+from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 
@@ -51,7 +52,7 @@ def test_recomputation_sees_the_gates_and_gains(recompute):
     found = []
     for choices in ({}, options):
         torch.manual_seed(0)
-        model = build_model(arch, space, choices).train()
+        model = build_model(arch, space, LayoutSettings(**choices)).train()
         gains = [parameter for name, parameter in model.named_parameters() if name.endswith("modulation")]
         with torch.no_grad():
             for parameter in gains:

@@ -10,6 +10,7 @@ from flextron_mcore.config import ModelConfig
 from flextron_mcore.layers.weighted import WeightedNetwork, mask
 from flextron_mcore.model import build_model
 from flextron_mcore.pipeline.networks import run_networks
+from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 from tests import toy
 from tests.pipeline.test_networks import batches
@@ -120,7 +121,7 @@ def test_recomputation_sees_the_weights(recompute):
     found = []
     for choices in ({}, options):
         torch.manual_seed(0)
-        model = build_model(arch, space, choices).train()
+        model = build_model(arch, space, LayoutSettings(**choices)).train()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter += 0.5 * name.endswith("modulation")

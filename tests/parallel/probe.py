@@ -9,7 +9,6 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from omegaconf import OmegaConf
 
 from flextron_mcore.checkpoint.reader import load_model
 from flextron_mcore.checkpoint.store import open_checkpoint
@@ -25,6 +24,8 @@ from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.runs.output import new_output
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.ranks import wait_for_all
+from flextron_mcore.settings.sections import LayoutSettings
+from flextron_mcore.settings.stages import ReportSettings
 from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 from tests import toy
 from tests.layers.test_weighted import one_hot, soft
@@ -34,11 +35,11 @@ from tests.stages.conftest import stage
 
 def logits(checkpoint: str, layout: dict[str, Any], out: str, net: str | None = None, precision: str = "fp32") -> list[int]:
     """forward_logits of a checkpoint's (sub-)network for fixed tokens, saved as OUT.RANK. Returns the layers that ran here."""
-    layout = {"virtual_pipeline_model_parallel_size": None, **layout}
-    distributed.initialize(layout)
+    options = LayoutSettings(**layout)
+    distributed.initialize(options)
     info = open_checkpoint(checkpoint)
     tokens, _ = toy.inputs(batch=3, vocab=info.model.vocab_size)
-    chunks = loaded_model(layout, info, precision)
+    chunks = loaded_model(options, info, precision)
     ran: set[int] = set()
     for module in (module for chunk in chunks for module in chunk.modules() if isinstance(module, ElasticSelfAttention)):
         module.register_forward_hook(lambda attention, *_: ran.add(attention.layer_number - 1))
@@ -61,11 +62,11 @@ def weighted(checkpoint: str, layout: dict[str, Any], axes: dict[str, Any], net:
     The networks: the full one, one of weights between, one of one-hot weights, and the sub-network that these say. All blocks
     are modulated.
     """
-    layout = {"virtual_pipeline_model_parallel_size": None, **layout}
-    distributed.initialize(layout)
+    options = LayoutSettings(**layout)
+    distributed.initialize(options)
     info = open_checkpoint(checkpoint)
     space = ElasticSpace.from_dict(info.model, {**info.space.to_dict(), **axes, "modulation": True})
-    chunks = build_chunks(info.model, space, layout, initialize=False)
+    chunks = build_chunks(info.model, space, options, initialize=False)
     for chunk in chunks:
         load_model(chunk, info)
         with torch.no_grad():
@@ -78,7 +79,7 @@ def weighted(checkpoint: str, layout: dict[str, Any], axes: dict[str, Any], net:
     ranks = parallel_state.get_data_parallel_world_size()
     mine = batches(4)[parallel_state.get_data_parallel_rank() :: ranks]
     total = run_networks(chunks, lambda: iter(mine), len(mine), [None, *pair, chosen], toy.LENGTH, 2)
-    sequence_parallel = bool(layout.get("sequence_parallel"))
+    sequence_parallel = options.sequence_parallel
     found = [part.gradients(total[0, 1].item(), sequence_parallel) for part in pair]
     return {
         "losses": (total[:, 0] / total[:, 1]).tolist(),
@@ -88,7 +89,7 @@ def weighted(checkpoint: str, layout: dict[str, Any], axes: dict[str, Any], net:
 
 def failing_output(out: str, ranks: list[int], fatal: bool) -> None:
     """A stage that writes something on every rank, and then fails on `ranks`: with bad input, or `fatal` with the process."""
-    with new_output(OmegaConf.create({"out": out, "overwrite": False})) as folder:
+    with new_output(ReportSettings(out=out, run="")) as folder:
         (Path(folder) / f"part{_rank()}").write_text("something")
         wait_for_all()
         if _rank() in ranks:

@@ -8,7 +8,7 @@ from flextron_mcore.config import ModelConfig
 from flextron_mcore.launch.activations import in_flight, saved_chunk, saved_head, saved_layer
 from flextron_mcore.launch.estimate import estimate, memory_of
 from flextron_mcore.launch.layout import Layout, Rank
-from flextron_mcore.settings.compose import compose, legacy
+from flextron_mcore.settings.compose import compose
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 from tests.parallel.worker import run_jobs
@@ -71,11 +71,11 @@ def measured(tmp_path_factory, text):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_memory_is_that_of_the_ranks(measured, name):
     processes, arch, keys = LAYOUTS[name]
-    config = legacy(compose("pretrain", ["data=d", "out=o", *KEYS, *keys]))
+    config = compose("pretrain", ["data=d", "out=o", *KEYS, *keys])
     space = ElasticSpace.build(arch, granularity=2)
     layout = Layout.read(arch, space, config, processes, "fp32", cuda=False)
     ranks = [Rank(arch, layout, index) for index in range(layout.pipeline)]
-    micro_batches = config["model"]["global_batch_size"] // (layout.micro_batch * layout.data)
+    micro_batches = config.model.global_batch_size // (layout.micro_batch * layout.data)
     order = [0] if layout.pipeline == 1 else [0, processes // 2]  # pipeline ranks are the outermost
     totals = []
     for rank, found in zip(ranks, [measured[name][i + (layout.tensor - 1)] for i in order], strict=True):

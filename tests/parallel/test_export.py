@@ -8,6 +8,7 @@ import torch
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choosing import use_subnetwork
+from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import toy
 from tests.parallel.worker import run_jobs
@@ -19,7 +20,7 @@ def stock_logits(directory: str, out: str) -> None:
 
     from flextron_mcore.runtime import distributed
 
-    distributed.initialize({"tensor_model_parallel_size": 2})
+    distributed.initialize(LayoutSettings(tensor_model_parallel_size=2))
     spec = importlib.util.spec_from_file_location("load_model", f"{directory}/load_model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -18,6 +18,7 @@ import torch
 from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.runs.output import METRICS_FILE
+from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.log import LOG_FILE
 from flextron_mcore.training.sampler import draw
@@ -114,10 +115,10 @@ def stock_logits(checkpoint: str, out: str) -> None:
     from flextron_mcore.model import transformer_config
     from flextron_mcore.runtime import distributed
 
-    distributed.initialize({"tensor_model_parallel_size": 2})
+    distributed.initialize(LayoutSettings(tensor_model_parallel_size=2))
     info = open_checkpoint(checkpoint)
     model = GPTModel(
-        transformer_config(info.model, {"tensor_model_parallel_size": 2}),
+        transformer_config(info.model, LayoutSettings(tensor_model_parallel_size=2)),
         get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=info.model.vocab_size + 1,
         max_sequence_length=info.model.max_position_embeddings,

@@ -17,6 +17,7 @@ from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import build_model, loaded_model
+from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import SKIPPED, ElasticSpace, SubNetwork
 from tests import toy
 from tests.parallel import probe
@@ -327,7 +328,7 @@ def test_export(start, done, name):
 def test_logits(start, done, name):
     info = open_checkpoint(start.run / "start")
     tokens, positions = toy.inputs(batch=3, vocab=VOCAB)
-    (model,), (half,) = loaded_model({}, info, "fp32"), loaded_model({}, info, "bf16")
+    (model,), (half,) = loaded_model(LayoutSettings(), info, "fp32"), loaded_model(LayoutSettings(), info, "bf16")
     with torch.no_grad():
         expected = {"fp32": model(tokens, positions, None), "bf16": half(tokens, positions, None)}
         for case in ("net", *SHALLOW):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_model
 from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.settings.compose import compose
-from flextron_mcore.settings.sections import DistillationSettings, LayoutSettings
+from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import memory, toy

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
 from flextron_mcore.adaptive.assessment import levels_by_domain
 from flextron_mcore.adaptive.calibration import target_for
@@ -29,6 +28,7 @@ from flextron_mcore.runs.choice import budgets, known_costs, latency_table
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.settings.stages import EvaluateSettings, GenerateSettings
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RoutersAtBudget:
         return self.cost.average(self.choices, share_NK) / self.budget.cost.full
 
 
-def routers_at_budget(settings: DictConfig, info: CheckpointInfo) -> RoutersAtBudget:
+def routers_at_budget(settings: EvaluateSettings | GenerateSettings, info: CheckpointInfo) -> RoutersAtBudget:
     """The checkpoint's adaptive routers at settings.budget. Raises FlextronError where it has none, or they do not serve that."""
     choices, table = Choices(info.model, info.space), latency_table(settings, info)
     described, routers = read_adaptive_routers(info.path, choices)
@@ -78,7 +78,7 @@ def routers_at_budget(settings: DictConfig, info: CheckpointInfo) -> RoutersAtBu
 
 
 def evaluate_adaptive(
-    settings: DictConfig, info: CheckpointInfo, data: PreparedData, computed: str, seq_length: int
+    settings: EvaluateSettings | GenerateSettings, info: CheckpointInfo, data: PreparedData, computed: str, seq_length: int
 ) -> dict[str, Any]:
     """Loss, perplexity and average cost of a checkpoint's adaptive routers at a budget, by domain."""
     at = routers_at_budget(settings, info)

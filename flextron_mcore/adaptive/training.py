@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from flextron_mcore.adaptive.assessment import Evaluator
 from flextron_mcore.adaptive.learner import AdaptiveLearner
@@ -28,13 +27,14 @@ from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.routers import validation_targets
 from flextron_mcore.runs.terminal import print_table, say
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.settings.training import JointSettings, RouterStageSettings
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.loop import Phase, train
 
 MOST_HIDDEN = 128  # units of a router
 
 
-def train_adaptive(settings: DictConfig, info: CheckpointInfo, data: PreparedData) -> dict[str, Any]:
+def train_adaptive(settings: RouterStageSettings | JointSettings, info: CheckpointInfo, data: PreparedData) -> dict[str, Any]:
     """Train, calibrate, evaluate beside the static routers' choices, and write metrics.json."""
     check_not_modulated(info)
     learner = _learner(settings, info)
@@ -99,7 +99,7 @@ def _pair(row: Mapping[str, Any]) -> tuple[float, float]:
     return row["mean_loss"], row["share"]
 
 
-def _learner(settings: DictConfig, info: CheckpointInfo) -> AdaptiveLearner:
+def _learner(settings: RouterStageSettings | JointSettings, info: CheckpointInfo) -> AdaptiveLearner:
     """New routers that start from the static ones of the checkpoint, or its adaptive ones if these are to go on learning."""
     if settings.adaptive.calibration_samples < 1 or settings.targets_per_step < 1:
         raise FlextronError("adaptive.calibration_samples and targets_per_step must be at least 1")
@@ -138,7 +138,9 @@ def _learner(settings: DictConfig, info: CheckpointInfo) -> AdaptiveLearner:
     )
 
 
-def _new_routers(settings: DictConfig, info: CheckpointInfo, choices: Choices) -> tuple[AdaptiveInfo, AdaptiveRouters]:
+def _new_routers(
+    settings: RouterStageSettings | JointSettings, info: CheckpointInfo, choices: Choices
+) -> tuple[AdaptiveInfo, AdaptiveRouters]:
     hidden_size = settings.adaptive.hidden_size
     if settings.kv_policy not in KV_POLICIES:
         raise FlextronError(f"kv_policy={settings.kv_policy!r} is not known: use one of {', '.join(KV_POLICIES)}")

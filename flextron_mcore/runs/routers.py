@@ -18,10 +18,9 @@ from flextron_mcore.runs.output import write_metrics
 from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import on_main_process
-from flextron_mcore.settings.sections import DistillationSettings
-from flextron_mcore.training.candidates import evaluate_candidates
 from flextron_mcore.settings.sections import DistillationSettings, TargetSettings
 from flextron_mcore.settings.training import CostSettings
+from flextron_mcore.training.candidates import evaluate_candidates
 from flextron_mcore.training.loop import Phase, train
 from flextron_mcore.training.router import RouterLearner
 from flextron_mcore.training.static import SurrogateLearner

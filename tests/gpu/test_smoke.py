@@ -23,6 +23,8 @@ from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.model import loaded_model
 from flextron_mcore.pipeline.logits import forward_logits
+from flextron_mcore.settings.sections import LayoutSettings
+from flextron_mcore.settings.stages import EvaluateSettings
 from flextron_mcore.space import SubNetwork
 from tests.stages.conftest import stage
 
@@ -201,8 +203,8 @@ def test_the_exported_family_chooses_for_every_token_alike(run, adaptive, device
     shares = [share for _, share in adaptive["calibration"]]
     budget = (min(shares) + max(shares)) / 2
     theirs.set_budget(budget, adaptive=True)
-    keys = {"budget": budget, "kv_policy": None, "latency": None, "kv_cache": {"batch_size": 1, "length": None}, "dtype": None}
-    routing = routers_at_budget(OmegaConf.create(keys), info).routing()
+    settings = EvaluateSettings(checkpoint=str(info.path), budget=budget)
+    routing = routers_at_budget(settings, info).routing()
     routing.begin()
     with torch.no_grad(), use_subnetwork(ours.eval(), routing):
         expected = ours(tokens, torch.arange(64, device=device).expand(2, -1), None)

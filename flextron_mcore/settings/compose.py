@@ -146,7 +146,6 @@ class _Draft:
             self._set(name, _escaped(value) if literal else value, value)
 
     def set_text(self, name: str, text: str) -> None:
-<<<<<<< HEAD
         """Set a key as the user typed it, or several keys of a section: kv_cache={batch_size: 2, length: 16}."""
         if text.startswith("{") and self._is_section(name, {}):
             try:
@@ -154,11 +153,6 @@ class _Draft:
             except (yaml.YAMLError, ValueError):
                 raise FlextronError(f"{self.schema.stage}: {name}={text} must be a mapping, {{key: value, ...}}") from None
             self.fill(functools.reduce(lambda inner, part: {part: inner}, reversed(name.split(".")), section), literal=True)
-=======
-        """Set a key as the user typed it."""
-        if text[:1] == "{" and self._is_section(name, {}):
-            self.fill(_nested(name, parse(_ANY, text)), literal=True)
->>>>>>> 592178f (settings: a section as a mapping; adaptive/ takes typed settings)
             return
         owner, key, inner = find_key(self.schema, name)
         value = parse(_ANY, text) if inner else parse(key, text)
@@ -237,13 +231,6 @@ def _leaves(values: Mapping[str, Any], is_section: Any, prefix: str = "") -> Ite
 
 
 _ANY = Key("", object, None, True, keys(StageSettings)["out"].limits)  # of what is in a mapping
-
-
-def _nested(name: str, value: Any) -> dict[str, Any]:
-    """{a: {b: value}} of the dotted name a.b."""
-    for part in reversed(name.split(".")):
-        value = {part: value}
-    return value
 
 
 def _escaped(value: Any) -> Any:

@@ -51,7 +51,17 @@ def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.T
 
 @contextlib.contextmanager
 def use_subnetwork(model: torch.nn.Module, net: Network) -> Iterator[None]:
-    """Inside the context `model` computes `net`, as in `set_subnetwork`; the choice before it is restored after."""
+    """Make `model` compute `net` inside the context, as `set_subnetwork` does; the choice before it is restored after.
+
+    >>> import torch
+    >>> initialize()
+    >>> arch = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24)
+    >>> space = ElasticSpace.build(arch)
+    >>> model, tokens = build_model(arch, space), torch.zeros(1, 24, dtype=torch.long)
+    >>> with use_subnetwork(model, space.uniform(arch, heads=2, ffn_hidden_size=32)):
+    ...     model(tokens, torch.arange(24)[None], None).shape
+    torch.Size([1, 24, 67])
+    """
     gpt = unwrap(model)
     readers = [*gpt.decoder.layers, *_ends(gpt)]
     before = [reader.state for reader in readers]

@@ -44,6 +44,12 @@ class ModelConfig:
     (size of one head) to `hidden_size / num_attention_heads`, `ffn_hidden_size` to `4 * hidden_size`.
     `rope_scaling` is `None`, `{"type": "linear", "factor": f}` or `{"type": "llama3", "factor": ..., "low_freq_factor": ...,
     "high_freq_factor": ..., "original_max_position_embeddings": ...}`.
+
+    >>> model = ModelConfig(
+    ...     num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24, ffn_hidden_size=48
+    ... )
+    >>> model.kv_channels, model.gated
+    (8, True)
     """
 
     num_layers: int

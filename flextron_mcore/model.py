@@ -107,7 +107,17 @@ def build_model(
     vp_stage: int | None = None,
     **overrides: Any,
 ) -> GPTModel:
-    """This rank's part of the elastic GPTModel, freshly initialised, on this rank's device."""
+    """Build this rank's part of the elastic GPTModel, freshly initialised, on this rank's device.
+
+    options: the parallel layout and recomputation, under the names of PARALLEL_OPTIONS. precision: fp32 or bf16. overrides: of
+    TransformerConfig. Wants process groups (`flextron_mcore.initialize`). Raises FlextronError for a layout that does not fit.
+
+    >>> initialize()
+    >>> arch = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24)
+    >>> model = build_model(arch, ElasticSpace.build(arch))
+    >>> type(model).__mro__[1].__name__
+    'GPTModel'
+    """
     check_granularity(space.granularity, parallel_state.get_tensor_model_parallel_world_size())
     config = transformer_config(model, options, precision, **overrides)
     spec = elastic_gpt_block_spec(config, space, vp_stage, _BACKENDS[config.transformer_impl])

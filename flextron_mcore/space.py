@@ -60,7 +60,17 @@ SKIPPED = LayerChoice(False, 0, 0, 0)
 
 @dataclass(frozen=True)
 class SubNetwork:
-    """The complete choice of one sub-network: hidden size, and the widths of every layer."""
+    """The complete choice of one sub-network: hidden size, and the widths of every layer.
+
+    >>> model = ModelConfig(
+    ...     num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24, ffn_hidden_size=48
+    ... )
+    >>> net = SubNetwork.full(model)
+    >>> net.layers[0]
+    LayerChoice(executed=True, kv_groups=4, query_heads_per_group=1, ffn_hidden_size=48)
+    >>> SubNetwork.from_dict(net.to_dict()) == net
+    True
+    """
 
     hidden_size: int
     layers: tuple[LayerChoice, ...]
@@ -144,6 +154,15 @@ class ElasticSpace:
     layer_ranking: the layers, most important first: a network of depth d executes the first d of them (`executed`).
     modulation: whether blocks have gains that depend on the network (layers/block.py). It changes no network's sizes, so
         tables and routers of a space serve it with and without.
+
+    >>> model = ModelConfig(
+    ...     num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24, ffn_hidden_size=48
+    ... )
+    >>> space = ElasticSpace.build(model, heads=(0.5, 1.0), ffn_hidden_size=(0.25, 0.5, 1.0))
+    >>> space.heads, space.ffn_hidden_size, space.granularity
+    ((2, 4), (12, 24, 48), 2)
+    >>> space.uniform(model, heads=2, ffn_hidden_size=12).layers[1].num_attention_heads
+    2
     """
 
     granularity: int

@@ -1,0 +1,51 @@
+"""The public API: every name is documented with an example that runs, and importing the package stays light."""
+
+import doctest
+import subprocess
+import sys
+
+import pytest
+
+import flextron_mcore
+from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.config import FlextronError
+from flextron_mcore.space import ElasticSpace, SubNetwork
+from tests import toy
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    arch = toy.config()
+    space = ElasticSpace.build(arch)
+    info = CheckpointInfo(arch, space)
+    return toy.write(toy.model(arch, space), info, tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize("name", sorted(set(flextron_mcore.__all__) - {"FlextronError"}))
+def test_example_of_every_name(name, checkpoint, tmp_path):
+    names = {each: getattr(flextron_mcore, each) for each in flextron_mcore.__all__}
+    (found,) = doctest.DocTestFinder(recurse=False).find(
+        names[name], name, globs={**names, "checkpoint": checkpoint, "folder": tmp_path}
+    )
+    assert found.examples, f"{name} has no example"
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(found).failed == 0
+
+
+def test_names_are_those_of_dir():
+    assert set(flextron_mcore.__all__) <= set(dir(flextron_mcore))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        flextron_mcore.nothing  # noqa: B018
+
+
+def test_import_is_light():
+    code = "import sys, flextron_mcore as f; f.ModelConfig, f.SubNetwork; assert not {'torch', 'megatron'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_export_refuses_what_is_there(checkpoint, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(FlextronError, match="exists already and was not written by flextron"):
+        flextron_mcore.export(checkpoint, tmp_path)
+    with pytest.raises(FlextronError, match="sub-network"):
+        flextron_mcore.export(checkpoint, tmp_path / "new", SubNetwork(7, ()))
+    assert not (tmp_path / "new").exists()

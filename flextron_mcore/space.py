@@ -66,8 +66,8 @@ class SubNetwork:
     ...     num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24, ffn_hidden_size=48
     ... )
     >>> net = SubNetwork.full(model)
-    >>> net.layers[0]
-    LayerChoice(executed=True, kv_groups=4, query_heads_per_group=1, ffn_hidden_size=48)
+    >>> net.layers[0].num_attention_heads, net.layers[0].ffn_hidden_size
+    (4, 48)
     >>> SubNetwork.from_dict(net.to_dict()) == net
     True
     """

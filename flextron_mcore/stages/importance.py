@@ -5,25 +5,27 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from flextron_mcore.axes import AXES, HIDDEN_SIZE
+from flextron_mcore.axes import AXES
 from flextron_mcore.checkpoint.sharding import check_granularity
 from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint
 from flextron_mcore.checkpoint.writer import write_streaming
 from flextron_mcore.data.blend import open_data, train_dataset, valid_datasets
-from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
 from flextron_mcore.model import check_layout, loaded_model
 from flextron_mcore.pipeline.batches import count_batches, share
+from flextron_mcore.pipeline.networks import Batch
 from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.settings.stages import ImportanceSettings
+from flextron_mcore.sorting.ablation import ablation_networks, ablation_rows
 from flextron_mcore.sorting.importance import collect, importance, removal_errors
 from flextron_mcore.sorting.permutation import order, sorted_tensors
 from flextron_mcore.space import ElasticSpace
@@ -44,18 +46,26 @@ def run(config: ImportanceSettings) -> dict[str, Any]:
     with new_output(config) as out:
         dataset = train_dataset(data, seq_length, config.samples, config.seed, out / "cache", config.data_weights)
         model = loaded_model(config.model, info, dtype)
-        table = _Ablation(config, info, space, data, seq_length, out)
-        table.measure(model, "unsorted")
+        batches = config.ablation_batches
+        table = partial(
+            ablation_rows,
+            networks=ablation_networks(info.model, space),
+            datasets=valid_datasets(data, seq_length, config.seed, out / "cache") if batches else {},
+            seq_length=seq_length,
+            micro_batch_size=size,
+            batches=batches,
+        )
+        rows = table("unsorted", model) if batches else []
         say(f"importance: scoring on {config.samples} sequences of {seq_length} tokens")
         count = count_batches(config.samples, size)
         with progress_bar(total=count * len(model), desc="importance", unit="batch") as bar:
 
-            def batches() -> Iterator[Any]:
+            def micro_batches() -> Iterator[Batch]:
                 for batch in share(dataset, config.samples, size):
                     yield batch
                     bar.update()
 
-            scores = collect(importance(model, batches, count, seq_length, size, config.score), info.model.num_layers)
+            scores = collect(importance(model, micro_batches, count, seq_length, size, config.score), info.model.num_layers)
         layers: dict[str, list[float]] = {}
         if len(space.depth) > 1:
             samples = min(config.layer_samples, config.samples)
@@ -72,8 +82,8 @@ def run(config: ImportanceSettings) -> dict[str, Any]:
         folder = iteration_path(out, info.step)
         folder.mkdir(parents=True, exist_ok=True)
         write_streaming(folder, replace(info, space=space, sorted=True, path=None), sorted_tensors(info, orders, channels))
-        if config.ablation_batches:
-            table.measure(loaded_model(config.model, open_checkpoint(folder), dtype), "sorted")
+        if batches:
+            rows += table("sorted", loaded_model(config.model, open_checkpoint(folder), dtype))
         discard(out / "cache")
         figures = {"samples": config.samples, "score": config.score, "model": info.model.to_dict(), "space": space.to_dict()}
         figures |= {"layers": layers} if layers else {}
@@ -81,43 +91,14 @@ def run(config: ImportanceSettings) -> dict[str, Any]:
             if info.tokenizer:
                 shutil.copytree(info.tokenizer, out / "tokenizer")
             _write_scores(out, scores)
-        metrics = write_metrics(out, "importance", {**figures, "ablation": table.rows})
-    if table.rows:
+        metrics = write_metrics(out, "importance", {**figures, "ablation": [{**row, "score": config.score} for row in rows]})
+    if rows:
         print_table(
             "sorting, before any training: loss (nats per token) and perplexity, mean over domains",
             ["network", "order", "loss", "perplexity"],
-            [[row["setup"], row["order"], row["loss"], row["perplexity"]] for row in table.rows],
+            [[row["setup"], row["order"], row["loss"], row["perplexity"]] for row in rows],
         )
     return metrics
-
-
-class _Ablation:
-    """Half of the heads and half of the neurons, unsorted and sorted, on the validation split: the paper's Table 5."""
-
-    def __init__(self, config: ImportanceSettings, info: Any, space: Any, data: Any, seq_length: int, out: Path) -> None:
-        self.config, self.seq_length, self.rows = config, seq_length, []
-        arch = info.model
-        self.networks = {"full (baseline)": None}
-        for axis in space.layer_axes:
-            self.networks[f"50% {axis.short.lower()}"] = space.uniform(arch, **{axis.name: _half(space.sizes[axis.name])})
-        if space.elastic(HIDDEN_SIZE):
-            self.networks["50% hidden size"] = space.uniform(arch, hidden_size=_half(space.hidden_size))
-        self.datasets = valid_datasets(data, seq_length, config.seed, out / "cache") if config.ablation_batches else {}
-
-    def measure(self, model: list[Any], order_name: str) -> None:
-        if not self.datasets:
-            return
-        batches, size = self.config.ablation_batches, self.config.model.micro_batch_size
-        found = evaluate(model, self.datasets, self.networks, self.seq_length, size, batches * size)
-        for name, domains in found.items():
-            loss = mean(domains)
-            row = {"setup": name, "order": order_name, "loss": loss, "perplexity": perplexity(loss), "score": self.config.score}
-            self.rows.append(row)
-
-
-def _half(candidates: tuple[int, ...]) -> int:
-    """The candidate nearest to half the full size."""
-    return min(candidates, key=lambda size: abs(size - candidates[-1] / 2))
 
 
 def _write_scores(out: Path, scores: Any) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from flextron_mcore.adaptive.latency import measure_routed, networks_per_round
 from flextron_mcore.adaptive.table import RoutedTable, routed_warning, token_cost
-from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.latency.measure import Setting, balanced, measure
-from flextron_mcore.latency.table import fit
+from flextron_mcore.latency.measurements import read_measurements
+from flextron_mcore.latency.table import LatencyTable, fit
 from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.model import loaded_model
 from flextron_mcore.runs.opened import check_not_modulated, precision
@@ -22,7 +23,6 @@ from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
 from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.settings.stages import LatencySettings
-from flextron_mcore.space import SubNetwork
 
 TABLE_FILE = "latency.json"
 
@@ -72,7 +72,7 @@ def run(config: LatencySettings) -> dict[str, Any]:
     return metrics
 
 
-def _measured(config: LatencySettings, info: Any) -> Any:
+def _measured(config: LatencySettings, info: CheckpointInfo) -> LatencyTable:
     if config.routed.enabled:
         check_not_modulated(info)
     asked, positions = config.setting, info.model.max_position_embeddings
@@ -104,21 +104,8 @@ def _measured(config: LatencySettings, info: Any) -> Any:
     return replace(table, routed={policy: found.get(policy, found["full"]) for policy in KV_POLICIES})
 
 
-def _fitted(config: LatencySettings, info: Any) -> Any:
+def _fitted(config: LatencySettings, info: CheckpointInfo) -> LatencyTable:
     file = Path(config.measurements)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        measured = []
-        for i, row in enumerate(values):
-            net, where = row["subnetwork"], f"{file}: [{i}].subnetwork"
-            net = SubNetwork.from_file(file.parent / net) if isinstance(net, str) else SubNetwork.from_dict(net, where)
-            info.space.check(info.model, net, where)
-            measured.append((net, float(row["ms"])))
-            if not 0 < measured[-1][1] < float("inf"):
-                raise FlextronError(f"{file}: [{i}].ms={row['ms']} is not a latency")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FlextronError(
-            f'{file}: is not a list of {{"subnetwork": ..., "ms": ...}} ({type(error).__name__}: {error})'
-        ) from None
-    setting = {**asdict(config.setting), "kind": "fitted", "measurements": len(measured)}
-    return fit(info.model, info.space, measured, setting, {"device": f"fitted to {file.name}"})
+    found = read_measurements(file, info.model, info.space)
+    setting = {**asdict(config.setting), "kind": "fitted", "measurements": len(found)}
+    return fit(info.model, info.space, found, setting, {"device": f"fitted to {file.name}"})

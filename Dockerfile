@@ -34,7 +34,7 @@ WORKDIR /workspace
 # Imports work for that user, and the command starts. Transformer Engine and apex are left out: a builder has no GPU driver,
 # without which they may not load.
 RUN python3 -c 'import sys; sys.modules |= {"transformer_engine": None, "apex": None}; \
-import megatron.core, flextron_mcore.cli, flextron_mcore.training.loop, flextron_mcore.export.hf, flextron_mcore.report; \
+import megatron.core, flextron_mcore.cli, flextron_mcore.training.loop, flextron_mcore.exports.hf, flextron_mcore.report; \
 print("Megatron-Core", megatron.core.__version__)' \
     && flextron --version
 

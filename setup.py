@@ -37,7 +37,7 @@ setup(
     package_data={
         "flextron_mcore.conf": ["*.yaml", "**/*.yaml"],
         "flextron_mcore.report": ["*.html"],
-        "flextron_mcore.export.trtllm": ["runtime/pyproject.toml", "runtime/flextron_trtllm/*.py"],
+        "flextron_mcore.exports.trtllm": ["runtime/pyproject.toml", "runtime/flextron_trtllm/*.py"],
     },
     install_requires=[
         "megatron-core>=0.16.1,<0.20",

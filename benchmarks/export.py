@@ -88,7 +88,7 @@ def random_run(run: Path, model: ModelConfig, space: ElasticSpace) -> None:
 
     from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path
     from flextron_mcore.checkpoint.writer import LazyTensor, write_streaming
-    from flextron_mcore.export.cut import placed_tensors
+    from flextron_mcore.exports.cut import placed_tensors
     from flextron_mcore.space import SubNetwork
 
     # One block of random numbers over and over: to draw billions takes longer than to write them.

@@ -23,7 +23,7 @@ def run() -> None:
         raise FlextronError("llama_cpp: is not installed: make setup-llama-cpp")
     from benchmarks.export import random_run
     from flextron_mcore.checkpoint.store import open_checkpoint
-    from flextron_mcore.export.formats import Job, get_format
+    from flextron_mcore.exports.formats import Job, get_format
     from flextron_mcore.latency.table import check_errors, fit
     from flextron_mcore.runtime import distributed
     from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters

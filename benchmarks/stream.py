@@ -39,7 +39,7 @@ HF_CONFIG = {
 _IMPORTS = """
 from flextron_mcore.runtime.environment import prepare_environment
 prepare_environment()
-import flextron_mcore.training.loop, flextron_mcore.export.hf
+import flextron_mcore.training.loop, flextron_mcore.exports.hf
 """
 # Runs the rest of its arguments as a command, then prints what it took. The command must not be our own child: the kernel starts
 # the peak memory of a new process from that of the process that it is forked from.

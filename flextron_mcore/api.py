@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.checkpoint.store import open_checkpoint
-from flextron_mcore.export.formats import Job, get_format
+from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.runs import choice
 from flextron_mcore.runs.output import check_output
 from flextron_mcore.runtime import distributed

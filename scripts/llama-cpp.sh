@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build llama.cpp for the CPU and install it into the environment as the Python package llama_cpp, which tests/export/test_gguf.py
+# Build llama.cpp for the CPU and install it into the environment as the Python package llama_cpp, which tests/exports/test_gguf.py
 # runs exported files in. Only its sources are on PyPI. Does nothing when that version is there. Needs a C++ compiler; pip brings
 # cmake and ninja where they are missing.
 #

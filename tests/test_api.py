@@ -45,7 +45,7 @@ def test_import_is_light():
 def test_export_refuses_what_is_there(checkpoint, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(FlextronError, match="exists already and was not written by flextron"):
-        flextron_mcore.export(checkpoint, tmp_path)
+        flextron_mcore.exports(checkpoint, tmp_path)
     with pytest.raises(FlextronError, match="sub-network"):
-        flextron_mcore.export(checkpoint, tmp_path / "new", SubNetwork(7, ()))
+        flextron_mcore.exports(checkpoint, tmp_path / "new", SubNetwork(7, ()))
     assert not (tmp_path / "new").exists()

@@ -24,11 +24,12 @@ pipeline
 evaluation
 sorting training
 latency doors
-export report
+exports report
 launch
 runs
 adaptive
 stages
+api
 cli
 __main__
 """.strip().splitlines()

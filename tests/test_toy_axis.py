@@ -21,8 +21,8 @@ from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, memory_cost, parameter_cost
 from flextron_mcore.evaluation.family import uniform_family
-from flextron_mcore.export.cut import cut, cut_config
-from flextron_mcore.export.formats import Job, get_format
+from flextron_mcore.exports.cut import cut, cut_config
+from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.latency.measure import Setting, measure
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.layers.weighted import WeightedNetwork

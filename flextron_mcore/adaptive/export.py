@@ -10,7 +10,7 @@ from flextron_mcore.adaptive.store import read_adaptive_routers
 from flextron_mcore.adaptive.table import token_cost
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
-from flextron_mcore.export.hf_elastic.family import latency_table
+from flextron_mcore.exports.hf_elastic.family import latency_table
 from flextron_mcore.routers.store import kind_of_routers
 
 

@@ -71,7 +71,7 @@ class Family:
     """A family of Hugging Face models: one file of this package each, listed in `families.FAMILIES`.
 
     name: for messages. architecture, model_type: transformers' class and its name in config.json. classes: what transformers
-    calls the family in class names, where export/hf/code has the subclass whose layers may differ in width; None: it has not.
+    calls the family in class names, where exports/hf/code has the subclass whose layers may differ in width; None: it has not.
     needs: values of ModelConfig that the family can have; an import has the first. grouped: True if query heads may share keys
     and values. keys: of config.json, in its order. widths: keys that hold the widths of one layer -> attributes of LayerChoice.
     names: of tensors. prefix: what names begin with, absent in checkpoints of the bare model. ignored: stored tensors that are no

@@ -3,7 +3,7 @@
 Its output may be scaled by a gate, a scalar of value 1 whose gradient tells routers what the block is worth, and by a gain:
 policy-aware modulation (LLaMaFlex). A block computed with a part of its units, among others that are, adds something smaller or
 larger than the full one does; two numbers a block let it make up for that at each size. Only the share of the parameters counts,
-so a network is the same function whatever budget or router chose it, and its gains fold into its weights (export/cut.py).
+so a network is the same function whatever budget or router chose it, and its gains fold into its weights (exports/cut.py).
 """
 
 from __future__ import annotations

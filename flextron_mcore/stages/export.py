@@ -10,7 +10,7 @@ import torch
 from flextron_mcore.adaptive.export import exported_routers
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.export.formats import Format, Job, check_format, get_format
+from flextron_mcore.exports.formats import Format, Job, check_format, get_format
 from flextron_mcore.model import check_layout, loaded_model
 from flextron_mcore.pipeline.logits import forward_logits
 from flextron_mcore.runs.choice import chosen_network

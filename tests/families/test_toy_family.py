@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from flextron_mcore import families
 from flextron_mcore.checkpoint.hf import open_hf
 from flextron_mcore.config import FlextronError
-from flextron_mcore.export.formats import Job, get_format
+from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.families import llama
 from flextron_mcore.families.family import Names
 from flextron_mcore.families.keys import Key, Option, Rope

@@ -15,7 +15,7 @@ import pytest
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.export.formats import FORMATS
+from flextron_mcore.exports.formats import FORMATS
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import toy
 from tests.stages.conftest import stage

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.space import count_parameters
 from tests import toy
-from tests.export.conftest import engine  # noqa: F401
+from tests.exports.conftest import engine  # noqa: F401
 from tests.stages.conftest import stage
 
 

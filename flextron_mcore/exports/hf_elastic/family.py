@@ -1,0 +1,169 @@
+"""flextron_family.json: the sub-networks of a directory that holds all of them, their costs, and the answers to every budget.
+
+`selection/router.py` finds a budget's network among bins of a cost, whose contents do not depend on the budget; so a table of
+the bins answers every budget as it does, without its solver. Selectors with a handful of networks are tabulated as steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flextron_mcore.checkpoint.reader import TensorReader
+from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choices import Choices
+from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
+from flextron_mcore.exports.formats import Job
+from flextron_mcore.latency.table import LatencyTable
+from flextron_mcore.routers.store import TABLE_FILE, kind_of_routers
+from flextron_mcore.selection.router import BIN, WITHIN, RouterSelector
+from flextron_mcore.selection.selectors import MatFormer, Uniform
+from flextron_mcore.selection.trained import trained_selector
+from flextron_mcore.settings.sections import CacheSettings
+from flextron_mcore.settings.stages import HfElasticSettings
+from flextron_mcore.space import DTYPE_BYTES, SKIPPED, SubNetwork
+
+FAMILY_FILE = "flextron_family.json"
+FORMAT_VERSION = 2
+_SELECTORS = {"uniform": Uniform, "matformer": MatFormer}
+
+
+@dataclass
+class _Networks:
+    """Networks that the table refers to by number, each once."""
+
+    numbers: dict[SubNetwork, int] = field(default_factory=dict)
+
+    def number(self, net: SubNetwork) -> int:
+        return self.numbers.setdefault(net, len(self.numbers))
+
+
+def build_family(job: Job) -> dict[str, Any]:
+    """The contents of flextron_family.json. Raises FlextronError.
+
+    Without settings of the format, the routers answer budgets if the checkpoint has any, else the uniform networks.
+    """
+    info, dtype = job.info, job.dtype
+    blocks = Choices(info.model, info.space)
+    settings = job.settings or HfElasticSettings(selector="router", latency=None, kv_cache=CacheSettings())
+    name = settings.selector
+    kind = kind_of_routers(info.path) if info.path else None
+    if name == "router" and kind is None:
+        name = "uniform"
+    if name != "router" and name not in _SELECTORS:
+        known = ", ".join(["router", *_SELECTORS])
+        raise FlextronError(f"selector={name}: format=hf_elastic tabulates the answers to every budget, which it can for {known}")
+    table = latency_table(info, settings.latency)
+    kv = settings.kv_cache
+    memory = {"batch_size": kv.batch_size, "length": kv.length or info.model.max_position_embeddings}
+    costs = {"latency": table.cost()} if table else {}
+    costs["parameters"] = parameter_cost(info.model, info.space)
+    costs["memory"] = memory_cost(info.model, info.space, dtype, **memory)
+    picks: Any = trained_selector(info.path, blocks, costs) if name == "router" else _SELECTORS[name](blocks)
+    ranges = picks.ranges if isinstance(picks, RouterSelector) else {}
+    networks = _Networks()
+    given = [_given(info, Path(file)) for file in settings.networks]
+    answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
+    return {
+        "format": FORMAT_VERSION,
+        "model": info.model.to_dict(),
+        "space": info.space.to_dict(),
+        "selector": name,
+        "fraction_of": "latency" if table else next(iter(ranges), "parameters"),
+        "cell": BIN,
+        "within": picks.within if isinstance(picks, RouterSelector) else WITHIN,
+        "costs": {cost.name: _cost(cost) for cost in costs.values()},
+        "latency": {"machine": dict(table.machine), "setting": dict(table.setting)} if table else None,
+        "memory": {"dtype": dtype, "bytes_a_number": DTYPE_BYTES[dtype], **memory},
+        "ranges": {cost: list(pair) for cost, pair in ranges.items()},
+        "adaptive": job.token_routers and job.token_routers[0],
+        "modulation": _modulation(info),
+        "answers": answers,
+        "networks": [_row(net) for net in networks.numbers],
+    }
+
+
+def write_family(file: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON that a person can read: a network, a cost bin, a layer's modulation a line."""
+    text = json.dumps({k: v for k, v in values.items() if k not in ("networks", "answers", "modulation")}, indent=1)[:-2]
+    tables = []
+    for cost, table in values["answers"].items():
+        parts = [f'"{kind}": [\n   ' + ",\n   ".join(map(json.dumps, lines)) + "\n  ]" for kind, lines in table.items()]
+        tables.append(f'"{cost}": {{\n  ' + ",\n  ".join(parts) + "\n  }")
+    text += ',\n "answers": {\n  ' + ",\n  ".join(tables) + "\n },\n"
+    lists = [f'"{name}": [\n  ' + ",\n  ".join(map(json.dumps, values[name])) + "\n ]" for name in ("modulation", "networks")]
+    text += " " + ",\n ".join(lists) + "\n}\n"
+    file.write_text(text, encoding="utf-8")
+
+
+def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNetwork]:
+    """The tabulated networks."""
+    networks = []
+    for row in values["networks"]:
+        pairs = zip(row["heads"], row["ffn_hidden_size"], strict=True)
+        layers = [info.space.layer_choice(info.model, *pair) if pair[0] else SKIPPED for pair in pairs]
+        networks.append(SubNetwork(row["hidden_size"], tuple(layers)))
+    return networks
+
+
+def latency_table(info: CheckpointInfo, latency: str | None) -> LatencyTable | None:
+    """The table `latency` (a file, or a directory with one), or else the one beside the routers."""
+    if latency is None and (info.path is None or not (info.path / TABLE_FILE).is_file()):
+        return None
+    file = Path(latency or info.path)
+    return LatencyTable.from_file(file / TABLE_FILE if file.is_dir() else file, info.model, info.space)
+
+
+def _given(info: CheckpointInfo, file: Path) -> SubNetwork:
+    net = SubNetwork.from_file(file)
+    info.space.check(info.model, net, str(file))
+    return net
+
+
+def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork]) -> dict[str, list]:
+    """The table of one cost: cost bins [score, cost, network] or null, and the least network; or rising steps [cost, network].
+
+    given: [cost, network].
+    """
+    more = [[cost.of(net), networks.number(net)] for net in given]
+    if isinstance(picks, RouterSelector):
+        bins = [found and [*found[:2], networks.number(found[2])] for found in picks.bins(cost)]
+        return {"cells": bins, "least": [networks.number(picks.choices.least(cost))], "given": more}
+    steps: list[list] = []
+    for limit in sorted({cost.of(net) for net in picks.networks()}):
+        net = picks.select([Budget(cost, limit)])
+        if not steps or steps[-1][1] != networks.number(net):
+            steps.append([limit, networks.number(net)])
+    return {"steps": steps, "given": more}
+
+
+def _modulation(info: CheckpointInfo) -> list[list[list[float]]]:
+    """Modulation of each layer's attention and MLP (layers/block.py); empty for a model without."""
+    if not info.space.modulation:
+        return []
+    reader, blocks = TensorReader(info), ("self_attention", "mlp")
+    names = [[f"decoder.layers.{i}.{block}.modulation" for block in blocks] for i in range(info.model.num_layers)]
+    return [[reader.read(name).tolist() for name in layer] for layer in names]
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    narrow = {str(size): _sums(part) for size, part in cost.narrow}
+    return {"full": cost.full, "smallest": cost.smallest, **_sums(cost), "narrow": narrow}
+
+
+def _sums(cost: Cost) -> dict[str, Any]:
+    return {"constant": cost.constant, **{name: list(costs) for name, costs in cost.candidates.items()}}
+
+
+def _row(net: SubNetwork) -> dict[str, Any]:
+    """A network; a layer that it skips has no heads and no neurons."""
+    layers = [layer if layer.executed else SKIPPED for layer in net.layers]
+    return {
+        "hidden_size": net.hidden_size,
+        "heads": [layer.num_attention_heads for layer in layers],
+        "ffn_hidden_size": [layer.ffn_hidden_size for layer in layers],
+    }

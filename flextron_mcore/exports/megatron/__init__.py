@@ -1,0 +1,196 @@
+"""Export a sub-network as a checkpoint of Megatron-Core's own GPTModel, to train or serve on without flextron_mcore.
+
+The directory is laid out as a run of flextron and as `--load` of Megatron-LM: `checkpoints/iter_*` and the tokenizer beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flextron_mcore.axes import added_tensors
+from flextron_mcore.checkpoint.reader import DTYPES
+from flextron_mcore.checkpoint.store import iteration_path
+from flextron_mcore.checkpoint.writer import LazyTensor, write_streaming, write_torch_dist
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.exports.card import describe
+from flextron_mcore.exports.cut import cut, cut_config, plain_norms
+from flextron_mcore.exports.directory import begin, figures, write_json
+from flextron_mcore.exports.formats import Format, Job, rounding
+from flextron_mcore.exports.megatron.arguments import LLAMA3, command_line, not_on_the_command_line
+from flextron_mcore.exports.megatron.read import read_logits
+from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, weight_bytes
+
+CONFIG_FILE, ARGUMENTS_FILE, CODE_FILE = "model_config.json", "args.txt", "load_model.py"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"  # where Megatron-LM looks
+# Megatron-LM asks this how to load: by keys of one layer each.
+_COMMON = {"content_metadata": {"non_homogeneous_layers": True}}
+_CODE = Path(__file__).parent / "code" / CODE_FILE
+
+
+def write(job: Job) -> dict[str, Any]:
+    """Write job.net as a dense model. Call on all ranks, which share the tensors out.
+
+    Returns format, architecture, parameters, bytes and files (of the whole directory); `reason` where Megatron-Core's own
+    configurations cannot say what the layers are. Raises FlextronError for a network outside the space, an `out` that is not an
+    empty directory, or a tokenizer directory without one.
+    """
+    info, net, out = job.info, job.net, job.out
+    if added := added_tensors():
+        raise FlextronError(f"format=megatron: Megatron-Core's own layers have no tensor {added[0].name}")
+    model = _dense(info.model, net)
+    layers = net.executed_layers
+    widths = {(layer.num_attention_heads, layer.kv_groups) for layer in layers}
+    architecture = "GPTModel"
+    if not net.is_uniform:
+        architecture += " with PerLayerConfig" if len(widths) > 1 else " with HeterogeneousTransformerConfig"
+    # Megatron-LM takes no checkpoint of iteration 0 for one to start from.
+    folder = iteration_path(out, max(info.step, 1))
+
+    def prepared() -> None:
+        begin(job, weight_bytes(info.model, net, job.dtype), "tokenizer")
+        folder.mkdir(parents=True)
+
+    space = _space(model) if net.is_uniform else None
+    tensors = _tensors(job, space)
+    on_main_process(prepared)
+    if space:
+        dense = replace(info, model=model, space=space, dtype=job.dtype, path=None)
+        write_streaming(folder, dense, tensors, job.progress, _COMMON, elsewhere=True)
+    else:
+        write_torch_dist(folder, tensors, job.progress, _COMMON, elsewhere=True)
+
+    def finished() -> dict[str, Any]:
+        (folder.parent / TRACKER_FILE).write_text(f"{max(info.step, 1)}\n", encoding="utf-8")
+        config = _config(model, layers, len(widths) > 1, job.dtype) | {"checkpoint": str(folder.relative_to(out))}
+        write_json(out / CONFIG_FILE, config)
+        shutil.copyfile(_CODE, out / CODE_FILE)
+        refusal = not_on_the_command_line(model, net)
+        if refusal is None:
+            (out / ARGUMENTS_FILE).write_text(command_line(model, job.dtype), encoding="utf-8")
+        (out / "README.md").write_text(_card(job, architecture, refusal), encoding="utf-8")
+        return figures(out, "megatron", architecture, sum(math.prod(tensor.shape) for tensor in tensors.values()))
+
+    return on_main_process(finished) | ({"reason": _reason(len(widths) > 1)} if not net.is_uniform else {})
+
+
+def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Logits of the directory, by the code in it, in a process of its own that has one rank."""
+    return read_logits(job.out, tokens_BS)
+
+
+FORMAT = Format(write, logits, rounding)
+
+
+def _dense(model: ModelConfig, net: SubNetwork) -> ModelConfig:
+    """`cut_config`; "layernorm1p" is written as the layer norm that it is, since Megatron-Core's local layers lack it."""
+    model = cut_config(model, net)
+    return replace(model, normalization="layernorm") if model.normalization == "layernorm1p" else model
+
+
+def _tensors(job: Job, space: ElasticSpace | None) -> dict[str, LazyTensor]:
+    """The tensors of `cut` in the dtype of the export."""
+    dtype = DTYPES[job.dtype]
+
+    def load(lazy: LazyTensor) -> torch.Tensor:
+        return lazy.load().to(dtype)
+
+    tensors = plain_norms(job.info.model, cut(job.info, job.net, space=space))
+    return {name: replace(lazy, dtype=dtype, load=partial(load, lazy)) for name, lazy in tensors.items()}
+
+
+def _space(model: ModelConfig) -> ElasticSpace:
+    """The default space of a dense model, or where its sizes do not divide, the one of the whole model alone."""
+    try:
+        return ElasticSpace.build(model)
+    except FlextronError:
+        return ElasticSpace.build(model, granularity=1, heads=[1.0], ffn_hidden_size=[1.0])
+
+
+def _config(model: ModelConfig, layers: list[LayerChoice], heads_differ: bool, dtype: str) -> dict[str, Any]:
+    """model_config.json: arguments of TransformerConfig and GPTModel, by their names."""
+    scaling: Mapping[str, Any] = dict(model.rope_scaling or {"type": None})
+    kind = scaling["type"]
+    theirs = kind == "llama3" and all(scaling[name] == value for name, value in LLAMA3.items())
+    differ = len(set(layers)) > 1
+    return {
+        "dtype": dtype,
+        "activation": model.activation,
+        "transformer_config": {
+            "num_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "ffn_hidden_size": model.ffn_hidden_size,
+            "num_attention_heads": model.num_attention_heads,
+            "num_query_groups": model.num_query_groups,
+            "kv_channels": model.kv_channels,
+            "gated_linear_unit": model.gated,
+            "normalization": "RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
+            "layernorm_epsilon": model.layernorm_epsilon,
+            "add_bias_linear": model.bias,
+            "hidden_dropout": model.hidden_dropout,
+            "attention_dropout": model.attention_dropout,
+            "init_method_std": model.init_method_std,
+        },
+        "gpt_model": {
+            "vocab_size": model.vocab_size,
+            "max_sequence_length": model.max_position_embeddings,
+            "position_embedding_type": model.position_embedding_type,
+            "rotary_base": model.rotary_base,
+            "rope_scaling": theirs,
+            "rope_scaling_factor": scaling["factor"] if theirs else 8.0,
+            "seq_len_interpolation_factor": scaling["factor"] if kind == "linear" else None,
+            "share_embeddings_and_output_weights": model.share_embeddings_and_output_weights,
+        },
+        "rope_scaling": {name: scaling[name] for name in ("factor", *LLAMA3)} if kind == "llama3" and not theirs else None,
+        "query_heads_differ": heads_differ,
+        "block_configs": [_block(layer, heads_differ) for layer in layers] if differ else None,
+    }
+
+
+def _block(layer: LayerChoice, heads_differ: bool) -> dict[str, Any]:
+    """A layer in HeterogeneousTransformerConfig's form, which ignores num_attention_heads."""
+    heads = {"num_attention_heads": layer.num_attention_heads} if heads_differ else {}
+    return {"attention": {"num_query_groups": layer.kv_groups, **heads}, "mlp": {"ffn_hidden_size": layer.ffn_hidden_size}}
+
+
+def _reason(heads_differ: bool) -> str:
+    if heads_differ:
+        return (
+            "the query heads differ from layer to layer, which Megatron-Core's HeterogeneousTransformerConfig (KV groups and FFN "
+            f"widths) cannot say: {CODE_FILE} adds them"
+        )
+    return "the FFN widths differ from layer to layer: HeterogeneousTransformerConfig"
+
+
+def _card(job: Job, architecture: str, refusal: str | None) -> str:
+    """README.md."""
+    if refusal is None:
+        line = f"`{ARGUMENTS_FILE}` has the arguments of Megatron-LM that describe it. Give them with\n"
+        line += "`--pretrained-checkpoint PATH/checkpoints --load RUN --save RUN --tokenizer-type HuggingFaceTokenizer\n"
+        line += "--tokenizer-model PATH/tokenizer` to train on in RUN."
+    else:
+        line = f"There is no `{ARGUMENTS_FILE}` with arguments of Megatron-LM: {refusal}."
+    own = (
+        "`flextron importance checkpoint=PATH ...` makes it elastic again."
+        if job.net.is_uniform
+        else "It is no checkpoint of flextron: those have layers of one size."
+    )
+    return f"""# A Flextron sub-network for Megatron-Core
+
+A `{architecture}` in {job.dtype}, cut from an elastic model by flextron_mcore. `checkpoints/` is a torch_dist checkpoint with the
+names and shapes of Megatron-Core's own layers, `{CONFIG_FILE}` has their sizes, and `{CODE_FILE}` is a few lines that
+build and load them. All of it needs Megatron-Core only.
+
+{line}
+{own}
+
+{describe(job)}
+"""

@@ -1,7 +1,7 @@
 """The tensors of a GPT model under Megatron-Core's names, with symbolic sides. No torch import.
 
-One table serves the parameter counter, cutting (exports/cut.py), dealt order (checkpoint/sharding.py), and estimates of memory and
-FLOPs (launch/). `extra` is for tensors that an elastic axis brings beyond the table.
+One table serves the parameter counter, cutting (exports/cut.py), dealt order (checkpoint/sharding.py), and estimates of memory
+and FLOPs (launch/). `extra` is for tensors that an elastic axis brings beyond the table.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flextron_mcore.adaptive.export import exported_routers
 from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.config import FlextronError
 from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.runs import choice
 from flextron_mcore.runs.output import check_output
@@ -55,13 +56,18 @@ def export(
     is not in the checkpoint's space, or the format cannot hold it. `flextron export` also reads back what it wrote.
 
     >>> written = export(checkpoint, folder / "sixty_percent", select(checkpoint, "0.6 parameters", selector="uniform"))
-    >>> written["architecture"]
-    'LlamaForCausalLM'
+    >>> written["format"]
+    'hf'
     """
     settings = compose("export", values=[{"checkpoint": str(checkpoint), "out": str(out), "format": format, "dtype": dtype}])
     info, target = open_checkpoint(settings.checkpoint), Path(settings.out)
+    if net is not None and format == "hf_elastic":
+        raise FlextronError("format=hf_elastic: holds every sub-network, so give no net: it is set on the model it loads as")
+    net = net or SubNetwork.full(info.model)
+    info.space.check(info.model, net)
     check_output(target, overwrite=False)
-    options = asdict(getattr(settings, format)) if hasattr(settings, format) else {}
+    own = getattr(settings, format, None)
+    routers = exported_routers(info, own.latency) if format == "hf_elastic" else None
     with write_aside(target) as folder:
-        job = Job(info, net or SubNetwork.full(info.model), folder, settings.dtype, settings.max_shard_size, options=options)
+        job = Job(info, net, folder, settings.dtype, settings.max_shard_size, settings=own, token_routers=routers)
         return get_format(format).write(job)

@@ -45,7 +45,17 @@ def test_import_is_light():
 def test_export_refuses_what_is_there(checkpoint, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(FlextronError, match="exists already and was not written by flextron"):
-        flextron_mcore.exports(checkpoint, tmp_path)
+        flextron_mcore.export(checkpoint, tmp_path)
     with pytest.raises(FlextronError, match="sub-network"):
-        flextron_mcore.exports(checkpoint, tmp_path / "new", SubNetwork(7, ()))
-    assert not (tmp_path / "new").exists()
+        flextron_mcore.export(checkpoint, tmp_path / "new", SubNetwork(7, ()))
+    with pytest.raises(FlextronError, match="holds every sub-network"):
+        flextron_mcore.export(
+            checkpoint, tmp_path / "new", flextron_mcore.select(checkpoint, "0.6 parameters", "uniform"), "hf_elastic"
+        )
+    with pytest.raises(FlextronError, match="format"):
+        flextron_mcore.export(checkpoint, tmp_path / "new", format="pickle")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_every_network_in_one_directory(checkpoint, tmp_path):
+    assert flextron_mcore.export(checkpoint, tmp_path / "all", format="hf_elastic")["format"] == "hf_elastic"

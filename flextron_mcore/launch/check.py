@@ -18,25 +18,25 @@ from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.schema import MISSING
 
 
-def check_configuration(config: LaunchSettings, plan: Plan) -> None:
+def check_configuration(settings: LaunchSettings, plan: Plan) -> None:
     """Raise FlextronError where the configuration itself is wrong, whatever is on disk."""
-    for key in ("account",) if config.cluster.type == "slurm" else ():
-        if not getattr(config.cluster, key):
+    for key in ("account",) if settings.cluster.type == "slurm" else ():
+        if not getattr(settings.cluster, key):
             raise FlextronError(f"cluster.{key}: is empty; Slurm accounts are listed by `sacctmgr show assoc user=$USER`")
-    if config.overwrite:
+    if settings.overwrite:
         raise FlextronError(
             "overwrite=true: is not for launch, whose jobs continue what is there; remove the directory of the stage"
         )
     for job in plan.to_run:
         _check_axes(plan, job)
         if job.stage in PARALLEL:
-            _check_layout(config, plan, job)
+            _check_layout(settings, plan, job)
 
 
 def _check_axes(plan: Plan, job: Job) -> None:
     """A stage that knows heads and neurons only would find out when its turn comes."""
     elastic = [axis for axis in ("hidden_size", "depth") if len(getattr(plan.space, axis)) > 1]
-    sensitivity = "sensitivity" in (job.config.selectors if job.stage == "compare" else ())
+    sensitivity = "sensitivity" in (job.settings.selectors if job.stage == "compare" else ())
     if elastic and (job.stage in ("router", "sensitivity") or sensitivity):
         what, instead = ("selector sensitivity", "set compare.selectors=") if sensitivity else ("it", "use gumbel")
         raise FlextronError(
@@ -45,8 +45,8 @@ def _check_axes(plan: Plan, job: Job) -> None:
         )
 
 
-def _check_layout(config: LaunchSettings, plan: Plan, job: Job) -> None:
-    options, gpus = job.config.model, config.cluster.gpus_per_node
+def _check_layout(settings: LaunchSettings, plan: Plan, job: Job) -> None:
+    options, gpus = job.settings.model, settings.cluster.gpus_per_node
     if gpus and job.devices > gpus:
         raise FlextronError(f"{job.stage}: trainer.devices={job.devices} is more than cluster.gpus_per_node={gpus}")
     model_ranks = (options.tensor_model_parallel_size or 1) * (options.pipeline_model_parallel_size or 1)
@@ -67,21 +67,21 @@ def _check_layout(config: LaunchSettings, plan: Plan, job: Job) -> None:
             f"{job.stage}: model.seq_length={length} is more than the model's {plan.model.max_position_embeddings} positions"
         )
     try:
-        check_layout(plan.model, plan.space, options, job.config.trainer.precision or "bf16")
+        check_layout(plan.model, plan.space, options, job.settings.trainer.precision or "bf16")
     except FlextronError as error:
         raise FlextronError(f"{job.stage}: {error}") from None
 
 
-def missing(config: LaunchSettings, plan: Plan) -> list[str]:
+def missing(settings: LaunchSettings, plan: Plan) -> list[str]:
     """What is not there yet of what the jobs need, a line each."""
     lines = list(plan.problems)
-    checks: list[Any] = [lambda: _check_results(plan.results), lambda: _check_container(config)]
-    if config.cluster.type == "slurm":
+    checks: list[Any] = [lambda: _check_results(plan.results), lambda: _check_container(settings)]
+    if settings.cluster.type == "slurm":
         checks.append(_check_slurm)
     planned = {str(job.out) for job in plan.jobs}
     for job in plan.to_run:
         for key, look in (("data", _look_at_data), ("hf", _look_at_hf), ("checkpoint", _look_at_checkpoint)):
-            value = getattr(job.config, key, None)
+            value = getattr(job.settings, key, None)
             if value and value != MISSING and str(value) not in planned:
                 checks.append(lambda value=value, look=look: look(Path(value), plan.model))
     for check in checks:
@@ -109,10 +109,10 @@ def _check_results(results: Path) -> None:
         probe.unlink()
 
 
-def _check_container(config: LaunchSettings) -> None:
-    if not config.cluster.use_container:
+def _check_container(settings: LaunchSettings) -> None:
+    if not settings.cluster.use_container:
         return
-    image = config.container
+    image = settings.container
     if not image:
         raise FlextronError("container=: jobs of this cluster run in containers; name an image, or set cluster=slurm for none")
     if is_file_of_image(image) and not Path(image).expanduser().is_file():

@@ -43,11 +43,11 @@ PARALLEL = (*TRAINS, "importance", "sensitivity", "compare", "evaluate")  # the 
 
 @dataclass(frozen=True)
 class Job:
-    """One stage as a job. config: of the stage, resolved. complete: its result is on disk already."""
+    """One stage as a job. settings: of the stage, resolved. complete: its result is on disk already."""
 
     name: str
     stage: str
-    config: StageSettings
+    settings: StageSettings
     nodes: int
     devices: int  # processes a node
     time_limit: int  # seconds
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def out(self) -> Path:
-        return Path(self.config.out)
+        return Path(self.settings.out)
 
     @property
     def ranks(self) -> int:
@@ -81,11 +81,11 @@ class Plan:
         return [job for job in self.jobs if not job.complete]
 
 
-def plan(config: LaunchSettings) -> Plan:
-    """Plan config.stages. Raises FlextronError for a configuration that no input could make right."""
-    results = Path(config.run.results_dir).expanduser().absolute()
-    model = architecture(config)
-    stages = list(config.stages)
+def plan(settings: LaunchSettings) -> Plan:
+    """Plan settings.stages. Raises FlextronError for a configuration that no input could make right."""
+    results = Path(settings.run.results_dir).expanduser().absolute()
+    model = architecture(settings)
+    stages = list(settings.stages)
     if not stages:
         raise FlextronError("stages=[]: name at least one of " + ", ".join(INPUTS))
     for stage in stages:
@@ -96,26 +96,26 @@ def plan(config: LaunchSettings) -> Plan:
     jobs: list[Job] = []
     problems: list[str] = []
     for stage in stages:
-        for name, keys in _instances(config, stage):
-            job = _job(config, model, results, name, stage, keys, [j.stage for j in jobs], problems)
+        for name, keys in _instances(settings, stage):
+            job = _job(settings, model, results, name, stage, keys, [j.stage for j in jobs], problems)
             jobs.append(job)
-    return Plan(jobs, problems, model, _space(config, model, jobs), results)
+    return Plan(jobs, problems, model, _space(settings, model, jobs), results)
 
 
-def architecture(config: LaunchSettings) -> ModelConfig:
-    """The model that config.model describes. A vocabulary that the tokenizer decides counts as prepare's."""
-    values = {field.name: getattr(config.model, field.name) for field in fields(ModelConfig)}
+def architecture(settings: LaunchSettings) -> ModelConfig:
+    """The model that settings.model describes. A vocabulary that the tokenizer decides counts as prepare's."""
+    values = {field.name: getattr(settings.model, field.name) for field in fields(ModelConfig)}
     if values.get("vocab_size") is None:
-        values["vocab_size"] = int(_own(config, "prepare").get("vocab_size") or compose("prepare", partial=True).vocab_size)
+        values["vocab_size"] = int(_own(settings, "prepare").get("vocab_size") or compose("prepare", partial=True).vocab_size)
     return ModelConfig.from_dict(values)
 
 
-def _space(config: LaunchSettings, model: ModelConfig, jobs: list[Job]) -> ElasticSpace:
+def _space(settings: LaunchSettings, model: ModelConfig, jobs: list[Job]) -> ElasticSpace:
     """What may vary: as the stage says that makes the checkpoint, and `importance`, which may change it, planned or not."""
     made = next((job.stage for job in jobs if job.stage in ("pretrain", "import")), "import")
     values = asdict(compose("import", partial=True).space)
     for stage in (made, "importance"):
-        values |= {name: value for name, value in _own(config, stage).get("space", {}).items() if value is not None}
+        values |= {name: value for name, value in _own(settings, stage).get("space", {}).items() if value is not None}
     return ElasticSpace.build(model, **values)
 
 
@@ -146,18 +146,18 @@ def clock(total: int) -> str:
     return f"{total // 86400:02d}:{total // 3600 % 24:02d}:{total // 60 % 60:02d}:{total % 60:02d}"
 
 
-def _instances(config: LaunchSettings, stage: str) -> list[tuple[str, dict[str, Any]]]:
+def _instances(settings: LaunchSettings, stage: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, keys) of the jobs of a stage: one, but for the exports of several budgets."""
-    if stage == "family" and config.budgets:
-        return [(stage, {} if "budgets" in _own(config, stage) else {"budgets": config.budgets})]
-    if stage != "export" or not config.budgets or {"budget", "subnetwork"} & _own(config, "export").keys():
+    if stage == "family" and settings.budgets:
+        return [(stage, {} if "budgets" in _own(settings, stage) else {"budgets": settings.budgets})]
+    if stage != "export" or not settings.budgets or {"budget", "subnetwork"} & _own(settings, "export").keys():
         return [(stage, {})]
-    return [(f"export_{_word(budget)}", {"budget": budget}) for budget in config.budgets]
+    return [(f"export_{_word(budget)}", {"budget": budget}) for budget in settings.budgets]
 
 
-def _own(config: LaunchSettings, stage: str) -> dict[str, Any]:
+def _own(settings: LaunchSettings, stage: str) -> dict[str, Any]:
     """The keys that were set for a stage alone."""
-    return dict(config.stage_keys.get(stage, {}))
+    return dict(settings.stage_keys.get(stage, {}))
 
 
 def _word(budget: Any) -> str:
@@ -165,7 +165,7 @@ def _word(budget: Any) -> str:
 
 
 def _job(
-    config: LaunchSettings,
+    settings: LaunchSettings,
     model: ModelConfig,
     results: Path,
     name: str,
@@ -174,20 +174,20 @@ def _job(
     before: list[str],
     problems: list[str],
 ) -> Job:
-    own = _own(config, stage)
-    run = {**asdict(config.run), **own.pop("run", {})}
+    own = _own(settings, stage)
+    run = {**asdict(settings.run), **own.pop("run", {})}
     known = set(keys_of(STAGES[stage]))
-    shared = [_own(config, SHARED)] if stage in TRAINS else []
+    shared = [_own(settings, SHARED)] if stage in TRAINS else []
     if stage in (*PARALLEL, "family"):
-        shared.append(_layout(config))
+        shared.append(_layout(settings))
     if stage == "pretrain":
-        shared.append({"model": {field.name: getattr(config.model, field.name) for field in fields(ModelConfig)}})
+        shared.append({"model": {field.name: getattr(settings.model, field.name) for field in fields(ModelConfig)}})
     values = [_only(each, known) for each in shared]  # of these each stage takes the keys that it has
-    values += [{"out": str(results / name), "seed": config.seed, "debug": config.debug}, {**own, **keys}]
+    values += [{"out": str(results / name), "seed": settings.seed, "debug": settings.debug}, {**own, **keys}]
     for key, sources in INPUTS[stage].items():
         if key in own:
             continue
-        value = _source(config, results, sources, before)
+        value = _source(settings, results, sources, before)
         if value is not None:
             values.append({key: value})
         elif (stage, key) not in OPTIONAL:
@@ -196,32 +196,32 @@ def _job(
                 f"{stage}: needs the result of {wanted}, which is neither among the stages before it nor complete in {results}: "
                 f"add it to stages=[...], or set {stage}.{key}="
             )
-    settings = compose(stage, values=values, partial=True)
+    composed = compose(stage, values=values, partial=True)
     limit = seconds(run["time_limit"], "run.time_limit")
-    if stage in TRAINS and config.cluster.type == "slurm" and settings.trainer.max_time is None:
+    if stage in TRAINS and settings.cluster.type == "slurm" and composed.trainer.max_time is None:
         reserve = seconds(run["stop_before"], "run.stop_before")
         if reserve >= limit:
             raise FlextronError(
                 f"{stage}: run.stop_before={run['stop_before']} leaves nothing of run.time_limit={run['time_limit']}"
             )
-        settings.trainer.max_time = clock(limit - reserve)
+        composed.trainer.max_time = clock(limit - reserve)
     nodes, devices = 1, 1
     if stage in PARALLEL:
-        nodes, devices = settings.trainer.num_nodes or 1, settings.trainer.devices or 1
-        settings.trainer.num_nodes, settings.trainer.devices = nodes, devices
-    if lacking := [key for key in missing(settings) if key not in INPUTS[stage]]:
+        nodes, devices = composed.trainer.num_nodes or 1, composed.trainer.devices or 1
+        composed.trainer.num_nodes, composed.trainer.devices = nodes, devices
+    if lacking := [key for key in missing(composed) if key not in INPUTS[stage]]:
         problems.append(f"{stage}: missing {', '.join(f'{stage}.{key}=' for key in lacking)}")
-    return Job(name, stage, settings, nodes, devices, limit, is_complete(results / name))
+    return Job(name, stage, composed, nodes, devices, limit, is_complete(results / name))
 
 
-def _layout(config: LaunchSettings) -> dict[str, Any]:
-    layouts = config.layouts
-    if config.gpus not in layouts:
+def _layout(settings: LaunchSettings) -> dict[str, Any]:
+    layouts = settings.layouts
+    if settings.gpus not in layouts:
         raise FlextronError(
-            f"gpus={config.gpus}: layouts has one for {', '.join(map(str, layouts))}; choose one of them, or add yours: "
-            f"'layouts={{{config.gpus}: {{trainer: {{num_nodes: ..., devices: ...}}, model: {{...}}}}}}'"
+            f"gpus={settings.gpus}: layouts has one for {', '.join(map(str, layouts))}; choose one of them, or add yours: "
+            f"'layouts={{{settings.gpus}: {{trainer: {{num_nodes: ..., devices: ...}}, model: {{...}}}}}}'"
         )
-    return layouts[config.gpus]
+    return layouts[settings.gpus]
 
 
 def _only(values: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
@@ -235,13 +235,13 @@ def _only(values: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[
     return kept
 
 
-def _source(config: LaunchSettings, results: Path, sources: tuple[str, ...], before: list[str]) -> str | None:
+def _source(settings: LaunchSettings, results: Path, sources: tuple[str, ...], before: list[str]) -> str | None:
     if sources == ("results",):
         return str(results)
     if sources == ("hf",):
-        return config.hf and str(Path(config.hf).expanduser().absolute())
+        return settings.hf and str(Path(settings.hf).expanduser().absolute())
     stages = ("prepare",) if sources == ("data",) else sources
     found = [stage for stage in stages if stage in before] or [stage for stage in stages if is_complete(results / stage)]
     if sources == ("data",) and not found:
-        return str(Path(config.data).expanduser().absolute())
+        return str(Path(settings.data).expanduser().absolute())
     return str(results / found[0]) if found else None

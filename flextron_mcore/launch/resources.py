@@ -14,9 +14,9 @@ from flextron_mcore.settings.schema import MISSING
 RESERVE, RESERVED_SHARE = 2 * 2**30, 0.05
 
 
-def check_memory(config: LaunchSettings, plan: Plan) -> None:
+def check_memory(settings: LaunchSettings, plan: Plan) -> None:
     """Raise FlextronError naming the stage whose layout does not fit into the memory of a GPU."""
-    size = gpu_memory(config)
+    size = gpu_memory(settings)
     for job in plan.to_run:
         found = _estimate(plan, job)
         if size is None or found is None or found.memory * (1 + RESERVED_SHARE) + RESERVE <= size:
@@ -37,9 +37,9 @@ def check_memory(config: LaunchSettings, plan: Plan) -> None:
         )
 
 
-def gpu_memory(config: LaunchSettings) -> int | None:
+def gpu_memory(settings: LaunchSettings) -> int | None:
     """Bytes of cluster.gpu.memory; None where it is not given."""
-    text = config.cluster.gpu.memory
+    text = settings.cluster.gpu.memory
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB)", str(text).strip())
@@ -54,9 +54,9 @@ COLUMNS = (
 )
 
 
-def resources(config: LaunchSettings, plan: Plan) -> tuple[str, list[list[str]]]:
+def resources(settings: LaunchSettings, plan: Plan) -> tuple[str, list[list[str]]]:
     """Title and rows, a row of COLUMNS for each job, of the table of what the jobs need."""
-    peak, utilisation = config.cluster.gpu.peak_tflops, config.cluster.utilisation
+    peak, utilisation = settings.cluster.gpu.peak_tflops, settings.cluster.utilisation
     rows = []
     total = 0.0
     for job in plan.to_run:
@@ -82,12 +82,12 @@ def resources(config: LaunchSettings, plan: Plan) -> tuple[str, list[list[str]]]
 
 
 def _estimate(plan: Plan, job: Job) -> Estimate | None:
-    measured_elsewhere = job.stage == "latency" and job.config.measurements
-    unknown = job.stage == "family" and (job.config.data is None or job.config.budgets == MISSING)
+    measured_elsewhere = job.stage == "latency" and job.settings.measurements
+    unknown = job.stage == "family" and (job.settings.data is None or job.settings.budgets == MISSING)
     if job.stage not in ESTIMATED or measured_elsewhere or unknown:
         return None
-    precision = getattr(getattr(job.config, "trainer", None), "precision", None)
-    return estimate(plan.model, plan.space, job.config, job.ranks, precision or "bf16")
+    precision = getattr(getattr(job.settings, "trainer", None), "precision", None)
+    return estimate(plan.model, plan.space, job.settings, job.ranks, precision or "bf16")
 
 
 ESTIMATED = (*TRAINS, "importance", "latency", "sensitivity", "evaluate", "compare", "family")

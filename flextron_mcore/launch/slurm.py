@@ -44,9 +44,9 @@ class Submitted:
     folder: str
 
 
-def submit(config: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> tuple[str, list[Submitted]]:
+def submit(settings: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> tuple[str, list[Submitted]]:
     """Submit the jobs; the experiment's id at NeMo-Run, and the jobs. Raises FlextronError with what sbatch said."""
-    with _experiment(config, plan, configs, _home(plan)) as experiment:
+    with _experiment(settings, plan, configs, _home(plan)) as experiment:
         try:
             experiment.run(detach=True)
         except Exception as error:  # NeMo-Run raises what it met: sbatch's complaint is in it
@@ -60,11 +60,11 @@ def submit(config: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> tupl
     return experiment._id, jobs
 
 
-def scripts(config: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> list[tuple[str, str]]:
+def scripts(settings: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> list[tuple[str, str]]:
     """(name, sbatch script) of each job, exactly as it would be submitted; nothing is written."""
     home = _home(plan)
     with tempfile.TemporaryDirectory() as scratch:
-        with _experiment(config, plan, configs, Path(scratch)) as experiment:
+        with _experiment(settings, plan, configs, Path(scratch)) as experiment:
             experiment.dryrun(log=False, delete_exp_dir=False)
             folder = Path(experiment._exp_dir)
             texts = {path.name.removesuffix("_sbatch.sh"): path.read_text() for path in folder.glob("*_sbatch.sh")}
@@ -77,7 +77,7 @@ def _home(plan: Plan) -> Path:
 
 
 @contextlib.contextmanager
-def _experiment(config: LaunchSettings, plan: Plan, configs: dict[str, Path], home: Path) -> Iterator[Any]:
+def _experiment(settings: LaunchSettings, plan: Plan, configs: dict[str, Path], home: Path) -> Iterator[Any]:
     given = os.environ.get("NEMORUN_HOME")
     os.environ["NEMORUN_HOME"] = str(home)  # read when NeMo-Run is imported
     try:
@@ -88,26 +88,28 @@ def _experiment(config: LaunchSettings, plan: Plan, configs: dict[str, Path], ho
         os.environ.pop("NEMORUN_HOME") if given is None else os.environ.update(NEMORUN_HOME=given)
     nemo_config.set_nemorun_home(str(home))
     CONSOLE.quiet = True  # it tells how many processes torchrun starts, a line a job
-    with run.Experiment(config.run.name, log_level="WARN", clean_mode=True, skip_status_at_exit=True) as experiment:
+    with run.Experiment(settings.run.name, log_level="WARN", clean_mode=True, skip_status_at_exit=True) as experiment:
         before = None
         for job in plan.to_run:
             arguments = [job.stage, "--config", str(configs[job.name])]
-            python = "python" if config.cluster.use_container else sys.executable
+            python = "python" if settings.cluster.use_container else sys.executable
             task = run.Script(path="flextron_mcore", m=True, entrypoint=python, args=arguments)
             before = experiment.add(
-                task, executor=_executor(config, plan, job), name=job.name, dependencies=[before] if before else None
+                task, executor=_executor(settings, plan, job), name=job.name, dependencies=[before] if before else None
             )
         yield experiment
 
 
-def _executor(config: LaunchSettings, plan: Plan, job: Job) -> Any:
+def _executor(settings: LaunchSettings, plan: Plan, job: Job) -> Any:
     import nemo_run as run
 
-    cluster = config.cluster
+    cluster = settings.cluster
     container: dict[str, Any] = {}
     if cluster.use_container:
-        image = str(Path(config.container).expanduser().absolute()) if is_file_of_image(config.container) else config.container
-        container = {"container_image": image, "container_mounts": mounts(config, plan)}
+        image = (
+            str(Path(settings.container).expanduser().absolute()) if is_file_of_image(settings.container) else settings.container
+        )
+        container = {"container_image": image, "container_mounts": mounts(settings, plan)}
     given = cluster.additional_parameters
     if cluster.nodelist:
         given["nodelist"] = cluster.nodelist
@@ -128,7 +130,7 @@ def _executor(config: LaunchSettings, plan: Plan, job: Job) -> Any:
         # Without the second, jobs after one that failed would wait for ever.
         additional_parameters={**given, "kill_on_invalid_dep": "yes"},
         setup_lines="\n".join(filter(None, [cluster.setup, REQUEUE.format() if job.trains else None])) or None,
-        env_vars=_environment(config, plan, job),
+        env_vars=_environment(settings, plan, job),
         launcher=run.Torchrun(rdzv_port=_port(job)) if parallel else None,
         tunnel=run.LocalTunnel(job_dir=""),  # the experiments' directory
         packager=run.Packager(),  # the package is installed: in the image, or where all nodes see it
@@ -137,30 +139,30 @@ def _executor(config: LaunchSettings, plan: Plan, job: Job) -> Any:
     )
 
 
-def mounts(config: LaunchSettings, plan: Plan) -> list[str]:
+def mounts(settings: LaunchSettings, plan: Plan) -> list[str]:
     """What containers see of the file system, as HOST:CONTAINER: the results, what the jobs read, and container_mounts."""
     paths = [plan.results]
     for job in plan.to_run:
         for key in ("data", "hf", "checkpoint", "latency", "sensitivity", "tokenizer", "input", "subnetwork"):
-            value = getattr(job.config, key, None)
+            value = getattr(job.settings, key, None)
             if isinstance(value, str) and value.startswith("/"):
                 paths.append(Path(value))
     kept: list[Path] = []
     for path in sorted(set(paths)):
         if not any(path.is_relative_to(other) for other in kept):
             kept.append(path)
-    return [f"{path}:{path}" for path in kept] + list(config.container_mounts)
+    return [f"{path}:{path}" for path in kept] + list(settings.container_mounts)
 
 
-def _environment(config: LaunchSettings, plan: Plan, job: Job) -> dict[str, str]:
+def _environment(settings: LaunchSettings, plan: Plan, job: Job) -> dict[str, str]:
     """The job's environment variables, as NeMo-Run writes them into the script: without quotes of its own."""
     values = {
         "LOGLEVEL": "WARNING",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN),
         "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1",
     }
-    values |= {name: shlex.quote(str(value)) for name, value in config.env_vars.items() if value is not None}
-    if not config.cluster.use_container:
+    values |= {name: shlex.quote(str(value)) for name, value in settings.env_vars.items() if value is not None}
+    if not settings.cluster.use_container:
         values["PATH"] = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"  # where torchrun is
     if job.trains:
         values["FLEXTRON_STOPPED"] = shlex.quote(str(plan.results / "launch" / f"{job.name}.stopped"))

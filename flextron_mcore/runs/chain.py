@@ -23,25 +23,25 @@ from flextron_mcore.settings.training import StageSettings
 
 
 def run_chain(
-    config: StageSettings,
+    settings: StageSettings,
     chain: Mapping[str, tuple[str, Sequence[str]]],
     same: Sequence[str] = (),
     prepare: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, float]:
-    """Run {name: (stage, keys)} into config.out/NAME, but for what is complete there; the seconds of those that ran.
+    """Run {name: (stage, keys)} into settings.out/NAME, but for what is complete there; the seconds of those that ran.
 
-    Under torchrun the processes share the batches of every command. same: keys of `config` that an interrupted chain must have
+    Under torchrun the processes share the batches of every command. same: keys of `settings` that an interrupted chain must have
     as before; none to run more commands of a chain that is open. prepare: called on the main process before each command. Every
     key is checked before the first minute is spent.
     """
-    out = Path(config.out)
+    out = Path(settings.out)
     for stage, keys in chain.values():
         compose(stage, keys, values=[{"out": str(out / "x")}])
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
-        distributed.initialize(seed=config.seed)
+        distributed.initialize(seed=settings.seed)
     if same:
-        on_main_process(lambda: _make_output(config, same))
+        on_main_process(lambda: _make_output(settings, same))
     seconds: dict[str, float] = {}
     for name, (stage, keys) in chain.items():
         folder = out / name
@@ -51,7 +51,7 @@ def run_chain(
         say(f"== {name}: flextron {stage} {' '.join(keys)} out={folder}")
         on_main_process(lambda stage=stage: prepare(stage))
         begun = time.perf_counter()
-        composed = compose(stage, keys, values=[{"out": str(folder), "seed": config.seed, "debug": config.debug}])
+        composed = compose(stage, keys, values=[{"out": str(folder), "seed": settings.seed, "debug": settings.debug}])
         if ranks > 1 and hasattr(getattr(composed, "model", None), "global_batch_size"):  # the chain is written for one process
             model = composed.model
             model.micro_batch_size = math.gcd(model.micro_batch_size, model.global_batch_size // ranks)
@@ -64,20 +64,20 @@ def run_chain(
     return seconds
 
 
-def _make_output(config: StageSettings, same: Sequence[str]) -> None:
+def _make_output(settings: StageSettings, same: Sequence[str]) -> None:
     """The directory of the whole chain: made, or found with the same chain. Raises FlextronError when it is another's."""
-    out, stage = Path(config.out), config.stage
-    if config.overwrite and (out / CONFIG_FILE).is_file():
+    out, stage = Path(settings.out), settings.stage
+    if settings.overwrite and (out / CONFIG_FILE).is_file():
         shutil.rmtree(out)
     if out.exists() and any(out.iterdir()):
         if not (out / CONFIG_FILE).is_file():
             raise FlextronError(f"out={out}: exists and is not a {stage}; choose another")
         before = yaml.safe_load((out / CONFIG_FILE).read_text(encoding="utf-8"))
-        if any(before.get(key) != getattr(config, key) for key in same):
+        if any(before.get(key) != getattr(settings, key) for key in same):
             raise FlextronError(f"out={out}: holds a {stage} with other settings; choose another, or overwrite=true")
     make_parent(out)
     out.mkdir(exist_ok=True)
-    write_config(out, config)
+    write_config(out, settings)
 
 
 def quoted(value: object) -> str:

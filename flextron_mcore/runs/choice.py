@@ -29,12 +29,12 @@ SELECTORS = ("router", "uniform", "matformer", "sensitivity", "random")
 Losses = Callable[[Sequence[SubNetwork]], Sequence[float]]
 
 
-def latency_table(config: StageSettings, info: CheckpointInfo) -> LatencyTable | None:
-    """The table of config.latency (a file, or the directory of `flextron latency`), or else the one beside the routers."""
-    file = Path(config.latency) if config.latency else info.path / TABLE_FILE
+def latency_table(settings: StageSettings, info: CheckpointInfo) -> LatencyTable | None:
+    """The table of settings.latency (a file, or the directory of `flextron latency`), or else the one beside the routers."""
+    file = Path(settings.latency) if settings.latency else info.path / TABLE_FILE
     if file.is_dir():
         file /= TABLE_FILE
-    if not config.latency and not file.is_file():
+    if not settings.latency and not file.is_file():
         return None
     return LatencyTable.from_file(file, info.model, info.space)
 
@@ -49,20 +49,20 @@ def check_table(table: LatencyTable | None) -> None:
         say(f"warning: the latency table is of another device: {where}; this one is {here}")
 
 
-def known_costs(config: StageSettings, info: CheckpointInfo, table: LatencyTable | None) -> dict[str, Cost]:
-    """{name: Cost}: the latency where there is a table, parameters, memory as config.kv_cache and config.dtype count it."""
-    memory = memory_setting(config, info)
+def known_costs(settings: StageSettings, info: CheckpointInfo, table: LatencyTable | None) -> dict[str, Cost]:
+    """{name: Cost}: the latency where there is a table, parameters, memory as settings.kv_cache and settings.dtype count it."""
+    memory = memory_setting(settings, info)
     costs = {"latency": table.cost()} if table else {}
     costs["parameters"] = parameter_cost(info.model, info.space)
     costs["memory"] = memory_cost(info.model, info.space, **memory)
     return costs
 
 
-def memory_setting(config: StageSettings, info: CheckpointInfo) -> dict[str, Any]:
+def memory_setting(settings: StageSettings, info: CheckpointInfo) -> dict[str, Any]:
     """What a memory cost counts: {"dtype", "batch_size", "length"}."""
-    trainer = getattr(config, "trainer", None)
-    dtype = getattr(config, "dtype", None) or getattr(trainer, "precision", None) or info.dtype
-    kv = config.kv_cache
+    trainer = getattr(settings, "trainer", None)
+    dtype = getattr(settings, "dtype", None) or getattr(trainer, "precision", None) or info.dtype
+    kv = settings.kv_cache
     length = kv.length or info.model.max_position_embeddings
     return {"dtype": dtype, "batch_size": kv.batch_size, "length": length}
 
@@ -75,39 +75,39 @@ def budgets(wanted: Any, costs: dict[str, Cost]) -> list[Budget]:
     return found
 
 
-def selector(config: StageSettings, info: CheckpointInfo, name: str, losses: Losses | None = None) -> Selector:
+def selector(settings: StageSettings, info: CheckpointInfo, name: str, losses: Losses | None = None) -> Selector:
     """The selector `name`. losses: evaluates networks, for `random`. Raises FlextronError where it lacks what it needs."""
     blocks = Choices(info.model, info.space)
     if name == "router":
-        return _routed(config, info, blocks)
+        return _routed(settings, info, blocks)
     if name == "uniform":
         return selectors.Uniform(blocks)
     if name == "matformer":
         return selectors.MatFormer(blocks)
     if name == "sensitivity":
         check_widths_only(info, "selector=sensitivity")
-        return selectors.Sensitivity(blocks, _degradations(config, blocks))
+        return selectors.Sensitivity(blocks, _degradations(settings, blocks))
     if name == "random":
         if losses is None:
             raise FlextronError("selector=random: evaluates networks: give data=")
-        return selectors.Random(blocks, config.random_networks, config.seed, losses)
+        return selectors.Random(blocks, settings.random_networks, settings.seed, losses)
     raise FlextronError(f"selector={name!r} is not known: use one of {', '.join(SELECTORS)}")
 
 
 def select(
-    config: StageSettings, info: CheckpointInfo, losses: Losses | None = None, budget: Any = None
+    settings: StageSettings, info: CheckpointInfo, losses: Losses | None = None, budget: Any = None
 ) -> tuple[SubNetwork, list[Budget]]:
-    """The network of config.selector for `budget`, by default config.budget, and that budget, parsed.
+    """The network of settings.selector for `budget`, by default settings.budget, and that budget, parsed.
 
     The same on every rank, which decides for itself.
     """
-    table = latency_table(config, info)
-    costs = known_costs(config, info, table)
+    table = latency_table(settings, info)
+    costs = known_costs(settings, info, table)
     check_table(table)
-    wanted = budgets(config.budget if budget is None else budget, costs)
-    picks = selector(config, info, config.selector, losses)
+    wanted = budgets(settings.budget if budget is None else budget, costs)
+    picks = selector(settings, info, settings.selector, losses)
     for budget in wanted:
-        if config.selector == "router" and (trained := picks.untrained(budget)):
+        if settings.selector == "router" and (trained := picks.untrained(budget)):
             low, high = trained
             say(f"warning: {budget} is outside of what the routers were trained for, {low:.3g} to {high:.3g} of the full model")
     return picks.select(wanted), wanted
@@ -122,15 +122,15 @@ class Chosen:
     budgets: Sequence[Budget] = ()
 
 
-def chosen_network(config: StageSettings, info: CheckpointInfo) -> Chosen:
-    """The network for config.budget, or of the file config.subnetwork, or the full one. Raises FlextronError for both keys."""
-    if config.budget is not None:
-        if config.subnetwork is not None:
+def chosen_network(settings: StageSettings, info: CheckpointInfo) -> Chosen:
+    """Network for settings.budget, or of the file settings.subnetwork, or the full one. Raises FlextronError for both keys."""
+    if settings.budget is not None:
+        if settings.subnetwork is not None:
             raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
-        net, wanted = select(config, info)
-        return Chosen(net, f"selector {config.selector} for {' and '.join(map(str, wanted))}", wanted)
-    if config.subnetwork is not None:
-        return Chosen(read_network(config.subnetwork, info), f"the sub-network in {Path(config.subnetwork).name}")
+        net, wanted = select(settings, info)
+        return Chosen(net, f"selector {settings.selector} for {' and '.join(map(str, wanted))}", wanted)
+    if settings.subnetwork is not None:
+        return Chosen(read_network(settings.subnetwork, info), f"the sub-network in {Path(settings.subnetwork).name}")
     return Chosen(SubNetwork.full(info.model), "the full model")
 
 
@@ -141,15 +141,15 @@ def read_network(file: str | Path, info: CheckpointInfo) -> SubNetwork:
     return net
 
 
-def _routed(config: StageSettings, info: CheckpointInfo, blocks: Any) -> Selector:
-    return trained_selector(info.path, blocks, known_costs(config, info, latency_table(config, info)))
+def _routed(settings: StageSettings, info: CheckpointInfo, blocks: Any) -> Selector:
+    return trained_selector(info.path, blocks, known_costs(settings, info, latency_table(settings, info)))
 
 
-def _degradations(config: StageSettings, blocks: Any) -> Any:
+def _degradations(settings: StageSettings, blocks: Any) -> Any:
     """[blocks, candidates] from the metrics.json of `flextron sensitivity`."""
-    if not config.sensitivity:
+    if not settings.sensitivity:
         raise FlextronError("selector=sensitivity: give sensitivity=, the directory that `flextron sensitivity` wrote")
-    file = Path(config.sensitivity)
+    file = Path(settings.sensitivity)
     file = file / "metrics.json" if file.is_dir() else file
     table = np.full(blocks.exists_NK.shape, np.nan)
     try:

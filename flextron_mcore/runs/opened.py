@@ -26,36 +26,36 @@ class Opened:
     seq_length: int
 
     @classmethod
-    def of(cls, config: StageSettings, info: CheckpointInfo, data: PreparedData) -> Opened:
+    def of(cls, settings: StageSettings, info: CheckpointInfo, data: PreparedData) -> Opened:
         """Raises FlextronError where checkpoint, data and layout do not fit each other."""
-        computed = precision(config, info)
-        check_layout(info.model, info.space, config.model, computed)
-        return cls(info, data, computed, sequence_length(config.model, info, data))
+        computed = precision(settings, info)
+        check_layout(info.model, info.space, settings.model, computed)
+        return cls(info, data, computed, sequence_length(settings.model, info, data))
 
 
-def open_evaluation(config: StageSettings) -> Opened:
+def open_evaluation(settings: StageSettings) -> Opened:
     """The checkpoint and the data of a stage that evaluates networks. Raises FlextronError where they do not fit."""
-    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
-    check_space(config, info)
-    return Opened.of(config, info, data)
+    info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
+    check_space(settings, info)
+    return Opened.of(settings, info, data)
 
 
-def evaluator(config: StageSettings, opened: Opened, cache: Path, progress: Callable[[str], None]) -> Evaluator:
-    """The loaded model on the validation split, of which config.limit_val_batches are used. cache: directory for indices."""
-    datasets = valid_datasets(opened.data, opened.seq_length, config.seed, cache)
-    model = loaded_model(config.model, opened.info, opened.precision)
-    return Evaluator(model, datasets, opened.seq_length, config.model.micro_batch_size, config.limit_val_batches, progress)
+def evaluator(settings: StageSettings, opened: Opened, cache: Path, progress: Callable[[str], None]) -> Evaluator:
+    """The loaded model on the validation split, of which settings.limit_val_batches are used. cache: directory for indices."""
+    datasets = valid_datasets(opened.data, opened.seq_length, settings.seed, cache)
+    model = loaded_model(settings.model, opened.info, opened.precision)
+    return Evaluator(model, datasets, opened.seq_length, settings.model.micro_batch_size, settings.limit_val_batches, progress)
 
 
-def precision(config: StageSettings, info: CheckpointInfo) -> str:
+def precision(settings: StageSettings, info: CheckpointInfo) -> str:
     """trainer.precision, or else as stored."""
-    return config.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
+    return settings.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
 
 
-def check_space(config: StageSettings, info: CheckpointInfo) -> None:
+def check_space(settings: StageSettings, info: CheckpointInfo) -> None:
     """Raise FlextronError when the configuration asks for another space than the checkpoint's."""
     have = info.space.to_dict()
-    wanted = {k: v for k, v in asdict(config.space).items() if v is not None}
+    wanted = {k: v for k, v in asdict(settings.space).items() if v is not None}
     for name in ("granularity", "attention_unit", *have):
         if name not in wanted:
             continue

@@ -19,27 +19,27 @@ CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.json"
 
 
 @contextlib.contextmanager
-def serial_output(config: StageSettings) -> Iterator[Path]:
-    """A directory to write results into, which becomes `config.out` when the stage succeeds and leaves nothing when it fails.
+def serial_output(settings: StageSettings) -> Iterator[Path]:
+    """A directory to write results into, which becomes `settings.out` when the stage succeeds and leaves nothing when it fails.
 
     For a stage that the main process runs alone. Raises FlextronError when `out` exists and overwrite=true is not given.
     """
-    out = Path(config.out)
-    check_output(out, config.overwrite)
+    out = Path(settings.out)
+    check_output(out, settings.overwrite)
     make_parent(out)
     with write_aside(out) as folder:
         yield folder
-        write_config(folder, config)
+        write_config(folder, settings)
 
 
 @contextlib.contextmanager
-def new_output(config: StageSettings) -> Iterator[Path]:
+def new_output(settings: StageSettings) -> Iterator[Path]:
     """`serial_output` for a stage that all ranks run: the directory is whole when all are done, which a rank that fails never is.
 
     Raises what `serial_output` does, on every rank the same.
     """
-    with disk_errors(Path(config.out)), contextlib.ExitStack() as main_process:
-        folder = on_main_process(lambda: main_process.enter_context(serial_output(config)))
+    with disk_errors(Path(settings.out)), contextlib.ExitStack() as main_process:
+        folder = on_main_process(lambda: main_process.enter_context(serial_output(settings)))
         yield folder
         wait_for_all()
     wait_for_all()
@@ -82,9 +82,9 @@ def make_parent(out: Path) -> None:
         raise FlextronError(f"out={out}: cannot be written: {error.strerror}") from None
 
 
-def write_config(folder: Path, config: StageSettings) -> None:
+def write_config(folder: Path, settings: StageSettings) -> None:
     """The resolved configuration as config.yaml."""
-    (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(to_yaml(settings), encoding="utf-8")
 
 
 def write_metrics(folder: Path, stage: str, figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,8 +38,8 @@ _FREE_KEYS = (
 
 
 @contextlib.contextmanager
-def resumable_output(config: LoopSettings, info: CheckpointInfo, data: PreparedData) -> Iterator[Path]:
-    """config.out, made for a new run, or with the unfinished run that it holds; no other process writes to it within the block.
+def resumable_output(settings: LoopSettings, info: CheckpointInfo, data: PreparedData) -> Iterator[Path]:
+    """settings.out, made for a new run, or with the unfinished run that it holds; no other process writes to it within the block.
 
     Only the same run is continued: of the same configuration except for speed and layout, on the same tokens of the same
     tokenizer (config.yaml keeps their fingerprints), from a checkpoint `info` of the same model, space and order of units.
@@ -50,14 +50,14 @@ def resumable_output(config: LoopSettings, info: CheckpointInfo, data: PreparedD
     or being written, or something else. overwrite=true replaces what any stage wrote, unless it is being written.
     """
     with contextlib.ExitStack() as main_process:
-        on_main_process(lambda: main_process.enter_context(_open_run(config, info, data)))
-        yield Path(config.out)
+        on_main_process(lambda: main_process.enter_context(_open_run(settings, info, data)))
+        yield Path(settings.out)
 
 
 @contextlib.contextmanager
-def _open_run(config: LoopSettings, info: CheckpointInfo, data: PreparedData) -> Iterator[None]:
-    out, vocabulary = Path(config.out), read_vocabulary(data.tokenizer)
-    values = to_dict(config)
+def _open_run(settings: LoopSettings, info: CheckpointInfo, data: PreparedData) -> Iterator[None]:
+    out, vocabulary = Path(settings.out), read_vocabulary(data.tokenizer)
+    values = to_dict(settings)
     values["fingerprints"] = {"data": data.fingerprint, "tokenizer": vocabulary and vocabulary.fingerprint}
     make_parent(out)
     with contextlib.ExitStack() as lock:
@@ -69,11 +69,11 @@ def _open_run(config: LoopSettings, info: CheckpointInfo, data: PreparedData) ->
             lock.enter_context(_lock(out))
             new = not (out / CONFIG_FILE).is_file()
             try:
-                if config.overwrite:
+                if settings.overwrite:
                     _clear(out, CONFIG_FILE, LOCK_FILE)  # config.yaml says, until it is replaced, that `out` is a stage's
                 elif not new:
                     _check_same(out, values, info)
-                _complete(out, values, new or config.overwrite, info.tokenizer if info.path else data.tokenizer)
+                _complete(out, values, new or settings.overwrite, info.tokenizer if info.path else data.tokenizer)
             except BaseException:
                 if new:
                     _clear(out)

@@ -26,22 +26,22 @@ from flextron_mcore.training.router import RouterLearner
 from flextron_mcore.training.static import SurrogateLearner
 
 
-def described_routers(config: CostSettings, info: Any, table: Any, hidden_size: int) -> tuple[RouterInfo, list[Cost]]:
+def described_routers(settings: CostSettings, info: Any, table: Any, hidden_size: int) -> tuple[RouterInfo, list[Cost]]:
     """What the routers of a configuration are, and the costs that they are for."""
-    known = known_costs(config, info, table)
-    names = config.costs or (["latency"] if table else ["parameters"])
+    known = known_costs(settings, info, table)
+    names = settings.costs or (["latency"] if table else ["parameters"])
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         if name not in known:
             hint = ": give latency=, a table of `flextron latency`" if name == "latency" else ""
             raise FlextronError(f"costs: {name!r} is not known here{hint}; known: {', '.join(known)}")
     costs = [known[name] for name in names]
-    ranges = [_range(config.targets, cost) for cost in costs]
-    return RouterInfo(tuple(names), tuple(ranges), hidden_size, memory_setting(config, info)), costs
+    ranges = [_range(settings.targets, cost) for cost in costs]
+    return RouterInfo(tuple(names), tuple(ranges), hidden_size, memory_setting(settings, info)), costs
 
 
 def train_routers(
-    config: CostSettings,
+    settings: CostSettings,
     info: Any,
     data: Any,
     learner: RouterLearner,
@@ -51,7 +51,7 @@ def train_routers(
 ) -> dict[str, Any]:
     """Train, print what the routers choose, and write metrics.json."""
     cost = learner.costs[0]
-    targets = validation_targets(config.validation_targets, cost, learner.info.ranges[0])
+    targets = validation_targets(settings.validation_targets, cost, learner.info.ranges[0])
 
     def choices() -> dict[str, Any]:
         return on_main_process(lambda: {f"router {target:g}": learner.choose(target) for target in targets})
@@ -63,10 +63,10 @@ def train_routers(
         learner=learner,
         frozen=frozen,
     )
-    with resumable_output(config, info, data) as out:
-        if config.candidate_samples:
-            phase.after = {config.trainer.max_steps: partial(_evaluate_candidates, config, out, data, learner, seq_length)}
-        figures = train(config, out, info, data, phase, seq_length)
+    with resumable_output(settings, info, data) as out:
+        if settings.candidate_samples:
+            phase.after = {settings.trainer.max_steps: partial(_evaluate_candidates, settings, out, data, learner, seq_length)}
+        figures = train(settings, out, info, data, phase, seq_length)
         rows = on_main_process(lambda: [_budget(learner, target) for target in targets])
         first, last = figures["validation"]["first"], figures["validation"]["last"]
         names = [f"router {target:g}" for target in targets]
@@ -88,18 +88,20 @@ def train_routers(
                     "router: warning: the surrogate's error never fell below surrogate.threshold, so the routers know budgets "
                     "only: train longer, or with a larger model.global_batch_size"
                 )
-        return write_metrics(out, config.stage, {**figures, "routers": described, "budgets": rows})
+        return write_metrics(out, settings.stage, {**figures, "routers": described, "budgets": rows})
 
 
-def _evaluate_candidates(config: CostSettings, out: Path, data: Any, learner: RouterLearner, seq_length: int, model: Any) -> None:
+def _evaluate_candidates(
+    settings: CostSettings, out: Path, data: Any, learner: RouterLearner, seq_length: int, model: Any
+) -> None:
     """Evaluate the networks that the routers may choose on training data, into the learner's `info`."""
-    samples = config.candidate_samples
-    dataset = train_dataset(data, seq_length, samples, config.seed, out / "cache", config.data_weights)
+    samples = settings.candidate_samples
+    dataset = train_dataset(data, seq_length, samples, settings.seed, out / "cache", settings.data_weights)
 
     def evaluated(networks: Sequence[Any], count: int) -> list[float]:
         names = {str(i): net for i, net in enumerate(networks)}
         with progress_bar(total=len(networks), desc="candidates", unit="network") as bar:
-            size = config.model.micro_batch_size
+            size = settings.model.micro_batch_size
             found = evaluate(model, {"train": dataset}, names, seq_length, size, count, lambda _: bar.update())
         return [found[name]["train"] for name in names]
 

@@ -27,28 +27,28 @@ from flextron_mcore.settings.stages import CompareSettings
 from flextron_mcore.space import SubNetwork
 
 
-def run(config: CompareSettings) -> dict[str, Any]:
-    """Evaluate what every selector of config.selectors takes for every target, and what chance does."""
-    opened = open_evaluation(config)
+def run(settings: CompareSettings) -> dict[str, Any]:
+    """Evaluate what every selector of settings.selectors takes for every target, and what chance does."""
+    opened = open_evaluation(settings)
     info = opened.info
-    table = choice.latency_table(config, info)
+    table = choice.latency_table(settings, info)
     choice.check_table(table)
-    costs = choice.known_costs(config, info, table)
-    cost = costs.get(config.cost or ("latency" if table else "parameters"))
+    costs = choice.known_costs(settings, info, table)
+    cost = costs.get(settings.cost or ("latency" if table else "parameters"))
     if cost is None:
-        raise FlextronError(f"cost={config.cost}: is not known here; known: {', '.join(costs)}")
-    targets = validation_targets(config.targets, cost, (cost.smallest / cost.full, 1.0))
+        raise FlextronError(f"cost={settings.cost}: is not known here; known: {', '.join(costs)}")
+    targets = validation_targets(settings.targets, cost, (cost.smallest / cost.full, 1.0))
     choices = Choices(info.model, info.space)
-    dense = [(Path(path).name, Opened.of(config, open_checkpoint(path), opened.data)) for path in config.dense]
+    dense = [(Path(path).name, Opened.of(settings, open_checkpoint(path), opened.data)) for path in settings.dense]
     near = {
-        target: draw_near(choices, [Budget(cost, target * cost.full)], config.random_at_target, config.seed)
-        for target in (targets if config.random_at_target else ())
+        target: draw_near(choices, [Budget(cost, target * cost.full)], settings.random_at_target, settings.seed)
+        for target in (targets if settings.random_at_target else ())
     }
-    with new_output(config) as out:
+    with new_output(settings) as out:
         with progress_bar(desc="compare", unit="evaluation") as bar:
-            losses = evaluator(config, opened, out / "cache", lambda _: bar.update())
+            losses = evaluator(settings, opened, out / "cache", lambda _: bar.update())
             full = network_row(SubNetwork.full(info.model), cost, losses)
-            selectors = {name: choice.selector(config, info, name, losses.means) for name in config.selectors}
+            selectors = {name: choice.selector(settings, info, name, losses.means) for name in settings.selectors}
             rows = selected_rows(selectors, cost, targets, losses)
             figures = {
                 "model": info.model.to_dict(),
@@ -67,10 +67,10 @@ def run(config: CompareSettings) -> dict[str, Any]:
             figures["dense"] = []
             for name, each in dense:
                 arch = each.info.model
-                (found,) = evaluator(config, each, out / "cache", lambda _: bar.update()).losses([SubNetwork.full(arch)])
+                (found,) = evaluator(settings, each, out / "cache", lambda _: bar.update()).losses([SubNetwork.full(arch)])
                 figures["dense"].append(dense_row(name, arch, cost, found))
         discard(out / "cache")
-        figures["scaling_law"] = scaling_laws(config.selectors, rows, full)
+        figures["scaling_law"] = scaling_laws(settings.selectors, rows, full)
         metrics = write_metrics(out, "compare", figures)
     _print(figures)
     return metrics

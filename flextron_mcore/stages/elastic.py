@@ -17,24 +17,24 @@ from flextron_mcore.training.loop import Phase, train
 from flextron_mcore.training.sampler import draw, random_family
 
 
-def run(config: ElasticSettings) -> dict[str, Any]:
-    """Train the full model and config.num_subnetworks random sub-networks together."""
-    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
-    check_space(config, info)
-    seq_length = check(config, info, data, 1 + config.num_subnetworks)
+def run(settings: ElasticSettings) -> dict[str, Any]:
+    """Train the full model and settings.num_subnetworks random sub-networks together."""
+    info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
+    check_space(settings, info)
+    seq_length = check(settings, info, data, 1 + settings.num_subnetworks)
     model, space = info.model, info.space
-    draw(model, space, config.seed, 0, config.num_subnetworks, config.mode)
+    draw(model, space, settings.seed, 0, settings.num_subnetworks, settings.mode)
     uniform = uniform_family(model, space)
     phase = Phase(
-        networks=lambda step: [None, *draw(model, space, config.seed, step, config.num_subnetworks, config.mode)],
+        networks=lambda step: [None, *draw(model, space, settings.seed, step, settings.num_subnetworks, settings.mode)],
         validation=lambda step: {
             **uniform,
-            **random_family(model, space, config.seed, step, config.validation_subnetworks, config.mode),
+            **random_family(model, space, settings.seed, step, settings.validation_subnetworks, settings.mode),
         },
-        teach=config.distillation,
+        teach=settings.distillation,
     )
-    with resumable_output(config, info, data) as out:
-        figures = train(config, out, info, data, phase, seq_length)
+    with resumable_output(settings, info, data) as out:
+        figures = train(settings, out, info, data, phase, seq_length)
         first, last = figures["validation"]["first"], figures["validation"]["last"]
         rows = [[name, first.get(name, float("nan")), last[name]] for name in uniform]
         print_table("validation loss (nats per token), mean over domains", ["network", "before", "after"], rows)

@@ -17,21 +17,21 @@ from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
 from flextron_mcore.training.sampler import random_family
 
 
-def run(config: EvaluateSettings) -> dict[str, Any]:
-    """Evaluate config.subnetwork, or the full model and the uniform family."""
-    opened = open_evaluation(config)
+def run(settings: EvaluateSettings) -> dict[str, Any]:
+    """Evaluate settings.subnetwork, or the full model and the uniform family."""
+    opened = open_evaluation(settings)
     info = opened.info
-    if config.selector == "adaptive":
-        return evaluate_adaptive(config, info, opened.data, opened.precision, opened.seq_length)
-    networks = _networks(config, info)
-    with new_output(config) as out:
+    if settings.selector == "adaptive":
+        return evaluate_adaptive(settings, info, opened.data, opened.precision, opened.seq_length)
+    networks = _networks(settings, info)
+    with new_output(settings) as out:
         with progress_bar(desc="evaluate") as bar:
-            evaluation = evaluator(config, opened, out / "cache", lambda done: bar.set_postfix_str(done) or bar.update())
+            evaluation = evaluator(settings, opened, out / "cache", lambda done: bar.set_postfix_str(done) or bar.update())
             bar.reset(len(set(networks.values())) * len(evaluation.datasets))
             losses = dict(zip(networks, evaluation.losses(list(networks.values())), strict=True))
         discard(out / "cache")
-        arch, kv = info.model, config.kv_cache
-        dtype = config.trainer.precision or info.dtype
+        arch, kv = info.model, settings.kv_cache
+        dtype = settings.trainer.precision or info.dtype
         length = kv.length or arch.max_position_embeddings
         rows = []
         for name, net in networks.items():
@@ -84,16 +84,16 @@ def run(config: EvaluateSettings) -> dict[str, Any]:
     return metrics
 
 
-def _networks(config: EvaluateSettings, info: Any) -> dict[str, Any]:
+def _networks(settings: EvaluateSettings, info: Any) -> dict[str, Any]:
     """{name: SubNetwork} that the configuration asks for."""
-    if config.budget is None and config.subnetwork is not None:
-        networks = {Path(file).stem: read_network(file, info) for file in config.subnetwork}
-    elif config.budget is None:
+    if settings.budget is None and settings.subnetwork is not None:
+        networks = {Path(file).stem: read_network(file, info) for file in settings.subnetwork}
+    elif settings.budget is None:
         networks = uniform_family(info.model, info.space)
         networks = {"full": networks.pop("full"), **networks}
     else:
-        chosen = chosen_network(config, info)
-        networks = {f"{config.selector} {' and '.join(map(str, chosen.budgets))}": chosen.network}
-    if config.random:
-        networks.update(random_family(info.model, info.space, config.seed, 0, config.random))
+        chosen = chosen_network(settings, info)
+        networks = {f"{settings.selector} {' and '.join(map(str, chosen.budgets))}": chosen.network}
+    if settings.random:
+        networks.update(random_family(info.model, info.space, settings.seed, 0, settings.random))
     return networks

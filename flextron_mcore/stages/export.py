@@ -22,34 +22,34 @@ from flextron_mcore.settings.stages import ExportSettings
 from flextron_mcore.space import count_parameters
 
 
-def run(config: ExportSettings) -> dict[str, Any]:
-    """Write config.subnetwork of config.checkpoint to config.out, and with verify=true read it back. Ranks share the shards."""
-    check_output(Path(config.out), config.overwrite)
-    check_format(config.format)
-    if config.format == "hf_elastic" and not (config.budget is None and config.subnetwork is None):
+def run(settings: ExportSettings) -> dict[str, Any]:
+    """Write the chosen network to settings.out, and with verify=true read it back. Ranks share the shards."""
+    check_output(Path(settings.out), settings.overwrite)
+    check_format(settings.format)
+    if settings.format == "hf_elastic" and not (settings.budget is None and settings.subnetwork is None):
         raise FlextronError(
             "format=hf_elastic: holds every sub-network, so give no subnetwork= or budget=: they are set on the model it loads as"
         )
     keep_freed_memory()
-    info = open_checkpoint(config.checkpoint)
-    chosen = chosen_network(config, info)
+    info = open_checkpoint(settings.checkpoint)
+    chosen = chosen_network(settings, info)
     net = chosen.network
-    if config.verify:
-        check_layout(info.model, info.space, config.model)
-    written = get_format(config.format)
-    own, routers = getattr(config, config.format, None), None
-    if config.format == "hf_elastic":
+    if settings.verify:
+        check_layout(info.model, info.space, settings.model)
+    written = get_format(settings.format)
+    own, routers = getattr(settings, settings.format, None), None
+    if settings.format == "hf_elastic":
         routers = on_main_process(lambda: exported_routers(info, own.latency))
-    with new_output(config) as out:
+    with new_output(settings) as out:
         with progress_bar(unit="B", unit_scale=True, desc="export") as bar:
-            job = Job(info, net, out, config.dtype, config.max_shard_size, None, bar.update, own, chosen.origin, routers)
+            job = Job(info, net, out, settings.dtype, settings.max_shard_size, None, bar.update, own, chosen.origin, routers)
             figures = written.write(job)
         if figures["parameters"] != count_parameters(info.model, net):
             raise FlextronError(f"export: wrote {figures['parameters']} parameters, counted {count_parameters(info.model, net)}")
-        figures["max_logit_difference"] = _verify(config, written, job) if config.verify else None
-        metrics = write_metrics(out, "export", {**figures, "path": str(config.out), "subnetwork": net.to_dict()})
+        figures["max_logit_difference"] = _verify(settings, written, job) if settings.verify else None
+        metrics = write_metrics(out, "export", {**figures, "path": str(settings.out), "subnetwork": net.to_dict()})
     print_table(
-        f"exported to {config.out}",
+        f"exported to {settings.out}",
         ["format", "architecture", "parameters", "bytes", "largest logit difference"],
         [
             [
@@ -66,17 +66,17 @@ def run(config: ExportSettings) -> dict[str, Any]:
     return metrics
 
 
-def _verify(config: ExportSettings, written: Format, job: Job) -> float:
+def _verify(settings: ExportSettings, written: Format, job: Job) -> float:
     """Largest difference of logits between what was written, read back, and the sub-network in Megatron-Core (fp32).
 
-    The checkpoint is computed at the layout of `config`, the export on the main process.
+    The checkpoint is computed at the layout of `settings`, the export on the main process.
     """
     info = job.info
     length = min(info.model.max_position_embeddings, 64)
-    if config.model.sequence_parallel:
-        length -= length % config.model.tensor_model_parallel_size
-    tokens = torch.randint(0, info.model.vocab_size, (2, length), generator=torch.Generator().manual_seed(config.seed))
-    model, worst = loaded_model(config.model, info, "fp32"), 0.0
+    if settings.model.sequence_parallel:
+        length -= length % settings.model.tensor_model_parallel_size
+    tokens = torch.randint(0, info.model.vocab_size, (2, length), generator=torch.Generator().manual_seed(settings.seed))
+    model, worst = loaded_model(settings.model, info, "fp32"), 0.0
     for net in written.networks(job):
         ours = forward_logits(model, net, tokens).cpu()
         found = on_main_process(lambda: (ours - written.logits(job, net, tokens)).abs().max().item())  # noqa: B023

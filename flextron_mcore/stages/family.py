@@ -20,31 +20,31 @@ from flextron_mcore.settings.stages import FamilySettings
 from flextron_mcore.space import SubNetwork
 
 
-def run(config: FamilySettings) -> dict[str, Any]:
-    """Choose, evaluate and export a network for each of config.budgets, and report."""
-    budgets = config.budgets
+def run(settings: FamilySettings) -> dict[str, Any]:
+    """Choose, evaluate and export a network for each of settings.budgets, and report."""
+    budgets = settings.budgets
     if not budgets:
         raise FlextronError(f"budgets={budgets}: must be a list such as [0.4, 0.6, 25ms]")
-    info, out = open_checkpoint(config.checkpoint), Path(config.out)
+    info, out = open_checkpoint(settings.checkpoint), Path(settings.out)
     names = [_name(budget) for budget in budgets]
     if len(set(names)) < len(names):
         raise FlextronError(f"budgets={budgets}: has one twice")
     chosen = {}
     for name, budget in zip(names, budgets, strict=True):
-        chosen[name], _ = choice.select(config, info, budget=budget)
-    costs = choice.known_costs(config, info, choice.latency_table(config, info))
-    chain = _chain(config, names, out)
+        chosen[name], _ = choice.select(settings, info, budget=budget)
+    costs = choice.known_costs(settings, info, choice.latency_table(settings, info))
+    chain = _chain(settings, names, out)
 
     def write(stage: str) -> None:
         for name, net in chosen.items():
             make_parent(out / "networks" / name)
             (out / "networks" / f"{name}.json").write_text(net.to_json(), encoding="utf-8")
 
-    run_chain(config, chain, ("checkpoint", "budgets", "selector"), write)
-    rows = on_main_process(lambda: [_row(name, net, costs, out, config) for name, net in chosen.items()])
+    run_chain(settings, chain, ("checkpoint", "budgets", "selector"), write)
+    rows = on_main_process(lambda: [_row(name, net, costs, out, settings) for name, net in chosen.items()])
     _print(rows, costs)
-    metrics = write_metrics(out, "family", {"selector": config.selector, "model": info.model.to_dict(), "networks": rows})
-    run_chain(config, {"report": ("report", [f"run={quoted(out)}"])})  # which shows the rows, too
+    metrics = write_metrics(out, "family", {"selector": settings.selector, "model": info.model.to_dict(), "networks": rows})
+    run_chain(settings, {"report": ("report", [f"run={quoted(out)}"])})  # which shows the rows, too
     say(f"report: {out / 'report' / 'index.html'}")
     return metrics
 
@@ -55,22 +55,22 @@ def _name(budget: Any) -> str:
     return re.sub(r"[^A-Za-z0-9.,-]+", "_", text.strip())
 
 
-def _chain(config: FamilySettings, names: list[str], out: Path) -> dict[str, tuple[str, list[str]]]:
-    checkpoint = f"checkpoint={quoted(config.checkpoint)}"
+def _chain(settings: FamilySettings, names: list[str], out: Path) -> dict[str, tuple[str, list[str]]]:
+    checkpoint = f"checkpoint={quoted(settings.checkpoint)}"
     files = {name: quoted(out / "networks" / f"{name}.json") for name in names}
     chain: dict[str, tuple[str, list[str]]] = {}
-    if config.data is not None:
-        keys = [checkpoint, f"data={quoted(config.data)}", f"subnetwork=[{','.join(files.values())}]"]
-        keys += [f"limit_val_batches={'null' if config.limit_val_batches is None else config.limit_val_batches}"]
-        chain["evaluate"] = "evaluate", [*keys, f"model.micro_batch_size={config.model.micro_batch_size}"]
-    more = [f"verify={str(config.verify).lower()}", *([f"dtype={config.dtype}"] if config.dtype else [])]
+    if settings.data is not None:
+        keys = [checkpoint, f"data={quoted(settings.data)}", f"subnetwork=[{','.join(files.values())}]"]
+        keys += [f"limit_val_batches={'null' if settings.limit_val_batches is None else settings.limit_val_batches}"]
+        chain["evaluate"] = "evaluate", [*keys, f"model.micro_batch_size={settings.model.micro_batch_size}"]
+    more = [f"verify={str(settings.verify).lower()}", *([f"dtype={settings.dtype}"] if settings.dtype else [])]
     for name in names:
-        for format_ in config.formats:
+        for format_ in settings.formats:
             chain[f"{name}_{format_}"] = "export", [checkpoint, f"subnetwork={files[name]}", f"format={format_}", *more]
     return chain
 
 
-def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, config: FamilySettings) -> dict[str, Any]:
+def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, settings: FamilySettings) -> dict[str, Any]:
     means = {f"mean_{axis.name}": sum(map(axis.size, net.executed_layers)) / net.depth for axis in layer_axes()}
     row = {
         "budget": name,
@@ -80,11 +80,11 @@ def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, config: 
         "depth": net.depth,
         **means,
         "uniform": net.is_uniform,
-        "exports": {format_: f"{name}_{format_}" for format_ in config.formats},
+        "exports": {format_: f"{name}_{format_}" for format_ in settings.formats},
         "loss": None,
     }
     file = out / "evaluate" / METRICS_FILE
-    if config.data is not None and file.is_file():
+    if settings.data is not None and file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))["networks"]
         row["loss"] = next(each["mean"]["loss"] for each in found if each["name"] == name)
     return row

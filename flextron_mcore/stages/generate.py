@@ -22,34 +22,34 @@ from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.stages import GenerateSettings
 
 
-def run(config: GenerateSettings) -> dict[str, Any]:
-    """Continue config.prompt with config.subnetwork, the choice for config.budget, or the full model."""
-    layout = config.model
+def run(settings: GenerateSettings) -> dict[str, Any]:
+    """Continue settings.prompt with settings.subnetwork, the choice for settings.budget, or the full model."""
+    layout = settings.model
     if layout.sequence_parallel:
         raise FlextronError("generate: a single token cannot be split over ranks: model.sequence_parallel=false")
-    out = Path(config.out) if config.out else None
-    check_file(out, config.overwrite)
-    info = open_checkpoint(config.checkpoint)
-    computed = precision(config, info)
+    out = Path(settings.out) if settings.out else None
+    check_file(out, settings.overwrite)
+    info = open_checkpoint(settings.checkpoint)
+    computed = precision(settings, info)
     check_layout(info.model, info.space, layout, computed)
-    folder = config.tokenizer or info.tokenizer
+    folder = settings.tokenizer or info.tokenizer
     if folder is None:
         raise FlextronError(f"checkpoint={info.path}: has no tokenizer beside it: give tokenizer=, a directory")
     tokenizer = open_tokenizer(folder)
-    texts = _prompts(config)
+    texts = _prompts(settings)
     # Without the mark of a text's end, which encoding a corpus adds.
     prompts = [list(ids[:-1]) or [tokenizer.eod] for ids in tokenizer.encode_batch(texts)]
-    longest = max(map(len, prompts)) + config.max_new_tokens
+    longest = max(map(len, prompts)) + settings.max_new_tokens
     if longest > info.model.max_position_embeddings:
         raise FlextronError(
-            f"max_new_tokens={config.max_new_tokens}: with a prompt of {longest - config.max_new_tokens} tokens that is more "
+            f"max_new_tokens={settings.max_new_tokens}: with a prompt of {longest - settings.max_new_tokens} tokens that is more "
             f"than the model's {info.model.max_position_embeddings} positions"
         )
-    network, spent = _network(config, info)
+    network, spent = _network(settings, info)
     (model,) = loaded_model(replace(layout, virtual_pipeline_model_parallel_size=None), info, computed)
-    sampling = Sampling(config.temperature, config.top_k, config.seed)
+    sampling = Sampling(settings.temperature, settings.top_k, settings.seed)
     with progress_bar(total=longest - min(map(len, prompts)), desc="generate", unit="token", leave=False) as bar:
-        found = generate(model, prompts, network, config.max_new_tokens, tokenizer.eod, sampling, bar.update)
+        found = generate(model, prompts, network, settings.max_new_tokens, tokenizer.eod, sampling, bar.update)
     continued = [tokenizer.decode(ids) for ids in found.ids]
     count = sum(map(len, found.ids))
     steps = max(map(len, found.ids)) - 1
@@ -71,27 +71,27 @@ def run(config: GenerateSettings) -> dict[str, Any]:
     return figures
 
 
-def _prompts(config: GenerateSettings) -> list[str]:
-    """config.prompt: a text or a list of them; or the lines of config.prompts."""
-    if (config.prompt is None) == (config.prompts is None):
+def _prompts(settings: GenerateSettings) -> list[str]:
+    """settings.prompt: a text or a list of them; or the lines of settings.prompts."""
+    if (settings.prompt is None) == (settings.prompts is None):
         raise FlextronError("generate: give prompt=, a text or a list of them, or prompts=, a file with one a line")
-    if config.prompt is not None:
-        found = config.prompt
+    if settings.prompt is not None:
+        found = settings.prompt
     else:
         try:
-            lines = on_main_process(lambda: Path(config.prompts).read_text(encoding="utf-8").splitlines())
+            lines = on_main_process(lambda: Path(settings.prompts).read_text(encoding="utf-8").splitlines())
         except (OSError, UnicodeDecodeError) as error:
-            raise FlextronError(f"prompts={config.prompts}: cannot be read as text: {error}") from None
+            raise FlextronError(f"prompts={settings.prompts}: cannot be read as text: {error}") from None
         found = [line for line in lines if line.strip()]
     if not found:
         raise FlextronError("generate: there is no prompt")
     return found
 
 
-def _network(config: GenerateSettings, info: Any) -> tuple[Any, Any]:
+def _network(settings: GenerateSettings, info: Any) -> tuple[Any, Any]:
     """What is to compute, and a function that says after it has what was spent, as a share of the full model's cost."""
-    if config.selector == "adaptive":
-        chosen = routers_at_budget(config, info)
+    if settings.selector == "adaptive":
+        chosen = routers_at_budget(settings, info)
         routing = chosen.routing()
 
         def spent() -> dict[str, Any]:
@@ -99,9 +99,9 @@ def _network(config: GenerateSettings, info: Any) -> tuple[Any, Any]:
             return {"cost": chosen.budget.cost.name, "share": chosen.share(counts_NK / counts_NK.sum(-1, keepdims=True))}
 
         return routing, spent
-    if config.budget is None and config.subnetwork is None:
+    if settings.budget is None and settings.subnetwork is None:
         return None, dict
-    chosen = chosen_network(config, info)
+    chosen = chosen_network(settings, info)
     spent_by: dict[str, Any] = {"subnetwork": chosen.network.to_dict()}
     if chosen.budgets:
         cost = chosen.budgets[0].cost

@@ -19,18 +19,19 @@ from flextron_mcore.training.gumbel import GumbelLearner
 from flextron_mcore.training.router import RouterTraining
 
 
-def run(config: GumbelStageSettings) -> dict[str, Any]:
-    """Train the model of config.checkpoint, and a router, which starts from the checkpoint's where it has one of this kind."""
-    info, data = _modulated(config, open_checkpoint(config.checkpoint)), open_data(config.data)
-    check_space(config, info)
-    table = latency_table(config, info)
+def run(settings: GumbelStageSettings) -> dict[str, Any]:
+    """Train the model of settings.checkpoint, and a router, which starts from the checkpoint's where it has one of this kind."""
+    info, data = _modulated(settings, open_checkpoint(settings.checkpoint)), open_data(settings.data)
+    check_space(settings, info)
+    table = latency_table(settings, info)
     check_table(table)
-    router = config.router
-    if router.weighted_per_step > config.targets_per_step:
+    router = settings.router
+    if router.weighted_per_step > settings.targets_per_step:
         raise FlextronError(
-            f"router.weighted_per_step={router.weighted_per_step} is not within 1 and targets_per_step={config.targets_per_step}"
+            f"router.weighted_per_step={router.weighted_per_step} is not within 1 and "
+            f"targets_per_step={settings.targets_per_step}"
         )
-    described, costs = described_routers(config, info, table, router.hidden_size)
+    described, costs = described_routers(settings, info, table, router.hidden_size)
     described = replace(described, kind="gumbel", uniform=router.uniform)
     blocks, started = Choices(info.model, info.space), None
     if kind_of_routers(info.path) == "gumbel":
@@ -40,22 +41,22 @@ def run(config: GumbelStageSettings) -> dict[str, Any]:
                 f"checkpoint={info.path}: its router was trained with router.uniform={str(before.uniform).lower()} and "
                 f"costs={list(before.costs)}"
             )
-    seq_length = check(config, info, data, 1 + config.targets_per_step)
+    seq_length = check(settings, info, data, 1 + settings.targets_per_step)
     training = RouterTraining(
         described.choices(blocks),
         costs,
         described,
-        config.targets_per_step,
-        config.seed,
-        config.trainer.max_steps,
+        settings.targets_per_step,
+        settings.seed,
+        settings.trainer.max_steps,
         table.to_dict() if table else None,
     )
     learner = GumbelLearner(training, router, started)
-    return train_routers(config, info, data, learner, seq_length, frozen=False, teach=config.distillation)
+    return train_routers(settings, info, data, learner, seq_length, frozen=False, teach=settings.distillation)
 
 
-def _modulated(config: GumbelStageSettings, info: Any) -> Any:
-    """The checkpoint with config.modulation, which may add it. Raises FlextronError where it would take it away."""
-    if config.modulation is False and info.space.modulation:
+def _modulated(settings: GumbelStageSettings, info: Any) -> Any:
+    """The checkpoint with settings.modulation, which may add it. Raises FlextronError where it would take it away."""
+    if settings.modulation is False and info.space.modulation:
         raise FlextronError(f"checkpoint={info.path}: has modulation, which its networks need: leave modulation=false out")
-    return replace(info, space=replace(info.space, modulation=True)) if config.modulation else info
+    return replace(info, space=replace(info.space, modulation=True)) if settings.modulation else info

@@ -16,13 +16,13 @@ from flextron_mcore.settings.stages import ImportSettings
 from flextron_mcore.space import count_parameters
 
 
-def run(config: ImportSettings) -> dict[str, Any]:
-    """Stream config.hf into an elastic checkpoint, units in the order they have. Several ranks share the tensors."""
-    check_output(Path(config.out), config.overwrite)
-    source = open_hf(Path(config.hf))
-    info, tensors = import_hf(source, asdict(config.space), config.dtype)
+def run(settings: ImportSettings) -> dict[str, Any]:
+    """Stream settings.hf into an elastic checkpoint, units in the order they have. Several ranks share the tensors."""
+    check_output(Path(settings.out), settings.overwrite)
+    source = open_hf(Path(settings.hf))
+    info, tensors = import_hf(source, asdict(settings.space), settings.dtype)
     size = sum(t.dtype.itemsize * _numel(t.shape) for t in tensors.values())
-    with processes_on_cpu(), new_output(config) as out:
+    with processes_on_cpu(), new_output(settings) as out:
         folder = iteration_path(out, 0)
         folder.mkdir(parents=True, exist_ok=True)
         with progress_bar(total=size, unit="B", unit_scale=True, desc="import") as bar:
@@ -31,14 +31,14 @@ def run(config: ImportSettings) -> dict[str, Any]:
             "parameters": count_parameters(info.model),
             "bytes": size,
             "dtype": info.dtype,
-            "tokenizer": on_main_process(lambda: copy_tokenizer(Path(config.hf), out / "tokenizer")),
+            "tokenizer": on_main_process(lambda: copy_tokenizer(Path(settings.hf), out / "tokenizer")),
             "model": info.model.to_dict(),
             "space": info.space.to_dict(),
         }
         metrics = write_metrics(out, "import", figures)
     space = info.space
     print_table(
-        f"imported {config.hf}: {figures['parameters']:,} parameters, {info.dtype}",
+        f"imported {settings.hf}: {figures['parameters']:,} parameters, {info.dtype}",
         ["axis", "candidates"],
         [
             *([axis.name, ", ".join(map(str, space.sizes[axis.name]))] for axis in space.layer_axes),

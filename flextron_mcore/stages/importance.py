@@ -32,49 +32,49 @@ from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.checks import sequence_length
 
 
-def run(config: ImportanceSettings) -> dict[str, Any]:
-    """Score on config.samples calibration sequences, write the sorted checkpoint and the ablation table."""
-    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
-    wanted = {k: v for k, v in asdict(config.space).items() if v is not None}
+def run(settings: ImportanceSettings) -> dict[str, Any]:
+    """Score on settings.samples calibration sequences, write the sorted checkpoint and the ablation table."""
+    info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
+    wanted = {k: v for k, v in asdict(settings.space).items() if v is not None}
     # Sorting writes all units anew, so this is the stage that may change the space.
     space = ElasticSpace.from_dict(info.model, {**info.space.to_dict(), **wanted})
-    dtype = precision(config, info)
-    check_layout(info.model, info.space, config.model, dtype)
-    if config.ablation_batches:
-        check_granularity(space.granularity, config.model.tensor_model_parallel_size)
-    seq_length, size = sequence_length(config.model, info, data), config.model.micro_batch_size
-    with new_output(config) as out:
-        dataset = train_dataset(data, seq_length, config.samples, config.seed, out / "cache", config.data_weights)
-        model = loaded_model(config.model, info, dtype)
-        batches = config.ablation_batches
+    dtype = precision(settings, info)
+    check_layout(info.model, info.space, settings.model, dtype)
+    if settings.ablation_batches:
+        check_granularity(space.granularity, settings.model.tensor_model_parallel_size)
+    seq_length, size = sequence_length(settings.model, info, data), settings.model.micro_batch_size
+    with new_output(settings) as out:
+        dataset = train_dataset(data, seq_length, settings.samples, settings.seed, out / "cache", settings.data_weights)
+        model = loaded_model(settings.model, info, dtype)
+        batches = settings.ablation_batches
         table = partial(
             ablation_rows,
             networks=ablation_networks(info.model, space),
-            datasets=valid_datasets(data, seq_length, config.seed, out / "cache") if batches else {},
+            datasets=valid_datasets(data, seq_length, settings.seed, out / "cache") if batches else {},
             seq_length=seq_length,
             micro_batch_size=size,
             batches=batches,
         )
         rows = table("unsorted", model) if batches else []
-        say(f"importance: scoring on {config.samples} sequences of {seq_length} tokens")
-        count = count_batches(config.samples, size)
+        say(f"importance: scoring on {settings.samples} sequences of {seq_length} tokens")
+        count = count_batches(settings.samples, size)
         with progress_bar(total=count * len(model), desc="importance", unit="batch") as bar:
 
             def micro_batches() -> Iterator[Batch]:
-                for batch in share(dataset, config.samples, size):
+                for batch in share(dataset, settings.samples, size):
                     yield batch
                     bar.update()
 
-            scores = collect(importance(model, micro_batches, count, seq_length, size, config.score), info.model.num_layers)
+            scores = collect(importance(model, micro_batches, count, seq_length, size, settings.score), info.model.num_layers)
         layers: dict[str, list[float]] = {}
         if len(space.depth) > 1:
-            samples = min(config.layer_samples, config.samples)
+            samples = min(settings.layer_samples, settings.samples)
             say(f"importance: leaving out each layer in turn on {samples} sequences")
             layers["mse"] = removal_errors(
                 model, lambda: share(dataset, samples, size), count_batches(samples, size), info.model, seq_length, size
             )
             layers["block_influence"] = [layer.influence for layer in scores.layers.values()]
-            ranking = sorted(range(info.model.num_layers), key=lambda i: -layers[config.layer_score][i])
+            ranking = sorted(range(info.model.num_layers), key=lambda i: -layers[settings.layer_score][i])
             space = replace(space, layer_ranking=tuple(ranking))
         del model  # sorting streams from disk to disk
         orders = {i: order(info.model, space, layer) for i, layer in scores.layers.items()}
@@ -83,15 +83,15 @@ def run(config: ImportanceSettings) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         write_streaming(folder, replace(info, space=space, sorted=True, path=None), sorted_tensors(info, orders, channels))
         if batches:
-            rows += table("sorted", loaded_model(config.model, open_checkpoint(folder), dtype))
+            rows += table("sorted", loaded_model(settings.model, open_checkpoint(folder), dtype))
         discard(out / "cache")
-        figures = {"samples": config.samples, "score": config.score, "model": info.model.to_dict(), "space": space.to_dict()}
+        figures = {"samples": settings.samples, "score": settings.score, "model": info.model.to_dict(), "space": space.to_dict()}
         figures |= {"layers": layers} if layers else {}
         if is_main_process():
             if info.tokenizer:
                 shutil.copytree(info.tokenizer, out / "tokenizer")
             _write_scores(out, scores)
-        metrics = write_metrics(out, "importance", {**figures, "ablation": [{**row, "score": config.score} for row in rows]})
+        metrics = write_metrics(out, "importance", {**figures, "ablation": [{**row, "score": settings.score} for row in rows]})
     if rows:
         print_table(
             "sorting, before any training: loss (nats per token) and perplexity, mean over domains",

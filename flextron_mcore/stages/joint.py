@@ -21,29 +21,29 @@ from flextron_mcore.training.router import RouterTraining
 from flextron_mcore.training.static import StraightThroughLearner
 
 
-def run(config: JointSettings) -> dict[str, Any]:
-    """Tune the model of config.checkpoint and its routers."""
-    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
-    check_space(config, info)
+def run(settings: JointSettings) -> dict[str, Any]:
+    """Tune the model of settings.checkpoint and its routers."""
+    info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
+    check_space(settings, info)
     blocks = Choices(info.model, info.space)
     if kind_of_routers(info.path) == "adaptive":
-        return train_adaptive(config, info, data)
+        return train_adaptive(settings, info, data)
     described, routers = read_routers(info.path, blocks)
     if described.kind == "gumbel":
         raise FlextronError(f"checkpoint={info.path}: its router chooses on all axes: train it on with `flextron gumbel`")
-    table = latency_table(config, info)
+    table = latency_table(settings, info)
     check_table(table)
-    known = known_costs(config, info, table)
-    seq_length = check(config, info, data, 1 + config.targets_per_step)
+    known = known_costs(settings, info, table)
+    seq_length = check(settings, info, data, 1 + settings.targets_per_step)
     training = RouterTraining(
         blocks,
         [known[name] for name in described.costs],
         replace(described, evaluated=()),  # was another model's
-        config.targets_per_step,
-        config.seed,
-        config.trainer.max_steps,
+        settings.targets_per_step,
+        settings.seed,
+        settings.trainer.max_steps,
         table.to_dict() if table else None,
     )
-    settings = RouterSettings(two_sided_from=0.0, **asdict(config.router))
-    learner = StraightThroughLearner(training, settings, routers)
-    return train_routers(config, info, data, learner, seq_length, frozen=False)
+    router = RouterSettings(two_sided_from=0.0, **asdict(settings.router))
+    learner = StraightThroughLearner(training, router, routers)
+    return train_routers(settings, info, data, learner, seq_length, frozen=False)

@@ -27,15 +27,15 @@ from flextron_mcore.settings.stages import LatencySettings
 TABLE_FILE = "latency.json"
 
 
-def run(config: LatencySettings) -> dict[str, Any]:
-    """Measure, or fit to config.measurements; write latency.json and how far its sums are from whole networks."""
-    check_output(Path(config.out), config.overwrite)
-    info = open_checkpoint(config.checkpoint)
-    if config.measurements is None:
-        table = _measured(config, info)
+def run(settings: LatencySettings) -> dict[str, Any]:
+    """Measure, or fit to settings.measurements; write latency.json and how far its sums are from whole networks."""
+    check_output(Path(settings.out), settings.overwrite)
+    info = open_checkpoint(settings.checkpoint)
+    if settings.measurements is None:
+        table = _measured(settings, info)
     else:
-        table = _fitted(config, info)
-    with new_output(config) as out:
+        table = _fitted(settings, info)
+    with new_output(settings) as out:
         if is_main_process():
             (out / TABLE_FILE).write_text(json.dumps(table.to_dict(), indent=1) + "\n", encoding="utf-8")
         values = table.to_dict()
@@ -72,40 +72,40 @@ def run(config: LatencySettings) -> dict[str, Any]:
     return metrics
 
 
-def _measured(config: LatencySettings, info: CheckpointInfo) -> LatencyTable:
-    if config.routed.enabled:
+def _measured(settings: LatencySettings, info: CheckpointInfo) -> LatencyTable:
+    if settings.routed.enabled:
         check_not_modulated(info)
-    asked, positions = config.setting, info.model.max_position_embeddings
+    asked, positions = settings.setting, info.model.max_position_embeddings
     generated = asked.generated_tokens if asked.kind == "generation" else 1
     prompt = asked.prompt_length or (positions if asked.kind == "prefill" else positions // 2)
     if not 1 <= prompt + generated - 1 <= positions:
         raise FlextronError(
             f"setting: {prompt} tokens of prompt and {generated} generated do not fit the model's {positions} positions"
         )
-    model = loaded_model(LayoutSettings(), info, precision(config, info))[0]
-    networks = (config.rounds + 1) * (balanced(info.space) + config.check_networks)
+    model = loaded_model(LayoutSettings(), info, precision(settings, info))[0]
+    networks = (settings.rounds + 1) * (balanced(info.space) + settings.check_networks)
     setting = Setting(asked.kind, asked.batch_size, prompt, generated)
     with progress_bar(total=networks, desc="latency", unit="network") as bar:
-        sizes = config.rounds, config.check_networks, config.seed
+        sizes = settings.rounds, settings.check_networks, settings.seed
         # Of several processes one measures its device while the others wait.
         table = on_main_process(lambda: measure(model, info.model, info.space, setting, *sizes, bar.update))
-    if not config.routed.enabled:
+    if not settings.routed.enabled:
         return table
     blocks = Choices(info.model, info.space)
     policies = KV_POLICIES if info.space.attention_unit == "kv_group" else ("full",)
-    count = (config.routed.rounds + 1) * networks_per_round(blocks) * len(policies)
+    count = (settings.routed.rounds + 1) * networks_per_round(blocks) * len(policies)
     with progress_bar(total=count, desc="latency, routed", unit="network") as bar:
-        sizes, cost = (config.routed.rounds, config.routed.hidden_size), table.cost()
+        sizes, cost = (settings.routed.rounds, settings.routed.hidden_size), table.cost()
 
         def of(policy: str) -> dict[str, Any]:
-            return measure_routed(model, blocks, setting, *sizes, policy, cost, config.seed, bar.update).to_dict()
+            return measure_routed(model, blocks, setting, *sizes, policy, cost, settings.seed, bar.update).to_dict()
 
         found = {policy: on_main_process(lambda p=policy: of(p)) for policy in policies}
     return replace(table, routed={policy: found.get(policy, found["full"]) for policy in KV_POLICIES})
 
 
-def _fitted(config: LatencySettings, info: CheckpointInfo) -> LatencyTable:
-    file = Path(config.measurements)
+def _fitted(settings: LatencySettings, info: CheckpointInfo) -> LatencyTable:
+    file = Path(settings.measurements)
     found = read_measurements(file, info.model, info.space)
-    setting = {**asdict(config.setting), "kind": "fitted", "measurements": len(found)}
+    setting = {**asdict(settings.setting), "kind": "fitted", "measurements": len(found)}
     return fit(info.model, info.space, found, setting, {"device": f"fitted to {file.name}"})

@@ -16,46 +16,46 @@ from flextron_mcore.settings.compose import to_yaml
 from flextron_mcore.settings.launch import LaunchSettings
 
 
-def run(config: LaunchSettings) -> dict[str, Any]:
-    """Plan, check, and submit or run config.stages."""
-    planned = plan(config)
-    check_configuration(config, planned)
-    check_memory(config, planned)
-    wanting = missing(config, planned)
+def run(settings: LaunchSettings) -> dict[str, Any]:
+    """Plan, check, and submit or run settings.stages."""
+    planned = plan(settings)
+    check_configuration(settings, planned)
+    check_memory(settings, planned)
+    wanting = missing(settings, planned)
     configs = {job.name: planned.results / "launch" / f"{job.name}.yaml" for job in planned.jobs}
     for job in planned.jobs:
         if job.complete:
             print(f"{job.name}: complete in {job.out}")
-    if config.dry_run:
-        return _dry_run(config, planned, configs, wanting)
+    if settings.dry_run:
+        return _dry_run(settings, planned, configs, wanting)
     if wanting:
         raise FlextronError(wanting[0] + (f" (and {len(wanting) - 1} more: dry_run=true lists them)" if wanting[1:] else ""))
     if not planned.to_run:
         print("nothing is left to do")
         return {"jobs": {}}
-    if config.cluster.type == "slurm":
+    if settings.cluster.type == "slurm":
         _check_idle(planned)  # before a file is replaced that a job reads when it is queued again
-    _print_resources(config, planned)
+    _print_resources(settings, planned)
     _write_configs(planned, configs)
-    if config.cluster.type == "local":
-        local.run(planned.to_run, configs, {name: str(value) for name, value in config.env_vars.items() if value is not None})
+    if settings.cluster.type == "local":
+        local.run(planned.to_run, configs, {name: str(value) for name, value in settings.env_vars.items() if value is not None})
         return {"jobs": {job.name: follow.COMPLETE for job in planned.to_run}}
-    return _submit(config, planned, configs)
+    return _submit(settings, planned, configs)
 
 
-def _print_resources(config: LaunchSettings, planned: Plan) -> None:
-    title, rows = resources(config, planned)
+def _print_resources(settings: LaunchSettings, planned: Plan) -> None:
+    title, rows = resources(settings, planned)
     print_table(title, COLUMNS, rows)
 
 
-def _dry_run(config: LaunchSettings, planned: Plan, configs: dict[str, Path], wanting: list[str]) -> dict[str, Any]:
-    if config.cluster.type == "slurm":
-        for name, script in slurm.scripts(config, planned, configs):
+def _dry_run(settings: LaunchSettings, planned: Plan, configs: dict[str, Path], wanting: list[str]) -> dict[str, Any]:
+    if settings.cluster.type == "slurm":
+        for name, script in slurm.scripts(settings, planned, configs):
             print(f"# ---- {name}\n{script.rstrip()}\n")
     else:
         for job in planned.to_run:
             print(f"# ---- {job.name}\n{' '.join(local.command(job, configs[job.name]))}\n")
-    _print_resources(config, planned)
+    _print_resources(settings, planned)
     for line in wanting:
         print(f"not ready: {line}")
     print("dry run: nothing was written or submitted")
@@ -66,20 +66,20 @@ def _write_configs(planned: Plan, configs: dict[str, Path]) -> None:
     try:
         (planned.results / "launch").mkdir(parents=True, exist_ok=True)
         for job in planned.to_run:
-            write_whole(configs[job.name], to_yaml(job.config))
+            write_whole(configs[job.name], to_yaml(job.settings))
     except OSError as error:
         raise FlextronError(f"run.results_dir={planned.results}: cannot be written: {error.strerror}") from None
 
 
-def _submit(config: LaunchSettings, planned: Plan, configs: dict[str, Path]) -> dict[str, Any]:
-    experiment, submitted = slurm.submit(config, planned, configs)
-    steps = {job.name: job.config.trainer.max_steps if job.trains else None for job in planned.to_run}
+def _submit(settings: LaunchSettings, planned: Plan, configs: dict[str, Path]) -> dict[str, Any]:
+    experiment, submitted = slurm.submit(settings, planned, configs)
+    steps = {job.name: job.settings.trainer.max_steps if job.trains else None for job in planned.to_run}
     stages = {job.name: job.stage for job in planned.to_run}
     records = [follow.Record(job.name, stages[job.name], job.id, job.folder, steps[job.name]) for job in submitted]
     follow.write_record(planned.results, experiment, records)
     for record in records:
         print(f"{record.name}: job {record.id}")
-    if config.detach:
+    if settings.detach:
         print(f"follow with: flextron status run={planned.results}")
         return {"jobs": {record.name: record.id for record in records}}
     found = follow.follow(planned.results, records, lambda line: print(line, flush=True))

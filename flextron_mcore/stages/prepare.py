@@ -12,22 +12,22 @@ from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.settings.stages import PrepareSettings
 
 
-def run(config: PrepareSettings) -> dict[str, Any]:
+def run(settings: PrepareSettings) -> dict[str, Any]:
     """Write token files per domain and the tokenizer. The main process does; other ranks have nothing to do."""
     if not is_main_process():
         return {}
-    check_output(Path(config.out), config.overwrite)
-    inputs = parse_inputs(config.input)
-    with serial_output(config) as out:
+    check_output(Path(settings.out), settings.overwrite)
+    inputs = parse_inputs(settings.input)
+    with serial_output(settings) as out:
         figures = prepare_data(
             inputs,
             out,
-            tokenizer=config.tokenizer,
-            vocab_size=config.vocab_size,
-            text_key=config.text_key,
-            valid_fraction=config.valid_fraction,
-            seed=config.seed,
-            skip_bad=config.skip_bad,
+            tokenizer=settings.tokenizer,
+            vocab_size=settings.vocab_size,
+            text_key=settings.text_key,
+            valid_fraction=settings.valid_fraction,
+            seed=settings.seed,
+            skip_bad=settings.skip_bad,
             progress=lambda text: print(f"prepare: {text}", flush=True),
         )
         metrics = write_metrics(out, "prepare", figures)

@@ -18,17 +18,17 @@ from flextron_mcore.training.checks import check
 from flextron_mcore.training.loop import Phase, train
 
 
-def run(config: PretrainSettings) -> dict[str, Any]:
-    """Train the full model of config.model."""
-    data = open_data(config.data)
-    architecture = {each.name: getattr(config.model, each.name) for each in fields(ArchitectureSettings)}
+def run(settings: PretrainSettings) -> dict[str, Any]:
+    """Train the full model of settings.model."""
+    data = open_data(settings.data)
+    architecture = {each.name: getattr(settings.model, each.name) for each in fields(ArchitectureSettings)}
     architecture["vocab_size"] = architecture["vocab_size"] or data.vocab_size
     model = ModelConfig.from_dict(architecture)
-    space = ElasticSpace.from_dict(model, asdict(config.space))
-    info = CheckpointInfo(model, space, dtype=config.trainer.precision)
-    seq_length = check(config, info, data)
+    space = ElasticSpace.from_dict(model, asdict(settings.space))
+    info = CheckpointInfo(model, space, dtype=settings.trainer.precision)
+    seq_length = check(settings, info, data)
     full = {"full": uniform_family(model, space)["full"]}
-    with resumable_output(config, info, data) as out:
+    with resumable_output(settings, info, data) as out:
         phase = Phase(networks=lambda step: [None], validation=lambda step: full)
-        figures = train(config, out, info, data, phase, seq_length)
+        figures = train(settings, out, info, data, phase, seq_length)
         return write_metrics(out, "pretrain", figures)

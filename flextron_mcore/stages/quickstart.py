@@ -16,11 +16,11 @@ from flextron_mcore.settings.stages import QuickstartSettings
 from flextron_mcore.training.sampler import draw
 
 
-def run(config: QuickstartSettings) -> dict[str, Any]:
-    """Run config.chain, each command as the command line would; continue where an earlier run stopped."""
-    out = Path(config.out)
-    chain = {name: (step["stage"], [_key(key, out) for key in step["keys"]]) for name, step in config.chain.items()}
-    seconds = run_chain(config, chain, ("chain",), lambda stage: _write_networks(out) if stage == "export" else None)
+def run(settings: QuickstartSettings) -> dict[str, Any]:
+    """Run settings.chain, each command as the command line would; continue where an earlier run stopped."""
+    out = Path(settings.out)
+    chain = {name: (step["stage"], [_key(key, out) for key in step["keys"]]) for name, step in settings.chain.items()}
+    seconds = run_chain(settings, chain, ("chain",), lambda stage: _write_networks(out) if stage == "export" else None)
     return write_metrics(out, "quickstart", on_main_process(lambda: _summary(out, seconds)))
 
 

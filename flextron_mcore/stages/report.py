@@ -13,16 +13,16 @@ from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.settings.stages import ReportSettings
 
 
-def run(config: ReportSettings) -> dict[str, Any]:
-    """Write config.out/index.html, its figures and family.json from the stages found in config.run. The main process does."""
+def run(settings: ReportSettings) -> dict[str, Any]:
+    """Write settings.out/index.html, its figures and family.json from the stages found in settings.run. The main process does."""
     if not is_main_process():
         return {}
-    if not Path(config.run).is_dir():
-        raise FlextronError(f"run={config.run}: no such directory")
-    with serial_output(config) as out:
-        figures = build_report(Path(config.run), out, (*RESULTS, *adaptive.TOPICS, *MAKING))
+    if not Path(settings.run).is_dir():
+        raise FlextronError(f"run={settings.run}: no such directory")
+    with serial_output(settings) as out:
+        figures = build_report(Path(settings.run), out, (*RESULTS, *adaptive.TOPICS, *MAKING))
         metrics = write_metrics(
             out, "report", {"figures": [Path(f).name for f in figures["figures"]], "family": figures["family"]}
         )
-    print(f"report: {config.out}/index.html")
+    print(f"report: {settings.out}/index.html")
     return metrics

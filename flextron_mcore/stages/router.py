@@ -17,28 +17,28 @@ from flextron_mcore.training.router import RouterTraining
 from flextron_mcore.training.static import StraightThroughLearner, SurrogateLearner
 
 
-def run(config: RouterStageSettings) -> dict[str, Any]:
-    """Train routers on the frozen model of config.checkpoint."""
-    info, data = open_checkpoint(config.checkpoint), open_data(config.data)
-    check_space(config, info)
+def run(settings: RouterStageSettings) -> dict[str, Any]:
+    """Train routers on the frozen model of settings.checkpoint."""
+    info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
+    check_space(settings, info)
     check_widths_only(info, "`flextron router`")
-    if config.kind == "adaptive":
-        return train_adaptive(config, info, data)
-    table = latency_table(config, info)
+    if settings.kind == "adaptive":
+        return train_adaptive(settings, info, data)
+    table = latency_table(settings, info)
     check_table(table)
-    described, costs = described_routers(config, info, table, config.router.hidden_size)
-    seq_length = check(config, info, data, 1 + config.targets_per_step)
+    described, costs = described_routers(settings, info, table, settings.router.hidden_size)
+    seq_length = check(settings, info, data, 1 + settings.targets_per_step)
     training = RouterTraining(
         Choices(info.model, info.space),
         costs,
         described,
-        config.targets_per_step,
-        config.seed,
-        config.trainer.max_steps,
+        settings.targets_per_step,
+        settings.seed,
+        settings.trainer.max_steps,
         table.to_dict() if table else None,
     )
-    if config.surrogate.enabled:
-        learner = SurrogateLearner(training, config.router, config.surrogate)
+    if settings.surrogate.enabled:
+        learner = SurrogateLearner(training, settings.router, settings.surrogate)
     else:
-        learner = StraightThroughLearner(training, config.router)
-    return train_routers(config, info, data, learner, seq_length, frozen=True)
+        learner = StraightThroughLearner(training, settings.router)
+    return train_routers(settings, info, data, learner, seq_length, frozen=True)

@@ -29,18 +29,18 @@ from flextron_mcore.training.checks import sequence_length
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def run(config: SelectSettings) -> dict[str, Any]:
-    """Print the network of config.selector for config.budget, and write it to config.out."""
+def run(settings: SelectSettings) -> dict[str, Any]:
+    """Print the network of settings.selector for settings.budget, and write it to settings.out."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise FlextronError("select: is for one process")
-    out = Path(config.out) if config.out else None
-    check_file(out, config.overwrite)
-    info = open_checkpoint(config.checkpoint)
-    net, budgets = choice.select(config, info, _losses(config, info) if config.data else None)
-    table = choice.latency_table(config, info)
-    costs = choice.known_costs(config, info, table)
+    out = Path(settings.out) if settings.out else None
+    check_file(out, settings.overwrite)
+    info = open_checkpoint(settings.checkpoint)
+    net, budgets = choice.select(settings, info, _losses(settings, info) if settings.data else None)
+    table = choice.latency_table(settings, info)
+    costs = choice.known_costs(settings, info, table)
     limits = {budget.cost.name: budget.limit for budget in budgets}
-    measured = _measured(config, info, net, table) if config.measure and table else None
+    measured = _measured(settings, info, net, table) if settings.measure and table else None
     rows = []
     for name, cost in costs.items():
         value = cost.of(net)
@@ -49,7 +49,7 @@ def run(config: SelectSettings) -> dict[str, Any]:
     if measured:
         ours, full = measured
         rows.append(["latency, measured", "", show("latency", ours), ours / full, show("latency", full)])
-    print_table(f"selector {config.selector}", ["cost", "budget", "sub-network", "share", "full model"], rows)
+    print_table(f"selector {settings.selector}", ["cost", "budget", "sub-network", "share", "full model"], rows)
     for axis in info.space.layer_axes:
         say(f"{axis.unit} of each layer: " + " ".join(str(axis.size(layer)) for layer in net.layers))
     write_file(out, net.to_json())
@@ -57,33 +57,35 @@ def run(config: SelectSettings) -> dict[str, Any]:
         say(f"written to {out}")
     return {
         "stage": "select",
-        "selector": config.selector,
+        "selector": settings.selector,
         "subnetwork": net.to_dict(),
         "costs": {name: {"value": cost.of(net), "share": cost.of(net) / cost.full} for name, cost in costs.items()},
         "measured": measured and {"ms": measured[0], "full_ms": measured[1]},
     }
 
 
-def _measured(config: SelectSettings, info: CheckpointInfo, net: SubNetwork, table: LatencyTable) -> tuple[float, float] | None:
+def _measured(settings: SelectSettings, info: CheckpointInfo, net: SubNetwork, table: LatencyTable) -> tuple[float, float] | None:
     """Milliseconds of the network and of the full model on this device, alternately; None for a table fitted to foreign ones."""
     precision = _PRECISIONS.get(table.machine.get("dtype"))
     if precision is None:
         return None
     model = loaded_model(LayoutSettings(), info, precision)[0]
-    ours, full = time_networks(model, info.model, [net, None], Setting(**table.setting), config.rounds, config.seed)
+    ours, full = time_networks(model, info.model, [net, None], Setting(**table.setting), settings.rounds, settings.seed)
     return getattr(ours, table.statistic), getattr(full, table.statistic)
 
 
-def _losses(config: SelectSettings, info: CheckpointInfo) -> choice.Losses:
-    """A function that evaluates networks on the validation split of config.data."""
-    data = open_data(config.data)
-    options = EvaluationModelSettings(**asdict(config.model))
+def _losses(settings: SelectSettings, info: CheckpointInfo) -> choice.Losses:
+    """A function that evaluates networks on the validation split of settings.data."""
+    data = open_data(settings.data)
+    options = EvaluationModelSettings(**asdict(settings.model))
     seq_length = sequence_length(options, info, data)
 
     def losses(networks: Sequence[SubNetwork]) -> list[float]:
-        model = loaded_model(options, info, precision(config, info))
+        model = loaded_model(options, info, precision(settings, info))
         with tempfile.TemporaryDirectory() as cache:
-            datasets = valid_datasets(data, seq_length, config.seed, Path(cache))
-            return Evaluator(model, datasets, seq_length, config.model.micro_batch_size, config.limit_val_batches).means(networks)
+            datasets = valid_datasets(data, seq_length, settings.seed, Path(cache))
+            return Evaluator(model, datasets, seq_length, settings.model.micro_batch_size, settings.limit_val_batches).means(
+                networks
+            )
 
     return losses

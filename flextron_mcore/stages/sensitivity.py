@@ -12,17 +12,17 @@ from flextron_mcore.settings.stages import SensitivitySettings
 from flextron_mcore.space import SubNetwork
 
 
-def run(config: SensitivitySettings) -> dict[str, Any]:
+def run(settings: SensitivitySettings) -> dict[str, Any]:
     """Evaluate the full model, and it with every smaller candidate of every block."""
-    opened = open_evaluation(config)
+    opened = open_evaluation(settings)
     info = opened.info
     check_widths_only(info, "`flextron sensitivity`")
     choices, full = Choices(info.model, info.space), SubNetwork.full(info.model)
     places = [(block, k) for block, sizes in enumerate(choices.sizes) for k in range(len(sizes) - 1)]
     networks = [full, *(choices.replaced(full, block, k) for block, k in places)]
-    with new_output(config) as out:
+    with new_output(settings) as out:
         with progress_bar(desc="sensitivity") as bar:
-            losses = evaluator(config, opened, out / "cache", lambda done: bar.set_postfix_str(done) or bar.update())
+            losses = evaluator(settings, opened, out / "cache", lambda done: bar.set_postfix_str(done) or bar.update())
             bar.reset(len(networks) * len(losses.datasets))
             full_loss, *means = losses.means(networks)
         discard(out / "cache")

@@ -11,20 +11,22 @@ from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.settings.stages import StatusSettings
 
 
-def run(config: StatusSettings) -> dict[str, Any]:
-    """Print the jobs of the newest launch in config.run, or the log of one."""
-    results = Path(config.run).expanduser().absolute()
+def run(settings: StatusSettings) -> dict[str, Any]:
+    """Print the jobs of the newest launch in settings.run, or the log of one."""
+    results = Path(settings.run).expanduser().absolute()
     records = read_record(results)
-    if config.logs:
+    if settings.logs:
         known = {record.name: record for record in records}
-        if config.logs not in known:
-            raise FlextronError(f"logs={config.logs}: no such job{nearest(config.logs, known)}: use one of {', '.join(known)}")
-        files = log_files(known[config.logs])
+        if settings.logs not in known:
+            raise FlextronError(
+                f"logs={settings.logs}: no such job{nearest(settings.logs, known)}: use one of {', '.join(known)}"
+            )
+        files = log_files(known[settings.logs])
         if not files:
-            raise FlextronError(f"logs={config.logs}: nothing was logged yet in {known[config.logs].logs}")
+            raise FlextronError(f"logs={settings.logs}: nothing was logged yet in {known[settings.logs].logs}")
         print(files[0])
         lines = files[0].read_text(errors="replace").splitlines()
-        print("\n".join(lines[-config.lines :] if config.lines else lines))
+        print("\n".join(lines[-settings.lines :] if settings.lines else lines))
         return {"log": str(files[0])}
     found = states(results, records)
     print_table(str(results), STATE_COLUMNS, state_rows(found))

@@ -91,11 +91,11 @@ def test_a_stage_reads_what_launch_wrote(launch, tmp_path, monkeypatch):
     """--config FILE is the stage with exactly those keys; of another stage or with unknown keys it is refused."""
     job = plan(launch("cluster=local", "model=smoke")).jobs[3]
     file = tmp_path / "elastic.yaml"
-    file.write_text(to_yaml(job.config))
+    file.write_text(to_yaml(job.settings))
     seen = []
     monkeypatch.setattr(cli, "run_stage", seen.append)
     cli._main(["elastic", "--config", str(file)])
-    assert json.dumps(to_dict(seen[0])) == json.dumps(to_dict(job.config))
+    assert json.dumps(to_dict(seen[0])) == json.dumps(to_dict(job.settings))
     for arguments, message in (
         (["router", "--config", str(file)], "is not a configuration of router"),
         (["elastic", "--config", str(tmp_path / "none.yaml")], "cannot be read"),

@@ -25,13 +25,13 @@ def test_every_configuration_is_whole_and_fits(launch, model, gpus, cluster):
     jobs = {job.name: job for job in planned.jobs}
     elastic = jobs["elastic"]
     assert elastic.ranks == gpus
-    options = elastic.config
+    options = elastic.settings
     # the paper, section 4
     assert options.model.global_batch_size == 256 and options.model.seq_length == 4096 and options.trainer.max_steps == 80000
-    assert options.num_subnetworks == 3 and jobs["importance"].config.samples == 512
+    assert options.num_subnetworks == 3 and jobs["importance"].settings.samples == 512
     assert all(len(axis) == 4 for axis in (planned.space.heads, planned.space.ffn_hidden_size))
-    assert jobs["router"].config.trainer.max_steps == 1000 and jobs["router"].config.model.global_batch_size == 256
-    joint = jobs["joint"].config
+    assert jobs["router"].settings.trainer.max_steps == 1000 and jobs["router"].settings.model.global_batch_size == 256
+    joint = jobs["joint"].settings
     assert joint.trainer.max_steps * joint.model.global_batch_size * joint.model.seq_length == pytest.approx(2.62e9, rel=0.01)
 
 
@@ -44,7 +44,7 @@ def test_the_recipe_of_all_axes_is_whole_and_fits(launch, model, gpus, tmp_path)
     check_configuration(config, planned)
     check_memory(config, planned)
     assert not planned.problems and planned.results.name.endswith("_llamaflex")
-    jobs = {job.name: job.config for job in planned.jobs}
+    jobs = {job.name: job.settings for job in planned.jobs}
     gumbel = jobs["gumbel"]
     assert gumbel.trainer.max_steps * gumbel.model.global_batch_size * gumbel.model.seq_length == pytest.approx(60e9, rel=0.01)
     assert len(planned.space.hidden_size) == len(planned.space.depth) == 5
@@ -67,13 +67,13 @@ def test_stages_take_what_was_planned_before_what_is_complete(launch, tmp_path):
     (results / "joint" / "metrics.json").write_text("{}")
     stages = "stages=[import,importance,elastic,latency,gumbel,evaluate,family,export,compare]"
     jobs = {job.name: job for job in plan(launch(*BARE, "model=llama2/7b", stages, "budgets=[25ms]", "family.formats=[]")).jobs}
-    taken = {name: getattr(job.config, "checkpoint", None) for name, job in jobs.items()}
+    taken = {name: getattr(job.settings, "checkpoint", None) for name, job in jobs.items()}
     assert taken["latency"] == taken["gumbel"] == f"{results}/elastic"
     assert {taken[name] for name in ("evaluate", "family", "export_25ms", "compare")} == {f"{results}/gumbel"}
     assert jobs["gumbel"].trains and jobs["gumbel"].ranks == 32 and jobs["family"].ranks == 1
-    assert jobs["family"].config.budgets == ["25ms"]
+    assert jobs["family"].settings.budgets == ["25ms"]
     only = {
-        job.name: job.config for job in plan(launch(*BARE, "model=llama2/7b", "stages=[family]", "family.budgets=[0.7]")).jobs
+        job.name: job.settings for job in plan(launch(*BARE, "model=llama2/7b", "stages=[family]", "family.budgets=[0.7]")).jobs
     }
     assert only["family"].checkpoint == f"{results}/joint" and only["family"].budgets == [0.7]
     unsaid = plan(launch(*BARE, "model=llama2/7b", "stages=[family]", "budgets=null"))
@@ -96,7 +96,7 @@ def test_models_have_their_sizes(launch, model, parameters, beside_embeddings):
 def test_each_stage_takes_the_result_of_the_one_before(launch, tmp_path):
     planned = plan(launch(*BARE, "model=llama2/7b"))
     results = tmp_path / "results" / "llama2_7b"
-    jobs = {job.name: job.config for job in planned.jobs}
+    jobs = {job.name: job.settings for job in planned.jobs}
     assert list(jobs) == [
         "import",
         "importance",
@@ -134,7 +134,7 @@ def test_what_is_complete_is_not_run_again_and_serves_as_input(launch, tmp_path)
     planned = plan(launch(*arguments))
     assert [job.name for job in planned.to_run] == ["elastic"]
     only = plan(launch(*BARE, "model=llama2/7b", "stages=[elastic]"))
-    assert not only.problems and only.jobs[0].config.checkpoint == str(results / "importance")
+    assert not only.problems and only.jobs[0].settings.checkpoint == str(results / "importance")
 
 
 def test_keys_of_a_stage_go_to_it_alone(launch):
@@ -149,18 +149,18 @@ def test_keys_of_a_stage_go_to_it_alone(launch):
         )
     )
     jobs = {job.name: job for job in planned.jobs}
-    assert jobs["elastic"].config.trainer.max_steps == 7 and jobs["router"].config.trainer.max_steps == 1000
-    assert jobs["elastic"].time_limit == 7200 and jobs["elastic"].config.trainer.max_time == "00:01:40:00"
-    assert jobs["joint"].time_limit == 86400 and jobs["joint"].config.trainer.max_time == "00:23:40:00"
-    assert {name: job.config.model.seq_length for name, job in jobs.items() if job.trains} == dict.fromkeys(
+    assert jobs["elastic"].settings.trainer.max_steps == 7 and jobs["router"].settings.trainer.max_steps == 1000
+    assert jobs["elastic"].time_limit == 7200 and jobs["elastic"].settings.trainer.max_time == "00:01:40:00"
+    assert jobs["joint"].time_limit == 86400 and jobs["joint"].settings.trainer.max_time == "00:23:40:00"
+    assert {name: job.settings.model.seq_length for name, job in jobs.items() if job.trains} == dict.fromkeys(
         ("elastic", "router", "joint"), 2048
     )
-    assert jobs["export"].config.budget == "25ms"
+    assert jobs["export"].settings.budget == "25ms"
 
 
 def test_locally_training_has_no_time_limit(launch):
     planned = plan(launch("cluster=local", "model=smoke"))
-    assert all(job.config.trainer.max_time is None for job in planned.jobs if job.trains)
+    assert all(job.settings.trainer.max_time is None for job in planned.jobs if job.trains)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ class Budget:
     limit: float
 
     def allows(self, net: SubNetwork) -> bool:
-        """Whether `net` keeps to it."""
+        """True if the cost of `net` is at most `limit`, but for rounding."""
         return self.cost.of(net) <= self.limit * (1 + 1e-12)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What may vary (ElasticSpace), what was chosen (SubNetwork), and what a choice costs in parameters and bytes.
+"""Elastic space (ElasticSpace), a network chosen from it (SubNetwork), and its parameters and bytes.
 
 Source: Flextron (ICML 2024), section 2, eq. 1-2; hidden size and depth from LLaMaFlex (ICLR 2025). No torch import.
 A candidate always uses the *first* units of an axis (axes.py), so sub-networks are nested.
@@ -93,7 +93,7 @@ class SubNetwork:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all executed layers have the same widths (such a network is a stock dense model)."""
+        """True if all executed layers have the same widths (such a network is a stock dense model)."""
         return len(set(self.executed_layers)) <= 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -319,7 +319,7 @@ def count_parameters(model: ModelConfig, net: SubNetwork | None = None, embeddin
 
 
 def parameter_share(model: ModelConfig, net: SubNetwork) -> float:
-    """What `net` has of the full model's parameters, 0..1."""
+    """Share of the full model's parameters that `net` has, 0..1."""
     return count_parameters(model, net) / count_parameters(model)
 
 

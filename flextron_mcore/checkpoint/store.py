@@ -129,7 +129,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _remedy(path: Path) -> str:
-    """What to do about the damaged checkpoint `path`."""
+    """Advice on the damaged checkpoint `path`, for an error message."""
     path = path.resolve()
     every = list_checkpoints(path.parent.parent)
     older = every[: every.index(path)] if path in every else []

@@ -44,7 +44,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What `prepare` wrote.
+    """Description of a directory that `prepare` wrote.
 
     `fingerprint` tells it from other data, wherever the directory is: it changes with the lengths of the documents, which is what
     cached sample indices depend on, and with their tokens, of which it sees a MiB a file.
@@ -139,7 +139,7 @@ def batch(dataset: Dataset, indices: Iterable[int]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class _TokenizerFacts:
-    """What Megatron's datasets ask of a tokenizer: they neither encode nor decode."""
+    """Tokenizer as far as Megatron's datasets need one: they neither encode nor decode."""
 
     vocab_size: int
     eod: int
@@ -148,7 +148,7 @@ class _TokenizerFacts:
 
     @property
     def unique_identifiers(self) -> dict[str, Any]:
-        """What names the cached sample indices, next to the path: the tokens, so that data prepared anew is indexed anew."""
+        """Identity of cached sample indices beside the path. The fingerprint lets data prepared anew be indexed anew."""
         return {"vocab_size": self.vocab_size, "eod": self.eod, "data": self.fingerprint}
 
 

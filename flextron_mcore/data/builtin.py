@@ -30,7 +30,7 @@ def builtin_inputs() -> dict[str, list[str]]:
 
 
 def is_builtin(source: object) -> bool:
-    """Whether a source names built-in text rather than a path."""
+    """True if a source names built-in text rather than a path."""
     return isinstance(source, str) and source.startswith(_PREFIX)
 
 

@@ -133,7 +133,7 @@ class Vocabulary:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same tokens and ids, however the files are laid out."""
+        """Hash of tokens and ids, however the files are laid out."""
         return hashlib.sha256(repr(sorted(self.tokens.items())).encode()).hexdigest()[:16]
 
     def difference(self, other: Vocabulary) -> tuple[str, int] | None:

@@ -34,7 +34,7 @@ from flextron_mcore.training.sampler import draw
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed. prefill: one forward pass over batch_size x prompt_length tokens. generation: the same, then
+    """Workload that is timed. prefill: one forward pass over batch_size x prompt_length tokens. generation: the same, then
     generated_tokens - 1 forward passes of one token each with a KV cache; the milliseconds are those of all passes together.
     """
 
@@ -255,7 +255,7 @@ def _marked(layers: Sequence[torch.nn.Module], clock: _Clock) -> Iterator[None]:
 
 
 def machine(dtype: torch.dtype) -> dict[str, Any]:
-    """What a latency depends on beside the network."""
+    """Device, software and date that a latency depends on beside the network."""
     import megatron.core
 
     cuda = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""What can be known on the login node before a job is submitted."""
+"""Checks on the login node before a job is submitted."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _check_layout(settings: LaunchSettings, plan: Plan, job: Job) -> None:
 
 
 def missing(settings: LaunchSettings, plan: Plan) -> list[str]:
-    """What is not there yet of what the jobs need, a line each."""
+    """Lines that name what the jobs need and is not there yet."""
     lines = list(plan.problems)
     checks: list[Any] = [lambda: _check_results(plan.results), lambda: _check_container(settings)]
     if settings.cluster.type == "slurm":
@@ -94,7 +94,7 @@ def missing(settings: LaunchSettings, plan: Plan) -> list[str]:
 
 
 def _check_results(results: Path) -> None:
-    """Whether the directory of results can be made and written to, by trying where it is, or in the nearest that is."""
+    """Raise FlextronError unless the results' directory, or its nearest existing parent, can be written to."""
     if "/nemo_run" in str(results):
         raise FlextronError(f"run.results_dir={results}: NeMo-Run takes /nemo_run for its own directory; choose another name")
     folder = results
@@ -123,7 +123,7 @@ def _check_container(settings: LaunchSettings) -> None:
 
 
 def is_file_of_image(image: str) -> bool:
-    """Whether pyxis takes it for a file, and not for an image of a registry."""
+    """True if pyxis takes the image's name for a file, and not for an image of a registry."""
     return image.endswith((".sqsh", ".squashfs")) or image.startswith(("/", "./", "../", "~"))
 
 

@@ -1,4 +1,4 @@
-"""What became of jobs: from the results on disk, from Slurm, from the logs."""
+"""State of jobs, from the results on disk, from Slurm, and from the logs."""
 
 from __future__ import annotations
 

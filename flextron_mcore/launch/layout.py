@@ -167,7 +167,7 @@ class Rank:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Number of tokens of a micro-batch."""
         return self.layout.micro_batch * self.layout.length
 
     @property

@@ -24,7 +24,7 @@ def run(jobs: list[Job], configs: dict[str, Path], environment: dict[str, str]) 
 
 
 def command(job: Job, config: Path) -> list[str]:
-    """What runs a job's stage on this machine."""
+    """Command that runs a job's stage on this machine."""
     if job.ranks == 1:
         return [sys.executable, "-m", "flextron_mcore", job.stage, "--config", str(config)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.devices}"]

@@ -111,7 +111,7 @@ def architecture(settings: LaunchSettings) -> ModelConfig:
 
 
 def _space(settings: LaunchSettings, model: ModelConfig, jobs: list[Job]) -> ElasticSpace:
-    """What may vary: as the stage says that makes the checkpoint, and `importance`, which may change it, planned or not."""
+    """Elastic space as set by the stage that makes the checkpoint, then by `importance`, which may change it, planned or not."""
     made = next((job.stage for job in jobs if job.stage in ("pretrain", "import")), "import")
     values = asdict(compose("import", partial=True).space)
     for stage in (made, "importance"):
@@ -120,7 +120,7 @@ def _space(settings: LaunchSettings, model: ModelConfig, jobs: list[Job]) -> Ela
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a stage has finished there."""
+    """True if a stage has finished in `folder`."""
     return (folder / "metrics.json").is_file()
 
 

@@ -1,4 +1,4 @@
-"""What the jobs need and cost: the table of a dry run, and the refusal of what cannot fit."""
+"""Memory, FLOPs and hours of the jobs: the table of a dry run, and the refusal of layouts that cannot fit."""
 
 from __future__ import annotations
 

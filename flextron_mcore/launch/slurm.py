@@ -140,7 +140,7 @@ def _executor(settings: LaunchSettings, plan: Plan, job: Job) -> Any:
 
 
 def mounts(settings: LaunchSettings, plan: Plan) -> list[str]:
-    """What containers see of the file system, as HOST:CONTAINER: the results, what the jobs read, and container_mounts."""
+    """Mounts of the containers, as HOST:CONTAINER: the results, what the jobs read, and container_mounts."""
     paths = [plan.results]
     for job in plan.to_run:
         for key in ("data", "hf", "checkpoint", "latency", "sensitivity", "tokenizer", "input", "subnetwork"):

@@ -145,12 +145,12 @@ def check_same_table(folder: Path, table: Mapping[str, Any] | None) -> None:
 
 
 def save_state(file: Path, **parts: Any) -> None:
-    """What a router run needs to continue: the state of modules and optimizers, and plain values."""
+    """Write the state that a router run continues from: of modules and optimizers, and plain values."""
     torch.save({name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}, file)
 
 
 def load_state(file: Path) -> dict[str, Any]:
-    """What `save_state` wrote. Raises FlextronError for a file that cannot be read."""
+    """Read the state that `save_state` wrote. Raises FlextronError for a file that cannot be read."""
     try:
         return torch.load(file, weights_only=True)
     except Exception as error:

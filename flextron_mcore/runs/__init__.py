@@ -1,1 +1,1 @@
-"""What lies under the commands: output directories, resuming, chains, opened checkpoints, the chosen network."""
+"""Services under the commands: output directories, resuming, chains, opened checkpoints, the chosen network."""

@@ -59,7 +59,7 @@ def known_costs(settings: StageSettings, info: CheckpointInfo, table: LatencyTab
 
 
 def memory_setting(settings: StageSettings, info: CheckpointInfo) -> dict[str, Any]:
-    """What a memory cost counts: {"dtype", "batch_size", "length"}."""
+    """Data type and KV cache that a memory cost counts: {"dtype", "batch_size", "length"}."""
     trainer = getattr(settings, "trainer", None)
     dtype = getattr(settings, "dtype", None) or getattr(trainer, "precision", None) or info.dtype
     kv = settings.kv_cache

@@ -1,4 +1,4 @@
-"""What all stages share: the output directory, figures, tables on the terminal."""
+"""Output shared by all stages: the output directory, figures, tables on the terminal."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> N
 
 
 def _source(info: CheckpointInfo) -> dict[str, Any]:
-    """What every checkpoint of a run has in common with the one it started from."""
+    """Facts that every checkpoint of a run shares with the one it started from."""
     values = info.to_dict()
     return _flat({"checkpoint": {name: values[name] for name in ("model", "space", "sorted", "hf_config")}})
 

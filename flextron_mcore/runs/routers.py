@@ -27,7 +27,7 @@ from flextron_mcore.training.static import SurrogateLearner
 
 
 def described_routers(settings: CostSettings, info: Any, table: Any, hidden_size: int) -> tuple[RouterInfo, list[Cost]]:
-    """What the routers of a configuration are, and the costs that they are for."""
+    """Description of the routers that the settings ask for, and the costs that they constrain."""
     known = known_costs(settings, info, table)
     names = settings.costs or (["latency"] if table else ["parameters"])
     names = [names] if isinstance(names, str) else list(names)

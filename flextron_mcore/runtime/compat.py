@@ -1,4 +1,4 @@
-"""What is not alike in the supported versions of Megatron-Core (0.16.1 to 0.19), or wrong, and of Python in what they write."""
+"""Repairs of differences and faults in Megatron-Core 0.16.1 to 0.19, and of paths that Python 3.13 pickled."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def _patch_random_state() -> None:
     from megatron.core.tensor_parallel import random as mcore_random
 
     class CpuRNGStatesTracker(mcore_random.CudaRNGStatesTracker):
-        """The same contract on the default CPU generator."""
+        """Megatron-Core's tracker of random states, on the default CPU generator."""
 
         def __init__(self, use_cudagraphable_rng: bool = False, is_inference_rng_tracker: bool = False) -> None:
             super().__init__(False, is_inference_rng_tracker)

@@ -82,7 +82,7 @@ def shutdown() -> None:
 
 
 def stop_agreed() -> int:
-    """What any rank received to stop for (`signals.received`); 0 if none did. Call on all ranks."""
+    """Largest reason to stop that any rank received (`signals.received`); 0 if none did. Call on all ranks."""
     number = torch.tensor([signals.received()], dtype=torch.int32, device=device())
     torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
     watch.all_train()

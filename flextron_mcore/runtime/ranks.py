@@ -1,4 +1,4 @@
-"""What the processes of a run do together, whatever the layout. One process, with or without process groups, does it alone."""
+"""Common work of a run's processes, whatever the layout. One process, with or without process groups, does it alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def place() -> tuple[int, int]:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints; also before there are process groups."""
+    """True on the process that writes and prints; works before there are process groups."""
     import torch
 
     if torch.distributed.is_initialized():
@@ -39,9 +39,9 @@ def wait_for_all() -> None:
 
 
 def on_main_process(action: Callable[[], T]) -> T:
-    """What `action` gives on the main process, on every rank; so with a FlextronError that it raises.
+    """Run `action` on the main process and return its result on every rank; a FlextronError is raised on every rank too.
 
-    For what must be decided once: ranks that look at the disk one after another may see different things.
+    For decisions that must be the same everywhere: ranks that look at the disk one after another may see different things.
     """
     import torch
 

@@ -51,7 +51,7 @@ def ignore() -> None:
 
 
 def defer(wanted: bool) -> None:
-    """Whether a signal waits until the program looks for it (`received`), or ends the process."""
+    """Let a signal wait until the program looks for it (`received`), or, with wanted=False, end the process."""
     global _deferred, _received
     _deferred, _received = wanted, 0
 
@@ -65,7 +65,7 @@ def limit(seconds: float | None) -> None:
 
 
 def received() -> int:
-    """What to stop for: the number of the first signal that came since they are deferred, else TIME_IS_UP if it is, else 0."""
+    """Reason to stop: the number of the first signal since signals are deferred, else TIME_IS_UP if it is, else 0."""
     return _received or (TIME_IS_UP if _deadline is not None and time.time() >= _deadline else 0)
 
 

@@ -157,7 +157,7 @@ class Watch:
                 self._store_is_gone()
 
     def _fault(self, neighbour: int, silent: float, peer: dict[str, Any] | None) -> str | None:
-        """What is wrong with the next rank; None if nothing is, or is known."""
+        """Sentence that says what is wrong with the next rank; None if nothing is, or nothing is known."""
         name = self._name(neighbour, peer)
         if peer is None:
             return f"{name} did not start within {START:.0f} s" if silent >= START else None
@@ -174,7 +174,7 @@ class Watch:
         return bool(peer["machine"]) and peer["machine"] == self._identity["machine"]
 
     def _fate(self, peer: dict[str, Any], silent: float) -> str | None:
-        """What happened to a rank of this machine; None if it runs, even if it is silent."""
+        """Words for how a rank of this machine ended; None if it runs, even if it is silent."""
         state = process_state(peer["pid"], peer["started"])
         if state is None:
             return "died"

@@ -90,7 +90,7 @@ class RouterSelector:
         return [self._bin(cost, [], high - width, high) for high in bounds]
 
     def proposals(self, cost: Cost) -> list[SubNetwork]:
-        """What the routers think likeliest of every cost: in each bin, or over all axes for each size in windows of WITHIN."""
+        """Likeliest networks over the whole range of a cost: one a bin, or over all axes one a size in windows of WITHIN."""
         if not self.choices.all_axes:
             return [found[-1] for found in self.bins(cost) if found]
         found: list[SubNetwork] = [self.choices.least(cost), SubNetwork.full(self.choices.model)]

@@ -1,1 +1,1 @@
-"""What a user can set: schemas of all stages, and how typed keys, recipes and defaults become settings. No torch import."""
+"""Settings: schemas of all stages, and how typed keys, recipes and defaults become settings. No torch import."""

@@ -175,7 +175,7 @@ class _Draft:
         return settings
 
     def _is_section(self, name: str, value: Any) -> bool:
-        """Whether a mapping at this dotted name holds keys, and not the value of one."""
+        """True if a mapping at this dotted name holds keys, and is not the value of one."""
         if not isinstance(value, Mapping):
             return False
         head, _, rest = name.partition(".")

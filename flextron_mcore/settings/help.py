@@ -1,4 +1,4 @@
-"""What `flextron STAGE --help` prints, and docs/keys.md, from the schemas. No torch import.
+"""Text of `flextron STAGE --help` and of docs/keys.md, from the schemas. No torch import.
 
 python -m flextron_mcore.settings.help > docs/keys.md
 """
@@ -34,7 +34,7 @@ def title(schema: type[StageSettings]) -> str:
 
 
 def values(key: Key) -> str:
-    """What a key may be, in few words: `whole number, at least 1; steps`."""
+    """Allowed values of a key, in few words: `whole number, at least 1; steps`."""
     limits = key.limits
     if limits.choices:
         words = " | ".join(limits.choices)

@@ -61,7 +61,7 @@ def section(kind: type, **defaults: Any) -> Any:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a value may be, and what it is for."""
+    """Limits of a key's value, and its help text."""
 
     help: str
     unit: str
@@ -84,7 +84,7 @@ class Limits:
         return " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
 
     def holds(self, number: float) -> bool:
-        """Whether a number is finite and within the bounds."""
+        """True if a number is finite and within the bounds."""
         return (
             math.isfinite(number)
             and (self.at_least is None or number >= self.at_least)
@@ -125,7 +125,7 @@ class Key:
 
     @property
     def literal(self) -> bool:
-        """Whether what the user typed is the value: no list, number or mapping is read from it."""
+        """True if the value is the text as typed: no list, number or mapping is read from it."""
         return self.type is str
 
 

@@ -18,7 +18,7 @@ SEVERAL_BUDGETS = (float, str, list)  # types of a budget: 0.6, 25ms, or several
 
 @dataclass
 class ArchitectureSettings:
-    """What the model is: the fields of `ModelConfig`, which has the rules that join them."""
+    """Architecture of the model: the fields of `ModelConfig`, which has the rules that join them."""
 
     num_layers: int = setting(MISSING, "transformer layers", at_least=1)
     hidden_size: int = setting(MISSING, "channels of the residual stream", at_least=1)
@@ -172,7 +172,7 @@ class TrainerSettings(DeviceSettings):
 
 @dataclass
 class CheckpointSettings:
-    """What a training keeps."""
+    """Checkpoints that a training writes and keeps."""
 
     every_n_train_steps: int = setting(100, "between checkpoints", unit="steps", at_least=1)
     keep_last: int = setting(2, "whole checkpoints kept", at_least=1)
@@ -189,7 +189,7 @@ class ExperimentSettings:
 
 @dataclass
 class SpaceSettings:
-    """What may vary. Candidates are fractions of the full size, or sizes; the full size is always one of them.
+    """Elastic space. Candidates are fractions of the full size, or sizes; the full size is always one of them.
 
     null: as the checkpoint has it, which only `importance` can change.
     """
@@ -206,7 +206,7 @@ class SpaceSettings:
 
 @dataclass
 class DistillationSettings:
-    """What the sub-networks learn from the full model's output."""
+    """Distillation from the full model's output into the sub-networks."""
 
     weight: float = setting(0.0, "share of the full model's output distribution in their loss", at_least=0, at_most=1)
     temperature: float = setting(1.0, "of both distributions", above=0)

@@ -146,7 +146,7 @@ class EvaluateSettings(EvaluationSettings):
 
 @dataclass
 class SensitivitySettings(ForwardSettings):
-    """What each block loses when it alone is made smaller."""
+    """Loss of each block when it alone is made smaller."""
 
     stage: ClassVar[str] = "sensitivity"
 
@@ -263,7 +263,7 @@ class FamilySettings(StageSettings):
 
 @dataclass
 class WorkloadSettings:
-    """What a latency is of."""
+    """Workload whose latency is measured."""
 
     kind: str = setting(
         "prefill", "one forward pass, or a prompt and then a token at a time with a KV cache", choices=("prefill", "generation")
@@ -286,7 +286,7 @@ class RoutedLatencySettings:
 
 @dataclass
 class LatencySettings(StageSettings):
-    """What every candidate of every block costs on this device, measured or fitted."""
+    """Latency of every candidate of every block on this device, measured or fitted."""
 
     stage: ClassVar[str] = "latency"
 
@@ -355,7 +355,7 @@ class QuickstartSettings(StageSettings):
 
 @dataclass
 class StatusSettings(StageSettings):
-    """What became of the jobs that were launched."""
+    """State of the jobs that were launched."""
 
     stage: ClassVar[str] = "status"
 

@@ -1,4 +1,4 @@
-"""What sorting gains before any training: networks of half of an axis, unsorted and sorted (Flextron, Table 5)."""
+"""Ablation of sorting before any training: networks of half of an axis, unsorted and sorted (Flextron, Table 5)."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def _prompts(settings: GenerateSettings) -> list[str]:
 
 
 def _network(settings: GenerateSettings, info: Any) -> tuple[Any, Any]:
-    """What is to compute, and a function that says after it has what was spent, as a share of the full model's cost."""
+    """Network or routing to compute with, and a function that returns afterwards the share of the full model's cost spent."""
     if settings.selector == "adaptive":
         chosen = routers_at_budget(settings, info)
         routing = chosen.routing()

@@ -173,7 +173,7 @@ class FrozenCheckpointer(Checkpointer):
 
 
 def _link(file: Path, target: Path) -> None:
-    """The same file under another name, or a copy where that cannot be. Checkpoints are never changed in place."""
+    """Hard-link `file` as `target`, or copy it where that cannot be. Checkpoints are never changed in place."""
     with contextlib.suppress(OSError):
         os.link(file, target)
         return

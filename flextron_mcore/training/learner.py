@@ -1,4 +1,4 @@
-"""What learns beside the model in a training phase: one class for each signal that a router can learn from.
+"""Learners: routers in training beside the model, one class for each signal that a router can learn from.
 
 The language model runs on all ranks. Static routers are small and learn on the CPU of the main process, which tells the others
 what it chose; token routers learn on every rank, from what the networks left there.

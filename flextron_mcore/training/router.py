@@ -1,4 +1,4 @@
-"""What all static routers in training share: draws of targets, the choices of a step, entropy, optimizer, state on disk.
+"""Base class of static routers in training: draws of targets, the choices of a step, entropy, optimizer, state on disk.
 
 Shape suffixes: T targets, C constrained costs, N decisions, K candidates.
 """
@@ -143,7 +143,7 @@ class RouterLearner(Learner):
         self._restore(load_state(folder / STATE_FILE))
 
     def _state(self) -> dict[str, Any]:
-        """What continues the training: modules, optimizers and plain values by name."""
+        """State that training continues from: modules, optimizers and plain values by name."""
         return {"routers": self.routers, "optimizer": self.optimizer}
 
     def _restore(self, state: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable, Timing, Timings
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
+from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
 

@@ -16,11 +16,11 @@ from flextron_mcore.cost import Budget
 from flextron_mcore.data.blend import PreparedData, batch
 from flextron_mcore.data.tokenizer import open_tokenizer
 from flextron_mcore.evaluation.perplexity import evaluate, mean
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.routers.static import log_probabilities
 from flextron_mcore.runs.terminal import progress_bar, say
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.selection.router import RouterSelector
+from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.space import SubNetwork
 
 _SHOWN = 128  # tokens of a text whose cost is written

@@ -6,7 +6,6 @@ Losses are in nats per token, budgets and shares in fractions of the full model'
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
@@ -19,9 +18,8 @@ from flextron_mcore.report.networks import units
 from flextron_mcore.report.reader import StageOutput
 from flextron_mcore.report.text import loss, percent, stem
 from flextron_mcore.report.topic import Section, Table, Topic
+from flextron_mcore.settings.sections import KV_POLICIES, KvPolicy
 
-KvPolicy = Literal["full", "own"]
-KV_POLICIES = get_args(KvPolicy)
 COLUMNS = 64  # characters of a line of text
 
 

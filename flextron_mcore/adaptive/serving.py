@@ -22,12 +22,12 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget
 from flextron_mcore.data.blend import PreparedData, valid_datasets
 from flextron_mcore.evaluation.perplexity import mean, perplexity
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.model import loaded_model
 from flextron_mcore.runs.choice import budgets, known_costs, latency_table
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.settings.stages import EvaluateSettings, GenerateSettings
 
 

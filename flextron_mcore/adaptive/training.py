@@ -17,7 +17,6 @@ from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, op
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, train_dataset, valid_datasets
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.model import loaded_model
 from flextron_mcore.routers.store import read_routers
 from flextron_mcore.runs.choice import check_table, known_costs, latency_table
@@ -27,6 +26,7 @@ from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.routers import validation_targets
 from flextron_mcore.runs.terminal import print_table, say
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.settings.training import JointSettings, RouterStageSettings
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.loop import Phase, train

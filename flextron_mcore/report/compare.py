@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,14 +21,13 @@ from flextron_mcore.report.networks import describe
 from flextron_mcore.report.reader import Settings, StageOutput
 from flextron_mcore.report.text import cost_unit, loss, lower, percent, signed, significant, stem
 from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic, numbered
+from flextron_mcore.settings.sections import ALL_SELECTORS, Selector
 from flextron_mcore.space import SubNetwork
 
 STYLES = {  # marker and dash of each selector
     **{"router": ("o", "-"), "uniform": ("s", "--"), "matformer": ("^", "-."), "sensitivity": ("D", ":")},
     **{"random": ("x", "none"), "dense": ("P", "none")},
 }
-Selector = Literal["router", "uniform", "matformer", "sensitivity", "random"]
-SELECTORS = get_args(Selector)
 NAMES = {"dense": "dense, from scratch"}
 
 
@@ -191,7 +190,7 @@ def sentence(c: Comparison) -> str | None:
 
 def _loss_section(c: Comparison, key: str, label: str) -> Section:
     name, unit = cost_unit(c.cost, c.full_cost)
-    chosen = [net for selector in SELECTORS for net in c.of(selector)[::-1]]
+    chosen = [net for selector in ALL_SELECTORS for net in c.of(selector)[::-1]]
     nets: list[Compared] = [c.full, *chosen, *c.dense]
     domains = list(dict.fromkeys(domain for net in nets for domain in net.loss or ()))
     digits = 3 if c.cost == "latency" and c.full_cost < 100 else 1
@@ -258,7 +257,7 @@ def _random_section(c: Comparison, key: str, label: str) -> Section:
 
 
 def _equal_section(c: Comparison, key: str, label: str) -> Section:
-    equal = sorted(c.equal, key=lambda row: (SELECTORS.index(row.selector), -row.share))
+    equal = sorted(c.equal, key=lambda row: (ALL_SELECTORS.index(row.selector), -row.share))
     difference = lambda row: None if row.router_loss is None else row.router_loss - row.mean_loss  # noqa: E731
     columns = [
         ("Baseline", [row.selector for row in equal]),
@@ -291,7 +290,7 @@ def loss_against(c: Comparison, by: str) -> Picture:
         name, own = cost_unit("parameters", c.full.non_embedding_parameters)
         place = lambda net: (net.non_embedding_parameters / own, net.mean_loss)  # noqa: E731
         label, word = f"Non-embedding {lower(name)}", "non-embedding parameters"
-    groups = [(selector, c.of(selector)) for selector in SELECTORS]
+    groups = [(selector, c.of(selector)) for selector in ALL_SELECTORS]
     groups.append(("dense", [net for net in c.dense if by != "cost" or net.cost is not None]))
     groups = [(selector, sorted(nets, key=place)) for selector, nets in groups if nets]
     fit = next((fit for fit in c.scaling_law if (fit.selector, fit.of) == ("router", by) and fit.determined), None)

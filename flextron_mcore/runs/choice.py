@@ -22,10 +22,10 @@ from flextron_mcore.runs.terminal import say
 from flextron_mcore.selection import selectors
 from flextron_mcore.selection.selectors import Selector
 from flextron_mcore.selection.trained import trained_selector
+from flextron_mcore.settings.sections import ALL_SELECTORS
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace, SubNetwork
 
-SELECTORS = ("router", "uniform", "matformer", "sensitivity", "random")
 Losses = Callable[[Sequence[SubNetwork]], Sequence[float]]
 
 
@@ -91,7 +91,7 @@ def selector(settings: StageSettings, info: CheckpointInfo, name: str, losses: L
         if losses is None:
             raise FlextronError("selector=random: evaluates networks: give data=")
         return selectors.Random(blocks, settings.random_networks, settings.seed, losses)
-    raise FlextronError(f"selector={name!r} is not known: use one of {', '.join(SELECTORS)}")
+    raise FlextronError(f"selector={name!r} is not known: use one of {', '.join(ALL_SELECTORS)}")
 
 
 def select(
@@ -141,11 +141,11 @@ def read_network(file: str | Path, info: CheckpointInfo) -> SubNetwork:
     return net
 
 
-def _routed(settings: StageSettings, info: CheckpointInfo, blocks: Any) -> Selector:
+def _routed(settings: StageSettings, info: CheckpointInfo, blocks: Choices) -> Selector:
     return trained_selector(info.path, blocks, known_costs(settings, info, latency_table(settings, info)))
 
 
-def _degradations(settings: StageSettings, blocks: Any) -> Any:
+def _degradations(settings: StageSettings, blocks: Choices) -> np.ndarray:
     """[blocks, candidates] from the metrics.json of `flextron sensitivity`."""
     if not settings.sensitivity:
         raise FlextronError("selector=sensitivity: give sensitivity=, the directory that `flextron sensitivity` wrote")

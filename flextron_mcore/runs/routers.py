@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost
-from flextron_mcore.data.blend import train_dataset
+from flextron_mcore.data.blend import PreparedData, train_dataset
 from flextron_mcore.evaluation.perplexity import evaluate
+from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.routers.store import RouterInfo
 from flextron_mcore.runs.choice import known_costs, memory_setting
 from flextron_mcore.runs.output import write_metrics
@@ -19,14 +22,17 @@ from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.sections import DistillationSettings, TargetSettings
-from flextron_mcore.settings.training import CostSettings
+from flextron_mcore.settings.training import CostSettings, GumbelStageSettings, RouterStageSettings
+from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.candidates import evaluate_candidates
-from flextron_mcore.training.loop import Phase, train
-from flextron_mcore.training.router import RouterLearner
+from flextron_mcore.training.loop import Chunks, Phase, train
+from flextron_mcore.training.router import RouterLearner, RouterTraining
 from flextron_mcore.training.static import SurrogateLearner
 
 
-def described_routers(settings: CostSettings, info: Any, table: Any, hidden_size: int) -> tuple[RouterInfo, list[Cost]]:
+def described_routers(
+    settings: RouterStageSettings | GumbelStageSettings, info: CheckpointInfo, table: LatencyTable | None, hidden_size: int
+) -> tuple[RouterInfo, list[Cost]]:
     """Description of the routers that the settings ask for, and the costs that they constrain."""
     known = known_costs(settings, info, table)
     names = settings.costs or (["latency"] if table else ["parameters"])
@@ -40,10 +46,18 @@ def described_routers(settings: CostSettings, info: Any, table: Any, hidden_size
     return RouterInfo(tuple(names), tuple(ranges), hidden_size, memory_setting(settings, info)), costs
 
 
+def router_training(
+    settings: CostSettings, choices: Choices, costs: Sequence[Cost], described: RouterInfo, table: LatencyTable | None
+) -> RouterTraining:
+    """The training of routers that choose from `choices`."""
+    kept = table.to_dict() if table else None
+    return RouterTraining(choices, costs, described, settings.targets_per_step, settings.seed, settings.trainer.max_steps, kept)
+
+
 def train_routers(
     settings: CostSettings,
-    info: Any,
-    data: Any,
+    info: CheckpointInfo,
+    data: PreparedData,
     learner: RouterLearner,
     seq_length: int,
     frozen: bool,
@@ -92,13 +106,13 @@ def train_routers(
 
 
 def _evaluate_candidates(
-    settings: CostSettings, out: Path, data: Any, learner: RouterLearner, seq_length: int, model: Any
+    settings: CostSettings, out: Path, data: PreparedData, learner: RouterLearner, seq_length: int, model: Chunks
 ) -> None:
     """Evaluate the networks that the routers may choose on training data, into the learner's `info`."""
     samples = settings.candidate_samples
     dataset = train_dataset(data, seq_length, samples, settings.seed, out / "cache", settings.data_weights)
 
-    def evaluated(networks: Sequence[Any], count: int) -> list[float]:
+    def evaluated(networks: Sequence[SubNetwork], count: int) -> list[float]:
         names = {str(i): net for i, net in enumerate(networks)}
         with progress_bar(total=len(networks), desc="candidates", unit="network") as bar:
             size = settings.model.micro_batch_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from flextron_mcore.config import ACTIVATIONS, NORMALIZATIONS, POSITION_EMBEDDINGS
 from flextron_mcore.settings.schema import MISSING, section, setting
@@ -11,8 +11,11 @@ from flextron_mcore.space import ATTENTION_UNITS
 
 PRECISIONS = ("fp32", "bf16")
 DTYPES = ("fp32", "bf16", "fp16")
-SELECTORS = ("router", "uniform", "matformer", "sensitivity")
-KV_POLICIES = ("full", "own")
+Selector = Literal["router", "uniform", "matformer", "sensitivity", "random"]
+ALL_SELECTORS = get_args(Selector)
+SELECTORS = ALL_SELECTORS[:-1]  # random evaluates networks, for which most commands have no data
+KvPolicy = Literal["full", "own"]
+KV_POLICIES = get_args(KvPolicy)
 SEVERAL_BUDGETS = (float, str, list)  # types of a budget: 0.6, 25ms, or several that hold together
 
 

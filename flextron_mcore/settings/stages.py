@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.schema import MISSING, path, section, setting
 from flextron_mcore.settings.sections import (
+    ALL_SELECTORS,
     DTYPES,
     KV_POLICIES,
     SELECTORS,
@@ -29,8 +30,6 @@ from flextron_mcore.settings.training import (
     RouterStageSettings,
     StageSettings,
 )
-
-ALL_SELECTORS = (*SELECTORS, "random")
 
 
 @dataclass
@@ -122,7 +121,7 @@ class CompareSettings(EvaluationSettings):
     targets: list[float] | None = setting(
         None, "shares of the full model's cost; null: five over what networks can cost", above=0, at_most=1
     )
-    selectors: list[str] = setting(["router", "uniform", "matformer", "sensitivity"], "to compare", choices=ALL_SELECTORS)
+    selectors: list[str] = setting(list(SELECTORS), "to compare", choices=ALL_SELECTORS)
     random_at_target: int = setting(40, "random networks within 1 % of the full model's cost below each target", at_least=0)
     random_networks: int = setting(32, "of which selector random takes the best: the bound that luck gives", at_least=1)
     dense: list[str] = path([], "checkpoints of dense models of smaller size, to compare with")
@@ -139,7 +138,7 @@ class EvaluateSettings(EvaluationSettings):
         None, "a sub-network's JSON, or several; null: the full model and all uniform sub-networks"
     )
     budget: Any = setting(None, "or a budget, as for select: 0.6, 25ms, 3.4B, 8GiB", accepts=SEVERAL_BUDGETS)
-    selector: str = setting("router", "that answers a budget", choices=(*SELECTORS, "random", "adaptive"))
+    selector: str = setting("router", "that answers a budget", choices=(*ALL_SELECTORS, "adaptive"))
     kv_policy: str | None = setting(None, "of selector adaptive; null: as trained", choices=KV_POLICIES)
     random: int = setting(0, "random sub-networks on top", at_least=0)
 
@@ -179,7 +178,7 @@ class GenerateSettings(BudgetSettings):
     max_new_tokens: int = setting(64, "less where a text ends", unit="tokens", at_least=1)
     temperature: float = setting(0.0, "0: the likeliest token; above: drawn", at_least=0)
     top_k: int = setting(0, "draw from so many likeliest tokens; 0: from all", at_least=0)
-    selector: str = setting("router", "that answers a budget", choices=(*SELECTORS, "random", "adaptive"))
+    selector: str = setting("router", "that answers a budget", choices=(*ALL_SELECTORS, "adaptive"))
     kv_policy: str | None = setting(None, "of selector adaptive; null: as trained", choices=KV_POLICIES)
     tokenizer: str | None = path(None, "tokenizer directory; null: the one beside the checkpoint")
     trainer: EvaluationTrainerSettings = section(EvaluationTrainerSettings)

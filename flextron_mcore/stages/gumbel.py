@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import open_data
 from flextron_mcore.routers.store import kind_of_routers, read_routers
 from flextron_mcore.runs.choice import check_table, latency_table
 from flextron_mcore.runs.opened import check_space
-from flextron_mcore.runs.routers import described_routers, train_routers
+from flextron_mcore.runs.routers import described_routers, router_training, train_routers
 from flextron_mcore.settings.training import GumbelStageSettings
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.gumbel import GumbelLearner
-from flextron_mcore.training.router import RouterTraining
 
 
 def run(settings: GumbelStageSettings) -> dict[str, Any]:
@@ -42,20 +41,12 @@ def run(settings: GumbelStageSettings) -> dict[str, Any]:
                 f"costs={list(before.costs)}"
             )
     seq_length = check(settings, info, data, 1 + settings.targets_per_step)
-    training = RouterTraining(
-        described.choices(blocks),
-        costs,
-        described,
-        settings.targets_per_step,
-        settings.seed,
-        settings.trainer.max_steps,
-        table.to_dict() if table else None,
-    )
+    training = router_training(settings, described.choices(blocks), costs, described, table)
     learner = GumbelLearner(training, router, started)
     return train_routers(settings, info, data, learner, seq_length, frozen=False, teach=settings.distillation)
 
 
-def _modulated(settings: GumbelStageSettings, info: Any) -> Any:
+def _modulated(settings: GumbelStageSettings, info: CheckpointInfo) -> CheckpointInfo:
     """The checkpoint with settings.modulation, which may add it. Raises FlextronError where it would take it away."""
     if settings.modulation is False and info.space.modulation:
         raise FlextronError(f"checkpoint={info.path}: has modulation, which its networks need: leave modulation=false out")

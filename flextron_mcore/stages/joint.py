@@ -13,11 +13,10 @@ from flextron_mcore.data.blend import open_data
 from flextron_mcore.routers.store import kind_of_routers, read_routers
 from flextron_mcore.runs.choice import check_table, known_costs, latency_table
 from flextron_mcore.runs.opened import check_space
-from flextron_mcore.runs.routers import train_routers
+from flextron_mcore.runs.routers import router_training, train_routers
 from flextron_mcore.settings.sections import RouterSettings
 from flextron_mcore.settings.training import JointSettings
 from flextron_mcore.training.checks import check
-from flextron_mcore.training.router import RouterTraining
 from flextron_mcore.training.static import StraightThroughLearner
 
 
@@ -35,15 +34,8 @@ def run(settings: JointSettings) -> dict[str, Any]:
     check_table(table)
     known = known_costs(settings, info, table)
     seq_length = check(settings, info, data, 1 + settings.targets_per_step)
-    training = RouterTraining(
-        blocks,
-        [known[name] for name in described.costs],
-        replace(described, evaluated=()),  # was another model's
-        settings.targets_per_step,
-        settings.seed,
-        settings.trainer.max_steps,
-        table.to_dict() if table else None,
-    )
+    described = replace(described, evaluated=())  # losses of the model before this training
+    training = router_training(settings, blocks, [known[name] for name in described.costs], described, table)
     router = RouterSettings(two_sided_from=0.0, **asdict(settings.router))
     learner = StraightThroughLearner(training, router, routers)
     return train_routers(settings, info, data, learner, seq_length, frozen=False)

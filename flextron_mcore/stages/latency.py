@@ -15,13 +15,12 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.latency.measure import Setting, balanced, measure
 from flextron_mcore.latency.measurements import read_measurements
 from flextron_mcore.latency.table import LatencyTable, fit
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.model import loaded_model
 from flextron_mcore.runs.opened import check_not_modulated, precision
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
-from flextron_mcore.settings.sections import LayoutSettings
+from flextron_mcore.settings.sections import KV_POLICIES, LayoutSettings
 from flextron_mcore.settings.stages import LatencySettings
 
 TABLE_FILE = "latency.json"

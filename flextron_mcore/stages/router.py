@@ -10,10 +10,9 @@ from flextron_mcore.choices import Choices
 from flextron_mcore.data.blend import open_data
 from flextron_mcore.runs.choice import check_table, latency_table
 from flextron_mcore.runs.opened import check_space, check_widths_only
-from flextron_mcore.runs.routers import described_routers, train_routers
+from flextron_mcore.runs.routers import described_routers, router_training, train_routers
 from flextron_mcore.settings.training import RouterStageSettings
 from flextron_mcore.training.checks import check
-from flextron_mcore.training.router import RouterTraining
 from flextron_mcore.training.static import StraightThroughLearner, SurrogateLearner
 
 
@@ -28,15 +27,7 @@ def run(settings: RouterStageSettings) -> dict[str, Any]:
     check_table(table)
     described, costs = described_routers(settings, info, table, settings.router.hidden_size)
     seq_length = check(settings, info, data, 1 + settings.targets_per_step)
-    training = RouterTraining(
-        Choices(info.model, info.space),
-        costs,
-        described,
-        settings.targets_per_step,
-        settings.seed,
-        settings.trainer.max_steps,
-        table.to_dict() if table else None,
-    )
+    training = router_training(settings, Choices(info.model, info.space), costs, described, table)
     if settings.surrogate.enabled:
         learner = SurrogateLearner(training, settings.router, settings.surrogate)
     else:

@@ -17,7 +17,7 @@ from flextron_mcore.cost import Cost, parameter_cost
 from flextron_mcore.latency.measure import Setting
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.layers.state import FULL
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
+from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.space import SubNetwork
 from tests import toy
 from tests.routing_toy import family, latency, write_table

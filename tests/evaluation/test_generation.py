@@ -10,8 +10,8 @@ from flextron_mcore.adaptive.routing import AdaptiveRouting
 from flextron_mcore.choices import Choices
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.evaluation.generation import Sampling, generate
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.routers.static import StaticRouters
+from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 

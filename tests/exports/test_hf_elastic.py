@@ -20,7 +20,7 @@ from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError
 from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.layers.tokens.layer import FixedLevels
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
+from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.settings.stages import HfElasticSettings
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy, toy

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from flextron_mcore.exports import hf
 from flextron_mcore.exports.cut import placed_tensors
 from flextron_mcore.exports.formats import Job
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
+from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.exports.test_hf_elastic import DEEP, Case, Operands, close, greedy, in_steps, make, write

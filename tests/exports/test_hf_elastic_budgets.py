@@ -28,14 +28,13 @@ from flextron_mcore.data.tokenizer import train_tokenizer
 from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.exports.hf_elastic import family
 from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo, write_routers
 from flextron_mcore.runs import choice
 from flextron_mcore.runtime.ranks import place
 from flextron_mcore.selection import router
 from flextron_mcore.settings.compose import compose
-from flextron_mcore.settings.sections import CacheSettings
+from flextron_mcore.settings.sections import KV_POLICIES, CacheSettings
 from flextron_mcore.settings.stages import HfElasticSettings
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy, toy

@@ -29,11 +29,10 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
 
     from flextron_mcore.choosing import use_subnetwork
     from flextron_mcore.layers.tokens.layer import FixedLevels
-    from flextron_mcore.layers.tokens.levels import KV_POLICIES
     from flextron_mcore.model import build_model
     from flextron_mcore.pipeline.networks import run_networks
     from flextron_mcore.runtime.distributed import device
-    from flextron_mcore.settings.sections import DistillationSettings
+    from flextron_mcore.settings.sections import KV_POLICIES, DistillationSettings
     from flextron_mcore.sorting.importance import importance
     from flextron_mcore.space import ElasticSpace
     from tests import toy

@@ -13,7 +13,7 @@ from flextron_mcore.layers import linear
 from flextron_mcore.layers.tokens import attention as token_attention
 from flextron_mcore.layers.tokens import levels as token_levels
 from flextron_mcore.layers.tokens.layer import RoutedLayer
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
+from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 from tests.layers.test_equality import ATTENTION, KINDS, case

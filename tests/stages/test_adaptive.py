@@ -14,7 +14,7 @@ from flextron_mcore.adaptive.assessment import Evaluator
 from flextron_mcore.checkpoint.reader import TensorReader
 from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.layers.tokens.levels import KV_POLICIES
+from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.training.loop import _Run
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, stage

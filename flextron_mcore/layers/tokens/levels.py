@@ -18,8 +18,6 @@ from torch import Tensor
 
 from flextron_mcore.layers.rows import take_rows
 
-KV_POLICIES = ("full", "own")
-
 
 class BlockRouting(Protocol):
     """Levels of the tokens of one block.

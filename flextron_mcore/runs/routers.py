@@ -22,7 +22,7 @@ from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.sections import DistillationSettings, TargetSettings
-from flextron_mcore.settings.training import CostSettings, GumbelStageSettings, RouterStageSettings
+from flextron_mcore.settings.training import CostSettings, NewRouterSettings
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.candidates import evaluate_candidates
 from flextron_mcore.training.loop import Chunks, Phase, train
@@ -31,7 +31,7 @@ from flextron_mcore.training.static import SurrogateLearner
 
 
 def described_routers(
-    settings: RouterStageSettings | GumbelStageSettings, info: CheckpointInfo, table: LatencyTable | None, hidden_size: int
+    settings: NewRouterSettings, info: CheckpointInfo, table: LatencyTable | None, hidden_size: int
 ) -> tuple[RouterInfo, list[Cost]]:
     """Description of the routers that the settings ask for, and the costs that they constrain."""
     known = known_costs(settings, info, table)

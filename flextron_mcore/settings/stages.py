@@ -98,13 +98,19 @@ class ImportanceSettings(ForwardSettings):
 
 
 @dataclass
-class EvaluationSettings(ForwardSettings):
-    """Keys of every stage that evaluates networks."""
+class SelectorSettings(StageSettings):
+    """Keys of every stage that may use a selector: what costs are and what blocks lose."""
 
     latency: str | None = path(None, "table of `flextron latency`; null: the one beside the routers")
     sensitivity: str | None = path(None, "for selector sensitivity: directory of `flextron sensitivity`")
-    limit_val_batches: int | None = setting(None, "micro-batches a domain; null: all", at_least=1)
     kv_cache: CacheSettings = section(CacheSettings)
+
+
+@dataclass
+class EvaluationSettings(SelectorSettings, ForwardSettings):
+    """Keys of every stage that evaluates networks."""
+
+    limit_val_batches: int | None = setting(None, "micro-batches a domain; null: all", at_least=1)
 
 
 @dataclass
@@ -153,16 +159,13 @@ class SensitivitySettings(ForwardSettings):
 
 
 @dataclass
-class BudgetSettings(StageSettings):
+class BudgetSettings(SelectorSettings):
     """Keys of every stage that takes one network of a checkpoint."""
 
     checkpoint: str = path(MISSING, "checkpoint directory")
     subnetwork: str | None = path(None, "a sub-network's JSON; null: the full model")
     budget: Any = setting(None, "or a budget, as for select: 0.6, 25ms, 3.4B, 8GiB", accepts=SEVERAL_BUDGETS)
     selector: str = setting("router", "that answers a budget", choices=SELECTORS)
-    latency: str | None = path(None, "table of `flextron latency`; null: the one beside the routers")
-    sensitivity: str | None = path(None, "for selector sensitivity: directory of `flextron sensitivity`")
-    kv_cache: CacheSettings = section(CacheSettings)
 
 
 @dataclass
@@ -241,7 +244,7 @@ class FamilyModelSettings:
 
 
 @dataclass
-class FamilySettings(StageSettings):
+class FamilySettings(SelectorSettings):
     """A model for each of several budgets: chosen, evaluated, exported."""
 
     stage: ClassVar[str] = "family"
@@ -250,13 +253,10 @@ class FamilySettings(StageSettings):
     budgets: list[Any] = setting(MISSING, 'a list of budgets, each as for select: [0.4, 0.6, 25ms, "0.5 parameters"]')
     data: str | None = path(None, "directory of `flextron prepare`, to evaluate on; null: no losses")
     selector: str = setting("router", "that answers the budgets", choices=SELECTORS)
-    latency: str | None = path(None, "table of `flextron latency`; null: the one beside the routers")
-    sensitivity: str | None = path(None, "for selector sensitivity: directory of `flextron sensitivity`")
     formats: list[str] = setting(["hf"], "of the exports; []: none", choices=("hf", "trtllm", "gguf", "megatron"))
     dtype: str | None = setting(None, "of the exports; null: as stored", choices=DTYPES)
     verify: bool = setting(True, "read every export back and compare logits")
     limit_val_batches: int | None = setting(None, "micro-batches a domain; null: all", at_least=1)
-    kv_cache: CacheSettings = section(CacheSettings)
     model: FamilyModelSettings = section(FamilyModelSettings)
 
 
@@ -301,7 +301,7 @@ class LatencySettings(StageSettings):
 
 
 @dataclass
-class SelectSettings(StageSettings):
+class SelectSettings(SelectorSettings):
     """The sub-network for a budget: 0.6, 25ms, 3.4B, 8GiB."""
 
     stage: ClassVar[str] = "select"
@@ -314,14 +314,11 @@ class SelectSettings(StageSettings):
         accepts=SEVERAL_BUDGETS,
     )
     selector: str = setting("router", "that answers the budget", choices=ALL_SELECTORS)
-    latency: str | None = path(None, "table of `flextron latency`; null: the one beside the routers")
-    sensitivity: str | None = path(None, "for selector sensitivity: directory of `flextron sensitivity`")
     data: str | None = path(None, "directory of `flextron prepare`, for selector random, which evaluates networks")
     random_networks: int = setting(32, "of which selector random takes the best", at_least=1)
     limit_val_batches: int | None = setting(4, "micro-batches a domain for selector random", at_least=1)
     measure: bool = setting(True, "time the network and the full model on this device, in the table's setting")
     rounds: int = setting(5, "times that they are timed", at_least=1)
-    kv_cache: CacheSettings = section(CacheSettings)
     dtype: str | None = setting(None, "of a memory cost; null: as stored", choices=DTYPES)
     trainer: PrecisionSettings = section(PrecisionSettings)
     model: BatchSettings = section(BatchSettings)

@@ -82,6 +82,11 @@ class ElasticSettings(LoopSettings):
     model: TrainingModelSettings = section(TrainingModelSettings, optim=OptimizerSettings(lr=5e-4, min_lr=5e-5))
 
 
+def _candidate_samples(default: int) -> int:
+    text = "of the training data, to evaluate the networks that trained routers may choose; 0: none"
+    return setting(default, text, unit="samples", at_least=0)
+
+
 @dataclass
 class CostSettings(LoopSettings):
     """Keys of every stage that trains routers: what budgets are of."""
@@ -89,12 +94,7 @@ class CostSettings(LoopSettings):
     checkpoint: str = path(MISSING, "checkpoint to start from")
     latency: str | None = path(None, "table of `flextron latency`; null: the one beside the routers")
     targets_per_step: int = setting(3, "budgets, and so networks, a step, beside the full model", at_least=1)
-    candidate_samples: int = setting(
-        64,
-        "of the training data, to evaluate the networks that trained routers may choose; 0: none",
-        unit="samples",
-        at_least=0,
-    )
+    candidate_samples: int = _candidate_samples(64)
     validation_targets: list[float] | None = setting(
         None, "shares of the (first) cost to validate at; null: five over the range", above=0, at_most=1
     )
@@ -103,7 +103,17 @@ class CostSettings(LoopSettings):
 
 
 @dataclass
-class RouterStageSettings(CostSettings):
+class NewRouterSettings(CostSettings):
+    """Keys of every stage that makes new routers."""
+
+    costs: list[str] | None = setting(
+        None, "of latency, parameters, memory; null: latency where there is a table, else parameters"
+    )
+    targets: TargetSettings = section(TargetSettings)
+
+
+@dataclass
+class RouterStageSettings(NewRouterSettings):
     """Train routers, which choose the sub-network for a budget."""
 
     stage: ClassVar[str] = "router"
@@ -112,10 +122,6 @@ class RouterStageSettings(CostSettings):
     kv_policy: str = setting(
         "full", "of adaptive: tokens write all keys and values, or those of the KV groups they use", choices=KV_POLICIES
     )
-    costs: list[str] | None = setting(
-        None, "of latency, parameters, memory; null: latency where there is a table, else parameters"
-    )
-    targets: TargetSettings = section(TargetSettings)
     targets_per_step: int = setting(4, "budgets, and so networks, a step", at_least=1)
     router: RouterSettings = section(RouterSettings)
     adaptive: AdaptiveSettings = section(AdaptiveSettings)
@@ -129,27 +135,18 @@ class JointSettings(CostSettings):
 
     stage: ClassVar[str] = "joint"
 
-    candidate_samples: int = setting(
-        0,
-        "of the training data, to evaluate the networks that trained routers may choose; 0: none",
-        unit="samples",
-        at_least=0,
-    )
+    candidate_samples: int = _candidate_samples(0)
     router: JointRouterSettings = section(JointRouterSettings)
     adaptive: JointAdaptiveSettings = section(JointAdaptiveSettings)
     model: TrainingModelSettings = section(TrainingModelSettings, optim=OptimizerSettings(lr=1e-4, min_lr=1e-5))
 
 
 @dataclass
-class GumbelStageSettings(CostSettings):
+class GumbelStageSettings(NewRouterSettings):
     """Train the model and one router for all axes together."""
 
     stage: ClassVar[str] = "gumbel"
 
-    costs: list[str] | None = setting(
-        None, "of latency, parameters, memory; null: latency where there is a table, else parameters"
-    )
-    targets: TargetSettings = section(TargetSettings)
     modulation: bool | None = setting(
         None, "add a small learned gain on every block's output, by how large the network is; null: as the checkpoint"
     )

@@ -60,7 +60,7 @@ class Axis:
         """True if every layer has a choice of its own, False if the network has one."""
         return self.block is not None
 
-    def size(self, chosen: Any) -> int:
+    def size(self, chosen: object) -> int:
         """The size that a LayerChoice, or for an axis of the network a SubNetwork, has."""
         return math.prod(getattr(chosen, name) for name in self.fields)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -72,7 +71,7 @@ def use_subnetwork(model: torch.nn.Module, net: Network) -> Iterator[None]:
         _set(readers, before)
 
 
-def keep_states(decoder: torch.nn.Module, args: Any, hidden_states: torch.Tensor) -> None:
+def keep_states(decoder: torch.nn.Module, args: tuple, hidden_states: torch.Tensor) -> None:
     """Forward hook of the layers' block: its backward pass sees the states of this forward pass.
 
     Activation recomputation runs layers again in the backward pass. By then the choice of another micro-batch is set: with

@@ -135,11 +135,11 @@ class ModelConfig:
             raise FlextronError(f"model config is incomplete: {error}") from None
 
 
-def _check_positive_int(name: str, value: Any) -> None:
+def _check_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise FlextronError(f"model.{name} must be a whole number of at least 1, not {value!r}")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise FlextronError(f"model.{name}={value!r} is not known: use one of {', '.join(choices)}")

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,7 +27,7 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.training.sampler import draw
 
 
-def adapt(config: Any) -> None:
+def adapt(config: TransformerConfig) -> None:
     """Set what elastic training needs of a TransformerConfig; call before the model is built."""
     config.calculate_per_token_loss = True  # the loss is divided by the full model's tokens, which `loss_function` counts
     config.hetereogenous_dist_checkpoint = True  # Megatron-Core's spelling; keys on disk as in our checkpoints

@@ -19,6 +19,8 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.tensor_parallel.random import HAVE_TE
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flextron_mcore.checkpoint.reader import load_model
@@ -182,7 +184,9 @@ def loaded_model(options: LayoutSettings, info: CheckpointInfo, precision: str) 
     return [(Float16Module(gpt.config, gpt) if precision == "bf16" else gpt).eval() for gpt in chunks]
 
 
-def gpt_model(model: ModelConfig, config: TransformerConfig, spec: Any, vp_stage: int | None = None) -> GPTModel:
+def gpt_model(
+    model: ModelConfig, config: TransformerConfig, spec: ModuleSpec | TransformerBlockSubmodules, vp_stage: int | None = None
+) -> GPTModel:
     """A GPTModel of `model` from any layer or block spec."""
     linear_factor = None
     if model.rope_scaling and model.rope_scaling["type"] == "linear":

@@ -90,12 +90,12 @@ def backend_classes(normalization: str, backend: str = "local") -> tuple[type, t
     return te.TERMSNorm if rms else te.TELayerNorm, te.TECoreAttention
 
 
-def default_space(config: Any) -> ElasticSpace:
+def default_space(config: TransformerConfig) -> ElasticSpace:
     """25, 50, 75 and 100 % of the heads and neurons of a TransformerConfig's model, at the largest granularity that fits."""
     return ElasticSpace.build(architecture(config))
 
 
-def architecture(config: Any, vocab_size: int = 1, max_position_embeddings: int = 1) -> ModelConfig:
+def architecture(config: TransformerConfig, vocab_size: int = 1, max_position_embeddings: int = 1) -> ModelConfig:
     """ModelConfig with the sizes of a TransformerConfig's layers: a space and its sub-networks depend on nothing else."""
     return ModelConfig(
         num_layers=config.num_layers,

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from flextron_mcore.choices import Choices, table
 from flextron_mcore.cost import Cost
 
+if TYPE_CHECKING:
+    from torch import Tensor
+Array = TypeVar("Array", np.ndarray, "Tensor")
+
 # Routing overhead of a block: tokens differ at all; each level beyond the first that occurs; and the share of the block between a
 # token's own level and the highest that occurs (with `kv_policy=full` its keys and values are computed).
 OVERHEADS = ("differ", "level", "above")
 
 
-def overheads_N3(share_NK: Any, size_NK: np.ndarray, occurs: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
+def overheads_N3(share_NK: Array, size_NK: np.ndarray, occurs: Callable[[Array], Array]) -> tuple[Array, Array, Array]:
     """Amount of each of OVERHEADS in every block: three [N], NumPy arrays or tensors as `share_NK` is.
 
     share_NK: share of tokens at each level. size_NK: that level's share of the block. occurs: from 0 for a share of no tokens

@@ -159,7 +159,7 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
             self._make_next()
         return plan
 
-    def resolve_data(self, write_item: WriteItem) -> Any:
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             return self.lookup_object(write_item.index)  # serialised already
         tensor = self._made.pop(write_item.index.fqn).result()

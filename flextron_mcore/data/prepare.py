@@ -30,7 +30,7 @@ SAMPLE_BYTES = 20_000_000  # text that a tokenizer is trained on, all domains to
 _DOMAIN_NAME = re.compile(r"\w[\w .+-]*")  # it becomes part of file names
 
 
-def parse_inputs(value: Any) -> dict[str, list[str]]:
+def parse_inputs(value: str | list | Mapping) -> dict[str, list[str]]:
     """The user's `input=` as domain -> list of paths.
 
     `value` is a path or a list of paths (each is a domain, named after the file without suffix or the directory), a mapping
@@ -215,7 +215,7 @@ def _write_domain(part: _Part, tokens: Tokenizer, out: Path, say: Callable[[str]
     }
 
 
-def _paths(value: Any, name: str) -> list[str]:
+def _paths(value: object, name: str) -> list[str]:
     values = [value] if isinstance(value, str | os.PathLike) else value
     if (
         not isinstance(values, Sequence)
@@ -233,7 +233,7 @@ def _stem(path: str) -> str:
     return name if Path(path).expanduser().is_dir() else Path(name).stem
 
 
-def _check_domain(name: Any, path: str | None = None) -> str:
+def _check_domain(name: object, path: str | None = None) -> str:
     if not isinstance(name, str) or not _DOMAIN_NAME.fullmatch(name):
         of = f"'{path}': name it, input={{NAME: PATH}}" if path else "input"
         raise FlextronError(f"domain name {name!r} is not letters, digits and . _ + - (it names files); from {of}")

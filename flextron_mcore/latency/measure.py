@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -183,9 +183,9 @@ class _Clock:
     """Marks in time: of the device's queue with CUDA, of the wall without."""
 
     def __init__(self) -> None:
-        self.marks: dict[Any, list[Any]] = defaultdict(list)
+        self.marks: dict[Hashable, list] = defaultdict(list)
 
-    def mark(self, key: Any) -> None:
+    def mark(self, key: Hashable) -> None:
         if torch.cuda.is_available():
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -193,7 +193,7 @@ class _Clock:
         else:
             self.marks[key].append(time.perf_counter())
 
-    def between(self, start: Any, end: Any) -> float:
+    def between(self, start: Hashable, end: Hashable) -> float:
         """Milliseconds from each mark `start` to the mark `end` that belongs to it, together."""
         pairs = zip(self.marks[start], self.marks[end], strict=True)
         if torch.cuda.is_available():

@@ -160,7 +160,7 @@ def _own(settings: LaunchSettings, stage: str) -> dict[str, Any]:
     return dict(settings.stage_keys.get(stage, {}))
 
 
-def _word(budget: Any) -> str:
+def _word(budget: float | str | list) -> str:
     return re.sub(r"[^0-9A-Za-z.]+", "_", str(budget)).strip("_")
 
 

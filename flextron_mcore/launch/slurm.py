@@ -16,12 +16,15 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch.check import is_file_of_image
 from flextron_mcore.launch.plan import Job, Plan
 from flextron_mcore.settings.launch import LaunchSettings
+
+if TYPE_CHECKING:
+    from nemo_run import SlurmExecutor
 
 SHUTDOWN = 600  # seconds that torchrun leaves its processes after SIGTERM, to write a checkpoint; its default is 30
 REQUEUE = """
@@ -100,7 +103,7 @@ def _experiment(settings: LaunchSettings, plan: Plan, configs: dict[str, Path], 
         yield experiment
 
 
-def _executor(settings: LaunchSettings, plan: Plan, job: Job) -> Any:
+def _executor(settings: LaunchSettings, plan: Plan, job: Job) -> SlurmExecutor:
     import nemo_run as run
 
     cluster = settings.cluster

@@ -153,7 +153,7 @@ class ElasticOutputProjection(StateReader, ElasticRowParallelLinear):
         super().__init__(*args, **kwargs)
         self.layout = HeadLayout.of(self.config, self.tp_group.size())
 
-    def forward(self, input_: Any, *args: Any, mask_h: torch.Tensor | None = None):  # type: ignore[override]
+    def forward(self, input_: torch.Tensor | Sequence[torch.Tensor], *args: Any, mask_h: torch.Tensor | None = None):  # type: ignore[override]
         """[S, B, g*q*H] -> ([S, B, C], bias or None); with more arguments as ElasticRowParallelLinear.
 
         mask_h: weights of the heads [(S, B,) heads], None for those of the state.

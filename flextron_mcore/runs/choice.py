@@ -67,7 +67,7 @@ def memory_setting(settings: StageSettings, info: CheckpointInfo) -> dict[str, A
     return {"dtype": dtype, "batch_size": kv.batch_size, "length": length}
 
 
-def budgets(wanted: Any, costs: dict[str, Cost]) -> list[Budget]:
+def budgets(wanted: float | str | Sequence, costs: dict[str, Cost]) -> list[Budget]:
     """The parts of a budget as the user gives it, which hold together."""
     found = parse_budget(wanted, costs)
     if not found:
@@ -95,7 +95,7 @@ def selector(settings: StageSettings, info: CheckpointInfo, name: str, losses: L
 
 
 def select(
-    settings: StageSettings, info: CheckpointInfo, losses: Losses | None = None, budget: Any = None
+    settings: StageSettings, info: CheckpointInfo, losses: Losses | None = None, budget: float | str | Sequence | None = None
 ) -> tuple[SubNetwork, list[Budget]]:
     """The network of settings.selector for `budget`, by default settings.budget, and that budget, parsed.
 

@@ -18,7 +18,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def progress_bar(**options: Any) -> Any:
+def progress_bar(**options: Any) -> tqdm:
     """A tqdm bar on the terminal, one for all ranks; options are tqdm's."""
     return tqdm(disable=None if is_main_process() else True, **options)
 

@@ -17,7 +17,10 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 PERIOD = 2.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one that are taken for death when all ranks train
@@ -62,7 +65,7 @@ class Watch:
         self.patience = START
         self.left = False
         self.turns = 0
-        self.store: Any = None
+        self.store: Store | None = None
         self.first: dict[str, Any] = {}  # who rank 0 is
         self._identity = _identity()
         self._records, self._ending = threading.Lock(), threading.Lock()
@@ -104,7 +107,7 @@ class Watch:
         thread.start()
         thread.join(patience)
 
-    def _connect(self) -> Any:
+    def _connect(self) -> Store:
         from torch.distributed import PrefixStore, TCPStore
 
         while not self.has_store:  # TCPStore itself prints every attempt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,7 +221,7 @@ def _check_layouts(settings: LaunchSettings) -> None:
                 raise FlextronError(f"launch: unknown key 'layouts.{gpus}.{name}'{nearest(name, known)}")
 
 
-def _leaves(values: Mapping[str, Any], is_section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(values: Mapping[str, Any], is_section: Callable[[str, Any], bool], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of a nested mapping."""
     for name, value in values.items():
         if is_section(f"{prefix}{name}", value):

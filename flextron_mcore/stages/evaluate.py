@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.adaptive.serving import evaluate_adaptive
+from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.evaluation.perplexity import mean, perplexity
 from flextron_mcore.runs.choice import chosen_network, read_network
@@ -13,7 +14,7 @@ from flextron_mcore.runs.opened import evaluator, open_evaluation
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar
 from flextron_mcore.settings.stages import EvaluateSettings
-from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
+from flextron_mcore.space import SubNetwork, count_parameters, kv_cache_bytes, weight_bytes
 from flextron_mcore.training.sampler import random_family
 
 
@@ -84,8 +85,8 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     return metrics
 
 
-def _networks(settings: EvaluateSettings, info: Any) -> dict[str, Any]:
-    """{name: SubNetwork} that the configuration asks for."""
+def _networks(settings: EvaluateSettings, info: CheckpointInfo) -> dict[str, SubNetwork]:
+    """The networks that the settings ask for, by name."""
     if settings.budget is None and settings.subnetwork is not None:
         networks = {Path(file).stem: read_network(file, info) for file in settings.subnetwork}
     elif settings.budget is None:

@@ -49,7 +49,7 @@ def run(settings: FamilySettings) -> dict[str, Any]:
     return metrics
 
 
-def _name(budget: Any) -> str:
+def _name(budget: float | str | list) -> str:
     """A directory's name."""
     text = ",".join(map(str, budget)) if isinstance(budget, list) else str(budget)
     return re.sub(r"[^A-Za-z0-9.,-]+", "_", text.strip())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flextron_mcore.adaptive.serving import routers_at_budget
-from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
+from flextron_mcore.choosing import Network
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import open_tokenizer
 from flextron_mcore.evaluation.generation import Sampling, generate
@@ -88,7 +90,7 @@ def _prompts(settings: GenerateSettings) -> list[str]:
     return found
 
 
-def _network(settings: GenerateSettings, info: Any) -> tuple[Any, Any]:
+def _network(settings: GenerateSettings, info: CheckpointInfo) -> tuple[Network, Callable[[], dict[str, Any]]]:
     """Network or routing to compute with, and a function that returns afterwards the share of the full model's cost spent."""
     if settings.selector == "adaptive":
         chosen = routers_at_budget(settings, info)

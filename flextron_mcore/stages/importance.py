@@ -26,7 +26,7 @@ from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.settings.stages import ImportanceSettings
 from flextron_mcore.sorting.ablation import ablation_networks, ablation_rows
-from flextron_mcore.sorting.importance import collect, importance, removal_errors
+from flextron_mcore.sorting.importance import Scores, collect, importance, removal_errors
 from flextron_mcore.sorting.permutation import order, sorted_tensors
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.checks import sequence_length
@@ -101,7 +101,7 @@ def run(settings: ImportanceSettings) -> dict[str, Any]:
     return metrics
 
 
-def _write_scores(out: Path, scores: Any) -> None:
+def _write_scores(out: Path, scores: Scores) -> None:
     tensors = {"channels": scores.channels.to(torch.float32)}
     for i, layer in scores.layers.items():
         tensors |= {f"layers.{i}.{AXES[name].unit}": units.to(torch.float32) for name, units in layer.units.items()}

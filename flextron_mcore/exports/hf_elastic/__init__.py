@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,6 +20,9 @@ from flextron_mcore.exports.hf_elastic.family import FAMILY_FILE, build_family, 
 from flextron_mcore.families import family_of_model
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROUTERS_FILE = "flextron_routers.safetensors"
 _CODE = Path(__file__).parent / "code"
@@ -101,7 +104,7 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: Path, written: int) -> Any:
+def _loaded(folder: Path, written: int) -> PreTrainedModel:
     """written: when, so that a directory that is written again is loaded again."""
     from transformers import AutoModelForCausalLM  # slow to import
 

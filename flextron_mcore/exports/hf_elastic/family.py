@@ -30,6 +30,7 @@ from flextron_mcore.space import DTYPE_BYTES, SKIPPED, SubNetwork
 FAMILY_FILE = "flextron_family.json"
 FORMAT_VERSION = 2
 _SELECTORS = {"uniform": Uniform, "matformer": MatFormer}
+_Picks = RouterSelector | Uniform | MatFormer
 
 
 @dataclass
@@ -63,7 +64,7 @@ def build_family(job: Job) -> dict[str, Any]:
     costs = {"latency": table.cost()} if table else {}
     costs["parameters"] = parameter_cost(info.model, info.space)
     costs["memory"] = memory_cost(info.model, info.space, dtype, **memory)
-    picks: Any = trained_selector(info.path, blocks, costs) if name == "router" else _SELECTORS[name](blocks)
+    picks: _Picks = trained_selector(info.path, blocks, costs) if name == "router" else _SELECTORS[name](blocks)
     ranges = picks.ranges if isinstance(picks, RouterSelector) else {}
     networks = _Networks()
     given = [_given(info, Path(file)) for file in settings.networks]
@@ -124,7 +125,7 @@ def _given(info: CheckpointInfo, file: Path) -> SubNetwork:
     return net
 
 
-def _answers(picks: Any, cost: Cost, networks: _Networks, given: list[SubNetwork]) -> dict[str, list]:
+def _answers(picks: _Picks, cost: Cost, networks: _Networks, given: list[SubNetwork]) -> dict[str, list]:
     """The table of one cost: cost bins [score, cost, network] or null, and the least network; or rising steps [cost, network].
 
     given: [cost, network].

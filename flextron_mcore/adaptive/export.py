@@ -10,7 +10,7 @@ from flextron_mcore.adaptive.store import read_adaptive_routers
 from flextron_mcore.adaptive.table import token_cost
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
-from flextron_mcore.exports.hf_elastic.family import latency_table
+from flextron_mcore.latency.table import open_table
 from flextron_mcore.routers.store import kind_of_routers
 
 
@@ -22,7 +22,7 @@ def exported_routers(info: CheckpointInfo, latency: str | None) -> tuple[dict[st
     """
     if info.path is None or kind_of_routers(info.path) != "adaptive":
         return None
-    table = latency_table(info, latency)
+    table = open_table(info, latency)
     described, routers = read_adaptive_routers(info.path, Choices(info.model, info.space))
     name, token_costs = described.costs[0], {}
     if not described.calibration or (name == "latency" and table is None):

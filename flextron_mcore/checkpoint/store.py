@@ -19,6 +19,7 @@ from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.space import ElasticSpace
 
 INFO_FILE = "flextron.json"
+TABLE_FILE = "latency.json"  # the latency table, in the directory of `flextron latency` and beside routers
 FORMAT_VERSION = 1
 _ITERATION = re.compile(r"iter_(\d+)$")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+from flextron_mcore.checkpoint.store import TABLE_FILE
 from flextron_mcore.config import FlextronError
 from flextron_mcore.exports.formats import Job
 from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.routers.store import TABLE_FILE
 from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
 
 NO_TOKENIZER = "**No tokenizer** came with the checkpoint that this was cut from, so none is here."

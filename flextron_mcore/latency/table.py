@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from flextron_mcore.axes import AXES, DEPTH
+from flextron_mcore.checkpoint.store import TABLE_FILE, CheckpointInfo
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import Cost
 from flextron_mcore.space import ElasticSpace, SubNetwork
@@ -225,3 +226,11 @@ def _timing(row: Mapping[str, Any]) -> Timing:
     if not all(map(math.isfinite, values)):
         raise ValueError(f"a latency of {values} ms")
     return Timing(*values)
+
+
+def open_table(info: CheckpointInfo, latency: str | None) -> LatencyTable | None:
+    """The table `latency` (a file, or the directory of `flextron latency`), or else the one beside the routers, if any."""
+    if not latency and (info.path is None or not (info.path / TABLE_FILE).is_file()):
+        return None
+    file = Path(latency or info.path)
+    return LatencyTable.from_file(file / TABLE_FILE if file.is_dir() else file, info.model, info.space)

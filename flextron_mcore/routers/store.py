@@ -15,13 +15,14 @@ from typing import Any, Self
 import torch
 from safetensors.torch import load_file, save_file
 
+from flextron_mcore.checkpoint.store import TABLE_FILE
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.runtime.disk import first_line
 from flextron_mcore.space import SubNetwork
 
-ROUTERS_FILE, WEIGHTS_FILE, TABLE_FILE = "routers.json", "routers.safetensors", "latency.json"
+ROUTERS_FILE, WEIGHTS_FILE = "routers.json", "routers.safetensors"
 STATE_FILE = "router_training.pt"  # what continues their training
 FORMAT_VERSION = 1
 KINDS = ("static", "gumbel", "adaptive")  # adaptive routers are read by adaptive/store.py

@@ -15,8 +15,7 @@ from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost, parse_budget
 from flextron_mcore.latency.measure import device_name
-from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.routers.store import TABLE_FILE
+from flextron_mcore.latency.table import LatencyTable, open_table
 from flextron_mcore.runs.opened import check_widths_only
 from flextron_mcore.runs.terminal import say
 from flextron_mcore.selection import selectors
@@ -30,13 +29,8 @@ Losses = Callable[[Sequence[SubNetwork]], Sequence[float]]
 
 
 def latency_table(settings: StageSettings, info: CheckpointInfo) -> LatencyTable | None:
-    """The table of settings.latency (a file, or the directory of `flextron latency`), or else the one beside the routers."""
-    file = Path(settings.latency) if settings.latency else info.path / TABLE_FILE
-    if file.is_dir():
-        file /= TABLE_FILE
-    if not settings.latency and not file.is_file():
-        return None
-    return LatencyTable.from_file(file, info.model, info.space)
+    """The table of settings.latency, or else the one beside the routers, if any."""
+    return open_table(info, settings.latency)
 
 
 def check_table(table: LatencyTable | None) -> None:

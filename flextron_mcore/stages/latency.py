@@ -9,7 +9,7 @@ from typing import Any
 
 from flextron_mcore.adaptive.latency import measure_routed, networks_per_round
 from flextron_mcore.adaptive.table import RoutedTable, routed_warning, token_cost
-from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
+from flextron_mcore.checkpoint.store import TABLE_FILE, CheckpointInfo, open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.latency.measure import Setting, balanced, measure
@@ -22,8 +22,6 @@ from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
 from flextron_mcore.settings.sections import KV_POLICIES, LayoutSettings
 from flextron_mcore.settings.stages import LatencySettings
-
-TABLE_FILE = "latency.json"
 
 
 def run(settings: LatencySettings) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from flextron_mcore.checkpoint.store import TABLE_FILE
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import train_tokenizer
 from flextron_mcore.exports.card import NO_TOKENIZER, describe
 from flextron_mcore.exports.formats import Job, get_format
-from flextron_mcore.routers.store import TABLE_FILE
 from flextron_mcore.space import SubNetwork, count_parameters, kv_cache_bytes
 from tests import hf_toy, routing_toy
 from tests.exports.test_hf import networks

@@ -18,8 +18,8 @@ from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.exports.formats import Job
-from flextron_mcore.latency.table import LatencyTable
-from flextron_mcore.routers.store import TABLE_FILE, kind_of_routers
+from flextron_mcore.latency.table import open_table
+from flextron_mcore.routers.store import kind_of_routers
 from flextron_mcore.selection.router import BIN, WITHIN, RouterSelector
 from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.selection.trained import trained_selector
@@ -58,7 +58,7 @@ def build_family(job: Job) -> dict[str, Any]:
     if name != "router" and name not in _SELECTORS:
         known = ", ".join(["router", *_SELECTORS])
         raise FlextronError(f"selector={name}: format=hf_elastic tabulates the answers to every budget, which it can for {known}")
-    table = latency_table(info, settings.latency)
+    table = open_table(info, settings.latency)
     kv = settings.kv_cache
     memory = {"batch_size": kv.batch_size, "length": kv.length or info.model.max_position_embeddings}
     costs = {"latency": table.cost()} if table else {}
@@ -109,14 +109,6 @@ def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNe
         layers = [info.space.layer_choice(info.model, *pair) if pair[0] else SKIPPED for pair in pairs]
         networks.append(SubNetwork(row["hidden_size"], tuple(layers)))
     return networks
-
-
-def latency_table(info: CheckpointInfo, latency: str | None) -> LatencyTable | None:
-    """The table `latency` (a file, or a directory with one), or else the one beside the routers."""
-    if latency is None and (info.path is None or not (info.path / TABLE_FILE).is_file()):
-        return None
-    file = Path(latency or info.path)
-    return LatencyTable.from_file(file / TABLE_FILE if file.is_dir() else file, info.model, info.space)
 
 
 def _given(info: CheckpointInfo, file: Path) -> SubNetwork:

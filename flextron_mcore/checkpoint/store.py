@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.space import ElasticSpace
+from flextron_mcore.space import ElasticSpace, SubNetwork
 
 INFO_FILE = "flextron.json"
 TABLE_FILE = "latency.json"  # the latency table, in the directory of `flextron latency` and beside routers
@@ -48,6 +48,12 @@ class CheckpointInfo:
     def at_step(self, step: int, **changes: Any) -> CheckpointInfo:
         """Description of a checkpoint that training writes after `step`."""
         return replace(self, step=step, path=None, **changes)
+
+    def network(self, file: str | Path) -> SubNetwork:
+        """The sub-network that a JSON file describes. Raises FlextronError where the checkpoint has no such network."""
+        net = SubNetwork.from_file(file)
+        self.space.check(self.model, net, str(file))
+        return net
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for `flextron.json`."""

@@ -124,15 +124,8 @@ def chosen_network(settings: StageSettings, info: CheckpointInfo) -> Chosen:
         net, wanted = select(settings, info)
         return Chosen(net, f"selector {settings.selector} for {' and '.join(map(str, wanted))}", wanted)
     if settings.subnetwork is not None:
-        return Chosen(read_network(settings.subnetwork, info), f"the sub-network in {Path(settings.subnetwork).name}")
+        return Chosen(info.network(settings.subnetwork), f"the sub-network in {Path(settings.subnetwork).name}")
     return Chosen(SubNetwork.full(info.model), "the full model")
-
-
-def read_network(file: str | Path, info: CheckpointInfo) -> SubNetwork:
-    """The network that a JSON file describes. Raises FlextronError where the checkpoint has no such network."""
-    net = SubNetwork.from_file(file)
-    info.space.check(info.model, net, str(file))
-    return net
 
 
 def _routed(settings: StageSettings, info: CheckpointInfo, blocks: Choices) -> Selector:

@@ -9,7 +9,7 @@ from flextron_mcore.adaptive.serving import evaluate_adaptive
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.evaluation.perplexity import mean, perplexity
-from flextron_mcore.runs.choice import chosen_network, read_network
+from flextron_mcore.runs.choice import chosen_network
 from flextron_mcore.runs.opened import evaluator, open_evaluation
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar
@@ -88,7 +88,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
 def _networks(settings: EvaluateSettings, info: CheckpointInfo) -> dict[str, SubNetwork]:
     """The networks that the settings ask for, by name."""
     if settings.budget is None and settings.subnetwork is not None:
-        networks = {Path(file).stem: read_network(file, info) for file in settings.subnetwork}
+        networks = {Path(file).stem: info.network(file) for file in settings.subnetwork}
     elif settings.budget is None:
         networks = uniform_family(info.model, info.space)
         networks = {"full": networks.pop("full"), **networks}

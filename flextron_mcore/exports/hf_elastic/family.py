@@ -67,7 +67,7 @@ def build_family(job: Job) -> dict[str, Any]:
     picks: _Picks = trained_selector(info.path, blocks, costs) if name == "router" else _SELECTORS[name](blocks)
     ranges = picks.ranges if isinstance(picks, RouterSelector) else {}
     networks = _Networks()
-    given = [_given(info, Path(file)) for file in settings.networks]
+    given = [info.network(Path(file)) for file in settings.networks]
     answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
     return {
         "format": FORMAT_VERSION,
@@ -109,12 +109,6 @@ def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNe
         layers = [info.space.layer_choice(info.model, *pair) if pair[0] else SKIPPED for pair in pairs]
         networks.append(SubNetwork(row["hidden_size"], tuple(layers)))
     return networks
-
-
-def _given(info: CheckpointInfo, file: Path) -> SubNetwork:
-    net = SubNetwork.from_file(file)
-    info.space.check(info.model, net, str(file))
-    return net
 
 
 def _answers(picks: _Picks, cost: Cost, networks: _Networks, given: list[SubNetwork]) -> dict[str, list]:

@@ -21,7 +21,7 @@ from flextron_mcore.report.networks import describe
 from flextron_mcore.report.reader import Settings, StageOutput
 from flextron_mcore.report.text import cost_unit, loss, lower, percent, signed, significant, stem
 from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic, numbered
-from flextron_mcore.settings.sections import ALL_SELECTORS, Selector
+from flextron_mcore.settings.sections import ALL_SELECTORS, SelectorName
 from flextron_mcore.space import SubNetwork
 
 STYLES = {  # marker and dash of each selector
@@ -46,7 +46,7 @@ class Compared:
 class Selected(Compared):
     """The network that a selector chose, for the budget `target` if for one."""
 
-    selector: Selector
+    selector: SelectorName
     target: float | None
     subnetwork: SubNetwork
 
@@ -80,7 +80,7 @@ class RandomNetworks:
 class EqualCost:
     """A baseline's network, and the loss of the routers' network of exactly its cost."""
 
-    selector: Selector
+    selector: SelectorName
     subnetwork: SubNetwork
     share: float
     mean_loss: float
@@ -95,7 +95,7 @@ class Fit:
     _ci: intervals of 95% confidence. None if the points do not determine the fit.
     """
 
-    selector: Selector
+    selector: SelectorName
     of: Literal["non_embedding_parameters", "cost"]
     points: int
     Nc: float | None

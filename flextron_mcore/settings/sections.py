@@ -11,8 +11,8 @@ from flextron_mcore.space import ATTENTION_UNITS
 
 PRECISIONS = ("fp32", "bf16")
 DTYPES = ("fp32", "bf16", "fp16")
-Selector = Literal["router", "uniform", "matformer", "sensitivity", "random"]
-ALL_SELECTORS = get_args(Selector)
+SelectorName = Literal["router", "uniform", "matformer", "sensitivity", "random"]
+ALL_SELECTORS = get_args(SelectorName)
 SELECTORS = ALL_SELECTORS[:-1]  # random evaluates networks, for which most commands have no data
 KvPolicy = Literal["full", "own"]
 KV_POLICIES = get_args(KvPolicy)

@@ -99,7 +99,7 @@ class ImportanceSettings(ForwardSettings):
 
 @dataclass
 class SelectorSettings(StageSettings):
-    """Keys of every stage that may use a selector: what costs are and what blocks lose."""
+    """Keys of every stage that chooses networks: how costs are counted, and what blocks lose."""
 
     latency: str | None = path(None, "table of `flextron latency`; null: the one beside the routers")
     sensitivity: str | None = path(None, "for selector sensitivity: directory of `flextron sensitivity`")

@@ -73,7 +73,8 @@ class AdaptiveRouting:
 
     def layer(self, index: int) -> RoutedLayer:
         """Routing of a layer for the micro-batch that was begun, also when it is computed again in a backward pass."""
-        return RoutedLayer(*(AdaptiveBlock(self, block, self.micro_batch) for block in (2 * index, 2 * index + 1)))
+        micro_batch = self.micro_batch
+        return RoutedLayer.of(index, lambda block: AdaptiveBlock(self, block, micro_batch))
 
     def count(self, block: int, levels_SB: Tensor, counted_SB: Tensor) -> None:
         """Add the counted tokens' levels to `counts_NK`."""

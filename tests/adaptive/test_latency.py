@@ -53,7 +53,7 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
         found = []
         for layer in model.decoder.layers:
             routing = layer.state.routing
-            for axis, block in enumerate((routing.of_attention, routing.of_mlp)):
+            for axis, block in enumerate(routing.blocks.values()):
                 levels = block.fixed.levels_NSB[block.block]
                 sizes = np.array([blocks.space.heads, blocks.space.ffn_hidden_size][axis])
                 first = levels[:8].numpy()

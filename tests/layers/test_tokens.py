@@ -27,7 +27,7 @@ class Fixed:
         self.leaves: dict[int, torch.Tensor] = {}
 
     def layer(self, index: int) -> RoutedLayer:
-        return RoutedLayer(Fixed.Block(self, 2 * index), Fixed.Block(self, 2 * index + 1))
+        return RoutedLayer.of(index, lambda block: Fixed.Block(self, block))
 
     class Block:
         def __init__(self, outer: Fixed, index: int) -> None:

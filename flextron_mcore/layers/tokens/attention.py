@@ -38,9 +38,9 @@ def routed_attention(
     routing: BlockRouting,
     hidden_states: Tensor,
     key_value_states: Tensor | None = None,
-    inference_context: Any = None,
-    rotary_pos_emb: Any = None,
-    inference_params: Any = None,
+    inference_context: BaseInferenceContext | None = None,
+    rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+    inference_params: BaseInferenceContext | None = None,
     **kwargs: Any,
 ) -> Output:
     """Self-attention with the levels of `routing`: [S, B, C] -> ([S, B, C], bias or None). Arguments as Megatron-Core's."""

@@ -1,11 +1,11 @@
-"""Token routing of a layer: its two blocks computed with a level for every token.
+"""Token routing of a layer: its blocks computed with a level for every token.
 
 Shape suffixes: S sequence, B batch, C hidden channels, N blocks, K candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from flextron_mcore.axes import layer_axes
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.rows import PrefixRows
 from flextron_mcore.layers.state import Output
@@ -26,10 +27,15 @@ if TYPE_CHECKING:  # the core layers do not import token routing, nor the revers
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """The LayerRouting (layers/state.py) of two blocks' routings."""
+    """The LayerRouting (layers/state.py) of blocks' routings, by axis."""
 
-    of_attention: BlockRouting
-    of_mlp: BlockRouting
+    blocks: Mapping[str, BlockRouting]
+
+    @classmethod
+    def of(cls, index: int, block: Callable[[int], BlockRouting]) -> RoutedLayer:
+        """Routing of a layer. block: makes that of a block, numbered as in Choices: by layer, then by axis."""
+        axes = layer_axes()
+        return cls({axis.name: block(index * len(axes) + i) for i, axis in enumerate(axes)})
 
     def attention(
         self, module: ElasticSelfAttention, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
@@ -37,15 +43,16 @@ class RoutedLayer:
         """Each token with the heads of its own level."""
         if attention_mask is not None:
             raise FlextronError("routing token by token knows the causal mask only: attention_mask must be None")
-        return routed_attention(module, self.of_attention, hidden_states, *args, **kwargs)
+        return routed_attention(module, self.blocks[module.axis], hidden_states, *args, **kwargs)
 
     def mlp(self, module: ElasticMLP, hidden_states: Tensor) -> Output:
         """Each token with the neurons of its own level."""
-        levels_SB = self.of_mlp.levels(hidden_states, module.config.sequence_parallel)
+        routing = self.blocks[module.axis]
+        levels_SB = routing.levels(hidden_states, module.config.sequence_parallel)
         widths, channels = [module.local(size) for size in module.space.ffn_hidden_size], hidden_states.shape[-1]
         edges = [0, *widths]
-        if self.of_mlp.masked:
-            mask_SBK = self.of_mlp.masks(levels_SB)[..., : len(widths)]
+        if routing.masked:
+            mask_SBK = routing.masks(levels_SB)[..., : len(widths)]
             sizes = torch.tensor([high - low for low, high in zip(edges, widths, strict=False)], device=levels_SB.device)
             return module.prefix(hidden_states, widths[-1], mask_SBK.repeat_interleave(sizes, -1))
         order, steps = by_level(levels_SB, len(widths))
@@ -76,7 +83,7 @@ class FixedLevels:
 
     def layer(self, index: int) -> RoutedLayer:
         """Routing of a layer."""
-        return RoutedLayer(_FixedBlock(self, 2 * index), _FixedBlock(self, 2 * index + 1))
+        return RoutedLayer.of(index, lambda block: _FixedBlock(self, block))
 
 
 @dataclass(frozen=True)

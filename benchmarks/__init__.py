@@ -1,6 +1,6 @@
 """Side-by-side ratios: what elasticity costs. Nothing here asserts on time; `docs/benchmarks.md` explains and holds figures.
 
-Compared things run alternately (A B, B A, A B, ...) so that what else happens on the machine meets all of them alike, and every
+Compared things run alternately (A B, B A, A B, ...) so that what else happens on the machine meets all of them equally, and every
 round gives one ratio. On the CPU the clock is the processor time of this process, which other processes disturb least.
 """
 
@@ -70,7 +70,7 @@ def clock() -> float:
 
 
 def print_settings(title: str, *lines: str) -> None:
-    """What was measured, on what, when."""
+    """Print the title, the settings, the machine and the date."""
     import megatron.core
     import torch
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.average_time DATA ADAPTIVE [ADAPTIVE ...]`: the time of adaptive choices, and the budget they were given.
 
 DATA: of `flextron data`; ADAPTIVE: runs of `flextron router kind=adaptive` with a latency table that counts routing (`flextron
-latency routed.enabled=true`). Passes are of the table's size, over validation data of all domains mixed; the routers are told
+latency routed.enabled=true`). Passes are of the table's size, over validation data of all domains in turn; the routers get
 a budget and take their target from the calibration that is stored with them.
 """
 
@@ -50,11 +50,11 @@ def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds:
     (model,) = loaded_model(LayoutSettings(), info, "bf16" if table.machine.get("dtype") == "bfloat16" else "fp32")
     model.eval()
     tokens = in_turn(datasets, passes * setting["batch_size"]).split(setting["batch_size"])
-    measured = f"{table.machine.get('device')}, {table.machine.get('threads')} thread(s)"
+    machine = f"{table.machine.get('device')}, {table.machine.get('threads')} thread(s)"
     print_settings(
         f"average_time: {name}",
         f"{passes} passes of {setting['batch_size']} x {setting['prompt_length']} tokens, {', '.join(datasets)} mixed; median "
-        f"(quartiles) of {rounds} paired rounds; the table: {measured}",
+        f"(quartiles) of {rounds} paired rounds; the table: {machine}",
     )
     nets: dict[str, Any] = {"full": None}
     chosen: dict[str, RoutersAtBudget] = {}

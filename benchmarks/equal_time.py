@@ -35,7 +35,7 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
     from flextron_mcore.runs.terminal import print_table
 
     info = open_checkpoint(static)
-    length, blocks = info.model.max_position_embeddings, Choices(info.model, info.space)
+    length, choices = info.model.max_position_embeddings, Choices(info.model, info.space)
     print_settings(
         "equal_time: adaptive routers, and the static routers' network that takes as long",
         f"a forward pass over {sequences} x {length} tokens of each domain, processor time, median of {rounds} paired rounds;",
@@ -53,7 +53,7 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
             bar.update()
         for path in adaptive:
             own = open_checkpoint(path)
-            described, routers = read_adaptive_routers(own.path, blocks)
+            described, routers = read_adaptive_routers(own.path, choices)
             routed = loaded_model(LayoutSettings(), own, "fp32")  # with joint training another model
             for share in TARGETS:
                 target = torch.tensor([target_for(described.calibration, share, nearest=True)])
@@ -79,10 +79,10 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
 def _static(info: Any, shares: list[float]) -> dict[float, Any]:
     """What the static routers take for these shares of the full model's cost."""
     from flextron_mcore.cost import Budget
-    from flextron_mcore.runs.choice import known_costs, latency_table, selector
+    from flextron_mcore.runs.choice import available_costs, latency_table, selector
 
     config = settings()
-    costs = known_costs(config, info, latency_table(config, info))
+    costs = available_costs(config, info, latency_table(config, info))
     picks = selector(config, info, "router")
     cost = costs[next(iter(picks.costs))]
     return {share: picks.select([Budget(cost, share * cost.full)]) for share in shares}

@@ -40,7 +40,7 @@ class ElasticTraining:
         self.per_batch = 1 + count
         self.names = ["lm loss", *(f"sub-network {i + 1} loss" for i in range(count))]
         self._draw = functools.partial(draw, model, space, seed, count=count, mode=mode)
-        self._seen: dict[int, tuple[int, int]] = {}  # chunk -> (step, forward passes in it)
+        self._passes: dict[int, tuple[int, int]] = {}  # chunk -> (step, forward passes in it)
 
     def networks(self, step: int) -> list[SubNetwork | None]:
         """The networks of a step, the full model (None) first."""
@@ -64,9 +64,9 @@ class ElasticTraining:
                 f"size a multiple of {self.per_batch} x the micro-batch size x the data-parallel size"
             )
         key = id(unwrap(chunk))
-        seen_step, seen = self._seen.get(key, (step, 0))
-        done = seen if seen_step == step else 0
-        self._seen[key] = step, done + 1
+        counted_step, passes = self._passes.get(key, (step, 0))
+        done = passes if counted_step == step else 0
+        self._passes[key] = step, done + 1
         index = done % self.per_batch
         set_subnetwork(chunk, self.networks(step)[index])
         return index

@@ -24,29 +24,29 @@ def family(layers: int = 4, **space) -> Choices:
     return Choices(arch, ElasticSpace.build(arch, **space))
 
 
-def latency(blocks: Choices) -> Cost:
+def latency(choices: Choices) -> Cost:
     """Made-up milliseconds that no two candidates share."""
 
     def at(channels: int) -> Cost:
-        share = channels / blocks.model.hidden_size
-        heads = tuple(1.1 * size**0.7 * share + 0.31 for size in blocks.space.heads)
-        widths = tuple(0.083 * size**0.9 * share + 0.17 for size in blocks.space.ffn_hidden_size)
+        share = channels / choices.model.hidden_size
+        heads = tuple(1.1 * size**0.7 * share + 0.31 for size in choices.space.heads)
+        widths = tuple(0.083 * size**0.9 * share + 0.17 for size in choices.space.ffn_hidden_size)
         candidates = {"heads": heads, "ffn_hidden_size": widths}
-        return Cost("latency", blocks.model, blocks.space, 0.4 + 1.6 * share, candidates)
+        return Cost("latency", choices.model, choices.space, 0.4 + 1.6 * share, candidates)
 
-    narrow = tuple((size, at(size)) for size in blocks.space.hidden_size[:-1])
-    return replace(at(blocks.model.hidden_size), narrow=narrow)
+    narrow = tuple((size, at(size)) for size in choices.space.hidden_size[:-1])
+    return replace(at(choices.model.hidden_size), narrow=narrow)
 
 
-def true_loss(blocks: Choices, seed: int = 0):
+def true_loss(choices: Choices, seed: int = 0):
     """network -> loss above the full model's: every block matters differently, and layers next to each other depend."""
     generator = np.random.default_rng(seed)
-    weights = generator.uniform(0.1, 1.0, blocks.count)
-    pairs = generator.uniform(0.0, 0.15, blocks.count - 1)
-    sizes = np.array([len(candidates) for candidates in blocks.sizes])
+    weights = generator.uniform(0.1, 1.0, choices.count)
+    pairs = generator.uniform(0.0, 0.15, choices.count - 1)
+    sizes = np.array([len(candidates) for candidates in choices.sizes])
 
     def loss(net: SubNetwork) -> float:
-        missing = 1 - (np.array(blocks.indices(net)) + 1) / sizes
+        missing = 1 - (np.array(choices.indices(net)) + 1) / sizes
         return 0.2 * float((weights * missing**2).sum() + (pairs * missing[1:] * missing[:-1]).sum())
 
     return loss

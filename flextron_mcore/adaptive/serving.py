@@ -23,7 +23,7 @@ from flextron_mcore.cost import Budget
 from flextron_mcore.data.blend import PreparedData, valid_datasets
 from flextron_mcore.evaluation.perplexity import mean, perplexity
 from flextron_mcore.model import loaded_model
-from flextron_mcore.runs.choice import budgets, known_costs, latency_table
+from flextron_mcore.runs.choice import available_costs, budgets, latency_table
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.distributed import device
@@ -65,7 +65,7 @@ def routers_at_budget(settings: EvaluateSettings | GenerateSettings, info: Check
     policy = settings.kv_policy or described.kv_policy
     if policy not in KV_POLICIES:
         raise FlextronError(f"kv_policy={policy!r} is not known: use one of {', '.join(KV_POLICIES)}")
-    budget, *others = budgets(settings.budget, known_costs(settings, info, table))
+    budget, *others = budgets(settings.budget, available_costs(settings, info, table))
     if others or budget.cost.name != described.costs[0]:
         raise FlextronError(
             f"budget={settings.budget}: the checkpoint's adaptive routers serve one budget, of {described.costs[0]}"

@@ -19,7 +19,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, train_dataset, valid_datasets
 from flextron_mcore.model import loaded_model
 from flextron_mcore.routers.store import read_routers
-from flextron_mcore.runs.choice import check_table, known_costs, latency_table
+from flextron_mcore.runs.choice import available_costs, check_table, latency_table
 from flextron_mcore.runs.opened import check_not_modulated
 from flextron_mcore.runs.output import discard, write_metrics
 from flextron_mcore.runs.resume import resumable_output
@@ -105,7 +105,7 @@ def _learner(settings: RouterStageSettings | JointSettings, info: CheckpointInfo
         raise FlextronError("adaptive.calibration_samples and targets_per_step must be at least 1")
     choices, table = Choices(info.model, info.space), latency_table(settings, info)
     check_table(table)
-    known = known_costs(settings, info, table)
+    available = available_costs(settings, info, table)
     if settings.stage == "joint":
         described, routers = read_adaptive_routers(info.path, choices)
         described, surrogate = replace(described, evaluated=()), None  # losses of another model, once this one has learned
@@ -118,9 +118,9 @@ def _learner(settings: RouterStageSettings | JointSettings, info: CheckpointInfo
                 f"router: warning: the latency table counts routers with {routed.hidden_size} hidden units, "
                 f"not adaptive.hidden_size={described.hidden_size}"
             )
-    if missing := [name for name in described.costs if name not in known]:
+    if missing := [name for name in described.costs if name not in available]:
         raise FlextronError(f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
-    costs = [known[name] for name in described.costs]
+    costs = [available[name] for name in described.costs]
     warn_of_routed(table, costs, described.kv_policy, say)
     return AdaptiveLearner(
         choices,

@@ -49,15 +49,15 @@ def equal_rows(selectors: Mapping[str, Selector], cost: Cost, losses: Evaluator)
     rows, router = [], selectors.get("router")
     for name, selector in selectors.items():
         for net in selector.networks() if isinstance(selector, Uniform | MatFormer) else ():
-            routed = router.select([Budget(cost, cost.of(net))]) if router else None
+            by_router = router.select([Budget(cost, cost.of(net))]) if router else None
             rows.append(
                 {
                     "selector": name,
                     "subnetwork": net.to_dict(),
                     "share": cost.of(net) / cost.full,
                     "mean_loss": losses.mean(net),
-                    "router_share": cost.of(routed) / cost.full if routed else None,
-                    "router_loss": losses.mean(routed) if routed else None,
+                    "router_share": cost.of(by_router) / cost.full if by_router else None,
+                    "router_loss": losses.mean(by_router) if by_router else None,
                 }
             )
     return rows

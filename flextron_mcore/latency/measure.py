@@ -95,8 +95,8 @@ def measure(
     found = []
     for statistic in STATISTICS:
         table = replace(table, statistic=statistic)
-        measured = [(net, getattr(timings["network", first + i], statistic)) for i, net in enumerate(whole)]
-        found.append(replace(table, check=check_errors(table.cost(), measured)))
+        latencies = [(net, getattr(timings["network", first + i], statistic)) for i, net in enumerate(whole)]
+        found.append(replace(table, check=check_errors(table.cost(), latencies)))
     return min(found, key=lambda table: (table.check["median_error"], table.statistic != "median"))
 
 

@@ -152,7 +152,7 @@ class LatencyTable:
 def fit(
     model: ModelConfig,
     space: ElasticSpace,
-    measured: Sequence[tuple[SubNetwork, float]],
+    latencies: Sequence[tuple[SubNetwork, float]],
     setting: Mapping[str, Any],
     machine: Mapping[str, Any],
 ) -> LatencyTable:
@@ -163,38 +163,38 @@ def fit(
     FlextronError where the networks leave an entry undetermined.
     """
     first = space.layer_axes[0]
-    told = {axis.name: space.sizes[axis.name][1:] for axis in space.layer_axes}
+    fitted = {axis.name: space.sizes[axis.name][1:] for axis in space.layer_axes}
     if space.elastic(DEPTH):
-        told[first.name] = space.sizes[first.name]
-    entries = ["the constant", *(f"{size} {AXES[name].unit}" for name, sizes in told.items() for size in sizes)]
-    rows = np.zeros((len(measured), len(space.hidden_size), len(entries)))
-    for row, (net, _) in zip(rows, measured, strict=True):
+        fitted[first.name] = space.sizes[first.name]
+    entries = ["the constant", *(f"{size} {AXES[name].unit}" for name, sizes in fitted.items() for size in sizes)]
+    rows = np.zeros((len(latencies), len(space.hidden_size), len(entries)))
+    for row, (net, _) in zip(rows, latencies, strict=True):
         space.check(model, net)
-        has = [[AXES[name].size(layer) for layer in net.executed_layers].count(size) for name in told for size in told[name]]
+        has = [[AXES[name].size(layer) for layer in net.executed_layers].count(size) for name in fitted for size in fitted[name]]
         row[space.hidden_size.index(net.hidden_size)] = [1.0, *has]
-    matrix = rows.reshape(len(measured), -1)
+    matrix = rows.reshape(len(latencies), -1)
     if np.linalg.matrix_rank(matrix) < matrix.shape[1]:
         sizes = f" at each of the hidden sizes {list(space.hidden_size)}" if len(space.hidden_size) > 1 else ""
         raise FlextronError(
-            f"{len(measured)} measured networks do not determine the {matrix.shape[1]} entries of the table "
+            f"{len(latencies)} measured networks do not determine the {matrix.shape[1]} entries of the table "
             f"({', '.join(entries)}{sizes}): measure more, with different widths in their layers"
         )
-    found, *_ = np.linalg.lstsq(matrix, np.array([milliseconds for _, milliseconds in measured]), rcond=None)
+    found, *_ = np.linalg.lstsq(matrix, np.array([milliseconds for _, milliseconds in latencies]), rcond=None)
     timings = {}
     for size, part in zip(space.hidden_size, found.reshape(len(space.hidden_size), -1).tolist(), strict=True):
         constant, *rest = (Timing(value, value) for value in part)
-        found_of = dict(zip(((name, size) for name in told for size in told[name]), rest, strict=True))
-        candidates = {name: tuple(found_of.get((name, size), Timing(0.0, 0.0)) for size in space.sizes[name]) for name in told}
+        found_of = dict(zip(((name, size) for name in fitted for size in fitted[name]), rest, strict=True))
+        candidates = {name: tuple(found_of.get((name, size), Timing(0.0, 0.0)) for size in space.sizes[name]) for name in fitted}
         timings[size] = Timings(constant, candidates)
     table = LatencyTable(model, space, setting, machine, "median", timings)
-    return replace(table, check=check_errors(table.cost(), measured))
+    return replace(table, check=check_errors(table.cost(), latencies))
 
 
-def check_errors(cost: Cost, measured: Sequence[tuple[SubNetwork, float]]) -> dict[str, float]:
+def check_errors(cost: Cost, latencies: Sequence[tuple[SubNetwork, float]]) -> dict[str, float]:
     """Relative errors of a cost's sums against measured values of whole networks."""
-    errors = np.array([abs(cost.of(net) - value) / value for net, value in measured])
+    errors = np.array([abs(cost.of(net) - value) / value for net, value in latencies])
     return {
-        "networks": len(measured),
+        "networks": len(latencies),
         "median_error": float(np.median(errors)),
         "p95_error": float(np.percentile(errors, 95)),
         "largest_error": float(errors.max()),

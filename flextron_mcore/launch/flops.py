@@ -207,20 +207,20 @@ def _family(costs: Costs, settings: StageSettings) -> float:
 
 def _sensitivity(costs: Costs, settings: StageSettings) -> float:
     """The full model, and it with every smaller candidate of every block."""
-    blocks, full = Choices(costs.model, costs.space), SubNetwork.full(costs.model)
+    choices, full = Choices(costs.model, costs.space), SubNetwork.full(costs.model)
     of_layer = range(len(costs.space.layer_axes))  # the same in every layer
-    smaller = [(block, k) for block in of_layer for k in range(len(blocks.sizes[block]) - 1)]
-    return costs.full + costs.model.num_layers * sum(costs.of(blocks.replaced(full, *place)) for place in smaller)
+    smaller = [(block, k) for block in of_layer for k in range(len(choices.sizes[block]) - 1)]
+    return costs.full + costs.model.num_layers * sum(costs.of(choices.replaced(full, *place)) for place in smaller)
 
 
 def _compared(costs: Costs, settings: StageSettings) -> float:
     """Networks that two selectors share are counted twice; dense not at all."""
-    names, blocks = list(settings.selectors), Choices(costs.model, costs.space)
+    names, choices = list(settings.selectors), Choices(costs.model, costs.space)
     targets = [costs.budgeted(None, 1.0, part) for part in _TARGETS]
     if settings.targets is not None:
         targets = [share * costs.full for share in settings.targets]
     each = settings.random_at_target + len(names) + ("random" in names) * settings.random_networks
-    known = {"uniform": Uniform(blocks).networks(), "matformer": MatFormer(blocks).networks()}
+    known = {"uniform": Uniform(choices).networks(), "matformer": MatFormer(choices).networks()}
     equal = sum(costs.of(net) for name in names for net in known.get(name, ())) * (2 if "router" in names else 1)
     return costs.full + each * sum(targets) + equal
 

@@ -105,17 +105,17 @@ def slurm_states(ids: Sequence[str]) -> dict[str, str]:
 
 def follow(results: Path, records: Sequence[Record], say: Callable[[str], None], interval: float = 5.0) -> list[State]:
     """Wait until every job has ended, and tell of each change; the last states."""
-    told: dict[str, tuple[str, str]] = {}
+    shown: dict[str, tuple[str, str]] = {}
     since: dict[str, float] = {}
     while True:
         found = states(results, records)
         for state in found:
             name, now = state.record.name, (state.state, state.progress)
-            changed = told.get(name, ("", ""))[0] != state.state
+            changed = shown.get(name, ("", ""))[0] != state.state
             # progress at most once a minute, changes of state at once
-            if changed or (now != told[name] and time.monotonic() - since[name] > 60):
+            if changed or (now != shown[name] and time.monotonic() - since[name] > 60):
                 say(f"{name:<14}{state.state.lower():<12}{state.progress}".rstrip())
-                told[name], since[name] = now, time.monotonic()
+                shown[name], since[name] = now, time.monotonic()
         if not any(state.alive for state in found):
             return states(results, records)
         time.sleep(interval)

@@ -16,7 +16,7 @@ from flextron_mcore.settings.stages import STAGES
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace
 
-ROUTED = ("gumbel", "joint", "router")  # checkpoints with routers, the one that knows most first
+WITH_ROUTERS = ("gumbel", "joint", "router")  # checkpoints with routers, the furthest trained first
 # For each stage, what its keys take: results of the first of these stages that is planned before it, else of the first that is
 # complete on disk; `data` and `hf` are launch's own keys, `results` its directory. A key in OPTIONAL may stay as it is.
 INPUTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -29,11 +29,11 @@ INPUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "router": {"checkpoint": ("elastic",), "data": ("data",), "latency": ("latency",)},
     "joint": {"checkpoint": ("router",), "data": ("data",)},
     "gumbel": {"checkpoint": ("elastic", "importance"), "data": ("data",), "latency": ("latency",)},
-    "sensitivity": {"checkpoint": (*ROUTED, "elastic"), "data": ("data",)},
-    "compare": {"checkpoint": ROUTED, "data": ("data",), "sensitivity": ("sensitivity",)},
-    "evaluate": {"checkpoint": (*ROUTED, "elastic"), "data": ("data",)},
-    "family": {"checkpoint": ROUTED, "data": ("data",)},
-    "export": {"checkpoint": (*ROUTED, "elastic", "importance", "pretrain", "import")},
+    "sensitivity": {"checkpoint": (*WITH_ROUTERS, "elastic"), "data": ("data",)},
+    "compare": {"checkpoint": WITH_ROUTERS, "data": ("data",), "sensitivity": ("sensitivity",)},
+    "evaluate": {"checkpoint": (*WITH_ROUTERS, "elastic"), "data": ("data",)},
+    "family": {"checkpoint": WITH_ROUTERS, "data": ("data",)},
+    "export": {"checkpoint": (*WITH_ROUTERS, "elastic", "importance", "pretrain", "import")},
     "report": {"run": ("results",)},
 }
 OPTIONAL = {("prepare", "tokenizer"), ("router", "latency"), ("gumbel", "latency"), ("compare", "sensitivity")}

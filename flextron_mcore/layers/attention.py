@@ -115,9 +115,9 @@ class ElasticSelfAttention(ElasticBlock, SelfAttention):
             heads = [(slice(groups), slice(full + 2))]
         else:  # the first query heads, then key and value
             heads = [(slice(groups), slice(queries)), (slice(groups), slice(full, None))]
-        (mixed,) = layer(hidden_states, layout.rows(heads, hidden_states.shape[-1], layer.weight.shape[1], dim=1))
-        mixed = mixed.view(*mixed.shape[:2], groups, (queries + 2) * size)
-        query, key, value = mixed.split([queries * size, size, size], dim=3)
+        (qkv,) = layer(hidden_states, layout.rows(heads, hidden_states.shape[-1], layer.weight.shape[1], dim=1))
+        qkv = qkv.view(*qkv.shape[:2], groups, (queries + 2) * size)
+        query, key, value = qkv.split([queries * size, size, size], dim=3)
         query = query.reshape(*query.shape[:2], groups * queries, size)
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)

@@ -42,7 +42,7 @@ def run_networks(
 
     Returns [len(networks), 2] float64, the same on all ranks: sums of the language-model loss and of tokens over the
     data-parallel group. Unless forward_only, leaves the gradients of eq. 5 in the model: of the sum over networks of their mean
-    losses. Megatron-Core divides by the number of tokens that it is told, which is the full model's alone.
+    losses. Megatron-Core divides by the number of tokens that it is passed, which is the full model's alone.
 
     model: this rank's virtual-pipeline chunks (usually one). batches: makes an iterator of this rank's micro-batches. teach:
     distillation of the networks from the first one. gates: one for each block of each network, or None for a network without;

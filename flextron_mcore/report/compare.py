@@ -178,10 +178,10 @@ def highlights(results: list[Comparison]) -> Highlights:
 
 def sentence(c: Comparison) -> str | None:
     """The routers' loss at the smallest budget, in words; None without routers."""
-    routed = [net for net in c.of("router") if net.target is not None]
-    if not routed:
+    by_router = [net for net in c.of("router") if net.target is not None]
+    if not by_router:
         return None
-    net = min(routed, key=lambda net: net.target)
+    net = min(by_router, key=lambda net: net.target)
     text = f"Asked for {100 * net.target:.4g}% of the full model’s {c.cost}, the routers choose a network with a mean loss of"
     text += f" {loss(net.mean_loss)}, against {loss(c.full.mean_loss)} of the full model"
     row = next((row for row in c.random if row.target == net.target and row.better_than is not None), None)
@@ -208,12 +208,12 @@ def _loss_section(c: Comparison, key: str, label: str) -> Section:
         *((f"Loss, {domain}", [loss((net.loss or {}).get(domain)) for net in nets]) for domain in domains),
     ]
     note = f"Networks that each selector chooses for a budget, evaluated on {c.samples:,} samples; target and share are fractions"
-    note += f" of the full model’s {c.cost}, the smallest network has {percent(c.smallest_cost / c.full_cost)}.{_measured(c)}"
+    note += f" of the full model’s {c.cost}, the smallest network has {percent(c.smallest_cost / c.full_cost)}.{_latency_note(c)}"
     pictures = [loss_against(c, by) for by in ("cost", "non_embedding_parameters")]
     return Section(key, f"Loss against {c.cost}{label}", note, [Table.of_columns(columns, strong=0)], pictures)
 
 
-def _measured(c: Comparison) -> str:
+def _latency_note(c: Comparison) -> str:
     """Where a latency was measured, as a sentence after a space; empty for another cost."""
     if c.cost != "latency":
         return ""
@@ -229,7 +229,7 @@ def _fits_section(c: Comparison, key: str, label: str) -> Section:
     names = {"cost": c.cost if c.cost == unit else f"{c.cost} ({unit})", "non_embedding_parameters": "non-embedding parameters"}
     rows = [[fit.selector, names[fit.of], f"{fit.points:,}", *_fitted(fit)] for fit in c.scaling_law]
     note = "L(N) = (N / Nc)^−α + E (the paper’s eq. 12 and Table 3), fitted to the networks of a selector and the full model; in"
-    note += " brackets 95% confidence intervals. Networks that are too few or too much alike do not determine a fit."
+    note += " brackets 95% confidence intervals. Networks that are too few or too similar do not determine a fit."
     table = Table(["Selector", "N", "Networks", "Nc", "α", "E"], rows, left=2)
     return Section(key, f"Scaling law{label}", note, [table], [])
 
@@ -303,9 +303,9 @@ def loss_against(c: Comparison, by: str) -> Picture:
             style["zorder"] = 3.5 if selector == "router" else 3
             axes.plot(*zip(*map(place, nets), strict=True), label=NAMES.get(selector, selector), **style)
         axes.plot(*place(c.full), "*", color=theme.ink, markersize=13, zorder=4, linestyle="none", label="full model")
-        routed = [place(net)[0] for net in c.of("router")]
-        if fit and routed:
-            x = np.linspace(min(routed), max(*routed, place(c.full)[0]), 200)
+        by_router = [place(net)[0] for net in c.of("router")]
+        if fit and by_router:
+            x = np.linspace(min(by_router), max(*by_router, place(c.full)[0]), 200)
             axes.plot(x, fit.loss(x * own), color=theme.ink, linewidth=1, alpha=0.7, label="fit to router (eq. 12)", zorder=2)
         if by == "cost":
             shown = own / unit  # of one percent
@@ -328,7 +328,7 @@ def random_boxes(c: Comparison) -> Picture:
     rows = [row for row in sorted(c.random, key=lambda row: row.target) if row.finite]
     places = [100 * row.target for row in rows]
     gap = min((b - a for a, b in zip(places, places[1:], strict=False)), default=10.0)
-    routed = [(100 * row.target, row.router_loss) for row in rows if row.router_loss is not None]
+    by_router = [(100 * row.target, row.router_loss) for row in rows if row.router_loss is not None]
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = chart(figure, f"Budget (% of the full model’s {c.cost})")
@@ -338,9 +338,9 @@ def random_boxes(c: Comparison) -> Picture:
         look = {"patch_artist": True, "boxprops": box, "medianprops": middle, **lines}
         axes.boxplot([row.finite for row in rows], positions=places, widths=0.5 * gap, whis=(0, 100), manage_ticks=False, **look)
         handles = [Patch(**box, label="random networks"), *axes.plot([], [], **middle, label="their median")]
-        if routed:
+        if by_router:
             style = {"color": theme.after, "markersize": 5.5, "zorder": 5, "label": "router"}
-            handles += axes.plot(*zip(*routed, strict=True), "o-", **style)
+            handles += axes.plot(*zip(*by_router, strict=True), "o-", **style)
         axes.axhline(c.full.mean_loss, color=theme.ink, linestyle="--", linewidth=1)
         handles += axes.plot([], [], "--", color=theme.ink, linewidth=1, label="full model")
         axes.grid(False, axis="x")

@@ -47,12 +47,12 @@ class BudgetChoice:
 
 
 @dataclass(frozen=True)
-class RoutingStep:
+class RouterStep:
     """One training step; None for values that were not logged.
 
-    loss: the full model's; subnetwork_losses: of the step's routed networks. surrogate_loss: mean squared error of the surrogate
-    on the step's new pairs, in nats squared; surrogate_error: that over the variance of the losses. temperature: of relaxed
-    choices.
+    loss: the full model's; subnetwork_losses: of the networks that the routers drew in the step. surrogate_loss: mean squared
+    error of the surrogate on the step's new pairs, in nats squared; surrogate_error: that over the variance of the losses.
+    temperature: of relaxed choices.
     """
 
     step: int
@@ -66,7 +66,7 @@ class RoutingStep:
 
     @property
     def excess(self) -> float | None:
-        """Mean loss of the routed networks above the full model's."""
+        """Mean loss of the routers' networks above the full model's."""
         losses = self.subnetwork_losses
         return sum(losses) / len(losses) - self.loss if losses else None
 
@@ -85,7 +85,7 @@ class Routers:
 
 
 @dataclass(frozen=True)
-class Routing:
+class TrainedRouters:
     """One directory of a stage that trains routers. budgets: empty for routers that choose for every token."""
 
     label: str
@@ -94,7 +94,7 @@ class Routing:
     routers: Routers
     budgets: list[BudgetChoice] | None
     training: Training
-    steps: list[RoutingStep]
+    steps: list[RouterStep]
 
     @property
     def relaxed(self) -> bool:
@@ -112,7 +112,7 @@ class Routing:
         """The first step at which the routers follow the surrogate, or None."""
         return next((row.step for row in self.steps if row.routers_follow_surrogate), None)
 
-    def settles_from(self) -> int | None:
+    def steady_from(self) -> int | None:
         """The first step that follows the surrogate and whose error is near the median of the last quarter, or None.
 
         Near: at most half above it.
@@ -131,73 +131,73 @@ class Routing:
         first = self.follows_from()
         if first is None:
             return []
-        end, settled = self.steps[-1].step, self.settles_from()
-        settled = end if settled is None else max(settled, first)
-        return [(self.steps[0].step, first), (first, settled), (settled, end)]
+        end, steady = self.steps[-1].step, self.steady_from()
+        steady = end if steady is None else max(steady, first)
+        return [(self.steps[0].step, first), (first, steady), (steady, end)]
 
 
-def read(output: StageOutput) -> Routing:
+def read(output: StageOutput) -> TrainedRouters:
     """One directory of `router`, `joint` or `gumbel`."""
-    steps = [row.into(RoutingStep) for row in output.log("train")]
-    found = output.into(Routing, training=training.read(output), steps=steps)
+    steps = [row.into(RouterStep) for row in output.log("train")]
+    found = output.into(TrainedRouters, training=training.read(output), steps=steps)
     return replace(found, budgets=sorted(found.budgets or (), key=lambda budget: -budget.target))
 
 
-def sections(results: list[Routing]) -> list[Section]:
+def sections(results: list[TrainedRouters]) -> list[Section]:
     """The chosen networks, the training, and the two signals side by side, for which there is data."""
-    parts = [_budgets_section(results)] if any(routing.budgets for routing in results) else []
+    parts = [_budgets_section(results)] if any(trained.budgets for trained in results) else []
     parts.append(_training_section(results))
-    routers = [routing for routing in results if routing.kind == "router" and routing.budgets]
-    if len(routers) > 1 and not all(routing.routers.surrogate for routing in routers):
+    routers = [trained for trained in results if trained.kind == "router" and trained.budgets]
+    if len(routers) > 1 and not all(trained.routers.surrogate for trained in routers):
         parts.append(_signals_section(routers))
     return parts
 
 
-def highlights(results: list[Routing]) -> Highlights:
+def highlights(results: list[TrainedRouters]) -> Highlights:
     """Progress and settings of each stage."""
-    return training.highlights([routing.training for routing in results])
+    return training.highlights([trained.training for trained in results])
 
 
-def _budgets_section(results: Sequence[Routing]) -> Section:
-    results = [routing for routing in results if routing.budgets]
+def _budgets_section(results: Sequence[TrainedRouters]) -> Section:
+    results = [trained for trained in results if trained.budgets]
     tables, pictures = [], []
-    for routing in results:
-        model, budgets = routing.model, routing.budgets
+    for trained in results:
+        model, budgets = trained.model, trained.budgets
         nets = [budget.subnetwork for budget in budgets]
         columns: list[Column] = [
-            (f"Budget ({routing.label})", [budget.name for budget in budgets]),
+            (f"Budget ({trained.label})", [budget.name for budget in budgets]),
             ("Share", [percent(budget.share) for budget in budgets]),
             ("Share of the bare argmax", [percent(budget.argmax_share) for budget in budgets]),
             *layer_columns(nets, model),
-            *(network_columns(nets, model) if routing.relaxed else ()),
+            *(network_columns(nets, model) if trained.relaxed else ()),
         ]
         tables.append(Table.of_columns(columns))
         named = [(budget.name, budget.subnetwork) for budget in budgets]
-        pictures.append(layer_grid(named, model, f"{stem(routing.label)}_widths", f"{routing.label}: "))
-    costs = " and ".join(dict.fromkeys(cost for routing in results for cost in routing.routers.costs))
+        pictures.append(layer_grid(named, model, f"{stem(trained.label)}_widths", f"{trained.label}: "))
+    costs = " and ".join(dict.fromkeys(cost for trained in results for cost in trained.routers.costs))
     note = f"What the trained routers choose for each budget. Budgets and shares are fractions of the full model’s {costs}; the"
     note += " selected network keeps to its budget, the bare argmax of the routers may not. A mean with a range in brackets: the"
     note += " layers differ."
     return Section("budgets", "Networks that the routers choose", note, tables, pictures)
 
 
-def _training_section(results: Sequence[Routing]) -> Section:
+def _training_section(results: Sequence[TrainedRouters]) -> Section:
     pictures = []
-    for routing in results:
-        pictures += [made] if (made := dynamics(routing)) else []
-        pictures += [train_curve(routing.training)] if routing.kind != "router" and routing.training.train else []
-        pictures += validation_curves(routing.training)
-    signals = ("Routers follow", [routing.signal for routing in results])
-    table = training_table([routing.training for routing in results], [signals])
+    for trained in results:
+        pictures += [made] if (made := dynamics(trained)) else []
+        pictures += [train_curve(trained.training)] if trained.kind != "router" and trained.training.train else []
+        pictures += validation_curves(trained.training)
+    signals = ("Routers follow", [trained.signal for trained in results])
+    table = training_table([trained.training for trained in results], [signals])
     note = "Validation is that of the full model, in nats per token. Routers follow the gradient of a surrogate of the loss, or"
     note += " that of the loss itself through hard choices (straight-through)"
-    relaxed = any(routing.relaxed for routing in results)
+    relaxed = any(trained.relaxed for trained in results)
     note += ", or through relaxed ones whose temperature falls, at the end hard ones." if relaxed else "."
     return Section("routers", "Router training", note, [table], pictures)
 
 
-def _signals_section(routers: Sequence[Routing]) -> Section:
-    names = list(dict.fromkeys(name for routing in routers for name in routing.training.last if name != "full"))
+def _signals_section(routers: Sequence[TrainedRouters]) -> Section:
+    names = list(dict.fromkeys(name for trained in routers for name in trained.training.last if name != "full"))
     rows = [[each.label, each.signal, *(loss(each.training.last.get(name)) for name in names)] for each in routers]
     note = "The same routers trained with and without the surrogate: last validation loss of the network of each budget, in nats"
     note += " per token."
@@ -214,7 +214,7 @@ class _Curve:
     threshold: float | None = None
     averaged: bool = False
 
-    def points(self, steps: Sequence[RoutingStep]) -> tuple[list[int], list[float]]:
+    def points(self, steps: Sequence[RouterStep]) -> tuple[list[int], list[float]]:
         """Steps and values that can be drawn."""
         pairs = [(row.step, value) for row, value in zip(steps, self.values, strict=True)]
         kept = [(x, y) for x, y in pairs if y is not None and np.isfinite(y) and (y > 0 or not self.log)]
@@ -227,18 +227,18 @@ class _Curve:
         return np.exp(moving_average(np.log(values), window)) if self.log else moving_average(values, window)
 
 
-def dynamics(routing: Routing) -> Picture | None:
-    """The routed networks' loss above the full model's and the surrogate's error by step, and where the routers follow it.
+def dynamics(trained: TrainedRouters) -> Picture | None:
+    """Loss of the routers' networks above the full model's and the surrogate's error by step, and where the routers follow it.
 
     Without a surrogate the loss of the constraint takes its place; beside it is the temperature of relaxed choices. None if
     nothing was logged.
     """
-    steps = routing.steps
-    curves = [curve for curve in _curves(routing) if curve.points(steps)[0]]
+    steps = trained.steps
+    curves = [curve for curve in _curves(trained) if curve.points(steps)[0]]
     if not curves:
         return None
     window = max(1, len(steps) // 40)
-    bounds = routing.phases()
+    bounds = trained.phases()
 
     def draw(figure: Figure, theme: Theme) -> None:
         drawn = panels(figure, [curve.title for curve in curves])
@@ -265,30 +265,30 @@ def dynamics(routing: Routing) -> Picture | None:
         smooth = curve.smooth(curve.points(steps)[1], window)
         ends.append(f"{curve.title} from {smooth[0]:.3g} to {smooth[-1]:.3g}")
     words = f"Router training over {steps[-1].step:,} steps. {'; '.join(ends)}."
-    caption = f"{routing.label}: loss of the routed networks, mean of a step, above the full model’s"
-    caption += ", and the surrogate’s error (as the paper’s figure 12)" if routing.routers.surrogate else ""
+    caption = f"{trained.label}: loss of the routers’ networks, mean of a step, above the full model’s"
+    caption += ", and the surrogate’s error (as the paper’s figure 12)" if trained.routers.surrogate else ""
     caption += f"; smoothed over {window} logged steps." if window > 1 else "; not smoothed."
-    if routing.routers.surrogate and routing.follows_from() is not None:
-        words += f" The routers follow the surrogate from step {routing.follows_from():,}"
-        settled = routing.settles_from()
-        words += f", whose error settles at step {settled:,}." if settled is not None else "."
-    elif routing.routers.surrogate and routing.kind == "router":
+    if trained.routers.surrogate and trained.follows_from() is not None:
+        words += f" The routers follow the surrogate from step {trained.follows_from():,}"
+        steady = trained.steady_from()
+        words += f", whose error settles at step {steady:,}." if steady is not None else "."
+    elif trained.routers.surrogate and trained.kind == "router":
         words += " The routers never follow the surrogate."
     shown = [text for text, (low, high) in zip(PHASE_TEXTS, bounds, strict=False) if low < high]
     caption += f" {' '.join(shown)}" if bounds else ""
-    return picture(f"{stem(routing.label)}_dynamics", words, caption, draw, (SIZE[0], 0.7 + 1.5 * len(curves)))
+    return picture(f"{stem(trained.label)}_dynamics", words, caption, draw, (SIZE[0], 0.7 + 1.5 * len(curves)))
 
 
-def _curves(routing: Routing) -> list[_Curve]:
-    steps = routing.steps
+def _curves(trained: TrainedRouters) -> list[_Curve]:
+    steps = trained.steps
     curves = [_Curve("Loss above the full model’s (nats per token)", [row.excess for row in steps])]
     if any(row.surrogate_loss is not None for row in steps):
-        errors, threshold = [row.surrogate_error for row in steps], routing.routers.threshold or 0.0
+        errors, threshold = [row.surrogate_error for row in steps], trained.routers.threshold or 0.0
         curves.append(_Curve("L2 loss of the surrogate (nats²)", [row.surrogate_loss for row in steps], log=True))
         curves.append(_Curve("Surrogate’s error (share of losses’ variance)", errors, True, threshold, averaged=True))
     else:
         curves.append(_Curve("Constraint loss", [row.constraint_loss for row in steps]))
-    if routing.relaxed:
+    if trained.relaxed:
         curves.append(_Curve("Temperature", [row.temperature for row in steps], log=True))
     return curves
 

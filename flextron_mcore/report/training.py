@@ -156,7 +156,7 @@ def train_curve(training: Training) -> Picture:
 
 
 def validation_curves(training: Training) -> list[Picture]:
-    """Validation loss while training: uniform networks (the paper's fig. 10), random ones (fig. 11), routed ones, any others."""
+    """Validation loss while training: uniform networks (the paper's fig. 10), random ones (fig. 11), the routers', any others."""
     groups: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name in dict.fromkeys(name for _, losses in training.validation for name in losses if name != "full"):
         groups[next((group for group in GROUPS if name.startswith(group)), "other")].append(name)

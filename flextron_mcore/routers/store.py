@@ -72,13 +72,13 @@ class RouterInfo:
             bool(values.get("uniform", False)),
         )
 
-    def choices(self, blocks: Choices) -> Choices:
-        """The choices that they make, in the space of `blocks`."""
-        return replace(blocks, all_axes=True, uniform=self.uniform) if self.kind == "gumbel" else blocks
+    def choices(self, widths: Choices) -> Choices:
+        """Choices that the routers make: `widths`, or those of all axes in the same space."""
+        return replace(widths, all_axes=True, uniform=self.uniform) if self.kind == "gumbel" else widths
 
-    def losses(self, blocks: Choices) -> dict[SubNetwork, float]:
+    def losses(self, widths: Choices) -> dict[SubNetwork, float]:
         """`evaluated`, by network."""
-        choices = self.choices(blocks)
+        choices = self.choices(widths)
         return {choices.network(indices): loss for indices, loss in self.evaluated}
 
 
@@ -90,7 +90,7 @@ def write_routers(folder: Path, info: RouterInfo, routers: torch.nn.Module, tabl
         (folder / TABLE_FILE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
-def read_routers(folder: Path, blocks: Choices) -> tuple[RouterInfo, StaticRouters]:
+def read_routers(folder: Path, choices: Choices) -> tuple[RouterInfo, StaticRouters]:
     """Routers of the checkpoint in `folder` that choose a network; of another kind those that they started from.
 
     Raises FlextronError where it has none or they cannot be read.
@@ -100,7 +100,7 @@ def read_routers(folder: Path, blocks: Choices) -> tuple[RouterInfo, StaticRoute
             weights = static_part(weights)
             values = {**values, "kind": "static", "hidden_size": weights["shift_NU"].shape[-1]}
         info = RouterInfo.from_dict(values)
-        routers = StaticRouters(info.choices(blocks), len(info.costs), info.hidden_size)
+        routers = StaticRouters(info.choices(choices), len(info.costs), info.hidden_size)
         routers.load_state_dict(weights)
     return info, routers
 

@@ -15,7 +15,7 @@ class Surrogate(torch.nn.Module):
 
     It sees choices as one-hot vectors, not logits: two logits with the same argmax have the same loss. The difference from the
     full model's loss leaves out what differs between batches, which is far more than what differs between networks.
-    channels: for input-adaptive routers, a pair is a token, and the language model's final hidden state [B, D] is told too,
+    channels: for input-adaptive routers, a pair is a token, and the language model's final hidden state [B, D] is an input too,
     projected; the loss is the token's.
     """
 

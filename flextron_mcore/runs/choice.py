@@ -1,4 +1,4 @@
-"""Which network a stage is to take: known costs, budgets, selectors. For select, evaluate, export, compare and router."""
+"""The network that a stage is to take: costs, budgets, selectors. For select, evaluate, export, compare and router."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_table(table: LatencyTable | None) -> None:
         say(f"warning: the latency table is of another device: {where}; this one is {here}")
 
 
-def known_costs(settings: StageSettings, info: CheckpointInfo, table: LatencyTable | None) -> dict[str, Cost]:
+def available_costs(settings: StageSettings, info: CheckpointInfo, table: LatencyTable | None) -> dict[str, Cost]:
     """{name: Cost}: the latency where there is a table, parameters, memory as settings.kv_cache and settings.dtype count it."""
     memory = memory_setting(settings, info)
     costs = {"latency": table.cost()} if table else {}
@@ -71,20 +71,20 @@ def budgets(wanted: float | str | Sequence, costs: dict[str, Cost]) -> list[Budg
 
 def selector(settings: StageSettings, info: CheckpointInfo, name: str, losses: Losses | None = None) -> Selector:
     """The selector `name`. losses: evaluates networks, for `random`. Raises FlextronError where it lacks what it needs."""
-    blocks = Choices(info.model, info.space)
+    choices = Choices(info.model, info.space)
     if name == "router":
-        return _routed(settings, info, blocks)
+        return _router_selector(settings, info, choices)
     if name == "uniform":
-        return selectors.Uniform(blocks)
+        return selectors.Uniform(choices)
     if name == "matformer":
-        return selectors.MatFormer(blocks)
+        return selectors.MatFormer(choices)
     if name == "sensitivity":
         check_widths_only(info, "selector=sensitivity")
-        return selectors.Sensitivity(blocks, _degradations(settings, blocks))
+        return selectors.Sensitivity(choices, _degradations(settings, choices))
     if name == "random":
         if losses is None:
             raise FlextronError("selector=random: evaluates networks: give data=")
-        return selectors.Random(blocks, settings.random_networks, settings.seed, losses)
+        return selectors.Random(choices, settings.random_networks, settings.seed, losses)
     raise FlextronError(f"selector={name!r} is not known: use one of {', '.join(ALL_SELECTORS)}")
 
 
@@ -96,7 +96,7 @@ def select(
     The same on every rank, which decides for itself.
     """
     table = latency_table(settings, info)
-    costs = known_costs(settings, info, table)
+    costs = available_costs(settings, info, table)
     check_table(table)
     wanted = budgets(settings.budget if budget is None else budget, costs)
     picks = selector(settings, info, settings.selector, losses)
@@ -128,31 +128,31 @@ def chosen_network(settings: StageSettings, info: CheckpointInfo) -> Chosen:
     return Chosen(SubNetwork.full(info.model), "the full model")
 
 
-def _routed(settings: StageSettings, info: CheckpointInfo, blocks: Choices) -> Selector:
-    return trained_selector(info.path, blocks, known_costs(settings, info, latency_table(settings, info)))
+def _router_selector(settings: StageSettings, info: CheckpointInfo, choices: Choices) -> Selector:
+    return trained_selector(info.path, choices, available_costs(settings, info, latency_table(settings, info)))
 
 
-def _degradations(settings: StageSettings, blocks: Choices) -> np.ndarray:
+def _degradations(settings: StageSettings, choices: Choices) -> np.ndarray:
     """[blocks, candidates] from the metrics.json of `flextron sensitivity`."""
     if not settings.sensitivity:
         raise FlextronError("selector=sensitivity: give sensitivity=, the directory that `flextron sensitivity` wrote")
     file = Path(settings.sensitivity)
     file = file / "metrics.json" if file.is_dir() else file
-    table = np.full(blocks.exists_NK.shape, np.nan)
+    table = np.full(choices.exists_NK.shape, np.nan)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         model = ModelConfig.from_dict(values["model"])
-        if model != blocks.model or ElasticSpace.from_dict(model, values["space"]) != blocks.space:
+        if model != choices.model or ElasticSpace.from_dict(model, values["space"]) != choices.space:
             raise FlextronError(f"{file}: is of another model or space: measure it with `flextron sensitivity`")
         for row in values["blocks"]:
-            block = blocks.blocks.index((row["layer"], row["axis"]))
-            table[block, blocks.sizes[block].index(row["size"])] = float(row["degradation"])
+            block = choices.blocks.index((row["layer"], row["axis"]))
+            table[block, choices.sizes[block].index(row["size"])] = float(row["degradation"])
     except FlextronError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise FlextronError(f"{file}: is not what `flextron sensitivity` writes ({type(error).__name__}: {error})") from None
-    for block, sizes in enumerate(blocks.sizes):
+    for block, sizes in enumerate(choices.sizes):
         table[block, len(sizes) - 1] = 0.0
-    if missing := np.argwhere(np.isnan(table) & blocks.exists_NK).tolist():
+    if missing := np.argwhere(np.isnan(table) & choices.exists_NK).tolist():
         raise FlextronError(f"{file}: lacks candidate {missing[0][1]} of block {missing[0][0]}: measure it again")
     return np.nan_to_num(table)

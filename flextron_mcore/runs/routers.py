@@ -16,7 +16,7 @@ from flextron_mcore.data.blend import PreparedData, train_dataset
 from flextron_mcore.evaluation.perplexity import evaluate
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.routers.store import RouterInfo
-from flextron_mcore.runs.choice import known_costs, memory_setting
+from flextron_mcore.runs.choice import available_costs, memory_setting
 from flextron_mcore.runs.output import write_metrics
 from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
@@ -34,14 +34,14 @@ def described_routers(
     settings: NewRouterSettings, info: CheckpointInfo, table: LatencyTable | None, hidden_size: int
 ) -> tuple[RouterInfo, list[Cost]]:
     """Description of the routers that the settings ask for, and the costs that they constrain."""
-    known = known_costs(settings, info, table)
+    available = available_costs(settings, info, table)
     names = settings.costs or (["latency"] if table else ["parameters"])
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
-        if name not in known:
+        if name not in available:
             hint = ": give latency=, a table of `flextron latency`" if name == "latency" else ""
-            raise FlextronError(f"costs: {name!r} is not known here{hint}; known: {', '.join(known)}")
-    costs = [known[name] for name in names]
+            raise FlextronError(f"costs: {name!r} is not known here{hint}; known: {', '.join(available)}")
+    costs = [available[name] for name in names]
     ranges = [_range(settings.targets, cost) for cost in costs]
     return RouterInfo(tuple(names), tuple(ranges), hidden_size, memory_setting(settings, info)), costs
 

@@ -95,7 +95,7 @@ def _solve(
     while slack < 1e-4:
         constraints = [LinearConstraint(one_each, 1, 1)]
         for costs_NK, cost, least, most in costs:
-            # In shares of the full model's cost: bytes and milliseconds alike are of the order of one.
+            # In shares of the full model's cost: bytes, like milliseconds, are of the order of one.
             row = costs_NK.ravel()[exists] / cost.full
             low, high = ((bound - cost.constant) / cost.full for bound in (least, most))
             constraints.append(LinearConstraint(row, low, max(low, high - slack)))

@@ -73,7 +73,7 @@ class ElasticSettings(LoopSettings):
     checkpoint: str = path(MISSING, "sorted checkpoint, of `flextron importance`")
     mode: str = setting(
         "flextron",
-        "what sub-networks vary: heads and neurons layer by layer, or neurons only and alike in all layers",
+        "what sub-networks vary: heads and neurons layer by layer, or neurons only, as many in all layers",
         choices=("flextron", "matformer"),
     )
     num_subnetworks: int = setting(3, "random sub-networks a step, beside the full model", at_least=0)

@@ -33,7 +33,7 @@ def run(settings: CompareSettings) -> dict[str, Any]:
     info = opened.info
     table = choice.latency_table(settings, info)
     choice.check_table(table)
-    costs = choice.known_costs(settings, info, table)
+    costs = choice.available_costs(settings, info, table)
     cost = costs.get(settings.cost or ("latency" if table else "parameters"))
     if cost is None:
         raise FlextronError(f"cost={settings.cost}: is not known here; known: {', '.join(costs)}")

@@ -32,7 +32,7 @@ def run(settings: FamilySettings) -> dict[str, Any]:
     chosen = {}
     for name, budget in zip(names, budgets, strict=True):
         chosen[name], _ = choice.select(settings, info, budget=budget)
-    costs = choice.known_costs(settings, info, choice.latency_table(settings, info))
+    costs = choice.available_costs(settings, info, choice.latency_table(settings, info))
     chain = _chain(settings, names, out)
 
     def write(stage: str) -> None:

@@ -32,16 +32,16 @@ def run(settings: GumbelStageSettings) -> dict[str, Any]:
         )
     described, costs = described_routers(settings, info, table, router.hidden_size)
     described = replace(described, kind="gumbel", uniform=router.uniform)
-    blocks, started = Choices(info.model, info.space), None
+    choices, started = Choices(info.model, info.space), None
     if kind_of_routers(info.path) == "gumbel":
-        before, started = read_routers(info.path, blocks)
+        before, started = read_routers(info.path, choices)
         if (before.uniform, before.costs) != (described.uniform, described.costs):
             raise FlextronError(
                 f"checkpoint={info.path}: its router was trained with router.uniform={str(before.uniform).lower()} and "
                 f"costs={list(before.costs)}"
             )
     seq_length = check(settings, info, data, 1 + settings.targets_per_step)
-    training = router_training(settings, described.choices(blocks), costs, described, table)
+    training = router_training(settings, described.choices(choices), costs, described, table)
     learner = GumbelLearner(training, router, started)
     return train_routers(settings, info, data, learner, seq_length, frozen=False, teach=settings.distillation)
 

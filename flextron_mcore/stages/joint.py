@@ -11,7 +11,7 @@ from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import open_data
 from flextron_mcore.routers.store import kind_of_routers, read_routers
-from flextron_mcore.runs.choice import check_table, known_costs, latency_table
+from flextron_mcore.runs.choice import available_costs, check_table, latency_table
 from flextron_mcore.runs.opened import check_space
 from flextron_mcore.runs.routers import router_training, train_routers
 from flextron_mcore.settings.sections import RouterSettings
@@ -24,18 +24,18 @@ def run(settings: JointSettings) -> dict[str, Any]:
     """Tune the model of settings.checkpoint and its routers."""
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)
-    blocks = Choices(info.model, info.space)
+    choices = Choices(info.model, info.space)
     if kind_of_routers(info.path) == "adaptive":
         return train_adaptive(settings, info, data)
-    described, routers = read_routers(info.path, blocks)
+    described, routers = read_routers(info.path, choices)
     if described.kind == "gumbel":
         raise FlextronError(f"checkpoint={info.path}: its router chooses on all axes: train it on with `flextron gumbel`")
     table = latency_table(settings, info)
     check_table(table)
-    known = known_costs(settings, info, table)
+    available = available_costs(settings, info, table)
     seq_length = check(settings, info, data, 1 + settings.targets_per_step)
     described = replace(described, evaluated=())  # losses of the model before this training
-    training = router_training(settings, blocks, [known[name] for name in described.costs], described, table)
+    training = router_training(settings, choices, [available[name] for name in described.costs], described, table)
     router = RouterSettings(two_sided_from=0.0, **asdict(settings.router))
     learner = StraightThroughLearner(training, router, routers)
     return train_routers(settings, info, data, learner, seq_length, frozen=False)

@@ -29,7 +29,7 @@ def run(settings: LatencySettings) -> dict[str, Any]:
     check_output(Path(settings.out), settings.overwrite)
     info = open_checkpoint(settings.checkpoint)
     if settings.measurements is None:
-        table = _measured(settings, info)
+        table = _measure(settings, info)
     else:
         table = _fitted(settings, info)
     with new_output(settings) as out:
@@ -69,7 +69,7 @@ def run(settings: LatencySettings) -> dict[str, Any]:
     return metrics
 
 
-def _measured(settings: LatencySettings, info: CheckpointInfo) -> LatencyTable:
+def _measure(settings: LatencySettings, info: CheckpointInfo) -> LatencyTable:
     if settings.routed.enabled:
         check_not_modulated(info)
     asked, positions = settings.setting, info.model.max_position_embeddings
@@ -88,14 +88,14 @@ def _measured(settings: LatencySettings, info: CheckpointInfo) -> LatencyTable:
         table = on_main_process(lambda: measure(model, info.model, info.space, setting, *sizes, bar.update))
     if not settings.routed.enabled:
         return table
-    blocks = Choices(info.model, info.space)
+    choices = Choices(info.model, info.space)
     policies = KV_POLICIES if info.space.attention_unit == "kv_group" else ("full",)
-    count = (settings.routed.rounds + 1) * networks_per_round(blocks) * len(policies)
+    count = (settings.routed.rounds + 1) * networks_per_round(choices) * len(policies)
     with progress_bar(total=count, desc="latency, routed", unit="network") as bar:
         sizes, cost = (settings.routed.rounds, settings.routed.hidden_size), table.cost()
 
         def of(policy: str) -> dict[str, Any]:
-            return measure_routed(model, blocks, setting, *sizes, policy, cost, settings.seed, bar.update).to_dict()
+            return measure_routed(model, choices, setting, *sizes, policy, cost, settings.seed, bar.update).to_dict()
 
         found = {policy: on_main_process(lambda p=policy: of(p)) for policy in policies}
     return replace(table, routed={policy: found.get(policy, found["full"]) for policy in KV_POLICIES})

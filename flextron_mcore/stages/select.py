@@ -38,16 +38,16 @@ def run(settings: SelectSettings) -> dict[str, Any]:
     info = open_checkpoint(settings.checkpoint)
     net, budgets = choice.select(settings, info, _losses(settings, info) if settings.data else None)
     table = choice.latency_table(settings, info)
-    costs = choice.known_costs(settings, info, table)
+    costs = choice.available_costs(settings, info, table)
     limits = {budget.cost.name: budget.limit for budget in budgets}
-    measured = _measured(settings, info, net, table) if settings.measure and table else None
+    latencies = _latencies(settings, info, net, table) if settings.measure and table else None
     rows = []
     for name, cost in costs.items():
         value = cost.of(net)
         limit = show(name, limits[name]) if name in limits else ""
         rows.append([name, limit, show(name, value), value / cost.full, show(name, cost.full)])
-    if measured:
-        ours, full = measured
+    if latencies:
+        ours, full = latencies
         rows.append(["latency, measured", "", show("latency", ours), ours / full, show("latency", full)])
     print_table(f"selector {settings.selector}", ["cost", "budget", "sub-network", "share", "full model"], rows)
     for axis in info.space.layer_axes:
@@ -60,11 +60,13 @@ def run(settings: SelectSettings) -> dict[str, Any]:
         "selector": settings.selector,
         "subnetwork": net.to_dict(),
         "costs": {name: {"value": cost.of(net), "share": cost.of(net) / cost.full} for name, cost in costs.items()},
-        "measured": measured and {"ms": measured[0], "full_ms": measured[1]},
+        "device_latency": latencies and {"ms": latencies[0], "full_ms": latencies[1]},
     }
 
 
-def _measured(settings: SelectSettings, info: CheckpointInfo, net: SubNetwork, table: LatencyTable) -> tuple[float, float] | None:
+def _latencies(
+    settings: SelectSettings, info: CheckpointInfo, net: SubNetwork, table: LatencyTable
+) -> tuple[float, float] | None:
     """Milliseconds of the network and of the full model on this device, alternately; None for a table fitted to foreign ones."""
     precision = _PRECISIONS.get(table.machine.get("dtype"))
     if precision is None:

@@ -70,9 +70,9 @@ def _answers(cost: Cost, losses: Mapping[SubNetwork, float]) -> dict[SubNetwork,
 
 def _few(learner: RouterLearner) -> list[SubNetwork]:
     """All networks of costs that few have, near the smallest and the full one: there it is sure that the best is found."""
-    blocks, cost = learner.choices, learner.costs[0]
-    whole = Choices(blocks.model, blocks.space)
-    if blocks.uniform:
+    choices, cost = learner.choices, learner.costs[0]
+    whole = Choices(choices.model, choices.space)
+    if choices.uniform:
         networks = Uniform(whole).networks()
         return networks if len(networks) <= _FEW_IN_ALL else []
     found: list[SubNetwork] = []

@@ -21,7 +21,7 @@ def test_calibration_finds_the_steps():
     assert len(asked) == len(set(asked)) == len(found) < 64 and found == sorted(found)
     for share in (0.55, 0.58, 0.6, 0.65, 0.7, 0.75, 0.95):
         assert spent(target_for(found, share)) == pytest.approx(share, abs=0.008), share
-    # One that cannot be spent, in the middle of a jump, gets one of its ends; where all targets are alike, few are asked.
+    # One that cannot be spent, in the middle of a jump, gets one of its ends; where all targets are equal, few are asked.
     assert min(abs(spent(target_for(found, 0.85)) - end) for end in (0.79, 0.94)) < 0.005
     assert len(calibrate(lambda target: 0.6)) == 9
 

@@ -26,11 +26,11 @@ from tests.routing_toy import family, latency, write_table
 @pytest.mark.parametrize("kind", ["prefill", "generation"])
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 def test_it_measures(kind, kv_policy):
-    blocks = family(2)
-    model, calls = toy.model(blocks.model, blocks.space), []
+    choices = family(2)
+    model, calls = toy.model(choices.model, choices.space), []
     setting = Setting(kind, 2, 8, 4 if kind == "generation" else 1)
-    found = routed.measure_routed(model, blocks, setting, 2, 8, kv_policy, latency(blocks), 0, lambda: calls.append(1))
-    assert len(calls) == 3 * routed.networks_per_round(blocks)
+    found = routed.measure_routed(model, choices, setting, 2, 8, kv_policy, latency(choices), 0, lambda: calls.append(1))
+    assert len(calls) == 3 * routed.networks_per_round(choices)
     assert [len(costs) for costs in found.levels.values()] == [4, 4]
     assert [len(costs) for costs in found.overhead.values()] == [3, 3]
     assert min(cost for part in (found.levels, found.overhead) for costs in part.values() for cost in costs) >= 0
@@ -45,9 +45,9 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
     Where those of the prompt differ 0.5 and 3 ms, as much again for each further level, and 2 and 0.1 ms times what lies above a
     token's. It runs at half the speed of the table's.
     """
-    blocks = family(2)
+    choices = family(2)
     costs, overhead = np.array([[1.0, 2, 3, 4], [2, 3, 5, 9]]), ((0.5, 0.5, 2.0), (3.0, 3.0, 0.1))
-    model = toy.model(blocks.model, blocks.space)
+    model = toy.model(choices.model, choices.space)
 
     def parts(model) -> list[float]:
         found = []
@@ -55,7 +55,7 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
             routing = layer.state.routing
             for axis, block in enumerate(routing.blocks.values()):
                 levels = block.fixed.levels_NSB[block.block]
-                sizes = np.array([blocks.space.heads, blocks.space.ffn_hidden_size][axis])
+                sizes = np.array([choices.space.heads, choices.space.ffn_hidden_size][axis])
                 first = levels[:8].numpy()
                 further = len(np.unique(first)) - 1
                 above = (sizes[first.max()] - sizes[first].mean()) / sizes[-1]
@@ -63,28 +63,28 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
         return found
 
     candidates = dict(zip(("heads", "ffn_hidden_size"), costs.tolist(), strict=True))
-    static = Cost("latency", blocks.model, blocks.space, 7.0, candidates)
+    static = Cost("latency", choices.model, choices.space, 7.0, candidates)
 
     def whole(run) -> float:
         if model.decoder.layers[0].state.routing:
             return 7.0 + sum(parts(model))
         return 7.0 + sum(static.layer(layer.state.widths or full) for layer in model.decoder.layers)
 
-    full = SubNetwork.full(blocks.model).layers[0]
+    full = SubNetwork.full(choices.model).layers[0]
     monkeypatch.setattr(routed, "time_blocks", lambda model, run: ([2 * part for part in parts(model)], 14.0))
     monkeypatch.setattr(routed, "time_run", lambda run: 2 * whole(run))
-    found = routed.measure_routed(model, blocks, setting, 1, 8, "full", static, 0)
+    found = routed.measure_routed(model, choices, setting, 1, 8, "full", static, 0)
     assert [list(found) for found in found.levels.values()] == [pytest.approx(costs[0]), pytest.approx(costs[1])]
     assert list(found.overhead.values()) == [pytest.approx(overhead[0]), pytest.approx(overhead[1])]
     assert found.check["largest_error"] < 1e-9
 
 
 def test_the_table_keeps_them(tmp_path):
-    blocks = family(2)
+    choices = family(2)
     toy_run = tmp_path / "run"
     from flextron_mcore.checkpoint.store import CheckpointInfo
 
-    toy.write(toy.model(blocks.model, blocks.space), CheckpointInfo(blocks.model, blocks.space), toy_run)
+    toy.write(toy.model(choices.model, choices.space), CheckpointInfo(choices.model, choices.space), toy_run)
     file = write_table(toy_run, tmp_path / "latency.json")
     values = json.loads(file.read_text())
     assert values["routed"] == {}
@@ -93,15 +93,15 @@ def test_the_table_keeps_them(tmp_path):
     part = RoutedTable(8, levels, overhead, {"median_error": 0.01})
     row = json.loads(json.dumps(part.to_dict()))
     file.write_text(json.dumps({**values, "routed": {"own": row}}))
-    table = LatencyTable.from_file(file, blocks.model, blocks.space)
+    table = LatencyTable.from_file(file, choices.model, choices.space)
     assert RoutedTable.read(table, "own") == part and RoutedTable.read(table, "full") is None
     file.write_text(json.dumps(table.to_dict()))
-    assert LatencyTable.from_file(file, blocks.model, blocks.space) == table
+    assert LatencyTable.from_file(file, choices.model, choices.space) == table
     cost = token_cost(table.cost(), table, "own")
     assert (cost.overhead, cost.tokens) == (overhead, 8) and cost.levels.full == table.cost().constant + 2 * 9
     for other in (token_cost(table.cost(), table, "full"), token_cost(table.cost(), None, "own")):
         assert other == TokenCost(table.cost())
-    parameters = parameter_cost(blocks.model, blocks.space)
+    parameters = parameter_cost(choices.model, choices.space)
     assert token_cost(parameters, table, "own") == TokenCost(parameters)
     older = {key: value for key, value in row.items() if key != "overhead"}
     for bad in ({**row, "levels": {**levels, "heads": [1, 2]}}, older, {**row, "hidden_size": "wide"}):
@@ -110,11 +110,11 @@ def test_the_table_keeps_them(tmp_path):
 
 
 def test_a_table_says_when_its_routed_part_should_not_be_trusted():
-    blocks = family(2)
+    choices = family(2)
     costs = {axis: (1.0,) * 4 for axis in ("heads", "ffn_hidden_size")}
     overhead = {axis: (0.0,) * 3 for axis in costs}
     parts = {p: RoutedTable(8, costs, overhead, {"median_error": e}).to_dict() for p, e in (("full", 0.03), ("own", 0.6))}
-    table = LatencyTable(blocks.model, blocks.space, {}, {}, "median", {}, routed=parts)
+    table = LatencyTable(choices.model, choices.space, {}, {}, "median", {}, routed=parts)
     assert routed_warning(table, "full") is None
     assert re.search(r"\(kv_policy=own\) are off by 60.0% of .* more routed.rounds", routed_warning(table, "own"))
     assert "routing is not counted: measure it" in routed_warning(replace(table, routed={}), "own")

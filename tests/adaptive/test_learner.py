@@ -28,33 +28,33 @@ def learned(
     overhead: costs of OVERHEADS in every block, as parts of the full model's cost. start: logits [K] that they start from.
     """
     learner = learner_of(len(parts), weight, overhead)
-    blocks, routers = learner.choices, learner.routers
-    hidden = torch.randn(len(parts), 1, blocks.model.hidden_size)
+    choices, routers = learner.choices, learner.routers
+    hidden = torch.randn(len(parts), 1, choices.model.hidden_size)
     levels = torch.full((len(parts), 1), level)
     for step in range(60):
         (routing,) = learner.networks(step)
-        routing.target_C, routing.start_NK = torch.tensor([target]), torch.zeros(blocks.count, 4)
+        routing.target_C, routing.start_NK = torch.tensor([target]), torch.zeros(choices.count, 4)
         if start is not None:
-            routing.start_NK = start.expand(blocks.count, 4)
-        for block in range(blocks.count):
+            routing.start_NK = start.expand(choices.count, 4)
+        for block in range(choices.count):
             mask = torch.ones(len(parts), 1, 4, requires_grad=True)
             mask.grad = torch.tensor(parts)[:, None].clone()
             routing.traces.append(Trace(block, 0, hidden, levels, torch.ones_like(levels, dtype=torch.bool), mask))
         learner.learn(step, [3.0, 3.5])
-    logits = [routers(block, hidden, routing.target_C, routing.start_NK)[:, 0] for block in range(blocks.count)]
+    logits = [routers(block, hidden, routing.target_C, routing.start_NK)[:, 0] for block in range(choices.count)]
     return torch.stack(logits).argmax(-1)
 
 
 def learner_of(tokens: int, weight: float, overhead: tuple[float, ...]) -> AdaptiveLearner:
     torch.manual_seed(0)
-    blocks = family(1)
-    cost = latency(blocks)
+    choices = family(1)
+    cost = latency(choices)
     overhead = tuple(value * cost.full for value in overhead)
     spent = TokenCost(cost, {axis: overhead for axis in cost.candidates}, tokens)
     info = AdaptiveInfo(("latency",), ((cost.smallest / cost.full, 1.0),), 8, {})
-    routers = AdaptiveRouters(blocks, 1, 8, StaticRouters(blocks, 1, 8))
+    routers = AdaptiveRouters(choices, 1, 8, StaticRouters(choices, 1, 8))
     settings = AdaptiveSettings(lr=0.05, constraint_weight=weight)
-    return AdaptiveLearner(blocks, [cost], info, settings, 1, 0, 100, routers, False, {"full": [spent]})
+    return AdaptiveLearner(choices, [cost], info, settings, 1, 0, 100, routers, False, {"full": [spent]})
 
 
 def spent_by_halves(learner: AdaptiveLearner) -> float:

@@ -15,11 +15,11 @@ from tests.routing_toy import family
 
 @pytest.fixture
 def made():
-    blocks = family(2)
-    static = StaticRouters(blocks, 1, 16)
+    choices = family(2)
+    static = StaticRouters(choices, 1, 16)
     torch.nn.init.normal_(static.out_NKU)
-    routers = AdaptiveRouters(blocks, 1, 8, static)
-    return blocks, routers, toy.model(blocks.model, blocks.space)
+    routers = AdaptiveRouters(choices, 1, 8, static)
+    return choices, routers, toy.model(choices.model, choices.space)
 
 
 def run(model, routing, tokens, positions):
@@ -28,14 +28,14 @@ def run(model, routing, tokens, positions):
 
 
 def test_they_start_where_the_static_ones_ended(made):
-    blocks, routers, model = made
+    choices, routers, model = made
     tokens, positions = toy.inputs()
     for target in (0.1, 0.5, 0.9):
         routing = AdaptiveRouting(routers, torch.tensor([target]))
         routing.begin()
         found = run(model, routing, tokens, positions)
         chosen = routers.static(torch.tensor([[target]]))[0].argmax(-1).tolist()
-        expected = run(model, blocks.network(chosen), tokens, positions)
+        expected = run(model, choices.network(chosen), tokens, positions)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         assert routing.counts_NK.argmax(-1).tolist() == chosen and (routing.counts_NK.sum(-1) == tokens.numel()).all()
 

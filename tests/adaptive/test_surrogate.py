@@ -17,20 +17,20 @@ LENGTH, BATCH = 32, 4
 def test_it_learns_what_levels_are_worth_to_a_token():
     """Block 1 matters, and only to tokens whose final hidden state says so; the loss of the full model differs by token."""
     torch.manual_seed(0)
-    blocks = family(1)
-    channels = blocks.model.hidden_size
-    routing = AdaptiveRouting(AdaptiveRouters(blocks, 1, 8, StaticRouters(blocks, 1, 8)), torch.tensor([0.5]), traced=True)
-    surrogate = TokenSurrogate(blocks, SurrogateSettings(threshold=0.25, lr=1e-2, weight_decay=0.0), 0, 100, False)
+    choices = family(1)
+    channels = choices.model.hidden_size
+    routing = AdaptiveRouting(AdaptiveRouters(choices, 1, 8, StaticRouters(choices, 1, 8)), torch.tensor([0.5]), traced=True)
+    surrogate = TokenSurrogate(choices, SurrogateSettings(threshold=0.25, lr=1e-2, weight_decay=0.0), 0, 100, False)
     counted = torch.rand(LENGTH, BATCH) < 0.8
     for step in range(100):
         routing.traces.clear()
         for number in (0, 1):
             final, full = torch.randn(LENGTH, BATCH, channels), 3 + torch.randn(BATCH, LENGTH)
-            levels = torch.randint(0, 4, (blocks.count, LENGTH, BATCH))
+            levels = torch.randint(0, 4, (choices.count, LENGTH, BATCH))
             above = (3 - levels[1]) * (final[..., 0] > 0)
             surrogate.watch(0, number, full, final)
             surrogate.watch(1, number, full + above.T, final)
-            for block in range(blocks.count):
+            for block in range(choices.count):
                 routing.traces.append(Trace(block, number, final, levels[block], counted))
         figures = surrogate.learn(step, [routing], 1.0)
         assert figures["routers_follow_surrogate"] is (figures["surrogate_error"] < 0.25)

@@ -26,7 +26,7 @@ def token_file(prefix: str) -> np.ndarray:
 
 
 def sources(dataset, data: PreparedData) -> Counter:
-    """How many samples of a dataset come from each domain, told by the text of the samples."""
+    """How many samples of a dataset come from each domain, from the text of the samples."""
     tok = open_tokenizer(data.tokenizer)
     count: Counter = Counter()
     for i in range(len(dataset)):

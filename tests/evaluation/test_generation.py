@@ -34,9 +34,9 @@ def networks(case, kind: str):
     if kind == "sub-network":
         net = toy.random_network(arch, space, 2)
         return lambda: net
-    blocks = Choices(arch, space)
+    choices = Choices(arch, space)
     torch.manual_seed(3)
-    routers = AdaptiveRouters(blocks, 1, 16, StaticRouters(blocks, 1, 16))
+    routers = AdaptiveRouters(choices, 1, 16, StaticRouters(choices, 1, 16))
     with torch.no_grad():
         routers.out_NKU.normal_(std=2)
     return lambda: AdaptiveRouting(routers, torch.tensor([0.5]), kind)
@@ -94,7 +94,7 @@ def test_drawn_tokens(case):
     assert firsts == two
 
 
-def test_progress_is_told(case):
+def test_progress_is_reported(case):
     *_, model = case
     seen: list[int] = []
     generate(model, PROMPTS, None, NEW, progress=lambda: seen.append(1))

@@ -202,13 +202,13 @@ def test_a_switch_keeps_the_cache(cases, name, kv_policy, implementation):
     """As if Megatron-Core had routed the tokens: those before the switch one way, those after it another."""
     case = cases(name)
     case.model.set_attn_implementation(implementation)
-    info, blocks = case.info, Choices(case.info.model, case.info.space)
+    info, choices = case.info, Choices(case.info.model, case.info.space)
     tokens, starts = hf_toy.tokens(2, 24), [0, 6, 9, 15, 20]
     for seed in (10, 20):
         nets = [toy.random_network(info.model, info.space, seed + i) for i in range(len(starts))]
-        levels_NSB = torch.zeros(blocks.count, 24, 2, dtype=torch.long)
+        levels_NSB = torch.zeros(choices.count, 24, 2, dtype=torch.long)
         for net, start in zip(nets, starts, strict=True):
-            levels_NSB[:, start:] = torch.tensor(blocks.indices(net))[:, None, None]
+            levels_NSB[:, start:] = torch.tensor(choices.indices(net))[:, None, None]
         with use_subnetwork(case.megatron, FixedLevels(levels_NSB, kv_policy)), torch.no_grad():
             expected = case.megatron(tokens, torch.arange(24).expand_as(tokens), None)
         close(in_steps(case.model, tokens, nets, starts, [kv_policy] * 5), expected)
@@ -216,7 +216,7 @@ def test_a_switch_keeps_the_cache(cases, name, kv_policy, implementation):
 
 
 @pytest.mark.parametrize("name", ["llama, groups", "gpt2"])
-def test_policies_may_be_mixed_in_one_cache(cases, name):
+def test_both_policies_may_share_one_cache(cases, name):
     """A network with keys of its own sees, and is seen by, one that writes all of them."""
     case = cases(name)
     full = SubNetwork.full(case.info.model)

@@ -165,8 +165,8 @@ def test_a_switch_of_hidden_size_and_depth(cases, name, kv_policy, tmp_path):
     # Both policies in one cache: a full one that follows own ones lacks what these left out.
     plan = [(full, {1}, 0), (full, {0, 1, 2}, 6)]
     nets = [space.network(arch, SubNetwork.full(arch).layers, hidden, len(layers)) for hidden, layers, _ in plan]
-    mixed = in_steps(case.model, tokens, nets, [0, 6], ["own", "full"])
-    close(mixed, by_stock_models(models, tokens, plan, "own"))
+    stepped = in_steps(case.model, tokens, nets, [0, 6], ["own", "full"])
+    close(stepped, by_stock_models(models, tokens, plan, "own"))
 
 
 @pytest.mark.parametrize("name", DEEP)

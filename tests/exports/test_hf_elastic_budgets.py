@@ -71,7 +71,7 @@ def routed_checkpoint(
     """A checkpoint with routers that prefer this and that, and a latency table if they want one; counted: of routing too."""
     theirs = maker(**{"num_hidden_layers" if maker is hf_toy.llama else "n_layer": LAYERS})
     info = hf_toy.checkpoint(hf_toy.save(theirs, root / "hf"), root / "run", {**SPACE, **space})
-    blocks = Choices(info.model, info.space)
+    choices = Choices(info.model, info.space)
     torch.manual_seed(len(costs) + LAYERS)
     memory = {"dtype": "fp32", "batch_size": 1, "length": hf_toy.LENGTH}
     ranges = ((0.3, 1.0),) * len(costs)
@@ -79,11 +79,11 @@ def routed_checkpoint(
         described = AdaptiveInfo(costs, ranges, 8, memory, kv_policy=kv_policy, calibration=CALIBRATION)
     else:
         described = RouterInfo(costs, ranges, 16, memory, kind, uniform=uniform)
-    routers = StaticRouters(described.choices(blocks), len(costs), 16)
+    routers = StaticRouters(described.choices(choices), len(costs), 16)
     torch.nn.init.normal_(routers.out_NKU, std=2.0)
     torch.nn.init.normal_(routers.bias_NK)
     if kind == "adaptive":
-        routers = AdaptiveRouters(blocks, len(costs), 8, routers)
+        routers = AdaptiveRouters(choices, len(costs), 8, routers)
         torch.nn.init.normal_(routers.out_NKU, std=2.0)
         torch.nn.init.normal_(routers.bias_NK, std=0.3)
     file = write_table(info.path, root / "latency.json", counted) if "latency" in costs else None
@@ -108,7 +108,7 @@ def selected(info: CheckpointInfo, *keys: str):
     """A function from a budget to what `flextron select` takes."""
     config = compose("select", [f"checkpoint={info.path.parents[1]}", "budget=1.0", *keys])
     table = choice.latency_table(config, info)
-    costs = choice.known_costs(config, info, table)
+    costs = choice.available_costs(config, info, table)
     picks = choice.selector(config, info, config.selector)
 
     def select(budget) -> SubNetwork:
@@ -222,7 +222,7 @@ def test_without_routers_a_family_answers(selector, axes, tmp_path):
     assert (refused > 0) == (selector == "matformer")
 
 
-def test_given_networks_answer_too(tmp_path):
+def test_listed_networks_answer_too(tmp_path):
     """Where they use more of the budget than the family's."""
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run", SPACE)
     net = toy.random_network(info.model, info.space, 2)
@@ -244,7 +244,7 @@ def test_given_networks_answer_too(tmp_path):
         )
 
 
-def test_a_given_network_may_be_narrow_and_shallow(tmp_path):
+def test_a_listed_network_may_be_narrow_and_shallow(tmp_path):
     """Smaller than all that the selector knows, which has all heads in all layers."""
     space = {**SPACE, "hidden_size": [24, 48], "depth": [1, 2]}
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run", space)
@@ -274,8 +274,8 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
     counted = case == "llama"
     info = routed_checkpoint(tmp_path, kind="adaptive", kv_policy=kv_policy, maker=maker, counted=counted, **space)
     _, model = export(info, tmp_path / "out")
-    blocks = Choices(info.model, info.space)
-    described, routers = read_adaptive_routers(info.path, blocks)
+    choices = Choices(info.model, info.space)
+    described, routers = read_adaptive_routers(info.path, choices)
     megatron, tokens = hf_toy.megatron(info), hf_toy.tokens(2, 20)
     positions = torch.arange(20).expand_as(tokens)
     _, known = selected(info)
@@ -288,13 +288,13 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
         routing.begin()
         with use_subnetwork(megatron, routing), torch.no_grad():
             expected = megatron(tokens, positions, None)
-        assert ((routing.counts_NK > 0).sum(-1) > 1).any()  # not all alike
+        assert ((routing.counts_NK > 0).sum(-1) > 1).any()  # tokens differ
         with torch.no_grad():
             found = model(tokens).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         share_NK = (routing.counts_NK / routing.counts_NK.sum(-1, keepdim=True)).numpy()
         for name, cost in known.items():
-            assert model.costs()[name] == pytest.approx(cost.average(blocks, share_NK))
+            assert model.costs()[name] == pytest.approx(cost.average(choices, share_NK))
         assert model.adaptive and model.subnetwork is None and model.budget == budget
         torch.testing.assert_close(steps(model, tokens), expected, atol=1e-5, rtol=0)
     shares = np.linspace(0.5, 0.93, 44)

@@ -192,7 +192,7 @@ def test_tokens_choose_for_themselves(run, adaptive):
         assert len(text["texts"]) == 2 and math.isfinite(text["share"])
 
 
-def test_the_exported_family_chooses_for_every_token_alike(run, adaptive, device, tmp_path):
+def test_the_exported_family_chooses_for_every_token_the_same(run, adaptive, device, tmp_path):
     stage("export", f"checkpoint={run}/adaptive", "format=hf_elastic", "verify=true", f"out={tmp_path}/family")
     info = open_checkpoint(run / "adaptive")
     tokens = torch.randint(0, info.model.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0)).to(device)
@@ -225,12 +225,12 @@ def selected(run, joint) -> dict:
 
 def test_select_and_evaluate(run, selected, elastic):
     assert selected["costs"]["parameters"]["share"] <= 0.8
-    assert selected["measured"]["ms"] > 0 and selected["measured"]["full_ms"] > 0
+    assert selected["device_latency"]["ms"] > 0 and selected["device_latency"]["full_ms"] > 0
     keys = [f"checkpoint={run}/elastic", f"data={run}/data", "limit_val_batches=8", "random=2"]
     metrics = stage("evaluate", *keys, f"out={run}/evaluate")
     losses = {row["name"]: row["mean"]["loss"] for row in metrics["networks"]}
     assert all(map(math.isfinite, losses.values())) and losses["full"] < min(losses.values()) + 0.02
-    # The same samples, batched the same way: bf16 rounds them alike.
+    # The same samples, batched the same way: bf16 rounds them the same way.
     assert losses["full"] == pytest.approx(elastic["validation"]["last"]["full"], abs=1e-3)
 
 

@@ -80,7 +80,7 @@ def test_whole_networks(clock):
     assert all(layer.state is FULL for layer in model.decoder.layers)
 
 
-def test_sums_that_are_wrong_are_told(clock):
+def test_sums_that_are_wrong_are_reported(clock):
     """Networks that take longer than their blocks together: the check sees it."""
     arch = toy.config()
     space = ElasticSpace.build(arch)

@@ -122,10 +122,14 @@ PEAKS = {
     "pretrain": ("pretrain", [], {}),
     "elastic": ("elastic", [], {"subnets": True}),
     "distillation": ("elastic", ["distillation.weight=0.5"], {"subnets": True, "teach": DistillationSettings(0.5, 2.0)}),
-    "joint": ("joint", [], {"subnets": True, "gated": True}),
+    "joint": ("joint", [], {"subnets": True, "straight_through": True}),
     "gumbel": ("gumbel", [], {"subnets": True, "weighted": True}),
     "gumbel, modulated": ("gumbel", ["modulation=true"], {"subnets": True, "weighted": True}),
-    "router without surrogate": ("router", ["surrogate.enabled=false"], {"subnets": True, "gated": True, "frozen": True}),
+    "router without surrogate": (
+        "router",
+        ["surrogate.enabled=false"],
+        {"subnets": True, "straight_through": True, "frozen": True},
+    ),
     "router": ("router", [], {"subnets": True, "forward_only": True, "frozen": True}),
 }
 
@@ -138,13 +142,13 @@ def test_the_peak_of_a_step(stage, precision):
     name, keys, options = PEAKS[stage]
     config = configured(name, f"trainer.precision={precision}", *keys)
     options = dict(options)
-    frozen, gated = options.get("frozen", False), options.pop("gated", False)
+    frozen, straight_through = options.get("frozen", False), options.pop("straight_through", False)
     model = built(arch, config, precision, options.pop("frozen", False))
     if not frozen:
         model = in_ddp(model)
     nets = [None, SubNetwork.full(arch)] if options.pop("subnets", False) else [None]
     nets[1:] = [weighted_network(arch)] if options.pop("weighted", False) else nets[1:]
-    gates = [None, *new_gates(1, 2 * arch.num_layers, torch.device("cpu"))] if gated else None
+    gates = [None, *new_gates(1, 2 * arch.num_layers, torch.device("cpu"))] if straight_through else None
 
     def batches():
         for seed in range(2):
@@ -217,8 +221,8 @@ def test_work_of_the_stages():
     importance = said(arch, configured("importance", "samples=16", "ablation_batches=0"))
     assert (importance.tokens, importance.flops) == (16 * LENGTH, 16 * LENGTH * costs.full)
     sensitivity = said(arch, configured("sensitivity", "limit_val_batches=1"))
-    blocks, full = Choices(arch, space), SubNetwork.full(arch)
-    nets = [full, *(blocks.replaced(full, i, k) for i, sizes in enumerate(blocks.sizes) for k in range(len(sizes) - 1))]
+    choices, full = Choices(arch, space), SubNetwork.full(arch)
+    nets = [full, *(choices.replaced(full, i, k) for i, sizes in enumerate(choices.sizes) for k in range(len(sizes) - 1))]
     assert sensitivity.flops == pytest.approx(sensitivity.tokens * sum(map(costs.of, nets)))
     compare = said(
         arch, configured("compare", "limit_val_batches=1", "random_at_target=0", "selectors=[matformer]", "targets=[0.8]")

@@ -1,4 +1,4 @@
-"""What became of jobs, told from the results, a stand-in for squeue, and logs. With the real Slurm: tests/slurm."""
+"""State of jobs, from the results, a stand-in for squeue, and logs. With the real Slurm: tests/slurm."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def test_decoding_is_prefill(name):
     space = ElasticSpace.build(arch, attention_unit=unit, **axes)
     model = toy.model(arch, space)
     tokens, positions = toy.inputs()
-    mixed = replace(toy.random_network(arch, space, 1), hidden_size=32)
-    for net in (None, mixed, space.uniform(arch, space.heads[0], 12), space.uniform(arch, space.heads[0], 12, 16, 1)):
+    narrow = replace(toy.random_network(arch, space, 1), hidden_size=32)
+    for net in (None, narrow, space.uniform(arch, space.heads[0], 12), space.uniform(arch, space.heads[0], 12, 16, 1)):
         context = StaticInferenceContext(len(tokens), toy.LENGTH)
         found = []
         with torch.no_grad(), use_subnetwork(model, net):

@@ -20,7 +20,7 @@ from tests.layers.test_equality import ATTENTION, KINDS, case
 
 
 class Fixed:
-    """Given levels [blocks, S, B] for a model's tokens, of which those from `start` on are at hand."""
+    """Fixed levels [blocks, S, B] of a model's tokens, of which those from `start` on are at hand."""
 
     def __init__(self, levels: torch.Tensor, kv_policy: str, sizes: tuple[int, int], masked: bool = False) -> None:
         self.all, self.kv_policy, self.sizes, self.masked, self.start = levels, kv_policy, sizes, masked, 0

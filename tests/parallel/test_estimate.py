@@ -43,7 +43,7 @@ KEYS += ["exp_manager.create_tensorboard_logger=false"]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, text):
+def held(tmp_path_factory, text):
     """{layout: what each rank holds}."""
     root = tmp_path_factory.mktemp("estimate")
     stage("prepare", f"input=[{text}/code,{text}/prose]", "vocab_size=300", "valid_fraction=0.2", f"out={root}/data")
@@ -69,7 +69,7 @@ def measured(tmp_path_factory, text):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_memory_is_that_of_the_ranks(measured, name):
+def test_memory_is_that_of_the_ranks(held, name):
     processes, arch, keys = LAYOUTS[name]
     config = compose("pretrain", ["data=d", "out=o", *KEYS, *keys])
     space = ElasticSpace.build(arch, granularity=2)
@@ -78,7 +78,7 @@ def test_memory_is_that_of_the_ranks(measured, name):
     micro_batches = config.model.global_batch_size // (layout.micro_batch * layout.data)
     order = [0] if layout.pipeline == 1 else [0, processes // 2]  # pipeline ranks are the outermost
     totals = []
-    for rank, found in zip(ranks, [measured[name][i + (layout.tensor - 1)] for i in order], strict=True):
+    for rank, found in zip(ranks, [held[name][i + (layout.tensor - 1)] for i in order], strict=True):
         weights, gradients, optimizer, activations = memory_of(rank, config)
         assert weights == pytest.approx(found["weights"], rel=0.005)
         assert gradients == pytest.approx(found["gradients"], rel=0.005)
@@ -96,11 +96,11 @@ def kept(rank: Rank, micro_batches: int) -> int:
     return in_flight(rank, micro_batches) * chunk + max(again, saved_head(rank) if rank.last else 0)
 
 
-def test_what_was_compared_differs(measured):
+def test_what_was_compared_differs(held):
     """Layouts hold different amounts, and the ranks of a pipeline do."""
-    totals = [rank["weights"] + rank["kept"] for ranks in measured.values() for rank in ranks]
+    totals = [rank["weights"] + rank["kept"] for ranks in held.values() for rank in ranks]
     assert max(totals) > 2 * min(totals)
-    first, last = (rank["kept"] for rank in measured["PP2 uneven gpt2"])
+    first, last = (rank["kept"] for rank in held["PP2 uneven gpt2"])
     assert abs(first - last) > 0.1 * max(first, last)
-    peaks = [name for name, ranks in measured.items() if any(rank["activations"] is not None for rank in ranks)]
+    peaks = [name for name, ranks in held.items() if any(rank["activations"] is not None for rank in ranks)]
     assert {"one", "one bf16 tied", "DP2", "PP2 tied", "PP2 virtual"} <= set(peaks)

@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 IMPORTED = ("data", "data x virtual")  # import has no layout: once for each number of processes
 # Routing adds nothing to a layout but broadcasts and the gates' sums: every group of ranks once.
-ROUTED = ("sequence", "tensor x pipeline", "data x virtual")
+WITH_ROUTERS = ("sequence", "tensor x pipeline", "data x virtual")
 DECODING = "tensor"  # no other layout decodes text
 ADAPTIVE = ("router adaptive", "router adaptive surrogate")
 EVALUATED = ("evaluate adaptive own", "evaluate adaptive full")
@@ -66,7 +66,7 @@ class Start:
         options = [f"model.{key}={str(value).lower()}" for key, value in layout.items()]
         jobs: list[dict[str, Any]] = []
         for result, keys in self.keys.items():
-            if (result in ROUTING and name not in ROUTED) or ("generate" in result and name != DECODING):
+            if (result in ROUTING and name not in WITH_ROUTERS) or ("generate" in result and name != DECODING):
                 continue
             if result != "import":
                 jobs.append({"stage": result.split()[0], "keys": [*keys, *options, f"out={self.run}/many/{name}/{result}"]})
@@ -242,7 +242,7 @@ def test_evaluate(start, done, name, result):
     assert not (many / "cache").exists()
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", WITH_ROUTERS)
 @pytest.mark.parametrize("result", ["router", "router straight through", "joint"])
 def test_routers(start, done, name, result):
     """The same losses, the same routers, the same choices (T5)."""
@@ -260,7 +260,7 @@ def test_routers(start, done, name, result):
     assert metrics(many)["budgets"] == metrics(one)["budgets"]
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", WITH_ROUTERS)
 @pytest.mark.parametrize("result", ADAPTIVE)
 def test_adaptive_routers(start, done, name, result):
     """The same levels for the same tokens, in training, calibration and evaluation, and the same routers."""
@@ -283,19 +283,19 @@ def test_adaptive_routers(start, done, name, result):
             assert other["adaptive"][policy]["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", WITH_ROUTERS)
 @pytest.mark.parametrize("result", EVALUATED)
 def test_tokens_that_choose(start, done, name, result):
     """Losses and what is spent, also the way that a GPU computes them."""
     expected = metrics(start.run / "one" / result)
-    assert any(0 < max(block) < 1 for levels in expected["levels"].values() for block in levels)  # not all tokens alike
+    assert any(0 < max(block) < 1 for levels in expected["levels"].values() for block in levels)  # tokens differ
     for way in ("", " as on a GPU"):
         found = metrics(start.run / "many" / name / f"{result}{way}")
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["shares"] == pytest.approx(expected["shares"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", WITH_ROUTERS)
 def test_sensitivity_and_selectors(start, done, name):
     one, many = start.run / "one", start.run / "many" / name
     near = lambda row, *keys: row | {key: pytest.approx(row[key], rel=1e-6, abs=1e-5) for key in keys}  # noqa: E731
@@ -380,7 +380,7 @@ def test_only_the_main_process_prints(start, done, name):
         assert not any(rank["printed"] for rank in others)
     printed = "".join(job[0]["printed"] for job in done[name])
     tables = {"imported": name in IMPORTED, "sorting, before any training": 1, "KV MiB": 2, "exported to": 1}
-    tables |= {"what the routers choose": 3 * (name in ROUTED), "with one smaller": name in ROUTED}
+    tables |= {"what the routers choose": 3 * (name in WITH_ROUTERS), "with one smaller": name in WITH_ROUTERS}
     assert {title: printed.count(title) for title in tables} == tables
 
 

@@ -158,16 +158,16 @@ def compare(cost: str = "latency") -> dict[str, Any]:
     matformer = {0.6: (8, 256), 0.7: (8, 256), 0.8: (8, 512), 0.9: (8, 768)}
     rng, networks, boxes = random.Random("compare"), [], []
     for target in TARGETS:
-        routed, greedy = best(target), best(target, 100)
-        networks.append(chosen("router", target, routed))
+        by_router, greedy = best(target), best(target, 100)
+        networks.append(chosen("router", target, by_router))
         networks.append(chosen("uniform", target, SPACE.uniform(MODEL, *uniform[target])))
         networks.append(chosen("matformer", target, SPACE.uniform(MODEL, *matformer[target])))
         networks.append(chosen("sensitivity", target, greedy))
         drawn = [net for net in (draw(rng) for _ in range(2000)) if target - 0.1 < share(net) <= target][:50]
         networks.append(chosen("random", target, drawn[0]))
-        better = sum(loss(net) > loss(routed) for net in drawn) / len(drawn)
+        better = sum(loss(net) > loss(by_router) for net in drawn) / len(drawn)
         row = {"target": target, "shares": [share(n) for n in drawn], "mean_losses": [loss(n) for n in drawn]}
-        boxes.append({**row, "router_share": share(routed), "router_loss": loss(routed), "better_than": better})
+        boxes.append({**row, "router_share": share(by_router), "router_loss": loss(by_router), "better_than": better})
     equal = []
     for selector, nets in (("uniform", uniform), ("matformer", matformer)):
         for target in TARGETS[:2]:

@@ -38,11 +38,13 @@ def test_what_is_read(comparison):
     c = comparison
     assert (c.label, c.cost, c.samples, c.full_cost) == ("compare", "latency", 128, synthetic.COST.full)
     assert (c.share(c.full), c.full.mean_loss) == (1.0, pytest.approx(3.0))
-    routed = c.of("router")
-    assert [net.target for net in routed] == [0.6, 0.7, 0.8, 0.9]
-    assert routed[0].subnetwork == synthetic.best(0.6) and routed[0].loss["prose"] == pytest.approx(routed[0].mean_loss + 0.2)
+    by_router = c.of("router")
+    assert [net.target for net in by_router] == [0.6, 0.7, 0.8, 0.9]
+    assert by_router[0].subnetwork == synthetic.best(0.6) and by_router[0].loss["prose"] == pytest.approx(
+        by_router[0].mean_loss + 0.2
+    )
     assert [(net.name, c.share(net)) for net in c.dense] == [("small one", 12 / synthetic.COST.full), ("without a cost", None)]
-    assert c.random[0].router_loss == routed[0].mean_loss and len(c.random[0].mean_losses) == len(c.random[0].shares)
+    assert c.random[0].router_loss == by_router[0].mean_loss and len(c.random[0].mean_losses) == len(c.random[0].shares)
     assert c.equal[0].router_loss == pytest.approx(c.equal[0].mean_loss - 0.05)
     fit, unknown = c.scaling_law[0], c.scaling_law[2]
     assert (fit.Nc, fit.alpha, fit.E) == (4.71e6, 1.2, 2.5) and fit.alpha_ci == (-0.25, 2.65) and fit.determined
@@ -87,10 +89,13 @@ def test_table_of_losses(parts):
     (table,) = part.tables
     rows = [dict(zip(table.head, row, strict=True)) for row in table.rows]
     assert [row["Selector"] for row in rows[:6]] == ["full model", *["router"] * 4, "uniform"]
-    routed, best = rows[4], synthetic.best(0.6)
-    assert (routed["Target"], routed["Share"]) == ("60.0%", f"{100 * synthetic.share(best):.1f}%")
-    assert (routed["Latency (ms)"], routed["Mean loss"]) == (f"{synthetic.COST.of(best):.3f}", f"{synthetic.loss(best):.3f}")
-    assert routed["Loss, code"] == f"{synthetic.loss(best) - 0.2:.3f}"
+    by_router, best = rows[4], synthetic.best(0.6)
+    assert (by_router["Target"], by_router["Share"]) == ("60.0%", f"{100 * synthetic.share(best):.1f}%")
+    assert (by_router["Latency (ms)"], by_router["Mean loss"]) == (
+        f"{synthetic.COST.of(best):.3f}",
+        f"{synthetic.loss(best):.3f}",
+    )
+    assert by_router["Loss, code"] == f"{synthetic.loss(best) - 0.2:.3f}"
     assert (rows[0]["Target"], rows[0]["Share"], rows[0]["Parameters"]) == ("–", "100.0%", "12,587,264")
     assert [rows[-1][key] for key in ("Selector", "Share", "Latency (ms)", "Mean loss", "Loss, code")] == [
         *("dense: without a cost", "–", "–", "3.420", "–")

@@ -8,24 +8,24 @@ import pytest
 
 from flextron_mcore.report import routing, training
 from flextron_mcore.report.reader import Settings
-from flextron_mcore.report.routing import Routers, Routing, RoutingStep, dynamics
+from flextron_mcore.report.routing import Routers, RouterStep, TrainedRouters, dynamics
 from flextron_mcore.report.topic import Section
 from flextron_mcore.report.training import Training
 from tests.report import synthetic
 
 
-def read(run, metrics, log=None) -> Routing:
+def read(run, metrics, log=None) -> TrainedRouters:
     return synthetic.read(routing.TOPIC, run, my_router=(metrics, log))[0]
 
 
-def of_steps(*steps: RoutingStep) -> Routing:
+def of_steps(*steps: RouterStep) -> TrainedRouters:
     trained = Training("router", "router", len(steps), 1, 1.0, 1.0, [], [], {}, {}, Settings())
     routers = Routers(["latency"], True, 0.2, None)
-    return Routing("router", "router", synthetic.MODEL, routers, [], trained, list(steps))
+    return TrainedRouters("router", "router", synthetic.MODEL, routers, [], trained, list(steps))
 
 
-def step(number: int, follows: bool = True, error: float | None = None) -> RoutingStep:
-    return RoutingStep(number, 3.0, [3.5], None, 0.1, error, follows)
+def step(number: int, follows: bool = True, error: float | None = None) -> RouterStep:
+    return RouterStep(number, 3.0, [3.5], None, 0.1, error, follows)
 
 
 def sections(run, **stages) -> dict[str, Section]:
@@ -44,7 +44,7 @@ def test_router_is_a_training_stage_with_budgets_and_signals(tmp_path):
     first = found.steps[0]
     assert first.excess == pytest.approx(sum(first.subnetwork_losses) / 2 - first.loss) and not first.routers_follow_surrogate
     assert first.surrogate_loss > 1 and first.constraint_loss == pytest.approx(0.193, abs=1e-3)
-    assert (found.follows_from(), found.settles_from()) == (61, 142)
+    assert (found.follows_from(), found.steady_from()) == (61, 142)
 
 
 def test_joint_has_no_surrogate(tmp_path):

@@ -15,15 +15,15 @@ from flextron_mcore.space import SubNetwork
 from tests.routing_toy import family, latency
 
 
-def boltzmann(blocks: Choices, cost: Cost, seed: int):
+def boltzmann(choices: Choices, cost: Cost, seed: int):
     """Routers that know what each block is worth, with noise that depends on the target."""
-    worth = np.random.default_rng(seed).uniform(0.5, 1.5, blocks.count)
+    worth = np.random.default_rng(seed).uniform(0.5, 1.5, choices.count)
 
     def log_p(targets):
-        noise = np.random.default_rng([seed, int(1e6 * targets[0])]).normal(scale=0.05, size=blocks.exists_NK.shape)
-        share = blocks.costs_NK(cost) / cost.full
+        noise = np.random.default_rng([seed, int(1e6 * targets[0])]).normal(scale=0.05, size=choices.exists_NK.shape)
+        share = choices.costs_NK(cost) / cost.full
         logits = 30 * worth[:, None] * share - 60 * (1 - targets[0]) * share + noise
-        logits = np.where(blocks.exists_NK, logits, -np.inf)
+        logits = np.where(choices.exists_NK, logits, -np.inf)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
     return log_p
@@ -31,56 +31,56 @@ def boltzmann(blocks: Choices, cost: Cost, seed: int):
 
 @pytest.mark.parametrize("layers, seed", [(4, 1), (5, 2)])
 def test_budgets_are_used_never_exceeded_and_monotone(layers, seed):
-    blocks = family(layers)
-    cost = latency(blocks)
-    routed = RouterSelector(blocks, {"latency": cost}, boltzmann(blocks, cost, seed))
+    choices = family(layers)
+    cost = latency(choices)
+    selector = RouterSelector(choices, {"latency": cost}, boltzmann(choices, cost, seed))
     shares = np.sort(np.random.default_rng(seed).uniform(cost.smallest / cost.full, 1, 24))
     costs = []
     for share in shares:
-        net = routed.select([Budget(cost, share * cost.full)])
-        blocks.space.check(blocks.model, net)
+        net = selector.select([Budget(cost, share * cost.full)])
+        choices.space.check(choices.model, net)
         assert cost.of(net) <= share * cost.full * (1 + 1e-9)
         costs.append(cost.of(net) / cost.full)
     assert costs == sorted(costs)
     for share, spent in zip(shares, costs, strict=True):
-        nearest = cheapest(blocks, -blocks.costs_NK(cost), [(cost, 0.0, share * cost.full)])
+        nearest = cheapest(choices, -choices.costs_NK(cost), [(cost, 0.0, share * cost.full)])
         assert share - spent <= max(WITHIN, share - cost.of(nearest) / cost.full) + BIN
-    assert routed.select([Budget(cost, cost.full)]) == SubNetwork.full(blocks.model)
-    smallest = routed.select([Budget(cost, cost.smallest)])
-    assert blocks.indices(smallest) == [0] * blocks.count
-    again = RouterSelector(blocks, {"latency": cost}, boltzmann(blocks, cost, seed))  # whatever was asked before
-    assert again.select([Budget(cost, shares[12] * cost.full)]) == routed.select([Budget(cost, shares[12] * cost.full)])
+    assert selector.select([Budget(cost, cost.full)]) == SubNetwork.full(choices.model)
+    smallest = selector.select([Budget(cost, cost.smallest)])
+    assert choices.indices(smallest) == [0] * choices.count
+    again = RouterSelector(choices, {"latency": cost}, boltzmann(choices, cost, seed))  # whatever was asked before
+    assert again.select([Budget(cost, shares[12] * cost.full)]) == selector.select([Budget(cost, shares[12] * cost.full)])
 
 
 def test_an_argmax_that_is_on_the_budget_is_taken():
-    blocks = family(4)
-    cost = latency(blocks)
-    wanted = blocks.network([2, 1, 3, 0, 1, 2, 2, 3])
+    choices = family(4)
+    cost = latency(choices)
+    wanted = choices.network([2, 1, 3, 0, 1, 2, 2, 3])
 
     def log_p(targets):
-        p = np.full(blocks.exists_NK.shape, 0.01)
-        p[np.arange(blocks.count), blocks.indices(wanted)] = 0.97
+        p = np.full(choices.exists_NK.shape, 0.01)
+        p[np.arange(choices.count), choices.indices(wanted)] = 0.97
         return np.log(p)
 
-    routed = RouterSelector(blocks, {"latency": cost}, log_p)
+    selector = RouterSelector(choices, {"latency": cost}, log_p)
     for more in (0.0, 0.004, 0.009):
-        assert routed.select([Budget(cost, cost.of(wanted) + more * cost.full)]) == wanted
-    assert routed.argmax([0.3]) == wanted
+        assert selector.select([Budget(cost, cost.of(wanted) + more * cost.full)]) == wanted
+    assert selector.argmax([0.3]) == wanted
 
 
 def test_several_budgets_and_costs_that_were_not_trained():
-    blocks = family(4)
-    cost, parameters = latency(blocks), parameter_cost(blocks.model, blocks.space)
-    memory = memory_cost(blocks.model, blocks.space, "bf16", 64, 24)
-    routed = RouterSelector(blocks, {"latency": cost}, boltzmann(blocks, cost, 0))
+    choices = family(4)
+    cost, parameters = latency(choices), parameter_cost(choices.model, choices.space)
+    memory = memory_cost(choices.model, choices.space, "bf16", 64, 24)
+    selector = RouterSelector(choices, {"latency": cost}, boltzmann(choices, cost, 0))
     previous = 0.0
     for share in np.linspace(0.6, 1, 6):
-        net = routed.select([Budget(parameters, share * parameters.full)])
+        net = selector.select([Budget(parameters, share * parameters.full)])
         assert previous <= parameters.of(net) <= share * parameters.full
         assert share < 0.62 or share > 0.95 or parameters.of(net) >= (share - WITHIN - BIN) * parameters.full
         previous = parameters.of(net)
         budgets = [Budget(cost, share * cost.full), Budget(memory, 0.75 * memory.full)]
-        both = routed.select(budgets)
+        both = selector.select(budgets)
         assert all(budget.allows(both) for budget in budgets)
         assert cost.of(both) >= (share - 0.03) * cost.full or memory.of(both) >= 0.7 * memory.full
 
@@ -98,13 +98,13 @@ def test_targets():
 @pytest.mark.parametrize("uniform", [False, True])
 def test_budgets_that_hold_nothing_near_together_are_used_as_far_as_they_go(uniform):
     """Over all axes, against all networks: few parameters and little memory leave a lot of both unused."""
-    blocks = family(2, hidden_size=[8, 32], depth=[1, 2], heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0])
-    axes = Choices(blocks.model, blocks.space, all_axes=True, uniform=uniform)
+    choices = family(2, hidden_size=[8, 32], depth=[1, 2], heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0])
+    axes = Choices(choices.model, choices.space, all_axes=True, uniform=uniform)
     costs = [parameter_cost(axes.model, axes.space), memory_cost(axes.model, axes.space, "bf16", 64, 24)]
     every = {axes.network(row) for row in itertools.product(*(range(len(sizes)) for sizes in axes.sizes))}
-    routed = RouterSelector(axes, {"parameters": costs[0]}, lambda targets: np.where(axes.exists_NK, 0.0, -np.inf))
+    selector = RouterSelector(axes, {"parameters": costs[0]}, lambda targets: np.where(axes.exists_NK, 0.0, -np.inf))
     for shares in ((0.35, 0.6), (0.6, 0.4)):
         budgets = [Budget(cost, share * cost.full) for cost, share in zip(costs, shares, strict=True)]
         allowed = [net for net in every if all(budget.allows(net) for budget in budgets)]
         used = lambda net: sum(cost.of(net) / cost.full for cost in costs)  # noqa: E731
-        assert used(routed._largest(budgets)) == pytest.approx(max(map(used, allowed)))
+        assert used(selector._largest(budgets)) == pytest.approx(max(map(used, allowed)))

@@ -15,39 +15,41 @@ from tests.routing_toy import family, latency
 
 
 def test_they_keep_to_the_budget_and_use_it():
-    blocks = family(12)
-    cost = latency(blocks)
+    choices = family(12)
+    cost = latency(choices)
     for share in np.linspace(cost.smallest / cost.full + 0.02, 0.97, 9):
-        drawn = draw_near(blocks, [Budget(cost, share * cost.full)], 50, seed=3)
+        drawn = draw_near(choices, [Budget(cost, share * cost.full)], 50, seed=3)
         assert len(set(drawn)) == 50
         assert all(share - 0.01 <= cost.of(net) / cost.full <= share + 1e-9 for net in drawn)
-        assert drawn == draw_near(blocks, [Budget(cost, share * cost.full)], 50, seed=3)
-        assert drawn != draw_near(blocks, [Budget(cost, share * cost.full)], 50, seed=4)
+        assert drawn == draw_near(choices, [Budget(cost, share * cost.full)], 50, seed=3)
+        assert drawn != draw_near(choices, [Budget(cost, share * cost.full)], 50, seed=4)
 
 
 def test_every_network_of_that_cost_is_as_likely():
     """Chi-square over the networks of a small space near one cost."""
-    blocks = family(2)
-    cost = latency(blocks)
+    choices = family(2)
+    cost = latency(choices)
     budget = [Budget(cost, 0.9 * cost.full)]
-    every = [blocks.network(indices) for indices in itertools.product(*(range(len(sizes)) for sizes in blocks.sizes))]
+    every = [choices.network(indices) for indices in itertools.product(*(range(len(sizes)) for sizes in choices.sizes))]
     near = [net for net in every if 0.85 * cost.full <= cost.of(net) <= 0.9 * cost.full]
-    counts = Counter(net for seed in range(2000) for net in draw_near(blocks, budget, 1, seed, within=0.05))
+    counts = Counter(net for seed in range(2000) for net in draw_near(choices, budget, 1, seed, within=0.05))
     assert counts.keys() == set(near) and len(near) > 5
     expected = 2000 / len(near)
     assert sum((counts[net] - expected) ** 2 / expected for net in near) < len(near) + 5 * (2 * len(near)) ** 0.5
 
 
 def test_where_few_exist():
-    blocks = family(2, heads=[1.0], ffn_hidden_size=[0.5, 1.0])
-    cost = latency(blocks)
-    assert draw_near(blocks, [Budget(cost, cost.full)], 10, 0) == [blocks.network([0, 1, 0, 1])]
+    choices = family(2, heads=[1.0], ffn_hidden_size=[0.5, 1.0])
+    cost = latency(choices)
+    assert draw_near(choices, [Budget(cost, cost.full)], 10, 0) == [choices.network([0, 1, 0, 1])]
     between = [Budget(cost, 0.999 * cost.full)]  # no network within 1 % below: the bound is widened
-    assert set(draw_near(blocks, between, 10, 0)) == {blocks.network([0, 0, 0, 1]), blocks.network([0, 1, 0, 0])}
-    memory = memory_cost(blocks.model, blocks.space, "fp32", 1, 8)
-    assert draw_near(blocks, [Budget(cost, cost.full), Budget(memory, memory.smallest)], 10, 0) == [blocks.network([0, 0, 0, 0])]
+    assert set(draw_near(choices, between, 10, 0)) == {choices.network([0, 0, 0, 1]), choices.network([0, 1, 0, 0])}
+    memory = memory_cost(choices.model, choices.space, "fp32", 1, 8)
+    assert draw_near(choices, [Budget(cost, cost.full), Budget(memory, memory.smallest)], 10, 0) == [
+        choices.network([0, 0, 0, 0])
+    ]
     with pytest.raises(FlextronError, match="no random network found that keeps to latency <= .* and parameters"):
         from flextron_mcore.cost import parameter_cost
 
-        parameters = parameter_cost(blocks.model, blocks.space)
-        draw_near(blocks, [Budget(cost, cost.full), Budget(parameters, parameters.smallest - 1)], 10, 0)
+        parameters = parameter_cost(choices.model, choices.space)
+        draw_near(choices, [Budget(cost, cost.full), Budget(parameters, parameters.smallest - 1)], 10, 0)

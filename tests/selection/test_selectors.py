@@ -38,18 +38,18 @@ def test_uniform_and_matformer_take_the_largest_that_fits():
 
 def test_uniform_balances_all_axes():
     """What has most of the axis that it has least of is taken, whatever the other axes would allow."""
-    blocks = family(4, hidden_size=[16, 24, 32], depth=[2, 3, 4], heads=[0.5, 0.75, 1.0], ffn_hidden_size=[0.5, 0.75, 1.0])
-    cost = parameter_cost(blocks.model, blocks.space)
+    choices = family(4, hidden_size=[16, 24, 32], depth=[2, 3, 4], heads=[0.5, 0.75, 1.0], ffn_hidden_size=[0.5, 0.75, 1.0])
+    cost = parameter_cost(choices.model, choices.space)
 
     def least(net: SubNetwork) -> float:
         layers = [layer for layer in net.layers if layer.executed]
         widths = layers[0].num_attention_heads / 4, layers[0].ffn_hidden_size / 48
         return min(*widths, net.hidden_size / 32, len(layers) / 4)
 
-    known = Uniform(blocks).networks()
+    known = Uniform(choices).networks()
     assert len(set(known)) == 81
     for share in (0.3, 0.45, 0.6, 0.8, 1.0):
-        found = Uniform(blocks).select([Budget(cost, share * cost.full)])
+        found = Uniform(choices).select([Budget(cost, share * cost.full)])
         fitting = [net for net in known if cost.of(net) <= share * cost.full * (1 + 1e-12)]
         assert (least(found), cost.of(found)) == max((least(net), cost.of(net)) for net in fitting)
 

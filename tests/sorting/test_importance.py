@@ -183,7 +183,7 @@ def test_sorted_half_keeps_the_most_important_neurons(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", [toy.LLAMA, toy.GPT2], ids=["llama", "gpt2"])
 def test_sorting_channels_keeps_the_function_and_orders_them_by_importance(kind, tied, tmp_path):
-    """In every tensor alike; the narrow network has the most important channels, all norms' activations summed by hand."""
+    """The same in every tensor; the narrow network has the most important channels, all norms' activations summed by hand."""
     arch = toy.config(**kind, share_embeddings_and_output_weights=tied)
     space = ElasticSpace.build(arch, hidden_size=[0.5, 1.0])
     model = toy.model(arch, space)

@@ -82,9 +82,9 @@ def test_what_is_written(chain, routed):
     assert [row["target"] for row in found["adaptive_budgets"]] == [0.7, 0.9]
     for row in found["adaptive_budgets"]:
         assert row["adaptive"].keys() == {"full", "own"} and row["static"]["share"] <= row["target"]
-        for measured in row["adaptive"].values():
-            assert measured["loss"].keys() == measured["shares"].keys() == {"code", "prose"}
-            assert all(sum(block) == pytest.approx(1) for levels in measured["levels"].values() for block in levels)
+        for outcome in row["adaptive"].values():
+            assert outcome["loss"].keys() == outcome["shares"].keys() == {"code", "prose"}
+            assert all(sum(block) == pytest.approx(1) for levels in outcome["levels"].values() for block in levels)
     train = [row for row in rows(routed / "adaptive") if row["event"] == "train"]
     assert len(train) == 8 and len(train[0]["targets"]) == len(train[0]["costs"]) == 2
     validated = [row["losses"] for row in rows(routed / "adaptive") if row["event"] == "validation"]

@@ -59,9 +59,11 @@ def test_equal_time(chain, runs, monkeypatch, capsys):
     assert row[:3] == ["adaptive", "full", "0.9"]
 
 
-@pytest.mark.parametrize("given", [["a"], ["a", "b", "c", "round=3"], ["a", "b", "c", "rounds=-1"], ["a", "b", "c", "rounds=x"]])
-def test_what_is_given(given, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["equal_time", *given])
+@pytest.mark.parametrize(
+    "arguments", [["a"], ["a", "b", "c", "round=3"], ["a", "b", "c", "rounds=-1"], ["a", "b", "c", "rounds=x"]]
+)
+def test_wrong_arguments(arguments, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["equal_time", *arguments])
     with pytest.raises(SystemExit, match=r"python -m benchmarks.equal_time STATIC .* sequences=, samples=, rounds="):
         trained.command(equal_time.__doc__, 3, equal_time._run)
 

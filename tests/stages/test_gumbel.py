@@ -129,8 +129,8 @@ def test_training_goes_on_from_its_own_checkpoint(chain, axes, tmp_path):
     keys = [key for key in gumbel_keys(chain, axes) if not key.startswith(("checkpoint", "trainer.max_steps"))]
     stage("gumbel", f"checkpoint={axes}/gumbel", *keys, "trainer.max_steps=1", "router.lr=1e-9", f"out={tmp_path}/more")
     info = open_checkpoint(tmp_path / "more")
-    blocks = Choices(info.model, info.space)
-    (_, before), (_, after) = (read_routers(open_checkpoint(run).path, blocks) for run in (axes / "gumbel", tmp_path / "more"))
+    choices = Choices(info.model, info.space)
+    (_, before), (_, after) = (read_routers(open_checkpoint(run).path, choices) for run in (axes / "gumbel", tmp_path / "more"))
     for one, other in zip(before.parameters(), after.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 

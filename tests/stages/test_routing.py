@@ -167,7 +167,7 @@ def test_a_selected_network_keeps_to_its_budget_everywhere(chain, routed, tmp_pa
 def test_selection_measures_and_is_the_same_again(routed, tmp_path):
     keys = [f"checkpoint={routed}/router", "budget=0.8", "rounds=1"]
     first, second = (stage("select", *keys, f"out={tmp_path}/{i}.json") for i in range(2))
-    assert first["measured"]["ms"] > 0 and first["measured"]["full_ms"] > 0
+    assert first["device_latency"]["ms"] > 0 and first["device_latency"]["full_ms"] > 0
     assert (tmp_path / "0.json").read_bytes() == (tmp_path / "1.json").read_bytes()
     assert first["subnetwork"] == second["subnetwork"]
 
@@ -188,9 +188,9 @@ def test_sensitivity(chain, routed):
     one = metrics["blocks"][4]
     assert one["degradation"] == pytest.approx(one["loss"] - metrics["full_loss"])
     info = open_checkpoint(routed / "router")
-    blocks = Choices(info.model, info.space)
-    net = blocks.replaced(SubNetwork.full(info.model), 2 * one["layer"] + (one["axis"] != "heads"), 1)
-    assert one["size"] == blocks.sizes[1][1]
+    choices = Choices(info.model, info.space)
+    net = choices.replaced(SubNetwork.full(info.model), 2 * one["layer"] + (one["axis"] != "heads"), 1)
+    assert one["size"] == choices.sizes[1][1]
     (routed / "one.json").write_text(net.to_json())
     evaluated = stage(
         *("evaluate", f"checkpoint={routed}/router", f"data={chain}/data", f"subnetwork={routed}/one.json"),

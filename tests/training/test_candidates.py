@@ -32,10 +32,10 @@ def wide_bins(monkeypatch):
 
 def test_budgets_get_better_networks():
     """Routers that were trained briefly, on noisy losses; evaluation gives the true loss, in the first round with noise."""
-    blocks = family(4)
-    cost, loss = latency(blocks), true_loss(blocks)
-    taught = learner(blocks, [cost], max_steps=80)
-    train(blocks, taught, 0, 80, noise=0.05)
+    choices = family(4)
+    cost, loss = latency(choices), true_loss(choices)
+    taught = learner(choices, [cost], max_steps=80)
+    train(choices, taught, 0, 80, noise=0.05)
     rounds: list[tuple[int, int]] = []
 
     def evaluate(networks, samples: int) -> list[float]:
@@ -49,7 +49,7 @@ def test_budgets_get_better_networks():
     assert all(count > 0 for count, _ in rounds)
     assert sum(count for count, _ in rounds[:-1]) > 1.5 * rounds[-1][0] > 0
     assert all(losses[net] == 2 + loss(net) for net in losses) and len(losses) <= rounds[-1][0]
-    taught.info = replace(taught.info, evaluated=tuple((tuple(blocks.indices(net)), value) for net, value in losses.items()))
+    taught.info = replace(taught.info, evaluated=tuple((tuple(choices.indices(net)), value) for net, value in losses.items()))
     after = taught.selector()
     shares = np.linspace(cost.smallest / cost.full + 0.02, 1, 40)
     gains, spent = [], []
@@ -67,10 +67,10 @@ def test_budgets_get_better_networks():
 
 def test_where_networks_are_few_the_best_of_all_is_found():
     """A small space, and routers that know nothing yet, without a surrogate."""
-    blocks = family(2)
-    cost, loss = latency(blocks), true_loss(blocks)
-    taught = learner(blocks, [cost], max_steps=20, kind=StraightThroughLearner)
-    train(blocks, taught, 0, 5)
+    choices = family(2)
+    cost, loss = latency(choices), true_loss(choices)
+    taught = learner(choices, [cost], max_steps=20, kind=StraightThroughLearner)
+    train(choices, taught, 0, 5)
     tried: list[set[SubNetwork]] = []
 
     def evaluate(networks, samples: int) -> list[float]:
@@ -79,9 +79,9 @@ def test_where_networks_are_few_the_best_of_all_is_found():
 
     likeliest = {found[-1] for found in taught.selector().bins(cost) if found}
     losses = evaluate_candidates(taught, evaluate, 2)
-    every = {blocks.network(row) for row in itertools.product(*(range(len(sizes)) for sizes in blocks.sizes))}
+    every = {choices.network(row) for row in itertools.product(*(range(len(sizes)) for sizes in choices.sizes))}
     assert likeliest <= tried[0] <= every and losses.keys() <= tried[0]
-    taught.info = replace(taught.info, evaluated=tuple((tuple(blocks.indices(net)), value) for net, value in losses.items()))
+    taught.info = replace(taught.info, evaluated=tuple((tuple(choices.indices(net)), value) for net, value in losses.items()))
     beaten = []
     for share in np.linspace(cost.smallest / cost.full + 0.01, 1, 30):
         value = loss(taught.selector().select([Budget(cost, share * cost.full)]))
@@ -91,11 +91,11 @@ def test_where_networks_are_few_the_best_of_all_is_found():
 
 def test_what_few_samples_put_second_can_still_be_chosen():
     """The first round takes the best network of a cost for a little worse than another: all samples have the last word."""
-    blocks = family(2)
-    cost, loss = latency(blocks), true_loss(blocks)
-    taught = learner(blocks, [cost], max_steps=20, kind=StraightThroughLearner)
-    train(blocks, taught, 0, 5)
-    every = [blocks.network(row) for row in itertools.product(*(range(len(sizes)) for sizes in blocks.sizes))]
+    choices = family(2)
+    cost, loss = latency(choices), true_loss(choices)
+    taught = learner(choices, [cost], max_steps=20, kind=StraightThroughLearner)
+    train(choices, taught, 0, 5)
+    every = [choices.network(row) for row in itertools.product(*(range(len(sizes)) for sizes in choices.sizes))]
     limit = 0.7 * cost.full
     near = sorted((net for net in every if limit - WITHIN * cost.full <= cost.of(net) <= limit), key=loss)
     best, second = near[:2]
@@ -158,8 +158,8 @@ def test_what_is_clearly_worse_than_a_cheaper_network_is_no_answer(uniform):
 
 
 def test_the_full_model_stays_though_a_cheaper_network_is_better():
-    blocks = family(2)
-    cost, full = latency(blocks), SubNetwork.full(blocks.model)
-    less, more = sorted((blocks.replaced(full, block, 0) for block in (0, 1)), key=cost.of)
-    kept = candidates._answers(cost, {full: 2.2, more: 2.5, blocks.least(cost): 3.0, less: 2.0})
-    assert list(kept) == [blocks.least(cost), less, full]
+    choices = family(2)
+    cost, full = latency(choices), SubNetwork.full(choices.model)
+    less, more = sorted((choices.replaced(full, block, 0) for block in (0, 1)), key=cost.of)
+    kept = candidates._answers(cost, {full: 2.2, more: 2.5, choices.least(cost): 3.0, less: 2.0})
+    assert list(kept) == [choices.least(cost), less, full]

@@ -34,8 +34,8 @@ def test_loss_and_its_slope(name):
 
 
 def test_targets_lie_in_their_range_and_shares_are_of_the_full_model():
-    blocks = family(2)
-    cost = latency(blocks)
+    choices = family(2)
+    cost = latency(choices)
     targets = Targets([cost], [(0.8, 0.9)])
     drawn_TC = targets.draw(5, torch.Generator().manual_seed(0))
     shares = torch.tensor(targets.shares(drawn_TC))[:, 0]

@@ -19,18 +19,18 @@ STEPS = 250
 MEMORY = {"dtype": "bf16", "batch_size": 1, "length": 24}
 
 
-def learner(blocks, costs, max_steps=STEPS, seed=0, kind=SurrogateLearner) -> StaticLearner:
+def learner(choices, costs, max_steps=STEPS, seed=0, kind=SurrogateLearner) -> StaticLearner:
     ranges = tuple((cost.smallest / cost.full, 1.0) for cost in costs)
     info = RouterInfo(tuple(cost.name for cost in costs), ranges, 32, MEMORY)
-    training = RouterTraining(blocks, costs, info, 4, seed, max_steps)
+    training = RouterTraining(choices, costs, info, 4, seed, max_steps)
     if kind is StraightThroughLearner:
         return kind(training, RouterSettings())
     return SurrogateLearner(training, RouterSettings(), SurrogateSettings())
 
 
-def train(blocks, taught: StaticLearner, first: int, last: int, noise: float = 0.005, seed: int = 0) -> list[dict]:
+def train(choices, taught: StaticLearner, first: int, last: int, noise: float = 0.005, seed: int = 0) -> list[dict]:
     """Losses are those of the stand-in for a batch: the full model's differs from batch to batch, the others' with noise."""
-    loss, rows = true_loss(blocks), []
+    loss, rows = true_loss(choices), []
     for step in range(first, last):
         generator = np.random.default_rng([seed, step])
         full = 3 + generator.normal()
@@ -38,8 +38,8 @@ def train(blocks, taught: StaticLearner, first: int, last: int, noise: float = 0
         losses = [full, *(full + loss(net) + noise * generator.normal() for net in networks)]
         gradients = []
         if isinstance(taught, StraightThroughLearner):
-            sizes = torch.tensor([blocks.indices(net) for net in networks]) + 1
-            worth = [loss(blocks.replaced(SubNetwork.full(blocks.model), n, 0)) for n in range(blocks.count)]
+            sizes = torch.tensor([choices.indices(net) for net in networks]) + 1
+            worth = [loss(choices.replaced(SubNetwork.full(choices.model), n, 0)) for n in range(choices.count)]
             gradients = [-torch.tensor(worth) * sizes]
         rows.append(taught.learn(step, losses, *gradients))
     return rows
@@ -47,9 +47,9 @@ def train(blocks, taught: StaticLearner, first: int, last: int, noise: float = 0
 
 @pytest.fixture(scope="module")
 def trained():
-    blocks = family(4)
-    taught = learner(blocks, [latency(blocks)])
-    return blocks, taught, train(blocks, taught, 0, STEPS)
+    choices = family(4)
+    taught = learner(choices, [latency(choices)])
+    return choices, taught, train(choices, taught, 0, STEPS)
 
 
 def test_the_three_phases(trained):
@@ -66,8 +66,8 @@ def test_the_three_phases(trained):
 
 def test_budgets_and_quality(trained):
     """20 budgets that were never drawn: kept, used, monotone; and better than 95 % of random networks of the same cost."""
-    blocks, taught, _ = trained
-    (cost,), selector, loss = taught.costs, taught.selector(), true_loss(blocks)
+    choices, taught, _ = trained
+    (cost,), selector, loss = taught.costs, taught.selector(), true_loss(choices)
     shares = np.linspace(cost.smallest / cost.full + 0.06, 0.95, 20)
     networks = [selector.select([Budget(cost, share * cost.full)]) for share in shares]
     spent = [cost.of(net) / cost.full for net in networks]
@@ -75,43 +75,43 @@ def test_budgets_and_quality(trained):
     assert all(share - 0.02 <= found <= share + 1e-9 for share, found in zip(shares, spent, strict=True))
     better = []
     for share, net in zip(shares, networks, strict=True):
-        drawn = draw_near(blocks, [Budget(cost, share * cost.full)], 100, seed=1)
+        drawn = draw_near(choices, [Budget(cost, share * cost.full)], 100, seed=1)
         better.append(np.mean([loss(other) > loss(net) for other in drawn if other != net]))
     assert np.mean(better) > 0.97 and np.mean(np.array(better) >= 0.95) >= 0.8
 
 
 def test_the_bare_argmax_follows_the_target(trained):
-    blocks, taught, _ = trained
+    choices, taught, _ = trained
     cost = taught.costs[0]
     gaps = [abs(cost.of(taught.argmax(share)) / cost.full - share) for share in np.linspace(0.55, 0.95, 9)]
     assert np.mean(gaps) < 0.05
 
 
 def test_a_step_depends_on_the_seed_and_the_step_only(trained):
-    blocks, _, rows = trained
-    cost = latency(blocks)
-    again = learner(blocks, [cost])
-    assert train(blocks, again, 0, 5) == rows[:5]
-    other = learner(blocks, [cost], seed=1)
-    assert train(blocks, other, 0, 1) != rows[:1]
+    choices, _, rows = trained
+    cost = latency(choices)
+    again = learner(choices, [cost])
+    assert train(choices, again, 0, 5) == rows[:5]
+    other = learner(choices, [cost], seed=1)
+    assert train(choices, other, 0, 1) != rows[:1]
 
 
 def test_continued_equals_uninterrupted(trained, tmp_path):
-    blocks, _, rows = trained
-    half = learner(blocks, [latency(blocks)])
-    train(blocks, half, 0, 60)
+    choices, _, rows = trained
+    half = learner(choices, [latency(choices)])
+    train(choices, half, 0, 60)
     half.write(tmp_path)
-    again = learner(blocks, [latency(blocks)])
+    again = learner(choices, [latency(choices)])
     again.read(tmp_path)
-    assert train(blocks, again, 60, 75) == rows[60:75]
+    assert train(choices, again, 60, 75) == rows[60:75]
 
 
 def test_targets_are_spread_over_the_range():
-    blocks = family(2)
-    cost = latency(blocks)
-    memory = memory_cost(blocks.model, blocks.space, "bf16", 64, 24)
+    choices = family(2)
+    cost = latency(choices)
+    memory = memory_cost(choices.model, choices.space, "bf16", 64, 24)
     info = RouterInfo(("latency", "memory"), ((0.8, 0.9), (0.7, 1.0)), 8, MEMORY)
-    taught = SurrogateLearner(RouterTraining(blocks, [cost, memory], info, 5, 0, 10), RouterSettings(), SurrogateSettings())
+    taught = SurrogateLearner(RouterTraining(choices, [cost, memory], info, 5, 0, 10), RouterSettings(), SurrogateSettings())
     for step in range(10):
         taught.networks(step)
         figures = taught.learn(step, [1.0, 1.1, 1.2, 1.3, 1.4, 1.5])
@@ -122,27 +122,27 @@ def test_targets_are_spread_over_the_range():
 
 
 def test_several_costs_together():
-    blocks = family(3)
-    costs = [latency(blocks), memory_cost(blocks.model, blocks.space, "bf16", 64, 24)]
-    taught = learner(blocks, costs)
-    train(blocks, taught, 0, STEPS)
-    selector, loss = taught.selector(), true_loss(blocks)
+    choices = family(3)
+    costs = [latency(choices), memory_cost(choices.model, choices.space, "bf16", 64, 24)]
+    taught = learner(choices, costs)
+    train(choices, taught, 0, STEPS)
+    selector, loss = taught.selector(), true_loss(choices)
     budgets = [Budget(costs[0], 0.85 * costs[0].full), Budget(costs[1], 0.7 * costs[1].full)]
     net = selector.select(budgets)
     assert all(budget.allows(net) for budget in budgets)
-    drawn = [other for seed in range(3) for other in draw_near(blocks, budgets[::-1], 60, seed) if other != net]
+    drawn = [other for seed in range(3) for other in draw_near(choices, budgets[::-1], 60, seed) if other != net]
     assert np.mean([loss(other) > loss(net) for other in drawn]) > 0.9
 
 
 def test_straight_through_the_gates():
     """Without a surrogate the routers know which blocks matter from the gates alone."""
-    blocks = family(3)
-    cost = latency(blocks)
-    taught = learner(blocks, [cost], kind=StraightThroughLearner)
-    rows = train(blocks, taught, 0, STEPS)
+    choices = family(3)
+    cost = latency(choices)
+    taught = learner(choices, [cost], kind=StraightThroughLearner)
+    rows = train(choices, taught, 0, STEPS)
     assert "surrogate_loss" not in rows[0] and rows[-1]["constraint_loss"] >= 0
-    loss, full = true_loss(blocks), SubNetwork.full(blocks.model)
-    worth = [loss(blocks.replaced(full, n, 0)) for n in range(blocks.count)]
-    kept = np.mean([blocks.indices(taught.choose(share)) for share in np.linspace(0.6, 0.9, 7)], 0)
+    loss, full = true_loss(choices), SubNetwork.full(choices.model)
+    worth = [loss(choices.replaced(full, n, 0)) for n in range(choices.count)]
+    kept = np.mean([choices.indices(taught.choose(share)) for share in np.linspace(0.6, 0.9, 7)], 0)
     assert np.corrcoef(worth, kept)[0, 1] > 0.5
     assert all(cost.of(taught.choose(share)) <= share * cost.full for share in np.linspace(0.6, 0.9, 7))

@@ -85,11 +85,11 @@ def networks(job: Job) -> list[SubNetwork]:
     sizes = [(space.heads[i % len(space.heads)], space.ffn_hidden_size[-1 - i % len(space.ffn_hidden_size)]) for i in range(99)]
     choices = [space.layer_choice(model, *sizes[i % 99]) for i in range(model.num_layers)]
     ends = [(None, None), (space.hidden_size[0], None), (None, space.depth[0]), (space.hidden_size[-2:][0], space.depth[-2:][0])]
-    mixed = [space.network(model, choices, *end) for end in ends]
+    differing = [space.network(model, choices, *end) for end in ends]
     answers = read_networks(job.info, family)
     some = answers[:: max(len(answers) // _ANSWERS, 1)][:_ANSWERS]
     smallest = space.uniform(model, space.heads[0], space.ffn_hidden_size[0], space.hidden_size[0], space.depth[0])
-    return list(dict.fromkeys([SubNetwork.full(model), smallest, *mixed, *some]))
+    return list(dict.fromkeys([SubNetwork.full(model), smallest, *differing, *some]))
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def build_family(job: Job) -> dict[str, Any]:
     Without settings of the format, the routers answer budgets if the checkpoint has any, else the uniform networks.
     """
     info, dtype = job.info, job.dtype
-    blocks = Choices(info.model, info.space)
+    choices = Choices(info.model, info.space)
     settings = job.settings or HfElasticSettings(selector="router", latency=None, kv_cache=CacheSettings())
     name = settings.selector
     kind = kind_of_routers(info.path) if info.path else None
@@ -64,11 +64,11 @@ def build_family(job: Job) -> dict[str, Any]:
     costs = {"latency": table.cost()} if table else {}
     costs["parameters"] = parameter_cost(info.model, info.space)
     costs["memory"] = memory_cost(info.model, info.space, dtype, **memory)
-    picks: _Picks = trained_selector(info.path, blocks, costs) if name == "router" else _SELECTORS[name](blocks)
+    picks: _Picks = trained_selector(info.path, choices, costs) if name == "router" else _SELECTORS[name](choices)
     ranges = picks.ranges if isinstance(picks, RouterSelector) else {}
     networks = _Networks()
-    given = [info.network(Path(file)) for file in settings.networks]
-    answers = {cost.name: _answers(picks, cost, networks, given) for cost in costs.values()}
+    listed = [info.network(Path(file)) for file in settings.networks]
+    answers = {cost.name: _answers(picks, cost, networks, listed) for cost in costs.values()}
     return {
         "format": FORMAT_VERSION,
         "model": info.model.to_dict(),
@@ -111,12 +111,12 @@ def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNe
     return networks
 
 
-def _answers(picks: _Picks, cost: Cost, networks: _Networks, given: list[SubNetwork]) -> dict[str, list]:
+def _answers(picks: _Picks, cost: Cost, networks: _Networks, listed: list[SubNetwork]) -> dict[str, list]:
     """The table of one cost: cost bins [score, cost, network] or null, and the least network; or rising steps [cost, network].
 
-    given: [cost, network].
+    Its key `given` has [cost, network] of each of `listed`.
     """
-    more = [[cost.of(net), networks.number(net)] for net in given]
+    more = [[cost.of(net), networks.number(net)] for net in listed]
     if isinstance(picks, RouterSelector):
         bins = [found and [*found[:2], networks.number(found[2])] for found in picks.bins(cost)]
         return {"cells": bins, "least": [networks.number(picks.choices.least(cost))], "given": more}

@@ -98,3 +98,15 @@ def test_no_file_imports_itself_through_others():
 
     for name in arrows:
         visit(name, ())
+
+
+# Folders of tests/ that need something of their own, and rooms that are tested through the commands.
+OTHER_TESTS = {"parallel", "gpu", "slurm", "examples"}
+THROUGH_COMMANDS = {"runs"}
+
+
+def test_every_room_has_a_folder_of_tests():
+    def folders(root: Path) -> set[str]:
+        return {path.name for path in root.iterdir() if any(path.glob("*.py"))}
+
+    assert folders(PACKAGE) - THROUGH_COMMANDS == folders(PACKAGE.parent / "tests") - OTHER_TESTS

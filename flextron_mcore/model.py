@@ -111,7 +111,7 @@ def build_model(
 ) -> GPTModel:
     """Build this rank's part of the elastic GPTModel, freshly initialised, on this rank's device.
 
-    options: the parallel layout and recomputation, under the names of PARALLEL_OPTIONS. precision: fp32 or bf16. overrides: of
+    options: the parallel layout and recomputation, by default of one rank. precision: fp32 or bf16. overrides: of
     TransformerConfig. Wants process groups (`flextron_mcore.initialize`). Raises FlextronError for a layout that does not fit.
 
     >>> initialize()

@@ -10,6 +10,7 @@ from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.layers.block import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_model
+from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 from tests import toy
 from tests.toy_axis import AXIS
@@ -56,7 +57,8 @@ def test_sliced_is_masked_is_weighted(added):
 def test_gates_and_slices_have_their_gradients(added, recompute):
     """Rows that a network leaves out have none; also when activations are computed again while another choice is set."""
     arch = toy.config(num_layers=3)
-    options = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if recompute else {}
+    recomputed = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    options = LayoutSettings(**recomputed) if recompute else None
     space = ElasticSpace.build(arch)
     torch.manual_seed(0)
     model, (tokens, positions) = build_model(arch, space, options).train(), toy.inputs()

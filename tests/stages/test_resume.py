@@ -221,7 +221,7 @@ def test_a_damaged_configuration_is_named(tree, content):
 def test_half_a_configuration_is_damaged(tree, key):
     file = tree / "elastic" / "config.yaml"
     text = file.read_text()
-    file.write_text(text[: text.index(f"\n{key}:")])
+    file.write_text(text[: f"\n{text}".index(f"\n{key}:")])
     refused(tree / "elastic", lambda: elastic(tree), r"elastic/config.yaml: is damaged \(not a configuration\)")
 
 
@@ -275,7 +275,7 @@ def test_overwrite_that_is_killed_can_be_repeated(tree, monkeypatch):
     def kill(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for place in ("shutil.rmtree", "flextron_mcore.runtime.disk.write_whole"):
+    for place in ("shutil.rmtree", "flextron_mcore.runs.resume.write_whole"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(place, kill)
             elastic(tree, "overwrite=true")

@@ -76,7 +76,7 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
     found["losses"] = dict(zip(networks, losses[:, 0] / losses[:, 1], strict=True))
     found["gradients"] = {name: parameter.main_grad for name, parameter in gpt.named_parameters()}
     scores = importance([model], batches, MICRO_BATCHES, toy.LENGTH, BATCH)
-    found["scores"] = {f"{i} {what}": getattr(own, what) for i, own in scores.layers.items() for what in ("neurons", "heads")}
+    found["scores"] = {f"{i} {axis}": units for i, own in scores.layers.items() for axis, units in own.units.items()}
     found["scores"]["channels"] = scores.channels
     return {group: {name: x.detach().float().cpu() for name, x in values.items()} for group, values in found.items()}
 

@@ -15,7 +15,7 @@ from flextron_mcore.training.gumbel import GumbelLearner
 from flextron_mcore.training.router import RouterTraining
 from tests import toy
 
-STEPS = 300
+STEPS = 450  # at 300 the argmax is still off by 0.04 to 0.06, depending on the rounding of the CPU
 ARCH = toy.config(num_layers=4, vocab_size=11)
 SPACE = ElasticSpace.build(
     ARCH, hidden_size=[0.5, 0.75, 1.0], depth=[2, 3, 4], heads=[0.5, 1.0], layer_ranking=[3, 0, 2, 1]

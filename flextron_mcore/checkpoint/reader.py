@@ -58,7 +58,7 @@ class TensorReader:
         return tensor[: self.shape(key)[0]] if dealt is None else to_sorted_order(tensor, *dealt, first=units)
 
     def stored(self, key: str) -> torch.Tensor:
-        """As `read`, but all of it and in the order in which it is stored.
+        """Read a whole tensor in the order in which it is stored (`read` gives the sorted order).
 
         What was stored as one piece is a view of the mapped file: what nobody looks at is not read.
         """

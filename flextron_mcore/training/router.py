@@ -71,7 +71,7 @@ class RouterLearner(Learner):
     def _seeded(self) -> None:
         """Make other modules with random weights, if any."""
 
-    # What routers choose now, without noise.
+    # Choices of the routers now, without noise.
 
     def selector(self) -> RouterSelector:
         """Selector of the routers as they are."""

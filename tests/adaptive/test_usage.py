@@ -33,7 +33,7 @@ def test_the_average_cost_of_a_pure_mix_is_the_networks():
     ],
 )
 def test_tokens_that_differ_have_an_overhead(which, added):
-    """That they do, each further level, and what lies above a token's own: as far as a pass has tokens of a level."""
+    """Overhead grows with differing tokens, with each further level, and with the part above a token's own level."""
     choices = family(2)  # sizes are a fourth, a half, three fourths and all
     cost = TokenCost(latency(choices))
     overhead = {axis: tuple(value * (i == which) for i in range(3)) for axis, value in (("heads", 3.0), ("ffn_hidden_size", 5.0))}

@@ -230,7 +230,7 @@ def test_select_and_evaluate(run, selected, elastic):
     metrics = stage("evaluate", *keys, f"out={run}/evaluate")
     losses = {row["name"]: row["mean"]["loss"] for row in metrics["networks"]}
     assert all(map(math.isfinite, losses.values())) and losses["full"] < min(losses.values()) + 0.02
-    # The same samples, batched the same way: bf16 rounds them the same way.
+    # Equal samples in equal batches: bf16 rounds both alike.
     assert losses["full"] == pytest.approx(elastic["validation"]["last"]["full"], abs=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""What people read about keys is what the schemas say."""
+"""Help and docs/keys.md agree with the schemas."""
 
 from __future__ import annotations
 

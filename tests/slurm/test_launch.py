@@ -84,7 +84,7 @@ def test_status_and_logs(slurm, bare):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 def test_the_whole_chain_in_containers(slurm, tmp_path):
-    """The same with pyxis' options. The stand-in mounts what it is asked to and has no image: PATH stands for what is in it."""
+    """A job with pyxis' options runs. The stand-in mounts what it is asked to and has no image: PATH stands for what is in it."""
     code, out, err = launch(
         slurm,
         tmp_path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.space import SubNetwork
 
-# What Megatron-Core's Llama 3 scaling of RoPE is by default.
+# Megatron-Core's defaults for the Llama 3 scaling of RoPE.
 LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 

@@ -59,7 +59,7 @@ class TokenChoice:
     tensors: theirs, in fp32. target: between 0, the smallest network's cost, and 1. heads_of, neurons_of: sizes of each level.
     """
 
-    # As in flextron_mcore/adaptive/routers.py: part of the static routers' log-probabilities that is kept, and its bound.
+    # Equal to flextron_mcore/adaptive/routers.py: part of the static routers' log-probabilities that is kept, and its bound.
     KEPT, MOST = 0.25, 2.0
     gains = None
 

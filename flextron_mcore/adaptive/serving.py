@@ -27,7 +27,6 @@ from flextron_mcore.runs.choice import available_costs, budgets, latency_table
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.distributed import device
-from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.settings.stages import EvaluateSettings, GenerateSettings
 
 
@@ -63,8 +62,6 @@ def routers_at_budget(settings: EvaluateSettings | GenerateSettings, info: Check
     if settings.budget is None or getattr(settings, "subnetwork", None) is not None:
         raise FlextronError("selector=adaptive: wants a budget=, and no subnetwork=")
     policy = settings.kv_policy or described.kv_policy
-    if policy not in KV_POLICIES:
-        raise FlextronError(f"kv_policy={policy!r} is not known: use one of {', '.join(KV_POLICIES)}")
     budget, *others = budgets(settings.budget, available_costs(settings, info, table))
     if others or budget.cost.name != described.costs[0]:
         raise FlextronError(

@@ -12,6 +12,7 @@ from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo, opened_routers, static_part
+from flextron_mcore.settings.sections import KV_POLICIES
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class AdaptiveInfo(RouterInfo):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdaptiveInfo:
-        """The reverse of `to_dict`."""
+        """Read what `to_dict` gives. Raises ValueError for a kv_policy that is not known."""
+        if values["kv_policy"] not in KV_POLICIES:
+            raise ValueError(f"kv_policy={values['kv_policy']!r}: use one of {', '.join(KV_POLICIES)}")
         calibration = tuple((float(target), float(share)) for target, share in values["calibration"])
         return replace(super().from_dict(values), kv_policy=values["kv_policy"], calibration=calibration)
 

@@ -29,3 +29,10 @@ def test_static_routers_are_none(tmp_path):
     write_routers(tmp_path, RouterInfo(*SHARED), StaticRouters(BLOCKS, 2, 8), None)
     with pytest.raises(FlextronError, match="its routers are static: train adaptive ones with `flextron router kind=adaptive`"):
         read_adaptive_routers(tmp_path, BLOCKS)
+
+
+def test_an_unknown_kv_policy_in_the_file_is_named(tmp_path):
+    routers = AdaptiveRouters(BLOCKS, 2, 8, StaticRouters(BLOCKS, 2, 16))
+    write_routers(tmp_path, AdaptiveInfo(*SHARED, kv_policy="some"), routers, None)
+    with pytest.raises(FlextronError, match=r"routers.json: .*kv_policy='some': use one of full, own"):
+        read_adaptive_routers(tmp_path, BLOCKS)

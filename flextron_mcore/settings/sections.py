@@ -31,7 +31,7 @@ class ArchitectureSettings:
     ffn_hidden_size: int | None = setting(None, "MLP neurons of a layer; null: 4 x hidden_size", at_least=1)
     num_query_groups: int | None = setting(None, "key and value heads of a layer; null: as many as heads", at_least=1)
     kv_channels: int | None = setting(None, "size of one head; null: hidden_size / num_attention_heads", at_least=1)
-    activation: str = setting("swiglu", "of the MLP", choices=ACTIVATIONS)
+    activation: str = setting("swiglu", "activation function of the MLP", choices=ACTIVATIONS)
     normalization: str = setting("rmsnorm", "norm before attention, MLP and output", choices=NORMALIZATIONS)
     layernorm_epsilon: float = setting(1e-5, "added to a norm's variance", above=0)
     bias: bool = setting(False, "biases in the linear layers")
@@ -59,19 +59,27 @@ class LayoutSettings:
     context_parallel_size: int = setting(1, "ranks that share a sequence; more than 1 is not supported", at_least=1)
     sequence_parallel: bool = setting(False, "split norms and residuals over the tensor-parallel ranks")
     recompute_granularity: str | None = setting(None, "activation recomputation", choices=("full", "selective"))
-    recompute_method: str | None = setting(None, "with recompute_granularity=full", choices=("uniform", "block"))
+    recompute_method: str | None = setting(
+        None, "way of recomputing, with recompute_granularity=full", choices=("uniform", "block")
+    )
     recompute_num_layers: int | None = setting(None, "layers of one recomputation", at_least=1)
-    recompute_modules: list[str] | None = setting(None, "with selective: core_attn, mlp; layernorm with Transformer Engine")
-    num_layers_in_first_pipeline_stage: int | None = setting(None, "where stages hold different numbers of layers", at_least=0)
-    num_layers_in_last_pipeline_stage: int | None = setting(None, "as of the first stage", at_least=0)
+    recompute_modules: list[str] | None = setting(
+        None, "modules to recompute, with selective: core_attn, mlp; layernorm with Transformer Engine"
+    )
+    num_layers_in_first_pipeline_stage: int | None = setting(
+        None, "layers of the first stage, where stages hold different numbers", at_least=0
+    )
+    num_layers_in_last_pipeline_stage: int | None = setting(
+        None, "layers of the last stage, where stages hold different numbers", at_least=0
+    )
 
 
 @dataclass
 class BatchSettings:
     """Samples of a forward pass."""
 
-    micro_batch_size: int = setting(8, "of a forward pass", unit="samples", at_least=1)
-    seq_length: int | None = setting(None, "of a sample; null: the model's positions", unit="tokens", at_least=1)
+    micro_batch_size: int = setting(8, "samples of a forward pass", unit="samples", at_least=1)
+    seq_length: int | None = setting(None, "length of a sample; null: the model's positions", unit="tokens", at_least=1)
 
 
 @dataclass
@@ -83,7 +91,7 @@ class EvaluationModelSettings(LayoutSettings, BatchSettings):
 class FrozenModelSettings(EvaluationModelSettings):
     """The `model` section of a stage that trains something beside the model."""
 
-    global_batch_size: int = setting(16, "of a step", unit="samples", at_least=1)
+    global_batch_size: int = setting(16, "samples of a step", unit="samples", at_least=1)
 
 
 @dataclass
@@ -144,7 +152,7 @@ class DeviceSettings:
 class PrecisionSettings:
     """Precision of a run that takes the checkpoint's otherwise."""
 
-    precision: str | None = setting(None, "of the computation; null: as stored", choices=PRECISIONS)
+    precision: str | None = setting(None, "precision of the computation; null: as stored", choices=PRECISIONS)
 
 
 @dataclass
@@ -156,20 +164,20 @@ class EvaluationTrainerSettings(PrecisionSettings, DeviceSettings):
 class TrainerSettings(DeviceSettings):
     """The `trainer` section of a stage that trains."""
 
-    precision: str = setting("fp32", "of the computation", choices=PRECISIONS)
-    max_steps: int = setting(1000, "of the whole training", unit="steps", at_least=1)
+    precision: str = setting("fp32", "precision of the computation", choices=PRECISIONS)
+    max_steps: int = setting(1000, "length of the whole training", unit="steps", at_least=1)
     max_time: str | None = setting(
         None,
-        "of this process, after which training stops with a checkpoint",
+        "run time of this process, after which training stops with a checkpoint",
         unit="days:hours:minutes:seconds, 00:03:30:00 say",
         form=r"\d+:\d\d:\d\d:\d\d",
     )
-    val_check_interval: int = setting(100, "between validations", unit="steps", at_least=1)
+    val_check_interval: int = setting(100, "distance between validations", unit="steps", at_least=1)
     limit_val_batches: int | None = setting(
-        8, "a domain in a validation, of global_batch_size; null: all", unit="batches", at_least=1
+        8, "batches of global_batch_size that a validation reads a domain; null: all", unit="batches", at_least=1
     )
     log_every_n_steps: int = setting(
-        10, "between progress lines where there is no terminal; log.jsonl has every step", unit="steps", at_least=1
+        10, "distance between progress lines where there is no terminal; log.jsonl has every step", unit="steps", at_least=1
     )
 
 
@@ -177,7 +185,7 @@ class TrainerSettings(DeviceSettings):
 class CheckpointSettings:
     """Checkpoints that a training writes and keeps."""
 
-    every_n_train_steps: int = setting(100, "between checkpoints", unit="steps", at_least=1)
+    every_n_train_steps: int = setting(100, "distance between checkpoints", unit="steps", at_least=1)
     keep_last: int = setting(2, "whole checkpoints kept", at_least=1)
     async_save: bool = setting(True, "write while training goes on")
 
@@ -212,7 +220,7 @@ class DistillationSettings:
     """Distillation from the full model's output into the sub-networks."""
 
     weight: float = setting(0.0, "share of the full model's output distribution in their loss", at_least=0, at_most=1)
-    temperature: float = setting(1.0, "of both distributions", above=0)
+    temperature: float = setting(1.0, "temperature of both distributions", above=0)
 
 
 @dataclass
@@ -220,7 +228,7 @@ class CacheSettings:
     """The KV cache that a memory cost counts beside the weights."""
 
     batch_size: int = setting(1, "sequences in the cache; 0: no cache", at_least=0)
-    length: int | None = setting(None, "of each sequence; null: the model's positions", unit="tokens", at_least=1)
+    length: int | None = setting(None, "length of each sequence; null: the model's positions", unit="tokens", at_least=1)
 
 
 @dataclass
@@ -300,7 +308,7 @@ class JointAdaptiveSettings:
         16.0, "lambda of eq. 7, in units of a network's typical loss above the full model's", at_least=0
     )
     calibration_samples: int = setting(
-        64, "of the training data: how much is really spent for which target", unit="samples", at_least=1
+        64, "training samples that show how much is really spent for each target", unit="samples", at_least=1
     )
 
 

@@ -43,11 +43,11 @@ class PrepareSettings(StageSettings):
         "file or directory, a list of them, {domain: path or list}, or builtin (text of this Python)",
         accepts=(str, list, dict),
     )
-    text_key: str = setting("text", "of .jsonl and .jsonl.gz: the field that holds the text")
+    text_key: str = setting("text", "field of .jsonl and .jsonl.gz that holds the text")
     skip_bad: bool = setting(False, "skip (and list) files that cannot be read")
     valid_fraction: float = setting(0.05, "share of the text for validation", above=0, at_most=0.5)
     tokenizer: str | None = path(None, "Hugging Face tokenizer directory; null: train a BPE")
-    vocab_size: int = setting(4096, "of the BPE", unit="tokens", at_least=1)
+    vocab_size: int = setting(4096, "tokens of the BPE that is trained", unit="tokens", at_least=1)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class ImportSettings(StageSettings):
     recipes: ClassVar[dict[str, str | None]] = {"space": "default"}
 
     hf: str = path(MISSING, "directory with config.json and safetensors (LlamaForCausalLM, GPT2LMHeadModel)")
-    dtype: str | None = setting(None, "of the weights; null: as stored", choices=("fp32", "bf16"))
+    dtype: str | None = setting(None, "precision of the weights; null: as stored", choices=("fp32", "bf16"))
     space: SpaceSettings = section(SpaceSettings)
 
 
@@ -90,7 +90,7 @@ class ImportanceSettings(ForwardSettings):
     )
     layer_score: str = setting(
         "mse",
-        "of the final hidden states without the layer, or how far the layer turns them",
+        "error of the final hidden states without the layer, or how far the layer turns them",
         choices=("mse", "block_influence"),
     )
     layer_samples: int = setting(64, "calibration sequences for layer_score", at_least=1)
@@ -102,7 +102,7 @@ class SelectorSettings(StageSettings):
     """Keys of every stage that chooses networks: how costs are counted, and what blocks lose."""
 
     latency: str | None = path(None, "table of `flextron latency`; null: the one beside the routers")
-    sensitivity: str | None = path(None, "for selector sensitivity: directory of `flextron sensitivity`")
+    sensitivity: str | None = path(None, "directory of `flextron sensitivity`, for selector sensitivity")
     kv_cache: CacheSettings = section(CacheSettings)
 
 
@@ -127,11 +127,11 @@ class CompareSettings(EvaluationSettings):
     targets: list[float] | None = setting(
         None, "shares of the full model's cost; null: five over what networks can cost", above=0, at_most=1
     )
-    selectors: list[str] = setting(list(SELECTORS), "to compare", choices=ALL_SELECTORS)
+    selectors: list[str] = setting(list(SELECTORS), "selectors to compare", choices=ALL_SELECTORS)
     random_at_target: int = setting(40, "random networks within 1 % of the full model's cost below each target", at_least=0)
-    random_networks: int = setting(32, "of which selector random takes the best: the bound that luck gives", at_least=1)
+    random_networks: int = setting(32, "networks of which selector random takes the best: the bound that luck gives", at_least=1)
     dense: list[str] = path([], "checkpoints of dense models of smaller size, to compare with")
-    dtype: str | None = setting(None, "of a memory cost; null: as stored", choices=DTYPES)
+    dtype: str | None = setting(None, "precision that a memory cost counts; null: as stored", choices=DTYPES)
 
 
 @dataclass
@@ -141,11 +141,11 @@ class EvaluateSettings(EvaluationSettings):
     stage: ClassVar[str] = "evaluate"
 
     subnetwork: list[str] | None = path(
-        None, "a sub-network's JSON, or several; null: the full model and all uniform sub-networks"
+        None, "JSON file of a sub-network, or several; null: the full model and all uniform sub-networks"
     )
-    budget: Any = setting(None, "or a budget, as for select: 0.6, 25ms, 3.4B, 8GiB", accepts=SEVERAL_BUDGETS)
-    selector: str = setting("router", "that answers a budget", choices=(*ALL_SELECTORS, "adaptive"))
-    kv_policy: str | None = setting(None, "of selector adaptive; null: as trained", choices=KV_POLICIES)
+    budget: Any = setting(None, "budget, as for select, in place of subnetwork: 0.6, 25ms, 3.4B, 8GiB", accepts=SEVERAL_BUDGETS)
+    selector: str = setting("router", "selector that answers a budget", choices=(*ALL_SELECTORS, "adaptive"))
+    kv_policy: str | None = setting(None, "KV policy of selector adaptive; null: as trained", choices=KV_POLICIES)
     random: int = setting(0, "random sub-networks on top", at_least=0)
 
 
@@ -163,9 +163,9 @@ class BudgetSettings(SelectorSettings):
     """Keys of every stage that takes one network of a checkpoint."""
 
     checkpoint: str = path(MISSING, "checkpoint directory")
-    subnetwork: str | None = path(None, "a sub-network's JSON; null: the full model")
-    budget: Any = setting(None, "or a budget, as for select: 0.6, 25ms, 3.4B, 8GiB", accepts=SEVERAL_BUDGETS)
-    selector: str = setting("router", "that answers a budget", choices=SELECTORS)
+    subnetwork: str | None = path(None, "JSON file of a sub-network; null: the full model")
+    budget: Any = setting(None, "budget, as for select, in place of subnetwork: 0.6, 25ms, 3.4B, 8GiB", accepts=SEVERAL_BUDGETS)
+    selector: str = setting("router", "selector that answers a budget", choices=SELECTORS)
 
 
 @dataclass
@@ -176,13 +176,13 @@ class GenerateSettings(BudgetSettings):
     recipes: ClassVar[dict[str, str | None]] = {"model": None}
 
     out: str | None = path(None, "file for texts and figures (JSON); null: only print them")
-    prompt: list[str] | None = setting(None, "a text, or a list of texts, which are continued together")
-    prompts: str | None = path(None, "or a file with one a line")
+    prompt: list[str] | None = setting(None, "text, or list of texts, which are continued together")
+    prompts: str | None = path(None, "file with one prompt a line, in place of prompt")
     max_new_tokens: int = setting(64, "less where a text ends", unit="tokens", at_least=1)
     temperature: float = setting(0.0, "0: the likeliest token; above: drawn", at_least=0)
     top_k: int = setting(0, "draw from so many likeliest tokens; 0: from all", at_least=0)
-    selector: str = setting("router", "that answers a budget", choices=(*ALL_SELECTORS, "adaptive"))
-    kv_policy: str | None = setting(None, "of selector adaptive; null: as trained", choices=KV_POLICIES)
+    selector: str = setting("router", "selector that answers a budget", choices=(*ALL_SELECTORS, "adaptive"))
+    kv_policy: str | None = setting(None, "KV policy of selector adaptive; null: as trained", choices=KV_POLICIES)
     tokenizer: str | None = path(None, "tokenizer directory; null: the one beside the checkpoint")
     trainer: EvaluationTrainerSettings = section(EvaluationTrainerSettings)
     model: LayoutSettings = section(LayoutSettings)
@@ -195,8 +195,8 @@ class TrtllmSettings:
     style: str = setting(
         "padded", "every layer as the widest, or each as it is, where the family is Llama", choices=("padded", "deci")
     )
-    tensor_parallel_size: int = setting(1, "of the engine", at_least=1)
-    pipeline_parallel_size: int = setting(1, "of the engine", at_least=1)
+    tensor_parallel_size: int = setting(1, "tensor-parallel ranks of the engine", at_least=1)
+    pipeline_parallel_size: int = setting(1, "pipeline-parallel ranks of the engine", at_least=1)
 
 
 @dataclass
@@ -204,7 +204,7 @@ class GgufSettings:
     """The file for llama.cpp."""
 
     type: str | None = setting(
-        None, "of the weight matrices; null: f32 where dtype is fp32, else f16", choices=("f32", "f16", "q8_0")
+        None, "type of the weight matrices; null: f32 where dtype is fp32, else f16", choices=("f32", "f16", "q8_0")
     )
 
 
@@ -213,7 +213,7 @@ class HfElasticSettings:
     """Every sub-network in one directory, chosen at run time."""
 
     networks: list[str] = path([], "files of networks that may answer budgets, beside those of selector")
-    selector: str = setting("${selector}", "that answers budgets; uniform where there are no routers", choices=SELECTORS)
+    selector: str = setting("${selector}", "selector that answers budgets; uniform where there are no routers", choices=SELECTORS)
     latency: str | None = path("${latency}", "table of `flextron latency`")
     kv_cache: CacheSettings = section(CacheSettings, batch_size="${kv_cache.batch_size}", length="${kv_cache.length}")
 
@@ -225,9 +225,9 @@ class ExportSettings(BudgetSettings):
     stage: ClassVar[str] = "export"
     recipes: ClassVar[dict[str, str | None]] = {"model": None}
 
-    format: str = setting("hf", "of the directory", choices=("hf", "hf_elastic", "trtllm", "gguf", "megatron"))
-    dtype: str | None = setting(None, "of the weights; null: as stored", choices=DTYPES)
-    max_shard_size: int = setting(1_000_000_000, "of one safetensors file", unit="bytes", at_least=1)
+    format: str = setting("hf", "format of the directory", choices=("hf", "hf_elastic", "trtllm", "gguf", "megatron"))
+    dtype: str | None = setting(None, "precision of the weights; null: as stored", choices=DTYPES)
+    max_shard_size: int = setting(1_000_000_000, "size of one safetensors file at most", unit="bytes", at_least=1)
     trtllm: TrtllmSettings = section(TrtllmSettings)
     gguf: GgufSettings = section(GgufSettings)
     hf_elastic: HfElasticSettings = section(HfElasticSettings)
@@ -240,7 +240,7 @@ class ExportSettings(BudgetSettings):
 class FamilyModelSettings:
     """The `model` section of `flextron family`."""
 
-    micro_batch_size: int = setting(8, "of a forward pass", unit="samples", at_least=1)
+    micro_batch_size: int = setting(8, "samples of a forward pass", unit="samples", at_least=1)
 
 
 @dataclass
@@ -249,12 +249,12 @@ class FamilySettings(SelectorSettings):
 
     stage: ClassVar[str] = "family"
 
-    checkpoint: str = path(MISSING, "with routers, or any with another selector")
-    budgets: list[Any] = setting(MISSING, 'a list of budgets, each as for select: [0.4, 0.6, 25ms, "0.5 parameters"]')
+    checkpoint: str = path(MISSING, "checkpoint with routers, or any with another selector")
+    budgets: list[Any] = setting(MISSING, 'budgets, each as for select: [0.4, 0.6, 25ms, "0.5 parameters"]')
     data: str | None = path(None, "directory of `flextron prepare`, to evaluate on; null: no losses")
-    selector: str = setting("router", "that answers the budgets", choices=SELECTORS)
-    formats: list[str] = setting(["hf"], "of the exports; []: none", choices=("hf", "trtllm", "gguf", "megatron"))
-    dtype: str | None = setting(None, "of the exports; null: as stored", choices=DTYPES)
+    selector: str = setting("router", "selector that answers the budgets", choices=SELECTORS)
+    formats: list[str] = setting(["hf"], "formats of the exports; []: none", choices=("hf", "trtllm", "gguf", "megatron"))
+    dtype: str | None = setting(None, "precision of the exports; null: as stored", choices=DTYPES)
     verify: bool = setting(True, "read every export back and compare logits")
     limit_val_batches: int | None = setting(None, "micro-batches a domain; null: all", at_least=1)
     model: FamilyModelSettings = section(FamilyModelSettings)
@@ -271,7 +271,7 @@ class WorkloadSettings:
     prompt_length: int | None = setting(
         None, "null: the model's positions, for generation half of them", unit="tokens", at_least=1
     )
-    generated_tokens: int = setting(64, "for generation", unit="tokens", at_least=1)
+    generated_tokens: int = setting(64, "tokens that a generation adds", unit="tokens", at_least=1)
 
 
 @dataclass
@@ -313,13 +313,13 @@ class SelectSettings(SelectorSettings):
         '0.6 (of the full model\'s latency), 25ms, 3.4B, 8GiB, "0.6 parameters", or several: [25ms,8GiB]',
         accepts=SEVERAL_BUDGETS,
     )
-    selector: str = setting("router", "that answers the budget", choices=ALL_SELECTORS)
+    selector: str = setting("router", "selector that answers the budget", choices=ALL_SELECTORS)
     data: str | None = path(None, "directory of `flextron prepare`, for selector random, which evaluates networks")
-    random_networks: int = setting(32, "of which selector random takes the best", at_least=1)
+    random_networks: int = setting(32, "networks of which selector random takes the best", at_least=1)
     limit_val_batches: int | None = setting(4, "micro-batches a domain for selector random", at_least=1)
     measure: bool = setting(True, "time the network and the full model on this device, in the table's setting")
     rounds: int = setting(5, "times that they are timed", at_least=1)
-    dtype: str | None = setting(None, "of a memory cost; null: as stored", choices=DTYPES)
+    dtype: str | None = setting(None, "precision that a memory cost counts; null: as stored", choices=DTYPES)
     trainer: PrecisionSettings = section(PrecisionSettings)
     model: BatchSettings = section(BatchSettings)
 
@@ -342,10 +342,10 @@ class QuickstartSettings(StageSettings):
 
     input: str = path("builtin", "text, as for prepare")
     model: str = setting("tiny", "the parent's architecture: a recipe of conf/model")
-    pretrain_steps: int = setting(380, "of the parent", unit="steps", at_least=1)
-    elastic_steps: int = setting(130, "of elastic training", unit="steps", at_least=1)
-    router_steps: int = setting(300, "of the routers", unit="steps", at_least=1)
-    joint_steps: int = setting(40, "of joint tuning", unit="steps", at_least=1)
+    pretrain_steps: int = setting(380, "steps of the parent's training", unit="steps", at_least=1)
+    elastic_steps: int = setting(130, "steps of elastic training", unit="steps", at_least=1)
+    router_steps: int = setting(300, "steps of the routers' training", unit="steps", at_least=1)
+    joint_steps: int = setting(40, "steps of joint tuning", unit="steps", at_least=1)
     chain: dict[str, Any] = setting({}, "{name: {stage, keys}}: the commands; {out} is the quickstart's directory")
 
 
@@ -357,8 +357,8 @@ class StatusSettings(StageSettings):
 
     out: str | None = path(None, "not used")
     run: str = path(MISSING, "run.results_dir of the launch")
-    logs: str | None = setting(None, "a stage, whose newest log is printed")
-    lines: int | None = setting(40, "of the log; null: all", at_least=1)
+    logs: str | None = setting(None, "stage whose newest log is printed")
+    lines: int | None = setting(40, "lines of the log to print; null: all", at_least=1)
 
 
 STAGES: dict[str, type[StageSettings]] = {

@@ -38,7 +38,7 @@ class StageSettings:
     out: str = path(MISSING, "directory to write")
     overwrite: bool = setting(False, "replace an existing out")
     debug: bool = setting(False, "show tracebacks")
-    seed: int = setting(1234, "of every random number", at_least=0)
+    seed: int = setting(1234, "seed of every random number", at_least=0)
 
 
 @dataclass
@@ -83,7 +83,7 @@ class ElasticSettings(LoopSettings):
 
 
 def _candidate_samples(default: int) -> int:
-    text = "of the training data, to evaluate the networks that trained routers may choose; 0: none"
+    text = "training samples on which the networks that trained routers may choose are evaluated; 0: none"
     return setting(default, text, unit="samples", at_least=0)
 
 
@@ -99,7 +99,7 @@ class CostSettings(LoopSettings):
         None, "shares of the (first) cost to validate at; null: five over the range", above=0, at_most=1
     )
     kv_cache: CacheSettings = section(CacheSettings)
-    dtype: str | None = setting(None, "of a memory cost; null: as stored", choices=DTYPES)
+    dtype: str | None = setting(None, "precision that a memory cost counts; null: as stored", choices=DTYPES)
 
 
 @dataclass
@@ -107,7 +107,7 @@ class NewRouterSettings(CostSettings):
     """Keys of every stage that makes new routers."""
 
     costs: list[str] | None = setting(
-        None, "of latency, parameters, memory; null: latency where there is a table, else parameters"
+        None, "costs that budgets will be of: latency, parameters, memory; null: latency where there is a table, else parameters"
     )
     targets: TargetSettings = section(TargetSettings)
 
@@ -120,7 +120,9 @@ class RouterStageSettings(NewRouterSettings):
 
     kind: str = setting("static", "one network for a budget, or a choice for every token", choices=("static", "adaptive"))
     kv_policy: str = setting(
-        "full", "of adaptive: tokens write all keys and values, or those of the KV groups they use", choices=KV_POLICIES
+        "full",
+        "keys and values that a token of adaptive routers writes: all, or those of the KV groups it uses",
+        choices=KV_POLICIES,
     )
     targets_per_step: int = setting(4, "budgets, and so networks, a step", at_least=1)
     router: RouterSettings = section(RouterSettings)

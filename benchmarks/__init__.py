@@ -1,7 +1,7 @@
-"""Side-by-side ratios: what elasticity costs. Nothing here asserts on time; `docs/benchmarks.md` explains and holds figures.
+"""Benchmarks of the cost of elasticity, as ratios of two times. No time is asserted; `docs/benchmarks.md` has results.
 
-Compared things run alternately (A B, B A, A B, ...) so that what else happens on the machine meets all of them equally, and every
-round gives one ratio. On the CPU the clock is the processor time of this process, which other processes disturb least.
+Compared functions run alternately (A B, B A, A B, ...), so that other load on the machine affects all of them equally. Every
+round gives one ratio. On a CPU the clock is the processor time of this process, which other processes disturb least.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Thunk = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Rounds' ratios: median, quartiles, and the ratio of the two fastest times."""
+    """Ratios of the rounds: median, lower and upper quartile, and the ratio of the two fastest times."""
 
     median: float
     low: float
@@ -31,7 +31,7 @@ class Ratio:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> Ratio:
-    """Of paired times."""
+    """Ratio of times in paired rounds, `ours` over `theirs`."""
     low, median, high = statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4, method="inclusive")
     return Ratio(median, low, high, min(ours) / min(theirs))
 
@@ -39,9 +39,13 @@ def ratio(ours: list[float], theirs: list[float]) -> Ratio:
 def interleaved(
     compared: Mapping[str, Thunk], rounds: int, before: Mapping[str, Thunk] | None = None, done: Thunk = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each of `rounds` rounds, after one that is not counted; every other round runs backwards.
+    """{name: seconds of each round} of functions that run alternately; a first round is not counted.
 
-    before: what makes each of them ready, untimed, every time. done: called after each round.
+    Args:
+        compared: {name: function to time}.
+        rounds: number of counted rounds; every second one runs in reverse order.
+        before: {name: function that runs untimed before each timed call}.
+        done: called after each round.
     """
     ready = before or dict.fromkeys(compared, lambda: None)
     for name, function in compared.items():
@@ -60,7 +64,7 @@ def interleaved(
 
 
 def clock() -> float:
-    """Seconds: of the processor on the CPU, on the wall (the device having finished) with CUDA."""
+    """Current time in seconds: processor time on a CPU, wall-clock time after synchronization with CUDA."""
     import torch
 
     if torch.cuda.is_available():

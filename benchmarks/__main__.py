@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]`: run the benchmarks named, or all of them, one after another."""
+"""`python -m benchmarks [NAME ...]`: runs the named benchmarks, or all, one after another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 
-BENCHMARKS = ("slice", "step", "gradients", "ranks", "stream", "dispatch", "export", "llama_cpp")
+BENCHMARKS = ("slice", "step", "gradients", "ranks", "stream", "dispatch", "export", "llama_cpp", "hygiene")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

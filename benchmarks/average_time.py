@@ -1,8 +1,8 @@
-"""`python -m benchmarks.average_time DATA ADAPTIVE [ADAPTIVE ...]`: the time of adaptive choices, and the budget they were given.
+"""`python -m benchmarks.average_time DATA ADAPTIVE [ADAPTIVE ...]`: measured time of adaptive routers, over their budget.
 
-DATA: of `flextron data`; ADAPTIVE: runs of `flextron router kind=adaptive` with a latency table that counts routing (`flextron
-latency routed.enabled=true`). Passes are of the table's size, over validation data of all domains in turn; the routers get
-a budget and take their target from the calibration that is stored with them.
+DATA: out of `flextron prepare`. ADAPTIVE: outs of `flextron router kind=adaptive` with a latency table that includes routing
+(`flextron latency routed.enabled=true`). Forward passes have the size of the table's workload, over validation data of all
+domains in turn. The routers take their target for a budget from the calibration that is stored with them.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ def _run(data: str, *adaptive: str, passes: int = 6, rounds: int = 15) -> None:
 
     columns = ["routers", "keys", "budget", "predicted", "ms", "time / full", "off the budget", "by the static table", "levels"]
     if rounds < 2:
-        raise FlextronError(f"rounds={rounds}: quartiles want at least 2")
+        raise FlextronError(f"rounds={rounds}: must be at least 2, for quartiles")
     for path in adaptive:
         info = open_checkpoint(path)
         table = latency_table(settings(), info)
         if table is None or not table.routed or table.setting["kind"] != "prefill":
-            raise FlextronError(f"{path}: has no latency table of a prefill that counts routing: train it with such a one")
+            raise FlextronError(
+                f"{path}: has no latency table of a prefill that includes routing: train it with the out of `flextron latency "
+                "routed.enabled=true`"
+            )
         check_table(table)
         datasets = domains(data, table.setting["prompt_length"])
         print_table("average_time", columns, _times(Path(path).name, info, table, datasets, passes, rounds))
 
 
 def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds: int) -> list[list[str]]:
-    """The rows of one run."""
+    """Rows of the table for one run."""
     import torch
 
     from benchmarks import interleaved, print_settings, ratio
@@ -62,7 +65,7 @@ def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds:
     for budget in BUDGETS:
         try:
             chosen[f"{budget:g}"] = routers_at_budget(settings(budget=budget, kv_policy=None), info)
-        except FlextronError as error:  # not reached by these routers
+        except FlextronError as error:  # a budget that these routers cannot meet
             reasons.append(f"{name}: {error}")
             continue
         nets[f"{budget:g}"] = chosen[f"{budget:g}"].routing()

@@ -1,4 +1,4 @@
-"""Tokens that choose for themselves: blocks and whole models, forward, over dense time times the average width."""
+"""Forward time of blocks and models with token routing, over dense time multiplied by the average width of the tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MEAN = sum(FRACTIONS) / len(FRACTIONS)
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model, and of the tokens of a pass."""
+    """Sizes of a model, and of the tokens of a forward pass (batch x length)."""
 
     hidden: int
     heads: int
@@ -42,7 +42,7 @@ class Shape:
         return f"{self.hidden}, {self.heads} heads in {self.groups} groups, {self.batch} x {self.length}"
 
 
-# The last is that of the quickstart.
+# The last shape is the quickstart's.
 SHAPES = (
     Shape(2048, 16, 16, 1, 1024),
     Shape(1024, 16, 16, 2, 1024),
@@ -50,17 +50,17 @@ SHAPES = (
     Shape(512, 16, 16, 2, 1024),
     Shape(192, 8, 8, 8, 256),
 )
-# For CUDA, in bf16.
+# Shapes for CUDA, in bf16.
 GPU_SHAPES = (Shape(4096, 32, 32, 16, 2048), Shape(4096, 32, 8, 16, 2048), Shape(4096, 32, 32, 4, 2048))
 
 
 def run() -> None:
-    """Print the ratios."""
+    """Run the benchmark and print its table."""
     distributed.initialize()
     keep_freed_memory()
     shapes, precision = (GPU_SHAPES, "bf16") if device().type == "cuda" else (SHAPES, "fp32")
     print_settings(
-        "dispatch: tokens with uniformly mixed levels / dense time times their average width, forward only",
+        "dispatch: forward time with uniformly mixed levels / dense forward time x average width of the tokens",
         f"{LAYERS} layers, FFN 2.75 x hidden size, vocabulary {VOCAB}, {precision}; levels {', '.join(map(str, FRACTIONS))}, "
         f"each for a quarter of the tokens; routers with {ROUTER} hidden units",
         f"median (quartiles) of {ROUNDS} paired rounds",
@@ -136,7 +136,7 @@ def _blocks(model: torch.nn.Module, shape: Shape):
 
 
 def _models(model: torch.nn.Module, arch: ModelConfig, space: ElasticSpace, shape: Shape):
-    """Mixed levels with routers, and the static network whose layers have the same average width."""
+    """Whole models: mixed levels with routers, and the static sub-network with the same average width."""
     tokens = torch.randint(0, VOCAB, (shape.batch, shape.length), device=device())
     half = len(FRACTIONS) // 2
     widths = [(space.heads[i], space.ffn_hidden_size[i]) for i in (half - 1, half)]
@@ -168,14 +168,14 @@ def _prefill(model: torch.nn.Module, net: SubNetwork | FixedLevels, tokens: torc
 
 
 class _Decode:
-    """A prompt, and tokens one by one with a KV cache, at batch 1."""
+    """Decoding of one sequence with a KV cache: a prompt, then one token at a time."""
 
     def __init__(self, model: torch.nn.Module, net: SubNetwork | FixedLevels, tokens: torch.Tensor) -> None:
         self.model, self.net, self.tokens = model, net, tokens
         self.positions = torch.arange(PROMPT + GENERATED, device=device())[None]
 
     def prompt(self) -> None:
-        """Fills a new cache."""
+        """Run the prompt into a new cache."""
         if isinstance(self.net, FixedLevels):
             self.net.begin()
         self.context = StaticInferenceContext(1, PROMPT + GENERATED)
@@ -183,7 +183,7 @@ class _Decode:
         self.context.enable_decode_mode()
 
     def one_by_one(self) -> None:
-        """The tokens after the prompt."""
+        """Run the tokens after the prompt, one at a time."""
         for start in range(PROMPT, PROMPT + GENERATED):
             self._run(start, start + 1)
 

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.equal_time STATIC DATA ADAPTIVE [ADAPTIVE ...]`: adaptive choices and static ones that take as long.
+"""`python -m benchmarks.equal_time STATIC DATA ADAPTIVE [ADAPTIVE ...]`: losses of adaptive and static routers at equal time.
 
-STATIC: a run of `flextron router`; ADAPTIVE: runs of `kind=adaptive` that started from it, in one KV policy each; or runs of
-`flextron joint` after either. DATA: of `flextron data`. The time is a forward pass over validation data with the routers at work,
-whatever a latency table thinks of it. For larger models `sequences=1` (of each domain in a pass), `samples=24` and the like.
+STATIC: out of `flextron router`, or of `flextron joint` after it. DATA: out of `flextron prepare`. ADAPTIVE: outs of `flextron
+router kind=adaptive` that started from STATIC, one for each KV policy, or of `flextron joint` after it. The time is that of a
+forward pass over validation data, routers included; no latency table is used. For larger models, lower `sequences=` (of each
+domain in a pass) and `samples=`.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
     info = open_checkpoint(static)
     length, choices = info.model.max_position_embeddings, Choices(info.model, info.space)
     print_settings(
-        "equal_time: adaptive routers, and the static routers' network that takes as long",
+        "equal_time: adaptive routers, and the static routers' network at the same time",
         f"a forward pass over {sequences} x {length} tokens of each domain, processor time, median of {rounds} paired rounds;",
-        f"losses: mean over domains, at most {samples} sequences each; static ones between {len(LADDER) + len(TARGETS)} networks",
+        f"losses: mean over domains, at most {samples} sequences each; static losses interpolated between "
+        f"{len(LADDER) + len(TARGETS)} networks",
     )
     datasets = domains(data, length)
     tokens = in_turn(datasets, sequences * len(datasets))
@@ -54,7 +56,7 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
         for path in adaptive:
             own = open_checkpoint(path)
             described, routers = read_adaptive_routers(own.path, choices)
-            routed = loaded_model(LayoutSettings(), own, "fp32")  # with joint training another model
+            routed = loaded_model(LayoutSettings(), own, "fp32")  # after joint tuning it is another model
             for share in TARGETS:
                 target = torch.tensor([target_for(described.calibration, share, nearest=True)])
                 chosen = AdaptiveRouting(routers.eval(), target, described.kv_policy)
@@ -77,7 +79,7 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
 
 
 def _static(info: Any, shares: list[float]) -> dict[float, Any]:
-    """What the static routers take for these shares of the full model's cost."""
+    """{share: network} that the static routers choose for shares of the full model's cost."""
     from flextron_mcore.cost import Budget
     from flextron_mcore.runs.choice import available_costs, latency_table, selector
 

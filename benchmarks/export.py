@@ -1,4 +1,4 @@
-"""Export of half of a Llama of 7 billion parameters: peak memory, and time over a copy of the bytes that it writes."""
+"""Export of a half-width sub-network of a 7-billion-parameter Llama: peak memory, and time over a copy of the written bytes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 NEEDED_BYTES = 30 * 2**30
 FORMATS = ("hf", "megatron")
-# Llama-2-7B's shape.
+# Shape of Llama-2-7B.
 MODEL = dict(
     num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=11008, vocab_size=32000, max_position_embeddings=4096
 )  # fmt: skip
 
 
 def run() -> None:
-    """Print peaks and ratios."""
+    """Run the benchmark and print its table."""
     print_settings(
         "export: half of the heads and neurons of every layer of a random Llama of Llama-2-7B's shape in bf16 (6.74 billion",
-        "parameters): peak resident memory of the process, and its time / a plain copy of the bytes that it writes; both are",
-        "synced to the disk, and what is read is in the page cache before; copy: mean of two, just after",
+        "parameters): peak resident memory of the process, and its time / time of a plain copy of the written bytes; both are",
+        "synced to the disk; the checkpoint is in the page cache; copy: mean of two copies right after",
     )
     with room("export", NEEDED_BYTES) as folder:
         run_command([sys.executable, "-c", "from benchmarks.export import write as f; f(__import__('sys').argv[1])", str(folder)])
@@ -70,7 +70,7 @@ def _row(folder: Path, format_: str) -> list[str]:
 
 
 def write(directory: str) -> None:
-    """A random checkpoint as the run `directory`/run, and `directory`/half.json."""
+    """Write a random checkpoint as DIRECTORY/run, and a half-width sub-network as DIRECTORY/half.json."""
     from flextron_mcore.runtime.environment import prepare_environment
 
     prepare_environment()
@@ -83,7 +83,13 @@ def write(directory: str) -> None:
 
 
 def random_run(run: Path, model: ModelConfig, space: ElasticSpace) -> None:
-    """A checkpoint of random numbers in bf16."""
+    """Write a checkpoint of random numbers in bf16 into the run directory `run`.
+
+    Args:
+        run: directory to make.
+        model: architecture.
+        space: elastic space.
+    """
     import torch
 
     from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path
@@ -91,7 +97,7 @@ def random_run(run: Path, model: ModelConfig, space: ElasticSpace) -> None:
     from flextron_mcore.exports.cut import placed_tensors
     from flextron_mcore.space import SubNetwork
 
-    # One block of random numbers over and over: to draw billions takes longer than to write them.
+    # One block of random numbers is repeated, because drawing billions takes longer than writing them.
     block = torch.empty(2**24, dtype=torch.bfloat16).normal_(std=0.02)
 
     def fill(shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The gradient of a slice added to its place, against autograd's, which is padded with zeros to the size of the weight."""
+"""Gradients of slices, added in place, over autograd's, which are padded with zeros to the size of the weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flextron_mcore.runtime import distributed
 from flextron_mcore.space import ElasticSpace
 
 ROUNDS, BATCH, LENGTH = 7, 1, 256
-# Wide layers and few tokens: weights and their gradients are what there is to move.
+# Wide layers and few tokens, so that most memory traffic is weights and their gradients.
 MODEL = ModelConfig(
     num_layers=2, hidden_size=1024, num_attention_heads=16, ffn_hidden_size=8192, vocab_size=512, max_position_embeddings=LENGTH
 )  # fmt: skip
@@ -30,13 +30,13 @@ FRACTIONS = (0.25, 0.5, 1.0)
 
 
 def run() -> None:
-    """Print time ratios and peaks."""
+    """Run the benchmark and print its table."""
     distributed.initialize()
     print_settings(
         "gradients: forward + backward of a uniform sub-network; gradients added in place / padded with zeros by autograd",
         f"{MODEL.num_layers} layers, hidden {MODEL.hidden_size}, FFN {MODEL.ffn_hidden_size}, {BATCH} x {LENGTH} tokens, fp32, "
         "DDP with main_grad",
-        f"median (quartiles) of {ROUNDS} paired rounds; 'peak': what a process of its own holds above the built model",
+        f"median (quartiles) of {ROUNDS} paired rounds; 'peak': memory of a separate process above the built model",
     )  # fmt: skip
     rows = []
     for fraction in FRACTIONS:
@@ -51,7 +51,7 @@ def run() -> None:
 
 
 def _step(fraction: float, padded: bool):
-    """A function that runs a uniform sub-network forward and backward."""
+    """Function that runs a uniform sub-network forward and backward. padded: True leaves gradients to autograd."""
     space = ElasticSpace.build(MODEL, heads=FRACTIONS, ffn_hidden_size=FRACTIONS)
     model = elastic(MODEL, space)
     net = space.uniform(MODEL, round(fraction * MODEL.num_attention_heads), round(fraction * MODEL.ffn_hidden_size))
@@ -73,9 +73,15 @@ def _in_place() -> Iterator[None]:
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Slices taken by plain indexing."""
+    """Context in which slices are taken by plain indexing, so that autograd pads their gradients."""
     ours = linear.take_all
-    linear.take_all = lambda weight, *parts: tuple(weight if weight is None else part.take(weight) for part in parts)
+
+    def indexed(weight: torch.Tensor | None, *parts: linear.Selection, embedded: bool = False) -> tuple[torch.Tensor | None, ...]:
+        if weight is None or embedded:  # an embedding's rows are looked up, in both
+            return ours(weight, *parts, embedded=embedded)
+        return tuple(part.take(weight) for part in parts)
+
+    linear.take_all = indexed
     try:
         yield
     finally:
@@ -83,7 +89,7 @@ def _autograd() -> Iterator[None]:
 
 
 def _peak(fraction: float, padded: bool) -> int:
-    """Bytes that a process doing a few steps holds at its peak above the built model."""
+    """Peak bytes above the built model in a process that runs a few steps."""
     if torch.cuda.is_available():
         step = _step(fraction, padded)
         torch.cuda.synchronize()
@@ -98,11 +104,11 @@ def _peak(fraction: float, padded: bool) -> int:
 
 
 def main() -> None:
-    """A process of its own for one peak."""
+    """Measure one peak, in this process."""
     distributed.initialize()
     fraction, padded = float(sys.argv[1]), bool(int(sys.argv[2]))
     step = _step(fraction, padded)
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts from what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak to the current memory
     before = _status("VmRSS")
     for _ in range(3):
         step()
@@ -110,7 +116,7 @@ def main() -> None:
 
 
 def _status(name: str) -> int:
-    """Bytes of a figure that the kernel keeps of this process."""
+    """Bytes of a field of /proc/self/status."""
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 

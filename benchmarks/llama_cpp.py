@@ -1,4 +1,4 @@
-"""Decoding in llama.cpp: sub-networks against the full model, beside what a latency table says of them."""
+"""Decoding time of sub-networks in llama.cpp over the full model's, measured and predicted by a latency table."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MODEL = ModelConfig(
 
 
 def run() -> None:
-    """Print the ratios. The table is fitted to random networks, none of which it is asked about."""
+    """Run the benchmark and print its table. The latency table is fitted to other networks than it predicts."""
     if importlib.util.find_spec("llama_cpp") is None:
-        raise FlextronError("llama_cpp: is not installed: make setup-llama-cpp")
+        raise FlextronError("llama_cpp: is not installed: run make setup-llama-cpp")
     from benchmarks.export import random_run
     from flextron_mcore.checkpoint.store import open_checkpoint
     from flextron_mcore.exports.formats import Job, get_format
@@ -65,7 +65,9 @@ def run() -> None:
     columns = ["network", "parameters / full", "ms a token", "time / full", "table: ms", "table: / full"]
     print_table("llama_cpp", columns, rows)
     errors = check_errors(table, [(net, ms[label]) for label, net in asked.items()])
-    print(f"table against these networks: {errors['median_error']:.1%} off (median), {errors['largest_error']:.1%} (largest)")
+    print(
+        f"error of the table for these networks: {errors['median_error']:.1%} (median), {errors['largest_error']:.1%} (largest)"
+    )
 
 
 def _decoding(file: Path) -> Callable[[], None]:

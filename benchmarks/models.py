@@ -1,4 +1,4 @@
-"""The models that the benchmarks compare: elastic, and dense ones of a sub-network's shape."""
+"""Models that the benchmarks compare: elastic models, and dense models of a sub-network's shape."""
 
 from __future__ import annotations
 
@@ -36,15 +36,18 @@ DESCRIPTION = (
 
 
 def elastic(model: ModelConfig, space: ElasticSpace) -> torch.nn.Module:
-    """The elastic model in Megatron-Core's DDP."""
+    """Elastic model in Megatron-Core's DDP."""
     return _wrapped(build_model(model, space))
 
 
 def dense(model: ModelConfig, net: SubNetwork, fully_stock: bool = False) -> torch.nn.Module:
-    """A GPTModel of Megatron-Core's own layers, those that `net` executes, each built with its widths, in Megatron-Core's DDP.
+    """Dense GPTModel of a sub-network's shape, of Megatron-Core's own layers, in Megatron-Core's DDP.
 
-    The layers are those of the local spec with the core attention and the norms of the elastic layers, so that only slicing
-    differs; fully_stock leaves these Megatron-Core's own, too.
+    Args:
+        model: architecture of the full model.
+        net: sub-network; skipped layers are left out.
+        fully_stock: False replaces the core attention and the norms of Megatron-Core's local spec by those of the elastic layers,
+            so that only slicing differs; True keeps them.
     """
     choices = [choice for choice in net.layers if choice.executed]
     shapes = [_cut(model, choice, net.hidden_size, len(choices)) for choice in choices]
@@ -64,7 +67,7 @@ def dense(model: ModelConfig, net: SubNetwork, fully_stock: bool = False) -> tor
 
 
 def _cut(model: ModelConfig, choice: LayerChoice, hidden_size: int, num_layers: int) -> ModelConfig:
-    """`model` with so many layers of the widths of `choice`; the size of a head stays."""
+    """Architecture with `num_layers` layers of the widths of `choice`; the size of a head does not change."""
     return replace(
         model,
         hidden_size=hidden_size,
@@ -76,14 +79,14 @@ def _cut(model: ModelConfig, choice: LayerChoice, hidden_size: int, num_layers: 
 
 
 def _wrapped(model: Any) -> torch.nn.Module:
-    """As in training: gradients accumulate in fp32 buffers."""
+    """Model in DDP with fp32 gradient buffers, as in training."""
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     ddp.zero_grad_buffer()
     return ddp.train()
 
 
 def micro_batch(vocab_size: int) -> dict[str, torch.Tensor]:
-    """One micro-batch of random tokens."""
+    """Micro-batch of random tokens, BATCH x LENGTH."""
     tokens = torch.randint(0, vocab_size, (BATCH, LENGTH + 1))
     values = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
     values["position_ids"] = torch.arange(LENGTH).expand(BATCH, -1)
@@ -92,7 +95,13 @@ def micro_batch(vocab_size: int) -> dict[str, torch.Tensor]:
 
 
 def forward_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor], with_mask: bool = False) -> Callable[[], None]:
-    """A function that runs the model forward and backward. with_mask: pass the causal mask, which the fully stock model needs."""
+    """Function that runs the model forward and backward.
+
+    Args:
+        model: the model.
+        batch: micro-batch.
+        with_mask: True passes a causal mask, which the fully stock model needs.
+    """
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=device()).triu(1)[None, None] if with_mask else None
 
     def run() -> None:
@@ -102,7 +111,7 @@ def forward_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor], wit
 
 
 def prefill(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """A function that runs the model forward for its logits, without gradients."""
+    """Function that runs the model forward to its logits, without gradients."""
 
     @torch.no_grad()
     def run() -> None:

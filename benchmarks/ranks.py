@@ -1,4 +1,4 @@
-"""Several processes: four networks in one flush of the pipeline against four flushes; one data-parallel process against two."""
+"""Several processes: four networks in one flush of the pipeline over four flushes, and two data-parallel processes over one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL = ModelConfig(
 
 
 def run() -> None:
-    """Print both tables."""
+    """Run the benchmark and print its two tables."""
     print_settings(
         "ranks: gloo processes on one machine, wall-clock time of the slowest",
         f"{MODEL.num_layers} layers, hidden {MODEL.hidden_size}, FFN {MODEL.ffn_hidden_size}, vocabulary {MODEL.vocab_size}; "
@@ -51,7 +51,7 @@ def run() -> None:
 
 
 def _processes(count: int, what: str, micro_batches: int, threads: int = 1) -> dict[str, list[float]]:
-    """Run `measure` in `count` processes; seconds of each round."""
+    """Run `measure` in `count` processes; returns {name: seconds of each round}."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     finished = subprocess.run(
@@ -63,7 +63,7 @@ def _processes(count: int, what: str, micro_batches: int, threads: int = 1) -> d
 
 
 def measure(what: str, micro_batches: int) -> None:
-    """What one of the processes does; the first prints the seconds."""
+    """Work of one of the processes; rank 0 prints the seconds as JSON. what: "flushes" or "data"."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -102,7 +102,7 @@ def measure(what: str, micro_batches: int) -> None:
 
 
 def _rounds(compared: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Wall-clock seconds until the last process has finished, alternating, after one round that is not counted."""
+    """{name: wall-clock seconds of each round, until the last process has finished}; a first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in compared}
     for i in range(ROUNDS + 1):
         for name in list(compared) if i % 2 else reversed(compared):

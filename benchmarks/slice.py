@@ -1,4 +1,4 @@
-"""A sub-network over a dense model of its shape: forward and backward of one micro-batch, and forward alone."""
+"""Time of a sub-network over a dense model of its shape: forward and backward of a micro-batch, and forward alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 ROUNDS = 7
 ALL = "heads + ffn + hidden + depth"
-# name: model, elastic unit of attention, what shrinks
+# {name: (model, attention unit, axes that are made smaller)}
 CASES = {
     "llama": (LLAMA, "kv_group", ("heads + ffn", "ffn", "hidden", "heads + ffn + hidden")),
     "llama, vocabulary 16384": (LLAMA_WORDY, "kv_group", ("hidden",)),
@@ -44,14 +44,14 @@ CASES = {
 
 
 def run() -> None:
-    """Print the ratios."""
+    """Run the benchmark and print its table."""
     distributed.initialize()
     print_settings(
         "slice: a uniform sub-network / a dense Megatron-Core model of its shape",
         "forward + backward of a micro-batch; prefill: forward for its logits, without gradients",
         DESCRIPTION,
         f"median (quartiles) of {ROUNDS} paired rounds; 'fastest': ratio of the fastest times",
-        "dense: stock model with the elastic layers' attention kernel and norms; stock: Megatron-Core's local spec unchanged",
+        "dense: stock model with the attention kernel and norms of the elastic layers; stock: Megatron-Core's local spec",
     )
     rows, medians, forwards = [], [], []
     with tqdm(desc="slice", unit="row") as bar:
@@ -81,7 +81,7 @@ def run() -> None:
 
 
 def _network(model: ModelConfig, space: ElasticSpace, axes: str, fraction: float) -> SubNetwork:
-    """The sub-network with this fraction of the `axes`, and all of the others."""
+    """Sub-network with a fraction of the named axes and the full size of the others."""
     full = {"heads": model.num_attention_heads, "ffn": model.ffn_hidden_size, "hidden": model.hidden_size}
     full["depth"] = model.num_layers
     sizes = [round(size * (fraction if axis in axes.split(" + ") else 1)) for axis, size in full.items()]
@@ -89,7 +89,7 @@ def _network(model: ModelConfig, space: ElasticSpace, axes: str, fraction: float
 
 
 def _compare(ours: torch.nn.Module, model: ModelConfig, net: SubNetwork) -> tuple[list[str], Ratio, Ratio, Ratio]:
-    """Fastest milliseconds of elastic, dense and stock; elastic / dense; elastic / stock; elastic / dense forward alone."""
+    """(fastest milliseconds of elastic, dense, stock; elastic / dense; elastic / stock; elastic / dense of forward alone)."""
     set_subnetwork(ours, net)
     batch = micro_batch(model.vocab_size)
     theirs = dense(model, net)

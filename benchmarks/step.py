@@ -1,9 +1,8 @@
-"""One elastic optimizer step over the dense models' work that it replaces, and over the same step with masks."""
+"""Time of an elastic training step, over the dense models' steps that it replaces, and over the same step with masks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -24,15 +23,15 @@ DRAWS, ROUNDS = 2, 5
 
 
 def run() -> None:
-    """Print the ratios."""
+    """Run the benchmark and print its table."""
     distributed.initialize()
     print_settings(
-        "step: one elastic step (full model + 3 random sub-networks, Adam) / the dense models' work that it replaces",
+        "step: one elastic step (full model + 3 random sub-networks, Adam) / steps of dense models that it replaces",
         DESCRIPTION,
         f"median (quartiles) of {ROUNDS} paired rounds; 'fastest': ratio of the fastest times",
         "elastic: zero gradients, the micro-batch through 4 networks (run_networks), optimizer step",
         "dense: the same step of a full-size dense model, and forward + backward of a dense model of each of the 3 shapes",
-        "  (so zeroing, finalising and the optimizer count once on both sides)",
+        "  (so zeroing, finalizing and the optimizer count once on both sides)",
         "masks: the micro-batch 4 times through the full model, unused neurons and heads multiplied by zero; optimizer step",
     )
     rows = []
@@ -50,14 +49,14 @@ def run() -> None:
 
 
 def _compare(model: ModelConfig, space: ElasticSpace, networks: Sequence[SubNetwork]) -> list[str]:
-    """The figures of one row."""
+    """Figures of one row of the table."""
     batch = micro_batch(model.vocab_size)
     full = SubNetwork.full(model)
     sliced, masked, whole = elastic(model, space), elastic(model, space), dense(model, full)
     parts = [forward_backward(dense(model, net), batch) for net in networks]
-    step_sliced = _step(sliced, batch, [None, *networks])
-    step_whole = _step(whole, batch, [None])
-    step_masked = _step(masked, batch, [None])
+    step_sliced = _elastic_step(sliced, batch, [None, *networks])
+    step_whole = _optimizer_step(whole, forward_backward(whole, batch))
+    step_masked = _elastic_step(masked, batch, [None])
     pass_masked = forward_backward(masked, batch)
 
     def separate() -> None:
@@ -78,8 +77,17 @@ def _compare(model: ModelConfig, space: ElasticSpace, networks: Sequence[SubNetw
     return [*milliseconds, str(to_dense), f"{to_dense.minima:.3f}", str(to_masks)]
 
 
-def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor], networks: Sequence[SubNetwork | None]) -> Callable[[], Any]:
-    """A function that does what a training step does, with one micro-batch."""
+def _elastic_step(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], networks: Sequence[SubNetwork | None]
+) -> Callable[[], None]:
+    """Function that runs a training step of the micro-batch through `networks`."""
+    return _optimizer_step(
+        model, lambda: run_networks([model], lambda: iter([batch]), 1, networks, LENGTH, BATCH), scheduled=True
+    )
+
+
+def _optimizer_step(model: torch.nn.Module, passes: Callable[[], object], scheduled: bool = False) -> Callable[[], None]:
+    """Function that zeroes gradients, calls `passes` and steps Adam. scheduled: True if `passes` finalizes gradients itself."""
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4, clip_grad=1.0), [model])
     config = unwrap(model).config
     config.finalize_model_grads_func, config.grad_scale_func = finalize_model_grads, optimizer.scale_loss
@@ -87,14 +95,16 @@ def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor], networks: Sequ
     def run() -> None:
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        run_networks([model], lambda: iter([batch]), 1, networks, LENGTH, BATCH)
+        passes()
+        if not scheduled:
+            finalize_model_grads([model])
         optimizer.step()
 
     return run
 
 
 def _mask(model: torch.nn.Module, net: SubNetwork) -> None:
-    """Multiply what `net` does not use by zero in the full model."""
+    """Multiply neurons and heads that the sub-network does not use by zero in the full model."""
     for layer, choice in zip(unwrap(model).decoder.layers, net.layers, strict=True):
         attention, device = layer.self_attention, distributed.device()
         neurons = (torch.arange(layer.mlp.config.ffn_hidden_size, device=device) < choice.ffn_hidden_size).float()

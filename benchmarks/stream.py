@@ -1,4 +1,4 @@
-"""Import, sorting, importance and export of a Llama of 1.1 billion parameters: peak memory, and time over a plain copy."""
+"""Import, sorting, importance and export of a 1.1-billion-parameter Llama: peak memory, and time over a plain copy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.runs.terminal import print_table
 
 NEEDED_BYTES = 10 * 2**30
-# TinyLlama's shape.
+# Shape of TinyLlama.
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -35,14 +35,14 @@ HF_CONFIG = {
     "torch_dtype": "bfloat16",
     "vocab_size": 32000,
 }
-# As in the command line, without its warnings.
+# Imports of the command line, without warnings.
 _IMPORTS = """
 from flextron_mcore.runtime.environment import prepare_environment
 prepare_environment()
 import flextron_mcore.training.loop, flextron_mcore.exports.hf
 """
-# Runs the rest of its arguments as a command, then prints what it took. The command must not be our own child: the kernel starts
-# the peak memory of a new process from that of the process that it is forked from.
+# Program that runs its arguments as a command and prints its exit code, peak memory and times. The command must not be a child
+# of this process, because the kernel starts a process's peak memory from that of its parent.
 MEASURE = """
 import json, resource, subprocess, sys, time
 begun = time.perf_counter()
@@ -54,7 +54,7 @@ print(json.dumps([code, used.ru_maxrss * 1024, seconds, used.ru_utime, used.ru_s
 
 @contextlib.contextmanager
 def room(benchmark: str, needed: int) -> Iterator[Path]:
-    """A temporary directory. Raises FlextronError where its disk has not so many bytes free."""
+    """Temporary directory. Raises FlextronError if fewer than `needed` bytes are free on its disk."""
     with tempfile.TemporaryDirectory(prefix=f"flextron-{benchmark}-") as name:
         free = shutil.disk_usage(name).free
         if free < needed:
@@ -65,12 +65,12 @@ def room(benchmark: str, needed: int) -> Iterator[Path]:
 
 
 def run() -> None:
-    """Print peaks and ratios."""
+    """Run the benchmark and print its table."""
     print_settings(
-        "stream: peak resident memory of a stage in a process of its own, and its time / a plain copy of the same bytes",
+        "stream: peak resident memory of a stage in its own process, and its time / time of a plain copy of the same bytes",
         "random Llama in bf16: 22 layers, hidden 2048, 32 heads in 4 KV groups, FFN 5632, vocabulary 32000 (1.10 billion",
         "parameters); sources are in the page cache (read just before); checkpoints and copies are synced to the disk, the",
-        "export is not; copy: mean of one before and one after; 'nothing': a process that only imports what the stages import",
+        "export is not; copy: mean of one before and one after; 'nothing': a process that only runs the stages' imports",
     )
     with room("stream", NEEDED_BYTES) as folder:
         rows = list(_rows(folder))
@@ -96,7 +96,7 @@ def _rows(folder: Path):
 
 
 def _row(name: str, command: list[str], source: Path | None = None) -> list[str]:
-    """The figures of one row; `source` is what the command reads."""
+    """Figures of one row. source: directory that the command reads."""
     copies = [copy_seconds(source)] if source else []
     if source:
         read_files(source)
@@ -113,12 +113,12 @@ def _row(name: str, command: list[str], source: Path | None = None) -> list[str]
 
 
 def run_command(command: list[str]) -> str:
-    """What a command prints, which must succeed."""
+    """Standard output of a command. Raises CalledProcessError if it fails."""
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def copy_seconds(source: Path) -> float:
-    """Seconds to copy the files of a directory, synced to the disk."""
+    """Seconds to copy the files of a directory and sync them to the disk."""
     read_files(source)
     target = source.parent / "copy"
     begun = time.perf_counter()
@@ -142,7 +142,7 @@ def read_files(source: Path) -> None:
 
 
 def write_llama(directory: str) -> None:
-    """A random model in Hugging Face's form: one file of weights a layer, and one for the rest."""
+    """Write a random model as a Hugging Face directory: a file of weights for each layer, and one for the rest."""
     import torch
     from safetensors.torch import save_file
 
@@ -175,7 +175,7 @@ def write_llama(directory: str) -> None:
 
 
 def sort(checkpoint: str, out: str) -> None:
-    """Sort a checkpoint by random scores."""
+    """Sort a checkpoint by random scores, and write the result into `out`."""
     from dataclasses import replace
 
     from flextron_mcore.runtime.environment import prepare_environment

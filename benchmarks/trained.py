@@ -1,4 +1,4 @@
-"""What benchmarks of trained runs share: their command line, the validation data, a forward pass over it."""
+"""Parts shared by benchmarks of trained runs: command line, validation data, forward pass."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def command(usage: str, paths: int, run: Callable[..., None]) -> None:
-    """Call `run` with the paths given, at least so many, and the numbers given as `name=4`, which are keywords of `run`.
+    """Command line of a benchmark: call `run` with paths, and with numbers given as `name=4`. Exits with one line on bad input.
 
-    Stop with one line for what cannot be read.
+    Args:
+        usage: docstring whose first line is the usage.
+        paths: least number of paths.
+        run: benchmark; its keyword-only parameters are the numbers that may be given.
     """
     from flextron_mcore.config import FlextronError
     from flextron_mcore.runtime.environment import prepare_environment
@@ -39,7 +42,7 @@ def command(usage: str, paths: int, run: Callable[..., None]) -> None:
 
 
 def domains(path: str, length: int) -> Mapping[str, Any]:
-    """{domain: validation dataset} of `flextron data`'s output."""
+    """{domain: validation dataset} of a directory that `flextron prepare` wrote. length: tokens of a sample."""
     from flextron_mcore.data.blend import open_data, valid_datasets
 
     with tempfile.TemporaryDirectory() as cache:
@@ -47,7 +50,7 @@ def domains(path: str, length: int) -> Mapping[str, Any]:
 
 
 def in_turn(datasets: Mapping[str, Any], count: int) -> Any:
-    """Tokens [count, S] of the first validation sequences, a domain after the other."""
+    """Tokens [count, S] of the first validation sequences, domains in turn."""
     import torch
 
     from flextron_mcore.config import FlextronError
@@ -57,7 +60,8 @@ def in_turn(datasets: Mapping[str, Any], count: int) -> Any:
     each = -(-count // len(datasets))
     if short := [name for name, dataset in datasets.items() if len(dataset) < each]:
         raise FlextronError(
-            f"data: {each} validation sequences of each domain are needed; {short[0]} has {len(datasets[short[0]])}"
+            f"data: {each} validation sequences of each domain are needed, {short[0]} has {len(datasets[short[0]])}: prepare "
+            "more text"
         )
     return (
         torch.stack([batch(dataset, range(each))["tokens"] for dataset in datasets.values()], 1)
@@ -67,14 +71,20 @@ def in_turn(datasets: Mapping[str, Any], count: int) -> Any:
 
 
 def settings(**keys: Any) -> Any:
-    """Settings for runs/choice.py: what the checkpoint has beside its routers, unless keys say otherwise."""
+    """Settings for runs/choice.py with defaults, which take table and costs from the checkpoint. keys: keys that differ."""
     from flextron_mcore.settings.stages import EvaluateSettings
 
     return EvaluateSettings(**keys)
 
 
 def forward(model: Any, net: Any, tokens: Any) -> object:
-    """One pass over tokens [B, S] with a network, or with routers at work."""
+    """Logits of a forward pass over tokens [B, S].
+
+    Args:
+        model: elastic model.
+        net: sub-network, or routing.
+        tokens: token ids.
+    """
     import torch
 
     from flextron_mcore.adaptive.routing import AdaptiveRouting

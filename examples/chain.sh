@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A Hugging Face model and text in, a family of sub-networks with routers, three exports and a report out.
+# From a Hugging Face model and text to a family of sub-networks with routers, three exports and a report.
 #   examples/chain.sh HF_DIR TEXT OUT [keys of `flextron elastic` ...]
 # For example: examples/chain.sh models/TinyLlama corpus run trainer.precision=bf16 trainer.max_steps=2000
-# Run it again after an interruption: what is complete is passed over, training continues.
+# After an interruption run it again: complete stages are skipped, training continues.
 set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,4s/^# *//p' "$0" >&2; exit 2; }
 hf=$1 text=$2 out=$3
@@ -22,7 +22,7 @@ stage elastic elastic checkpoint="$out/sorted" data="$out/data" "$@"
 stage evaluate evaluate checkpoint="$out/elastic" data="$out/data" limit_val_batches=8
 stage latency latency checkpoint="$out/elastic" rounds="${ROUNDS:-20}"
 stage router router checkpoint="$out/elastic" data="$out/data" latency="$out/latency" trainer.max_steps="${ROUTER_STEPS:-1000}"
-# The report holds every network of the family; take one of them as a file and export it.
+# family.json of the report has the networks that were evaluated: export the smallest.
 stage report report run="$out"
 python3 - "$out" <<'PY'
 import json, sys

@@ -1,10 +1,10 @@
-"""Write with an elastic model, and change its size while it writes: a directory of `flextron export format=hf_elastic`.
+"""Chat with an elastic model, and change its size between messages. DIR is the out of `flextron export format=hf_elastic`.
 
     python examples/chat.py DIR [--budget 0.6] [--tokens 200] [--temperature 0.7]
 
-Every line goes on with the text (or, if the tokenizer has a chat template, is a message). Commands:
-/budget 0.5 (or 25ms, 3.4B, 8GiB; full: the full model), /adaptive (every token chooses for itself, at the same budget), /reset
-(forget the text), /help, /quit. The KV cache stays when the size changes. It needs torch and transformers only.
+The model continues each line that you type; if the tokenizer has a chat template, the line is a message. Commands:
+/budget 0.5 (or 25ms, 3.4B, 8GiB, full), /adaptive (routers choose for every token, at the same budget), /reset (forget the text),
+/help, /quit. The KV cache is kept when the size changes. Needs torch and transformers only.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ COMMANDS = "/budget 0.5, /adaptive, /reset, /help, /quit"
 
 
 class Chat:
-    """A text that grows, and the cache of what was computed of it."""
+    """Conversation so far, as text or messages, with its KV cache."""
 
     def __init__(self, model, tokenizer, tokens: int, temperature: float) -> None:
         self.model, self.tokenizer, self.tokens, self.temperature = model, tokenizer, tokens, temperature
         self.reset()
 
     def reset(self) -> None:
-        """Forget the text."""
+        """Forget the conversation and the cache."""
         self.ids: list[int] = []
         self.messages: list[dict[str, str]] = []
         self.cache = DynamicCache()
 
     @torch.no_grad()
     def say(self, text: str) -> None:
-        """Go on after `text`, printing as it is written."""
+        """Append `text`, generate, and print tokens as they come."""
         room = getattr(self.model.config, "max_position_embeddings", 2**31) - self.tokens
         self.ids = self.encode(text)
         if len(self.ids) > room and self.cache.get_seq_length():
-            print("[the text is too long: starting anew]")
+            print("[the text is too long for the model: it is forgotten]")
             self.reset()
             self.ids = self.encode(text)
         self.ids = self.ids[-max(room, 1) :]
@@ -59,7 +59,7 @@ class Chat:
         print(f"[{len(written)} tokens, {len(written) / seconds:.1f} tokens/s, {self.state()}]", flush=True)
 
     def encode(self, text: str) -> list[int]:
-        """All tokens with `text`; the cache is cut back to what it has of them."""
+        """Token ids of the conversation with `text`; cuts the cache to its common beginning with them."""
         if self.tokenizer.chat_template:
             self.messages.append({"role": "user", "content": text})
             rendered = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
@@ -73,7 +73,7 @@ class Chat:
         return ids
 
     def next_token(self) -> int:
-        """One more token, by what is not in the cache yet."""
+        """Next token; computes the tokens that are not in the cache yet."""
         new = torch.tensor([self.ids[self.cache.get_seq_length() :]], device=self.model.device)
         logits = self.model(input_ids=new, past_key_values=self.cache, use_cache=True).logits[0, -1].float()
         if not self.temperature:
@@ -81,14 +81,14 @@ class Chat:
         return int(torch.multinomial((logits / self.temperature).softmax(-1), 1))
 
     def state(self) -> str:
-        """The budget, and what is spent of the full model."""
+        """Budget, and the shares of the full model's costs."""
         costs = self.model.costs()
         shares = ", ".join(f"{share:.1%} of {name}" for name, share in costs["share"].items())
         budget = "full model" if self.model.budget is None else f"budget {self.model.budget}"
-        return f"{budget}{', each token by itself' if self.model.adaptive else ''}: {shares}"
+        return f"{budget}{', token routing' if self.model.adaptive else ''}: {shares}"
 
     def command(self, line: str) -> None:
-        """What a line that begins with / says."""
+        """Execute a line that begins with /. Raises ValueError for an unknown command."""
         name, _, value = line[1:].partition(" ")
         value = value.strip()
         if name == "budget" and value:
@@ -96,7 +96,7 @@ class Chat:
         elif name == "adaptive":
             budget = value or self.model.budget
             if budget is None:
-                raise ValueError("/adaptive wants a budget: /budget 0.6 first, or /adaptive 0.6")
+                raise ValueError("/adaptive needs a budget: type /adaptive 0.6, or /budget 0.6 before it")
             self.model.set_budget(budget, adaptive=True)
         elif name == "reset":
             self.reset()
@@ -107,9 +107,9 @@ class Chat:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=f"commands: {COMMANDS}")
-    parser.add_argument("directory", help="what `flextron export format=hf_elastic` wrote")
+    parser.add_argument("directory", help="out of `flextron export format=hf_elastic`")
     parser.add_argument("--budget", help="0.6, 25ms, 3.4B, 8GiB; default: the full model")
-    parser.add_argument("--tokens", type=int, default=200, help="written after each line, at most")
+    parser.add_argument("--tokens", type=int, default=200, help="most tokens generated for each line")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,7 +117,7 @@ def main() -> int:
         tokenizer = AutoTokenizer.from_pretrained(given.directory, trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(given.directory, trust_remote_code=True).eval().to(device)
         if not hasattr(model, "set_budget"):
-            raise ValueError(f"{given.directory}: is not what `flextron export format=hf_elastic` writes")
+            raise ValueError(f"{given.directory}: is not the out of `flextron export format=hf_elastic`: name one")
         chat = Chat(model, tokenizer, given.tokens, given.temperature)
         model.set_budget(given.budget)
     except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""A stock Megatron-Core GPTModel with elastic layers: many models in one, computed with real slices of the same weights.
+"""Megatron-Core's GPTModel with elastic layers: sub-networks of one model, computed with slices of the same weights.
 
     python examples/subnetworks.py
 
-Builds a small random Llama-style model, then runs forward and backward passes of its uniform sub-networks.
+Builds a small Llama-style model with random weights, and times forward and backward passes of its uniform sub-networks.
 """
 
 from __future__ import annotations

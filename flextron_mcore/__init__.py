@@ -1,7 +1,7 @@
 """Elastic large language models on Megatron-Core: many sub-networks in one trained model.
 
-The names below are the public API. Importing the package imports neither torch nor Megatron-Core: a name that needs them does so
-when it is first used.
+`__all__` lists the public API. Importing the package imports neither torch nor Megatron-Core; they are imported when a name that
+needs them is first used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HEAVY = {"build_model": "model", "use_subnetwork": "choosing", "export": "api",
 
 def __getattr__(name: str) -> Any:
     if name in _HEAVY:
-        # On a CPU the runtime must precede Megatron-Core's modules.
+        # The CPU runtime must be enabled before Megatron-Core is imported.
         importlib.import_module("flextron_mcore.runtime.cpu").enable()
     elif name not in _LIGHT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

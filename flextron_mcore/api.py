@@ -1,4 +1,4 @@
-"""Functions of the public API that have no room of their own: what commands do, for a program."""
+"""Functions of the public API that do what a command does: initialize, select, export."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 from flextron_mcore.adaptive.export import exported_routers
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
+from flextron_mcore.digests import write_digests
 from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.runs import choice
+from flextron_mcore.runs.inputs import check_inputs
 from flextron_mcore.runs.output import check_output
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.disk import write_aside
@@ -20,11 +22,14 @@ from flextron_mcore.space import SubNetwork
 
 
 def initialize(seed: int = 1234, **parallel: int) -> None:
-    """Start torch.distributed and Megatron-Core's process groups for this process; call before `build_model`.
+    """Start torch.distributed and Megatron-Core's process groups. Call before `build_model`.
 
-    parallel: tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size. Without torchrun it
-    is a world of one process, on the GPU if there is one. Silences Megatron-Core's warnings of packages that it does not find.
-    Raises FlextronError when the processes do not fit the layout.
+    Without torchrun there is one process, on the GPU if there is one. Megatron-Core's warnings about missing packages are
+    silenced. Raises FlextronError if the number of processes does not fit the layout.
+
+    Args:
+        seed: seed of the random numbers.
+        parallel: tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size.
 
     >>> initialize()
     """
@@ -35,11 +40,16 @@ def initialize(seed: int = 1234, **parallel: int) -> None:
 def select(
     checkpoint: str | Path, budget: str | float, selector: str = "router", latency: str | Path | None = None
 ) -> SubNetwork:
-    """Sub-network of a checkpoint for a budget, as `flextron select` chooses it.
+    """Choose a sub-network of a checkpoint for a budget, as `flextron select` does.
 
-    budget: "25ms", "3.4B", "8GiB", "0.6 parameters", or 0.6 (of the full model's latency). selector: `router`, the checkpoint's
-    own trained routers, `uniform` or `matformer`. latency: a table of `flextron latency`, by default the one beside the routers.
-    Raises FlextronError for a budget that no network has, or routers that there are not.
+    Raises FlextronError for a budget that no sub-network meets, and for a checkpoint without routers if they are needed.
+
+    Args:
+        checkpoint: directory of a checkpoint, or of a run.
+        budget: a cost with its unit ("25ms", "3.4B" parameters, "8GiB"), or a fraction of the full model's ("0.6 parameters";
+            0.6 alone: of its latency).
+        selector: `router` (the checkpoint's trained routers), `uniform` or `matformer`.
+        latency: latency table: a file, or the directory of a `flextron latency` run; None for the table beside the routers.
 
     >>> net = select(checkpoint, "0.6 parameters", selector="uniform")
     >>> net.is_uniform
@@ -53,11 +63,20 @@ def select(
 def export(
     checkpoint: str | Path, out: str | Path, net: SubNetwork | None = None, format: str = "hf", dtype: str | None = None
 ) -> dict[str, Any]:
-    """Write a sub-network of a checkpoint, by default the full model, as a dense model into the new directory `out`.
+    """Write a sub-network of a checkpoint as a dense model, as `flextron export` does without reading it back.
 
-    format: hf, hf_elastic, trtllm, gguf or megatron. dtype: fp32, bf16 or fp16, by default the checkpoint's. Returns the format,
-    architecture, parameters, bytes and files. Nothing is left of `out` if it fails. Raises FlextronError when `out` exists, `net`
-    is not in the checkpoint's space, or the format cannot hold it. `flextron export` also reads back what it wrote.
+    On failure nothing is left of `out`. Raises FlextronError if `out` exists, `net` is not in the checkpoint's space, or the
+    format cannot hold it.
+
+    Args:
+        checkpoint: directory of a checkpoint, or of a run.
+        out: directory to create.
+        net: sub-network, None for the full model.
+        format: hf, hf_elastic (all sub-networks in one directory), trtllm, gguf or megatron.
+        dtype: fp32, bf16 or fp16; None for the checkpoint's.
+
+    Returns:
+        Format, architecture, parameters, bytes and files, as in metrics.json.
 
     >>> written = export(checkpoint, folder / "sixty_percent", select(checkpoint, "0.6 parameters", selector="uniform"))
     >>> written["format"]
@@ -66,7 +85,8 @@ def export(
     settings = compose("export", values=[{"checkpoint": str(checkpoint), "out": str(out), "format": format, "dtype": dtype}])
     info, target = open_checkpoint(settings.checkpoint), Path(settings.out)
     if net is not None and format == "hf_elastic":
-        raise FlextronError("format=hf_elastic: holds every sub-network, so give no net: it is set on the model it loads as")
+        raise FlextronError("format=hf_elastic: holds every sub-network, so give no net: set it on the loaded model")
+    check_inputs(settings)
     check_output(target, overwrite=False)
     own = getattr(settings, format, None)
     routers = exported_routers(info, own.latency) if format == "hf_elastic" else None
@@ -80,4 +100,6 @@ def export(
             settings=own,
             token_routers=routers,
         )
-        return get_format(format).write(job)
+        written = get_format(format).write(job)
+        write_digests(folder)
+        return written

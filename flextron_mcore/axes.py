@@ -1,8 +1,8 @@
-"""The axes of an elastic model: one record for everything that may vary. No torch import.
+"""Axes of an elastic model: one record for each dimension that may vary. No torch import.
 
-A candidate of an axis is a size, and a network of that size uses the *first* units of the axis. Everything that depends on what
-may vary reads these records: spaces, networks, costs, tables, sorting, routers, selectors, export and reports. A new axis of the
-layers is one record and the layer module that it names (tests/test_toy_axis.py adds one).
+A candidate of an axis is a size. A network of that size uses the *first* units of the axis. Spaces, networks, costs, tables,
+sorting, routers, selectors, exports and reports read these records and name no axis themselves. A new layer axis is one record
+and the layer module that it names (tests/test_toy_axis.py adds one).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.families.tensors import Tensor, declare
@@ -20,22 +19,27 @@ ATTENTION_UNITS = ("kv_group", "query_head")
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis.
+    """Dimension of the model that may vary. Layer axes have a choice in every layer, network axes have one choice.
 
-    name: its key in a space, a cost and a table. unit: the name of what it counts. title, short: its names in figures and tables.
-    block: the block of a layer that computes it, which is the layer's attribute where the axis adds it; None for an axis of the
-    network. full: the size in the full model. default: candidates of a space that names none.
-
-    fields: of LayerChoice, or of SubNetwork for an axis of the network, with what each counts. The size is their product. The
-    families' tensor table cuts a dimension of such a name to the field's value. split: the fields of a size (model, attention
-    unit, size). step: what each candidate must be a multiple of, and why (model, granularity, attention unit).
-
-    starts: the module of a layer with which the block begins, for timing it; by default the block. observed: the module whose
-    `observe` sees the activations that score the units: the last dimension holds the fields' units, and each unit's channels.
-    followed_by: the weight whose columns these enter. parallel: the units are divided over tensor-parallel ranks, in dealt order.
-
-    module: for an added axis the ElasticBlock (layers/block.py) that it brings, made from (config, space=space): the layer's
-    attribute `block`. tensors: its entries of the tensor table, {name within the layer: dimensions}.
+    Attributes:
+        name: key in a space, a cost and a table.
+        unit: plural name of the units, such as "heads".
+        title, short: names in figures and tables.
+        block: name of the layer's block (attention, mlp) that has the units; None for a network axis.
+        full: function from the model to the size in the full model.
+        fields: {field: its unit} of LayerChoice, or of SubNetwork for a network axis. The size is the product of the fields. The
+            families' tensor table cuts dimensions of a field's name to its value.
+        split: function (model, attention unit, size) that returns the fields of a size.
+        step: function (model, granularity, attention unit) that returns (divisor of every candidate, reason as text).
+        default: candidates of a space that names none.
+        starts: module of a layer with which the block begins, for timing it; empty for the block itself.
+        observed: module whose `observe` sees the activations that score the units. Their last dimension holds the fields' units,
+            then each unit's channels.
+        followed_by: weight whose columns these activations are multiplied with.
+        parallel: units are divided over tensor-parallel ranks, in dealt order (checkpoint/sharding.py).
+        module: for an added axis the path of its ElasticBlock (layers/block.py), such as "flextron_mcore.layers.adapter.Adapter".
+            It is built as Adapter(config, space=space), and becomes the attribute of the layer that `block` names.
+        tensors: for an added axis {name within the layer: dimensions} of its tensors.
     """
 
     name: str
@@ -52,58 +56,99 @@ class Axis:
     observed: str = ""
     followed_by: str = ""
     parallel: bool = True
-    module: Callable[..., Any] | None = None
+    module: str | None = None
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def of_layer(self) -> bool:
-        """True if every layer has a choice of its own, False if the network has one."""
+        """True for a layer axis, false for a network axis."""
         return self.block is not None
 
     def size(self, chosen: object) -> int:
-        """The size that a LayerChoice, or for an axis of the network a SubNetwork, has."""
+        """Size of this axis in a LayerChoice, or for a network axis in a SubNetwork."""
         return math.prod(getattr(chosen, name) for name in self.fields)
 
     def whole(self, model: ModelConfig) -> tuple[int, ...]:
-        """The fields of the full size."""
+        """Values of the fields of this axis in the full model."""
         return self.split(model, "kv_group", self.full(model))
 
     def unit_field(self, model: ModelConfig, attention_unit: str) -> str:
-        """The field in which sizes differ: the units that are sorted and dropped."""
+        """Field in which candidates differ: its units are sorted and dropped. For heads it depends on the attention unit."""
         smaller = self.full(model) - self.step(model, 1, attention_unit)[0]
         pairs = zip(self.fields, self.split(model, attention_unit, smaller), self.whole(model), strict=True)
         return next(name for name, some, whole in pairs if some != whole)
 
-    def candidates(self, model: ModelConfig, granularity: int, attention_unit: str, values: Sequence[float]) -> tuple[int, ...]:
-        """Absolute sizes, increasing, of fractions and sizes, and the full size. Raises FlextronError for one that is none."""
+    def candidates(
+        self, model: ModelConfig, granularity: int, attention_unit: str, values: Sequence[float], rounded: bool = False
+    ) -> tuple[int, ...]:
+        """Absolute candidates in increasing order, the full size included. Raises FlextronError for an invalid value.
+
+        Args:
+            model: architecture of the full model.
+            granularity, attention_unit: fields of the elastic space (ElasticSpace).
+            values: fractions (floats) and sizes (integers).
+            rounded: round the default fractions to the nearest size that is possible.
+        """
         name, full = self.name, self.full(model)
         step, why = self.step(model, granularity, attention_unit)
         if isinstance(values, str | bytes) or not isinstance(values, Sequence) or not values:
             raise FlextronError(f"space.{name} must be a list of fractions or sizes, not {values!r}")
         sizes = {full}
-        if any(isinstance(value, float) for value in values):  # YAML writes the whole as 1 or 1.0; among fractions both mean all
+        if any(isinstance(value, float) for value in values):  # YAML may write 1.0 as 1: among fractions it means the full size
             values = [1.0 if value == 1 and not isinstance(value, bool) else value for value in values]
         for value in [*values, full]:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise FlextronError(f"space.{name}: {value!r} is neither a fraction nor a size")
             size = value if isinstance(value, int) else value * full
+            if rounded and list(values) == list(self.default) and full % step == 0:
+                size = max(step, round(size / step) * step)
             shown = f"{value}" if isinstance(value, int) else f"{value:g} x {full} = {size:g}"
             if not 0 < size <= full:
                 raise FlextronError(f"space.{name}: {shown} is not within 1..{full}")
             if abs(size - round(size)) > 1e-6 or round(size) % step:
-                below = int(size // step) * step
-                nearby = [str(s) for s in (below, below + step) if 0 < s <= full and s % step == 0 and full % step == 0]
-                hint = f"; nearest: {' or '.join(nearby)}" if nearby else "; choose a smaller space.granularity"
                 if full % step:
-                    shown = f"the full size {full}"
+                    hint, shown = "choose a smaller space.granularity", f"the full size {full}"
+                else:
+                    below = int(size // step) * step
+                    nearby = [str(s) for s in (below, below + step) if 0 < s <= full]
+                    hint = f"nearest: {' or '.join(nearby)}; {self._possible(model, granularity, attention_unit)}"
                 wanted = "a whole number" if step == 1 else f"a multiple of {step} ({why})"
-                raise FlextronError(f"space.{name}: {shown} is not {wanted}{hint}")
+                raise FlextronError(f"space.{name}: {shown} is not {wanted}; {hint}")
             sizes.add(round(size))
         return tuple(sorted(sizes))
 
+    def reason(self, model: ModelConfig, granularity: int, attention_unit: str, values: Sequence[float] | None) -> str:
+        """Words for how candidates came from `values`: as given, or the default, with what it was rounded to.
+
+        Args:
+            model: architecture of the full model.
+            granularity, attention_unit: fields of the elastic space (ElasticSpace).
+            values: fractions and sizes; None for the default.
+        """
+        if values is not None and list(values) != list(self.default):
+            return "as given"
+        full, (step, why) = self.full(model), self.step(model, granularity, attention_unit)
+        shown = ", ".join(f"{value:g}" for value in self.default)
+        rounded = any(value * full % step for value in self.default)
+        return f"default {shown} of {full}" + (f", rounded to multiples of {step} ({why})" if rounded else "")
+
+    def _possible(self, model: ModelConfig, granularity: int, attention_unit: str) -> str:
+        """Words for all possible sizes, with the other attention unit too where they are others."""
+        full = self.full(model)
+        steps = {unit: self.step(model, granularity, unit)[0] for unit in (attention_unit, *ATTENTION_UNITS)}
+        listed = {}
+        for unit, step in steps.items():
+            sizes = range(step, full + 1, step) if full % step == 0 else ()
+            listed[unit] = ", ".join(map(str, sizes)) if len(sizes) <= 16 else f"any multiple of {step} up to {full}"
+        words = [f"use {listed[attention_unit]}"]
+        for unit, sizes in listed.items():
+            if sizes and sizes != listed[attention_unit]:
+                words.append(f"with space.attention_unit={unit}: {sizes}")
+        return ", or ".join(words)
+
 
 def _split_heads(model: ModelConfig, attention_unit: str, heads: int) -> tuple[int, int]:
-    """(KV groups, query heads of each): whole groups are dropped, or every group loses query heads."""
+    """Split query heads into (KV groups, query heads of a group): kv_group drops whole groups, query_head drops heads of all."""
     if attention_unit == "kv_group":
         return heads // model.query_heads_per_group, model.query_heads_per_group
     return model.num_query_groups, heads // model.num_query_groups
@@ -167,25 +212,25 @@ DEPTH = Axis(
     parallel=False,
 )
 
-# In the order in which sizes are given, and in which blocks of a layer are computed. An axis is added by adding its record.
+# The order is that of positional sizes (ElasticSpace.build) and, for layer axes, of the layer's blocks.
 AXES: dict[str, Axis] = {axis.name: axis for axis in (HEADS, FFN_HIDDEN_SIZE, HIDDEN_SIZE, DEPTH)}
 
 
 def layer_axes() -> list[Axis]:
-    """Axes of which every layer has a choice."""
+    """Axes with a choice in every layer."""
     return [axis for axis in AXES.values() if axis.of_layer]
 
 
 def network_axes() -> list[Axis]:
-    """Axes of which the network has one choice."""
+    """Axes with one choice for the network."""
     return [axis for axis in AXES.values() if not axis.of_layer]
 
 
 def layer_fields() -> list[str]:
-    """Names of all fields of LayerChoice that are sizes."""
+    """Names of the fields of LayerChoice that are sizes."""
     return [name for axis in layer_axes() for name in axis.fields]
 
 
 def added_tensors() -> tuple[Tensor, ...]:
-    """Tensors that added axes bring beyond the families' table."""
+    """Tensors that axes declare in `Axis.tensors`, in addition to families.tensors.TENSORS. The built-in axes declare none."""
     return tuple(t for axis in layer_axes() for t in declare(axis.tensors, tuple(axis.fields) if axis.parallel else ()))

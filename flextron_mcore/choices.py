@@ -1,10 +1,10 @@
-"""Choices: a space as a list of choices with candidates, for routers, selectors and tables. No torch import.
+"""Space as a list of choices, for routers, selectors and tables. No torch import.
 
-Every axis of a layer is a choice of every layer, in the order of the layers and of the axes; such a choice is a block of the
-network (attention, MLP). Choices of all axes have those of the network (hidden size, depth) before them, and may have one
-choice of each of a layer's axes for all layers. A network is one candidate index a choice.
+A choice picks one candidate of an axis. Every layer has a choice for each layer axis, ordered by layer, then by axis; such a
+choice is also called a block (attention, MLP). With all axes, the choices of the network (hidden size, depth) come first. A
+sub-network is then a list of candidate indices, one a choice.
 
-Shape suffixes: N choices, K candidates of the one that has most.
+Shape suffixes: N choices, K the largest number of candidates of a choice.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 
 @dataclass(frozen=True)
 class Choices:
-    """The choices of `space` over `model`; candidates are in the space's order, smallest first.
+    """Space as a list of choices, each of which picks one candidate of an axis. Candidates are smallest first.
 
-    all_axes: hidden size and depth are chosen too; without, networks have all channels and layers. uniform: one choice for all
-    layers.
+    Attributes:
+        model: architecture of the full model.
+        space: candidates of every axis.
+        all_axes: hidden size and depth are choices too; else networks have all channels and layers.
+        uniform: each layer axis has one choice for all layers.
     """
 
     model: ModelConfig
@@ -35,12 +38,12 @@ class Choices:
 
     @property
     def network_axes(self) -> list[Axis]:
-        """The axes of the network that are chosen."""
+        """Axes of the network that are choices: hidden size and depth, or none."""
         return network_axes() if self.all_axes else []
 
     @property
     def axes(self) -> list[Axis]:
-        """The axis of each choice."""
+        """Axis of each choice, N in all."""
         return self.network_axes + self.space.layer_axes * (1 if self.uniform else self.model.num_layers)
 
     @property
@@ -50,31 +53,34 @@ class Choices:
 
     @property
     def count(self) -> int:
-        """N."""
+        """Number N of choices."""
         return len(self.axes)
 
     @property
     def exists_NK(self) -> np.ndarray:
-        """True where a choice has a candidate."""
+        """[N, K] array, True for candidates that exist: a choice may have fewer than K, the largest number."""
         return table([[True] * len(sizes) for sizes in self.sizes], False)
 
     def rows(self, layers: Iterable[int]) -> list[int]:
-        """The numbers of the choices of these layers."""
+        """Indices of the choices of these layers."""
         first, count = len(self.network_axes), len(self.space.layer_axes)
         return [first + (0 if self.uniform else layer) * count + i for layer in layers for i in range(count)]
 
     @property
     def blocks(self) -> list[tuple[int, str]]:
-        """(layer, name of the axis) of each choice of a layer, where every layer has its own."""
+        """(layer, name of the axis) of each block, in the order of the choices; only for choices without `uniform`."""
         return [(layer, axis.name) for layer in range(self.model.num_layers) for axis in self.space.layer_axes]
 
     def costs_NK(self, cost: Cost) -> np.ndarray:
-        """Cost that each candidate of a layer adds to a network, 0 where there is none; `cost.constant` comes on top."""
+        """[N, K] array of the cost that each candidate adds to `cost.constant`.
+
+        It is 0 for missing candidates and for hidden size and depth.
+        """
         costs = {axis.name: [0.0] for axis in self.network_axes} | dict(cost.candidates)
         return table([costs[axis.name] for axis in self.axes], 0.0, self.exists_NK.shape[1])
 
     def network(self, indices_N: Sequence[int]) -> SubNetwork:
-        """The sub-network of these candidates; the candidates of layers that it skips do not matter."""
+        """Sub-network of these candidate indices. Indices of skipped layers are ignored."""
         space, count = self.space, len(self.space.layer_axes)
         sizes = [candidates[index] for candidates, index in zip(self.sizes, indices_N, strict=True)]
         chosen = dict(zip((axis.name for axis in self.network_axes), sizes, strict=False))
@@ -83,7 +89,7 @@ class Choices:
         return space.network(self.model, layers, **chosen)
 
     def indices(self, net: SubNetwork) -> list[int]:
-        """The candidates of a member of the space whose layers are the most important; the largest for layers that it skips."""
+        """Candidate indices of a member of the space, the reverse of `network`; the largest candidates for skipped layers."""
         largest = self.space.layer_choice(self.model)
         layers = net.executed_layers[:1] if self.uniform else [layer if layer.executed else largest for layer in net.layers]
         chosen: list[SubNetwork | LayerChoice] = [net] * len(self.network_axes)
@@ -92,25 +98,31 @@ class Choices:
         return [sizes.index(axis.size(part)) for axis, sizes, part in parts]
 
     def replaced(self, net: SubNetwork, choice: int, candidate: int) -> SubNetwork:
-        """`net` with another candidate of one choice."""
+        """Sub-network `net` with another candidate in one choice.
+
+        Args:
+            net: sub-network.
+            choice: index of the choice.
+            candidate: index of the new candidate.
+        """
         indices = self.indices(net)
         indices[choice] = candidate
         return self.network(indices)
 
     def counted_N(self, net: SubNetwork) -> np.ndarray:
-        """True for the choices that matter to a network: those of layers that it skips do not."""
+        """[N] array, True for choices that affect `net`; false for choices of skipped layers."""
         counted_N = np.ones(self.count, dtype=bool)
         if not self.uniform:
             counted_N[self.rows(i for i, layer in enumerate(net.layers) if not layer.executed)] = False
         return counted_N
 
     def total(self, values_NK: np.ndarray, net: SubNetwork) -> float:
-        """The sum of the values of a network's candidates, without layers that it skips."""
+        """Sum of `values_NK` over the candidates that a network uses, without skipped layers."""
         values_N = np.take_along_axis(values_NK, np.array(self.indices(net))[:, None], 1)[:, 0]
         return float(values_N[self.counted_N(net)].sum())
 
     def least(self, cost: Cost) -> SubNetwork:
-        """The cheapest network."""
+        """Cheapest sub-network of these choices."""
 
         def smallest(hidden_size: int) -> SubNetwork:
             costs = cost.at(hidden_size).candidates
@@ -121,9 +133,9 @@ class Choices:
         return min(map(smallest, self.space.hidden_size if self.all_axes else self.space.hidden_size[-1:]), key=cost.of)
 
     def moves_NK(self, net: SubNetwork, cost: Cost) -> np.ndarray:
-        """Cost that `net` would have more with another candidate of one choice, of the same hidden size and layers.
+        """[N, K] array of the change of the cost when one block of `net` gets another candidate.
 
-        Infinite for those that it has, those of other choices, and where there is no candidate.
+        Infinite for the current and for missing candidates, for skipped layers, and for hidden size and depth.
         """
         costs_NK = self.costs_NK(cost.at(net.hidden_size)) * (net.depth if self.uniform else 1)
         own_N1 = np.array(self.indices(net))[:, None]
@@ -134,6 +146,12 @@ class Choices:
 
 
 def table(rows: Sequence[Sequence], fill: float | bool, width: int = 0) -> np.ndarray:
-    """Rows of different lengths as one array, of so many columns at least."""
+    """Array from rows of different lengths.
+
+    Args:
+        rows: the rows.
+        fill: value of missing entries.
+        width: least number of columns.
+    """
     width = max(width, *map(len, rows))
     return np.array([[*row, *[fill] * (width - len(row))] for row in rows])

@@ -1,4 +1,4 @@
-"""Choose what a built model computes: set, read and restore one `LayerState` for each of its layers."""
+"""Choice of the network that a built model computes: one `LayerState` a layer is set, read and restored here."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ Network = SubNetwork | TokenRouting | WeightedNetwork | None
 
 
 def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.Tensor] | None = None) -> None:
-    """Make `model` compute `net` from now on; None for the full model.
+    """Make `model` compute `net` from now on. Raises FlextronError if `net` does not fit the model.
 
-    A TokenRouting chooses token by token, a WeightedNetwork computes everything and weighs it. gates: a scalar for each block
-    (layer by layer, in the order of `layer_axes`) that its output is multiplied with.
+    Args:
+        model: model with elastic layers, wrapped or not.
+        net: None for the full model, a SubNetwork, a TokenRouting (a width for every token) or a WeightedNetwork (masks).
+        gates: scalar that multiplies the output of each block, ordered by layer, then by axis; None for no gates.
     """
     gpt = unwrap(model)
     layers: Sequence[ElasticTransformerLayer] = gpt.decoder.layers
@@ -36,7 +38,7 @@ def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.T
         states = _weighted(layers, net)
     elif net is not None:
         if _modulated(gpt):
-            raise FlextronError("token routing does not support modulation: train with space.modulation=false")
+            raise FlextronError("token routing does not support modulation: use a checkpoint without it")
         states = [LayerState(routing=net.layer(layer.layer_number - 1)) for layer in layers]
     else:
         states = [FULL] * len(layers)
@@ -50,7 +52,9 @@ def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.T
 
 @contextlib.contextmanager
 def use_subnetwork(model: torch.nn.Module, net: Network) -> Iterator[None]:
-    """Make `model` compute `net` inside the context, as `set_subnetwork` does; the choice before it is restored after.
+    """Make `model` compute `net` inside the context. The previous network is restored afterwards.
+
+    `net` is None for the full model, a SubNetwork, or a TokenRouting. Raises FlextronError if it does not fit the model.
 
     >>> import torch
     >>> initialize()
@@ -72,17 +76,22 @@ def use_subnetwork(model: torch.nn.Module, net: Network) -> Iterator[None]:
 
 
 def keep_states(decoder: torch.nn.Module, args: tuple, hidden_states: torch.Tensor) -> None:
-    """Forward hook of the layers' block: its backward pass sees the states of this forward pass.
+    """Forward hook of the decoder that restores the layers' states of this forward pass during its backward pass.
 
-    Activation recomputation runs layers again in the backward pass. By then the choice of another micro-batch is set: with
-    pipeline parallelism several are in flight.
+    Activation recomputation runs layers again in the backward pass. By then another micro-batch may have set other states, as
+    with pipeline parallelism several are in flight.
+
+    Args:
+        decoder: Megatron-Core's TransformerBlock.
+        args: inputs of its forward pass; unused.
+        hidden_states: its output, whose gradient marks the start of its backward pass.
     """
     if decoder.config.recompute_granularity is None or not hidden_states.requires_grad:
         return
     layers = decoder.layers
     captured = [layer.state for layer in layers]
 
-    def restore(grad: torch.Tensor) -> None:  # the first thing that happens in the block's backward pass
+    def restore(grad: torch.Tensor) -> None:  # runs at the start of the decoder's backward pass
         current = [layer.state for layer in layers]
         _set(layers, captured)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: _set(layers, current))
@@ -96,7 +105,7 @@ def _set(readers: Sequence[StateReader], states: Sequence[LayerState]) -> None:
 
 
 def _ends(gpt: GPTModel) -> list[StateReader]:
-    """The embeddings and the final norm that this pipeline stage has. They see the first layer's channels."""
+    """Embeddings and final norm of this pipeline stage. They use the number of channels of its first layer."""
     embedding = getattr(gpt, "embedding", None)
     ends = [getattr(embedding, name, None) for name in ("word_embeddings", "position_embeddings")]
     return [end for end in (*ends, gpt.decoder.final_layernorm) if isinstance(end, StateReader)]
@@ -109,15 +118,18 @@ def _sliced(gpt: GPTModel, net: SubNetwork) -> list[LayerState]:
     if not 0 < net.hidden_size <= full:
         raise FlextronError(f"sub-network has hidden_size {net.hidden_size}, the model has {full}")
     if net.hidden_size < full and gpt.post_process and not isinstance(gpt.output_layer, ElasticOutputLayer):
-        raise FlextronError(f"hidden_size {net.hidden_size} < {full}: wants a model of flextron_mcore.model.build_model")
+        raise FlextronError(
+            f"hidden_size {net.hidden_size} < {full} needs elastic embeddings and output layer: build the model with "
+            "flextron_mcore.build_model"
+        )
     share = None
     if _modulated(gpt):
         if not isinstance(gpt, ArchitectureGPTModel):
-            raise FlextronError("a space with modulation wants a model of flextron_mcore.model.build_model")
+            raise FlextronError("space.modulation needs a model that was built with flextron_mcore.build_model")
         share = parameter_share(gpt.architecture, net)
     channels = (net.hidden_size, net.hidden_size) if net.hidden_size < full else None
     states = [LayerState(net.layers[layer.layer_number - 1], channels, share=share) for layer in gpt.decoder.layers]
-    if states and channels and not gpt.post_process:  # the next pipeline stage takes all channels
+    if states and channels and not gpt.post_process:  # pipeline stages exchange tensors of all channels
         states[-1] = replace(states[-1], channels=(net.hidden_size, full))
     return states
 

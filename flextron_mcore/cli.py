@@ -1,6 +1,6 @@
-"""The command `flextron STAGE key=value ...`.
+"""Command line `flextron STAGE key=value ...`.
 
-Light on imports: checkpoint writers are spawned processes that import the main module again.
+The module imports little, because checkpoint writers are spawned processes, which import the main module again.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from flextron_mcore.runtime.environment import prepare_environment
 from flextron_mcore.runtime.memory import collect_rarely
 from flextron_mcore.settings.compose import compose, read
 from flextron_mcore.settings.help import stage_help, title
-from flextron_mcore.settings.stages import STAGES
+from flextron_mcore.settings.stages import STAGES, VerifySettings
 
 
 def _end_with_parent() -> None:
-    """Make the kernel end this helper process when its parent ends, however that does.
+    """Make the kernel kill this helper process when its parent ends for any reason.
 
-    Megatron-Core's checkpoint writer runs in helpers, forked and spawned, that would outlive a run killed by kill -9.
+    Megatron-Core's checkpoint writers are forked and spawned processes, which would outlive a run that is killed by SIGKILL.
     """
     pr_set_pdeathsig = 1
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-# Spawned: multiprocessing runs the main module again under this name, which imports this one. Else it is an alias of __main__.
+# True in a spawned process: multiprocessing runs the main module again under the name __mp_main__. Elsewhere that entry of
+# sys.modules is an alias of __main__, or missing.
 if getattr(sys.modules.get("__mp_main__"), "__name__", None) == "__mp_main__":
     _end_with_parent()
-    importlib.import_module("flextron_mcore.runtime.cpu").import_megatron()  # which it needs in any case
+    importlib.import_module("flextron_mcore.runtime.cpu").import_megatron()  # the CPU runtime must precede Megatron-Core
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 EXITS = {
     0: "done",
-    1: "failed: anything unexpected, a rank that died",
+    1: "failed: an unexpected error, or a rank that died",
     EXIT_BAD_INPUT: "bad input",
     signals.EXIT_STOPPED: "training stopped for SIGTERM, SIGUSR1 or trainer.max_time, with a checkpoint: run it again",
 }
@@ -55,9 +56,9 @@ USAGE += "\nexit codes:\n" + "".join(f"  {code:<12}{text}\n" for code, text in E
 
 
 class _Failure(NamedTuple):
-    """How a command that does not succeed ends: a line on standard error, head and text, and an exit code.
+    """End of a command that failed: a line on standard error (head + text), and an exit code.
 
-    wait: seconds that a rank of many gives the others to name the cause, of which its own error may be a consequence.
+    wait: seconds to wait for an error of another rank, of which this rank's error may be a consequence.
     """
 
     head: str
@@ -67,9 +68,9 @@ class _Failure(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with one of EXITS, after one line on standard error if that is not 0.
+    """Run a command and exit with one of EXITS. Unless that is 0, one rank prints one line on standard error.
 
-    Of many ranks, only one prints that line.
+    argv: arguments without the program's name; None for the process's own.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     os.register_at_fork(after_in_child=_end_with_parent)
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _mark_stopped() -> None:
-    """Leave the file that $FLEXTRON_STOPPED names. A launcher may hide exit codes, and its script wants to run the job again."""
+    """Create the file $FLEXTRON_STOPPED, which tells a job script to run the job again: launchers may hide the exit code."""
     file = os.environ.get("FLEXTRON_STOPPED")
     if file and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
@@ -106,11 +107,11 @@ def _mark_stopped() -> None:
 
 
 def _stopped(text: str, code: int) -> NoReturn:
-    """End this process for a signal, wherever it is."""
-    with contextlib.suppress(RuntimeError):  # it was about to write there
+    """End this process at once because of a signal, with its text and exit code."""
+    with contextlib.suppress(RuntimeError):  # the signal interrupted a write to stdout
         sys.stdout.flush()
     if ranks := watch.current():
-        # torchrun stops the other ranks when one dies, perhaps before the watch has found out which.
+        # torchrun stops the other ranks when one dies, perhaps before the watch knows which one: give it time.
         ranks.fail("", text, code, wait=watch.GRACE)
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"{text}\n".encode())
@@ -118,7 +119,7 @@ def _stopped(text: str, code: int) -> NoReturn:
 
 
 def _attempt(argv: list[str]) -> _Failure | None:
-    """Run the command; None if it succeeds."""
+    """Run the command; return None if it succeeds."""
     debug = "debug=true" in argv
     try:
         watch.start()
@@ -140,7 +141,7 @@ def _attempt(argv: list[str]) -> _Failure | None:
 
 
 def _wait_for_cause(error: BaseException | None) -> float:
-    """How long another rank may be found to be the cause of an error: long for those of communication."""
+    """Seconds in which another rank may turn out to be the cause of an error; long for errors of communication."""
     while error:
         if re.search("gloo|NCCL", str(error)) or type(error).__module__.startswith("torch.distributed"):
             return watch.SILENCE + 3 * watch.PERIOD
@@ -172,12 +173,14 @@ def _main(argv: list[str]) -> None:
             config_dirs.append(value)
         elif argument.partition("=")[0] == "--config":
             file = Path(argument.partition("=")[2] or next(arguments, ""))
+        elif "=" not in argument and stage == VerifySettings.stage:
+            overrides.append(f"path={argument}")
         elif "=" not in argument:
             raise FlextronError(f"'{argument}' is not of the form key=value")
         else:
             overrides.append(argument)
     if file is not None and overrides:
-        raise FlextronError(f"--config {file}: holds all keys, {overrides[0]} must be changed there")
+        raise FlextronError(f"--config {file}: holds all keys: remove {overrides[0]} from the command, and change it in the file")
     settings = read(stage, file) if file is not None else compose(stage, overrides, config_dirs, partial=help_wanted)
     if help_wanted:
         print(stage_help(settings), end="")

@@ -1,31 +1,32 @@
-"""The architecture of a GPT-style model, in Megatron-Core's and NeMo's names. No torch import.
+"""Architecture of a GPT-style model, in the names of Megatron-Core and NeMo. No torch import.
 
-`ModelConfig` says what the model *is* (it travels inside every checkpoint); how a run is laid out over ranks, trained and logged
-is the run's own configuration (`conf/`).
+Every checkpoint holds its `ModelConfig`. Parallel layout, training and logging are settings of a run instead (`conf/`).
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
 class FlextronError(Exception):
-    """Bad input. The message is one line for the user: what is wrong, where, and what to do."""
+    """Error of bad input. Its message is one line for the user: what is wrong, where, and what to do."""
 
 
 class JobFailed(Exception):
-    """A command that this one started did not succeed. The message is one line for the user: which, and what it said."""
+    """Failure of a job that `flextron launch` started. Its message is one line for the user: which job, and its error."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: ` (did you mean 'x'?)`, or the empty string."""
+    """Hint for a misspelt name, ` (did you mean 'x'?)`; empty if no known name is similar."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
+_MOST_LAYERS = 10_000
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "squared-relu", "swiglu", "geglu")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 NORMALIZATIONS = ("rmsnorm", "layernorm", "layernorm1p")
@@ -33,17 +34,55 @@ POSITION_EMBEDDINGS = ("rope", "learned_absolute")
 ROPE_SCALING_KEYS = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"},
 }
+
+
+LOGITS_AT_ONCE = 1 << 26  # 256 MiB in fp32; more are computed in chunks of the sequence
+DEFAULT_LENGTH = 4096  # tokens; a model of 131,072 positions would else need hundreds of GB for a micro-batch
+
+
+def loss_chunk(length: int, batch: int, vocabulary: int) -> int:
+    """Positions of a sequence whose logits exist at the same time when a loss is computed: all, or some of a large model's.
+
+    Args:
+        length: tokens of a sample.
+        batch: samples of a micro-batch.
+        vocabulary: logits of a token on this rank.
+    """
+    return min(length, max(1, LOGITS_AT_ONCE // (batch * vocabulary)))
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a decoder-only model.
+    """Architecture of a decoder-only model. Raises FlextronError, naming the key, for values that do not fit each other.
 
-    Sizes are in units (layers, channels, heads). `num_query_groups` defaults to `num_attention_heads` (MHA), `kv_channels`
-    (size of one head) to `hidden_size / num_attention_heads`, `ffn_hidden_size` to `4 * hidden_size`.
-    `rope_scaling` is `None`, `{"type": "linear", "factor": f}` or `{"type": "llama3", "factor": ..., "low_freq_factor": ...,
-    "high_freq_factor": ..., "original_max_position_embeddings": ...}`.
+    Attributes:
+        num_layers: Transformer layers.
+        hidden_size: channels of the residual stream.
+        num_attention_heads: query heads of a layer.
+        vocab_size: tokens of the vocabulary.
+        max_position_embeddings: longest sequence, in tokens.
+        ffn_hidden_size: neurons of an MLP; by default 4 * hidden_size.
+        num_query_groups: KV groups of GQA; by default num_attention_heads (MHA).
+        kv_channels: channels of a head; by default hidden_size / num_attention_heads.
+        activation: one of ACTIVATIONS; swiglu and geglu are gated.
+        normalization: one of NORMALIZATIONS. layernorm1p has zero-centred scales.
+        layernorm_epsilon: added to the variance.
+        bias: linear layers and MLPs have biases.
+        add_qkv_bias: the projections of queries, keys and values have biases, whatever `bias` is.
+        qk_layernorm: each head's query and key is normalised by RMSNorm, with one scale for all heads.
+        position_embedding_type: rope or learned_absolute.
+        rotary_base: base of the rotary angles.
+        rotary_percent: share of a head's channels, the first ones, that are rotated.
+        rope_scaling: None, {"type": "linear", "factor"}, {"type": "llama3", "factor", "low_freq_factor", "high_freq_factor",
+            "original_max_position_embeddings"}, or {"type": "yarn", "factor", "original_max_position_embeddings"}, with optional
+            beta_fast, beta_slow, attention_factor and truncate.
+        no_rope_freq: for each layer 1 if its heads are not rotated, else 0; None if all layers rotate theirs.
+        sliding_window: keys that a query sees, the last ones and its own included; None for all.
+        share_embeddings_and_output_weights: tie embedding and output layer.
+        init_method_std: standard deviation of initial weights.
+        hidden_dropout, attention_dropout: dropout probabilities in training.
 
     >>> model = ModelConfig(
     ...     num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24, ffn_hidden_size=48
@@ -64,9 +103,14 @@ class ModelConfig:
     normalization: str = "rmsnorm"
     layernorm_epsilon: float = 1e-5
     bias: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
     position_embedding_type: str = "rope"
     rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
     rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)  # a dictionary has no hash
+    no_rope_freq: tuple[int, ...] | None = None
+    sliding_window: int | None = None
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = 0.02
     hidden_dropout: float = 0.0
@@ -84,7 +128,8 @@ class ModelConfig:
             if self.hidden_size % self.num_attention_heads:
                 raise FlextronError(
                     f"model.hidden_size={self.hidden_size} is not divisible by "
-                    f"model.num_attention_heads={self.num_attention_heads}: set model.kv_channels (the size of one head)"
+                    f"model.num_attention_heads={self.num_attention_heads}: set the size of one head, model.kv_channels "
+                    "(head_dim in config.json)"
                 )
             put("kv_channels", self.hidden_size // self.num_attention_heads)
         for name in ("ffn_hidden_size", "num_query_groups", "kv_channels"):
@@ -94,18 +139,48 @@ class ModelConfig:
                 f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"model.num_query_groups={self.num_query_groups}"
             )
-        if self.position_embedding_type == "rope" and self.kv_channels % 2:
-            raise FlextronError(f"model.kv_channels={self.kv_channels} is odd: rotary embeddings need an even head size")
+        if self.qk_layernorm and self.normalization != "rmsnorm":
+            raise FlextronError(f"model.qk_layernorm=true needs model.normalization=rmsnorm (it is {self.normalization})")
+        if self.no_rope_freq is not None:
+            put("no_rope_freq", tuple(self.no_rope_freq))
+            if len(self.no_rope_freq) != self.num_layers or set(self.no_rope_freq) - {0, 1}:
+                raise FlextronError(
+                    f"model.no_rope_freq={list(self.no_rope_freq)} must be one number, 0 or 1, for each of the "
+                    f"{self.num_layers} layers: 1 where heads are not rotated"
+                )
+            if not any(self.no_rope_freq):
+                put("no_rope_freq", None)
+        if self.sliding_window is not None:
+            _check_positive_int("sliding_window", self.sliding_window)
+        if not 0 < self.rotary_percent <= 1:
+            raise FlextronError(f"model.rotary_percent={self.rotary_percent} must be above 0 and at most 1")
+        if self.position_embedding_type == "rope" and (self.rotary_channels % 2 or not self.rotary_channels):
+            share = f" x model.rotary_percent={self.rotary_percent}" if self.rotary_percent < 1 else ""
+            raise FlextronError(
+                f"model.kv_channels={self.kv_channels}{share} is odd: rotary embeddings need an even number of channels"
+            )
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("normalization", self.normalization, NORMALIZATIONS)
         _check_choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDINGS)
+        for name, zero in (("layernorm_epsilon", False), ("rotary_base", False), ("init_method_std", True)):
+            _check_number(name, getattr(self, name), 0, least_excluded=not zero)
+        for name in ("hidden_dropout", "attention_dropout"):
+            _check_number(name, getattr(self, name), 0, 1)
         if self.rope_scaling is not None:
             scaling = dict(self.rope_scaling)
             kind = scaling.get("type")
             _check_choice("rope_scaling.type", kind, tuple(ROPE_SCALING_KEYS))
+            if kind == "yarn":
+                scaling = _yarn_defaults(scaling)
+            if kind == "yarn" and (self.rotary_percent < 1 or self.no_rope_freq):
+                part = "model.no_rope_freq" if self.no_rope_freq else f"model.rotary_percent={self.rotary_percent}"
+                raise FlextronError(f"model.rope_scaling of type yarn is not supported with {part}: only where all heads rotate")
             missing = ROPE_SCALING_KEYS[kind] - scaling.keys()
             if missing:
                 raise FlextronError(f"model.rope_scaling of type {kind} lacks {', '.join(sorted(missing))}")
+            for name, number in scaling.items():
+                if name not in ("type", "truncate") and number is not None:
+                    _check_number(f"rope_scaling.{name}", number, 0, least_excluded=True)
             put("rope_scaling", scaling)
 
     @property
@@ -114,17 +189,39 @@ class ModelConfig:
         return self.activation in GATED_ACTIVATIONS
 
     @property
+    def default_length(self) -> int:
+        """Tokens of a sample, a prompt or a KV cache where no key says it: the positions, at most DEFAULT_LENGTH."""
+        return min(self.max_position_embeddings, DEFAULT_LENGTH)
+
+    @property
     def query_heads_per_group(self) -> int:
-        """Query heads that share one key and value head (1 for MHA)."""
+        """Number of query heads that share one key and value head; 1 for MHA."""
         return self.num_attention_heads // self.num_query_groups
 
+    @property
+    def qkv_bias(self) -> bool:
+        """True if the projections of queries, keys and values have biases."""
+        return self.bias or self.add_qkv_bias
+
+    @property
+    def rotary_channels(self) -> int:
+        """Number of a head's channels that are rotated, the first ones."""
+        return int(self.kv_channels * self.rotary_percent)
+
+    @property
+    def softmax_scale(self) -> float | None:
+        """Factor of the attention scores; None for 1 / sqrt(kv_channels). YaRN multiplies queries and keys by a factor each."""
+        if self.rope_scaling is None or self.rope_scaling["type"] != "yarn":
+            return None
+        return self.rope_scaling["attention_factor"] ** 2 / math.sqrt(self.kv_channels)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON and YAML."""
+        """Convert to plain types, for JSON and YAML."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Build from plain types. Raises FlextronError on an unknown or missing name."""
+        """Build from plain types. Raises FlextronError for an unknown or missing key."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
@@ -135,9 +232,36 @@ class ModelConfig:
             raise FlextronError(f"model config is incomplete: {error}") from None
 
 
+def _yarn_defaults(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """YaRN scaling with transformers' defaults for absent and null keys (attention_factor from eq. 15 of the YaRN paper)."""
+    given = {key: value for key, value in scaling.items() if value is not None}
+    factor = given.get("factor", 1.0)
+    attention = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    return {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": attention, "truncate": True, **given}
+
+
 def _check_positive_int(name: str, value: object) -> None:
+    most = _MOST_LAYERS if name == "num_layers" else 2**31 - 1
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise FlextronError(f"model.{name} must be a whole number of at least 1, not {value!r}")
+    if value > most:
+        raise FlextronError(f"model.{name}={value} is more than {most}, the most that is possible")
+
+
+def _check_number(name: str, value: object, least: float, below: float = math.inf, least_excluded: bool = False) -> None:
+    """Raise FlextronError unless a field is a number from `least` to less than `below`.
+
+    Args:
+        name: field, or key of rope_scaling.
+        value: its value.
+        least, below: the range.
+        least_excluded: `least` itself is not allowed.
+    """
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < below
+    if not fits or least_excluded and value == least:
+        more = "more than" if least_excluded else "at least"
+        end = "" if below == math.inf else f" and less than {below:g}"
+        raise FlextronError(f"model.{name} must be a number of {more} {least:g}{end}, not {value!r}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """Costs of sub-networks, and budgets for them. No torch import.
 
-Latency, parameters and memory are all sums over blocks (Flextron, eq. 6), one for every hidden size, so one description serves
-them: selectors, routers and reports see a `Cost`, never where it comes from.
+Latency, parameters and memory are sums over the blocks of a sub-network: Latency(M) = constant + sum_blocks cost(candidate), with
+its own terms for every hidden size. It stands in the constraint Latency(M) <= T of Flextron, eq. 6. `Cost` describes all three.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.space import DTYPE_BYTES, SKIPPED, ElasticSpace, LayerChoice, SubNetwork, count_parameters, kv_cache_bytes
 
-# unit as a user writes it: cost, and how many of the cost's own unit it is
+# {unit that a user writes: (name of the cost, factor to the cost's own unit)}
 UNITS = {
     "us": ("latency", 1e-3),
     "ms": ("latency", 1.0),
@@ -29,10 +29,15 @@ OWN_UNITS = {"latency": "ms", "parameters": "parameters", "memory": "bytes"}
 
 @dataclass(frozen=True)
 class Cost:
-    """A sum: a constant, and for every executed layer the cost of its candidate of every axis.
+    """Cost that is a sum: a constant, plus the cost of each executed layer's candidate of every layer axis.
 
-    name: a key of OWN_UNITS, which has the unit. candidates: {axis: the cost of each candidate of `space`, in its order}, with
-    all hidden channels. narrow: the same for every smaller hidden size of the space.
+    Attributes:
+        name: latency, parameters or memory; its unit is in OWN_UNITS.
+        model: architecture of the full model.
+        space: space of the candidates.
+        constant: cost of everything outside of the layers.
+        candidates: {layer axis: cost of each candidate, smallest first}, with all hidden channels.
+        narrow: (hidden size, Cost) for every smaller hidden size of the space.
     """
 
     name: str
@@ -43,11 +48,11 @@ class Cost:
     narrow: tuple[tuple[int, Cost], ...] = ()
 
     def at(self, hidden_size: int) -> Cost:
-        """The sum for networks of this hidden size."""
+        """Cost for networks of this hidden size, a candidate of the space."""
         return self if hidden_size == self.model.hidden_size else dict(self.narrow)[hidden_size]
 
     def of(self, net: SubNetwork) -> float:
-        """Cost of a member of the space."""
+        """Cost of a member of the space, in the unit of OWN_UNITS."""
         cost = self.at(net.hidden_size)
         return cost.constant + sum(cost.layer(layer) for layer in net.layers if layer.executed)
 
@@ -57,32 +62,48 @@ class Cost:
         return sum(self.candidates[axis.name][sizes[axis.name].index(axis.size(choice))] for axis in self.space.layer_axes)
 
     def layers(self, count: int, pick: Callable[[Sequence[float]], float]) -> float:
-        """Cost of so many layers with all hidden channels; pick: which of an axis's candidates they have, such as `min`."""
+        """Cost of a network of `count` equal layers with all hidden channels.
+
+        pick: function from the costs of an axis's candidates to the cost that is used, such as `min`.
+        """
         return self.constant + count * sum(map(pick, self.candidates.values()))
 
     def reaches(self, layers: int, least: float, most: float) -> bool:
-        """True if networks with so many layers and all hidden channels lie between the bounds, or on both sides of them."""
+        """True if the costs of networks with this depth and full hidden size, cheapest to most expensive, overlap a range.
+
+        Args:
+            layers: number of executed layers.
+            least, most: bounds of the range, in the cost's unit.
+        """
         low, high = (self.layers(layers, pick) for pick in (min, max))
         return low <= most * (1 + 1e-12) and high >= least * (1 - 1e-12)
 
     @property
     def full(self) -> float:
-        """Cost of the full model."""
+        """Cost of the full model, in the cost's unit."""
         return self.layers(self.model.num_layers, lambda costs: costs[-1])
 
     @property
     def smallest(self) -> float:
-        """The least that a member of the space costs."""
+        """Cost of the cheapest sub-network of the space, in the cost's unit."""
         return min(cost.layers(self.space.depth[0], min) for cost in (self, *(cost for _, cost in self.narrow)))
 
 
 def parameter_cost(model: ModelConfig, space: ElasticSpace) -> Cost:
-    """Exact numbers of parameters, embeddings included."""
+    """Cost that counts the parameters of a sub-network exactly, embeddings included. Its unit is one parameter."""
     return _additive("parameters", model, space, lambda net: count_parameters(model, net))
 
 
 def memory_cost(model: ModelConfig, space: ElasticSpace, dtype: str, batch_size: int, length: int) -> Cost:
-    """Exact bytes of weights and of the keys and values of `batch_size` sequences of `length` tokens."""
+    """Cost that gives the memory of a sub-network exactly: bytes of its weights and of a KV cache.
+
+    Args:
+        model: architecture of the full model.
+        space: space of the candidates.
+        dtype: fp32, bf16 or fp16, of weights and cache.
+        batch_size: number of sequences in the cache.
+        length: tokens of each sequence.
+    """
 
     def size(net: SubNetwork) -> float:
         return count_parameters(model, net) * DTYPE_BYTES[dtype] + kv_cache_bytes(model, net, batch_size, length, dtype)
@@ -91,7 +112,10 @@ def memory_cost(model: ModelConfig, space: ElasticSpace, dtype: str, batch_size:
 
 
 def _additive(name: str, model: ModelConfig, space: ElasticSpace, measure: Callable[[SubNetwork], float]) -> Cost:
-    """The parts of a measure that is such a sum, found with one executed layer; what a layer always has is its first axis's."""
+    """Cost from a function that is a sum over blocks, evaluated on networks of one layer.
+
+    The cost of a layer that depends on no axis (such as norms) is added to the candidates of the first axis.
+    """
     first, *others = space.layer_axes
 
     def at(hidden_size: int) -> Cost:
@@ -112,13 +136,17 @@ def _additive(name: str, model: ModelConfig, space: ElasticSpace, measure: Calla
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` of a cost."""
+    """Upper limit of a cost, in the cost's unit.
+
+    asked: the limit that the user gave, if it is above the full model's cost; `limit` is that cost then.
+    """
 
     cost: Cost
     limit: float
+    asked: float | None = None
 
     def allows(self, net: SubNetwork) -> bool:
-        """True if the cost of `net` is at most `limit`, but for rounding."""
+        """True if the cost of `net` is at most `limit`, up to rounding."""
         return self.cost.of(net) <= self.limit * (1 + 1e-12)
 
     def __str__(self) -> str:
@@ -126,11 +154,15 @@ class Budget:
 
 
 def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> list[Budget]:
-    """Budgets as a user writes them; several must hold together.
+    """Parse budgets as a user writes them. Several must be met together.
 
-    A number with a unit of UNITS (`25ms`, `3.4B`, `8GiB`), or a fraction of the full model's latency (`0.6`) or of another cost
-    (`0.6 parameters`). costs: those that are known, by name. Raises FlextronError for an unknown unit, a cost that is not known,
-    and a budget that is less than the smallest sub-network or more than the full model.
+    An absolute budget above the full model's cost is that cost. Raises FlextronError for an unknown unit, a cost that is not
+    available, a budget below the smallest sub-network's cost, and a fraction above 1.
+
+    Args:
+        text: a number with a unit of UNITS (`25ms`, `3.4B`, `8GiB`), or a fraction of the full model's latency (`0.6`) or other
+            cost (`0.6 parameters`); or several.
+        costs: available costs by name.
     """
     if isinstance(text, Sequence) and not isinstance(text, str):
         return [budget for part in text for budget in parse_budget(part, costs)]
@@ -144,14 +176,16 @@ def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> lis
     if unit and unit not in UNITS and unit not in OWN_UNITS:
         known = ", ".join([*OWN_UNITS, *UNITS])
         raise FlextronError(
-            f"budget={text}: the unit '{unit}' is not known: use one of {known}; none is a fraction of the latency"
+            f"budget={text}: the unit '{unit}' is not known: use one of {known}, or none for a fraction of the latency"
         )
     name, scale = UNITS.get(unit, (unit or "latency", None))
     if name not in costs:
-        hint = "; give latency=, a table of `flextron latency`" if name == "latency" else ""
-        raise FlextronError(f"budget={text}: is of {name}, which is not known here; known: {', '.join(costs)}{hint}")
+        hint = "; for latency give latency=DIR, the directory of a `flextron latency` run" if name == "latency" else ""
+        raise FlextronError(f"budget={text}: is of {name}, which is not available here; available: {', '.join(costs)}{hint}")
     cost = costs[name]
     limit = number * (cost.full if scale is None else scale)
+    if scale is not None and limit > cost.full * (1 + 1e-9):
+        return [Budget(cost, cost.full, asked=limit)]
     if not cost.smallest * (1 - 1e-9) <= limit <= cost.full * (1 + 1e-9):
         low, high = (show(name, value) for value in (cost.smallest, cost.full))
         share = f"{cost.smallest / cost.full:.3f} of the full model"
@@ -162,7 +196,7 @@ def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> lis
 
 
 def show(name: str, value: float) -> str:
-    """A cost for people."""
+    """Format a cost with its unit, such as `3.4 B`. name: name of the cost; value: in the cost's own unit."""
     if name == "latency":
         return f"{value:.4g} ms"
     units = ((1e9, "B"), (1e6, "M"), (1e3, "K")) if name == "parameters" else ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))

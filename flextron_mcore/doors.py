@@ -1,9 +1,9 @@
-"""Elastic training inside a loop that is not ours: Megatron-LM's, Megatron-Bridge's, NeMo's.
+"""Elastic training inside another framework's loop: Megatron-LM's, Megatron-Bridge's or NeMo's.
 
-Two ways, of the same gradient (Flextron, eq. 5). As micro-batches: `RepeatedMicroBatches` orders the data so that every
-micro-batch comes once for each network, and `choose` makes the model compute the next one; any layout, no more memory. At once:
-`all_losses` runs all networks in one forward step; nothing but that step changes, but the activations of all networks are
-alive together, and there is no pipeline parallelism.
+Two ways give the same gradient (Flextron, eq. 5). As micro-batches: `RepeatedMicroBatches` repeats every micro-batch for each
+network, and `choose` sets the network of the next one. It needs no more memory and works in any layout. At once: `all_losses`
+runs all networks in one forward step. Only that step of the framework changes, but the activations of all networks are alive
+together, and pipeline parallelism is not possible.
 
 Shape suffixes: N networks, B batch, S sequence.
 """
@@ -28,13 +28,21 @@ from flextron_mcore.training.sampler import draw
 
 
 def adapt(config: TransformerConfig) -> None:
-    """Set what elastic training needs of a TransformerConfig; call before the model is built."""
+    """Set the options of a TransformerConfig that elastic training needs, in place. Call before the model is built."""
     config.calculate_per_token_loss = True  # the loss is divided by the full model's tokens, which `loss_function` counts
-    config.hetereogenous_dist_checkpoint = True  # Megatron-Core's spelling; keys on disk as in our checkpoints
+    config.hetereogenous_dist_checkpoint = True  # Megatron-Core's spelling; one key a layer, as `flextron` writes checkpoints
 
 
 class ElasticTraining:
-    """The full model and `count` random sub-networks in every step, the same that `flextron elastic` draws from the same seed."""
+    """Networks of every step: the full model, and the random sub-networks that `flextron elastic` draws from the same seed.
+
+    Args:
+        model: architecture of the full model.
+        space: elastic space of the model.
+        count: number of sub-networks of a step.
+        seed: seed of the draws.
+        mode: `flextron` or `matformer` (training/sampler.py).
+    """
 
     def __init__(self, model: ModelConfig, space: ElasticSpace, count: int, seed: int, mode: str = "flextron") -> None:
         self.per_batch = 1 + count
@@ -43,24 +51,32 @@ class ElasticTraining:
         self._passes: dict[int, tuple[int, int]] = {}  # chunk -> (step, forward passes in it)
 
     def networks(self, step: int) -> list[SubNetwork | None]:
-        """The networks of a step, the full model (None) first."""
+        """Networks of a step: None for the full model, then the random sub-networks, the same on all ranks."""
         return [None, *self._draw(step)]
 
     def watch(self, chunk: torch.nn.Module) -> None:
-        """Let a model that was not built by `build_model` recompute activations with the right choices; call once."""
+        """Make activation recomputation use the network of its forward pass, for a model that `build_model` did not build.
+
+        Call once for each model chunk.
+        """
         unwrap(chunk).decoder.register_forward_hook(keep_states)
 
     def choose(self, chunk: torch.nn.Module, step: int, micro_batches: int) -> int:
-        """Make `chunk` compute the network of its next micro-batch of `step`; that network's index, 0 for the full model.
+        """Make `chunk` compute the network of its next micro-batch, and return the network's index, 0 for the full model.
 
-        micro_batches: of a step on this rank, networks included. In evaluation mode it is the full model, and nothing is counted.
+        In evaluation mode it is always the full model. Raises FlextronError if micro-batches do not divide among the networks.
+
+        Args:
+            chunk: this rank's model chunk.
+            step: number of the step.
+            micro_batches: micro-batches of a step on this rank, those of all networks.
         """
         if not chunk.training:
             set_subnetwork(chunk, None)
             return 0
         if micro_batches % self.per_batch:
             raise FlextronError(
-                f"{micro_batches} micro-batches a step cannot be shared out to {self.per_batch} networks: make the global batch "
+                f"{micro_batches} micro-batches a step cannot be divided among {self.per_batch} networks: make the global batch "
                 f"size a multiple of {self.per_batch} x the micro-batch size x the data-parallel size"
             )
         key = id(unwrap(chunk))
@@ -74,11 +90,19 @@ class ElasticTraining:
     def loss_function(
         self, loss_mask_BS: Tensor, indices: Sequence[int], training: bool, losses: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(sum of the losses, tokens to divide it by, figures to report) of a forward step through the networks `indices`.
+        """Loss of a forward step, in the form of Megatron's loss functions.
 
-        losses: per-token, [B, S] of one network or [N, B, S]. Only the full model's tokens are counted, so the step's loss is the
-        sum over networks of their mean losses. Figures are pairs (sum of a network's losses, its tokens); they are zero for
-        networks that come with other micro-batches.
+        Only the full model's tokens are counted, so a step's loss is the sum over networks of their mean losses (eq. 5).
+
+        Args:
+            loss_mask_BS: weight of each token.
+            indices: indices of the networks that the step ran.
+            training: false in evaluation, where only the full model is reported.
+            losses: per-token losses, [B, S] of one network or [N, B, S].
+
+        Returns:
+            Sum of the losses; tokens to divide it by; {name: (sum of a network's losses, its tokens)}, zero for networks that
+            other micro-batches run.
         """
         tokens = loss_mask_BS.sum()
         sums = [masked_sum(loss_BS, loss_mask_BS) for loss_BS in losses.view(-1, *loss_mask_BS.shape)]
@@ -88,9 +112,12 @@ class ElasticTraining:
         return sum(sums), (tokens if 0 in indices else torch.zeros_like(tokens)).int(), report
 
     def all_losses(self, chunk: torch.nn.Module, step: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The per-token losses of all networks of `step`, [N, B, S]; in evaluation mode of the full model alone.
+        """Per-token losses [N, B, S] of all networks of a step; in evaluation mode of the full model only.
 
-        inputs: arguments of the model's forward, labels among them.
+        Args:
+            chunk: the model.
+            step: number of the step.
+            inputs: keyword arguments of the model's `forward`, with labels.
         """
         found = []
         for net in self.networks(step) if chunk.training else [None]:
@@ -101,9 +128,14 @@ class ElasticTraining:
 
 
 class RepeatedMicroBatches(Dataset):
-    """A training dataset whose every micro-batch comes `times` times in a row, for Megatron's sequential sampler.
+    """Dataset that repeats every micro-batch of another one, for Megatron's sequential sampler.
 
-    size: samples of a micro-batch over all data-parallel ranks. Samples are found by their index alone: a resumed run continues.
+    Samples depend on their index only, so a resumed run continues exactly.
+
+    Args:
+        dataset: training data.
+        times: number of repetitions in a row, one for each network.
+        size: samples of a micro-batch over all data-parallel ranks.
     """
 
     def __init__(self, dataset: Dataset, times: int, size: int) -> None:

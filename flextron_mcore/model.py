@@ -1,4 +1,4 @@
-"""Build the elastic GPTModel of a ModelConfig."""
+"""Construction of the elastic GPTModel of a ModelConfig."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from flextron_mcore.checkpoint.sharding import check_granularity
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choosing import keep_states
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.families.rope import yarn_frequencies
 from flextron_mcore.layers.ends import make_ends_elastic
 from flextron_mcore.layers.gpt import ArchitectureGPTModel
 from flextron_mcore.settings.sections import LayoutSettings
@@ -43,8 +44,8 @@ _ACTIVATIONS = {
     "swiglu": F.silu,
     "geglu": F.gelu,
 }
-_BACKENDS = {"local": "local", "transformer_engine": "te"}  # TransformerConfig.transformer_impl -> the spec's backend
-# The dimension of a weight that is split over tensor-parallel ranks.
+_BACKENDS = {"local": "local", "transformer_engine": "te"}  # {TransformerConfig.transformer_impl: backend of the layer spec}
+# Dimension of a weight that is split over tensor-parallel ranks.
 _SPLIT = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
 
 
@@ -55,7 +56,15 @@ def transformer_config(
     initialize: bool = True,
     **overrides: Any,
 ) -> TransformerConfig:
-    """TransformerConfig of `model`; `options` is the layout. initialize: whether weights get random values."""
+    """TransformerConfig of a model. Raises FlextronError for combinations that Megatron-Core refuses.
+
+    Args:
+        model: architecture.
+        options: parallel layout and recomputation; None for one rank.
+        precision: fp32 or bf16.
+        initialize: give weights random values; false if a checkpoint is loaded.
+        overrides: fields of TransformerConfig that replace the values from the other arguments.
+    """
     if precision not in PRECISIONS:
         raise FlextronError(f"precision {precision!r} is not known: use one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
@@ -77,6 +86,11 @@ def transformer_config(
         layernorm_zero_centered_gamma=model.normalization == "layernorm1p",
         layernorm_epsilon=model.layernorm_epsilon,
         add_bias_linear=model.bias,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        softmax_scale=model.softmax_scale,
+        no_rope_freq=model.no_rope_freq and list(model.no_rope_freq),
+        window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
@@ -109,11 +123,17 @@ def build_model(
     vp_stage: int | None = None,
     **overrides: Any,
 ) -> GPTModel:
-    """Build this rank's part of the elastic GPTModel, freshly initialised, on this rank's device.
+    """Build this rank's part of the elastic GPTModel with random weights, on this rank's device.
 
-    options: parallel layout and recomputation (settings/sections.py), by default of one rank. precision: fp32 or bf16.
-    overrides: of TransformerConfig. Wants process groups (`flextron_mcore.initialize`). Raises FlextronError for a layout that
-    does not fit.
+    Call `flextron_mcore.initialize` first. Raises FlextronError for a layout that does not fit.
+
+    Args:
+        model: architecture of the full model.
+        space: elastic space of the model.
+        options: parallel layout and recomputation (settings/sections.py); None for one rank.
+        precision: fp32 or bf16.
+        vp_stage: virtual pipeline stage; None without virtual stages.
+        overrides: fields of TransformerConfig.
 
     >>> initialize()
     >>> arch = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24)
@@ -131,7 +151,14 @@ def build_model(
 
 
 def check_layout(model: ModelConfig, space: ElasticSpace, options: LayoutSettings, precision: str = "fp32") -> None:
-    """Raise FlextronError, naming the key, unless `model` can be built in the layout of `options`."""
+    """Raise FlextronError, naming the key, unless a model can be built in a parallel layout.
+
+    Args:
+        model: architecture of the full model.
+        space: elastic space of the model.
+        options: parallel layout and recomputation.
+        precision: fp32 or bf16.
+    """
     check_granularity(space.granularity, options.tensor_model_parallel_size)
     stages = options.pipeline_model_parallel_size
     chunks = options.virtual_pipeline_model_parallel_size or 1
@@ -159,25 +186,38 @@ def check_layout(model: ModelConfig, space: ElasticSpace, options: LayoutSetting
             "model.transformer_impl=transformer_engine: it cannot be imported here: use local, or NVIDIA's container"
         )
     if config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules and not HAVE_TE:
-        raise FlextronError("model.recompute_modules: layernorm needs Transformer Engine, which is not installed")
+        raise FlextronError(
+            "model.recompute_modules: layernorm needs Transformer Engine, which is not installed: remove layernorm from the list"
+        )
 
 
 def build_chunks(
     model: ModelConfig, space: ElasticSpace, options: LayoutSettings, precision: str = "fp32", **overrides: Any
 ) -> list[GPTModel]:
-    """This rank's virtual pipeline stages, usually one."""
+    """Build this rank's model chunks, one for each virtual pipeline stage (usually one).
+
+    Args:
+        model: architecture of the full model.
+        space: elastic space of the model.
+        options: parallel layout and recomputation.
+        precision: fp32 or bf16.
+        overrides: fields of TransformerConfig.
+    """
     stages = options.virtual_pipeline_model_parallel_size
     if not stages:
         return [build_model(model, space, options, precision, **overrides)]
-    # With two pipeline ranks the batched sends of the interleaved schedule cross on gloo.
+    # With two pipeline ranks, both neighbours are one rank, and gloo confuses the interleaved schedule's batched sends to it.
     overrides = {"overlap_p2p_comm": True, "batch_p2p_comm": False, **overrides}
     return [build_model(model, space, options, precision, stage, **overrides) for stage in range(stages)]
 
 
 def loaded_model(options: LayoutSettings, info: CheckpointInfo, precision: str) -> list[torch.nn.Module]:
-    """This rank's part of the checkpoint's model, a chunk for each of its virtual pipeline stages, ready for evaluation.
+    """Load this rank's part of a checkpoint's model for evaluation: one chunk for each virtual pipeline stage, without gradients.
 
-    options: the `model` section with the layout. No weight wants a gradient.
+    Args:
+        options: parallel layout.
+        info: checkpoint.
+        precision: precision to compute in, fp32 or bf16.
     """
     chunks = build_chunks(info.model, info.space, options, precision, initialize=False)
     for gpt in chunks:
@@ -188,7 +228,14 @@ def loaded_model(options: LayoutSettings, info: CheckpointInfo, precision: str) 
 def gpt_model(
     model: ModelConfig, config: TransformerConfig, spec: ModuleSpec | TransformerBlockSubmodules, vp_stage: int | None = None
 ) -> GPTModel:
-    """A GPTModel of `model` from any layer or block spec."""
+    """Build a GPTModel from any layer or block spec.
+
+    Args:
+        model: architecture.
+        config: its TransformerConfig.
+        spec: spec of a layer or of this pipeline stage's block.
+        vp_stage: virtual pipeline stage; None without virtual stages.
+    """
     linear_factor = None
     if model.rope_scaling and model.rope_scaling["type"] == "linear":
         linear_factor = float(model.rope_scaling["factor"])
@@ -196,7 +243,7 @@ def gpt_model(
     gpt = ArchitectureGPTModel(
         config,
         spec,
-        # Ranks hold equal parts of the vocabulary.
+        # Padded, because ranks hold equal parts of the vocabulary.
         vocab_size=-(-model.vocab_size // tensor_parallel) * tensor_parallel,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -204,17 +251,18 @@ def gpt_model(
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         position_embedding_type=model.position_embedding_type,
         rotary_base=model.rotary_base,
+        rotary_percent=model.rotary_percent,
         seq_len_interpolation_factor=linear_factor,
         vp_stage=vp_stage,
     )
     gpt.architecture = model
     for module in gpt.modules():
-        # Megatron-Core 0.16 forgets to mark weights that it does not initialise; gradient norms would leave parts of them out.
+        # Megatron-Core 0.16 does not mark weights that it does not initialise. The gradient norm would leave out parts of them.
         dim = next((dim for kind, dim in _SPLIT.items() if isinstance(module, kind)), None)
         if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
     if model.rope_scaling and model.rope_scaling["type"] == "llama3":
-        # GPTModel takes the factor only; the function that applies the rest is Megatron-Core's too.
+        # GPTModel takes only the factor as an argument.
         rope, scaling = gpt.rotary_pos_emb, model.rope_scaling
         rope.inv_freq = rope._apply_scaling(
             rope.inv_freq,
@@ -223,4 +271,6 @@ def gpt_model(
             high_freq_factor=float(scaling["high_freq_factor"]),
             original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
         )
+    if frequencies := yarn_frequencies(model):  # the factor of queries and keys is in softmax_scale
+        gpt.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb.inv_freq.new_tensor(frequencies)
     return gpt

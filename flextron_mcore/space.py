@@ -1,11 +1,12 @@
-"""Elastic space (ElasticSpace), a network chosen from it (SubNetwork), and its parameters and bytes.
+"""Elastic space (ElasticSpace), a sub-network chosen from it (SubNetwork), and the sub-network's parameters and bytes.
 
-Source: Flextron (ICML 2024), section 2, eq. 1-2; hidden size and depth from LLaMaFlex (ICLR 2025). No torch import.
+From Flextron (ICML 2024), section 2, eq. 1-2; hidden size and depth from LLaMaFlex (ICLR 2025). No torch import.
 A candidate always uses the *first* units of an axis (axes.py), so sub-networks are nested.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,9 @@ from typing import Any
 
 from flextron_mcore.axes import ATTENTION_UNITS, AXES, Axis, added_tensors, layer_axes, layer_fields
 from flextron_mcore.config import FlextronError, ModelConfig, nearest
+from flextron_mcore.digests import seal, unseal
 from flextron_mcore.families import tensors
+from flextron_mcore.files import read_json
 
 AUTOMATIC_GRANULARITIES = (8, 4, 2, 1)
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -22,9 +25,14 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """Widths of one layer. `kv_groups` groups of `query_heads_per_group` query heads each; `ffn_hidden_size` neurons.
+    """Widths of one layer.
 
-    added: (name, value) of the fields of added axes, which are attributes too; 0 where they are missing.
+    Attributes:
+        executed: false for a skipped layer.
+        kv_groups: number of KV groups.
+        query_heads_per_group: query heads of each group.
+        ffn_hidden_size: neurons of the MLP.
+        added: (name, value) pairs of added axes' fields. Each is an attribute too, 0 if missing.
     """
 
     executed: bool
@@ -35,7 +43,7 @@ class LayerChoice:
 
     @classmethod
     def of(cls, fields: Mapping[str, int]) -> LayerChoice:
-        """An executed layer with these fields."""
+        """Executed layer with these fields; missing ones are 0."""
         own = {name: fields.get(name, 0) for name in _OWN_FIELDS}
         return cls(True, **own, added=tuple((name, value) for name, value in fields.items() if name not in own))
 
@@ -46,11 +54,11 @@ class LayerChoice:
 
     @property
     def num_attention_heads(self) -> int:
-        """Query heads of the layer."""
+        """Number of query heads of the layer."""
         return self.kv_groups * self.query_heads_per_group
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types: whether it is executed, and every field."""
+        """Convert to plain types: `executed` and every field."""
         return {"executed": self.executed, **{name: getattr(self, name) for name in _OWN_FIELDS}, **dict(self.added)}
 
 
@@ -60,7 +68,7 @@ SKIPPED = LayerChoice(False, 0, 0, 0)
 
 @dataclass(frozen=True)
 class SubNetwork:
-    """The complete choice of one sub-network: hidden size, and the widths of every layer.
+    """One sub-network: its hidden size, and the widths of every layer.
 
     >>> model = ModelConfig(
     ...     num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24, ffn_hidden_size=48
@@ -77,13 +85,13 @@ class SubNetwork:
 
     @classmethod
     def full(cls, model: ModelConfig) -> SubNetwork:
-        """The whole model."""
+        """Full model as a sub-network."""
         choice = _layer(model, "kv_group", {axis.name: axis.full(model) for axis in layer_axes()})
         return cls(model.hidden_size, (choice,) * model.num_layers)
 
     @property
     def executed_layers(self) -> list[LayerChoice]:
-        """The layers that are not skipped, in order."""
+        """Layers that are not skipped, in order."""
         return [layer for layer in self.layers if layer.executed]
 
     @property
@@ -93,21 +101,21 @@ class SubNetwork:
 
     @property
     def is_uniform(self) -> bool:
-        """True if all executed layers have the same widths (such a network is a stock dense model)."""
+        """True if all executed layers have the same widths, as in a stock dense model."""
         return len(set(self.executed_layers)) <= 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
+        """Convert to plain types, for JSON and YAML."""
         return {"hidden_size": self.hidden_size, "layers": [layer.to_dict() for layer in self.layers]}
 
     def to_json(self) -> str:
-        """One layer a line."""
+        """Convert to JSON text, one layer a line, with a digest (digests.py)."""
         rows = ",\n".join("  " + json.dumps(layer.to_dict()) for layer in self.layers)
-        return f'{{"hidden_size": {self.hidden_size}, "layers": [\n{rows}\n]}}\n'
+        return f'{{"hidden_size": {self.hidden_size}, "layers": [\n{rows}\n], "digest": "{seal(self.to_dict())["digest"]}"}}\n'
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "sub-network") -> SubNetwork:
-        """Read the plain form. Raises FlextronError naming `where` and what is wrong."""
+        """Build from the plain types of `to_dict`. Raises FlextronError that names `where`, the key and what is allowed."""
         if not isinstance(values, Mapping) or "hidden_size" not in values or not isinstance(values.get("layers"), Sequence):
             raise FlextronError(f"{where}: expected an object with 'hidden_size' and a list 'layers'")
         known = ["executed", *layer_fields()]
@@ -132,12 +140,12 @@ class SubNetwork:
 
     @classmethod
     def from_file(cls, path: str | Path) -> SubNetwork:
-        """Read a JSON file. Raises FlextronError naming the file."""
+        """Read a JSON file written from `to_json`, or by hand and then without `digest`. Raises FlextronError naming the file."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = unseal(read_json(path, given=True), Path(path))
         except FileNotFoundError:
             raise FlextronError(f"{path}: no such file") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        except (ValueError, OSError) as error:
             raise FlextronError(f"{path}: not readable as JSON: {error}") from None
         return cls.from_dict(values, str(path))
 
@@ -146,14 +154,15 @@ class SubNetwork:
 class ElasticSpace:
     """Candidates of every axis, as absolute sizes in increasing order; the last one is the full size.
 
-    sizes: the candidates, {name of the axis: sizes}, in the order of AXES; each is an attribute too. heads: query heads per layer
-        in total. With `attention_unit` `kv_group`, whole groups are dropped; with `query_head`, every group stays and loses query
-        heads. hidden_size: channels of the residual stream, one choice for the whole network. depth: numbers of executed layers.
-    granularity: the largest tensor-parallel size ever to be used; it divides every candidate of FFN width and, with `kv_group`,
-        every number of groups (checkpoint/sharding.py).
-    layer_ranking: the layers, most important first: a network of depth d executes the first d of them (`executed`).
-    modulation: whether blocks have gains that depend on the network (layers/block.py). It changes no network's sizes, so
-        tables and routers of a space serve it with and without.
+    Attributes:
+        granularity: largest tensor-parallel size ever to be used. It divides every FFN width and, with kv_group, every number of
+            KV groups (checkpoint/sharding.py).
+        attention_unit: `kv_group`: a layer drops whole KV groups. `query_head`: every group stays and drops query heads.
+        sizes: {axis: candidates} in the order of AXES; each is an attribute too. `heads`: query heads of a layer.
+            `ffn_hidden_size`: neurons of a layer. `hidden_size`: channels of the residual stream. `depth`: executed layers.
+        layer_ranking: layers by decreasing importance. A network of depth d executes the first d of them.
+        modulation: blocks have learned gains that depend on the network's size (layers/block.py). It changes no sizes, so latency
+            tables and routers of a space serve it with and without.
 
     >>> model = ModelConfig(
     ...     num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24, ffn_hidden_size=48
@@ -182,29 +191,52 @@ class ElasticSpace:
         modulation: bool = False,
         **named: Sequence[float],
     ) -> ElasticSpace:
-        """Resolve fractions (floats in (0, 1]) and integers (sizes) against `model`.
+        """Build a space from fractions (floats in (0, 1]) and sizes (integers) of a model.
 
-        sizes: candidates of each axis, in the order of AXES or by name; where there are none, the axis's default. layer_ranking
-        None: the order of the model, until `flextron importance` ranks them. granularity None: 8, or where that does not divide
-        every candidate the largest of 4, 2, 1 that does. attention_unit None: kv_group where the candidates are whole groups,
-        else query_head. The full size is added where it is missing. Raises FlextronError for a candidate that is out of range or
-        does not divide.
+        The full size is added to every axis. Default fractions are rounded to sizes that divide, where they do not. Raises
+        FlextronError for any other candidate that is out of range or does not divide.
+
+        Args:
+            model: architecture of the full model.
+            granularity: None for the largest of 8, 4, 2, 1 that divides every candidate.
+            attention_unit: None for kv_group if all candidates are whole groups, else query_head; where both must round, the one
+                with more candidates.
+            sizes: candidates of each axis, in the order of AXES; missing axes get their default.
+            layer_ranking: layers by decreasing importance; None for the model's order, until `flextron importance` ranks them.
+            modulation: blocks have gains that depend on the network's size.
+            named: candidates by the axis's name, instead of `sizes`.
         """
         wanted = {**dict(zip(AXES, sizes, strict=False)), **named}
         for name in wanted:
             if name not in AXES:
                 known = ["granularity", "attention_unit", *AXES, "layer_ranking", "modulation"]
                 raise FlextronError(f"unknown key 'space.{name}'{nearest(name, known)}")
-        if granularity is None or attention_unit is None:
-            first_error: FlextronError | None = None
-            for unit in ATTENTION_UNITS if attention_unit is None else (attention_unit,):
-                for size in AUTOMATIC_GRANULARITIES if granularity is None else (granularity,):
-                    try:
-                        return cls.build(model, size, unit, **wanted, layer_ranking=layer_ranking, modulation=modulation)
-                    except FlextronError as error:
-                        failed = error
-                first_error = first_error or failed
-            raise first_error
+        units = ATTENTION_UNITS if attention_unit is None else (attention_unit,)
+        sizes = AUTOMATIC_GRANULARITIES if granularity is None else (granularity,)
+        for rounded in (False, True):  # default fractions are rounded only where they do not divide
+            fitting: list[ElasticSpace] = []
+            errors: list[FlextronError] = []
+            for unit, size in itertools.product(units, sizes):
+                try:
+                    fitting.append(cls._build(model, size, unit, wanted, layer_ranking, modulation, rounded))
+                except FlextronError as error:
+                    errors.append(error)
+            if fitting:  # the first one, or of rounded ones the first with most candidates
+                return max(fitting, key=lambda space: rounded and sum(map(len, space.sizes.values())))
+        raise errors[len(sizes) - 1]
+
+    @classmethod
+    def _build(
+        cls,
+        model: ModelConfig,
+        granularity: int,
+        attention_unit: str,
+        wanted: Mapping[str, Sequence[float]],
+        layer_ranking: Sequence[int] | None,
+        modulation: bool,
+        rounded: bool,
+    ) -> ElasticSpace:
+        """Build with a known granularity and unit. rounded: default fractions are rounded to what divides."""
         if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1:
             raise FlextronError(f"space.granularity must be a whole number of at least 1, not {granularity!r}")
         if attention_unit not in ATTENTION_UNITS:
@@ -217,7 +249,7 @@ class ElasticSpace:
         if not isinstance(modulation, bool):
             raise FlextronError(f"space.modulation={modulation!r} is neither true nor false")
         found = {
-            name: axis.candidates(model, granularity, attention_unit, wanted.get(name, axis.default))
+            name: axis.candidates(model, granularity, attention_unit, wanted.get(name, axis.default), rounded)
             for name, axis in AXES.items()
         }
         return cls(granularity, attention_unit, found, ranking, modulation)
@@ -229,7 +261,7 @@ class ElasticSpace:
 
     @property
     def layer_axes(self) -> list[Axis]:
-        """The axes of which every layer has a choice, in the order of its blocks."""
+        """Axes with a choice in every layer, in the order of the layer's blocks."""
         return [AXES[name] for name in self.sizes if AXES[name].of_layer]
 
     def elastic(self, axis: Axis) -> bool:
@@ -237,14 +269,17 @@ class ElasticSpace:
         return len(self.sizes[axis.name]) > 1
 
     def layer_choice(self, model: ModelConfig, *sizes: int) -> LayerChoice:
-        """The LayerChoice of these sizes, in the order of `layer_axes`: such as query heads and neurons; full where missing."""
+        """LayerChoice of these sizes (query heads, neurons, ...) in the order of `layer_axes`; missing ones are full."""
         found = {axis.name: self.sizes[axis.name][-1] for axis in self.layer_axes}
         return _layer(model, self.attention_unit, found | dict(zip(found, sizes, strict=False)))
 
     def uniform(self, model: ModelConfig, *sizes: int | None, **named: int | None) -> SubNetwork:
-        """The sub-network with the same widths in every layer.
+        """Sub-network with the same widths in every layer.
 
-        sizes: in the order of the space's, or by the axes' names; None or missing: the full size.
+        Args:
+            model: architecture of the full model.
+            sizes: size of each axis in the order of AXES; None or missing for the full size.
+            named: sizes by the axis's name, instead of `sizes`.
         """
         given = {**dict(zip(self.sizes, sizes, strict=False)), **named}
         found = {name: given.get(name) or candidates[-1] for name, candidates in self.sizes.items()}
@@ -254,13 +289,26 @@ class ElasticSpace:
     def network(
         self, model: ModelConfig, choices: Sequence[LayerChoice], hidden_size: int | None = None, depth: int | None = None
     ) -> SubNetwork:
-        """The sub-network of these widths, of which only the `depth` most important layers are executed; None for all."""
+        """Sub-network from the widths of its layers.
+
+        Args:
+            model: architecture of the full model.
+            choices: widths of each layer.
+            hidden_size: channels of the residual stream; None for all.
+            depth: number of executed layers, the most important ones; None for all.
+        """
         kept = set(self.layer_ranking[:depth])
         layers = tuple(choice if i in kept else SKIPPED for i, choice in enumerate(choices))
         return SubNetwork(hidden_size or model.hidden_size, layers)
 
     def check(self, model: ModelConfig, net: SubNetwork, where: str = "sub-network") -> None:
-        """Raise FlextronError unless `net` is a member of this space."""
+        """Raise FlextronError unless `net` is a member of this space.
+
+        Args:
+            model: architecture of the full model.
+            net: sub-network to check.
+            where: its name in the message, such as its file.
+        """
         if len(net.layers) != model.num_layers:
             raise FlextronError(f"{where}: has {len(net.layers)} layers, the model has {model.num_layers}")
         for name, size, shown in (
@@ -287,7 +335,7 @@ class ElasticSpace:
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON and YAML; `modulation` only where there is some."""
+        """Convert to plain types, for JSON and YAML. `modulation` is left out if false."""
         values = {
             "granularity": self.granularity,
             "attention_unit": self.attention_unit,
@@ -298,12 +346,12 @@ class ElasticSpace:
 
     @classmethod
     def from_dict(cls, model: ModelConfig, values: Mapping[str, Any]) -> ElasticSpace:
-        """Build from plain types (fractions or sizes). Raises FlextronError on an unknown name."""
+        """Build from plain types, sizes or fractions. Raises FlextronError for an unknown key."""
         return cls.build(model, **{k: v for k, v in values.items() if v is not None})
 
 
 def _layer(model: ModelConfig, attention_unit: str, sizes: Mapping[str, int]) -> LayerChoice:
-    """An executed layer of these sizes, by the axes' names."""
+    """Executed layer from {axis: size}."""
     fields: dict[str, int] = {}
     for name, size in sizes.items():
         fields |= zip(AXES[name].fields, AXES[name].split(model, attention_unit, size), strict=True)
@@ -311,25 +359,43 @@ def _layer(model: ModelConfig, attention_unit: str, sizes: Mapping[str, int]) ->
 
 
 def count_parameters(model: ModelConfig, net: SubNetwork | None = None, embeddings: bool = True) -> int:
-    """Exact number of parameters of `net` (default: the full model) as a dense model.
+    """Exact number of parameters of a sub-network as a dense model.
 
-    embeddings=False leaves out token and position embeddings and the output layer (the paper's "non-embedding" count).
+    Args:
+        model: architecture of the full model.
+        net: sub-network, None for the full model.
+        embeddings: count token and position embeddings and the output layer; false for the paper's "non-embedding" count.
     """
     return tensors.count(model, net or SubNetwork.full(model), embeddings, added_tensors())
 
 
 def parameter_share(model: ModelConfig, net: SubNetwork) -> float:
-    """Share of the full model's parameters that `net` has, 0..1."""
+    """Parameters of `net` as a share of the full model's, in 0..1."""
     return count_parameters(model, net) / count_parameters(model)
 
 
 def weight_bytes(model: ModelConfig, net: SubNetwork | None = None, dtype: str = "bf16") -> int:
-    """Bytes of the weights of `net` in `dtype` (fp32, bf16, fp16)."""
+    """Bytes of the weights of a sub-network.
+
+    Args:
+        model: architecture of the full model.
+        net: sub-network, None for the full model.
+        dtype: fp32, bf16 or fp16.
+    """
     return count_parameters(model, net) * DTYPE_BYTES[dtype]
 
 
 def kv_cache_bytes(model: ModelConfig, net: SubNetwork | None, batch_size: int, length: int, dtype: str = "bf16") -> int:
-    """Bytes of keys and values of `net` for `batch_size` sequences of `length` tokens."""
+    """Bytes of the KV cache of a sub-network.
+
+    Args:
+        model: architecture of the full model.
+        net: sub-network, None for the full model.
+        batch_size: number of sequences.
+        length: tokens of each sequence; a sliding window keeps the last ones only.
+        dtype: fp32, bf16 or fp16.
+    """
     net = net or SubNetwork.full(model)
     groups = sum(layer.kv_groups for layer in net.layers if layer.executed)
+    length = min(length, model.sliding_window or length)
     return 2 * groups * model.kv_channels * batch_size * length * DTYPE_BYTES[dtype]

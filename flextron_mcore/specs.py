@@ -1,4 +1,4 @@
-"""The plug: layer specs that make a stock Megatron-Core GPTModel elastic."""
+"""Layer specs that make a stock Megatron-Core GPTModel elastic."""
 
 from __future__ import annotations
 
@@ -18,21 +18,28 @@ from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.layers.attention import ElasticOutputProjection, ElasticSelfAttention, SDPACoreAttention
 from flextron_mcore.layers.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
 from flextron_mcore.layers.mlp import ElasticMLP
-from flextron_mcore.layers.norm import LayerNorm, RMSNorm
+from flextron_mcore.layers.norm import LayerNorm, RMSHeadNorm, RMSNorm
 from flextron_mcore.layers.transformer_layer import ElasticTransformerLayer
 from flextron_mcore.space import ElasticSpace
 
 BACKENDS = ("local", "te")
 
 
-def elastic_gpt_layer_spec(space: ElasticSpace, normalization: str = "RMSNorm", backend: str = "local") -> ModuleSpec:
-    """Spec of one elastic Transformer layer.
+def elastic_gpt_layer_spec(
+    space: ElasticSpace, normalization: str = "RMSNorm", backend: str = "local", qk_layernorm: bool = False
+) -> ModuleSpec:
+    """Spec of one elastic Transformer layer. Its checkpoints have the keys of Megatron-Core's stock specs.
 
-    normalization: TransformerConfig's name, "RMSNorm" or "LayerNorm". backend: "local", torch's own norms and
-    scaled-dot-product attention, or "te", Transformer Engine's. Keys of its checkpoints are those of the stock specs with both.
-    Raises FlextronError where Transformer Engine cannot be imported.
+    Raises FlextronError for an unknown backend, and if Transformer Engine is needed and cannot be imported.
+
+    Args:
+        space: elastic space of the model.
+        normalization: RMSNorm or LayerNorm, as in TransformerConfig.
+        backend: `local`: torch's norms and scaled-dot-product attention. `te`: Transformer Engine's.
+        qk_layernorm: normalise each head's query and key by RMSNorm, torch's in either backend.
     """
     norm, core_attention = backend_classes(normalization, backend)
+    head_norm = RMSHeadNorm if qk_layernorm else None
     return ModuleSpec(
         module=ElasticTransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -44,6 +51,8 @@ def elastic_gpt_layer_spec(space: ElasticSpace, normalization: str = "RMSNorm", 
                     linear_qkv=ElasticColumnParallelLinear,
                     core_attention=core_attention,
                     linear_proj=ElasticOutputProjection,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -54,7 +63,7 @@ def elastic_gpt_layer_spec(space: ElasticSpace, normalization: str = "RMSNorm", 
                 submodules=MLPSubmodules(linear_fc1=ElasticColumnParallelLinear, linear_fc2=ElasticRowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
-            # Stock names on disk: the norms' parameters are stored with the linear layer that follows them.
+            # Keys of the stock specs: norms are stored with the linear layer that follows them.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -66,15 +75,22 @@ def elastic_gpt_layer_spec(space: ElasticSpace, normalization: str = "RMSNorm", 
 def elastic_gpt_block_spec(
     config: TransformerConfig, space: ElasticSpace, vp_stage: int | None = None, backend: str = "local"
 ) -> TransformerBlockSubmodules:
-    """Spec of this pipeline stage's block: elastic layers, and a final norm that knows sequence parallelism."""
-    layer = elastic_gpt_layer_spec(space, config.normalization, backend)
+    """Spec of this pipeline stage's TransformerBlock: elastic layers, and a final norm that supports sequence parallelism.
+
+    Args:
+        config: TransformerConfig of the model.
+        space: elastic space of the model.
+        vp_stage: virtual pipeline stage; None without virtual stages.
+        backend: `local` (torch's norms and attention) or `te` (Transformer Engine's).
+    """
+    layer = elastic_gpt_layer_spec(space, config.normalization, backend, config.qk_layernorm)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     norm, _ = backend_classes(config.normalization, backend)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
 def backend_classes(normalization: str, backend: str = "local") -> tuple[type, type]:
-    """(norm of TransformerConfig.normalization, core attention) of a backend.
+    """Classes (norm, core attention) of a backend, the norm for TransformerConfig.normalization.
 
     Raises FlextronError where the backend is not known or cannot be used.
     """
@@ -91,12 +107,18 @@ def backend_classes(normalization: str, backend: str = "local") -> tuple[type, t
 
 
 def default_space(config: TransformerConfig) -> ElasticSpace:
-    """25, 50, 75 and 100 % of the heads and neurons of a TransformerConfig's model, at the largest granularity that fits."""
+    """Default space of a TransformerConfig: 25, 50, 75 and 100 % of heads and neurons, with the largest granularity that fits."""
     return ElasticSpace.build(architecture(config))
 
 
 def architecture(config: TransformerConfig, vocab_size: int = 1, max_position_embeddings: int = 1) -> ModelConfig:
-    """ModelConfig with the sizes of a TransformerConfig's layers: a space and its sub-networks depend on nothing else."""
+    """ModelConfig with the layer sizes of a TransformerConfig. Spaces and sub-networks depend on nothing else.
+
+    Args:
+        config: TransformerConfig, which does not hold the other two.
+        vocab_size: size of the vocabulary.
+        max_position_embeddings: longest sequence, in tokens.
+    """
     return ModelConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -111,22 +133,27 @@ def architecture(config: TransformerConfig, vocab_size: int = 1, max_position_em
 
 
 def elastic_layer_spec(config: Any, vp_stage: int | None = None, space: ElasticSpace | None = None) -> TransformerBlockSubmodules:
-    """The spec of this pipeline stage's elastic layers, for whatever calls a function with its configuration.
+    """Spec of this pipeline stage's elastic layers, for frameworks that call a function with their configuration.
 
-    That is Megatron-LM's `--spec flextron_mcore.specs elastic_layer_spec` and `transformer_layer_spec` of Megatron-LM,
-    Megatron-Bridge and NeMo 2. config: a TransformerConfig, or what holds or extends one. space: by default `default_space`.
+    Megatron-LM calls it through `--spec flextron_mcore.specs elastic_layer_spec`; Megatron-LM, Megatron-Bridge and NeMo 2 through
+    `transformer_layer_spec`.
+
+    Args:
+        config: TransformerConfig, a subclass of it, or Megatron-LM's GPTModelConfig.
+        vp_stage: virtual pipeline stage; None without virtual stages.
+        space: elastic space; None for `default_space`.
     """
     config = getattr(config, "transformer", config)  # Megatron-LM's GPTModelConfig holds one
     return elastic_gpt_block_spec(config, space or default_space(config), vp_stage)
 
 
 class DefaultElasticLayer(ElasticTransformerLayer):
-    """An elastic layer that finds its elastic submodules in its configuration, over `default_space`."""
+    """Elastic layer over `default_space`, which builds the spec of its submodules from its configuration."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        spec = elastic_gpt_layer_spec(default_space(config), config.normalization)
+        spec = elastic_gpt_layer_spec(default_space(config), config.normalization, qk_layernorm=config.qk_layernorm)
         super().__init__(config, spec.submodules, *args, **kwargs)
 
 
-# For a caller that takes a ModuleSpec and calls no function (`gpt_builder` of Megatron-LM's model_provider).
+# ModuleSpec for frameworks that call no function (`gpt_builder` of Megatron-LM's model_provider).
 elastic_layer = ModuleSpec(module=DefaultElasticLayer)

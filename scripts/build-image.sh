@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Build the Dockerfile without a registry, with buildah, on a stand-in for NVIDIA's container; then use the image. Debian, root.
+# Build the Dockerfile with buildah, without a registry, on a stand-in for NVIDIA's container, and try the image. Needs Debian, root.
 #
-# The stand-in is a Debian 12 tree (Python 3.11) with CPU PyTorch and what else the Dockerfile relies on: packages that must stay
-# as they are, of which numpy is as old as NVIDIA's, a pip constraints file, and an entry script.
+# The stand-in is a Debian 12 tree (Python 3.11) with CPU PyTorch and everything that the Dockerfile relies on: packages that must
+# keep their version (among them a numpy as old as NVIDIA's), a pip constraints file, and an entry script.
 #
-#   scripts/build-image.sh [ARGUMENTS...]     passed on to `buildah bud`: --build-arg USER_ID=2000, -v WHEELS:WHEELS:ro
+#   scripts/build-image.sh [ARGUMENTS...]     arguments of `buildah bud`, such as --build-arg USER_ID=2000 -v WHEELS:WHEELS:ro
 #
-#   IMAGE            name of the result; default: localhost/flextron. It lies in a store in STATE.
+#   IMAGE            name of the image; default: localhost/flextron. It is in a store in STATE.
 #   STATE            directory for the tree and the images, about 8 GB; default: build/image
-#   DEBIAN_MIRROR    where debootstrap downloads from; default: its own
-#   TORCH_INDEX_URL  where PyTorch's CPU builds are looked for, after the indexes pip is configured with
+#   DEBIAN_MIRROR    mirror for debootstrap; default: debootstrap's
+#   TORCH_INDEX_URL  package index for PyTorch's CPU builds, used after pip's own indexes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -34,7 +34,7 @@ STATE=$(realpath "$STATE")
 TREE=$STATE/debian12
 in_store() { buildah --root "$STATE/store" --runroot "$STATE/run" "$@"; }
 
-# pip's settings and the certificates of this machine.
+# Give the build this machine's pip settings and certificates.
 settings=(--network host --layers=false)
 mount() { if [ -f "$1" ]; then settings+=(-v "$(realpath "$1"):$2:ro"); fi; }
 mount "${PIP_CONFIG_FILE:-/etc/pip.conf}" /etc/pip.conf
@@ -72,7 +72,7 @@ say "built in $((SECONDS - began)) s"
 containers=()
 cleanup() { [ ${#containers[@]} = 0 ] || in_store rm "${containers[@]}" >/dev/null; }
 trap cleanup EXIT
-start() { # start IMAGE: a container of it in $container
+start() { # start IMAGE: create a container of it, whose name is in $container
     container=$(in_store from --pull-never "$1")
     containers+=("$container")
 }
@@ -91,17 +91,17 @@ say "as the image's user"
 in_store run "$container" -- sh -euc "id; touch $runs/written; rm $runs/written"
 in_store run "$container" -- "${entry[@]}" --help
 
-# As enroot does: a user that the image does not know, and whose home is not there.
+# As under enroot: a user that the image does not know and that has no home directory.
 stranger() { in_store run --user 4242:4242 --env HOME=/nowhere --env GLOO_SOCKET_IFNAME=lo --env OMP_NUM_THREADS=1 "$container" -- "$@"; }
 say "as user 4242"
 # shellcheck disable=SC2016  # expanded in the container
 stranger sh -euc 'id; if getent passwd 4242 || mkdir -p "$HOME" 2>/dev/null; then exit 1; fi'
 stranger "${entry[@]}" prepare input=/usr/lib/python3.11/email valid_fraction=0.2 vocab_size=512 out=$runs/data
-# buildah gives the container a host name that nothing resolves: --standalone would wait for it.
+# Not --standalone: it would wait for the container's host name, which cannot be resolved under buildah.
 stranger torchrun --master-addr 127.0.0.1 --master-port "${PORT:-29511}" --nproc-per-node 2 -m flextron_mcore pretrain \
     data=$runs/data out=$runs/parent model.num_layers=2 model.hidden_size=64 model.num_attention_heads=8 model.ffn_hidden_size=64 \
     model.max_position_embeddings=32 model.tensor_model_parallel_size=2 trainer.max_steps=3
-# A network whose export brings code of its own, which transformers copies into its cache.
+# A network whose export contains code, which transformers copies into its cache.
 layer() { echo "{\"executed\": true, \"kv_groups\": $1, \"query_heads_per_group\": 1, \"ffn_hidden_size\": $2}"; }
 stranger sh -euc "echo '{\"hidden_size\": 64, \"layers\": [$(layer 2 64), $(layer 8 16)]}' > $runs/net.json"
 stranger "${entry[@]}" export checkpoint=$runs/parent subnetwork=$runs/net.json verify=true out=$runs/export

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Build llama.cpp for the CPU and install it into the environment as the Python package llama_cpp, which tests/exports/test_gguf.py
-# runs exported files in. Only its sources are on PyPI. Does nothing when that version is there. Needs a C++ compiler; pip brings
-# cmake and ninja where they are missing.
+# Build llama.cpp for the CPU and install it into the environment as the Python package llama_cpp, for tests/exports/test_gguf.py.
+# PyPI has only its sources, so this needs a C++ compiler; pip installs cmake and ninja if they are missing.
+# Does nothing if this version is installed.
 #
 #   VENV                        directory of the environment; default: .venv
-#   CMAKE_BUILD_PARALLEL_LEVEL  compilers at a time; default: 2
+#   CMAKE_BUILD_PARALLEL_LEVEL  number of parallel compilers; default: 2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,16 +18,16 @@ fail() {
     exit 1
 }
 
-[ -x "$VENV/bin/python" ] || fail "no environment in $VENV; make it first: make setup"
+[ -x "$VENV/bin/python" ] || fail "no environment in $VENV; create it with: make setup"
 if [ "$("$VENV/bin/python" -c 'import llama_cpp; print(llama_cpp.__version__)' 2>/dev/null)" = "$VERSION" ]; then
     say "version $VERSION is in $VENV"
     exit 0
 fi
 command -v c++ >/dev/null || command -v g++ >/dev/null || fail "no C++ compiler found; on Debian or Ubuntu: apt-get install g++"
 
-# The library alone, without what only its programs use or what only speeds it up: half of the work. The sources insist on building
-# their "common" library; a file that cmake reads when it enters llama.cpp's own project overrides that.
-# Not tuned to this machine's CPU, since pip keeps the wheel.
+# Build the library only, without parts for its programs and without optional speed-ups: half of the work. LLAMA_BUILD_COMMON can
+# only be switched off by a file that cmake includes when it enters llama.cpp's project. Not tuned to this CPU, because pip caches
+# the wheel.
 OVERRIDE=$(cd "$VENV" && pwd)/llama-cpp.cmake
 echo 'set(LLAMA_BUILD_COMMON OFF)' >"$OVERRIDE"
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-2}
@@ -41,5 +41,5 @@ started=$SECONDS
     grep -E '^ *(ERROR|error)|CMake Error|: error:' "$LOG" | tail -n 5 >&2 || true
     fail "could not build llama-cpp-python $VERSION; see $LOG"
 }
-"$VENV/bin/python" -c 'import llama_cpp' || fail "built, but llama_cpp cannot be imported; see $LOG"
+"$VENV/bin/python" -c 'import llama_cpp' || fail "llama-cpp-python is built, but llama_cpp cannot be imported; see $LOG"
 say "done in $((SECONDS - started)) s"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Create a virtual environment with this package (editable) and its development tools. Does nothing when it is up to date.
+# Create or update a virtual environment with this package (editable) and its development tools.
 #
 #   PYTHON           interpreter to use; default: python3.11, else python3 if it is 3.11 or newer
 #   VENV             directory of the environment; default: .venv
-#   TORCH_INDEX_URL  where PyTorch's CPU builds are looked for on a machine without CUDA, after the indexes pip is configured
-#                    with; empty: only those
+#   NEWEST_TRANSFORMERS  1: install the newest transformers of the package index instead of the pinned one
+#   TORCH_INDEX_URL  package index for PyTorch's CPU builds, used on a machine without CUDA after pip's own indexes; empty: only
+#                    those
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,7 +13,7 @@ VENV=${VENV:-.venv}
 TORCH_INDEX_URL=${TORCH_INDEX_URL-https://download.pytorch.org/whl/cpu}
 LOG=$VENV/setup.log
 MADE_FOR=$VENV/made-for       # interpreter and checkout; written when the environment is created
-COMPLETE=$VENV/setup-complete # checksum of the files that decide what is in it; written at the end
+COMPLETE=$VENV/setup-complete # checksum of the files that decide its content; written at the end
 
 say() { echo "setup: $*"; }
 fail() {
@@ -24,11 +25,11 @@ new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev
 has_venv() { "$1" -c 'import ensurepip, venv' 2>/dev/null; }
 has_virtualenv() { command -v virtualenv >/dev/null && virtualenv --version >/dev/null 2>&1; }
 
-# The first interpreter that runs, is new enough and can make environments; else the first that runs and is new enough.
+# Print the first interpreter that is new enough and can make environments, else the first that is new enough.
 find_python() {
     local candidate first=
     if [ -n "${PYTHON:-}" ]; then
-        new_enough "$PYTHON" || fail "PYTHON=$PYTHON does not run, or is older than Python 3.11"
+        new_enough "$PYTHON" || fail "PYTHON=$PYTHON does not run, or is older than Python 3.11: name another"
         echo "$PYTHON"
         return
     fi
@@ -41,12 +42,12 @@ find_python() {
     echo "$first"
 }
 
-# Quiet: all that pip says goes to the log.
+# pip's output goes to the log.
 pip_install() {
     "$VENV/bin/python" -m pip install --quiet --no-input --disable-pip-version-check -c "$CONSTRAINTS" "$@" >"$LOG" 2>&1
 }
 
-# install WHAT PIP_ARGUMENTS...: WHAT is named in the error message.
+# install WHAT PIP_ARGUMENTS...: WHAT is the name in the error message.
 install() {
     local what=$1
     shift
@@ -60,7 +61,7 @@ installed() { "$VENV/bin/python" -c "import importlib.metadata as m; print(m.ver
 
 PYTHON=$(find_python)
 PYTHON_AND_PLACE="$PYTHON $PWD"
-VERSIONS=$(cat setup.py pyproject.toml constraints.txt scripts/setup.sh | cksum)
+VERSIONS=$({ cat setup.py pyproject.toml constraints.txt scripts/setup.sh; echo "${NEWEST_TRANSFORMERS:-}"; } | cksum)
 reuse=no
 if [ "$(cat "$MADE_FOR" 2>/dev/null)" = "$PYTHON_AND_PLACE" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
     if [ "$(cat "$COMPLETE" 2>/dev/null)" = "$VERSIONS" ]; then
@@ -73,7 +74,7 @@ fi
 started=$SECONDS
 cuda=no
 if [[ "$(nvidia-smi -L 2>/dev/null || true)" = GPU* ]]; then cuda=yes; fi
-# NVIDIA's containers bring their own build of PyTorch: it is used as it is.
+# NVIDIA's containers have their own build of PyTorch, which is kept.
 system_torch=no
 if [ $cuda = yes ] && "$PYTHON" -c 'import torch' 2>/dev/null; then system_torch=yes; fi
 
@@ -98,7 +99,7 @@ if [ $reuse = yes ]; then say "updating $VENV"; else create_venv; fi
 
 CONSTRAINTS=constraints.txt
 if [ $system_torch = yes ]; then
-    # Of the packages that are there already, those below stay at their version and the others are not constrained by ours.
+    # Installed packages are not constrained by our versions; those named below keep their installed version.
     CONSTRAINTS=$VENV/constraints.txt
     unset PIP_CONSTRAINT
     "$PYTHON" - <<'EOF' >"$CONSTRAINTS"
@@ -136,11 +137,17 @@ else
         }
 fi
 
-say "installing flextron_mcore and what it needs"
+say "installing flextron_mcore and its dependencies"
 install flextron_mcore --no-build-isolation -e '.[dev]'
+if [ -n "${NEWEST_TRANSFORMERS:-}" ]; then
+    # Packages whose versions transformers itself decides are free; all others stay.
+    grep -vE '^(transformers|tokenizers|huggingface[-_]hub|safetensors)==' "$CONSTRAINTS" >"$VENV/newest.txt"
+    CONSTRAINTS=$VENV/newest.txt
+    install "the newest transformers" --upgrade transformers
+fi
 "$VENV/bin/python" -W ignore -c 'import flextron_mcore, megatron.core' >"$LOG" 2>&1 || {
     tail -n 3 "$LOG" >&2
-    fail "installed, but Megatron-Core cannot be imported; see $LOG"
+    fail "flextron_mcore is installed, but Megatron-Core cannot be imported; see $LOG"
 }
 echo "$VERSIONS" >"$COMPLETE"
-say "done in $((SECONDS - started)) s: PyTorch $(installed torch), Megatron-Core $(installed megatron-core)"
+say "done in $((SECONDS - started)) s: PyTorch $(installed torch), Megatron-Core $(installed megatron-core), transformers $(installed transformers)"

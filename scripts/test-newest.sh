@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Run the tests on Python 3.12 or 3.13, where pip installs the newest supported Megatron-Core. `make test` covers the oldest.
+# Run the tests on Python 3.12 or 3.13, for which pip installs the newest supported Megatron-Core, with the newest transformers of the
+# package index. `make test` covers the oldest Megatron-Core and the pinned transformers.
 # Arguments go to pytest; default: the whole suite.
 #
-# The interpreter is NEWEST_PYTHON if set, else one on the PATH, else one of pyenv's. On a Debian machine without any, root
-# gets a Debian 13 tree in .cache-newest/ by debootstrap, and the tests run inside it.
+# The interpreter is NEWEST_PYTHON if it is set, else one on the PATH, else one of pyenv. On a Debian machine without one, root can
+# run the tests in a Debian 13 tree, which debootstrap makes in .cache-newest/.
 #
-#   DEBIAN_MIRROR        where debootstrap downloads from; default: the first one in this machine's apt sources
+#   DEBIAN_MIRROR        mirror for debootstrap; default: the first one in this machine's apt sources
 #   FORCE_DEBOOTSTRAP=1  do not look for an interpreter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +15,8 @@ TREE=$PWD/.cache-newest/debian13
 LOG=$PWD/.cache-newest/debootstrap.log
 SUITE=trixie
 if [ $# = 0 ]; then set -- tests; fi
-export CUDA_VISIBLE_DEVICES= # the tests of a GPU are `make test-gpu`
+export CUDA_VISIBLE_DEVICES= # GPU tests are `make test-gpu`
+export NEWEST_TRANSFORMERS=1
 
 say() { echo "test-newest: $*"; }
 fail() {
@@ -22,7 +24,7 @@ fail() {
     exit 1
 }
 
-# Shims of version managers can exist without a version behind them, so a candidate counts only if it runs.
+# A candidate must run: version managers leave shims without a version behind them.
 usable() { "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 12), (3, 13)))' >/dev/null 2>&1; }
 
 find_python() {
@@ -79,7 +81,7 @@ make_tree() {
     touch "$TREE.complete"
 }
 
-# The network settings of this machine, and the checkout as it is now.
+# Copy this machine's network settings and the checkout into the tree.
 fill_tree() {
     local file
     for file in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/xdg/pip/pip.conf ~/.pip/pip.conf ~/.config/pip/pip.conf \
@@ -99,7 +101,7 @@ run_in_tree() {
     mkdir -p "$(dirname "$TREE")"
     make_tree
     fill_tree
-    # The mounts are private to this process: they are gone when it ends, whatever the way.
+    # The mounts are private to this process, so they end with it.
     # shellcheck disable=SC2016  # expanded inside the tree
     exec unshare --mount bash -euc '
         tree=$1

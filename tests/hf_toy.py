@@ -1,4 +1,4 @@
-"""Small random Hugging Face models, and how the tests bring them into Megatron-Core."""
+"""Small random Hugging Face models, and their import into Megatron-Core."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -38,7 +39,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:
-    """8 query heads of size 8 in 4 groups, 48 channels: the heads are not the hidden size divided."""
+    """Random Llama: 8 query heads of size 8 in 4 groups, 48 channels, so that the head size is not channels / heads."""
     values = dict(
         hidden_size=48,
         intermediate_size=40,
@@ -51,7 +52,7 @@ def llama(**changes: Any) -> LlamaForCausalLM:
         bos_token_id=3,
         eos_token_id=5,
     )
-    return _random(LlamaForCausalLM(LlamaConfig(**copy.deepcopy({**values, **changes}))))  # it changes rope_scaling in place
+    return _random(LlamaForCausalLM(LlamaConfig(**copy.deepcopy({**values, **changes}))))  # it changes dicts in place
 
 
 def gpt2(**changes: Any) -> GPT2LMHeadModel:
@@ -62,7 +63,7 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
 
 
 def any_model(draw: Callable[..., Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A small model of either family, odd shapes too, by Hypothesis' `data.draw`; a space with every number of heads."""
+    """Small model of either family, in odd shapes too, and a space with every number of heads. draw: of Hypothesis' `data`."""
     groups, queries, layers = (draw(st.integers(1, 3), name) for name in ("groups", "queries", "layers"))
     size, tied = draw(st.sampled_from([4, 6, 8]), "head size"), draw(st.booleans(), "tied")
     torch.manual_seed(draw(st.integers(0, 1000), "seed"))
@@ -83,7 +84,7 @@ def any_model(draw: Callable[..., Any]) -> tuple[PreTrainedModel, dict[str, Any]
             attention_bias=biased,
             mlp_bias=biased,
         )
-    with torch.no_grad():  # in wide ones the rounding of fp32 would be above ATOL: 0.2 at most, or 1 / sqrt(channels)
+    with torch.no_grad():  # std 0.2 at most, or 1 / sqrt(channels): wide models would else round by more than ATOL
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(min(1, 5 / model.config.hidden_size**0.5))
@@ -94,7 +95,7 @@ def any_model(draw: Callable[..., Any]) -> tuple[PreTrainedModel, dict[str, Any]
 
 
 def _random(model: PreTrainedModel) -> PreTrainedModel:
-    """Random norms and biases too, so that a lost or misplaced one shows."""
+    """The model with random weights, norms and biases too, so that a lost or misplaced tensor changes the logits."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -113,7 +114,7 @@ def save(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
 
 
 def checkpoint(source: Path, run: Path, space: dict[str, Any] | None = None, dtype: str | None = None) -> CheckpointInfo:
-    """Import into RUN/checkpoints/iter_0000000."""
+    """Import a Hugging Face directory into `run`/checkpoints/iter_0000000."""
     info, tensors = import_hf(source, {"heads": [0.5, 1.0], **(space or {})}, dtype)
     target = run / "checkpoints" / "iter_0000000"
     with write_aside(target) as folder:
@@ -122,7 +123,7 @@ def checkpoint(source: Path, run: Path, space: dict[str, Any] | None = None, dty
 
 
 def check_import(theirs: PreTrainedModel, folder: Path) -> None:
-    """The imported model has the logits of `theirs`."""
+    """Assert that the imported model has the logits of `theirs`."""
     info = checkpoint(save(theirs, folder / "hf"), folder / "run")
     expected, found = logits(theirs), logits(megatron(info))
     assert expected.std() > 0.1
@@ -130,7 +131,7 @@ def check_import(theirs: PreTrainedModel, folder: Path) -> None:
 
 
 def check_refusal(config: dict[str, Any], folder: Path, words: list[str]) -> None:
-    """A model of this config.json is refused in one line that has the file and `words` in it."""
+    """Assert that a model with this config.json is refused in one line that names the file and contains `words`."""
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(FlextronError) as caught:
         open_hf(folder)
@@ -148,7 +149,7 @@ def megatron(info: CheckpointInfo) -> torch.nn.Module:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, net: SubNetwork | None = None) -> torch.Tensor:
-    """Of a Hugging Face or a Megatron-Core model, for `tokens()`."""
+    """Logits [batch, sequence, vocabulary] of a Hugging Face or a Megatron-Core model for `tokens()`."""
     ids = tokens()
     if isinstance(model, PreTrainedModel):
         return model(ids).logits
@@ -162,18 +163,40 @@ def load(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def masked(model: PreTrainedModel, arch: ModelConfig, net: SubNetwork) -> PreTrainedModel:
-    """The oracle: the original model, blind to unused heads and neurons: they meet zeros in what reads them.
+    """Oracle for a sub-network: a copy of the original with zeros where unused heads, neurons, channels and layers are read.
 
-    Only Hugging Face's own layout is used: query head h belongs to group h // (heads of a group).
+    Uses Hugging Face's layout only: query head h belongs to group h // (heads of a group).
     """
     model = copy.deepcopy(model)
-    is_llama = isinstance(model, LlamaForCausalLM)
-    for layer, choice in zip(model.model.layers if is_llama else model.transformer.h, net.layers, strict=True):
-        attention = layer.self_attn.o_proj.weight if is_llama else layer.attn.c_proj.weight.T  # [out, in]
-        mlp = layer.mlp.down_proj.weight if is_llama else layer.mlp.c_proj.weight.T
+    is_gpt2 = isinstance(model, GPT2LMHeadModel)
+    base, channels = model.base_model, net.hidden_size
+    for embedding in (base.wte, base.wpe) if is_gpt2 else (base.embed_tokens,):
+        embedding.weight[:, channels:] = 0
+    for layer, choice in zip(base.h if is_gpt2 else base.layers, net.layers, strict=True):
+        attention, mlp = (layer.attn.c_proj, layer.mlp.c_proj) if is_gpt2 else (layer.self_attn.o_proj, layer.mlp.down_proj)
+        weights = [each.weight.T if is_gpt2 else each.weight for each in (attention, mlp)]  # [out, in]
         for head in range(arch.num_attention_heads):
             group, number = divmod(head, arch.query_heads_per_group)
             if group >= choice.kv_groups or number >= choice.query_heads_per_group:
-                attention[:, head * arch.kv_channels : (head + 1) * arch.kv_channels] = 0
-        mlp[:, choice.ffn_hidden_size :] = 0
+                weights[0][:, head * arch.kv_channels : (head + 1) * arch.kv_channels] = 0
+        weights[1][:, choice.ffn_hidden_size :] = 0
+        for tensor in (*weights, attention.bias, mlp.bias):
+            if tensor is not None:
+                tensor[channels if choice.executed else 0 :] = 0
+    for name, norm in base.named_modules():
+        if "norm" in name.lower().rsplit(".")[-1] and not name.endswith(("q_norm", "k_norm")) or ".ln_" in f".{name}":
+            _narrow(norm, channels)
     return model
+
+
+def _narrow(norm: torch.nn.Module, channels: int) -> None:
+    """Make a norm of transformers see the first channels only; the others, which are zero, stay zero."""
+    whole = norm.weight.shape[0]
+    if not isinstance(norm, torch.nn.LayerNorm):  # RMSNorm: the mean of squares counts the zeros too
+        norm.weight.mul_((channels / whole) ** 0.5)
+        norm.variance_epsilon *= channels / whole
+    elif channels < whole:
+        small = copy.deepcopy(norm)
+        small.weight, small.bias = (torch.nn.Parameter(tensor[:channels].clone()) for tensor in (norm.weight, norm.bias))
+        small.normalized_shape = (channels,)
+        norm.forward = lambda x: F.pad(small(x[..., :channels]), (0, whole - channels))

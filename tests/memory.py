@@ -1,4 +1,4 @@
-"""What tensors take: resident bytes of a training run, and the peak of allocations while something runs on the CPU."""
+"""Measured memory on the CPU: bytes that a training run holds, and the peak of allocations during a call."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """{address: bytes} of what the tensors lie in."""
+    """{address: bytes} of the storages of the tensors; views share one."""
     found = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
 def peak(run: Callable[[], object]) -> int | None:
-    """The most bytes that are allocated at a time while `run` runs, above what there was before.
+    """Peak of the bytes that `run` allocates, above those allocated before.
 
-    None where that cannot be known: gloo frees what it sent in a thread of its own, which the profiler does not see.
+    None where the profiler misses a part: gloo frees its send buffers in a thread that the profiler does not see.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -35,7 +35,7 @@ def peak(run: Callable[[], object]) -> int | None:
 
 
 class Kept:
-    """What autograd keeps for backward passes, without `given` tensors: bytes now, and the most of them at a time."""
+    """Bytes that autograd keeps for backward passes, without `given` tensors: `now`, and at the peak `most`."""
 
     def __init__(self, given: Iterable[torch.Tensor]) -> None:
         self.given, self.counts, self.now, self.most = storages(given), Counter(), 0, 0
@@ -67,9 +67,9 @@ class _Saved:
 
 
 def training(arch: dict[str, Any], data: str, out: str, keys: list[str]) -> dict[str, Any]:
-    """Bytes of this rank in a run of `pretrain`: resident after an optimizer step, the peak above that in the next one.
+    """Bytes that this rank holds in a run of `pretrain`: {weights, gradients, optimizer, activations, kept}.
 
-    kept: of that peak what autograd keeps.
+    activations: peak of a step above the rest. kept: the part of it that autograd keeps for the backward pass.
     """
     from flextron_mcore.checkpoint.store import CheckpointInfo
     from flextron_mcore.config import ModelConfig

@@ -1,4 +1,4 @@
-"""A family with known costs and a known loss, for what chooses among its networks."""
+"""A space with known costs and a known loss, for tests of routers and selectors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flextron_mcore.adaptive.table import RoutedTable
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
+from flextron_mcore.digests import seal
 from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable, Timing, Timings
 from flextron_mcore.settings.sections import KV_POLICIES
@@ -39,7 +40,7 @@ def latency(choices: Choices) -> Cost:
 
 
 def true_loss(choices: Choices, seed: int = 0):
-    """network -> loss above the full model's: every block matters differently, and layers next to each other depend."""
+    """Function from a network to its loss above the full model's. Blocks differ in weight, and neighbouring layers interact."""
     generator = np.random.default_rng(seed)
     weights = generator.uniform(0.1, 1.0, choices.count)
     pairs = generator.uniform(0.0, 0.15, choices.count - 1)
@@ -53,7 +54,7 @@ def true_loss(choices: Choices, seed: int = 0):
 
 
 def write_table(checkpoint: Path, file: Path, routed: bool = False, **changes) -> Path:
-    """A made-up table of a checkpoint's model, so that no test depends on a clock. routed: also of tokens that differ."""
+    """Write a made-up latency table for a checkpoint, so that no test depends on a clock. routed: with costs of token routing."""
     info = open_checkpoint(checkpoint)
     cost = latency(Choices(info.model, info.space))
     timing = lambda value: Timing(value, value)  # noqa: E731
@@ -79,5 +80,5 @@ def write_table(checkpoint: Path, file: Path, routed: bool = False, **changes) -
         overhead = {"heads": (2 * one, one, 3 * one), "ffn_hidden_size": (one, 2 * one, 0.0)}
         row = RoutedTable(32, candidates, overhead, {}).to_dict()
         table = replace(table, routed=dict.fromkeys(KV_POLICIES, row))
-    file.write_text(json.dumps({**table.to_dict(), **changes}))
+    file.write_text(json.dumps(seal({**table.to_dict(), **changes})))
     return file

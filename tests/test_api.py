@@ -69,8 +69,9 @@ def test_export_refuses_what_is_there(checkpoint, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(FlextronError, match="exists already and was not written by flextron"):
         flextron_mcore.export(checkpoint, tmp_path)
-    with pytest.raises(FlextronError, match="sub-network"):
-        flextron_mcore.export(checkpoint, tmp_path / "new", SubNetwork(7, ()))
+    for format in ("hf", "gguf", "trtllm", "megatron"):
+        with pytest.raises(FlextronError, match="sub-network"):
+            flextron_mcore.export(checkpoint, tmp_path / "new", SubNetwork(7, ()), format)
     with pytest.raises(FlextronError, match="holds every sub-network"):
         flextron_mcore.export(
             checkpoint, tmp_path / "new", flextron_mcore.select(checkpoint, "0.6 parameters", "uniform"), "hf_elastic"

@@ -1,4 +1,4 @@
-"""A space as a list of blocks."""
+"""Choices: an elastic space as a list of blocks with candidates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
 
 
-def test_networks_and_candidates():
+def test_networks_have_indices_of_candidates():
     arch = toy.config(num_layers=3, num_query_groups=2)
     for space in (
         ElasticSpace.build(arch, heads=[0.5, 1.0]),
@@ -42,7 +42,7 @@ def test_costs_are_the_sums_of_the_table():
             assert cost.constant + picked.sum() == cost.of(net)
 
 
-def test_all_axes():
+def test_hidden_size_and_depth_are_blocks_too():
     arch = toy.config(num_layers=3)
     space = ElasticSpace.build(arch, heads=[0.5, 1.0], hidden_size=[8, 16, 32], depth=[1, 2, 3], layer_ranking=[1, 2, 0])
     layered, uniform = Choices(arch, space, all_axes=True), Choices(arch, space, all_axes=True, uniform=True)
@@ -55,7 +55,7 @@ def test_all_axes():
     net = uniform.network([1, 0, 0, 2])
     assert net == space.uniform(arch, 2, 36, 16, 1) and uniform.indices(net) == [1, 0, 0, 2]
     assert layered.network(layered.indices(SubNetwork.full(arch))) == SubNetwork.full(arch)
-    # A layer that is skipped has no value, whatever was chosen for it.
+    # Candidates of a skipped layer add no value.
     values_NK = np.arange(32.0).reshape(8, 4)
     assert layered.total(values_NK, layered.network([1, 0, 1, 3, 0, 2, 1, 3])) == 1 + 4 + 16 + 22
     assert uniform.total(values_NK[:4], net) == 1 + 4 + 8 + 14

@@ -1,4 +1,4 @@
-"""The Dockerfile: linted, with all it copies, and with wheels of what the base lacks. scripts/build-image.sh really builds it."""
+"""Checks of the Dockerfile without docker: lint, copied files, wheels. scripts/build-image.sh builds the image."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DOCKERFILE = ROOT / "Dockerfile"
 
 
 def instructions() -> list[list[str]]:
-    """The words of each instruction."""
+    """Instructions of the Dockerfile, each split into words."""
     text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.M).replace("\\\n", " ")
     return [shlex.split(line) for line in text.splitlines() if line.strip()]
 
 
 def copied() -> list[str]:
-    """What comes from the checkout."""
+    """Paths that the Dockerfile copies from the checkout."""
     return [word for name, *words in instructions() if name == "COPY" for word in words[:-1] if not word.startswith("--")]
 
 
@@ -46,8 +46,8 @@ def test_ignored_rules_have_a_reason():
             assert before.startswith("#"), line
 
 
-def test_what_is_copied_is_there_and_not_ignored():
-    """.dockerignore leaves out everything but that."""
+def test_copied_files_exist_and_are_not_ignored():
+    """Every copied path exists, and .dockerignore excludes all others."""
     first, *rest = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     assert first == "*"
     assert {line[1:] for line in rest if line[0] == "!"} == set(copied())
@@ -75,7 +75,7 @@ def test_packages_are_named_in_setup_py_only():
     assert len(installed) == 1
     words = installed[0][installed[0].index("install") + 1 :]
     assert [word for word in words if not word.startswith("-")] == ["/wheels/*.whl"]
-    assert {"--no-index", "--no-deps"} <= set(words)  # nothing of the base can be replaced
+    assert {"--no-index", "--no-deps"} <= set(words)  # pip cannot replace a package of the base image
 
 
 def test_two_stages_on_one_base_and_a_user():
@@ -108,13 +108,13 @@ def test_versions_are_the_bases_then_the_sites_then_ours(wheels):
     ]
 
 
-def test_what_is_installed_is_found(wheels):
+def test_installed_packages_are_found(wheels):
     found = wheels.installed()
     assert found["torch"].startswith("2.") and "megatron-core" in found and "flextron-mcore" in found
 
 
 def test_pip_failing_is_one_line(wheels):
-    with pytest.raises(SystemExit, match=r"image_wheels: pip install failed: see above"):
+    with pytest.raises(SystemExit, match=r"image_wheels: pip install failed, see above: .*constraints.txt"):
         wheels.pip("install", "--no-index", "--quiet", "--dry-run", "no-such-package-anywhere")
 
 

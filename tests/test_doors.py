@@ -1,4 +1,4 @@
-"""Training in other loops: the same networks, samples and gradients as ours."""
+"""Training in other loops (flextron_mcore/doors.py): the networks, samples and gradients of our own loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNT, STEP = 3, 5
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
-    """Two micro-batches with different numbers of tokens that count."""
+    """Two micro-batches whose loss masks have different numbers of ones."""
     made = []
     for seed in range(2):
         tokens, positions = toy.inputs(2, seed)
@@ -47,7 +47,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def flush(model, steps, micro_batches: int) -> list[dict]:
-    """Megatron-Core's schedule with the forward step `steps`."""
+    """Run one flush of Megatron-Core's schedule with the forward step `steps`."""
     return get_forward_backward_func()(
         forward_step_func=steps, data_iterator=None, model=model, num_microbatches=micro_batches,
         seq_length=toy.LENGTH, micro_batch_size=2, forward_only=False,
@@ -91,8 +91,8 @@ def test_a_step_starts_at_the_full_model_however_the_last_one_ended(model):
     model.eval()
     assert elastic.choose(model, 1, 8) == 0 and model.module.decoder.layers[0].state is FULL
     model.train()
-    assert elastic.choose(model, 1, 8) == 2  # a validation in between is not counted
-    with pytest.raises(FlextronError, match="6 micro-batches a step cannot be shared out to 4 networks"):
+    assert elastic.choose(model, 1, 8) == 2  # a validation in between does not count as a step
+    with pytest.raises(FlextronError, match="6 micro-batches a step cannot be divided among 4 networks"):
         elastic.choose(model, 2, 6)
 
 

@@ -1,4 +1,4 @@
-"""The examples run as they stand."""
+"""The scripts in examples/ run without edits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -23,14 +24,16 @@ def call(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
 
 
-def test_subnetworks():
+def test_subnetworks_runs():
     result = call(sys.executable, str(ROOT / "examples" / "subnetworks.py"))
     assert result.returncode == 0, result.stderr
     counts = [int(line.split(" parameters")[0].split()[-1].replace(",", "")) for line in result.stdout.splitlines()[1:]]
     assert len(counts) == 4 and counts == sorted(counts) and result.stdout.splitlines()[-1].startswith("full ")
 
 
-def test_chain(text, tmp_path):
+@pytest.fixture
+def hf(text, tmp_path) -> Path:
+    """Hugging Face directory of a random Llama of two layers, with a tokenizer."""
     stage("prepare", f"input=[{text}/code]", "vocab_size=300", "valid_fraction=0.2", f"out={tmp_path}/bpe")
     torch.manual_seed(8)
     config = LlamaConfig(
@@ -43,10 +46,27 @@ def test_chain(text, tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
     AutoTokenizer.from_pretrained(tmp_path / "bpe" / "tokenizer").save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_the_tour_runs(hf, text, tmp_path):
+    keys = [*TRAIN, "trainer.max_steps=4", "model.micro_batch_size=4", "model.global_batch_size=8"]
+    command = [sys.executable, str(ROOT / "examples" / "tour.py"), str(hf), f"{text}/code", str(tmp_path / "tour"), *keys]
+    result = call(*command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [line for line in result.stdout.splitlines() if "validation loss" in line and "network_" in line]
+    sizes = [int(line.split(": ")[1].split()[0].replace(",", "")) for line in rows]
+    assert len(sizes) == 3 and sizes == sorted(set(sizes))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "tour/network_0.7")
+    assert sum(p.numel() for p in loaded.parameters()) == sizes[0]
+    assert (tmp_path / "tour/tour.png").stat().st_size > 1000
+
+
+def test_the_chain_runs_and_skips_what_is_complete(hf, text, tmp_path):
     keys = [*TRAIN, "trainer.max_steps=4", "model.micro_batch_size=4", "model.global_batch_size=8"]
     command = [
         str(ROOT / "examples" / "chain.sh"),
-        str(tmp_path / "hf"),
+        str(hf),
         f"[{text}/code,{text}/prose]",
         str(tmp_path / "run"),
         *keys,

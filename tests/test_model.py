@@ -1,4 +1,4 @@
-"""Building a model from its configuration."""
+"""Building a Megatron-Core model from its configuration."""
 
 from __future__ import annotations
 
@@ -21,17 +21,24 @@ from tests import toy
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(hidden_size=30), "model.hidden_size=30 is not divisible by model.num_attention_heads=4: set model.kv_channels"),
+        (dict(hidden_size=30), "model.hidden_size=30 is not divisible by model.num_attention_heads=4: set the size of one head"),
         (dict(num_query_groups=3), "model.num_attention_heads=4 is not divisible by model.num_query_groups=3"),
+        (dict(rotary_percent=0.0), "model.rotary_percent=0.0 must be above 0 and at most 1"),
+        (
+            dict(kv_channels=6, rotary_percent=0.5),
+            "model.kv_channels=6 x model.rotary_percent=0.5 is odd: rotary embeddings need",
+        ),
+        (dict(sliding_window=0), "model.sliding_window must be a whole number of at least 1, not 0"),
+        (dict(no_rope_freq=[1]), "model.no_rope_freq=[1] must be one number, 0 or 1, for each of the 2 layers"),
         (dict(num_layers=0), "model.num_layers must be a whole number of at least 1, not 0"),
-        (dict(kv_channels=7), "model.kv_channels=7 is odd: rotary embeddings need an even head size"),
+        (dict(kv_channels=7), "model.kv_channels=7 is odd: rotary embeddings need an even number of channels"),
         (dict(activation="swish"), "model.activation='swish' is not known: use one of gelu"),
         (dict(normalization="batchnorm"), "model.normalization='batchnorm' is not known"),
-        (dict(rope_scaling={"type": "yarn"}), "model.rope_scaling.type='yarn' is not known: use one of linear, llama3"),
+        (dict(rope_scaling={"type": "yarn"}), "model.rope_scaling of type yarn lacks factor, original_max_position_embeddings"),
         (dict(rope_scaling={"type": "linear"}), "model.rope_scaling of type linear lacks factor"),
     ],
 )
-def test_architectures_that_do_not_fit(changes, message):
+def test_architectures_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(FlextronError) as error:
         toy.config(**changes)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
@@ -42,7 +49,7 @@ def test_configuration_round_trip():
     assert ModelConfig.from_dict(arch.to_dict()) == arch
 
 
-def test_precisions():
+def test_weights_have_the_asked_precision():
     arch = toy.config()
     model = build_model(arch, ElasticSpace.build(arch), precision="bf16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -101,7 +108,7 @@ def test_recomputation_uses_the_choice_of_its_forward_pass(recompute, family):
         set_subnetwork(model, None)
         for loss in losses:
             loss.backward()
-        assert all(layer.state is FULL for layer in model.decoder.layers)  # and leaves the model as it was
+        assert all(layer.state is FULL for layer in model.decoder.layers)  # recomputation leaves the model at the full choice
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
@@ -133,7 +140,7 @@ def test_recomputation_uses_the_choice_of_its_forward_pass(recompute, family):
         (dict(recompute_granularity="selective", recompute_modules=["everything"]), "model: "),
     ],
 )
-def test_layouts_that_do_not_fit(options, message):
+def test_layouts_that_do_not_fit_are_refused(options, message):
     arch = toy.config(num_layers=6)
     space = ElasticSpace.build(arch, granularity=2, heads=[0.5, 1.0])
     with pytest.raises(FlextronError) as error:

@@ -1,4 +1,4 @@
-"""What gets installed: the wheel holds every file the program reads, and the files around the package agree with setup.py."""
+"""The wheel holds every file that the package reads; setup.py agrees with constraints.txt, the documents and the scripts."""
 
 import os
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*command, cwd=ROOT):
-    # An outer make announces itself to inner ones by these variables, and they would then print more than usual.
+    # Variables by which an outer `make` makes an inner one print more.
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -101,7 +101,13 @@ def test_commands_in_the_documents_exist():
 
 @pytest.mark.parametrize(
     "script",
-    ["scripts/setup.sh", "scripts/test-newest.sh", "scripts/llama-cpp.sh", "scripts/build-image.sh"]
+    [
+        "scripts/setup.sh",
+        "scripts/test-newest.sh",
+        "scripts/llama-cpp.sh",
+        "scripts/build-image.sh",
+        "scripts/docs.sh",
+    ]
     + ["examples/slurm/elastic.sbatch", ".ci/run"],
 )
 def test_shell_scripts_are_executable_and_parse(script):

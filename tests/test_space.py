@@ -1,7 +1,8 @@
-"""ElasticSpace, SubNetwork and counts."""
+"""ElasticSpace, SubNetwork and parameter counts."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -48,10 +49,54 @@ def test_granularity_falls_to_what_divides():
     assert ElasticSpace.build(LLAMA3_8B).granularity == 2  # a quarter of 8 KV groups
     assert ElasticSpace.build(LLAMA3_8B, attention_unit="query_head").granularity == 8
     few = replace(LLAMA3_8B, num_query_groups=2)
-    assert ElasticSpace.build(few).attention_unit == "query_head"  # a quarter of 2 KV groups is none
+    assert ElasticSpace.build(few).attention_unit == "query_head"  # a quarter of 2 KV groups is less than one
 
 
-def test_known_counts():
+def shape(heads: int, groups: int, ffn: int = 64) -> ModelConfig:
+    return toy.config(num_attention_heads=heads, num_query_groups=groups, kv_channels=8, ffn_hidden_size=ffn)
+
+
+@pytest.mark.parametrize(
+    "heads, groups, unit, candidates",
+    [
+        (9, 3, "kv_group", (3, 6, 9)),  # SmolLM2-135M
+        (14, 2, "query_head", (4, 8, 10, 14)),  # Qwen2.5-0.5B: whole groups would be 7 and 14 only
+        (12, 2, "query_head", (4, 6, 8, 12)),
+        (6, 3, "kv_group", (2, 4, 6)),
+        (15, 5, "kv_group", (3, 6, 12, 15)),  # SmolLM2-360M
+        (5, 5, "kv_group", (1, 2, 4, 5)),
+        (3, 1, "query_head", (1, 2, 3)),
+        (1, 1, "kv_group", (1,)),
+    ],
+)
+def test_defaults_are_rounded_to_what_divides(heads, groups, unit, candidates):
+    space = ElasticSpace.build(shape(heads, groups))
+    assert (space.attention_unit, space.heads) == (unit, candidates)
+    assert space.ffn_hidden_size == (16, 32, 48, 64)
+
+
+def test_there_is_always_a_default_space():
+    for groups, queries in itertools.product(range(1, 13), range(1, 10)):
+        for ffn in (1, 2, 3, 5, 37, 64, 1365, 1536, 2731, 4096):
+            arch = shape(groups * queries, groups, ffn)
+            space = ElasticSpace.build(arch)
+            assert space.heads[-1] == groups * queries and space.ffn_hidden_size[-1] == ffn
+            assert len(space.ffn_hidden_size) == min(4, ffn) and len(space.heads) >= min(2, groups * queries)
+            for head in space.heads:
+                space.check(arch, space.uniform(arch, head))
+            assert ElasticSpace.from_dict(arch, space.to_dict()) == space
+
+
+def test_other_fractions_are_not_rounded():
+    with pytest.raises(FlextronError) as error:
+        ElasticSpace.build(shape(14, 2), heads=[0.25])
+    assert str(error.value) == (
+        "space.heads: 0.25 x 14 = 3.5 is not a multiple of 7 (granularity 1 x 7 query heads per KV group); nearest: 7; use 7, 14"
+        ", or with space.attention_unit=query_head: 2, 4, 6, 8, 10, 12, 14"
+    )
+
+
+def test_counts_are_those_of_known_models():
     # Figures of the model cards and of the paper's section 4.1 (non-embedding).
     assert count_parameters(LLAMA2_7B) == 6_738_415_616
     assert count_parameters(LLAMA2_7B, embeddings=False) == 6_738_415_616 - 2 * 32000 * 4096
@@ -120,13 +165,13 @@ def test_the_whole_among_fractions_is_the_full_size():
         (dict(modulation="yes"), "space.modulation='yes' is neither true nor false"),
     ],
 )
-def test_candidates_that_do_not_fit(options, message):
+def test_candidates_that_do_not_fit_are_refused(options, message):
     with pytest.raises(FlextronError) as error:
         ElasticSpace.build(LLAMA2_7B, **{"granularity": 8, "attention_unit": "kv_group", **options})
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_groups_and_query_heads():
+def test_heads_fall_by_groups_or_by_query_heads():
     with pytest.raises(FlextronError, match="6 is not a multiple of 8 .granularity 2 x 4 query heads per KV group"):
         ElasticSpace.build(LLAMA3_8B, granularity=2, attention_unit="kv_group", heads=[6])
     with pytest.raises(FlextronError, match="12 is not a multiple of 8 .the number of KV groups, 8"):
@@ -148,7 +193,7 @@ def test_unknown_names_have_a_hint():
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 10**6), unit=st.sampled_from(["kv_group", "query_head"]))
-def test_json_round_trip(seed, unit, tmp_path_factory):
+def test_a_network_is_read_back_from_json(seed, unit, tmp_path_factory):
     arch = toy.config(num_layers=5, num_query_groups=2)
     space = ElasticSpace.build(arch, attention_unit=unit, heads=[0.5, 1.0])
     net = toy.random_network(arch, space, seed)
@@ -158,7 +203,7 @@ def test_json_round_trip(seed, unit, tmp_path_factory):
     assert ElasticSpace.from_dict(arch, json.loads(json.dumps(space.to_dict()))) == space
     space.check(arch, net)
     modulated = replace(space, modulation=True)
-    assert modulated == space and "modulation" not in space.to_dict()  # tables and routers of one are of the other
+    assert modulated == space and "modulation" not in space.to_dict()  # latency tables and routers fit both spaces
     assert ElasticSpace.from_dict(arch, json.loads(json.dumps(modulated.to_dict()))).modulation
     assert parameter_share(arch, net) == count_parameters(arch, net) / count_parameters(arch) <= 1
 

@@ -1,6 +1,6 @@
-"""An axis of one record and one layer module (tests/toy_axis.py) is sampled, priced, timed, sorted, routed, selected and cut.
+"""An axis added by one record and one layer module (tests/toy_axis.py) works in every stage, from sampling to export.
 
-tests/layers/test_added_block.py has what its module computes.
+What its module computes is tested in tests/layers/test_added_block.py.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def widths(net: SubNetwork) -> list[int]:
     return [layer.adapter_rank for layer in net.layers]
 
 
-def test_it_has_candidates_and_is_sampled(space, tmp_path):
+def test_axis_has_candidates_and_is_sampled(space, tmp_path):
     assert space.adapter_rank == (2, 8) and ElasticSpace.from_dict(ARCH, space.to_dict()) == space
     with pytest.raises(FlextronError, match="space.adapter_rank: 9 is not within 1..8"):
         ElasticSpace.build(ARCH, adapter_rank=[9])
     nets = draw(ARCH, space, seed=0, step=0, count=50)
-    assert {width for net in nets for width in widths(net)} == {0, 2, 8}  # 0 in layers that are skipped
+    assert {width for net in nets for width in widths(net)} == {0, 2, 8}  # 0 in skipped layers
     for net in nets:
         space.check(ARCH, net)
         assert SubNetwork.from_dict(json.loads(net.to_json())) == net
@@ -94,7 +94,7 @@ def test_the_draws_of_the_other_axes_stay_as_they_are(space, monkeypatch):
     assert [replace(net, layers=tuple(replace(layer, added=()) for layer in net.layers)) for net in with_it] == without
 
 
-def test_it_is_priced_in_parameters_and_memory(space):
+def test_axis_is_priced_in_parameters_and_memory(space):
     parameters, memory = parameter_cost(ARCH, space), memory_cost(ARCH, space, "bf16", 2, 24)
     assert parameters.candidates[NAME] == (2 * 2 * 32, 2 * 8 * 32)
     for net in draw(ARCH, space, seed=2, step=0, count=10):
@@ -102,7 +102,7 @@ def test_it_is_priced_in_parameters_and_memory(space):
         assert memory.candidates[NAME] == tuple(2 * value for value in parameters.candidates[NAME])
 
 
-def test_it_is_timed(space, tmp_path):
+def test_axis_is_timed(space, tmp_path):
     model = toy.model(ARCH, space).eval()
     table = measure(model, ARCH, space, Setting("prefill", 1, 8), 1, 2, seed=0)
     assert all(timing.median > 0 for timings in table.timings.values() for timing in timings.candidates[NAME])
@@ -116,7 +116,7 @@ def test_it_is_timed(space, tmp_path):
     )
 
 
-def test_it_is_sorted(space, tmp_path):
+def test_axis_is_sorted(space, tmp_path):
     model = toy.model(ARCH, space)
     info = open_checkpoint(toy.write(model, CheckpointInfo(ARCH, space), tmp_path / "first"))
     tokens, positions = toy.inputs()
@@ -138,8 +138,8 @@ def test_it_is_sorted(space, tmp_path):
         assert (layer.units[NAME].diff() <= 1e-3).all() and not torch.equal(layer.units[NAME], scores[i].units[NAME])
 
 
-def test_it_is_cut(space, tmp_path, monkeypatch):
-    """The dense model of a uniform network, whose full adapter width is the candidate."""
+def test_axis_is_cut(space, tmp_path, monkeypatch):
+    """The cut of a uniform network is a dense model whose full adapter width is the chosen candidate."""
     model = toy.model(ARCH, space)
     info = open_checkpoint(toy.write(model, CheckpointInfo(ARCH, space), tmp_path / "run"))
     net = space.uniform(ARCH, 2, 24, 16, adapter_rank=2)
@@ -166,8 +166,8 @@ def test_a_format_that_has_no_name_for_it_refuses(name, space, tmp_path):
     assert not [file for file in (tmp_path / "out").iterdir() if file.stat().st_size]
 
 
-def test_it_is_routed_statically():
-    """The adapter of the first layer matters most: at every budget the routers keep it whole, and drop other things."""
+def test_axis_is_routed_statically():
+    """The first layer's adapter matters most to the loss: at every budget the routers keep it whole and reduce other blocks."""
     space = ElasticSpace.build(ARCH, **SIZES)
     choices, cost = Choices(ARCH, space), parameter_cost(ARCH, space)
     assert choices.blocks == [(layer, name) for layer in (0, 1) for name in ("heads", "ffn_hidden_size", NAME)]
@@ -183,7 +183,7 @@ def test_it_is_routed_statically():
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-def test_it_is_routed_with_all_axes(space, uniform):
+def test_axis_is_routed_with_all_axes(space, uniform):
     choices, cost = Choices(ARCH, space, all_axes=True, uniform=uniform), parameter_cost(ARCH, space)
     for seed in range(10):
         net = choices.network([int(np.random.default_rng([seed, i]).integers(len(s))) for i, s in enumerate(choices.sizes)])
@@ -196,7 +196,7 @@ def test_it_is_routed_with_all_axes(space, uniform):
     with use_subnetwork(model, net):
         model(tokens, positions, None).square().mean().backward()
     gradients = net.gradients(1.0, False)
-    assert len(gradients) == 5 and gradients[-1].abs().max() > 0  # hidden, layers, heads, neurons, adapters
+    assert len(gradients) == 5 and gradients[-1].abs().max() > 0  # hidden size, depth, heads, neurons, adapter ranks
     before = learner.routers.out_NKU.detach().clone()
     learner.learn(0, [1.0] * (len(drawn) + 2), [gradients])
     rows = [row for row, axis in enumerate(choices.axes) if axis.name == NAME]
@@ -204,7 +204,7 @@ def test_it_is_routed_with_all_axes(space, uniform):
     assert learner.choose(0.8).layers[0].adapter_rank in (0, 2, 8)
 
 
-def test_it_is_selected():
+def test_axis_is_selected():
     space = ElasticSpace.build(ARCH, **SIZES)
     choices, cost = Choices(ARCH, space), parameter_cost(ARCH, space)
     degradation_NK = np.array([[0.0 if axis.name == "ffn_hidden_size" else 1.0, 0.0] for axis in choices.axes])
@@ -214,7 +214,7 @@ def test_it_is_selected():
     assert "uniform 50% heads 50% ffn 25% adapter" in uniform_family(ARCH, space)
 
 
-def test_it_is_shown(space):
+def test_axis_is_shown(space):
     net = space.uniform(ARCH, adapter_rank=2)
     assert describe(net, ARCH) == "100% heads, 100% FFN, 25% Adapter"
     assert [name for name, _ in layer_columns([net], ARCH)] == ["Heads of 4", "FFN of 48", "Adapter of 8"]

@@ -1,4 +1,4 @@
-"""Small models that the tests share."""
+"""Small random models, their inputs and checkpoints, for all tests."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def config(**changes) -> ModelConfig:
 
 
 def model(arch: ModelConfig, space: ElasticSpace, seed: int = 0) -> torch.nn.Module:
-    """Random weights; norms and biases too, so that a lost one shows.
+    """Model with random weights, norms and biases too, so that a lost tensor changes the logits.
 
-    Norms scale by about 0.75 whatever their form: logits are of the same size, and so is what rounding does to them.
+    Norms scale by about 0.75 in every form, so that logits, and their rounding errors, are of the same size.
     """
     torch.manual_seed(seed)
     gpt = build_model(arch, space)
@@ -56,7 +56,7 @@ def random_network(arch: ModelConfig, space: ElasticSpace, seed: int) -> SubNetw
 
 
 def memory_names(model) -> dict[str, torch.Tensor]:
-    """{name on disk: tensor in memory}: norms are stored with the linear layer that follows them."""
+    """{name on disk: tensor in memory}. On disk a norm belongs to the linear layer that follows it."""
     renamed = {}
     for name, tensor in model.state_dict().items():
         if tensor is not None:
@@ -66,7 +66,7 @@ def memory_names(model) -> dict[str, torch.Tensor]:
 
 
 def write(model, info: CheckpointInfo, run: Path) -> Path:
-    """The model as the checkpoint RUN/checkpoints/iter_*, streamed; its directory."""
+    """Write the model as a checkpoint below `run`/checkpoints; returns its directory."""
     tensors = {k: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for k, t in memory_names(model).items()}
     folder = iteration_path(run, info.step)
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""An axis that the package does not know: the rank of an adapter after each layer's MLP. One record, and one layer module."""
+"""An axis from outside the package: the rank of an adapter after each layer's MLP. One axis record, one layer module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RANK = 8
 
 
 class Adapter(ElasticBlock, MegatronModule):
-    """x -> up(tanh(down(x))), with the first `adapter_rank` rows of down and columns of up. Whole on every rank."""
+    """x -> up(tanh(down(x))) with the first `adapter_rank` rows of down and columns of up; whole on each tensor-parallel rank."""
 
     axis = "adapter_rank"
 
@@ -35,7 +35,7 @@ class Adapter(ElasticBlock, MegatronModule):
         rank = RANK if state.widths is None else state.widths.adapter_rank
         down = take(self.down, Selection((RANK, self.config.hidden_size), ((slice(rank), slice(channels)),), (rank, channels)))
         up = take(self.up, Selection((self.config.hidden_size, RANK), ((slice(channels), slice(rank)),), (channels, rank)))
-        if "hidden_size" in state.masks:  # as in the norms: all that reads the residual stream weighs its channels
+        if "hidden_size" in state.masks:  # modules that read the residual stream weigh its channels
             hidden_SBC = hidden_SBC * state.masks["hidden_size"]
         inner_SBr = torch.tanh(hidden_SBC @ down.T)
         if self.axis in state.masks:
@@ -58,6 +58,6 @@ AXIS = Axis(
     observed="adapter",
     followed_by="adapter.up",
     parallel=False,
-    module=Adapter,
+    module="tests.toy_axis.Adapter",
     tensors={"adapter.down": ("adapter_rank", "hidden_size"), "adapter.up": ("hidden_size", "adapter_rank")},
 )

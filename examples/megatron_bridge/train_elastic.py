@@ -4,7 +4,7 @@
     flextron importance checkpoint=run/imported data=run/data out=run/sorted
     torchrun --nproc-per-node 8 examples/megatron_bridge/train_elastic.py Llama-3.2-1B run/sorted
 
-The recipe's data, optimizer and logging are Bridge's. Its provider gets the elastic layers and the sorted weights, and the
+Data, optimizer and logging are those of Bridge's recipe. Its model provider gets elastic layers and the sorted weights. The
 forward step runs the full model and three random sub-networks.
 """
 
@@ -27,7 +27,7 @@ from flextron_mcore.specs import elastic_layer_spec
 
 
 def elastic_provider(model: str, info: CheckpointInfo, elastic: ElasticTraining, **options: Any) -> GPTModelProvider:
-    """Bridge's provider of a Hugging Face model, with elastic layers and the weights of `info`. options: fields of it."""
+    """Bridge's provider of a Hugging Face model, with elastic layers and the weights of `info`. options: its fields."""
     provider = AutoBridge.from_hf_pretrained(model).to_megatron_provider(load_weights=False)
     for name, value in options.items():
         setattr(provider, name, value)
@@ -47,7 +47,7 @@ def elastic_provider(model: str, info: CheckpointInfo, elastic: ElasticTraining,
 def forward_step(
     elastic: ElasticTraining, state: GlobalState, data_iterator: Iterator, model: torch.nn.Module
 ) -> tuple[torch.Tensor, Any]:
-    """All networks on one micro-batch; Bridge logs each one's loss."""
+    """Losses of all networks on one micro-batch, and the loss function; Bridge logs each network's loss."""
     batch = {name: value.cuda(non_blocking=True) for name, value in next(data_iterator).items() if torch.is_tensor(value)}
     inputs = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"], "labels": batch["labels"]}
     losses = elastic.all_losses(model, state.train_state.step, {**inputs, "attention_mask": None})

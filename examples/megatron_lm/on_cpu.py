@@ -1,4 +1,4 @@
-"""Megatron-LM's loop without CUDA, for tests: it asks the GPU for its kind, starts nccl, and refuses a machine without a GPU."""
+"""Megatron-LM's training loop on a CPU, for tests. Without this it starts nccl and refuses a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtua
 
 
 def enable() -> None:
-    """Let Megatron-LM run on this process's CPU, over gloo. Call before the arguments are parsed."""
-    arguments.get_device_arch_version = lambda: 10  # new enough to want no environment variables for CUDA
+    """Make Megatron-LM run on the CPU, with gloo. Call it before arguments are parsed."""
+    arguments.get_device_arch_version = lambda: 10  # a GPU generation that needs no environment variables
     initialize = training.initialize_megatron
 
     def initialize_megatron(**kwargs: Any) -> None:
         args = get_args()
         layout = LayoutSettings(**{name: getattr(args, name) for name in _LAYOUT})
-        distributed.initialize(layout, args.seed)  # found and used by Megatron-LM
+        distributed.initialize(layout, args.seed)  # Megatron-LM uses the process groups that exist
         initialize(**kwargs, allow_no_cuda=True)
 
     training.initialize_megatron = initialize_megatron

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 8 examples/megatron_lm/pretrain_elastic.py --flextron-checkpoint run/sorted \
         --num-subnetworks 3 --global-batch-size 1024 [every other argument of Megatron-LM's pretrain_gpt.py]
 
-A step runs the full model and --num-subnetworks random sub-networks on the same samples, as micro-batches of Megatron-LM's
-schedule. So the global batch size counts every sample once for each network: 1024 with 3 sub-networks are 256 samples.
+Each step runs the full model and --num-subnetworks random sub-networks on the same samples, as micro-batches of Megatron-LM's
+schedule. --global-batch-size counts every sample once for each network: 1024 with 3 sub-networks are 256 different samples.
 """
 
 from __future__ import annotations
@@ -33,15 +33,21 @@ from flextron_mcore.specs import architecture, default_space, elastic_layer_spec
 
 
 def add_elastic_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the arguments of elastic training to Megatron-LM's."""
     group = parser.add_argument_group("elastic training")
-    group.add_argument("--flextron-checkpoint", help="start from it, with its space (default: random weights, default space)")
-    group.add_argument("--num-subnetworks", type=int, default=3, help="random sub-networks a step, beside the full model")
-    group.add_argument("--subnetwork-mode", choices=("flextron", "matformer"), default="flextron", help="how they are drawn")
+    group.add_argument("--flextron-checkpoint", help="checkpoint to start from, with its space; default: random weights")
+    group.add_argument("--num-subnetworks", type=int, default=3, help="random sub-networks in each step, beside the full model")
+    group.add_argument(
+        "--subnetwork-mode",
+        choices=("flextron", "matformer"),
+        default="flextron",
+        help="flextron: all elastic axes vary, layer by layer; matformer: only MLP neurons, alike in all layers",
+    )
     return parser
 
 
 def train_valid_test_datasets_provider(elastic: ElasticTraining, num_samples: Any, vp_stage: int | None = None) -> Any:
-    """Megatron-LM's datasets, on every rank; in training, each micro-batch comes once for each network."""
+    """Megatron-LM's datasets, on every rank; the training dataset repeats each micro-batch once for each network."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -56,7 +62,7 @@ def train_valid_test_datasets_provider(elastic: ElasticTraining, num_samples: An
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=False,  # causal, in the attention itself
+        create_attention_mask=False,  # the attention applies the causal mask itself
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
     train, *others = num_samples
@@ -70,11 +76,12 @@ def train_valid_test_datasets_provider(elastic: ElasticTraining, num_samples: An
 
 
 def get_batch(data_iterator: Any) -> dict[str, torch.Tensor]:
+    """Tensors of the next micro-batch, on the GPU."""
     return {name: value.cuda(non_blocking=True) for name, value in next(data_iterator).items() if torch.is_tensor(value)}
 
 
 def forward_step(elastic: ElasticTraining, data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """One micro-batch through its network."""
+    """Losses of a micro-batch in its network, and the loss function of Megatron-LM's schedule."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator)
@@ -85,32 +92,35 @@ def forward_step(elastic: ElasticTraining, data_iterator: Any, model: torch.nn.M
 
 
 def prepare_chunks(elastic: ElasticTraining, info: CheckpointInfo | None, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Called with the built model, before Megatron-LM wraps it: the weights to start from."""
+    """Load the weights of the checkpoint, if there is one. Megatron-LM calls this with the built model, before it wraps it."""
     for chunk in chunks:
         elastic.watch(chunk)
         if info and any(layer.mlp.space != info.space for layer in chunk.decoder.layers):
-            raise FlextronError(f"--spec: its space is not that of {info.path}; use elastic_layer_spec, or leave --spec out")
+            raise FlextronError(f"--spec: its space is not that of {info.path}: use elastic_layer_spec, or leave --spec out")
         if info:
             load_model(chunk, info)
     return chunks
 
 
 def check(args: argparse.Namespace, config: Any, info: CheckpointInfo | None) -> None:
-    """One line for what would go wrong later."""
+    """Raise FlextronError for arguments that do not fit elastic training or the checkpoint."""
     if args.dataloader_type != "single":
-        raise FlextronError(f"--dataloader-type {args.dataloader_type}: networks share samples in order, which needs 'single'")
+        raise FlextronError(
+            f"--dataloader-type {args.dataloader_type}: networks share samples in order: use --dataloader-type single"
+        )
     names = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_query_groups", "kv_channels", "gated")
     given = architecture(config)
     for name in names if info else ():
         have, want = getattr(given, name), getattr(info.model, name)
         if have != want:
             raise FlextronError(
-                f"--flextron-checkpoint {args.flextron_checkpoint}: its {name} is {want}, the arguments say {have}"
+                f"--flextron-checkpoint {args.flextron_checkpoint}: its {name} is {want}, the arguments say {have}: give the "
+                "arguments of its model"
             )
 
 
 def describe(args: argparse.Namespace, info: CheckpointInfo) -> None:
-    """Add to Megatron-LM's checkpoints what makes them checkpoints of `flextron`, too."""
+    """Add flextron.json to Megatron-LM's checkpoints, so that `flextron` can open them."""
     for folder in sorted(Path(args.save).glob("iter_*")):
         step = int(folder.name.removeprefix("iter_"))
         write_info(folder, info.at_step(step, dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"))
@@ -123,7 +133,7 @@ def main() -> None:
         on_cpu.enable()
     args = parse_and_validate_args(add_elastic_args, args_defaults={"tokenizer_type": "HuggingFaceTokenizer"})
     if not (Path(datasets.__file__).parent / "Makefile").exists():
-        # Megatron-LM compiles the datasets' helpers at every start. The wheel has them compiled, and nothing to compile.
+        # Megatron-LM compiles helpers of the datasets at every start. The wheel has them compiled, and no sources.
         datasets.utils.compile_helpers = lambda: None
     info = open_checkpoint(args.flextron_checkpoint) if args.flextron_checkpoint else None
     model = gpt_config_from_args(args)
@@ -132,7 +142,7 @@ def main() -> None:
     check(args, model.transformer, info)
     space = info.space if info else default_space(model.transformer)
     elastic = ElasticTraining(architecture(model.transformer), space, args.num_subnetworks, args.seed, args.subnetwork_mode)
-    if model.transformer_layer_spec in (None, elastic_layer_spec):  # what --spec names
+    if model.transformer_layer_spec in (None, elastic_layer_spec):  # an own --spec is kept
         model.transformer_layer_spec = partial(elastic_layer_spec, space=space)
     model.pre_wrap_hooks.append(partial(prepare_chunks, elastic, info))
     provider = partial(train_valid_test_datasets_provider, elastic)

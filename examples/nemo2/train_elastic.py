@@ -1,9 +1,9 @@
-"""Elastic continued training through NeMo 2's `llm.train` (nemo-toolkit 2.7.3, an environment of its own: docs/doors.md).
+"""Elastic continued training through NeMo 2's `llm.train` (nemo-toolkit 2.7.3, in a separate environment: docs/doors.md).
 
     python examples/nemo2/train_elastic.py run/sorted run/data STEPS
 
 The forward step runs the full model and three random sub-networks on each micro-batch. The loss that NeMo logs
-(`reduced_train_loss`) is the sum of their mean losses, which is what is minimised.
+(`reduced_train_loss`) is the sum of the networks' mean losses (Flextron, eq. 5).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from flextron_mcore.runtime import cpu
 
-cpu.enable()  # does nothing where there is CUDA
+cpu.enable()  # does nothing on a machine with CUDA
 
 import megatron.core.optimizer as core_optimizer  # noqa: E402
 from lightning.pytorch import Callback  # noqa: E402
@@ -35,7 +35,7 @@ _get_megatron_optimizer = core_optimizer.get_megatron_optimizer
 
 
 def get_megatron_optimizer(*args: Any, no_weight_decay_cond: None, scale_lr_cond: None, lr_mult: float, **kwargs: Any) -> Any:
-    """NeMo 2.7.3 passes these three as Megatron-Core 0.15 took them, here with their defaults; 0.16 has them no more."""
+    """Megatron-Core's function without three arguments that NeMo 2.7.3 passes, at their defaults, and that 0.16 removed."""
     return _get_megatron_optimizer(*args, **kwargs)
 
 
@@ -44,12 +44,13 @@ core_optimizer.get_megatron_optimizer = get_megatron_optimizer
 
 @dataclass
 class ElasticGPTConfig(llm.GPTConfig):
-    """NeMo's GPTConfig of an elastic model that starts from a checkpoint."""
+    """NeMo's GPTConfig for an elastic model that starts from a checkpoint of `flextron`."""
 
     checkpoint: str = ""
     num_subnetworks: int = 3
 
     def configure_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """Build the model with elastic layers and load the checkpoint."""
         info = open_checkpoint(self.checkpoint)
         adapt(self)
         self.transformer_layer_spec = lambda config, vp_stage=None: elastic_layer_spec(config, vp_stage, info.space)
@@ -61,12 +62,14 @@ class ElasticGPTConfig(llm.GPTConfig):
 
 
 def data_step(batches: Any) -> dict[str, torch.Tensor]:
+    """Tensors of the next micro-batch, on the GPU."""
     batch = next(batches)
     batch = batch[0] if isinstance(batch, tuple) else batch
     return {name: value.cuda(non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
 
 
 def forward_step(model: llm.GPTModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Sum of the networks' losses of each token, [B, S]."""
     inputs = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"], "labels": batch["labels"]}
     gpt = model.module
     while hasattr(gpt, "module"):
@@ -75,6 +78,8 @@ def forward_step(model: llm.GPTModel, batch: dict[str, torch.Tensor]) -> torch.T
 
 
 class PrintLoss(Callback):
+    """Print the loss of every step."""
+
     def on_train_batch_end(self, trainer: nl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         print(
             f"step {trainer.global_step} loss {float(outputs['loss'] if isinstance(outputs, dict) else outputs):.6f}", flush=True

@@ -1,5 +1,5 @@
-"""Input-adaptive routers: every token chooses its own sub-network in every block (Flextron, section 3.2; docs/adaptive.md).
+"""Input-adaptive routers, which choose a level for every token in every block (Flextron, section 3.2; docs/adaptive.md).
 
-Young work, fenced off: nothing in the core imports this package, only commands do. It stands on the core, and on
-`layers/tokens/`, which computes blocks whose tokens have different levels.
+A level is the index of a block's candidate, 0 the smallest. Experimental: only commands import this package, the core does not.
+Blocks with a level for every token are computed by `layers/tokens/`.
 """

@@ -1,4 +1,4 @@
-"""Evaluation of a learner's routers: calibration on training data, and validation beside the static choice."""
+"""Evaluation of trained adaptive routers: calibration on training data, and validation beside the static routers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,30 @@ from flextron_mcore.data.blend import PreparedData, batch
 from flextron_mcore.data.tokenizer import open_tokenizer
 from flextron_mcore.evaluation.perplexity import evaluate, mean
 from flextron_mcore.routers.static import log_probabilities
-from flextron_mcore.runs.terminal import progress_bar, say
+from flextron_mcore.runs.terminal import progress_bar, warn
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.selection.router import RouterSelector
 from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.space import SubNetwork
 
-_SHOWN = 128  # tokens of a text whose cost is written
+_SHOWN = 128  # tokens of each domain's text whose costs are written to metrics.json
 
 Model = list[torch.nn.Module]
 
 
 @dataclass
 class Evaluator:
-    """Evaluation of a learner's routers: on training data for their calibration, and on validation data."""
+    """Evaluation of trained adaptive routers. Call the methods on all ranks.
+
+    Attributes:
+        learner: learner that trained the routers, with their costs and their description.
+        training: {"train": dataset} for the calibration.
+        training_samples: number of samples of the calibration.
+        validation: {domain: dataset}.
+        validation_samples: number of samples of each domain; None for all.
+        seq_length: tokens of a sample.
+        micro_batch_size: samples of a micro-batch.
+    """
 
     learner: AdaptiveLearner
     training: Mapping[str, torch.utils.data.Dataset]
@@ -41,7 +51,10 @@ class Evaluator:
     micro_batch_size: int
 
     def calibrate(self, model: Model) -> None:
-        """Evaluate the average cost for targets, into the learner's `info`."""
+        """Evaluate the average cost that the routers spend at targets from 0 to 1, and store it as `learner.info.calibration`.
+
+        A target is 0 for the smallest network's cost, 1 for the full model's. model: this rank's virtual-pipeline chunks.
+        """
         learner = self.learner
 
         def spent(target: float) -> float:
@@ -52,16 +65,28 @@ class Evaluator:
         with progress_bar(desc="calibration", unit="target") as bar:
             learner.info = replace(learner.info, calibration=tuple(calibrate(spent, bar.update)))
 
-    def budgets(self, model: Model, targets: list[float]) -> list[dict[str, Any]]:
-        """For each budget: the static choice, and the adaptive ones, first with the KV policy of training."""
+    def budgets(self, model: Model, shares: list[float]) -> list[dict[str, Any]]:
+        """Evaluate the static and the adaptive routers at some budgets on the validation data. Call on all ranks.
+
+        Returns a row of metrics.json for each budget: {"target": budget, "static": result of the sub-network that the static
+        routers choose, "adaptive": {KV policy: result of token routing}}, with the KV policy of the training first. A budget
+        outside of the calibration gets the calibration's nearest point.
+
+        Args:
+            model: this rank's virtual-pipeline chunks.
+            shares: budgets, as shares of the full model's cost.
+        """
         learner = self.learner
         cost, policies = learner.costs[0], [learner.info.kv_policy]
         if learner.choices.space.attention_unit == "kv_group":  # with query heads as units both policies are the same
             policies += [policy for policy in KV_POLICIES if policy not in policies]
         rows = []
         low, high = (pick(share for _, share in learner.info.calibration) for pick in (min, max))
-        if low > min(targets) + 0.005 or high < max(targets) - 0.005:
-            say(f"warning: tokens' choices cost {low:.3f} to {high:.3f}; other budgets get what is nearest")
+        if low > min(shares) + 0.005 or high < max(shares) - 0.005:
+            warn(
+                f"the adaptive routers serve {low:.3f} to {high:.3f} of the full model's {cost.name}; other budgets get "
+                "the nearest of these"
+            )
         static = learner.routers.static.to("cpu")
         picks = RouterSelector(
             learner.choices,
@@ -69,9 +94,9 @@ class Evaluator:
             log_probabilities(static),
             evaluated=learner.info.losses(learner.choices),
         )
-        networks = {share: picks.select([Budget(cost, share * cost.full)]) for share in targets}
+        networks = {share: picks.select([Budget(cost, share * cost.full)]) for share in shares}
         static.to(device())
-        with progress_bar(total=len(targets), desc="budgets", unit="budget") as bar:
+        with progress_bar(total=len(shares), desc="budgets", unit="budget") as bar:
             for share, net in networks.items():
                 losses = self.losses(model, net)
                 asked = target_for(learner.info.calibration, share, nearest=True)
@@ -87,12 +112,20 @@ class Evaluator:
         return rows
 
     def losses(self, model: Model, net: SubNetwork | None) -> dict[str, float]:
-        """Validation loss of a network, by domain."""
+        """Validation loss of a sub-network (None: the full model), {domain: loss in nats per token}. Call on all ranks."""
         sizes = self.seq_length, self.micro_batch_size, self.validation_samples
         return evaluate(model, self.validation, {"": net}, *sizes)[""]
 
     def token_costs(self, model: Model, share: float, data: PreparedData) -> list[dict[str, Any]]:
-        """For each domain the first tokens of a text at a budget, and the cost of each as a share of the full model's."""
+        """Evaluate the cost of each of the first tokens of one text of each domain. Call on all ranks.
+
+        Returns a row of metrics.json for each domain; costs are shares of the full model's cost.
+
+        Args:
+            model: this rank's virtual-pipeline chunks.
+            share: budget, as a share of the full model's cost.
+            data: data set, whose tokenizer is used.
+        """
         learner, tokenizer = self.learner, open_tokenizer(data.tokenizer)
         cost, target = learner.token_costs[learner.info.kv_policy][0], target_for(learner.info.calibration, share, nearest=True)
         found = []
@@ -115,7 +148,10 @@ class Evaluator:
 
 
 def levels_by_domain(choices: Choices, found: Mapping[str, RoutedEvaluation]) -> dict[str, list[list[float]]]:
-    """For each domain, for each block, the share of tokens at each of its levels."""
+    """Convert {domain: RoutedEvaluation} for metrics.json: {domain: [[share of tokens at each level] of each block]}.
+
+    A level is the index of a block's candidate, 0 the smallest.
+    """
     return {
         domain: [shares[: len(sizes)].tolist() for shares, sizes in zip(row.share_NK, choices.sizes, strict=True)]
         for domain, row in found.items()

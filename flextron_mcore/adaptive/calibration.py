@@ -1,4 +1,4 @@
-"""Calibration: the average cost that routers spend for a target, by which a budget finds its target. No torch import."""
+"""Calibration of adaptive routers: which average cost a target leads to, and which target meets a budget. No torch import."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from itertools import pairwise
 
 from flextron_mcore.config import FlextronError
 
-Points = Sequence[tuple[float, float]]  # (target, share of the full model's cost)
-# Gaps between targets at first; the largest change of the share within one; how narrow one may become.
-_GAPS, _CHANGE, _NARROW = 8, 0.015, 1 / 1024
+Points = Sequence[tuple[float, float]]  # (target, average cost as a share of the full model's)
+_GAPS = 8  # intervals between targets at first
+_CHANGE = 0.015  # intervals in which the share changes more are halved
+_NARROW = 1 / 1024  # least width of an interval
 
 
 def calibrate(spent: Callable[[float], float], progress: Callable[[], object] = lambda: None) -> list[tuple[float, float]]:
-    """Points between which the share can be interpolated. spent: evaluates the share that is spent at a target from 0 to 1.
+    """Points (target, average cost) for interpolation, sorted by target; the cost is a share of the full model's cost.
 
-    A gap between targets is halved while the share changes much within it, since it does so in steps. progress is called after
-    every target.
+    A target is 0 for the smallest network's cost and 1 for the full model's. The cost may jump between two targets, so an
+    interval with a large change is halved.
+
+    Args:
+        spent: function from a target to the average cost that the routers spend, as a share of the full model's cost.
+        progress: called after every evaluated target.
     """
     found: dict[float, float] = {}
 
@@ -35,18 +40,30 @@ def calibrate(spent: Callable[[float], float], progress: Callable[[], object] = 
 
 
 def target_for(calibration: Points, share: float, nearest: bool = False) -> float:
-    """Target at which routers spend `share` on average, interpolated; the nearer end of a gap that could not be halved further.
+    """Target at which the routers spend the average cost `share`, interpolated between the points of a calibration.
 
-    nearest: take the nearest share where the calibration does not reach that far. Raises FlextronError there without, and where
-    there is no calibration.
+    A target is 0 for the smallest network's cost and 1 for the full model's. Where the cost jumps between two neighbouring
+    targets, the target with the nearer cost is returned. Raises FlextronError for an empty calibration, and for a share outside
+    of the calibration unless `nearest`.
+
+    Args:
+        calibration: points (target, average cost as a share of the full model's cost).
+        share: average cost to reach, as a share of the full model's cost.
+        nearest: True: for a share outside of the calibration, take the nearest point.
     """
     if not calibration:
-        raise FlextronError("the adaptive routers have no calibration: their training did not end; run `flextron router` again")
+        raise FlextronError(
+            "the adaptive routers have no calibration, because their training did not end: run the same `flextron router` or "
+            "`flextron joint` command again"
+        )
     points = sorted(calibration)
     low, high = (pick(spent for _, spent in points) for pick in (min, max))
     if not nearest and not low - 0.005 <= share <= high + 0.005:
-        raise FlextronError(f"budget: the adaptive routers spend {low:.3f} to {high:.3f} of the full model's, not {share:.3f}")
-    # Routers of little training may spend less for a higher target: a rising gap further on has the share, too.
+        raise FlextronError(
+            f"budget={share:.3f}: the adaptive routers serve {low:.3f} to {high:.3f} of the full model's cost: choose a budget "
+            "in this range"
+        )
+    # With little training the share may fall where the target rises: use an interval in which it rises.
     rising = (gap for gap in pairwise(points) if gap[0][1] < gap[1][1] and gap[0][1] <= share <= gap[1][1])
     gap = next(rising, None)
     if gap is None:

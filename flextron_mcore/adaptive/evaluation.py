@@ -1,4 +1,4 @@
-"""Evaluation of routers on data: loss, and which levels tokens take.
+"""Evaluation of adaptive routers on data: loss, and the levels of the tokens.
 
 Shape suffixes: N blocks, K candidates, S tokens of a text, B sequences.
 """
@@ -19,7 +19,12 @@ from flextron_mcore.pipeline.networks import run_networks
 
 @dataclass(frozen=True)
 class RoutedEvaluation:
-    """Routers on one domain: loss [nats per token], and the share of tokens at each level [N, K]."""
+    """Result of token routing on one domain.
+
+    Attributes:
+        loss: mean loss in nats per token.
+        share_NK: share of tokens at each level k (index of the candidate, 0 the smallest) of each block n.
+    """
 
     loss: float
     share_NK: np.ndarray
@@ -34,7 +39,17 @@ def evaluate_routed(
     max_samples: int | None = None,
     progress: Callable[[str], object] = lambda domain: None,
 ) -> dict[str, RoutedEvaluation]:
-    """{domain: RoutedEvaluation}, on its samples or its first `max_samples`. Call on all ranks. routing: makes a new one."""
+    """Evaluate adaptive routers on each domain: {domain: RoutedEvaluation}. Call on all ranks.
+
+    Args:
+        model: this rank's virtual-pipeline chunks.
+        datasets: {domain: dataset}.
+        routing: function that returns a new AdaptiveRouting, whose counts of tokens are zero.
+        seq_length: tokens of a sample.
+        micro_batch_size: samples of a micro-batch.
+        max_samples: number of samples of each domain, the first ones; None for all.
+        progress: called with the name of each domain that is done.
+    """
     found = {}
     for domain, dataset in datasets.items():
         at_work = routing()
@@ -47,7 +62,15 @@ def evaluate_routed(
 
 
 def levels_of_text(model: Sequence[torch.nn.Module], routing: AdaptiveRouting, tokens_BS: torch.Tensor) -> np.ndarray:
-    """Levels [N, S] of the tokens of one sequence (B = 1). Call on all ranks."""
+    """Levels [N, S] that adaptive routers choose in each block for the tokens of one sequence. Call on all ranks.
+
+    A level is the index of a block's candidate, 0 the smallest. All ranks get the same levels.
+
+    Args:
+        model: this rank's virtual-pipeline chunks.
+        routing: adaptive routers at a target.
+        tokens_BS: token ids, B = 1.
+    """
     routing.kept = {}
     length = tokens_BS.shape[1]
     batch = {
@@ -59,7 +82,7 @@ def levels_of_text(model: Sequence[torch.nn.Module], routing: AdaptiveRouting, t
     training = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
-    # The interleaved schedule takes multiples of the pipeline stages.
+    # The interleaved schedule needs a multiple of the pipeline stages.
     interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     count = parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1
     with torch.no_grad():
@@ -74,7 +97,7 @@ def levels_of_text(model: Sequence[torch.nn.Module], routing: AdaptiveRouting, t
 
 
 def total_counts(counts_NK: torch.Tensor) -> torch.Tensor:
-    """Counts of tokens, summed over all data-parallel ranks and pipeline stages."""
+    """Sum token counts [N, K] over data-parallel ranks and pipeline stages; returns a new tensor. Call on all ranks."""
     total_NK = counts_NK.clone()
     for group in (parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
         torch.distributed.all_reduce(total_NK, group=group)

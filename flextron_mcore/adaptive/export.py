@@ -15,10 +15,12 @@ from flextron_mcore.routers.store import kind_of_routers
 
 
 def exported_routers(info: CheckpointInfo, latency: str | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Description for flextron_family.json, and tensors, of the checkpoint's adaptive routers.
+    """Adaptive routers of a checkpoint: (description for flextron_family.json, {name: tensor in fp32}).
 
-    latency: file or directory of a table, by default the one beside the routers. None where it has none, their training did not
-    end, or they were trained for a latency whose table is not at hand.
+    Returns None if the checkpoint has no adaptive routers, their training did not end, or they were trained for a latency whose
+    table is missing.
+
+    latency: file or directory of the latency table; None for the table beside the routers.
     """
     if info.path is None or kind_of_routers(info.path) != "adaptive":
         return None

@@ -1,9 +1,9 @@
-"""Latency of blocks whose tokens have different levels, routers and grouping included.
+"""Latency of blocks whose tokens have different levels, with the time of routers and of sorting tokens.
 
-A block's time is a sum over levels, of the share of tokens at a level times its cost, and over OVERHEADS, of their amounts times
-their costs (adaptive/usage.py). These costs are fitted (least squares, none below 0) to blocks timed in whole networks, with many
-mixes of one level, a few or all, and checked against whole networks with other mixes. Static networks are timed beside them, and
-all times are scaled to their costs, since a machine is not as fast all the time.
+A block's time is modelled as a sum of (share of tokens at a level) * (cost of the level), plus (amount) * (cost) of each of
+OVERHEADS (adaptive/usage.py). The costs are fitted by non-negative least squares to blocks timed in whole networks with many
+mixes of levels, and checked against whole networks with other mixes. Static networks are timed in the same rounds, and all times
+are scaled to their known costs, because a machine's speed drifts.
 
 Shape suffixes: M mixes, N blocks, K candidates, S sequence, B batch, D hidden channels, U hidden units of a router.
 """
@@ -27,12 +27,12 @@ from flextron_mcore.latency.measure import Setting, runner, time_blocks, time_ru
 from flextron_mcore.layers.tokens.layer import FixedLevels
 from flextron_mcore.runtime.distributed import device
 
-# Mixes that are fitted to, for each candidate, and mixes for the check.
+# Mixes for the fit, for each candidate; and mixes for the check.
 _MIXES, _CHECKS = 6, 8
 
 
 def networks_per_round(choices: Choices) -> int:
-    """Number of networks that a round times."""
+    """Number of whole networks that `measure_routed` times in every round."""
     return (_MIXES + 1) * choices.exists_NK.shape[1] + _CHECKS
 
 
@@ -47,9 +47,21 @@ def measure_routed(
     seed: int,
     progress: Callable[[], object] = lambda: None,
 ) -> RoutedTable:
-    """Costs of levels and overheads on this device, in the unit of `static`, the cost of networks without routing.
+    """Measure token routing on this device: milliseconds of every level of every axis, and of every kind of routing overhead.
 
-    hidden_size: of the routers. progress is called after every network.
+    A level is the index of a block's candidate. Routing overhead is time that tokens of different levels add (OVERHEADS,
+    usage.py).
+
+    Args:
+        model: full model on one rank.
+        choices: blocks of the model and candidates of each.
+        setting: workload of a timed run: batch size, prompt length, generated tokens.
+        rounds: number of timed rounds.
+        hidden_size: hidden units of a router.
+        kv_policy: keys and values that a token writes: `full`, of all KV groups, or `own`, of the groups that it uses.
+        static: latency of sub-networks without token routing; measured times are scaled to it.
+        seed: seed of the random levels of tokens, and of the order of runs.
+        progress: called after every timed network.
     """
     run = runner(model, setting, choices.model.vocab_size, seed)
     generator = np.random.default_rng([seed, 9])
@@ -101,7 +113,7 @@ _PARTS = slice(None, -len(OVERHEADS)), slice(-len(OVERHEADS), None)  # of a row
 
 
 def _mixes(choices: Choices, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Shares of tokens at each level [M, N, K]: every level in many mixes, some nearly pure, some even."""
+    """Random shares of tokens at each level [M, N, K]: every level occurs in many mixes, nearly alone or evenly mixed."""
     mixes_MNK = np.zeros((count, *choices.exists_NK.shape))
     for m in range(count):
         for n, sizes in enumerate(choices.sizes):
@@ -112,9 +124,9 @@ def _mixes(choices: Choices, count: int, generator: np.random.Generator) -> np.n
 
 
 def _rows(choices: Choices, levels_NSB: torch.Tensor, prompt_length: int) -> list[list[float]]:
-    """Amounts that multiply the costs of each block: share of tokens at each of its levels, and of each of OVERHEADS."""
+    """Regressors of each block's time: share of tokens at each of its levels, then amount of each of OVERHEADS."""
     hot_NSBK = torch.nn.functional.one_hot(levels_NSB, choices.exists_NK.shape[1]).double()
-    # Single tokens that follow a prompt hardly differ from others of their pass.
+    # Overheads are of the prompt's pass only: decoding passes have one token a sequence, whose levels hardly differ.
     prompt_NK = hot_NSBK[:, :prompt_length].mean((1, 2)).numpy()
     amount_N3 = np.stack(overheads_N3(prompt_NK, level_shares_NK(choices), lambda share: (share > 1e-9).astype(float)), -1)
     share_NK = hot_NSBK.mean((1, 2))
@@ -122,7 +134,13 @@ def _rows(choices: Choices, levels_NSB: torch.Tensor, prompt_length: int) -> lis
 
 
 class RandomRouter:
-    """Work of a block's router (adaptive/routers.py) with random weights, for FixedLevels."""
+    """Router with random weights, the same for all blocks, which takes as much time as a trained one (for FixedLevels).
+
+    Args:
+        channels: hidden channels of the model.
+        hidden_size: hidden units of the router.
+        width: largest number K of candidates of a block.
+    """
 
     def __init__(self, channels: int, hidden_size: int, width: int) -> None:
         make = lambda *shape: torch.randn(shape, device=device())  # noqa: E731
@@ -131,6 +149,6 @@ class RandomRouter:
 
     @torch.no_grad()
     def __call__(self, block: int, hidden_SBD: torch.Tensor) -> torch.Tensor:
-        """Counts [K] of the levels that it chooses."""
+        """Choose levels for the input of block number `block`, and return the number [K] of tokens at each level."""
         levels_SB = router_logits(hidden_SBD, self.token_UD, self.bias_U, self.out_KU, self.bias_K).argmax(-1)
         return count_levels(levels_SB, len(self.out_KU), levels_SB >= 0)

@@ -1,10 +1,11 @@
-"""Training of input-adaptive routers: from a step they learn which levels would have served each token better (Flextron, 3.2).
+"""Training of input-adaptive routers (Flextron, section 3.2, eq. 8 and 11).
 
-Straight through: networks run with masks that carry a gradient: the change of the loss, to first order, if a token's block used
-one part more or less. Or through a surrogate model of a token's loss, with forward passes only. A router's loss is the
-expectation of that under its own probabilities, plus a price for what the levels cost (eq. 8).
+The value of a level for a token is estimated in one of two ways. Straight through: networks run with masks, whose gradient is the
+first-order change of the loss if a token's block used one level more or less. Surrogate: a model of each token's loss, which
+needs forward passes only. A router minimises the expected value under its own probabilities, plus a price: the derivative of the
+constraint loss (eq. 8) with respect to the share of tokens at each level.
 
-Routers are replicated; every rank learns from the blocks and tokens that it computed, and gradients are summed over ranks.
+Routers are replicated. Every rank learns from the blocks and tokens that it computed, and gradients are summed over ranks.
 
 Shape suffixes: S sequence, B batch, N blocks, K candidates, T targets of a step, C constrained costs, D hidden channels.
 """
@@ -35,12 +36,29 @@ from flextron_mcore.settings.sections import JointAdaptiveSettings, SurrogateSet
 from flextron_mcore.training.constraint import Constraint, Targets
 from flextron_mcore.training.learner import Figures, TraceLearner
 
-# Share of a block's tokens at which a level counts as half occurring, in training: to occur or not has no slope.
+# Share of a block's tokens at which a level occurs by half in training (a step function would have no gradient).
 _HALF = 0.05
 
 
 class AdaptiveLearner(TraceLearner):
-    """Adaptive routers and their optimizer. Costs are in spans: 0 is the smallest network's cost and 1 the full model's."""
+    """Adaptive routers in training, and their optimizer.
+
+    Targets are shares of the span from the smallest network's cost (0) to the full model's (1).
+
+    Args:
+        choices: blocks of the model (attention and MLP of each layer) and candidates of each.
+        costs: costs that targets limit, in the order of `info.costs`.
+        info: description of the routers, stored beside them.
+        settings: learning rate, noise and constraint weight.
+        targets_per_step: number of targets, and so of routed forward passes, in a step.
+        seed: seed of the run.
+        max_steps: number of steps of the training.
+        routers: adaptive routers on this rank's device, the same on all ranks.
+        sequence_parallel: True if tensor-parallel ranks hold different positions of the sequence.
+        token_costs: {KV policy: cost of a pass with token routing, for each of `costs`}.
+        table: latency table as plain types, stored beside the routers; None without.
+        surrogate: settings of a surrogate model of the loss to learn from; None to learn from gradients of masks.
+    """
 
     surrogate: TokenSurrogate | None = None
 
@@ -59,10 +77,6 @@ class AdaptiveLearner(TraceLearner):
         table: Mapping[str, Any] | None = None,
         surrogate: SurrogateSettings | None = None,
     ) -> None:
-        """costs: of the targets, those of `info`. token_costs: by KV policy, of what tokens really spend, in the same order.
-
-        surrogate: learn through one. routers: on this rank's device, the same on all ranks. table: of latencies, to be kept.
-        """
         self.choices, self.costs, self.info, self.settings, self.table = choices, list(costs), info, settings, table
         self.seed, self.max_steps, self.sequence_parallel = seed, max_steps, sequence_parallel
         self.targets_per_step, self.routers, self.token_costs = targets_per_step, routers, token_costs
@@ -78,24 +92,27 @@ class AdaptiveLearner(TraceLearner):
         self.constant_C = in_spans([mix.levels.constant - cost.smallest for mix, cost in zip(used, self.costs, strict=True)])
         self.level_CNK = in_spans([choices.costs_NK(mix.levels) for mix in used])
         self.overhead_CN3 = in_spans([mix.overhead_N3(choices) for mix in used])
-        # Tokens cannot spend less than with the cheapest level of every block, which may cost more than the smallest network.
+        # With routing overhead the cheapest levels of all blocks may cost more than the smallest network: no target below them.
         least_CNK = self.level_CNK.masked_fill(torch.tensor(~choices.exists_NK, device=device), torch.inf)
         least_C = (self.constant_C + least_CNK.amin(-1).sum(-1)).cpu()
         self.targets.low_C = torch.maximum(self.targets.low_C, least_C.clamp(max=1.0))
         self.trained = [parameter for parameter in routers.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, lr=settings.lr, betas=(0.9, 0.99))
-        self.scale: float | None = None  # of the losses above the full model's
+        self.scale: float | None = None  # running mean of the routed networks' loss minus the full model's
         self.drawn: list[AdaptiveRouting] = []
         if surrogate:
             self.surrogate = TokenSurrogate(choices, surrogate, seed, max_steps, sequence_parallel).to(device)
 
     @property
     def watch(self) -> Watch | None:
-        """The surrogate's."""
+        """Method of the surrogate model that receives the loss of each micro-batch; None without a surrogate."""
         return self.surrogate.watch if self.surrogate else None
 
     def networks(self, step: int) -> list[AdaptiveRouting]:
-        """Routings for the targets of a step, with exploration noise."""
+        """Token routings of this step: adaptive routers with Gumbel noise, one routing for each randomly drawn target.
+
+        Call once a step, on all ranks.
+        """
         value = np.random.SeedSequence([self.seed, 8, step]).generate_state(2)
         targets_TC = self.targets.draw(self.targets_per_step, torch.Generator().manual_seed(int(value[0])))
         masked, noise = self.surrogate is None, self.settings.noise
@@ -106,21 +123,38 @@ class AdaptiveLearner(TraceLearner):
         return self.drawn
 
     def target(self, share: float) -> float:
-        """Target of a share of the full model's (first) cost."""
+        """Convert a share of the full model's first cost into a target: 0 for the smallest network, 1 for the full model."""
         return target_of(self.costs[0], share * self.costs[0].full)
 
     def routing(self, target: float, kv_policy: str | None = None) -> AdaptiveRouting:
-        """Routing as in evaluation. target: of the first cost; others are free."""
+        """Token routing without noise, so that every token takes its likeliest level (candidate).
+
+        Args:
+            target: target of the first cost, 0 (smallest network) to 1 (full model); other costs get the target 1.
+            kv_policy: "full" or "own" (layers/tokens/levels.py); None for the policy of the training.
+        """
         target_C = torch.ones(len(self.costs))
         target_C[0] = target
         return AdaptiveRouting(self.routers, target_C, kv_policy or self.info.kv_policy)
 
     def share(self, share_NK: np.ndarray, kv_policy: str | None = None) -> float:
-        """Cost of a token at these shares of levels [N, K], as a share of the full model's (first) cost."""
+        """Average cost of token routing by the first of the learner's costs, as a share of the full model's cost.
+
+        Args:
+            share_NK: share of tokens at each level k (candidate) of each block n.
+            kv_policy: "full" or "own" (layers/tokens/levels.py); None for the policy of the training.
+        """
         return self.token_costs[kv_policy or self.info.kv_policy][0].average(self.choices, share_NK) / self.costs[0].full
 
     def learn(self, step: int, losses: Sequence[float]) -> Figures:
-        """Update from the traces of a step, and its networks' losses [nats per token], the full model's first."""
+        """Update the routers from the losses of a step and the traces of its token routings. Call on all ranks.
+
+        Returns figures for the log.
+
+        Args:
+            step: number of the step.
+            losses: loss of each network in nats per token, the full model first.
+        """
         above = max(float(np.mean(losses[1:])) - losses[0], 1e-6)
         self.scale = above if self.scale is None else 0.9 * self.scale + 0.1 * above
         for group in self.optimizer.param_groups:
@@ -140,9 +174,9 @@ class AdaptiveLearner(TraceLearner):
         }
 
     def _learn_from(self, t: int, routing: AdaptiveRouting, step: int) -> Tensor:
-        """Add the gradient of one network's traces; what its tokens spent [C]."""
+        """Add the gradients from one network's traces, and return the average cost [C] of its tokens."""
         traces = routing.traces
-        if not self.surrogate:  # a pass without a gradient was run again in the backward pass: recomputation
+        if not self.surrogate:  # with recomputation, the first forward pass leaves traces without a gradient
             traces = [trace for trace in traces if trace.mask_SBK.grad is not None]
         counts_NK = torch.zeros_like(routing.counts_NK)
         for trace in traces:
@@ -166,19 +200,22 @@ class AdaptiveLearner(TraceLearner):
         return self.routers(trace.block, trace.hidden_SBD, routing.target_C, routing.start_NK)
 
     def _straight_through(self, trace: Trace) -> Tensor:
-        """Change of the loss for each level, to first order, for the tokens of this rank: [S, B, K]."""
+        """First-order change of the loss for each level and token of this rank [S, B, K], from the gradients of the masks."""
         part_SBK = trace.mask_SBK.grad
-        if parallel_state.get_tensor_model_parallel_world_size() > 1:  # each rank has neurons and heads of its own
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:  # each rank has a part of the neurons and heads
             torch.distributed.all_reduce(part_SBK, group=parallel_state.get_tensor_model_parallel_group())
         return own_part(part_SBK.cumsum(-1), self.sequence_parallel)
 
     def _overhead_C(self, share_NK: Tensor) -> Tensor:
-        """Routing overhead of a token's average cost."""
-        amount_N3 = torch.stack(overheads_N3(share_NK, level_shares_NK(self.choices), occurring), -1)
+        """Routing overhead [C] at these shares of tokens, differentiable."""
+        amount_N3 = torch.stack(overheads_N3(share_NK, level_shares_NK(self.choices), smooth_occurrence), -1)
         return (amount_N3 * self.overhead_CN3).sum((-1, -2))
 
     def _overhead_slope_NK(self, slope_C: Tensor, traces: Sequence[Trace], routing: AdaptiveRouting) -> Tensor:
-        """Slope of the overhead by each level's probability, at the mean over tokens: counts are too coarse."""
+        """Derivative [N, K] of the priced overhead with respect to each level's share of tokens.
+
+        Taken at the mean probabilities of the routers, because counts of tokens are too coarse.
+        """
         total_NK = torch.zeros_like(routing.counts_NK)
         if not self.overhead_CN3.any():
             return total_NK.float()
@@ -207,7 +244,7 @@ class AdaptiveLearner(TraceLearner):
                 torch.distributed.all_reduce(parameter.grad, group=group)
 
     def write(self, folder: Path) -> None:
-        """Write the routers, and what continues their training, into a checkpoint's directory."""
+        """Write the routers and the state of their training into a checkpoint's directory. Call on the main process."""
         write_routers(folder, self.info, self.routers, self.table)
         more = {}
         if kept := self.surrogate:
@@ -215,7 +252,10 @@ class AdaptiveLearner(TraceLearner):
         save_state(folder / STATE_FILE, routers=self.routers, optimizer=self.optimizer, scale=self.scale, **more)
 
     def read(self, folder: Path) -> None:
-        """Continue from what `write` left."""
+        """Restore the routers and the state of their training from a checkpoint's directory.
+
+        Call on all ranks. Raises FlextronError for a damaged file, or if the checkpoint has another latency table.
+        """
         check_same_table(folder, self.table)
         state = load_state(folder / STATE_FILE)
         self.routers.load_state_dict(state["routers"])
@@ -228,9 +268,9 @@ class AdaptiveLearner(TraceLearner):
         self.info, _ = read_adaptive_routers(folder, self.choices)
 
 
-def occurring(share: Tensor) -> Tensor:
-    """Smooth stand-in for a level's occurrence at a share of tokens: 0 for none, nearly 1 unless they are few.
+def smooth_occurrence(share: Tensor) -> Tensor:
+    """Differentiable approximation of "a token of this level occurs", from the share of tokens at the level.
 
-    Smooth, since exploration gives every level some tokens.
+    It is share * (1 + h) / (share + h) with h = 0.05: 0 for a share of 0, 1 for a share of 1.
     """
     return share * (1 + _HALF) / (share + _HALF)

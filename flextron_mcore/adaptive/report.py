@@ -1,4 +1,4 @@
-"""The report's topics about token routing (the paper's figures 8 and 9): losses and spending by budget, domain and token.
+"""Report topics about token routing (Flextron, figures 8 and 9): loss and cost by budget, domain and token.
 
 Losses are in nats per token, budgets and shares in fractions of the full model's cost. No torch import.
 """
@@ -25,7 +25,15 @@ COLUMNS = 64  # characters of a line of text
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses of tokens that choose, and their spending. levels: for each domain and block, the share of tokens at each level."""
+    """Loss and cost of token routing at one budget.
+
+    Attributes:
+        loss: {domain: loss in nats per token}.
+        mean_loss: mean of `loss` over domains.
+        shares: {domain: average cost of a token, as a share of the full model's cost}.
+        share: mean of `shares` over domains.
+        levels: {domain: [share of tokens at each level, smallest candidate first] of each block}.
+    """
 
     loss: dict[str, float]
     mean_loss: float
@@ -34,13 +42,18 @@ class Outcome:
     levels: dict[str, list]
 
     def cell(self, domain: str) -> str:
-        """Loss and share of a domain, for a table."""
+        """Text for one domain in a table: loss in nats per token, and average cost as percent of the full model's cost."""
         return f"{loss(self.loss[domain])} at {percent(self.shares[domain])}" if domain in self.loss else "–"
 
 
 @dataclass(frozen=True)
 class Static:
-    """The static routers' network of a budget."""
+    """Result of the sub-network that the static routers choose for one budget.
+
+    Attributes:
+        mean_loss: loss in nats per token, mean over domains.
+        share: cost of the sub-network, as a share of the full model's cost.
+    """
 
     mean_loss: float
     share: float
@@ -48,7 +61,13 @@ class Static:
 
 @dataclass(frozen=True)
 class Budget:
-    """One budget: the static routers' network, and the tokens' own choices, by KV policy."""
+    """Results of static and adaptive routers at one budget.
+
+    Attributes:
+        target: budget, as a share of the full model's cost.
+        static: result of the static routers.
+        adaptive: {KV policy: result of token routing}.
+    """
 
     target: float
     static: Static
@@ -57,7 +76,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class TokenCosts:
-    """The first tokens of a text, and the share of the full model's cost that each spent."""
+    """Cost of each of the first tokens of one text at a budget.
+
+    Attributes:
+        domain: domain of the text.
+        budget: budget, as a share of the full model's cost.
+        texts: text of each token.
+        shares: cost of each token, as a share of the full model's cost.
+    """
 
     domain: str
     budget: float
@@ -67,7 +93,12 @@ class TokenCosts:
 
 @dataclass(frozen=True)
 class TokenRouters:
-    """Costs that the routers were trained for, and the KV policy that they were trained with."""
+    """Settings of trained adaptive routers.
+
+    Attributes:
+        costs: names of the costs that budgets limit.
+        kv_policy: keys and values that a token writes: `full`, of all KV groups, or `own`, of the groups that it uses.
+    """
 
     costs: list[str]
     kv_policy: KvPolicy
@@ -75,7 +106,16 @@ class TokenRouters:
 
 @dataclass(frozen=True)
 class Trained:
-    """Token routers as evaluated by the command that trained them."""
+    """Evaluation of adaptive routers by the stage that trained them.
+
+    Attributes:
+        label: name of the stage's directory.
+        model: architecture of the full model.
+        routers: settings of the routers.
+        full_loss: {domain: loss of the full model in nats per token}.
+        adaptive_budgets: results at each budget.
+        token_costs: cost of each token of a text, for each domain.
+    """
 
     label: str
     model: ModelConfig
@@ -86,17 +126,28 @@ class Trained:
 
     @property
     def costs(self) -> str:
-        """The costs that budgets and shares are of, in words."""
+        """Names of the costs that budgets and shares refer to, as text."""
         return " and ".join(self.routers.costs)
 
     def outcomes(self) -> list[tuple[float, Outcome]]:
-        """(target, outcome) of every budget, with the routers' own KV policy."""
+        """(budget, result of token routing) for each budget, with the KV policy of the training.
+
+        Budgets are shares of the full model's cost.
+        """
         return [(budget.target, budget.adaptive[self.routers.kv_policy]) for budget in self.adaptive_budgets]
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One `evaluate selector=adaptive` directory. cost: the kind of the budget and the shares."""
+    """Result of one `flextron evaluate selector=adaptive`.
+
+    Attributes:
+        label: name of the directory.
+        cost: name of the cost that the budget limits.
+        budget: budget, as a share of the full model's cost.
+        kv_policy: `full` or `own` (layers/tokens/levels.py).
+        outcome: loss and cost of token routing.
+    """
 
     label: str
     cost: str
@@ -106,7 +157,7 @@ class Evaluated:
 
 
 def read_trained(output: StageOutput) -> Trained | None:
-    """One directory of a stage that trains routers; None for static routers."""
+    """Read the directory of a stage that trains routers; None for static routers."""
     if not output.metrics.inner("routers").has("kind"):
         return None
     found = output.into(Trained)
@@ -114,7 +165,7 @@ def read_trained(output: StageOutput) -> Trained | None:
 
 
 def read_evaluated(output: StageOutput) -> Evaluated | None:
-    """One `evaluate` directory; None for an evaluation of networks."""
+    """Read an `evaluate` directory; None for an evaluation of sub-networks."""
     if not output.metrics.has("kv_policy"):
         return None
     mean_loss = output.metrics.inner("mean").read("loss", float)
@@ -122,7 +173,7 @@ def read_evaluated(output: StageOutput) -> Evaluated | None:
 
 
 def trained_sections(results: list[Trained]) -> list[Section]:
-    """A part of the page for each directory: static against adaptive, by domain, by block, and token by token."""
+    """Section of the page for each training: static against adaptive routers, by domain, by block, and token by token."""
     parts = []
     for found in results:
         policies = [policy for policy in KV_POLICIES if any(policy in budget.adaptive for budget in found.adaptive_budgets)]
@@ -147,12 +198,12 @@ def trained_sections(results: list[Trained]) -> list[Section]:
         note += f" model’s {found.costs} that tokens spent. The routers were trained with kv {found.routers.kv_policy}: with full"
         note += " every token writes all keys and values, with own only those of the heads that it uses."
         tables = [Table.of_columns(columns), Table(["Budget", *found.full_loss], rows)]
-        parts.append(Section(f"adaptive_{name}", f"A choice for every token ({found.label})", note, tables, pictures))
+        parts.append(Section(f"adaptive_{name}", f"A choice for every token ({found.label})", note, tables, pictures, "budgets"))
     return parts
 
 
 def evaluated_sections(results: list[Evaluated]) -> list[Section]:
-    """A table with a row for each directory."""
+    """Section of the page with one table, which has a row for each evaluation of adaptive routers."""
     domains = list(dict.fromkeys(domain for found in results for domain in found.outcome.loss))
     columns = [
         ("Run", [found.label for found in results]),
@@ -164,11 +215,12 @@ def evaluated_sections(results: list[Evaluated]) -> list[Section]:
         ("Share", [percent(found.outcome.share) for found in results]),
     ]
     note = "Adaptive routers at one budget: validation loss, and the average share of the full model’s cost that tokens spent."
-    return [Section("adaptive_evaluated", "Tokens that choose, evaluated", note, [Table.of_columns(columns, left=2)], [])]
+    table = Table.of_columns(columns, left=2)
+    return [Section("adaptive_evaluated", "Token routing, evaluated", note, [table], [], "budgets")]
 
 
 def _lines(figure: Figure, series: dict[str, list[tuple[float, float]]], colours: list, xlabel: str, ylabel: str) -> None:
-    """One marked line for each of the series."""
+    """Draw each series as a line with markers."""
     axes = chart(figure, xlabel, ylabel)
     for (text, points), marker, colour in zip(series.items(), MARKERS * len(series), colours, strict=False):
         axes.plot(*zip(*points, strict=True), f"{marker}-", color=colour, label=text, markersize=5)
@@ -176,7 +228,7 @@ def _lines(figure: Figure, series: dict[str, list[tuple[float, float]]], colours
 
 
 def loss_against_share(found: Trained, name: str) -> Picture:
-    """Mean loss against the average share, static and adaptive."""
+    """Chart of the mean loss against the average cost, for static and adaptive routers. name: file name without its ending."""
     series = {"static": [(100 * budget.static.share, budget.static.mean_loss) for budget in found.adaptive_budgets]}
     for policy in KV_POLICIES:
         outcomes = [budget.adaptive[policy] for budget in found.adaptive_budgets if policy in budget.adaptive]
@@ -195,7 +247,10 @@ def loss_against_share(found: Trained, name: str) -> Picture:
 
 
 def degradation(found: Trained, name: str) -> Picture:
-    """Each domain's loss above the full model's against the budget (the paper's figure 8)."""
+    """Chart of each domain's loss minus the full model's loss there, against the budget (Flextron, figure 8).
+
+    name: file name without its ending.
+    """
     series = {
         domain: [(100 * target, outcome.loss[domain] - full) for target, outcome in found.outcomes()]
         for domain, full in found.full_loss.items()
@@ -211,7 +266,10 @@ def degradation(found: Trained, name: str) -> Picture:
 
 
 def allocation(found: Trained, name: str) -> Picture:
-    """The mean level of each block, by domain, for the middle budget (the paper's figure 9)."""
+    """Chart of the mean level of tokens in each block by domain, at the middle budget (Flextron, figure 9).
+
+    A level is the index of a block's candidate, 0 the smallest. name: file name without its ending.
+    """
     target, outcome = found.outcomes()[len(found.adaptive_budgets) // 2]
     domains, layers = list(outcome.levels), found.model.num_layers
     mean = np.array([[_mean_level(block) for block in outcome.levels[domain]] for domain in domains])
@@ -235,12 +293,18 @@ def allocation(found: Trained, name: str) -> Picture:
 
 
 def _mean_level(shares: list[float]) -> float:
-    """0 if all tokens are at the smallest level, 1 at the largest."""
+    """Mean level, scaled to 0 (all tokens at the smallest) .. 1 (all at the largest)."""
     return sum(level * share for level, share in enumerate(shares)) / max(len(shares) - 1, 1)
 
 
 def heat(tokens: TokenCosts, name: str, costs: str) -> Picture:
-    """A text whose tokens are coloured by the share that they spent."""
+    """Chart of a text whose tokens are coloured by their cost.
+
+    Args:
+        tokens: tokens of the text and the cost of each.
+        name: file name without its ending.
+        costs: name of the cost.
+    """
     cells = []
     for text, share in zip(tokens.texts, tokens.shares, strict=True):
         shown = text.replace("\n", "⏎").replace("\t", "→") or "·"

@@ -1,4 +1,4 @@
-"""Routers at work for one target: the token routing that a model computes with.
+"""Token routing by adaptive routers for one target.
 
 Shape suffixes: S sequence, B batch, N blocks, K candidates, C constrained costs, D hidden channels.
 """
@@ -18,10 +18,15 @@ from flextron_mcore.layers.tokens.layer import RoutedLayer
 
 @dataclass
 class Trace:
-    """One block in one micro-batch, for training its router: its input, and which level each token took.
+    """Record of one block in one micro-batch, from which its router learns.
 
-    hidden_SBD: this rank's part of the sequence. levels_SB, counted_SB (which tokens count), mask_SBK (None without masks): of
-    the whole sequence.
+    Attributes:
+        block: index of the block.
+        number: number of the micro-batch within the step.
+        hidden_SBD: input of the block; with sequence parallelism this rank's positions only.
+        levels_SB: level (index of the candidate) of each token of the whole sequence.
+        counted_SB: True where a token counts in the loss.
+        mask_SBK: masks of the levels, whose gradient is the training signal; None if levels were not masked.
     """
 
     block: int
@@ -34,7 +39,13 @@ class Trace:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch: its number, by which noise differs; its tokens that count (None: all) and those that are padding."""
+    """Micro-batch whose tokens are routed.
+
+    Attributes:
+        number: number of the micro-batch within the step; part of the seed of the noise.
+        counted_SB: True where a token counts in the loss; None if all do.
+        padding_SB: True for padding; None without padding.
+    """
 
     number: int = 0
     counted_SB: Tensor | None = None
@@ -43,11 +54,21 @@ class MicroBatch:
 
 @dataclass
 class AdaptiveRouting:
-    """A TokenRouting (layers/state.py) by routers, for `use_subnetwork`.
+    """Token routing of a model by adaptive routers for one target, an argument of `use_subnetwork` (protocol: layers/state.py).
 
-    kv_policy: `full` or `own` (layers/tokens/levels.py). noise, seed: scale and seed of Gumbel noise on logits, for training.
-    traced: keep `traces`, for training. masked: also compute with masks that get gradients. counts_NK: number of counted tokens
-    at each level so far. kept: if given, gets each block's levels [S, B] of the last micro-batch.
+    A level is the index of a block's candidate, 0 the smallest.
+
+    Attributes:
+        routers: adaptive routers.
+        target_C: target of each cost, 0 (smallest network) to 1 (full model).
+        kv_policy: keys and values that a token writes: `full`, of all KV groups, or `own`, of the groups that it uses.
+        noise, seed: scale and seed of Gumbel noise on the logits, for training.
+        traced: True: record `traces`, for training.
+        masked: True: compute all units with masks that get gradients, for training.
+        kept: dictionary that receives the levels [S, B] of each block in the last micro-batch; None for none.
+        traces: records of blocks and micro-batches since the last step.
+        micro_batch: micro-batch whose tokens are routed now.
+        counts_NK: number of tokens so far that count in the loss, at each level of each block.
     """
 
     routers: AdaptiveRouters
@@ -67,23 +88,38 @@ class AdaptiveRouting:
         self.counts_NK = torch.zeros(self.routers.bias_NK.shape, dtype=torch.float64, device=self.target_C.device)
 
     def begin(self, number: int = 0, counted_BS: Tensor | None = None, padding_BS: Tensor | None = None) -> None:
-        """Start a micro-batch. Padding is never routed, never counted, and gets nothing from any block."""
+        """Start a micro-batch: later calls of `layer` route its tokens. Counts and traces of earlier micro-batches are kept.
+
+        Args:
+            number: number of the micro-batch within the step, over all data-parallel ranks; part of the seed of the noise.
+            counted_BS: True where a token counts in the loss; None if all do.
+            padding_BS: True for padding, which gets level -1: no block computes it. None without padding.
+        """
         transposed = (None if mask_BS is None else mask_BS.T for mask_BS in (counted_BS, padding_BS))
         self.micro_batch = MicroBatch(number, *transposed)
 
     def layer(self, index: int) -> RoutedLayer:
-        """Routing of a layer for the micro-batch that was begun, also when it is computed again in a backward pass."""
+        """Routing of the layer `index` (from 0 over all pipeline stages) for the current micro-batch.
+
+        The result stays valid for recomputation in the backward pass, when a later micro-batch may have begun.
+        """
         micro_batch = self.micro_batch
         return RoutedLayer.of(index, lambda block: AdaptiveBlock(self, block, micro_batch))
 
     def count(self, block: int, levels_SB: Tensor, counted_SB: Tensor) -> None:
-        """Add the counted tokens' levels to `counts_NK`."""
+        """Add the levels that tokens took in one block to `counts_NK`.
+
+        Args:
+            block: index of the block.
+            levels_SB: level (index of the candidate) of each token.
+            counted_SB: True where a token counts.
+        """
         self.counts_NK[block] += count_levels(levels_SB, self.counts_NK.shape[1], counted_SB)
 
 
 @dataclass(frozen=True)
 class AdaptiveBlock:
-    """The BlockRouting (layers/tokens/levels.py) of one block and micro-batch."""
+    """Routing of one block in one micro-batch by an adaptive router; a BlockRouting (protocol of layers/tokens/levels.py)."""
 
     routing: AdaptiveRouting
     block: int
@@ -91,17 +127,25 @@ class AdaptiveBlock:
 
     @property
     def kv_policy(self) -> str:
-        """Policy of all blocks."""
+        """KV policy, `full` or `own` (layers/tokens/levels.py)."""
         return self.routing.kv_policy
 
     @property
     def masked(self) -> bool:
-        """True if masks are wanted."""
+        """True to compute all units for all tokens, multiplied with masks that get gradients."""
         return self.routing.masked
 
     @torch.no_grad()
     def levels(self, hidden_SBD: Tensor, sequence_parallel: bool) -> Tensor:
-        """Levels [S, B] of the whole sequence: argmax of the logits."""
+        """Choose the level of each token of the whole sequence [S, B]: the candidate with the largest logit; -1 for padding.
+
+        In training, Gumbel noise of scale `routing.noise` is added to the logits first. Call on all tensor-parallel ranks, which
+        get equal levels. Levels of tokens that count in the loss are counted; if the routing is traced, all are recorded.
+
+        Args:
+            hidden_SBD: input of the block on this rank.
+            sequence_parallel: True if `hidden_SBD` has this rank's part of the sequence only.
+        """
         routing, ranks = self.routing, parallel_state.get_tensor_model_parallel_world_size()
         logits_SBK = routing.routers(self.block, hidden_SBD, routing.target_C, routing.start_NK)
         if routing.noise:
@@ -111,7 +155,7 @@ class AdaptiveBlock:
             logits_SBK = logits_SBK + routing.noise * noise_SBK.to(logits_SBK.device)
         levels_SB = logits_SBK.argmax(-1)
         if ranks > 1:
-            levels_SB = _agreed(levels_SB, ranks, sequence_parallel)
+            levels_SB = _sent_to_all_ranks(levels_SB, ranks, sequence_parallel)
         if self.micro_batch.padding_SB is not None:
             levels_SB = levels_SB.masked_fill(self.micro_batch.padding_SB, -1)
         counted_SB = levels_SB >= 0
@@ -126,22 +170,25 @@ class AdaptiveBlock:
         return levels_SB
 
     def masks(self, levels_SB: Tensor) -> Tensor:
-        """[S, B, K]: 1 where a token's level is at least k; the last trace keeps it, for its gradient."""
+        """Masks [S, B, K]: 1 where a token's level is k or higher, else 0.
+
+        The block's trace keeps them, because the router learns from their gradient.
+        """
         width = self.routing.counts_NK.shape[1]
         mask_SBK = (levels_SB.unsqueeze(-1) >= torch.arange(width, device=levels_SB.device)).float().requires_grad_()
         self.routing.traces[-1].mask_SBK = mask_SBK
         return mask_SBK
 
     def _gumbel(self, shape: tuple[int, ...]) -> Tensor:
-        """Noise that depends on the seed, the block and the micro-batch alone."""
+        """Gumbel noise that depends on the seed, the block and the micro-batch only."""
         seed = [self.routing.seed, 7, self.block, self.micro_batch.number]
         state = np.random.SeedSequence(seed).generate_state(1)[0]
         uniform = torch.rand(shape, generator=torch.Generator().manual_seed(int(state))).clamp_min(1e-9)
         return -torch.log(-torch.log(uniform))
 
 
-def _agreed(levels_SB: Tensor, ranks: int, sequence_parallel: bool) -> Tensor:
-    """Levels of the whole sequence, equal on all tensor-parallel ranks: sent, since ranks may round logits differently."""
+def _sent_to_all_ranks(levels_SB: Tensor, ranks: int, sequence_parallel: bool) -> Tensor:
+    """Levels of the whole sequence, equal on all tensor-parallel ranks. They are sent, as ranks may round logits differently."""
     group, levels_SB = parallel_state.get_tensor_model_parallel_group(), levels_SB.contiguous()
     if not sequence_parallel:
         torch.distributed.broadcast(levels_SB, torch.distributed.get_global_rank(group, 0), group=group)

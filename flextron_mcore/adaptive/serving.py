@@ -1,4 +1,4 @@
-"""Adaptive routers of a checkpoint at one budget, for commands that evaluate or generate."""
+"""Adaptive routers of a checkpoint at one budget, for the commands `evaluate` and `generate`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,23 @@ from flextron_mcore.evaluation.perplexity import mean, perplexity
 from flextron_mcore.model import loaded_model
 from flextron_mcore.runs.choice import available_costs, budgets, latency_table
 from flextron_mcore.runs.output import discard, new_output, write_metrics
-from flextron_mcore.runs.terminal import print_table, progress_bar, say
+from flextron_mcore.runs.terminal import print_table, progress_bar, warn
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.settings.stages import EvaluateSettings, GenerateSettings
 
 
 @dataclass(frozen=True)
 class RoutersAtBudget:
-    """Routers that spend a budget on average."""
+    """Adaptive routers of a checkpoint, set so that tokens cost as much as a budget on average.
+
+    Attributes:
+        choices: blocks of the model and candidates of each.
+        routers: adaptive routers on this rank's device.
+        target_C: target of each cost, 0 (smallest network) to 1 (full model), from the routers' calibration.
+        kv_policy: keys and values that a token writes: `full`, of all KV groups, or `own`, of the groups that it uses.
+        budget: average cost of tokens that the routers are set for.
+        cost: cost of a pass with token routing.
+    """
 
     choices: Choices
     routers: AdaptiveRouters
@@ -43,33 +52,40 @@ class RoutersAtBudget:
 
     @property
     def budget_share(self) -> float:
-        """The budget, as a share of the full model's cost."""
+        """Budget as a share of the full model's cost."""
         return self.budget.limit / self.budget.cost.full
 
     def routing(self) -> AdaptiveRouting:
-        """A new routing, which has counted no tokens."""
+        """New token routing at the budget, with counts of zero."""
         return AdaptiveRouting(self.routers, self.target_C, self.kv_policy)
 
     def share(self, share_NK: np.ndarray) -> float:
-        """Cost of a token at these shares of levels, as a share of the full model's cost."""
+        """Average cost of a token, as a share of the full model's cost.
+
+        share_NK: share of tokens at each level k (index of the candidate) of each block n.
+        """
         return self.cost.average(self.choices, share_NK) / self.budget.cost.full
 
 
 def routers_at_budget(settings: EvaluateSettings | GenerateSettings, info: CheckpointInfo) -> RoutersAtBudget:
-    """The checkpoint's adaptive routers at settings.budget. Raises FlextronError where it has none, or they do not serve that."""
+    """Adaptive routers of a checkpoint, set for settings.budget.
+
+    Raises FlextronError for a checkpoint without adaptive routers, and for a budget that they were not calibrated for.
+    """
     choices, table = Choices(info.model, info.space), latency_table(settings, info)
     described, routers = read_adaptive_routers(info.path, choices)
     if settings.budget is None or getattr(settings, "subnetwork", None) is not None:
-        raise FlextronError("selector=adaptive: wants a budget=, and no subnetwork=")
+        raise FlextronError("selector=adaptive: needs a budget (budget=...), and no subnetwork=")
     policy = settings.kv_policy or described.kv_policy
     budget, *others = budgets(settings.budget, available_costs(settings, info, table))
     if others or budget.cost.name != described.costs[0]:
         raise FlextronError(
-            f"budget={settings.budget}: the checkpoint's adaptive routers serve one budget, of {described.costs[0]}"
+            f"budget={settings.budget}: the checkpoint's adaptive routers serve one budget, of {described.costs[0]}, such as "
+            f'"0.6 {described.costs[0]}"'
         )
     target_C = torch.ones(len(described.costs))
     target_C[0] = target_for(described.calibration, budget.limit / budget.cost.full)
-    warn_of_routed(table, [budget.cost], policy, say)
+    warn_of_routed(table, [budget.cost], policy, warn)
     cost = token_cost(budget.cost, table, policy)
     return RoutersAtBudget(choices, routers.to(device()).eval(), target_C, policy, budget, cost)
 
@@ -77,7 +93,18 @@ def routers_at_budget(settings: EvaluateSettings | GenerateSettings, info: Check
 def evaluate_adaptive(
     settings: EvaluateSettings | GenerateSettings, info: CheckpointInfo, data: PreparedData, computed: str, seq_length: int
 ) -> dict[str, Any]:
-    """Loss, perplexity and average cost of a checkpoint's adaptive routers at a budget, by domain."""
+    """Evaluate a checkpoint's adaptive routers at a budget, and write metrics.json. Call on all ranks.
+
+    Returns the content of metrics.json: loss, perplexity and average cost of a token, by domain. Raises FlextronError for a
+    checkpoint without adaptive routers, and for a budget that they were not calibrated for.
+
+    Args:
+        settings: settings of the stage, with the budget.
+        info: checkpoint with adaptive routers.
+        data: prepared data set, whose validation part is used.
+        computed: precision to compute in, fp32 or bf16.
+        seq_length: tokens of a sample.
+    """
     at = routers_at_budget(settings, info)
     with new_output(settings) as out:
         datasets = valid_datasets(data, seq_length, settings.seed, out / "cache")

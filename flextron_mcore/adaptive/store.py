@@ -1,4 +1,4 @@
-"""Adaptive routers in a checkpoint's directory, in the files of routers/store.py beside the static ones they started from."""
+"""Adaptive routers in a checkpoint's directory: the files of routers/store.py, which also hold the static routers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from flextron_mcore.settings.sections import KV_POLICIES
 
 @dataclass(frozen=True)
 class AdaptiveInfo(RouterInfo):
-    """Description of trained adaptive routers.
+    """Description of trained adaptive routers: fields of RouterInfo, KV policy and calibration.
 
-    kv_policy: that they were trained with (layers/tokens/levels.py). calibration: (target, average share of the first cost) on
-    training data, by which a budget finds its target.
+    Attributes:
+        kind: "adaptive".
+        kv_policy: KV policy of the training: `full` or `own` (layers/tokens/levels.py).
+        calibration: points (target, average cost as a share of the full model's cost) of the first cost, evaluated on training
+            data. A target is 0 for the smallest network's cost, 1 for the full model's.
     """
 
     kind: str = "adaptive"
@@ -28,12 +31,12 @@ class AdaptiveInfo(RouterInfo):
     calibration: tuple[tuple[float, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for routers.json."""
+        """Convert to plain types, for routers.json."""
         return {**super().to_dict(), "kv_policy": self.kv_policy, "calibration": [list(pair) for pair in self.calibration]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdaptiveInfo:
-        """Read what `to_dict` gives. Raises ValueError for a kv_policy that is not known."""
+        """Build from the plain types of `to_dict`. Raises ValueError for an unknown kv_policy."""
         if values["kv_policy"] not in KV_POLICIES:
             raise ValueError(f"kv_policy={values['kv_policy']!r}: use one of {', '.join(KV_POLICIES)}")
         calibration = tuple((float(target), float(share)) for target, share in values["calibration"])
@@ -41,7 +44,7 @@ class AdaptiveInfo(RouterInfo):
 
 
 def read_adaptive_routers(folder: Path, choices: Choices) -> tuple[AdaptiveInfo, AdaptiveRouters]:
-    """The adaptive routers of the checkpoint in `folder`. Raises FlextronError where it has none or they cannot be read."""
+    """Read the adaptive routers of the checkpoint in `folder`. Raises FlextronError if there are none or they are damaged."""
     with opened_routers(folder) as (values, weights):
         if values["kind"] != "adaptive":
             raise FlextronError(

@@ -1,6 +1,7 @@
-"""Surrogate model of a token's loss, from the levels that the token took and its final hidden state (Flextron, eq. 10).
+"""Surrogate model of a token's loss, from the token's levels and its final hidden state (Flextron, section 3.2, eq. 10).
 
-Equal on every rank: gradients are summed over all tokens of a step.
+The surrogate is replicated: gradients are summed over the tokens of all ranks. "Degradation" is a token's loss minus the full
+model's loss of the same token, in nats.
 
 Shape suffixes: S sequence, B batch, N blocks, K candidates, D hidden channels, M tokens of this rank.
 """
@@ -21,7 +22,18 @@ from flextron_mcore.training.learner import Figures
 
 
 class TokenSurrogate:
-    """The model and its optimizer. Between steps `run_networks` calls `watch` with each micro-batch."""
+    """Surrogate model of each token's degradation (loss minus the full model's loss of the token, in nats), and its optimizer.
+
+    It predicts from the token's levels (indices of candidates) in all blocks, and its final hidden state. `run_networks` calls
+    `watch` with each micro-batch of a step, then `learn` fits the model.
+
+    Args:
+        choices: blocks of the model and candidates of each.
+        settings: size and optimizer of the surrogate, and the error below which routers follow it.
+        seed: seed of the initial weights.
+        max_steps: number of steps, over which the learning rate decreases to 0.
+        sequence_parallel: True if tensor-parallel ranks hold different positions of the sequence.
+    """
 
     def __init__(self, choices: Choices, settings: SurrogateSettings, seed: int, max_steps: int, sequence_parallel: bool) -> None:
         self.settings, self.max_steps, self.sequence_parallel = settings, max_steps, sequence_parallel
@@ -33,21 +45,35 @@ class TokenSurrogate:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         self.error: float | None = None
         self.follow = False
-        self.outputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # loss, final state by network and micro-batch
+        self.outputs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (network, micro-batch): losses, final hidden states
 
     def to(self, device: torch.device) -> TokenSurrogate:
-        """Move the model."""
+        """Move the surrogate to a device, in place."""
         self.model.to(device)
         return self
 
     def watch(self, network: int, number: int, losses_BS: Tensor, final_SBD: Tensor) -> None:
-        """Keep the output of a network in a micro-batch, on the last pipeline stage. Network 0 is the full model."""
+        """Store losses and final hidden states of one network for one micro-batch; the last pipeline stage calls it.
+
+        Args:
+            network: index of the network, 0 for the full model.
+            number: number of the micro-batch within the step.
+            losses_BS: loss of each token in nats.
+            final_SBD: final hidden states of this rank's positions.
+        """
         self.outputs[network, number] = losses_BS.T, final_SBD
 
     def learn(self, step: int, drawn: Sequence[AdaptiveRouting], scale: float) -> Figures:
-        """Learn from the tokens of a step; after it, `values` is of this step. scale: of the losses above the full model's.
+        """Fit the surrogate to the tokens of a step, and prepare `values` for them. Call on all ranks.
 
-        Returns the squared error before this step's updates, a running mean, as a share of the losses' variance.
+        Degradation is a token's loss minus the full model's loss of the same token, in nats. Returns figures for the log:
+        `surrogate_error`, a running mean of (squared error before the step's updates / variance of the degradations), and
+        `routers_follow_surrogate`, true if that error is below the threshold of the settings.
+
+        Args:
+            step: number of the step.
+            drawn: token routings of the step, with their traces.
+            scale: typical degradation, which scales the surrogate's output from the first step on.
         """
         tokens = {
             (t, number): self._tokens(t, number, [trace for trace in routing.traces if trace.number == number])
@@ -81,7 +107,15 @@ class TokenSurrogate:
         return {"surrogate_error": self.error, "routers_follow_surrogate": self.follow}
 
     def values(self, network: int, trace: Trace) -> Tensor:
-        """Loss of each token of this rank with each candidate of a block, zeros where it does not count: [S, B, K]."""
+        """Predicted degradation [S, B, K] of this rank's tokens, in nats, if one block took each of its K candidates instead.
+
+        Degradation is a token's loss minus the full model's loss of the same token. Zero for tokens that do not count in the
+        loss, and for all tokens while the surrogate's error is above its threshold.
+
+        Args:
+            network: index of the token routing in the argument `drawn` of `learn`.
+            trace: record of the block in one micro-batch.
+        """
         levels_SB, counted_SB = (own_part(whole_SB, self.sequence_parallel) for whole_SB in (trace.levels_SB, trace.counted_SB))
         values_SBK = torch.zeros(*levels_SB.shape, self.width, device=levels_SB.device)
         if self.follow:
@@ -89,9 +123,9 @@ class TokenSurrogate:
         return values_SBK
 
     def _tokens(self, network: int, number: int, traces: Sequence[Trace]) -> tuple[Tensor, Tensor, Tensor]:
-        """Choices, final hidden state, and loss above the full model's of the counted tokens of a micro-batch.
+        """Counted tokens of a micro-batch: choices [M, N, K], final hidden states [M, D] and degradations [M].
 
-        A pipeline stage knows the levels of its own blocks only, and the last one the output: all stages sum them up.
+        Each pipeline stage has the levels of its own blocks, and the last one the outputs; they are summed over the stages.
         """
         first = traces[0]
         levels_NSB = torch.zeros(self.count, *first.levels_SB.shape, dtype=torch.long, device=first.levels_SB.device)
@@ -113,7 +147,7 @@ class TokenSurrogate:
         return choices_MNK, final_SBD[counted_SB], own_part(loss_SB, self.sequence_parallel)[counted_SB]
 
     def _summed(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks that have other tokens of the step."""
+        """Sum over all ranks that have different tokens of the step, in place."""
         groups = [parallel_state.get_data_parallel_group()]
         if self.sequence_parallel:
             groups.append(parallel_state.get_tensor_model_parallel_group())
@@ -123,7 +157,7 @@ class TokenSurrogate:
 
 
 def own_part(whole_SX: Tensor, sequence_parallel: bool) -> Tensor:
-    """Part of the sequence that this rank has hidden states of."""
+    """Positions [S, ...] of a whole sequence that this rank holds: all, or with sequence parallelism a part."""
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     if not sequence_parallel or ranks == 1:
         return whole_SX

@@ -1,4 +1,4 @@
-"""The `routed` part of a latency table: milliseconds of blocks whose tokens have different levels. No torch import."""
+"""Part `routed` of a latency table: milliseconds of blocks whose tokens have different levels. No torch import."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from flextron_mcore.latency.table import TRUSTED_MEDIAN, LatencyTable
 
 @dataclass(frozen=True)
 class RoutedTable:
-    """Milliseconds of routed blocks, routers and grouping included, for one KV policy.
+    """Milliseconds of blocks with token routing, for one KV policy; the time of routers and of sorting tokens is included.
 
-    hidden_size: of the routers. levels: by axis, cost of each of the space's candidates where all tokens are at it. overhead: by
-    axis, cost of each of OVERHEADS. check: relative errors of sums against whole networks.
+    Attributes:
+        hidden_size: hidden units of a router.
+        levels: {axis: milliseconds of a block if all tokens take one candidate, for each candidate of the space}.
+        overhead: {axis: milliseconds of each kind of routing overhead, in the order of OVERHEADS (adaptive/usage.py)}.
+        check: relative errors of predicted times of whole networks against measured ones.
     """
 
     hidden_size: int
@@ -26,12 +29,12 @@ class RoutedTable:
     check: Mapping[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for LatencyTable.routed."""
+        """Convert to plain types, for an entry of LatencyTable.routed."""
         return asdict(self)
 
     @classmethod
     def read(cls, table: LatencyTable, kv_policy: str) -> RoutedTable | None:
-        """The part of a table for a policy, None where it was not measured. Raises FlextronError for one that cannot be read."""
+        """Read the entry of LatencyTable.routed for a KV policy; None if it was not measured. Raises FlextronError if damaged."""
         row = table.routed.get(kv_policy)
         if row is None:
             return None
@@ -50,7 +53,13 @@ class RoutedTable:
 
 
 def token_cost(cost: Cost, table: LatencyTable | None, kv_policy: str) -> TokenCost:
-    """Cost of tokens with levels of their own, in the unit of `cost`; a latency with the routing overhead that `table` knows."""
+    """Cost of a pass with token routing, in the unit of `cost`.
+
+    Args:
+        cost: cost of sub-networks without token routing.
+        table: latency table, whose part `routed` gives the routing overhead of a latency; None for another cost.
+        kv_policy: keys and values that a token writes: `full`, of all KV groups, or `own`, of the groups that it uses.
+    """
     routed = RoutedTable.read(table, kv_policy) if table and cost.name == "latency" else None
     if routed is None:
         return TokenCost(cost)
@@ -59,22 +68,29 @@ def token_cost(cost: Cost, table: LatencyTable | None, kv_policy: str) -> TokenC
 
 
 def routed_warning(table: LatencyTable, kv_policy: str) -> str | None:
-    """Reason not to trust the part of a table about tokens with levels of their own; None if it may be trusted."""
+    """Warning about the times that a latency table predicts for token routing with a KV policy; None if they can be trusted."""
     routed = RoutedTable.read(table, kv_policy)
     if routed is None:
         return (
-            "the latency table knows nothing of tokens that choose for themselves, so routing is not counted: measure it with "
-            "`flextron latency routed.enabled=true`"
+            f"the latency table has no measurement of token routing with kv_policy={kv_policy}, so its overhead is not counted: "
+            "measure it with `flextron latency routed.enabled=true`"
         )
     if (error := routed.check.get("median_error", 0.0)) > TRUSTED_MEDIAN:
         return (
-            f"its sums for tokens that choose for themselves (kv_policy={kv_policy}) are off by {error:.1%} of whole networks' "
+            f"the table's predictions for token routing (kv_policy={kv_policy}) are off by {error:.1%} of whole networks' "
             f"latency (median), above {TRUSTED_MEDIAN:.0%}: measure again on an idle machine, or with more routed.rounds"
         )
     return None
 
 
-def warn_of_routed(table: LatencyTable | None, costs: Iterable[Cost], kv_policy: str, say: Callable[[str], object]) -> None:
-    """Say what speaks against a table whose latencies tokens are to be counted with."""
+def warn_of_routed(table: LatencyTable | None, costs: Iterable[Cost], kv_policy: str, warn: Callable[[str], object]) -> None:
+    """Print a warning if a latency is among the costs and its predictions for token routing cannot be trusted.
+
+    Args:
+        table: latency table; None without.
+        costs: costs that budgets of token routing limit.
+        kv_policy: `full` or `own` (layers/tokens/levels.py).
+        warn: function that prints a warning.
+    """
     if table and any(cost.name == "latency" for cost in costs) and (warning := routed_warning(table, kv_policy)):
-        say(f"warning: latency: {warning}")
+        warn(f"latency: {warning}")

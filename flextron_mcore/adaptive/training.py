@@ -24,7 +24,7 @@ from flextron_mcore.runs.opened import check_not_modulated
 from flextron_mcore.runs.output import discard, write_metrics
 from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.routers import validation_targets
-from flextron_mcore.runs.terminal import print_table, say
+from flextron_mcore.runs.terminal import print_table, say, warn
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.settings.training import JointSettings, RouterStageSettings
@@ -33,7 +33,19 @@ from flextron_mcore.training.loop import Phase, train
 
 
 def train_adaptive(settings: RouterStageSettings | JointSettings, info: CheckpointInfo, data: PreparedData) -> dict[str, Any]:
-    """Train, calibrate, evaluate beside the static routers' choices, and write metrics.json."""
+    """Train adaptive routers, and write checkpoints and metrics.json. Call on all ranks.
+
+    After the last step the routers are calibrated (which target leads to which average cost) and compared with the static
+    routers. Raises FlextronError for a checkpoint with modulation.
+
+    Args:
+        settings: settings of the stage; `stage=joint` trains the model too.
+        info: checkpoint to start from, with static routers (`router`) or adaptive routers (`joint`).
+        data: prepared data set.
+
+    Returns:
+        Content of metrics.json.
+    """
     check_not_modulated(info)
     learner = _learner(settings, info)
     cost, policy = learner.costs[0], learner.info.kv_policy
@@ -69,14 +81,19 @@ def train_adaptive(settings: RouterStageSettings | JointSettings, info: Checkpoi
         discard(cache)
         _print(rows, cost.name)
         if learner.token_costs[policy][0].overhead and all(better(row, policy) < 0 for row in rows):
-            say(f"{settings.stage}: at these budgets routing costs more than it saves: the static choice serves them better")
+            say(f"{settings.stage}: at these budgets token routing costs more than it saves: prefer static sub-networks")
         described = {"kind": "adaptive", "costs": list(learner.info.costs), "kv_policy": policy}
         found = {"routers": described, "calibration": learner.info.calibration, "adaptive_budgets": rows}
         return write_metrics(out, settings.stage, {**figures, **found, **more})
 
 
 def better(row: Mapping[str, Any], kv_policy: str) -> float:
-    """Loss by which the adaptive choice at a budget is below the static one."""
+    """Loss of the sub-network that the static routers choose minus the loss of token routing, in nats per token.
+
+    Args:
+        row: results at one budget (`Evaluator.budgets`).
+        kv_policy: `full` or `own` (layers/tokens/levels.py).
+    """
     return row["static"]["mean_loss"] - row["adaptive"][kv_policy]["mean_loss"]
 
 
@@ -98,28 +115,29 @@ def _pair(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _learner(settings: RouterStageSettings | JointSettings, info: CheckpointInfo) -> AdaptiveLearner:
-    """New routers that start from the static ones of the checkpoint, or its adaptive ones if these are to go on learning."""
-    if settings.adaptive.calibration_samples < 1 or settings.targets_per_step < 1:
-        raise FlextronError("adaptive.calibration_samples and targets_per_step must be at least 1")
+    """Learner with new routers that start from the checkpoint's static ones, or for stage=joint with its adaptive routers."""
     choices, table = Choices(info.model, info.space), latency_table(settings, info)
     check_table(table)
     available = available_costs(settings, info, table)
     if settings.stage == "joint":
         described, routers = read_adaptive_routers(info.path, choices)
-        described, surrogate = replace(described, evaluated=()), None  # losses of another model, once this one has learned
+        described, surrogate = replace(described, evaluated=()), None  # stale: the model's losses change with its training
     else:
         described, routers = _new_routers(settings, info, choices)
         surrogate = settings.surrogate if settings.adaptive.surrogate else None
         routed = RoutedTable.read(table, described.kv_policy) if table else None
         if routed and routed.hidden_size != described.hidden_size:
-            say(
-                f"router: warning: the latency table counts routers with {routed.hidden_size} hidden units, "
+            warn(
+                f"the latency table was measured with routers of {routed.hidden_size} hidden units, "
                 f"not adaptive.hidden_size={described.hidden_size}"
             )
     if missing := [name for name in described.costs if name not in available]:
-        raise FlextronError(f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=, its table")
+        raise FlextronError(
+            f"checkpoint={info.path}: its routers were trained for {missing[0]}: give {missing[0]}=DIR, the directory of a "
+            f"`flextron {missing[0]}` run"
+        )
     costs = [available[name] for name in described.costs]
-    warn_of_routed(table, costs, described.kv_policy, say)
+    warn_of_routed(table, costs, described.kv_policy, warn)
     return AdaptiveLearner(
         choices,
         costs,

@@ -1,1 +1,1 @@
-"""Checkpoints: dealt order, the store, and import from Hugging Face."""
+"""Checkpoints: storage in dealt order, reading, writing, and import from Hugging Face."""

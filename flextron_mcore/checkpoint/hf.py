@@ -1,109 +1,151 @@
-"""Import Hugging Face checkpoints of the families that `families/` declares."""
+"""Import of Hugging Face checkpoints, for the model families that `families/` declares."""
 
 from __future__ import annotations
 
 import functools
-import shutil
+import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flextron_mcore.checkpoint.downloads import check_download
 from flextron_mcore.checkpoint.parts import join
+from flextron_mcore.checkpoint.precision import converted
 from flextron_mcore.checkpoint.reader import DTYPES
 from flextron_mcore.checkpoint.safetensor_files import StoredTensor, open_weights, read_json
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.digests import check_files
 from flextron_mcore.families import family_of_config
-from flextron_mcore.families.family import Mapped
+from flextron_mcore.families.code_keys import without_code
+from flextron_mcore.families.family import Family, Mapped
 from flextron_mcore.families.tensors import of_network
+from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.space import ElasticSpace, SubNetwork
-
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_TOKENIZER_FILES = (
-    *_VOCABULARY_FILES,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """An opened Hugging Face directory whose weights are all there, of the shapes its config gives.
+    """Opened Hugging Face directory, checked to hold all weights in the shapes that its config.json gives.
 
-    config: config.json. tensors: Megatron-Core's tensors, by what they are stored as. sources: where these lie in its files.
-    dtype: fp32, bf16 or fp16, wide enough for every weight.
+    Attributes:
+        path: the directory.
+        config: content of config.json, without keys that name code.
+        family: model family that declares how tensors are converted.
+        model: architecture.
+        tensors: tensors in Megatron-Core's form, each with names and shapes of the Hugging Face tensors that it is made of.
+        sources: {Hugging Face name: tensor in a file}.
+        dtype: precision of most weights: fp32, bf16 or fp16.
+        tied: False if config.json ties the output layer to the embedding, but the files hold another output layer, which the
+            model then has.
     """
 
     path: Path
     config: Mapping[str, Any]
+    family: Family
     model: ModelConfig
     tensors: tuple[Mapped, ...]
     sources: Mapping[str, StoredTensor]
     dtype: str
+    tied: bool = True
+
+    def resized(self, vocab_size: int) -> HFCheckpoint:
+        """Checkpoint with a larger vocabulary. New rows of embedding and output layer are the mean of the old rows.
+
+        transformers' resize_token_embeddings instead draws new rows from a normal distribution around this mean, with 1e-9 times
+        the covariance of the old rows.
+        """
+        model = replace(self.model, vocab_size=vocab_size)
+        full = SubNetwork.full(model)
+        tensors = self.family.names.map(of_network(model, full, full), self.family.architecture)
+        return replace(self, model=model, tensors=tuple(tensors))
+
+    def stored_otherwise(self, dtype: str) -> list[str]:
+        """Hugging Face names of the tensors whose values change by rounding when they are converted to `dtype`."""
+        kept = DTYPES[dtype]
+        return [name for name, tensor in self.sources.items() if torch.promote_types(tensor.torch_dtype, kept) != kept]
 
 
 def open_hf(path: str | Path) -> HFCheckpoint:
-    """Read config.json and the headers of the weights in the directory `path`; no weight is read.
+    """Open a Hugging Face directory: read config.json and the headers of the weights.
 
-    Raises FlextronError for a directory, file, architecture, option or tensor that is missing, damaged or unsupported, and for a
-    stored tensor that the family does not declare: the model would compute something else without it.
+    Files are compared with the checksums that their download left, if it left some (downloads.py). Only one tensor is read: an
+    output layer that is stored although config.json ties it to the embedding; if it differs from the embedding the model is
+    untied, as in transformers. Raises FlextronError for a directory, file, architecture, option or tensor that is missing,
+    damaged or unsupported, and for a stored tensor that the family does not declare, because without it the model would compute
+    something else.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise FlextronError(f"hf={path}: no such directory")
+        raise FlextronError(f"hf={path}: no such directory: name the directory of a Hugging Face model on this machine")
+    own = [each.name for each in path.iterdir() if each.suffix != ".safetensors"]
+    check_files(path, *own)  # of a directory that `flextron export` wrote
     file = path / "config.json"
-    config = read_json(file)
+    config = without_code(read_json(file))
     try:
         family = family_of_config(config)
         model = family.model_config(config)
     except FlextronError as error:
         raise FlextronError(f"{file}: {error}") from None
     stored = {name.removeprefix(family.prefix): tensor for name, tensor in open_weights(path).items()}
+    shared = model.share_embeddings_and_output_weights
+    model = _tied(family, model, stored)
     full = SubNetwork.full(model)
     tensors = family.names.map(of_network(model, full, full), family.architecture)
     sources: dict[str, StoredTensor] = {}
     for name, shape in (pair for mapped in tensors for pair in mapped.shapes.items()):
         tensor = stored.pop(name.removeprefix(family.prefix), None)
         if tensor is None:
-            raise FlextronError(f"{path}: the weights lack the tensor {name}")
+            raise FlextronError(f"{path}: the weights lack the tensor {name}, which this config.json needs: download both again")
         if tensor.shape != shape:
             raise FlextronError(
                 f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}, "
-                f"config.json gives {list(shape)}: the two are not of the same model"
+                f"config.json gives {list(shape)}: the two are not of the same model: download both again"
             )
         sources[name] = tensor
-    # A tied output layer may be stored a second time; transformers does not read it either.
-    unknown = sorted(name for name in stored if name != "lm_head.weight" and not family.ignored.search(name))
+    unknown = sorted(name for name in stored if not family.ignored.search(name))
     if unknown:
         raise FlextronError(
             f"{stored[unknown[0]].file}: holds {len(unknown)} tensor(s) that a {family.architecture} of this config.json lacks "
-            f"and that would be lost: {', '.join(unknown[:5])}"
+            f"and that would be lost: {', '.join(unknown[:5])}: such a model is not supported"
         )
-    dtype = functools.reduce(torch.promote_types, [tensor.torch_dtype for tensor in sources.values()])
-    return HFCheckpoint(path, config, model, tuple(tensors), sources, _name(dtype))
+    if is_main_process():
+        check_download([*(path / name for name in own), *{tensor.file for tensor in sources.values()}])
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in sources.values():
+        sizes[tensor.torch_dtype] += math.prod(tensor.shape)
+    tied = model.share_embeddings_and_output_weights == shared
+    return HFCheckpoint(path, config, family, model, tuple(tensors), sources, _name(sizes.most_common(1)[0][0]), tied)
 
 
 def import_hf(
     source: str | Path | HFCheckpoint, space: Mapping[str, Any] | None = None, dtype: str | None = None
 ) -> tuple[CheckpointInfo, dict[str, LazyTensor]]:
-    """A Hugging Face checkpoint as an elastic one in identity order: unit i of Hugging Face is sorted unit i.
+    """Convert a Hugging Face checkpoint to an elastic checkpoint; neurons, heads and channels keep their order.
 
-    space: the elastic space's plain form (ElasticSpace.build's arguments). dtype: fp32, bf16 or fp16; default: as stored, the
-    widest if mixed. The tensors, for `store.write_streaming`, are read when loaded, each alone.
+    Args:
+        source: Hugging Face directory, or the result of `open_hf`.
+        space: {axis: candidates} and further arguments of ElasticSpace.build; None: the default space.
+        dtype: precision of the written weights, "fp32", "bf16" or "fp16"; None: the stored precision of most weights.
+
+    Returns:
+        Description of the checkpoint, and {name: tensor} for `write_streaming`, which reads each tensor when it writes it.
+
+    Raises:
+        FlextronError: the directory is missing, damaged or of an unsupported model, the dtype is unknown, or the model cannot
+            have the space. Loading a tensor raises it for weights that are not finite in the dtype.
     """
     hf = source if isinstance(source, HFCheckpoint) else open_hf(source)
     dtype = dtype or hf.dtype
     if dtype not in DTYPES:
         raise FlextronError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPES)}")
-    info = CheckpointInfo(hf.model, ElasticSpace.from_dict(hf.model, space or {}), dtype, hf_config=dict(hf.config))
+    config = {**hf.config, "_name_or_path": hf.config.get("_name_or_path") or hf.path.resolve().name}
+    info = CheckpointInfo(hf.model, ElasticSpace.from_dict(hf.model, space or {}), dtype, hf_config=config)
     tensors = {
         mapped.placed.name: LazyTensor(mapped.placed.shape, DTYPES[dtype], functools.partial(_load, hf, mapped, DTYPES[dtype]))
         for mapped in hf.tensors
@@ -111,24 +153,48 @@ def import_hf(
     return info, tensors
 
 
-def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer (and generation_config.json) of a Hugging Face directory into `target`, made if need be.
-
-    Returns whether there is one; without it nothing is copied.
-    """
-    if not any((source / name).is_file() for name in _VOCABULARY_FILES):
-        return False
-    target.mkdir(parents=True, exist_ok=True)
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
-    return True
-
-
 def _load(hf: HFCheckpoint, mapped: Mapped, dtype: torch.dtype) -> torch.Tensor:
-    return join(mapped, *(hf.sources[name].read() for name in mapped.shapes)).to(dtype)
+    sources = {name: hf.sources[name] for name in mapped.shapes}
+    read = (converted(tensor.read(), dtype, f"{tensor.file}: tensor {name}") for name, tensor in sources.items())
+    tensor = join(mapped, *read)
+    missing = mapped.placed.shape[0] - tensor.shape[0]
+    if missing > 0:  # a resized vocabulary
+        mean = tensor.float().mean(0, keepdim=True).to(dtype)
+        tensor = torch.cat([tensor, mean.expand(missing, -1)])
+    return tensor
+
+
+def _tied(family: Family, model: ModelConfig, stored: dict[str, StoredTensor]) -> ModelConfig:
+    """Model tied or untied as transformers loads it, with one tensor in `stored` for what it shares.
+
+    Args:
+        family: family of the model.
+        model: architecture in config.json.
+        stored: {name without the family's prefix: tensor}; changed.
+    """
+    if not model.share_embeddings_and_output_weights:
+        return model
+    embedding, head = (
+        f"{family.names.modules[module]}.weight".removeprefix(family.prefix)
+        for module in ("embedding.word_embeddings", "output_layer")
+    )
+    if embedding in stored and head in stored:
+        if not _equal(stored[embedding], stored[head]):
+            return replace(model, share_embeddings_and_output_weights=False)
+        del stored[head]
+    elif head in stored:
+        stored[embedding] = stored.pop(head)
+    return model
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """True if two tensors have the same shape and values. Reads them in parts, until one differs."""
+    if one.shape != other.shape:
+        return False
+    pairs = zip(one.read_parts(), other.read_parts(), strict=True)
+    return all(torch.equal(a.double(), b.double()) for a, b in pairs)
 
 
 def _name(dtype: torch.dtype) -> str:
-    """Our name of a dtype; float64, which Megatron-Core does not train, becomes fp32."""
+    """Name of a dtype: fp32, bf16 or fp16. float64 becomes fp32, because Megatron-Core does not train it."""
     return next((name for name, known in DTYPES.items() if known == dtype), "fp32")

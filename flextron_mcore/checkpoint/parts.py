@@ -1,4 +1,4 @@
-"""A Megatron-Core tensor to and from the tensors that another format stores it as (families/family.py)."""
+"""Conversion of a Megatron-Core tensor to and from the tensors of another format (mappings: families/family.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flextron_mcore.families.family import Mapped
 
 
 def split(mapped: Mapped, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The format's tensors, in the order of `mapped.shapes`."""
+    """Split a Megatron-Core tensor into the tensors that another format has for it, in the order of `mapped.shapes`."""
     parts = split_parts(mapped, tensor)
     if len(mapped.shapes) < len(parts):
         parts = [torch.cat(parts)]
@@ -16,7 +16,7 @@ def split(mapped: Mapped, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def split_parts(mapped: Mapped, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The parts of the first side: query, key and value of all groups; gate and up projection; or the whole."""
+    """Parts of a Megatron-Core tensor along its first dimension: [query, key, value], [gate, up], or [the whole]."""
     sizes, where = mapped.placed.sizes[0], mapped.placed.tensor.sides[0].parts
     if where is None:
         return [tensor]
@@ -25,7 +25,10 @@ def split_parts(mapped: Mapped, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def join(mapped: Mapped, *tensors: torch.Tensor) -> torch.Tensor:
-    """The inverse of `split`."""
+    """Join the tensors that another format has for one Megatron-Core tensor, in the order of `mapped.shapes`.
+
+    Inverse of `split`.
+    """
     parts = [tensor.t() for tensor in tensors] if mapped.transposed else list(tensors)
     sizes, where = mapped.placed.sizes[0], mapped.placed.tensor.sides[0].parts
     if where is None:

@@ -1,4 +1,4 @@
-"""Reading the tensors of a checkpoint: one at a time without process groups, or all into a model."""
+"""Reading a checkpoint: one tensor at a time without process groups, or all weights into a model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from flextron_mcore.checkpoint.sharding import dealt_axis, to_sorted_order
 from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.checkpoint.unpickling import check_checkpoint, only_data, read_metadata, reason, without_extra_state
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime.compat import know_paths
-from flextron_mcore.runtime.disk import first_line, plain_errors
+from flextron_mcore.runtime.disk import plain_errors
 from flextron_mcore.runtime.unwrap import unwrap
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,23 +25,24 @@ know_paths()
 
 
 class TensorReader:
-    """Whole tensors of a checkpoint, one at a time, in sorted order, without process groups."""
+    """Reader of a checkpoint's tensors, whole and one at a time, without process groups.
+
+    On disk, heads and neurons are dealt into buckets for tensor parallelism (checkpoint/sharding.py); `read` undoes that. Raises
+    FlextronError if the checkpoint's .metadata is missing or damaged.
+    """
 
     def __init__(self, info: CheckpointInfo) -> None:
         self.info = info
-        try:
-            metadata = dcp.FileSystemReader(info.path).read_metadata()
-        except Exception as error:
-            raise FlextronError(f"{info.path}: .metadata is missing or damaged ({type(error).__name__})") from None
+        metadata = read_metadata(info.path)
         self._reader = _CachedReader(info.path, metadata)
         self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
 
     def keys(self) -> list[str]:
-        """Names of the model's tensors (not of optimizer state)."""
+        """Names of the model's tensors, without tensors of the optimizer."""
         return [key for key in self._tensors if not key.startswith("optimizer.")]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor; of the vocabulary without what pads it to equal parts for tensor-parallel ranks."""
+        """Shape of a tensor, without rows that pad the vocabulary for tensor-parallel ranks."""
         rows, *rest = self._tensors[key].size
         return (self.info.model.vocab_size if key in _VOCABULARY else rows, *rest)
 
@@ -49,18 +51,24 @@ class TensorReader:
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, units: int | None = None) -> torch.Tensor:
-        """The tensor on the CPU in its stored dtype, units in sorted order. Raises FlextronError for a damaged file.
+        """Read a tensor to the CPU, in its stored dtype, heads and neurons in the order before dealing (checkpoint/sharding.py).
 
-        units: where units are stored in dealt order, of each block only the first ones, at least so many. Else it is whole.
+        That order is decreasing importance if the checkpoint is sorted. Raises FlextronError for a damaged file.
+
+        Args:
+            key: name of the tensor.
+            units: number of heads or neurons to read, the first ones, rounded up to a multiple of the granularity; in fc1 of a
+                gated MLP as many of the gate and of the up projection. None: all. A tensor that is not dealt is always read
+                whole.
         """
         tensor = self.stored(key)
         dealt = dealt_axis(self.info.model, self.info.space, key)
         return tensor[: self.shape(key)[0]] if dealt is None else to_sorted_order(tensor, *dealt, first=units)
 
     def stored(self, key: str) -> torch.Tensor:
-        """Read a whole tensor in the order in which it is stored (`read` gives the sorted order).
+        """Read a whole tensor in the order of the disk: heads and neurons dealt into buckets (checkpoint/sharding.py).
 
-        What was stored as one piece is a view of the mapped file: what nobody looks at is not read.
+        A tensor stored in one piece is a view of the memory-mapped file: only parts that are used are read.
         """
         try:
             with plain_errors():
@@ -71,12 +79,13 @@ class TensorReader:
                     dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         except Exception as error:
             raise FlextronError(
-                f"{self.info.path}: tensor {key} cannot be read: the checkpoint is damaged ({first_line(error)})"
+                f"{self.info.path}: tensor {key} cannot be read: the checkpoint is damaged ({reason(error)}): bring it "
+                "back from a copy, or make it again"
             ) from None
         return tensor
 
     def _mapped(self, key: str) -> torch.Tensor | None:
-        """The tensor in its stored order as a view of its file; None if other things are in there, or parts elsewhere."""
+        """Tensor in the order of the disk as a view of its file; None if it is not the only content of one file."""
         stored = self._tensors[key]
         if len(stored.chunks) != 1:
             return None
@@ -100,9 +109,9 @@ class _CachedReader(dcp.FileSystemReader):
 
 
 def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
-    """Load the weights into a built model (this rank's part), a layer at a time so that memory stays that of the model.
+    """Load this rank's weights of a checkpoint into a built model, a layer at a time to bound memory. Call on all ranks.
 
-    Modulation that the checkpoint lacks, since `info` adds it, stays as it is. Call on all ranks. Raises FlextronError for a
+    If `info` has modulation and the checkpoint does not, modulation keeps its initial value. Raises FlextronError for a
     checkpoint that is damaged or of another architecture.
     """
     gpt = unwrap(model)
@@ -112,17 +121,19 @@ def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
         layer = re.match(r"decoder\.layers\.\d+\.", key)
         if value.key in stored or not key.endswith(".modulation"):
             groups.setdefault(layer[0] if layer else key, {})[key] = value
-    # Every load is collective: ranks that hold other layers (pipeline stages) take part with nothing to load.
+    # Loading is collective: ranks of other pipeline stages take part with nothing to load.
+    check_checkpoint(info.path)
     names: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(names, list(groups))
     for name in dict.fromkeys(name for rank in names for name in rank):
         group = groups.get(name, {})
         wanted = list(group)
         try:
-            with plain_errors():
+            with plain_errors(), only_data():
                 loaded = dist_checkpointing.load(group, str(info.path), validate_access_integrity=False)
         except Exception as error:
             raise FlextronError(
-                f"checkpoint={info.path}: cannot be loaded, damaged or of another model ({first_line(error)})"
+                f"checkpoint={info.path}: cannot be loaded, damaged or of another model ({reason(error)}): bring it back "
+                "from a copy, or make it again"
             ) from error
-        gpt.load_state_dict({key: loaded[key] for key in wanted}, strict=False)
+        gpt.load_state_dict(without_extra_state({key: loaded[key] for key in wanted}), strict=False)

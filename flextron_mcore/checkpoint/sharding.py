@@ -1,8 +1,10 @@
-"""Dealt order: how sorted units lie on disk and in the memory of each tensor-parallel rank.
+"""Dealt order: the order of heads and neurons on disk and in the memory of each tensor-parallel rank.
 
-Sorted unit i belongs to bucket i mod G. On disk the buckets follow each other (vanilla names and shapes, so a stock GPTModel
-loads the full model at any T that divides G). In memory, rank r of T owns the n = G/T buckets r*n .. r*n+n-1 with its units in
-decreasing importance: local unit a*n + k is the a-th unit of its k-th bucket.
+With granularity G (space.granularity), unit i belongs to bucket i mod G. On disk the buckets follow each other, under vanilla
+names and shapes: a stock GPTModel loads the full model at any tensor-parallel size T that divides G. In memory, rank r of T owns
+the n = G/T buckets r*n .. r*n+n-1 with its units in increasing order: local unit a*n + k is the a-th unit of its k-th bucket. The
+order before dealing is called sorted order here, because `flextron importance` sorts it by importance; an imported or pretrained
+checkpoint that was not sorted is dealt in the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 
 
 def _parallel_axes(field: str) -> dict[str, int]:
-    """Tensors, by the last two parts of their names, one axis of which counts `field`, and that axis."""
+    """{last two words of a tensor's name: its dimension that counts `field`}, for tensors split over tensor-parallel ranks."""
     return {
         ".".join(tensor.name.split(".")[-2:]): axis
         for tensor in TENSORS
@@ -32,7 +34,16 @@ MLP_AXES, ATTENTION_AXES = _parallel_axes("ffn_hidden_size"), _parallel_axes("kv
 
 
 def dealt_axis(model: ModelConfig, space: ElasticSpace, key: str) -> tuple[int, int, int, int] | None:
-    """(axis, units, granularity, blocks) of a tensor that is stored in dealt order, None for one that is not."""
+    """(axis, units, granularity, blocks) of a tensor whose heads or neurons are stored in dealt order; None for other tensors.
+
+    axis: dimension of the units. units: number of units (heads, neurons) along it. granularity: number of buckets. blocks: equal
+    blocks stacked along the dimension, 2 for the gate and up projection of a gated MLP.
+
+    Args:
+        model: architecture of the full model.
+        space: elastic space.
+        key: name of the tensor in the checkpoint.
+    """
     whole = {"vocab_size"} if space.attention_unit == "kv_group" else {"vocab_size", "kv_groups"}
     tensor = find(key, added_tensors())
     if tensor is None:
@@ -48,14 +59,24 @@ def dealt_axis(model: ModelConfig, space: ElasticSpace, key: str) -> tuple[int, 
 def deal(
     sharded: ShardedTensor, axis: int, units: int, granularity: int, tensor_parallel_size: int, blocks: int = 1
 ) -> ShardedTensorFactory:
-    """Wrap a tensor-parallel ShardedTensor so that it is stored in dealt order.
+    """Wrap a tensor-parallel ShardedTensor so that its heads or neurons are stored in dealt order, bucket after bucket.
 
-    axis: the axis split over tensor-parallel ranks. units: elastic units along it in the full model (neurons, KV groups).
-    blocks: equal blocks stacked along the axis (2 for the gate and up projections of a gated MLP).
+    Args:
+        sharded: this rank's part of the tensor, in the order of memory.
+        axis: dimension that is split over tensor-parallel ranks.
+        units: number of elastic units along it in the full model: neurons, KV groups or query heads.
+        granularity: number of buckets, G.
+        tensor_parallel_size: number of ranks, T.
+        blocks: equal blocks stacked along the dimension: 2 for the gate and up projection of a gated MLP.
+
+    Raises:
+        FlextronError: T does not divide G, or G does not divide the units.
     """
     check_granularity(granularity, tensor_parallel_size)
     if units % granularity:
-        raise FlextronError(f"{sharded.key}: {units} units are not divisible by space.granularity={granularity}")
+        raise FlextronError(
+            f"{sharded.key}: {units} units are not divisible by space.granularity={granularity}: choose one that divides them"
+        )
     buckets = granularity // tensor_parallel_size  # n
     prepended = sharded.prepend_axis_num
     position = axis + prepended
@@ -67,7 +88,7 @@ def deal(
     local_units = units // tensor_parallel_size
 
     def split(tensor: torch.Tensor) -> torch.Tensor:
-        """[.., blocks, units a, buckets k, rows of a unit, ..] of the local tensor, viewed along `axis`."""
+        """View of the local tensor with `axis` split in four: [.., blocks, units a, buckets k, rows of a unit, ..]."""
         rows = tensor.shape[axis] // (blocks * local_units)
         return tensor.unflatten(axis, (blocks, local_units // buckets, buckets, rows))
 
@@ -105,27 +126,45 @@ def check_granularity(granularity: int, tensor_parallel_size: int) -> None:
     if granularity % tensor_parallel_size:
         raise FlextronError(
             f"model.tensor_model_parallel_size={tensor_parallel_size} does not divide space.granularity={granularity} "
-            "of this checkpoint; `flextron importance space.granularity=...` can change that"
+            "of this checkpoint: choose one that does, or sort again with `flextron importance "
+            f"space.granularity={tensor_parallel_size}`, with space.attention_unit=query_head too where there are fewer KV groups"
         )
 
 
 def to_disk_order(tensor: torch.Tensor, axis: int, units: int, granularity: int, blocks: int = 1) -> torch.Tensor:
-    """Whole tensor, sorted order -> bucket order along `axis` (no ranks involved)."""
+    """Deal the units of a whole tensor into buckets: from the order before dealing to the order of the disk, bucket after bucket.
+
+    Unit i goes to bucket i mod granularity.
+
+    Args:
+        tensor: whole tensor, units in the order before dealing.
+        axis: dimension of the units (heads, neurons).
+        units: number of units along it.
+        granularity: number of buckets.
+        blocks: equal blocks stacked along the dimension: 2 for the gate and up projection of a gated MLP.
+    """
     return _reorder(tensor, axis, blocks, (units // granularity, granularity))
 
 
 def to_sorted_order(
     tensor: torch.Tensor, axis: int, units: int, granularity: int, blocks: int = 1, first: int | None = None
 ) -> torch.Tensor:
-    """Whole tensor, bucket order -> sorted order along `axis`: the inverse of `to_disk_order`.
+    """Whole tensor with its units in the order before dealing, from the order of the disk: the inverse of `to_disk_order`.
 
-    first: of each block only this many units, rounded up to a multiple of the granularity; nothing else is read.
+    Args:
+        tensor: whole tensor, units bucket after bucket.
+        axis: dimension of the units (heads, neurons).
+        units: number of units along it.
+        granularity: number of buckets.
+        blocks: equal blocks stacked along the dimension: 2 for the gate and up projection of a gated MLP.
+        first: take only this many units of each block, rounded up to a multiple of the granularity; None: all. Other units are
+            not read.
     """
     return _reorder(tensor, axis, blocks, (granularity, units // granularity), first and -(-first // granularity))
 
 
 def _reorder(tensor: torch.Tensor, axis: int, blocks: int, shape: tuple[int, int], first: int | None = None) -> torch.Tensor:
-    """Swaps the two axes of `shape` within each block along `axis`; first: keeps so many of what is then the outer one."""
+    """Swap the two dimensions of `shape` within each block of `axis`, and keep the first `first` of the then outer one."""
     rows = tensor.shape[axis] // (blocks * shape[0] * shape[1])
     swapped = tensor.unflatten(axis, (blocks, *shape, rows)).transpose(axis + 1, axis + 2)
     return swapped.narrow(axis + 1, 0, first or shape[1]).flatten(axis, axis + 3)

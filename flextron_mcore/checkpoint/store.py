@@ -1,9 +1,9 @@
-"""Checkpoint directories: describe, find and open them.
+"""Checkpoint directories: their description, how they are found and opened. No torch import.
 
-A checkpoint is Megatron-Core's torch_dist format (a torch.distributed.checkpoint) with vanilla keys and shapes, plus
-`flextron.json` that says what it is. A run keeps them as `RUN/checkpoints/iter_0000100`, its tokenizer as `RUN/tokenizer`.
-Writing goes to `RUN/checkpoints/.iter_0000100.tmp`, renamed when whole: a directory with the final name is a whole checkpoint.
-Tensors are read by checkpoint/reader.py and written by checkpoint/writer.py. No torch import.
+A checkpoint is a directory in Megatron-Core's torch_dist format with vanilla keys and shapes, plus `flextron.json`, its
+description. A run keeps checkpoints as `RUN/checkpoints/iter_0000100` and its tokenizer as `RUN/tokenizer`. A checkpoint is
+written to `RUN/checkpoints/.iter_0000100.tmp` and renamed when it is complete. checkpoint/reader.py reads tensors,
+checkpoint/writer.py writes them.
 """
 
 from __future__ import annotations
@@ -15,20 +15,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flextron_mcore import digests
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.files import check_folder, read_json
 from flextron_mcore.space import ElasticSpace, SubNetwork
 
-INFO_FILE = "flextron.json"
-TABLE_FILE = "latency.json"  # the latency table, in the directory of `flextron latency` and beside routers
+INFO_FILE = digests.CHECKPOINT_FILE
+TABLE_FILE = "latency.json"  # latency table, in the directory of `flextron latency` and in checkpoints with routers
 FORMAT_VERSION = 1
 _ITERATION = re.compile(r"iter_(\d+)$")
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """Description of a checkpoint.
+    """Description of a checkpoint, the content of flextron.json.
 
-    sorted: True if its units are in order of importance. hf_config: the Hugging Face config that it was imported from.
+    Attributes:
+        model: architecture of the full model.
+        space: elastic space.
+        dtype: precision of the weights, fp32, bf16 or fp16.
+        step: training step after which the checkpoint was written.
+        sorted: True if heads and neurons are in decreasing importance (`flextron importance`).
+        hf_config: content of config.json of the Hugging Face model that the checkpoint was imported from; None if it was not.
+        path: directory of an opened checkpoint.
+        verifiable: False for an opened checkpoint of an earlier version, which has no digests.
     """
 
     model: ModelConfig
@@ -38,25 +48,26 @@ class CheckpointInfo:
     sorted: bool = False
     hf_config: Mapping[str, Any] | None = None
     path: Path | None = field(default=None, compare=False)
+    verifiable: bool = field(default=True, compare=False)
 
     @property
     def tokenizer(self) -> Path | None:
-        """The tokenizer directory beside the checkpoint, if there is one."""
+        """Tokenizer directory of the checkpoint's run, None without one."""
         folder = self.path.parent.parent / "tokenizer" if self.path else None
         return folder if folder and folder.is_dir() else None
 
     def at_step(self, step: int, **changes: Any) -> CheckpointInfo:
-        """Description of a checkpoint that training writes after `step`."""
+        """Description of the checkpoint that training writes after `step`. changes: further fields with other values."""
         return replace(self, step=step, path=None, **changes)
 
     def network(self, file: str | Path) -> SubNetwork:
-        """The sub-network that a JSON file describes. Raises FlextronError where the checkpoint has no such network."""
+        """Read a sub-network from a JSON file. Raises FlextronError if the checkpoint's space does not contain it."""
         net = SubNetwork.from_file(file)
         self.space.check(self.model, net, str(file))
         return net
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for `flextron.json`."""
+        """Nested dict of plain types, for flextron.json."""
         return {
             "format": FORMAT_VERSION,
             "step": self.step,
@@ -69,12 +80,12 @@ class CheckpointInfo:
 
 
 def iteration_path(run: Path, step: int) -> Path:
-    """RUN/checkpoints/iter_0000100."""
+    """Path of a run's checkpoint of a step: RUN/checkpoints/iter_0000100."""
     return run / "checkpoints" / f"iter_{step:07d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first: written whole, though what happened to them since only `open_checkpoint` sees."""
+    """Checkpoints of a run, oldest first. Their files are not checked; `open_checkpoint` does that."""
     folder = run / "checkpoints"
     if not folder.is_dir():
         return []
@@ -83,25 +94,31 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def open_checkpoint(path: str | Path) -> CheckpointInfo:
-    """The checkpoint at `path`: a run directory (its newest), or one checkpoint.
+    """Open a checkpoint: `path` is its directory, or a run directory, whose newest checkpoint is opened.
 
-    Raises FlextronError naming the file that is missing, truncated or damaged (a changed bit inside a file is not seen), and
-    never takes an older checkpoint for it.
+    Raises FlextronError naming a file that is missing or is not as it was written. Of weights only the size is compared, not the
+    content (runs/verification.py does that). A damaged newest checkpoint is an error: an older one is never taken in its place.
     """
     path = Path(path)
     if not path.exists():
-        raise FlextronError(f"checkpoint={path}: no such directory")
+        raise FlextronError(f"checkpoint={path}: no such directory: name the out of a stage that wrote a checkpoint")
     if not (path / INFO_FILE).is_file() and not _ITERATION.match(path.name):
         found = list_checkpoints(path) or list_checkpoints(path.parent if path.name == "checkpoints" else path)
         if not found:
-            raise FlextronError(f"checkpoint={path}: no checkpoint in it (looked for checkpoints/iter_*)")
+            raise FlextronError(
+                f"checkpoint={path}: no checkpoint in it (no checkpoints/iter_*): name the out of a stage that wrote one"
+            )
         path = found[-1]
+    check_folder(path)
     file = path / INFO_FILE
     if damage := _damage(path):
         raise FlextronError(f"{damage}; {_remedy(path)}")
-    values = json.loads(file.read_text(encoding="utf-8"))
+    digests.check_files(path.resolve().parent.parent, "tokenizer")
+    values = read_json(file)
     if (version := values.get("format")) != FORMAT_VERSION:
-        raise FlextronError(f"{file}: format {version} is not {FORMAT_VERSION}: written by another version of flextron_mcore")
+        raise FlextronError(
+            f"{file}: format {version} is not {FORMAT_VERSION}: written by another version of flextron_mcore: use that version"
+        )
     try:
         model = ModelConfig.from_dict(values["model"])
         return CheckpointInfo(
@@ -112,45 +129,55 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
             sorted=values["sorted"],
             hf_config=values["hf_config"],
             path=path.resolve(),
+            verifiable=digests.is_sealed(values),
         )
     except (LookupError, TypeError, AttributeError, FlextronError) as error:
-        raise FlextronError(f"{file}: not a checkpoint description ({type(error).__name__}: {error})") from None
+        raise FlextronError(
+            f"{file}: not a checkpoint description ({type(error).__name__}: {error}): bring it back from a copy"
+        ) from None
+
+
+def files_of(info: CheckpointInfo) -> dict[str, digests.Entry]:
+    """{name: size and digest} of the files of an opened checkpoint."""
+    file = info.path / INFO_FILE
+    return digests.files_of(digests.read_description(file), file)
+
+
+def is_weights(name: str) -> bool:
+    """True for a file of weights or optimizer state, whose content is not compared when a checkpoint is opened."""
+    return name.endswith(".distcp")
 
 
 def _damage(path: Path) -> str | None:
-    """Which file of the checkpoint `path` is not as it was written, and how; None for a whole checkpoint."""
+    """Message about a file of the checkpoint that is not as it was written; None if there is none."""
     file = path / INFO_FILE
     if not file.is_file():
         return f"{file} is missing"
     try:
-        sizes = json.loads(file.read_text(encoding="utf-8")).get("files", {})  # early checkpoints have none
-    except (OSError, ValueError, AttributeError) as error:
+        values = read_json(file)
+        values.get("files")
+        entries = digests.files_of(digests.unseal(values, file), file)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         return f"{file} is damaged: not a checkpoint description ({type(error).__name__})"
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if (found := file.stat().st_size) != size:
-            return f"{file} is {'truncated' if found < size else 'damaged'}: {found} bytes, not {size}"
-    return None
+    except FlextronError:
+        return f"{file} is damaged: it changed since it was written"
+    found = (digests.damage(path / name, entry, content=not is_weights(name)) for name, entry in entries.items())
+    return next(filter(None, found), None)
 
 
 def _remedy(path: Path) -> str:
-    """Advice on the damaged checkpoint `path`, for an error message."""
+    """Advice for the message about a damaged checkpoint: the older one to continue from, if one is complete."""
     path = path.resolve()
     every = list_checkpoints(path.parent.parent)
     older = every[: every.index(path)] if path in every else []
     whole = next((p for p in reversed(older) if not _damage(p)), None)
     if whole:
         return f"remove {path} to continue from {whole.name}"
-    return "no older checkpoint beside it is whole: bring it back from a copy, or make it again"
+    return f"no older checkpoint beside it is complete: {digests.remedy(path)}"
 
 
 def write_info(directory: Path, info: CheckpointInfo) -> None:
-    """Write `flextron.json`; last of all, since it records the sizes of all other files, in bytes.
-
-    Call on the main process when every rank has finished its files.
-    """
-    files = {file.name: file.stat().st_size for file in sorted(directory.iterdir()) if file.is_file() and file.name != INFO_FILE}
-    text = json.dumps({**info.to_dict(), "files": files}, indent=1)
+    """Write flextron.json, with sizes and digests of all other files. Call on the main process, after all ranks have written."""
+    files = {name: digests.entry_of(directory / name) for name in digests.listed(directory) if name != INFO_FILE}
+    text = json.dumps(digests.seal({**info.to_dict(), "files": files}), indent=1)
     (directory / INFO_FILE).write_text(text + "\n", encoding="utf-8")

@@ -1,10 +1,11 @@
-"""Writing a checkpoint tensor by tensor, by any number of ranks, without a model in memory."""
+"""Writing a checkpoint one tensor at a time, on any number of ranks, without a model in memory."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,18 +19,24 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
+from flextron_mcore import digests
 from flextron_mcore.checkpoint.sharding import dealt_axis, to_disk_order
 from flextron_mcore.checkpoint.store import CheckpointInfo, write_info
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime.disk import check_space, forget
-from flextron_mcore.runtime.ranks import place, wait_for_all
+from flextron_mcore.runtime.ranks import gather, place, wait_for_all
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when it is written: shape, dtype, and how.
+    """Tensor that is computed when it is written.
 
-    buckets: how many its units lie in (checkpoint/sharding.py); 1: they are in sorted order.
+    A checkpoint stores heads and neurons dealt into buckets, unit i into bucket i mod space.granularity (checkpoint/sharding.py).
+
+    Attributes:
+        shape, dtype: shape and dtype of the whole tensor.
+        load: function that computes the tensor.
+        buckets: number of buckets that `load` has dealt the heads or neurons into; 1: not dealt, heads and neurons by index.
     """
 
     shape: tuple[int, ...]
@@ -46,12 +53,21 @@ def write_streaming(
     common: Mapping[str, Any] | None = None,
     elsewhere: bool = False,
 ) -> None:
-    """Write a model's checkpoint into the empty `directory`, a tensor at a time; meanwhile the next ones are made, by a thread.
+    """Write a model's checkpoint, a tensor at a time, while a thread computes the next ones.
 
-    Call on all ranks, with the same arguments: each makes and writes its share of the tensors. progress is called with the bytes
-    of each tensor written, scaled to the share. common: plain values that every load returns beside the tensors. elsewhere: it is
-    not for a stage that follows here, so the page cache need not keep it. The result is what Megatron-Core's own save of the
-    model gives: the same keys, shapes and order, loadable at any layout.
+    The result has the keys, shapes and order of Megatron-Core's own save of the model, and loads in any layout. Call on all ranks
+    with the same arguments: each computes and writes a share of the tensors. Raises FlextronError if space on the disk is too
+    small, and for a tensor of another shape or dtype than announced.
+
+    Args:
+        directory: empty directory to write into.
+        info: description of the checkpoint.
+        tensors: {name: tensor}, heads and neurons by index, in whatever order the model has them. They are dealt into
+            info.space.granularity buckets when they are written (checkpoint/sharding.py), unless `LazyTensor.buckets` says that
+            they already are.
+        progress: receives the bytes of each tensor that this rank writes, scaled so that one rank's calls add up to all bytes.
+        common: plain values that Megatron-Core stores beside the tensors (common.pt).
+        elsewhere: True if no stage on this machine will read the checkpoint: its files leave the page cache.
     """
 
     def dealt(key: str, lazy: LazyTensor) -> LazyTensor:
@@ -73,7 +89,17 @@ def write_torch_dist(
     common: Mapping[str, Any] | None = None,
     elsewhere: bool = False,
 ) -> None:
-    """`write_streaming` of tensors in the order in which they come, and without `flextron.json`."""
+    """Write tensors in Megatron-Core's torch_dist format, in the order that `load` returns and without flextron.json.
+
+    Call on all ranks with the same arguments. Raises FlextronError if the disk has too little space.
+
+    Args:
+        directory: empty directory to write into.
+        tensors: {name: tensor}.
+        progress: receives the bytes of each tensor that this rank writes, scaled so that one rank's calls add up to all bytes.
+        common: plain values that Megatron-Core stores beside the tensors (common.pt).
+        elsewhere: True if no stage on this machine will read the files: they leave the page cache.
+    """
     rank, ranks = place()
     sizes = {key: t.dtype.itemsize * torch.Size(t.shape).numel() for key, t in tensors.items()}
     need = sum(sizes.values())
@@ -82,27 +108,47 @@ def write_torch_dist(
     state: dict[str, Any] = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items() if key in mine}
     for key in tensors if rank == 0 else ():
         if key.endswith((".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight")):
-            # Megatron-Core's linear layers carry an empty "extra state" that every load asks for.
+            # Megatron-Core's linear layers have an empty extra state, and loading fails without it.
             extra = ShardedObject(key.removesuffix("weight") + "_extra_state", None, (1,), (0,))
             payload = io.BytesIO()
             torch.save([None], payload)
             state[extra.unique_key] = payload
     share = sum(sizes[key] for key in mine)
     planner = _StreamingPlanner(tensors, progress and (lambda size: progress(size * need // share)))
-    # A file a tensor: torch's writer keeps the tensors of a file until the file is finished. Nothing passes through a GPU.
+    # One file a tensor, because torch's writer keeps all tensors of a file in memory until the file is finished.
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
-    if elsewhere:
-        writer.fs = _ForgottenFiles()
+    writer.fs = _HashedFiles(elsewhere)
     with planner.ahead, _without_crc():
         dcp.save(state, storage_writer=writer, planner=planner, no_dist=ranks == 1)
     if rank == 0:
         torch.save(dict(common or {}), directory / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+        canonical_metadata(directory)
+    for others in gather(digests.remembered()):
+        digests.learn(others)
     wait_for_all()
 
 
+def canonical_metadata(directory: Path) -> None:
+    """Write .metadata of a finished save again: entries in order, and without the identity of the save.
+
+    Equal checkpoints then have equal files, and equal digests. Call on the main process.
+    """
+    found: Any = dcp.FileSystemReader(directory).read_metadata()
+    found.storage_meta = None
+    for name in ("state_dict_metadata", "storage_data", "planner_data"):
+        if isinstance(part := getattr(found, name), dict):
+            setattr(found, name, dict(sorted(part.items(), key=lambda entry: repr(entry[0]))))
+    # Without references between equal objects, which depend on how they came about; then with those to classes, which save space.
+    unshared = io.BytesIO()
+    pickler = pickle.Pickler(unshared)
+    pickler.fast = True
+    pickler.dump(found)
+    (directory / ".metadata").write_bytes(pickle.dumps(pickle.loads(unshared.getvalue())))
+
+
 def _checked(key: str, lazy: LazyTensor) -> torch.Tensor:
-    """The tensor, of the shape and dtype that it was announced with."""
+    """Compute a tensor. Raises FlextronError if its shape or dtype is not the announced one."""
     tensor = lazy.load()
     if tuple(tensor.shape) != tuple(lazy.shape) or tensor.dtype != lazy.dtype:
         raise FlextronError(f"tensor {key}: {tuple(tensor.shape)} {tensor.dtype} instead of {tuple(lazy.shape)} {lazy.dtype}")
@@ -110,7 +156,10 @@ def _checked(key: str, lazy: LazyTensor) -> torch.Tensor:
 
 
 def share_out(sizes: Mapping[str, int], ranks: int) -> list[set[str]]:
-    """The names of `sizes`, for each rank about the same sum: the largest first, to the rank with the least so far."""
+    """Divide tensors among ranks so that sums of bytes are about equal, the largest first: a set of names for each rank.
+
+    sizes: {name: bytes}.
+    """
     shares: list[set[str]] = [set() for _ in range(ranks)]
     loads = [0] * ranks
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
@@ -120,20 +169,27 @@ def share_out(sizes: Mapping[str, int], ranks: int) -> list[set[str]]:
     return shares
 
 
-class _ForgottenFiles(FileSystem):
-    """Files that leave the page cache when they are written."""
+class _HashedFiles(FileSystem):
+    """File system of torch's writer that hashes each file as it is written. forgotten: drop it from the page cache, too."""
+
+    def __init__(self, forgotten: bool) -> None:
+        self._forgotten = forgotten
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes]]:
-        with super().create_stream(path, mode) as stream:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with digests.HashingFile(path) as stream:
             yield stream
-        if "w" in mode:
+        if self._forgotten:
             forget(path)
 
 
 @contextlib.contextmanager
 def _without_crc() -> Iterator[None]:
-    """torch.save without the checksums of a zip file, which torch.load does not look at: they cost as much as the writing."""
+    """Switch off torch.save's zip checksums, which cost as much time as the writing and which torch.load does not check."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -143,13 +199,17 @@ def _without_crc() -> Iterator[None]:
 
 
 class _StreamingPlanner(dcp.DefaultSavePlanner):
-    """Makes the next two tensors while one is written, since sizes alternate; use within `ahead`."""
+    """Save planner for torch.distributed.checkpoint that computes the next two tensors in a thread while one is written.
+
+    Two tensors, because a model's large and small ones alternate. Use it in `with planner.ahead:`, which ends the thread.
+    Loading a tensor raises FlextronError if it does not have its declared shape and dtype.
+    """
 
     def __init__(self, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None) -> None:
         super().__init__(flatten_state_dict=False)
         self._lazy, self._progress = tensors, progress
         self.ahead = ThreadPoolExecutor(1)
-        self._keys: list[str] = []  # yet to be made, in the order of writing
+        self._keys: list[str] = []  # tensors still to be computed, in the order of writing
         self._made: dict[str, Future[torch.Tensor]] = {}
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -161,7 +221,7 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
-            return self.lookup_object(write_item.index)  # serialised already
+            return self.lookup_object(write_item.index)  # already serialized
         tensor = self._made.pop(write_item.index.fqn).result()
         self._make_next()
         if self._progress:

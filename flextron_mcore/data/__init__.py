@@ -1,1 +1,1 @@
-"""Text to Megatron data and back: corpora, tokenizer, the `prepare` step, and the datasets that training and evaluation read."""
+"""Text to Megatron datasets: corpora, tokenizers, `prepare`, and the datasets that training and evaluation read."""

@@ -1,7 +1,8 @@
-"""Real text without a download: what the running Python installation has on disk, in three domains.
+"""Real text without a download: files of the running Python installation, in three domains.
 
-`code` is the standard library without its docstrings, `docs` the docstrings and the language reference of `pydoc`, `tables` the
-codec tables. No text is in two domains, so that what validation measures in one was not trained on in another.
+Domain `code` is the standard library without docstrings. `docs` is the library's docstrings and the language reference that
+`pydoc` shows. `tables` is the character tables of codecs. The domains share no text, so that one domain's validation text is not
+training text of another.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..config import FlextronError, nearest
 
 DOMAINS = ("code", "docs", "tables")
 _PREFIX = "builtin:"
-# Tests, other people's packages, build leftovers, programs rather than library, and what the other two domains are made of.
+# Directories that `code` and `docs` leave out: tests, installed packages, build files, applications, and the text of `tables`.
 _NOT_CODE = {
     *("__pycache__", "__phello__", "site-packages", "dist-packages", "lib-dynload", "ensurepip", "test", "tests", "distutils"),
     *("idlelib", "lib2to3", "tkinter", "turtledemo", "encodings", "pydoc_data"),
@@ -25,19 +26,19 @@ _SHORTEST_DOCSTRING = 80  # characters
 
 
 def builtin_inputs() -> dict[str, list[str]]:
-    """The inputs of `prepare` that mean the built-in text: domain -> [`builtin:DOMAIN`]."""
+    """Inputs of `prepare` for the built-in text, {domain: [`builtin:DOMAIN`]}."""
     return {name: [_PREFIX + name] for name in DOMAINS}
 
 
 def is_builtin(source: object) -> bool:
-    """True if a source names built-in text rather than a path."""
+    """True if a source is `builtin:DOMAIN`, False if it is a path."""
     return isinstance(source, str) and source.startswith(_PREFIX)
 
 
 def documents(source: str) -> tuple[str, ...]:
-    """The documents of `builtin:DOMAIN`, in an order that depends on nothing but the Python installation (a few MB).
+    """Documents of `builtin:DOMAIN`, a few MB, in an order that depends on the Python installation only.
 
-    Raises FlextronError when the name is unknown or when this Python has no source files (zipped or compiled only).
+    Raises FlextronError if the domain is unknown, or if this Python has no source files (zipped or compiled only).
     """
     name = source.removeprefix(_PREFIX)
     if name not in DOMAINS:
@@ -53,8 +54,9 @@ def documents(source: str) -> tuple[str, ...]:
 
 @cache
 def _code_and_docs(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(source files without docstrings, docstrings and help topics) of the standard library in `root`."""
     code: list[str] = []
-    docs: dict[str, None] = dict.fromkeys(_topics(root))  # a dict, for methods that repeat the docstring of another
+    docs: dict[str, None] = dict.fromkeys(_topics(root))  # a dict removes duplicates and keeps the order
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in _NOT_CODE and not name.startswith("config-"))
         for name in sorted(names):
@@ -68,7 +70,10 @@ def _code_and_docs(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _separate(source: str) -> tuple[str, list[str]]:
-    """A module without its docstrings, and those docstrings that are long enough to be a document."""
+    """(source of a module without docstrings, its docstrings of at least _SHORTEST_DOCSTRING characters).
+
+    Returns ("", []) for a source that cannot be parsed.
+    """
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -90,7 +95,7 @@ def _separate(source: str) -> tuple[str, list[str]]:
 
 
 def _topics(root: Path) -> list[str]:
-    """The texts behind `help('...')`; none where a distribution leaves them out of its library."""
+    """Texts that `help('TOPIC')` prints, sorted by topic; empty for a Python distributed without pydoc_data."""
     try:
         tree = ast.parse(_read(root / "pydoc_data" / "topics.py"))
         table = next(node.value for node in tree.body if isinstance(node, ast.Assign))
@@ -101,7 +106,7 @@ def _topics(root: Path) -> list[str]:
 
 @cache
 def _tables(root: Path) -> tuple[str, ...]:
-    """Character tables. The DOS code pages are left out: each holds the same table three times."""
+    """Character tables of codecs and HTML entities, without the DOS code pages, each of which repeats one table three times."""
     texts = [_read(path) for path in sorted((root / "encodings").glob("*.py"))]
     tables = [text for text in texts if "decoding_table" in text and "encoding_map" not in text]
     return tuple(text for text in [*tables, _read(_entities(root))] if text)

@@ -1,19 +1,17 @@
-"""Documents out of files and directories, as a stream. Bad input is one line that names the file."""
+"""Stream of documents from text files and directories of a corpus."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..config import FlextronError, nearest
+from ..config import FlextronError
 from . import builtin
+from .formats import COMPRESSED_SUFFIXES, LINES_SUFFIXES, PARQUET_SUFFIX, Broken, inner_suffix, open_documents
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".adoc", ".org"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh", ".m", ".cs", ".java", ".kt"),
@@ -23,71 +21,98 @@ TEXT_SUFFIXES = (
 )
 
 
+_NAMED = 5  # maximum number of reasons for leaving files out that a summary names
+
+
 @dataclass
 class Corpus:
-    """The documents of one domain. Iterating reads the files anew, in the same order every time.
+    """Iterable over the documents (str) of one domain.
 
-    Memory holds one document at a time. With `skip_bad`, a file or a jsonl line that cannot be read is left out and noted in
-    `skipped` (place -> reason); without, it raises FlextronError.
+    Each iteration reads the files again, in the same order, and holds one document in memory. Texts of white space only are
+    left out and counted. Input that cannot be read raises FlextronError; with skip_bad=True it is skipped instead.
+
+    Attributes:
+        domain: name of the domain.
+        sources: paths of files, or `builtin:NAME`.
+        left_out: {reason, such as a file suffix: number of directory entries that are not read}.
+        text_key: field of a JSON object, or column of a Parquet file, that holds the text.
+        skip_bad: skip files and entries that cannot be read.
+        skipped: {file, or file and line: reason} of the last iteration.
+        read: {format: number of files} of the last iteration.
+        empty: number of empty texts in the last iteration.
     """
 
     domain: str
-    sources: list[Path | str]  # files, or `builtin:NAME`
-    ignored: int = 0  # files in directories left out because of their suffix or because they are empty
+    sources: list[Path | str]
+    left_out: Counter[str] = field(default_factory=Counter)
     text_key: str = "text"
     skip_bad: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
+    read: Counter[str] = field(default_factory=Counter)
+    empty: int = 0
 
     def __iter__(self) -> Iterator[str]:
+        self.skipped, self.read, self.empty = {}, Counter(), 0
         for source in self.sources:
             if isinstance(source, str):
+                self.read["built-in"] += 1
                 yield from builtin.documents(source)
-            elif source.name.lower().endswith(JSONL_SUFFIXES):
-                yield from self._read_jsonl(source)
             else:
-                yield from self._read_text(source)
+                yield from self._documents(source)
+
+    def summary(self) -> str:
+        """Text for users: numbers of files read, left out by reason, of empty texts and of unreadable entries."""
+        read = ", ".join(f"{count} {name}" for name, count in self.read.most_common())
+        parts = [f"read {sum(self.read.values())} file(s) ({read or 'none'})"]
+        if self.left_out:
+            common = self.left_out.most_common()
+            named = [f"{count} {name}" for name, count in common[:_NAMED]]
+            others = sum(count for _, count in common[_NAMED:])
+            parts.append(f"left out {', '.join(named)}" + (f" and {others} others" if others else ""))
+        if self.empty:
+            parts.append(f"{self.empty} empty text(s) skipped")
+        if self.skipped:
+            parts.append(f"{len(self.skipped)} unreadable skipped")
+        return "; ".join(parts)
+
+    def _documents(self, path: Path) -> Iterator[str]:
+        texts = 0
+        try:
+            name, entries = open_documents(path, self.text_key)
+            self.read[name] += 1
+            for entry in entries:
+                texts += 1
+                if entry.fault:
+                    self._bad(f"{path}, {entry.place}" if entry.place else str(path), entry.fault)
+                elif entry.text.strip():
+                    yield entry.text
+                else:
+                    self.empty += 1
+        except Broken as error:
+            self._bad(str(path), str(error))
+        else:
+            self.empty += not texts  # a file of JSON lines that has no line counts as one empty text
 
     def _bad(self, place: str, reason: str) -> None:
         if not self.skip_bad:
-            raise FlextronError(f"{place}: {reason} (skip_bad=true leaves such input out)")
+            raise FlextronError(f"{place}: {reason} (skip_bad=true skips such input)")
         self.skipped[place] = reason
-
-    def _read_text(self, path: Path) -> Iterator[str]:
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            return self._bad(str(path), f"cannot be read: {error.strerror}")
-        except UnicodeDecodeError as error:
-            return self._bad(str(path), f"is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}")
-        if not text:
-            return self._bad(str(path), "is empty")
-        yield text
-
-    def _read_jsonl(self, path: Path) -> Iterator[str]:
-        lines = 0
-        try:
-            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        lines += 1
-                        text, reason = _text_of_line(line, self.text_key)
-                        if reason:
-                            self._bad(f"{path}, line {number}", reason)
-                        else:
-                            yield text
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            return self._bad(str(path), f"is a broken gzip file: {error}")
-        except OSError as error:
-            return self._bad(str(path), f"cannot be read: {error.strerror}")
-        if not lines:
-            self._bad(str(path), "is empty")
 
 
 def open_corpus(domain: str, paths: Sequence[str | Path], text_key: str = "text", skip_bad: bool = False) -> Corpus:
-    """The documents below `paths`: files, directories (walked in sorted order) and `builtin:NAME` (see `builtin`).
+    """Corpus of one domain. Lists directories, and reads no file yet.
 
-    In a directory, hidden names, files of unknown suffix and empty files are left out; a file named here is read whatever its
-    suffix. Raises FlextronError on a path that does not exist and on a directory without a readable file, `skip_bad` or not.
+    Args:
+        domain: name of the domain.
+        paths: files, directories, and `builtin:NAME` (builtin.py). Directories are walked in sorted order, and symbolic links
+            are followed, each directory once. Hidden names and files of unknown suffix in directories are left out. A file given
+            by its own path is read whatever its suffix.
+        text_key: field of a JSON object, or column of a Parquet file, that holds the text.
+        skip_bad: skip files and entries that cannot be read.
+
+    Raises:
+        FlextronError: a path does not exist, is a pipe or device, or is a directory without a file to read, with and without
+            skip_bad.
     """
     corpus = Corpus(domain, [], text_key=text_key, skip_bad=skip_bad)
     for entry in paths:
@@ -96,53 +121,50 @@ def open_corpus(domain: str, paths: Sequence[str | Path], text_key: str = "text"
             continue
         path = Path(entry).expanduser()
         if path.is_dir():
-            known, ignored = _walk(path)
+            known = _walk(path, corpus.left_out)
             if not known:
-                raise FlextronError(f"{path}: no file to read in this directory ({ignored} of unknown suffix or empty)")
+                raise FlextronError(
+                    f"{path}: no file to read in this directory ({corpus.summary()}): give the path of each file, which is then "
+                    "read whatever its suffix"
+                )
             corpus.sources += known
-            corpus.ignored += ignored
-        elif path.exists():
+        elif path.is_file():
             corpus.sources.append(path)
+        elif path.exists():
+            raise FlextronError(f"{path}: is a pipe or device, but the text is read several times: write it to a file first")
         else:
             raise FlextronError(f"{path}: no such file or directory (input of domain '{domain}')")
     return corpus
 
 
-def _walk(root: Path) -> tuple[list[Path], int]:
+def _walk(root: Path, left_out: Counter[str]) -> list[Path]:
+    """Files to read below a directory, sorted. Counts all other entries in `left_out` by reason."""
     known: list[Path] = []
-    ignored = 0
-    for folder, folders, names in os.walk(root):
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a second link to a directory, or a link to a parent directory
+            left_out["linked again"] += 1
+            folders.clear()
+            continue
+        seen.add(real)
+        left_out["hidden"] += sum(name.startswith(".") for name in [*folders, *names])
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
             path = Path(folder, name)
-            if name.lower().endswith(JSONL_SUFFIXES + TEXT_SUFFIXES) and not (path.exists() and path.stat().st_size == 0):
+            if path.exists() and not path.is_file():
+                left_out["pipe or device"] += 1
+            elif _is_known(name):
                 known.append(path)
             else:
-                ignored += 1
-    return known, ignored
+                left_out[path.suffix.lower() or "without suffix"] += 1
+    left_out += Counter()  # drops zeros
+    return known
 
 
-def _text_of_line(line: bytes, key: str) -> tuple[str, str]:
-    """(text, "") of one line of jsonl, or ("", what is wrong with it)."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return "", f"is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start} of the line"
-    except json.JSONDecodeError as error:
-        return "", f"is not valid JSON: {error.msg} at column {error.colno}"
-    except RecursionError:
-        return "", "is not valid JSON: too deeply nested"
-    if not isinstance(row, dict):
-        return "", f"is not a JSON object but a {type(row).__name__}"
-    if key not in row:
-        return "", f"has no key '{key}'{nearest(key, row)}: set text_key"
-    text = row[key]
-    if not isinstance(text, str):
-        return "", f"key '{key}' is not a string but a {type(text).__name__}"
-    if not text:
-        return "", f"key '{key}' is empty"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "", f"key '{key}' holds half of a surrogate pair, which is not text"
-    return text, ""
+def _is_known(name: str) -> bool:
+    suffix = inner_suffix(name)
+    compressed = name.lower().endswith(COMPRESSED_SUFFIXES)
+    return (
+        suffix in TEXT_SUFFIXES + LINES_SUFFIXES or (compressed and not suffix) or (not compressed and suffix == PARQUET_SUFFIX)
+    )

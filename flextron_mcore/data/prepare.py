@@ -1,7 +1,7 @@
-"""Text into Megatron's indexed datasets: split into training and validation text, tokenizer, token files, `data.json`.
+"""Conversion of text to Megatron's indexed datasets: training and validation split, tokenizer, token files, `data.json`.
 
-The corpus is read up to three times (split, tokenizer sample, tokens), so memory does not grow with it: 16 bytes a document and
-one batch of text are held. What is wrong with the input shows in the first reading, before anything slow starts.
+The corpus is read up to three times: to split it, to sample text for the tokenizer, and to tokenize. Memory holds about 100 bytes
+a document and one batch of text. The first reading finds unreadable input, before tokenizer training and tokenization start.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from array import array
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,26 @@ import numpy as np
 import torch
 
 from ..config import FlextronError
+from ..digests import DATA_FILE
 from .builtin import builtin_inputs
-from .corpus import JSONL_SUFFIXES, Corpus, open_corpus
+from .corpus import Corpus, open_corpus
+from .formats import stem
+from .split import Documents, pieces, split
 from .tokenizer import Tokenizer, groups, open_tokenizer, train_tokenizer
 
-DATA_FILE = "data.json"
 DATA_VERSION = 1
-SAMPLE_BYTES = 20_000_000  # text that a tokenizer is trained on, all domains together
-_DOMAIN_NAME = re.compile(r"\w[\w .+-]*")  # it becomes part of file names
+SAMPLE_BYTES = 20_000_000  # maximum text that a tokenizer is trained on, all domains together
+_DOMAIN_NAME = re.compile(r"\w[\w .+-]*")  # restricted because a domain's name becomes part of file names
 
 
 def parse_inputs(value: str | list | Mapping) -> dict[str, list[str]]:
-    """The user's `input=` as domain -> list of paths.
+    """{domain: paths} from the value of `input=`.
 
-    `value` is a path or a list of paths (each is a domain, named after the file without suffix or the directory), a mapping
-    {domain: path or list of paths}, or "builtin" (text of the Python installation, see `builtin`). Raises FlextronError when two
-    paths would be one domain, when a domain's name cannot be part of a file name, and on anything else.
+    `value` is a path, a list of paths, a mapping {domain: path or list of paths}, or "builtin" (text of the Python installation).
+    A path without a domain's name becomes a domain of its own, with the name of the directory or of the file without suffixes.
+
+    Raises FlextronError if two paths would get the same domain name, if a domain's name cannot be part of a file name, if no path
+    is given, or if `value` has another type.
     """
     if value == "builtin":
         return builtin_inputs()
@@ -64,39 +67,63 @@ def prepare_data(
     valid_fraction: float = 0.05,
     seed: int = 1234,
     skip_bad: bool = False,
+    add_bos: bool | None = None,
+    parse_special_tokens: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Write prepared data into the empty directory `out`.
+    """Tokenize text and write DOMAIN_{train,valid}.{bin,idx} for each domain, tokenizer/ and, last, data.json.
 
-    inputs: domain -> paths (see `parse_inputs`). tokenizer: a Hugging Face tokenizer directory; None trains a byte-level BPE of
-    `vocab_size` tokens on the training text. valid_fraction: share of the text of every domain to hold out. progress: called
-    with a status line now and then.
+    Args:
+        inputs: {domain: paths}, from `parse_inputs`.
+        out: existing, empty directory to write into.
+        tokenizer: Hugging Face tokenizer directory; None trains a byte-level BPE on the training text.
+        vocab_size: tokens of the trained BPE.
+        text_key: field of a JSON object, or column of a Parquet file, that holds the text.
+        valid_fraction: share of the text of every domain that is held out for validation, above 0 and at most 0.5.
+        seed: seed of the split into training and validation text.
+        skip_bad: skip files and entries that cannot be read; False: raise FlextronError at the first.
+        add_bos: put the BOS token in front of every document; None: as the tokenizer does.
+        parse_special_tokens: encode the text of a special token, such as <|endoftext|>, as this token; False: as ordinary text;
+            None: as the tokenizer does.
+        progress: function that is called with status lines.
 
-    Writes DOMAIN_{train,valid}.{bin,idx}, tokenizer/ and, last, data.json. Returns the contents of data.json's `domains`, each
-    with `bytes_per_token`, and `vocab_size`, `eod`, `ignored_files` and `skipped` ([place, reason] each).
-    Raises FlextronError on bad input.
+    Returns:
+        `vocab_size`, `eod` (id of the end-of-document token), `domains` (the entries of data.json, each with `bytes_per_token`,
+        `files` {format: number}, `left_out` {reason: number of files} and `empty_texts` added) and `skipped`, a list of
+        [file or file and line, reason].
+
+    Raises:
+        FlextronError: unreadable or too little input, an unusable tokenizer, or `out` is not an empty directory.
     """
     out = Path(out)
     say = progress or (lambda line: None)
     if not out.is_dir() or any(out.iterdir()):
-        raise FlextronError(f"{out}: not an empty directory to write the prepared data into")
+        raise FlextronError(f"{out}: not an empty directory to write the prepared data into: choose another, or empty it")
     if not 0 < valid_fraction <= 0.5:
         raise FlextronError(f"valid_fraction={valid_fraction} must be above 0 and at most 0.5")
-    tokens = open_tokenizer(tokenizer) if tokenizer is not None else None
-    parts = []
-    for domain, paths in inputs.items():
-        say(f"reading {domain}")
-        parts.append(_split(open_corpus(domain, paths, text_key, skip_bad), valid_fraction, seed))
+    chosen = (add_bos, parse_special_tokens)
+    tokens = open_tokenizer(tokenizer, *chosen) if tokenizer is not None else None
+    parts = _read(
+        {domain: open_corpus(domain, paths, text_key, skip_bad) for domain, paths in inputs.items()}, valid_fraction, seed, say
+    )
     if tokens is None:
         say(f"training a byte-level tokenizer of {vocab_size} tokens")
         tokens = train_tokenizer(_sample(parts), vocab_size)
+        if chosen != (None, None):
+            with tempfile.TemporaryDirectory() as folder:
+                tokens.save(folder)
+                tokens = open_tokenizer(folder, *chosen)
     tokens.save(out / "tokenizer")
+    if chosen != (None, None):
+        _check_saved(tokens, out / "tokenizer")
     domains = {part.corpus.domain: _write_domain(part, tokens, out, say) for part in parts}
     table = {
         "version": DATA_VERSION,
         "tokenizer": "tokenizer",
         "vocab_size": tokens.vocab_size,
         "eod": tokens.eod,
+        "add_bos": add_bos,
+        "parse_special_tokens": parse_special_tokens,
         "domains": domains,
     }
     (out / DATA_FILE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
@@ -104,92 +131,86 @@ def prepare_data(
     return {
         "vocab_size": tokens.vocab_size,
         "eod": tokens.eod,
-        "domains": {name: {**d, "bytes_per_token": d["bytes"] / total[name]} for name, d in domains.items()},
-        "ignored_files": sum(part.corpus.ignored for part in parts),
+        "domains": {
+            part.corpus.domain: {
+                **domains[part.corpus.domain],
+                "bytes_per_token": domains[part.corpus.domain]["bytes"] / total[part.corpus.domain],
+                "files": dict(part.corpus.read),
+                "left_out": dict(part.corpus.left_out),
+                "empty_texts": part.corpus.empty,
+            }
+            for part in parts
+        },
         "skipped": [[place, reason] for part in parts for place, reason in part.corpus.skipped.items()],
     }
 
 
+def _check_saved(tokens: Tokenizer, folder: Path) -> None:
+    """Raise FlextronError unless the tokenizer saved in `folder` adds and parses the same special tokens as `tokens`.
+
+    Later stages encode prompts with the saved tokenizer, and prompts must be encoded as the training text was.
+    """
+    ours, again = ((t.prefix, t.suffix, t.hf.backend_tokenizer.encode_special_tokens) for t in (tokens, open_tokenizer(folder)))
+    if ours != again:
+        raise FlextronError(
+            "add_bos, parse_special_tokens: this tokenizer's class ignores them when it is opened again: leave both out"
+        )
+
+
 @dataclass
 class _Part:
-    """A domain's documents, each in training or validation; at most one is cut, its last `cut_share` for validation."""
+    """One domain and its split into training and validation text.
+
+    Attributes:
+        corpus: text of the domain.
+        documents: hash and size of each document of the domain.
+        share: [documents], fraction of each document, counted from its end, that is validation text.
+    """
 
     corpus: Corpus
-    draws: np.ndarray  # [documents], one number in [0, 1) from the seed and the text of each
-    sizes: np.ndarray  # [documents], bytes
-    valid: np.ndarray  # [documents], bool
-    cut: int | None = None
-    cut_share: float = 0.0
+    documents: Documents
+    share: np.ndarray
 
     def texts(self) -> Iterator[tuple[int, bool, str]]:
-        """(document, whether it is for validation, text); the cut document comes twice."""
-        for i, (text, valid) in enumerate(zip(self.corpus, self.valid, strict=True)):
-            if i == self.cut:
-                end = len(text) - max(1, round(len(text) * self.cut_share))
-                yield i, False, text[:end]
-                yield i, True, text[end:]
-            else:
-                yield i, bool(valid), text
+        """(index of the document, True for validation text, text) of all documents; a document that is cut yields two."""
+        for i, (text, share) in enumerate(zip(self.corpus, self.share, strict=True)):
+            for valid, piece in pieces(text, share):
+                yield i, valid, piece
 
 
-def _split(corpus: Corpus, fraction: float, seed: int) -> _Part:
-    """Deal the documents of a domain to training and validation.
-
-    A document goes where a hash of the seed, the domain and its text says: the same side whatever is added, and copies of one
-    document together. Where that misses the fraction by more than a factor of two (few documents, or one that outweighs the
-    rest), validation takes documents in the order of their hashes while they fit; where none does, the end of the largest.
-    """
-    salt = f"{seed}/{corpus.domain}".encode()
-    draws, sizes = array("d"), array("q")
-    largest, letters = 0, 0  # the largest document and its number of characters
-    for text in corpus:
-        data = text.encode()
-        if len(data) > (sizes[largest] if sizes else 0):
-            largest, letters = len(sizes), len(text)
-        digest = blake2b(data, digest_size=8, key=blake2b(salt, digest_size=16).digest())
-        draws.append((int.from_bytes(digest.digest(), "big") >> 11) / (1 << 53))
-        sizes.append(len(data))
-    if not sizes:
-        left_out = f" ({len(corpus.skipped)} left out as unreadable)" if corpus.skipped else ""
-        raise FlextronError(f"domain '{corpus.domain}' has no document{left_out}")
-    part = _Part(corpus, np.array(draws), np.array(sizes), np.array(draws) < fraction)
-    wanted = fraction * part.sizes.sum()
-    share = lambda: part.sizes[part.valid].sum() / wanted  # noqa: E731
-    if 0.5 <= share() <= 2 and not part.valid.all():
-        return part
-    part.valid[:] = False
-    held = 0
-    for i in np.argsort(part.draws, kind="stable"):
-        if held + part.sizes[i] <= wanted:
-            part.valid[i] = True
-            held += part.sizes[i]
-    if share() >= 0.5:
-        return part
-    if letters < 2:
-        raise FlextronError(
-            f"domain '{corpus.domain}' is too small for validation text: {len(sizes)} document(s) of one character"
-        )
-    part.valid[:] = False
-    part.cut, part.cut_share = largest, min(0.5, wanted / part.sizes[largest])
-    return part
+def _read(corpora: Mapping[str, Corpus], fraction: float, seed: int, say: Callable[[str], None]) -> list[_Part]:
+    """Read all domains once and split each into training and validation text. fraction: share of the text for validation."""
+    found = []
+    for domain, corpus in corpora.items():
+        say(f"reading {domain}")
+        documents = Documents.of(domain, corpus, seed)
+        say(f"{domain}: {len(documents.sizes)} documents; {corpus.summary()}")
+        if not len(documents.sizes):
+            raise FlextronError(f"domain '{domain}' has no document ({corpus.summary()}): leave it out of input=")
+        found.append(documents)
+    shares = split(found, fraction)
+    return [_Part(*facts) for facts in zip(corpora.values(), found, shares, strict=True)]
 
 
 def _sample(parts: list[_Part]) -> Iterator[str]:
-    """Training text for the tokenizer: evenly from every domain, spread over its documents, SAMPLE_BYTES at most."""
+    """Training text for the tokenizer, about SAMPLE_BYTES at most, from randomly chosen documents.
+
+    Every domain gives the same amount of text, or all that it has.
+    """
     for part in parts:
         left = SAMPLE_BYTES // len(parts)
-        train = ~part.valid
-        order = np.argsort(part.draws[train], kind="stable")
-        last = min(np.searchsorted(np.cumsum(part.sizes[train][order]), left), len(order) - 1)
-        threshold = part.draws[train][order][last]  # documents up to it hold what is wanted
+        train, draws = part.share < 1, part.documents.draws
+        order = np.argsort(draws[train], kind="stable")
+        last = min(np.searchsorted(np.cumsum(part.documents.sizes[train][order]), left), len(order) - 1)
+        threshold = draws[train][order][last]  # documents with draws up to the threshold hold `left` bytes
         for i, valid, text in part.texts():
-            if not valid and part.draws[i] <= threshold and left > 0:
+            if not valid and draws[i] <= threshold and left > 0:
                 yield text[:left]
                 left -= len(text)
 
 
 def _write_domain(part: _Part, tokens: Tokenizer, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write the token files of a domain; returns its entry in data.json."""
+    """Write the token files of a domain and return its entry in data.json."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     domain = part.corpus.domain
@@ -202,7 +223,7 @@ def _write_domain(part: _Part, tokens: Tokenizer, out: Path, say: Callable[[str]
             builders[valid].add_item(torch.from_numpy(ids))
             builders[valid].end_document()
             count[valid] += len(ids)
-        say(f"tokenizing {domain}: {batch[-1][0] + 1}/{len(part.sizes)} documents, {count[False] + count[True]} tokens")
+        say(f"tokenizing {domain}: {batch[-1][0] + 1}/{len(part.share)} documents, {count[False] + count[True]} tokens")
     for valid, name in names.items():
         builders[valid].finalize(str(out / f"{name}.idx"))
     return {
@@ -210,8 +231,8 @@ def _write_domain(part: _Part, tokens: Tokenizer, out: Path, say: Callable[[str]
         "valid": names[True],
         "train_tokens": count[False],
         "valid_tokens": count[True],
-        "documents": len(part.sizes),
-        "bytes": int(part.sizes.sum()),
+        "documents": len(part.share),
+        "bytes": int(part.documents.sizes.sum()),
     }
 
 
@@ -222,19 +243,20 @@ def _paths(value: object, name: str) -> list[str]:
         or not all(isinstance(v, str | os.PathLike) and str(v) for v in values)
         or not len(values)
     ):
-        raise FlextronError(f"{name}: a path or a list of paths is needed, not {value!r}")
+        raise FlextronError(f"{name}: must be a path or a list of paths, not {value!r}")
     return [str(v) for v in values]
 
 
 def _stem(path: str) -> str:
     name = Path(os.path.abspath(Path(path).expanduser())).name
-    if name.lower().endswith(JSONL_SUFFIXES):
-        return re.sub(r"\.jsonl(\.gz)?$", "", name, flags=re.IGNORECASE)
-    return name if Path(path).expanduser().is_dir() else Path(name).stem
+    return name if Path(path).expanduser().is_dir() else stem(name)
 
 
 def _check_domain(name: object, path: str | None = None) -> str:
     if not isinstance(name, str) or not _DOMAIN_NAME.fullmatch(name):
-        of = f"'{path}': name it, input={{NAME: PATH}}" if path else "input"
-        raise FlextronError(f"domain name {name!r} is not letters, digits and . _ + - (it names files); from {of}")
+        where = f"input={path!r}: the domain's name" if path else "input: the domain's name"
+        remedy = ": give it another, input={NAME: PATH}" if path else ""
+        raise FlextronError(
+            f"{where} {name!r} must begin with a letter or digit and hold letters, digits, spaces and . _ + - only{remedy}"
+        )
     return name

@@ -1,77 +1,121 @@
-"""Tokenizers: train a byte-level BPE, or open any Hugging Face tokenizer directory. Both are read and saved the same way."""
+"""Tokenizers for training text and prompts: a trained byte-level BPE, or a Hugging Face tokenizer directory."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from ..config import FlextronError
+from ..families.code_keys import without_code
+from ..files import read_json
+from .long_texts import PIECE, encode_long
+from .tokenizer_files import check_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCAB = 257  # the 256 bytes and END_OF_TEXT
-_PIECE = 1 << 20  # characters; a longer document is encoded in pieces, which bounds memory and uses every core
-_GROUP = 1 << 21  # characters encoded at once
-_PIECE_END = re.compile(r"(?<=\S)(?=\s)")  # before whitespace: the cut that leaves GPT-style pre-tokenization as it was
+SMALLEST_VOCAB = 257  # one token for each of the 256 bytes, and END_OF_TEXT
+_GROUP = 1 << 21  # characters of one batch for the Rust backend
+_PIECE_END = re.compile(r"(?<=\S)(?=\s)")  # in front of white space, where a cut splits no word of the BPE's training
 
 _Entry = TypeVar("_Entry", bound=tuple)
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A Hugging Face tokenizer with a Rust backend. `vocab_size` is the largest id + 1, `eod` the id that ends a document."""
+    """Hugging Face tokenizer with a Rust backend, and the special tokens that it adds to texts.
+
+    Attributes:
+        hf: tokenizer of transformers.
+        vocab_size: largest id + 1.
+        eod: id of the token that ends a document: the tokenizer's EOS.
+        prefix: ids that the tokenizer puts in front of every text, such as BOS.
+        suffix: ids that the tokenizer puts behind every text; empty for most tokenizers.
+    """
 
     hf: PreTrainedTokenizerBase
     vocab_size: int
     eod: int
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids (int64 [n]) of each document, its end marked by `eod`.
+        """Token ids of each document, int64 [tokens]: ids of the Hugging Face tokenizer, then `eod` unless they end with it."""
+        end = self.suffix if self.suffix[-1:] == (self.eod,) else (*self.suffix, self.eod)
+        return [np.array([*self.prefix, *ids, *end], dtype=np.int64) for ids in self._plain(texts)]
 
-        Special tokens spelt out in a text are encoded as the plain text that they are.
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt: `prefix` and the ids of the text, without `suffix` and `eod`.
+
+        A prompt without any token becomes [BOS], or [eod] for a tokenizer without BOS.
         """
-        ids: list[list[np.ndarray]] = [[] for _ in texts]
-        for group in groups((i, piece) for i, text in enumerate(texts) for piece in _pieces(text)):
-            encoded = self.hf.backend_tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+        start = self.hf.bos_token_id if self.hf.bos_token_id is not None else self.eod
+        return [[*self.prefix, *ids.tolist()] or [start] for ids in self._plain(texts)]
+
+    def _plain(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, int64 [tokens], without `prefix` and `suffix`."""
+        backend = self.hf.backend_tokenizer
+        found: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(texts)
+        for group in groups((i, text) for i, text in enumerate(texts) if len(text) <= PIECE):
+            encoded = backend.encode_batch_fast([text for _, text in group], add_special_tokens=False)
             for (i, _), encoding in zip(group, encoded, strict=True):
-                ids[i].append(np.array(encoding.ids, dtype=np.int64))
-        return [np.concatenate([*parts, [self.eod]]) for parts in ids]
+                found[i] = np.array(encoding.ids, dtype=np.int64)
+        for i, text in enumerate(texts):
+            if len(text) > PIECE:
+                found[i] = encode_long(backend, text)
+        return found
+
+    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """Text that generated `ids` append to the text of a prompt.
+
+        Decodes prompt and ids together, because decoders of some tokenizers drop a space in front of the first token.
+        """
+        before = self.decode(prompt).rstrip("\ufffd")  # from an incomplete UTF-8 character at the end of the prompt
+        return self.decode([*prompt, *ids])[len(before) :]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids, special tokens included."""
+        """Text of token ids, special tokens included."""
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def save(self, path: str | Path) -> None:
-        """Write a Hugging Face tokenizer directory that transformers 4 and 5 (and what builds on them) can load."""
+        """Write a Hugging Face tokenizer directory that transformers 4 and 5 load."""
         self.hf.save_pretrained(path)
         config_file = Path(path, "tokenizer_config.json")
         config = json.loads(config_file.read_text(encoding="utf-8"))
-        for name in ("is_local", "local_files_only"):  # how it was opened here, not what it is
+        config = without_code(config)
+        for name in ("is_local", "local_files_only"):  # arguments of from_pretrained that transformers writes to the file
             config.pop(name, None)
-        # transformers 5 has a new name for this class; it knows the old one too, which is all that 4 knows.
+        # transformers 5 writes the class name TokenizersBackend; 4 knows only PreTrainedTokenizerFast, 5 knows both.
         if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if self.hf.backend_tokenizer.encode_special_tokens or "split_special_tokens" in config:
+            config["split_special_tokens"] = bool(self.hf.backend_tokenizer.encode_special_tokens)
+        if "add_bos_token" in config:
+            config["add_bos_token"] = self.hf.bos_token_id in self.prefix
         _write_json(config_file, config)
         _write_json(Path(path, "special_tokens_map.json"), {k: str(v) for k, v in self.hf.special_tokens_map.items()})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE: every text can be encoded, and decodes to itself.
+    """Train a byte-level BPE, which encodes every text and decodes it to the same text.
 
-    The result is a function of the texts and `vocab_size`; it is smaller than `vocab_size` where the texts have too few words.
-    Raises FlextronError when `vocab_size` is below `SMALLEST_VOCAB`.
+    The vocabulary is smaller than `vocab_size` if the texts have too few different words. Equal texts give equal tokenizers.
+    Raises FlextronError if `vocab_size` is below SMALLEST_VOCAB.
     """
     if vocab_size < SMALLEST_VOCAB:
-        raise FlextronError(f"vocab_size={vocab_size} is too small: a byte-level tokenizer needs at least {SMALLEST_VOCAB}")
+        raise FlextronError(
+            f"vocab_size={vocab_size} is too small: a byte-level tokenizer needs at least {SMALLEST_VOCAB} tokens"
+        )
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -89,58 +133,137 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     bpe.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     return _wrap(
         PreTrainedTokenizerFast(
-            tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+            tokenizer_object=bpe,
+            bos_token=END_OF_TEXT,
+            eos_token=END_OF_TEXT,
+            clean_up_tokenization_spaces=False,
+            split_special_tokens=True,  # encodes END_OF_TEXT in a text as ordinary text, which does not end the document
         ),
         "the trained tokenizer",
     )
 
 
-def open_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a Hugging Face tokenizer directory; nothing is downloaded, no code in it is run.
+def open_tokenizer(path: str | Path, add_bos: bool | None = None, parse_special_tokens: bool | None = None) -> Tokenizer:
+    """Open a Hugging Face tokenizer directory, without a download and without running code from it.
 
-    Raises FlextronError when the directory is missing or holds no tokenizer with a Rust backend and an end-of-text token.
+    Args:
+        path: directory with tokenizer.json, or other files from which transformers makes a fast tokenizer.
+        add_bos: put the BOS token in front of every text; None: as the tokenizer does.
+        parse_special_tokens: encode the text of a special token, such as <|endoftext|>, as this token; False: as ordinary text;
+            None: as the tokenizer does.
+
+    Raises:
+        FlextronError: the directory does not exist, transformers cannot open it, the tokenizer has no Rust backend or no EOS
+            token, or add_bos=True for a tokenizer without BOS token.
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
-        raise FlextronError(f"tokenizer={path}: no such directory (give a directory that holds tokenizer.json)")
+        raise FlextronError(f"tokenizer={path}: no such directory: name a directory that holds tokenizer.json")
+    check_tokenizer_files(directory)
+    _check_packages(directory)
     from transformers import AutoTokenizer
 
-    try:
+    with _transformers_can(f"tokenizer={path}"):
         hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers, tokenizers or json raise on a directory that is not one
+    opened = _wrap(hf, f"tokenizer={path}")
+    if parse_special_tokens is not None:
+        hf.split_special_tokens = not parse_special_tokens
+        hf.backend_tokenizer.encode_special_tokens = not parse_special_tokens
+    bos = hf.bos_token_id
+    if add_bos is None or add_bos == (bos is not None and bos in opened.prefix):
+        return opened
+    if bos is None:
+        raise FlextronError(f"add_bos=true: tokenizer={path} has no BOS token: leave add_bos out, or set bos_token in its config")
+    prefix = (bos, *opened.prefix) if add_bos else tuple(i for i in opened.prefix if i != bos)
+    from tokenizers.processors import TemplateProcessing
+
+    names = [[hf.convert_ids_to_tokens(i) for i in ids] for ids in (prefix, opened.suffix)]
+    hf.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*names[0], "$A", *names[1]],
+        pair=[*names[0], "$A", "$B", *names[1]],
+        special_tokens=sorted({hf.convert_ids_to_tokens(i): i for i in (*prefix, *opened.suffix)}.items()),
+    )
+    return replace(opened, prefix=prefix)
+
+
+def _check_packages(directory: Path) -> None:
+    """Raise FlextronError if the package that tokenizer.model needs is missing; transformers would name another package."""
+    file = directory / "tokenizer.model"
+    if (directory / "tokenizer.json").is_file() or not file.is_file():
+        return
+    with file.open("rb") as stream:
+        text = stream.readline(200)
+    # A line of a tiktoken file is a token in base64 and its rank; a sentencepiece file is binary.
+    package = "tiktoken" if re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\s*", text) else "sentencepiece"
+    if find_spec(package) is None:
+        raise FlextronError(
+            f"tokenizer={directory}: tokenizer.model needs the package {package}, which is not installed: pip install {package}"
+        )
+
+
+@contextlib.contextmanager
+def _transformers_can(name: str) -> Iterator[None]:
+    """Turn any error of transformers, tokenizers or json within the block into a FlextronError. name: start of the message."""
+    try:
+        yield
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise FlextronError(f"tokenizer={path}: not a tokenizer that transformers can open: {reason}") from error
-    return _wrap(hf, f"tokenizer={path}")
+        raise FlextronError(f"{name}: not a tokenizer that transformers can open: {reason}") from error
 
 
 def _wrap(hf: PreTrainedTokenizerBase, name: str) -> Tokenizer:
+    """Tokenizer record of a transformers tokenizer, with prefix and suffix read off an encoded letter. name: for messages."""
     if not hf.is_fast:
-        raise FlextronError(f"{name}: has no Rust backend (tokenizer.json), which encoding a corpus needs")
+        raise FlextronError(
+            f"{name}: has no Rust backend, which encoding a corpus needs: convert it to a fast tokenizer (tokenizer.json) with "
+            "transformers"
+        )
     if hf.eos_token_id is None:
         raise FlextronError(f"{name}: has no end-of-text token: set eos_token in its tokenizer_config.json")
-    hf.backend_tokenizer.encode_special_tokens = True
-    hf.backend_tokenizer.no_truncation()  # some tokenizer.json cut or fill up every text to the length of their first model
-    hf.backend_tokenizer.no_padding()
-    return Tokenizer(hf, vocab_size=max(hf.get_vocab().values()) + 1, eod=hf.eos_token_id)
+    backend = hf.backend_tokenizer
+    backend.no_truncation()  # some tokenizer.json files truncate or pad every text to a model's context length
+    backend.no_padding()
+    with _transformers_can(name):
+        whole = tuple(hf("a").input_ids)
+    plain = tuple(backend.encode("a", add_special_tokens=False).ids)
+    backend.encode_special_tokens = bool(getattr(hf, "split_special_tokens", False))
+    for start in range(len(whole) - len(plain) + 1):
+        end = start + len(plain)
+        if whole[start:end] == plain:
+            size = max(hf.get_vocab().values()) + 1
+            return Tokenizer(hf, size, hf.eos_token_id, whole[:start], whole[end:])
+    raise FlextronError(
+        f"{name}: its post-processor changes tokens of the text: only post-processors that add tokens at both ends are supported"
+    )
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token -> id, and those tokens that were added to the model's own."""
+    """Vocabulary of a tokenizer directory, for comparison with the vocabulary of another directory.
+
+    Attributes:
+        tokens: {token: id}, added tokens included.
+        added: tokens that only added_tokens of tokenizer.json lists, not the vocabulary of the tokenizer's model.
+    """
 
     tokens: Mapping[str, int]
     added: frozenset[str]
 
     @property
     def fingerprint(self) -> str:
-        """Hash of tokens and ids, however the files are laid out."""
+        """Hash of tokens and ids, independent of the layout of the files; 16 hexadecimal digits."""
         return hashlib.sha256(repr(sorted(self.tokens.items())).encode()).hexdigest()[:16]
 
-    def difference(self, other: Vocabulary) -> tuple[str, int] | None:
-        """A token and its id in one that the other gives another meaning; None where both are the same.
+    def beyond(self, vocab_size: int) -> tuple[str, int] | None:
+        """(token, id) with the lowest id of at least `vocab_size`, the rows of an embedding; None if all ids are smaller."""
+        missing = [(i, token) for token, i in self.tokens.items() if i >= vocab_size]
+        return min(missing)[::-1] if missing else None
 
-        An added token that only one has, with an id that only one has, is no difference: opening and saving a tokenizer may
-        add those of tokenizer_config.json.
+    def difference(self, other: Vocabulary) -> tuple[str, int] | None:
+        """(token, id) that only one of two vocabularies contains; None if they are compatible.
+
+        Ignores an added token that the other vocabulary lacks, if the other vocabulary does not use the id either: opening and
+        saving a tokenizer may add the tokens of tokenizer_config.json.
         """
         if self.tokens == other.tokens:
             return None
@@ -153,26 +276,28 @@ class Vocabulary:
 
 
 def read_vocabulary(directory: Path) -> Vocabulary | None:
-    """The vocabulary of a Hugging Face tokenizer directory, read without opening the tokenizer.
+    """Vocabulary of a Hugging Face tokenizer directory, read from its JSON without opening the tokenizer.
 
-    None where it is not in JSON (sentencepiece only). Raises FlextronError naming a damaged file.
+    Returns None if the directory has no vocabulary in JSON (sentencepiece only). Raises FlextronError naming a damaged file.
     """
     file = next((directory / name for name in ("tokenizer.json", "vocab.json") if (directory / name).is_file()), None)
     if file is None:
         return None
     try:
-        table = json.loads(file.read_bytes())
+        table = read_json(file)
         tokens = table["model"]["vocab"] if file.name == "tokenizer.json" else table
         if isinstance(tokens, list):  # [[token, score], ...]
             tokens = {token: i for i, (token, _) in enumerate(tokens)}
         added = {entry["content"]: entry["id"] for entry in table.get("added_tokens", ())} if table is not tokens else {}
         return Vocabulary({**tokens, **added}, frozenset(added.keys() - tokens.keys()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise FlextronError(f"{file}: is not a tokenizer's vocabulary ({type(error).__name__}: {error})") from None
+        raise FlextronError(
+            f"{file}: is not a tokenizer's vocabulary ({type(error).__name__}: {error}): copy the tokenizer's files again"
+        ) from None
 
 
 def groups(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
-    """Entries, the last field of each a text, in groups of about 2 million characters (at least one entry each)."""
+    """Batches of entries: lists with about 2 million characters of text, at least one entry each. An entry ends with its text."""
     group: list[_Entry] = []
     letters = 0
     for entry in entries:
@@ -186,10 +311,11 @@ def groups(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
+    """Pieces of a text, each at most PIECE characters, cut in front of white space where possible."""
     start = 0
-    while len(text) - start > _PIECE:
-        found = _PIECE_END.search(text, start + _PIECE // 2, start + _PIECE)
-        end = found.start() if found else start + _PIECE
+    while len(text) - start > PIECE:
+        found = _PIECE_END.search(text, start + PIECE // 2, start + PIECE)
+        end = found.start() if found else start + PIECE
         yield text[start:end]
         start = end
     yield text[start:]

@@ -1,1 +1,1 @@
-"""Evaluation: loss and perplexity a domain."""
+"""Evaluation of networks: loss and perplexity by domain, comparison of selectors, generation."""

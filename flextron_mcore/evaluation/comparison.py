@@ -1,4 +1,7 @@
-"""Selectors side by side, and random sub-networks of equal cost (Flextron, figures 5 and 13, Table 3): rows of metrics.json."""
+"""Comparison of selectors, and of random sub-networks of equal cost (Flextron, figures 5 and 13, Table 3): rows of metrics.json.
+
+A share is a cost divided by the full model's cost. Losses are in nats per token; a mean loss is the mean over domains.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,13 @@ Row = dict[str, Any]
 
 
 def network_row(net: SubNetwork, cost: Cost, losses: Evaluator) -> Row:
-    """Size, cost and losses of a network."""
+    """Row of metrics.json with the size, cost and losses of a network. Call on all ranks.
+
+    Args:
+        net: the network.
+        cost: cost to report.
+        losses: evaluator of the model.
+    """
     (found,) = losses.losses([net])
     return {
         "cost": cost.of(net),
@@ -30,14 +39,23 @@ def network_row(net: SubNetwork, cost: Cost, losses: Evaluator) -> Row:
 
 
 def selected_rows(selectors: Mapping[str, Selector], cost: Cost, targets: Sequence[float], losses: Evaluator) -> list[Row]:
-    """Networks that each selector takes for each target, without targets for which it has none."""
+    """Rows of metrics.json with the network that each selector chooses for each target. Call on all ranks.
+
+    Uniform and MatFormer skip targets below their smallest network. Raises FlextronError if another selector finds no network.
+
+    Args:
+        selectors: {name: selector}.
+        cost: cost of the budgets.
+        targets: budgets as shares of the full model's cost.
+        losses: evaluator of the model.
+    """
     rows = []
     for name, selector in selectors.items():
         for target in targets:
             try:
                 net = selector.select([Budget(cost, target * cost.full)])
             except FlextronError:
-                if isinstance(selector, Uniform | MatFormer):  # which know few networks
+                if isinstance(selector, Uniform | MatFormer):  # their few networks do not reach down to every target
                     continue
                 raise
             rows.append({"selector": name, "target": target, "subnetwork": net.to_dict(), **network_row(net, cost, losses)})
@@ -45,7 +63,15 @@ def selected_rows(selectors: Mapping[str, Selector], cost: Cost, targets: Sequen
 
 
 def equal_rows(selectors: Mapping[str, Selector], cost: Cost, losses: Evaluator) -> list[Row]:
-    """Each network that the uniform selectors know, beside what the router takes for just that network's cost."""
+    """Rows of metrics.json, one for each network of Uniform and MatFormer, with the network that the router chooses for its cost.
+
+    Call on all ranks.
+
+    Args:
+        selectors: {name: selector}; the columns of the router are None without a selector "router".
+        cost: cost that is compared.
+        losses: evaluator of the model.
+    """
     rows, router = [], selectors.get("router")
     for name, selector in selectors.items():
         for net in selector.networks() if isinstance(selector, Uniform | MatFormer) else ():
@@ -64,10 +90,20 @@ def equal_rows(selectors: Mapping[str, Selector], cost: Cost, losses: Evaluator)
 
 
 def random_row(target: float, drawn: Sequence[SubNetwork], cost: Cost, losses: Evaluator, rows: Sequence[Row]) -> Row:
-    """Losses of random networks of a target's cost, and the share of them that the router's network in `rows` is better than."""
+    """Row of metrics.json with the losses of random networks at a budget, and the share of them that the router's network beats.
+
+    Call on all ranks.
+
+    Args:
+        target: budget, as a share of the full model's cost.
+        drawn: random networks within the budget.
+        cost: cost that the budget limits.
+        losses: evaluator of the model.
+        rows: result of `selected_rows`, with the router's network for the same budget.
+    """
     found = [losses.mean(net) for net in drawn]
     router = next((row for row in rows if (row["selector"], row["target"]) == ("router", target)), None)
-    # Where networks are few, chance draws the router's own, too.
+    # If few networks have this cost, the router's own may be among those drawn.
     others = [loss for net, loss in zip(drawn, found, strict=True) if router and net.to_dict() != router["subnetwork"]]
     return {
         "target": target,
@@ -80,7 +116,16 @@ def random_row(target: float, drawn: Sequence[SubNetwork], cost: Cost, losses: E
 
 
 def dense_row(name: str, arch: ModelConfig, cost: Cost, found: dict[str, float]) -> Row:
-    """A dense model with losses `found`. Its cost is known where it has the shape of a network of the family."""
+    """Row of metrics.json with the size, cost and losses of a separately trained dense model.
+
+    The cost is None unless the space has a network of the model's shape.
+
+    Args:
+        name: name of the model.
+        arch: its architecture.
+        cost: cost to report.
+        found: {domain: loss}.
+    """
     same = SubNetwork.full(arch)
     try:
         cost.space.check(cost.model, same)
@@ -98,7 +143,15 @@ def dense_row(name: str, arch: ModelConfig, cost: Cost, found: dict[str, float])
 
 
 def scaling_laws(selectors: Sequence[str], rows: Sequence[Row], full: Row) -> list[Row]:
-    """Eq. 12 fitted to each selector's networks and the full model, over parameters and over cost."""
+    """Rows of metrics.json with scaling laws (Flextron, eq. 12), over parameters and over cost.
+
+    Each law is fitted to the networks of one selector and the full model.
+
+    Args:
+        selectors: names of the selectors.
+        rows: result of `selected_rows`.
+        full: `network_row` of the full model.
+    """
     laws = []
     for name in selectors:
         points = [*(row for row in rows if row["selector"] == name), full]

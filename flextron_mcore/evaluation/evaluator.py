@@ -1,4 +1,4 @@
-"""Validation losses of a checkpoint's networks, each network evaluated once."""
+"""Validation losses of a checkpoint's networks, cached so that each network is evaluated once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from flextron_mcore.space import SubNetwork
 
 
 class Evaluator:
-    """Losses of networks of `model` on `datasets`, by domain; a network is evaluated when its loss is first asked for.
+    """Losses of networks by domain. A network is evaluated when its loss is first requested.
 
-    batches: at most so many micro-batches of each domain; None: all. progress: called with a line for each network and domain.
-    Call its methods on all ranks, for the same networks.
+    Call the methods on all ranks, for the same networks.
+
+    Args:
+        model: this rank's chunks.
+        datasets: {domain: dataset}.
+        seq_length: tokens of a sample.
+        micro_batch_size: samples of a micro-batch.
+        batches: largest number of micro-batches of each domain; None for all.
+        progress: called with a line for each network and domain.
     """
 
     def __init__(
@@ -33,20 +40,20 @@ class Evaluator:
 
     @property
     def samples(self) -> int:
-        """Samples that every network is evaluated on, of all domains together."""
+        """Number of samples that every network is evaluated on, over all domains."""
         return sum(min(len(dataset), self.limit or len(dataset)) for dataset in self.datasets.values())
 
     def losses(self, networks: Sequence[SubNetwork]) -> list[dict[str, float]]:
-        """{domain: loss} of each network [nats per token]."""
+        """Losses {domain: loss} of each network, in nats per token. Call on all ranks, for the same networks."""
         new = {str(i): net for i, net in enumerate(dict.fromkeys(networks)) if net not in self._found}
         found = evaluate(self.model, self.datasets, new, self.seq_length, self.micro_batch_size, self.limit, self.progress)
         self._found |= {net: found[name] for name, net in new.items()}
         return [self._found[net] for net in networks]
 
     def means(self, networks: Sequence[SubNetwork]) -> list[float]:
-        """Mean over domains, of each network."""
+        """Loss of each network in nats per token, averaged over domains. Call on all ranks, for the same networks."""
         return [mean(losses) for losses in self.losses(networks)]
 
     def mean(self, net: SubNetwork) -> float:
-        """Mean over domains."""
+        """Loss of one network in nats per token, averaged over domains. Call on all ranks, for the same network."""
         return self.means([net])[0]

@@ -1,4 +1,4 @@
-"""Names for sub-networks that people compare."""
+"""Named sub-networks of increasing size, for tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 
 
 def uniform_family(model: ModelConfig, space: ElasticSpace) -> dict[str, SubNetwork]:
-    """The uniform sub-networks, all axes growing together, the full model last under the name "full"."""
+    """Sub-networks of uniform width by name, all axes growing together; the last is the full model, named "full"."""
     steps = max(map(len, space.sizes.values()))
     family = {}
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""Text from a sub-network, or with a choice for every token: decoding with Megatron-Core's KV cache.
+"""Generation of text from a sub-network or with token routing, with Megatron-Core's KV cache.
 
 Shape suffixes: B sequences, V vocabulary.
 """
@@ -6,7 +6,7 @@ Shape suffixes: B sequences, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +21,12 @@ from flextron_mcore.space import SubNetwork
 
 @dataclass(frozen=True)
 class Generated:
-    """ids: what was added to each prompt, its end-of-text token included.
+    """Continuations of prompts, and the time that they took.
 
-    Seconds of the first pass, over as much as the shortest prompt has, and of all that followed.
+    Attributes:
+        ids: tokens added to each prompt, with the token that ends it.
+        prompt_seconds: time of the first pass, over as many tokens as the shortest prompt has.
+        decode_seconds: time of all further passes.
     """
 
     ids: list[list[int]]
@@ -33,7 +36,13 @@ class Generated:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest; with a temperature above 0 drawn, of the top_k likeliest if that is not 0."""
+    """Rule by which the next token is chosen.
+
+    Attributes:
+        temperature: 0 for the likeliest token; else tokens are drawn from softmax(logits / temperature).
+        top_k: draw from the top_k likeliest tokens; 0 for all.
+        seed: seed of the draws.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -45,15 +54,24 @@ def generate(
     prompts: Sequence[Sequence[int]],
     network: Network,
     max_new_tokens: int,
-    end: int | None = None,
+    ends: Collection[int] = (),
     sampling: Sampling | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> Generated:
-    """Continue `prompts`, each of at least one token, by at most max_new_tokens tokens, or until the token `end`.
+    """Continue prompts. Call on all ranks with the same arguments; all return the same tokens.
 
-    model: whole on this rank, or its tensor-parallel part; all ranks get the same. Sequences are computed together, and each is
-    what it would be alone: the cache is filled with as many tokens as the shortest prompt has; where another prompt has more,
-    these follow one by one. With a routing, the tokens of sequences that have ended are not counted. progress: after each token.
+    Sequences are computed together, and each gets the tokens that it would get alone. The first pass has as many tokens as the
+    shortest prompt; the rest of longer prompts follows token by token. Token routing does not count tokens after a sequence's
+    end.
+
+    Args:
+        model: the model on this rank, or its tensor-parallel part; no pipeline parallelism.
+        prompts: token ids of each prompt, at least one each.
+        network: sub-network or token routing; None for the full model.
+        max_new_tokens: largest number of tokens added to a prompt.
+        ends: token ids that end a sequence.
+        sampling: rule by which the next token is chosen; None for the likeliest token.
+        progress: called after each pass.
     """
     sampling = sampling or Sampling()
     lengths = [len(prompt) for prompt in prompts]
@@ -74,7 +92,7 @@ def generate(
         for i, length in enumerate(lengths):
             if length <= stop < limits[i] and not done[i]:
                 tokens[i, stop] = chosen[i]
-                if chosen[i] == end:
+                if chosen[i] in ends:
                     limits[i] = stop + 1
             done[i] = stop + 1 >= limits[i]
         progress()
@@ -97,7 +115,7 @@ def _next(
     stop: int,
     done: Sequence[bool],
 ) -> Tensor:
-    """Logits of the token after tokens[:, start:stop], which are added to the cache: [B, V] on the CPU."""
+    """Add tokens[:, start:stop] to the cache, and return the logits of the next token: [B, V] on the CPU."""
     part = slice(start, stop)
     if network is not None and not isinstance(network, SubNetwork):
         network.begin(0, (~torch.tensor(done))[:, None].expand(-1, stop - start).to(device()))
@@ -111,7 +129,7 @@ def _next(
         )
     context.sequence_len_offset = stop
     context.enable_decode_mode()
-    return logits[:, -1, : unwrap(model).real_vocab_size].float().cpu()  # without what pads it to equal parts for ranks
+    return logits[:, -1, : unwrap(model).real_vocab_size].float().cpu()  # without the padding of the vocabulary
 
 
 def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:

@@ -1,4 +1,4 @@
-"""Loss of sub-networks on validation data, in nats per token: exact sums in float64, no randomness (T7)."""
+"""Loss of networks on data, in nats per token: deterministic, summed in float64."""
 
 from __future__ import annotations
 
@@ -21,9 +21,16 @@ def evaluate(
     max_samples: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """{network: {domain: loss}}: mean over the tokens of each domain's samples, or of its first `max_samples`.
+    """Mean loss of a token for each network and domain: {network: {domain: loss}}, in nats. Call on all ranks.
 
-    Call on all ranks; samples are shared out over the data-parallel ranks.
+    Args:
+        model: this rank's chunks; their mode (training or evaluation) is restored.
+        datasets: {domain: dataset}. Samples are distributed over the data-parallel ranks.
+        networks: {name: network}.
+        seq_length: tokens of a sample.
+        micro_batch_size: samples of a micro-batch.
+        max_samples: number of samples of each domain, the first ones; None for all.
+        progress: called with a line for each network and domain.
     """
     training = [chunk.training for chunk in model]
     for chunk in model:
@@ -51,10 +58,10 @@ def evaluate(
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """Perplexity exp(loss); infinite if it overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def mean(losses: Mapping[str, float]) -> float:
-    """Mean over domains."""
+    """Mean of {domain: loss} over domains."""
     return sum(losses.values()) / len(losses)

@@ -1,4 +1,4 @@
-"""The scaling law of a family: L(N) = (N / Nc)^-alpha + E (Flextron, eq. 12 and Table 3). No torch import."""
+"""Scaling law of a family of networks: L(N) = (N / Nc)^-alpha + E (Flextron, eq. 12 and Table 3). No torch import."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NAMES = ("Nc", "alpha", "E")
 
 
 def fit(sizes: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:
-    """Least squares over points (N, L): Nc, alpha, E, and for each "<name>_ci", its 95 % confidence interval.
+    """Fit the scaling law to points (N, L) by least squares: {"Nc", "alpha", "E", and "<name>_ci": 95 % confidence interval}.
 
-    All of them are None where the points do not determine them: fewer than four, or an interval that is not finite.
+    All values are None if the points do not determine them: fewer than four sizes, or an interval that is not finite.
     """
     unknown = {**dict.fromkeys(NAMES), **{f"{name}_ci": None for name in NAMES}}
     n, loss = np.array(sizes, float), np.array(losses, float)
@@ -37,7 +37,7 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:
     amplitude, alpha, e = found.tolist()
     if amplitude <= 0 or alpha <= 0:
         return unknown
-    # Nc = N_max amplitude^(1 / alpha): its logarithm, and how that moves with the three.
+    # Nc = N_max amplitude^(1 / alpha). `slope` is the derivative of log(Nc / N_max) by the three fitted numbers.
     log_nc = np.log(amplitude) / alpha
     slope = np.array([1 / (amplitude * alpha), -log_nc / alpha, 0.0])
     half = student.ppf(0.975, len(loss) - 3) * np.sqrt([slope @ covariance @ slope, *np.diag(covariance)[1:]])
@@ -56,7 +56,7 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:
 
 
 def _start(x: np.ndarray, loss: np.ndarray) -> tuple[float, float, float]:
-    """Amplitude, alpha, E: the best of a range of alphas, for each of which the other two are a linear fit."""
+    """Start values (amplitude, alpha, E): for each of a grid of alphas the other two are a linear fit; the best is taken."""
     best = (np.inf, (1.0, 1.0, float(loss.min())))
     for alpha in np.geomspace(0.05, 30, 60):
         basis = np.stack([x**-alpha, np.ones_like(x)], 1)

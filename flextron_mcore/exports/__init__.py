@@ -1,1 +1,1 @@
-"""Sub-networks as dense models: `cut` takes the weights out of the supernet, one room a format writes them."""
+"""Export of sub-networks as dense models: cut.py takes the weights out of the elastic model, each format writes them."""

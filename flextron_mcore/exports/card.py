@@ -1,20 +1,28 @@
-"""The part of a model card that every format has: the size of the sub-network, and its costs."""
+"""Part of the model card that all formats share: widths and costs of the sub-network."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 from flextron_mcore.checkpoint.store import TABLE_FILE
 from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import show
 from flextron_mcore.exports.formats import Job
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.space import count_parameters, kv_cache_bytes, weight_bytes
 
-NO_TOKENIZER = "**No tokenizer** came with the checkpoint that this was cut from, so none is here."
+NO_TOKENIZER = "**No tokenizer** is included, because the checkpoint that this was cut from has none."
+
+
+def title(job: Job) -> str:
+    """Name of an exported network: name of the imported model, if there is one, and number of parameters."""
+    origin = Path(str((job.info.hf_config or {}).get("_name_or_path") or "Flextron")).name
+    return f"{origin} {show('parameters', count_parameters(job.info.model, job.net))}"
 
 
 def describe(job: Job) -> str:
-    """Markdown: tables of costs and of widths, and a warning where there is no tokenizer."""
+    """Markdown for the model card: tables of costs and of widths, and a warning if there is no tokenizer."""
     model, net, dtype = job.info.model, job.net, job.dtype
     parameters, full = count_parameters(model, net), count_parameters(model)
     rows = [
@@ -40,10 +48,10 @@ def describe(job: Job) -> str:
 
 
 def _latency(job: Job) -> str | None:
-    """The prediction of the latency table beside the checkpoint, if there is one that says something about job.net."""
+    """Latency predicted by the table in the checkpoint, in words; None without a table that covers the network."""
     info, net = job.info, job.net
     file = info.path / TABLE_FILE
-    if not file.is_file() or net.hidden_size != info.model.hidden_size:  # whose blocks the table did not measure
+    if not file.is_file() or net.hidden_size != info.model.hidden_size:  # the table may lack this hidden size
         return None
     try:
         table = LatencyTable.from_file(file, info.model, info.space)

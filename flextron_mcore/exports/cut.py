@@ -1,4 +1,4 @@
-"""Cut a sub-network out of a checkpoint: the dense model with its widths (Flextron, section 2)."""
+"""Cutting a sub-network out of a checkpoint as a dense model (Flextron, section 2)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 
 
 def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
-    """The dense model of a uniform `net`; of any other, the model of its depth whose every layer has the widest layer's sizes."""
+    """Architecture of a sub-network as a dense model; if layers differ in width, all get the widths of the widest."""
     layers = net.executed_layers
+    kept = [number for number, layer in enumerate(net.layers) if layer.executed]
     return replace(
         model,
+        no_rope_freq=model.no_rope_freq and tuple(model.no_rope_freq[number] for number in kept),
         num_layers=len(layers),
         hidden_size=net.hidden_size,
         num_attention_heads=max(layer.num_attention_heads for layer in layers),
@@ -35,12 +37,21 @@ def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
 def cut(
     info: CheckpointInfo, net: SubNetwork, reader: TensorReader | None = None, space: ElasticSpace | None = None
 ) -> dict[str, LazyTensor]:
-    """The tensors of `net` as a dense model, under Megatron-Core's names, in the order of the network.
+    """Tensors of a sub-network as a dense model, {Megatron-Core's name: tensor}, in the order of the network.
 
-    Skipped layers are left out and the others renumbered; padding of the vocabulary is removed. Modulation is multiplied into
-    the last weight and bias of its block, in fp32, to be rounded once. Each tensor is read from the checkpoint when loaded, each
-    alone. space: what a uniform `net` is to have as a checkpoint; where its units lie in as many buckets, they are not sorted in
-    between. Raises FlextronError when `net` is not in the checkpoint's space or a tensor is missing.
+    Skipped layers are left out and the others renumbered. Padding of the vocabulary is removed. Modulation is multiplied into the
+    last weight and bias of its block, in fp32, so that it is rounded only once. Each tensor is read when it is loaded.
+
+    Args:
+        info: opened checkpoint.
+        net: sub-network.
+        reader: reader of the checkpoint; None opens one.
+        space: elastic space of the checkpoint that the tensors will be written to, for a uniform network. Tensors whose heads or
+            neurons both checkpoints deal into the same number of buckets (checkpoint/sharding.py) then keep the order of the
+            disk, which saves reordering. None: all tensors in the order before dealing.
+
+    Raises:
+        FlextronError: the network is not in the checkpoint's space, or the checkpoint lacks a tensor or has an unknown one.
     """
     info.space.check(info.model, net)
     reader = reader or TensorReader(info)
@@ -53,7 +64,9 @@ def cut(
         modulation = _modulation(source) if share < 1 else None
         for needed in (source, modulation):
             if needed and needed not in stored:
-                raise FlextronError(f"{info.path}: the checkpoint lacks the tensor {needed}")
+                raise FlextronError(
+                    f"{info.path}: the checkpoint lacks the tensor {needed}: bring it back from a copy, or make it again"
+                )
         lie, to_lie = dealt_axis(info.model, info.space, source), space and dealt_axis(dense, space, placed.name)
         buckets = lie[2] if lie and to_lie and lie[2] == to_lie[2] else 1
         dtype, load = reader.dtype(source), partial(_load, reader, placed, buckets)
@@ -64,12 +77,15 @@ def cut(
 
 
 def placed_tensors(model: ModelConfig, net: SubNetwork) -> list[Placed]:
-    """The tensors of `net` as a dense model, in the order of the network."""
+    """Tensors of a sub-network as a dense model, in the order of the network, each with its place in the full model's tensors."""
     return list(of_network(model, net, SubNetwork.full(model), added_tensors()))
 
 
 def plain_norms(model: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """`tensors` of `model` with the scales of "layernorm1p", which are stored less one, as those of a layer norm, in fp32."""
+    """Tensors of a model whose norms are "layernorm1p" (scales stored minus 1), with the scales of plain LayerNorm.
+
+    Such scales become fp32. Tensors of other models are returned as they are.
+    """
     if model.normalization != "layernorm1p":
         return dict(tensors)
 
@@ -85,7 +101,7 @@ def plain_norms(model: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[s
 
 
 def _check_names(info: CheckpointInfo, stored: set[str]) -> None:
-    """Raise FlextronError for a stored tensor that no declaration names: it would be missing in what is cut."""
+    """Raise FlextronError for a stored tensor that the table of tensors does not have: the cut model would lack it."""
     names = [placed.source for placed in placed_tensors(info.model, SubNetwork.full(info.model))]
     known = {*names, *(_modulation(name) for name in names if info.space.modulation)}
     if unknown := sorted(stored - known):
@@ -98,14 +114,15 @@ def _load(reader: TensorReader, placed: Placed, buckets: int) -> torch.Tensor:
     else:
         stored = reader.read(placed.source, next((size for factor, size in placed.factors if factor.parallel), None))
     part = _take(stored, placed, buckets).reshape(placed.shape)
-    # a view would keep the whole in memory
+    # A view would keep the whole tensor in memory.
     return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 
 def _take(tensor: torch.Tensor, placed: Placed, buckets: int) -> torch.Tensor:
-    """The part in use, an axis for each factor: its first entries and those that every cut keeps.
+    """Entries of a tensor that the sub-network uses, with a dimension for each factor.
 
-    Units lie in `buckets`, of which each gives as many; where they lie in one (in sorted order), these are all or the first ones.
+    They are the first entries, of parallel units the same number of first ones from each of `buckets`, and those that every
+    network keeps.
     """
     for axis in reversed(range(tensor.dim())):
         side = zip(placed.tensor.sides[axis].factors, placed.whole[axis], strict=True)
@@ -125,7 +142,7 @@ def _take(tensor: torch.Tensor, placed: Placed, buckets: int) -> torch.Tensor:
 
 
 def _modulation(source: str) -> str | None:
-    """The parameter that modulates a block, for a tensor that is the last of it."""
+    """Name of the modulation that applies to a block's last weight or bias, None for other tensors."""
     block, _, tensor = source.rpartition(".linear_")
     return f"{block}.modulation" if tensor.startswith(("proj.", "fc2.")) else None
 

@@ -1,4 +1,4 @@
-"""The forms that a sub-network can be exported in. Each is a package or module here with a `FORMAT`."""
+"""Formats of exports. Each is a package or module of exports/ that defines FORMAT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.settings.stages import GgufSettings, HfElasticSettings, TrtllmSettings
+from flextron_mcore.settings.formats import GgufSettings, HfElasticSettings, TrtllmSettings
 from flextron_mcore.space import SubNetwork
 
 if TYPE_CHECKING:
@@ -28,12 +28,20 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One export.
+    """One run of `flextron export`: network, format and directory. FlextronError for a network outside of the space.
 
-    out: an existing, empty directory. dtype: fp32, bf16 or fp16; default: the checkpoint's. max_shard_size: bytes of one weights
-    file. tokenizer: a directory; default: the one beside the checkpoint. progress: called with the bytes of each tensor written.
-    settings: the format's own; default: its schema's. origin: what chose the network, for the model card. token_routers: of
-    hf_elastic, the checkpoint's adaptive routers: description for its table, and tensors (adaptive/export.py).
+    Attributes:
+        info: opened checkpoint.
+        net: sub-network to export.
+        out: existing, empty directory.
+        dtype: precision of the weights: fp32, bf16 or fp16; None: the checkpoint's precision.
+        max_shard_size: most bytes of one file of weights.
+        tokenizer: tokenizer directory; None: the checkpoint's tokenizer.
+        progress: receives the bytes of each tensor written.
+        settings: settings of the format; None: defaults of the format.
+        origin: selector and budget that chose the network, for the model card.
+        token_routers: adaptive routers of the checkpoint, for hf_elastic: (description, tensors) (adaptive/export.py); None
+            without.
     """
 
     info: CheckpointInfo
@@ -48,19 +56,22 @@ class Job:
     token_routers: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
 
     def __post_init__(self) -> None:
+        self.info.space.check(self.info.model, self.net)
         object.__setattr__(self, "dtype", self.dtype or self.info.dtype)
         object.__setattr__(self, "tokenizer", self.tokenizer or self.info.tokenizer)
 
 
 @dataclass(frozen=True)
 class Format:
-    """A form of export: writes a directory and reads it back.
+    """Format of an export: functions that write a directory and read it back.
 
-    write: on all ranks; returns format, architecture, parameters, bytes, files. Raises FlextronError for what it cannot hold.
-    logits: (job, one of `networks`, tokens [batch, sequence]) -> logits [batch, sequence, vocabulary] in fp32, computed from
-        what was written and nothing else; on the main process.
-    tolerance: the largest difference from the checkpoint's logits that rounding explains.
-    networks: which of them `logits` is asked for.
+    Attributes:
+        write: function that writes the export; called on all ranks. Returns format, architecture, parameters, bytes, files.
+            Raises FlextronError for a model or network that the format cannot hold.
+        logits: function (job, one of `networks`, tokens [batch, sequence]) that returns logits [batch, sequence, vocabulary] in
+            fp32, computed from the written files only; called on the main process.
+        tolerance: function that returns the largest difference from the checkpoint's logits that rounding explains.
+        networks: function that returns the networks whose logits are verified.
     """
 
     write: Callable[[Job], dict[str, Any]]
@@ -70,21 +81,22 @@ class Format:
 
 
 def check_format(name: str) -> None:
-    """Raises FlextronError for a format that there is not."""
+    """Raise FlextronError for an unknown format."""
     if name not in FORMATS:
         raise FlextronError(f"format={name!r} is not known: use one of {', '.join(FORMATS)}")
 
 
 def get_format(name: str) -> Format:
-    """The format called `name`. Raises FlextronError."""
+    """Format of a name. Raises FlextronError for an unknown one."""
     check_format(name)
     return importlib.import_module(FORMATS[name]).FORMAT
 
 
 def rounding(job: Job) -> float:
-    """Largest difference of logits that rounding explains: of fp32, or of the export's dtype.
+    """Largest difference between logits of the export and of the checkpoint that rounding explains.
 
-    Weights are not rounded where they are the checkpoint's own, in its dtype: that is, where no modulation was multiplied in.
+    1e-4 for fp32 computation with the stored weights; 0.25 if weights are rounded to the export's 16-bit dtype, which happens
+    when it differs from the checkpoint's, or when modulation was multiplied into the weights.
     """
     as_stored = job.dtype == job.info.dtype and not (job.info.space.modulation and job.net != SubNetwork.full(job.info.model))
     return 1e-4 if as_stored or job.dtype == "fp32" else 0.25

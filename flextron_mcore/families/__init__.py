@@ -1,6 +1,7 @@
-"""Families of models: what is true of each, declared once for import, export, counting and cutting. No torch import.
+"""Families of Hugging Face models: config keys and tensor names, declared once for import and export. No torch import.
 
-A family is a file here that ends in a `Family`, listed in FAMILIES; tensors.py has the tensors that all of them have.
+Each family has a file in this package that defines FAMILY, an instance of `Family`; FAMILIES lists them. tensors.py declares the
+tensors of all families under Megatron-Core's names.
 """
 
 from __future__ import annotations
@@ -9,29 +10,41 @@ from collections.abc import Mapping
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.families import gpt2, llama
+from flextron_mcore.families import gpt2, llama, mistral, nemotron, phi3, qwen2, qwen3, smollm3
 from flextron_mcore.families.family import Family
+from flextron_mcore.families.unsupported import lacking
 
-FAMILIES = [llama.FAMILY, gpt2.FAMILY]
+FAMILIES = [
+    *(llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY, phi3.FAMILY, nemotron.FAMILY),
+    gpt2.FAMILY,
+]
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json, by its first architecture, or by its model type if it names none. Raises FlextronError."""
+    """Family of a config.json, found by `architectures`, or by `model_type` if `architectures` is absent.
+
+    Raises FlextronError for a quantized model, for an unsupported architecture, and if the two keys name different families.
+    """
     if config.get("quantization_config"):
-        raise FlextronError("quantized models are not supported: import the original")
-    if family := _named(config):
-        return family
+        raise FlextronError("quantized models are not supported: import the original model")
     architectures, model_type = config.get("architectures"), config.get("model_type")
+    if family := _named(config):
+        if model_type not in (None, family.model_type):
+            raise FlextronError(
+                f"architectures {architectures} and model_type {model_type!r} name different models: download config.json again"
+            )
+        return family
     shown = (
         f"architecture {', '.join(map(str, architectures))}" if isinstance(architectures, list) else f"model_type {model_type!r}"
     )
-    raise FlextronError(f"{shown} is not supported: only {', '.join(family.architecture for family in FAMILIES)}")
+    reason = f": it has {found}" if (found := lacking(config)) else ""
+    raise FlextronError(f"{shown} is not supported{reason}: only {', '.join(family.architecture for family in FAMILIES)}")
 
 
 def family_of_model(model: ModelConfig, source: Mapping[str, Any] | None) -> Family:
-    """The family that `model` can be written as: the one of `source`, the config.json that it was imported from, if it fits.
+    """Family that a model can be exported as, preferably that of `source`, the config.json that it was imported from.
 
-    Raises FlextronError for a model of no family.
+    Raises FlextronError if no family can represent the model.
     """
     named = _named(source or {})
     known = sorted(FAMILIES, key=lambda family: family is not named)
@@ -41,11 +54,21 @@ def family_of_model(model: ModelConfig, source: Mapping[str, Any] | None) -> Fam
         if not misfits:
             return family
         complaints.append((len(misfits), f"{family.name} needs {', '.join(misfits)}"))
-    nearest_first = "; ".join(text for _, text in sorted(complaints))
-    raise FlextronError(f"format=hf: this model is of no family that it can write: {nearest_first}")
+    nearest_first = "; ".join(text for _, text in sorted(complaints)[:3])
+    raise FlextronError(f"format=hf: no supported family can represent this model: {nearest_first}: use format=megatron")
+
+
+def coded_family(model: ModelConfig, family: Family) -> Family | None:
+    """Family whose modelling code exports a model with different widths in its layers.
+
+    Returns `family` if it has such code and can represent the model, else another family that can, else None.
+    """
+    known = sorted(FAMILIES, key=lambda other: other is not family)
+    return next((other for other in known if other.classes and not other.misfits(model)), None)
 
 
 def _named(config: Mapping[str, Any]) -> Family | None:
+    """Family that a config.json names, by `architectures` if this is a list, else by `model_type`; None for an unknown one."""
     architectures, model_type = config.get("architectures"), config.get("model_type")
     for family in FAMILIES:
         if family.architecture in architectures if isinstance(architectures, list) else family.model_type == model_type:

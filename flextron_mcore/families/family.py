@@ -1,22 +1,48 @@
-"""A family of Hugging Face models: config keys and tensor names, declared once for import and export. No torch import."""
+"""Declaration of a family of Hugging Face models: config keys and tensor names, for import and export. No torch import."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.families.keys import ConfigKey, Key
+from flextron_mcore.families.keys import ConfigKey, Key, Rope
+from flextron_mcore.families.strictness import ReadKeys, refuse_unread
 from flextron_mcore.families.tensors import Layer, Placed
+
+# {field of ModelConfig: value in a family without this feature}
+FEATURES = {
+    "bias": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "rotary_percent": 1.0,
+    "no_rope_freq": None,
+    "sliding_window": None,
+}
+
+
+def any_width(model: ModelConfig, hidden_size: int, layer: Layer) -> None:
+    """Return None: the `Family.refusal` of transformers classes that accept any number of heads and neurons, equal in all layers.
+
+    Args:
+        model: architecture of the full model.
+        hidden_size: channels of the sub-network.
+        layer: widths of every layer of the sub-network.
+    """
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """A Megatron-Core tensor in another format: names and shapes of what it is stored as, in the order of its parts.
+    """One Megatron-Core tensor, and the tensors of another format that hold its values.
 
-    counts: how many entries of the factor `parts` of its first side each part has. transposed: it is stored [in, out].
+    Attributes:
+        placed: Megatron-Core's tensor in a dense model.
+        shapes: {name in the other format: shape}; one entry, or one for each part (query, key, value; gate and up projection).
+        counts: relative sizes of the parts along the first dimension: (query heads of a KV group, 1, 1) for query, key and value,
+            (1, 1) for gate and up projection, (1,) for a tensor without parts.
+        transposed: True if the other format stores the weight as [in, out].
     """
 
     placed: Placed
@@ -27,11 +53,13 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Names:
-    """A format's names for Megatron-Core's tensors, in the order in which it stores them.
+    """Table from Megatron-Core's module names to the names in another format, such as Hugging Face's, in that format's order.
 
-    modules: Megatron-Core's module, of a layer without "decoder.layers.N." -> the format's, without ".weight" and ".bias". One
-    name holds the whole tensor, its parts joined; several hold one part each (query, key, value; gate, up). layers: the beginning
-    of names in a layer, {} for its number. transposed: names whose weights are stored [in, out].
+    Attributes:
+        modules: {Megatron-Core's module: module of the format}, without "decoder.layers.N.", ".weight" and ".bias". A single name
+            holds the whole tensor; each name of a tuple holds one part: query, key and value, or gate and up projection.
+        layers: the format's prefix of names in a layer, with {} for the layer's index.
+        transposed: modules of the format whose weights are stored as [in, out].
     """
 
     modules: Mapping[str, str | tuple[str, ...]]
@@ -39,7 +67,10 @@ class Names:
     transposed: tuple[str, ...] = ()
 
     def map(self, tensors: Iterable[Placed], where: str) -> list[Mapped]:
-        """`tensors` in the format. Raises FlextronError, beginning with `where`, for one that no name is declared for."""
+        """Names and shapes of tensors in the format: before the layers, layer by layer, after the layers, each as in `modules`.
+
+        Raises FlextronError, whose message begins with `where`, for a tensor whose module is not in `modules`.
+        """
         order = list(self.modules)
         found = []
         for placed in tensors:
@@ -68,14 +99,26 @@ class Names:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of Hugging Face models: one file of this package each, listed in `families.FAMILIES`.
+    """Description of one family of Hugging Face models: config keys, tensor names and limits of its transformers class.
 
-    name: for messages. architecture, model_type: transformers' class and its name in config.json. classes: what transformers
-    calls the family in class names, where exports/hf/code has the subclass whose layers may differ in width; None: it has not.
-    needs: values of ModelConfig that the family can have; an import has the first. grouped: True if query heads may share keys
-    and values. keys: of config.json, in its order. widths: keys that hold the widths of one layer -> attributes of LayerChoice.
-    names: of tensors. prefix: what names begin with, absent in checkpoints of the bare model. ignored: stored tensors that are no
-    weights. refusal: (model, hidden size, layer) -> why the class cannot hold layers that all have these widths, None if it can.
+    Attributes:
+        name: name of the family in messages.
+        architecture: class of transformers, such as LlamaForCausalLM.
+        model_type: `model_type` in config.json.
+        needs: {field of ModelConfig: values that the family supports}. An import sets a field that no key sets to the first of
+            them. A field of FEATURES that is not in `needs` and that no key sets has the value in FEATURES.
+        keys: keys of config.json, in the order in which an export writes them.
+        widths: {key of config.json: attribute of LayerChoice}, for keys that hold widths of a layer.
+        names: table of tensor names.
+        prefix: prefix of all names in the base model; checkpoints of the base model without its head lack it.
+        ignored: pattern of names of stored tensors that are no weights, such as buffers.
+        classes: prefix of the family's class names in transformers, such as Llama; None: the package has no modelling code for
+            this family with a different width in each layer, and exports use another family that can represent the model.
+        code: class prefix of the family whose files in exports/*/code are written, with names replaced; empty: `classes`.
+        grouped: True if several query heads can share a key and value head (grouped-query attention).
+        harmless: keys of config.json, beside strictness.HARMLESS, that cannot change the output and that an import ignores.
+        refusal: function (model, hidden size, layer) that returns the reason why the transformers class cannot have these widths
+            in all its layers, or None if it can.
     """
 
     name: str
@@ -88,32 +131,61 @@ class Family:
     prefix: str
     ignored: re.Pattern[str]
     classes: str | None = None
+    code: str = ""
     grouped: bool = True
-    refusal: Callable[[ModelConfig, int, Layer], str | None] = field(default=lambda model, hidden_size, layer: None)
+    harmless: frozenset[str] = frozenset()
+    refusal: Callable[[ModelConfig, int, Layer], str | None] = any_width
 
     def model_config(self, config: Mapping[str, Any]) -> ModelConfig:
-        """ModelConfig of a config.json. Raises FlextronError for an option that Megatron-Core would compute differently."""
+        """ModelConfig of the model that a config.json describes.
+
+        Raises FlextronError for an option that Megatron-Core would compute differently, and for a key that is neither read nor
+        known to have no effect on the output.
+        """
         values: dict[str, Any] = {}
+        seen = ReadKeys(config)
         for key in self.keys:
-            found = key.read(config)
-            for name in found.keys() & values.keys():  # Megatron-Core has one value where the family has two
+            found = key.read(seen)
+            for name in found.keys() & values.keys():  # two keys of config.json for one field of ModelConfig
                 if found[name] != values[name]:
                     both = " with ".join(f"{k.theirs}={config.get(k.theirs, k.default)}" for k in self.keys if _holds(k, name))
                     raise FlextronError(f"{both} is not supported: the two must be equal")
             values |= found
+        refuse_unread(seen, self.harmless, self.architecture)
         return ModelConfig(**{name: allowed[0] for name, allowed in self.needs.items()} | values)
 
     def config(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of config.json that describes a dense model; source: that which the model was imported from, or {}."""
+        """Content of config.json, the keys of the family only. source: config.json that the model was imported from, or {}."""
         written: dict[str, Any] = {}
         for key in self.keys:
             written |= key.write(model, source)
         return written
 
+    @property
+    def zero_centered(self) -> bool:
+        """True if checkpoints store norm scales minus 1, like Megatron-Core with layernorm_zero_centered_gamma (layernorm1p)."""
+        return self.needs["normalization"] == ("layernorm1p",)
+
+    def renamed(self, text: str) -> str:
+        """Text of a file in exports/*/code, after replacement of the name of the code's family by this family's name."""
+        word = self.code or self.classes
+        return text.replace(word, self.classes).replace(word.lower(), self.model_type)
+
+    def code_file(self, name: str) -> str:
+        """Path in exports/*/code of the file that an export calls `name`, such as modeling_flextron_mistral."""
+        return name.replace(self.model_type, (self.code or self.classes).lower())
+
     def misfits(self, model: ModelConfig) -> list[str]:
-        """Requirements that `model` does not meet; empty if the family can represent it."""
-        needs = dict(self.needs) | ({} if self.grouped else {"num_query_groups": (model.num_attention_heads,)})
-        return [
+        """Requirements of the family that a model does not meet, as texts for messages; [] if the family can represent it."""
+        held = {key.ours for key in self.keys if isinstance(key, Key)} | {
+            n for key in self.keys for n in getattr(key, "holds", ())
+        }
+        needs = {name: (default,) for name, default in FEATURES.items() if name not in held} | dict(self.needs)
+        needs |= {} if self.grouped else {"num_query_groups": (model.num_attention_heads,)}
+        kinds = next((key.kinds for key in self.keys if isinstance(key, Rope)), None)
+        scaling = (model.rope_scaling or {}).get("type")
+        refused = kinds is not None and scaling is not None and scaling not in kinds
+        return ([f"rope_scaling of type {'|'.join(kinds) or 'default'} (it is {scaling})"] if refused else []) + [
             f"{key}={'|'.join(map(str, allowed))} (it is {getattr(model, key)})"
             for key, allowed in needs.items()
             if getattr(model, key) not in allowed

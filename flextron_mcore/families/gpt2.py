@@ -1,4 +1,4 @@
-"""GPT-2 and what shares its architecture: GPT2LMHeadModel of transformers."""
+"""GPT-2 and models with its architecture: transformers' GPT2LMHeadModel."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "relu": "relu",
     "relu2": "squared-relu",
+    "gelu_fast": "gelu_tanh",  # this and the next two: other names of the same functions in transformers
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python": "gelu",
 }
 
 
 def _refusal(model: ModelConfig, hidden_size: int, layer: Layer) -> str | None:
-    """Why no GPT2LMHeadModel has layers that all have these widths: its heads fill the hidden size."""
+    """Reason why GPT2LMHeadModel cannot have these widths in all its layers, None if it can.
+
+    GPT2LMHeadModel requires query heads x head size = hidden size.
+    """
     heads = layer.kv_groups * layer.query_heads_per_group
     if heads * model.kv_channels != hidden_size:
         return f"a stock GPT-2 has hidden_size / head size = {hidden_size / model.kv_channels:g} heads, this one {heads}"
@@ -38,13 +44,16 @@ FAMILY = Family(
         "bias": (True,),
     },
     grouped=False,
+    harmless=frozenset(
+        "n_ctx summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj".split()
+    ),
     keys=(  # in the order of an exported config.json
         Key("vocab_size", "vocab_size", int),
-        Key("n_embd", "hidden_size", int),
+        Key("n_embd", "hidden_size", int, aliases=("hidden_size",)),
         Key("n_inner", "ffn_hidden_size", int, None),
-        Key("n_layer", "num_layers", int),
-        Key("n_head", "num_attention_heads", int),
-        Key("n_positions", "max_position_embeddings", int, 1024),
+        Key("n_layer", "num_layers", int, aliases=("num_hidden_layers",)),
+        Key("n_head", "num_attention_heads", int, aliases=("num_attention_heads",)),
+        Key("n_positions", "max_position_embeddings", int, 1024, aliases=("max_position_embeddings",)),
         Key("activation_function", "activation", str, "gelu_new", names=_ACTIVATIONS),
         Key("layer_norm_epsilon", "layernorm_epsilon", float, 1e-5),
         Key("initializer_range", "init_method_std", float, 0.02),

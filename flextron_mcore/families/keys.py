@@ -1,32 +1,45 @@
-"""Keys of Hugging Face's config.json and the values of ModelConfig that they hold, in both directions. No torch import."""
+"""Translation between keys of Hugging Face's config.json and fields of ModelConfig, in both directions. No torch import."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flextron_mcore.config import ROPE_SCALING_KEYS, FlextronError, ModelConfig
+from flextron_mcore.families.strictness import original_positions, rope_parameters
 
 _REQUIRED = object()
+_ROPE_KEYS = {**ROPE_SCALING_KEYS, "yarn": ROPE_SCALING_KEYS["yarn"] | {"mscale", "mscale_all_dim"}}
 
 
 class ConfigKey(Protocol):
-    """One key of config.json, or several that belong together."""
+    """Translator of one key of config.json, or of several that belong together, to fields of ModelConfig and back."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of ModelConfig, where `config` leaves one out transformers' default. Raises FlextronError."""
+        """{field of ModelConfig: value}, with transformers' default for an absent key.
+
+        Raises FlextronError for an unsupported value.
+        """
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        """Keys of config.json; source: the config.json that the model was imported from, or {}."""
+        """{key of config.json: value}. source: config.json that the model was imported from, or {}."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key that holds one value of ModelConfig.
+    """Key of config.json that holds the value of one field of ModelConfig.
 
-    names: transformers' values -> ours, where they differ; of several for one of ours the source's, else the first, is written.
-    kept: Megatron-Core has no such value; the source's is written, else ours.
+    Attributes:
+        theirs: key of config.json.
+        ours: field of ModelConfig.
+        kind: type of the value in config.json.
+        default: transformers' default for an absent key; left out: the key is required.
+        names: {value in config.json: value of the field}; None: the values are equal.
+        kept: True for a key that sets no field at import. An export writes the value of the imported config.json, or the value of
+            the field if that has none.
+        aliases: other names of the key that transformers accepts.
     """
 
     theirs: str
@@ -35,16 +48,31 @@ class Key:
     default: Any = _REQUIRED
     names: Mapping[str, str] | None = None
     kept: bool = False
+    aliases: tuple[str, ...] = ()
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """{field of ModelConfig: value}; {} for a kept key. Raises FlextronError for a wrong type or an unsupported value."""
         if self.kept:
+            value(config, self.theirs, self.kind, None)  # checked, because an export writes it
             return {}
-        found = value(config, self.theirs, self.kind, self.default)
+        name = self._given(config)
+        found = value(config, name, self.kind, self.default)
         if self.names is not None and found not in self.names:
             raise FlextronError(f"{self.theirs}={found!r} is not supported: only {', '.join(self.names)}")
         return {self.ours: found if self.names is None else self.names[found]}
 
+    def _given(self, config: Mapping[str, Any]) -> str:
+        """Name under which config.json has the key. Raises FlextronError for two names with different values."""
+        given = [name for name in (self.theirs, *self.aliases) if config.get(name) is not None] or [self.theirs]
+        for name in given[1:]:
+            if config[name] != config[given[0]]:
+                raise FlextronError(
+                    f"{given[0]}={config[given[0]]!r} and {name}={config[name]!r} are two names of one key: leave one of them"
+                )
+        return given[0]
+
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+        """{key of config.json: value}. If several of `names` have the field's value, prefers the name in `source`."""
         ours, given = getattr(model, self.ours), source.get(self.theirs)
         if self.names is None:
             return {self.theirs: given if self.kept and given is not None else ours}
@@ -54,58 +82,193 @@ class Key:
 
 @dataclass(frozen=True)
 class Option:
-    """A key with only one value that Megatron-Core computes. written: an export says it."""
+    """Key of config.json with a single supported value, which needs no field of ModelConfig.
+
+    Attributes:
+        key: key of config.json.
+        only: supported value; null is accepted as well.
+        written: True if an export writes the key.
+        also: other spellings of the supported value.
+    """
 
     key: str
     only: Any
     written: bool = False
+    also: tuple[Any, ...] = ()
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        if config.get(self.key) not in (None, self.only):
+        """Check the value and return {}. Raises FlextronError for a value other than null, `only` and the spellings in `also`."""
+        if config.get(self.key) not in (None, self.only, *self.also):
             raise FlextronError(f"{self.key}={config[self.key]!r} is not supported (only {self.only!r} is)")
         return {}
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+        """{key: only} if `written`, else {}."""
         return {self.key: self.only} if self.written else {}
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions.
+    """Keys of rotary position embeddings (RoPE): base frequency, scaling and the rotated share of a head's channels.
 
-    transformers 4 has `rope_theta` and `rope_scaling`, 5 has all of it in `rope_parameters`; both are written.
+    transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 has `rope_parameters` for both; an export writes all three.
+
+    Attributes:
+        theta: transformers' default of rope_theta.
+        kinds: supported types of scaling, beside "default" (no scaling).
+        partial: transformers' default of partial_rotary_factor; None for a family that rotates all channels of a head.
     """
 
+    theta: float = 10000.0
+    kinds: tuple[str, ...] = tuple(ROPE_SCALING_KEYS)
+    partial: float | None = None
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """Fields of ModelConfig that the keys set, without rotary_base and rope_scaling, which every family has."""
+        return () if self.partial is None else ("rotary_percent",)
+
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-        rope = value(config, name, dict, {})
-        theta = value(rope, "rope_theta", float, value(config, "rope_theta", float, 10000.0))
-        for where in (config, rope):
-            Option("partial_rotary_factor", 1.0).read(where)
-        kind = rope.get("rope_type") or rope.get("type") or "default"
+        """{"rotary_base", "rope_scaling"}, and "rotary_percent" for a family with partial rotation.
+
+        Raises FlextronError for an unsupported or contradictory scaling.
+        """
+        name, rope, kind = rope_parameters(config, _ROPE_KEYS)
+        found: dict[str, Any] = {"rotary_base": value(rope, "rope_theta", float, value(config, "rope_theta", float, self.theta))}
+        if self.partial is None:
+            for where in (config, rope):
+                Option("partial_rotary_factor", 1.0).read(where)
+        else:
+            top = value(config, "partial_rotary_factor", float, self.partial)
+            found["rotary_percent"] = value(rope, "partial_rotary_factor", float, top)
         if kind == "default":
-            return {"rotary_base": theta, "rope_scaling": None}
-        if kind not in ROPE_SCALING_KEYS:
-            raise FlextronError(f"{name} of type {kind!r} is not supported: only default, {', '.join(ROPE_SCALING_KEYS)}")
+            return found | {"rope_scaling": None}
+        if kind not in self.kinds:
+            raise FlextronError(f"{name} of type {kind!r} is not supported: only {', '.join(('default', *self.kinds))}")
+        return found | {"rope_scaling": self._yarn(config, rope) if kind == "yarn" else self._scaling(config, rope, kind, name)}
+
+    def _scaling(self, config: Mapping[str, Any], rope: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
         scaling: dict[str, Any] = {"type": kind}
         for key in sorted(ROPE_SCALING_KEYS[kind]):
-            if key not in rope:
+            if key == "original_max_position_embeddings":
+                scaling[key] = original_positions(config, rope)
+            elif key not in rope:
                 raise FlextronError(f"{name} of type {kind} lacks '{key}'")
-            scaling[key] = value(rope, key, int if key == "original_max_position_embeddings" else float)
-        return {"rotary_base": theta, "rope_scaling": scaling}
+            else:
+                scaling[key] = value(rope, key, float)
+        return scaling
+
+    def _yarn(self, config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+        """Value of ModelConfig.rope_scaling of type yarn, without absent keys, for which ModelConfig has defaults.
+
+        Without attention_factor, mscale m and mscale_all_dim a give (0.1 m ln(factor) + 1) / (0.1 a ln(factor) + 1).
+        """
+        original = original_positions(config, rope)
+        positions = value(config, "max_position_embeddings", int, original)
+        factor = value(rope, "factor", float, positions / original)
+        scaling = {"type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        for key in ("beta_fast", "beta_slow", "attention_factor", "truncate"):
+            if rope.get(key) is not None:
+                scaling[key] = value(rope, key, bool if key == "truncate" else float)
+        above, below = (value(rope, key, float, 0.0) for key in ("mscale", "mscale_all_dim"))
+        if above and below and "attention_factor" not in scaling:
+            log = 0.1 * math.log(max(factor, 1.0))
+            scaling["attention_factor"] = (above * log + 1) / (below * log + 1)
+        return scaling
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+        """{"rope_theta", "rope_scaling", "rope_parameters"}, and "partial_rotary_factor" for a family with partial rotation."""
         scaling = dict(model.rope_scaling or {"type": "default"})
         rope = {"rope_type": scaling.pop("type"), **scaling}
+        partial = {} if self.partial is None else {"partial_rotary_factor": model.rotary_percent}
         return {
             "rope_theta": model.rotary_base,
             "rope_scaling": rope if model.rope_scaling else None,
-            "rope_parameters": {"rope_theta": model.rotary_base, **rope},
+            "rope_parameters": {"rope_theta": model.rotary_base, **rope, **partial},
+            **partial,
         }
 
 
+@dataclass(frozen=True)
+class Window:
+    """Key `sliding_window`: number of keys that a query attends to, its own included; null: all.
+
+    default: transformers' default for an absent key.
+    """
+
+    default: int | None = None
+    holds = ("sliding_window",)
+
+    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """{"sliding_window": number of keys that a query attends to, or None for all}."""
+        found = value(config, "sliding_window", int, None) if "sliding_window" in config else self.default
+        return {"sliding_window": found}
+
+    def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+        """{"sliding_window": number of keys, or None}."""
+        return {"sliding_window": model.sliding_window}
+
+
+@dataclass(frozen=True)
+class FullAttention:
+    """Keys of Qwen2, Qwen3 and SmolLM3 that can give some layers a sliding window; supported without such layers only."""
+
+    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Check the keys and return {}. Raises FlextronError if a layer has a sliding window."""
+        types = set(map(str, value(config, "layer_types", list, ["full_attention"])))
+        if types != {"full_attention"}:
+            named = ", ".join(sorted(map(str, types - {"full_attention"})))
+            raise FlextronError(f"layer_types with {named} is not supported: only full_attention in every layer")
+        first, layers = (value(config, key, int, 0) for key in ("max_window_layers", "num_hidden_layers"))
+        window = config.get("sliding_window")
+        if value(config, "use_sliding_window", bool, False) and window is not None and first < layers:
+            raise FlextronError(
+                f"a sliding window in layers {first} to {layers - 1} ('use_sliding_window' with 'max_window_layers') is not "
+                "supported: only full attention in every layer"
+            )
+        return {}
+
+    def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+        """{"use_sliding_window": False}."""
+        return {"use_sliding_window": False}
+
+
+@dataclass(frozen=True)
+class NoRope:
+    """Keys of SmolLM3: `no_rope_layers` has 1 for a layer with rotary embedding and 0 for a layer without (despite its name)."""
+
+    holds = ("no_rope_freq",)
+
+    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """{"no_rope_freq": for each layer 1 without rotary embedding, else 0}.
+
+        Without no_rope_layers, every no_rope_layer_interval-th layer has no rotary embedding.
+        """
+        layers, every = value(config, "num_hidden_layers", int), value(config, "no_rope_layer_interval", int, 4)
+        if every < 1 or layers > 10_000:
+            raise FlextronError(
+                f"layers without rope: an interval (no_rope_layer_interval) of {every} in {layers} layers is not possible"
+            )
+        given = value(config, "no_rope_layers", list, [int((i + 1) % every != 0) for i in range(layers)])
+        return {"no_rope_freq": tuple(int(not rotated) for rotated in given[:layers])}
+
+    def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+        """{"no_rope_layers": for each layer 1 with rotary embedding, else 0}."""
+        return {"no_rope_layers": [1 - skipped for skipped in model.no_rope_freq or (0,) * model.num_layers]}
+
+
 def value(config: Mapping[str, Any], key: str, kind: type, default: Any = _REQUIRED) -> Any:
-    """`config[key]` of type `kind` (int counts as float); `default` where it is absent or null. Raises FlextronError."""
+    """Value of a key of config.json.
+
+    Args:
+        config: content of config.json, or a mapping in it.
+        key: name of the key.
+        kind: type of the value; for float, a whole number is accepted and converted.
+        default: value for an absent or null key; left out: the key is required.
+
+    Raises:
+        FlextronError: a required key is absent, or the value has another type.
+    """
     found = config.get(key)
     if found is None:
         if default is _REQUIRED:

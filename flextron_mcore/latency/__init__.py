@@ -1,1 +1,1 @@
-"""Latency: tables of what every candidate of every block costs on a device, measured or fitted."""
+"""Latency tables: milliseconds of every candidate of every block on a device, measured or fitted."""

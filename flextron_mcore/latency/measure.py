@@ -1,7 +1,7 @@
-"""Measure a latency table: whole networks are run, and their blocks timed where they are.
+"""Measurement of a latency table: whole networks run, and their blocks are timed inside of them.
 
-A block that runs alone, again and again, finds its weights in a cache that no real network leaves it. In place, blocks add up to
-networks.
+A block that runs alone and repeatedly finds its weights in the cache, which it would not in a network. Times of blocks inside of
+networks add up to the networks' times.
 """
 
 from __future__ import annotations
@@ -34,8 +34,14 @@ from flextron_mcore.training.sampler import draw
 
 @dataclass(frozen=True)
 class Setting:
-    """Workload that is timed. prefill: one forward pass over batch_size x prompt_length tokens. generation: the same, then
-    generated_tokens - 1 forward passes of one token each with a KV cache; the milliseconds are those of all passes together.
+    """Workload that is timed: one forward pass, or a generation of text.
+
+    Attributes:
+        kind: `prefill`: one forward pass over batch_size x prompt_length tokens. `generation`: that pass, then generated_tokens -
+            1 forward passes of one token each with a KV cache, timed together.
+        batch_size: number of sequences.
+        prompt_length: tokens of a prompt.
+        generated_tokens: tokens generated after a prompt; 1 for prefill.
     """
 
     kind: str
@@ -54,10 +60,20 @@ def measure(
     seed: int,
     progress: Callable[[], object] = lambda: None,
 ) -> LatencyTable:
-    """The table of this process's device. model: the elastic model, whole on this device, in the dtype to be measured.
+    """Measure the latency table of this process's device. The model runs on a single rank.
 
-    Every round times every candidate in every layer once at every hidden size, and every one of `check_networks` random networks
-    once without timing its blocks; a first round warms up and is not counted. progress is called after every network.
+    Every round times every candidate in every layer at every hidden size, inside of whole networks, and some random networks as a
+    whole, to check the table. A first round warms up and is not counted.
+
+    Args:
+        model: elastic model, whole on this device, in the dtype to measure.
+        arch: architecture of the full model.
+        space: elastic space.
+        setting: workload.
+        rounds: number of timed rounds.
+        check_networks: number of random networks whose time is compared with the table's prediction; 0 for no check.
+        seed: seed of tokens, networks and order.
+        progress: called after every network.
     """
     run = runner(model, setting, arch.vocab_size, seed)
     whole = draw(arch, space, seed, 0, check_networks, stream=3)
@@ -91,7 +107,7 @@ def measure(
     )
     if not check_networks:
         return table
-    # Noise adds up differently in sums of medians and of minima: of the two the one is used that tells whole networks better.
+    # Medians and minima add up to different sums. The statistic that predicts whole networks better is used.
     found = []
     for statistic in STATISTICS:
         table = replace(table, statistic=statistic)
@@ -108,7 +124,18 @@ def time_networks(
     rounds: int,
     seed: int,
 ) -> list[Timing]:
-    """Milliseconds of whole networks (None: the full model), each once a round in random order, after a round to warm up."""
+    """Time whole networks in milliseconds, each once a round in random order, after a round of warm-up.
+
+    Returns minimum and median over rounds for each network.
+
+    Args:
+        model: elastic model, whole on this device.
+        arch: architecture of the full model.
+        networks: networks to time; None stands for the full model.
+        setting: workload.
+        rounds: number of timed rounds.
+        seed: seed of tokens and order.
+    """
     run = runner(model, setting, arch.vocab_size, seed)
     samples: list[dict[int, list[float]]] = []
     for round_ in range(rounds + 1):
@@ -121,9 +148,11 @@ def time_networks(
 
 
 def without_drift(rounds: Sequence[Mapping[Any, Sequence[float]]]) -> dict[Any, list[float]]:
-    """The times of all rounds, in each of which the same things were timed, divided by how slow the machine was in the round.
+    """Correct times for the machine's speed in each round: {key: times of all rounds}, in the unit of `rounds`.
 
-    A machine that others use too is not as fast all the time; how slow it was is a median over all that was timed.
+    A machine's speed drifts. A round's slowness is the median, over keys, of (the key's mean time in the round / the median of
+    these means over rounds); each time is divided by the slowness of its round. rounds: {key: times} of each round, with the same
+    keys.
     """
     means_KR = np.array([[np.mean(times[key]) for times in rounds] for key in rounds[0]])
     slow_R = np.median(means_KR / np.median(means_KR, 1, keepdims=True), 0)
@@ -131,7 +160,7 @@ def without_drift(rounds: Sequence[Mapping[Any, Sequence[float]]]) -> dict[Any, 
 
 
 def _balanced(arch: ModelConfig, space: ElasticSpace, seed: int, round_: int) -> list[SubNetwork]:
-    """Networks that together have every candidate at least once in every layer, at every hidden size."""
+    """Random networks that together have every candidate at least once in every layer, at every hidden size."""
     count = balanced(space) // len(space.hidden_size)
     generator = np.random.default_rng([seed, round_, 1])
 
@@ -149,14 +178,20 @@ def _balanced(arch: ModelConfig, space: ElasticSpace, seed: int, round_: int) ->
 
 
 def balanced(space: ElasticSpace) -> int:
-    """Number of networks that a round times in parts."""
+    """Number of networks that `measure` runs in every round to time all candidates of all blocks."""
     return len(space.hidden_size) * max(len(space.sizes[axis.name]) for axis in space.layer_axes)
 
 
 def runner(model: torch.nn.Module, setting: Setting, vocab_size: int, seed: int) -> Callable[[], None]:
-    """A function that runs what `setting` says, on random tokens.
+    """Function that runs a workload on random tokens.
 
-    On a CPU it lets the process keep its memory, as engines do: what is timed is then no clearing of pages.
+    On a CPU, the process keeps freed memory from now on, as inference servers do. Otherwise clearing of pages would be timed.
+
+    Args:
+        model: elastic model, whole on this device.
+        setting: workload.
+        vocab_size: size of the vocabulary.
+        seed: seed of the tokens.
     """
     keep_freed_memory()
     length = setting.prompt_length + setting.generated_tokens - 1
@@ -180,7 +215,7 @@ def runner(model: torch.nn.Module, setting: Setting, vocab_size: int, seed: int)
 
 
 class _Clock:
-    """Marks in time: of the device's queue with CUDA, of the wall without."""
+    """Time marks: CUDA events in the device's queue, or wall-clock times on a CPU."""
 
     def __init__(self) -> None:
         self.marks: dict[Hashable, list] = defaultdict(list)
@@ -194,7 +229,7 @@ class _Clock:
             self.marks[key].append(time.perf_counter())
 
     def between(self, start: Hashable, end: Hashable) -> float:
-        """Milliseconds from each mark `start` to the mark `end` that belongs to it, together."""
+        """Total milliseconds between the marks `start` and the marks `end`, paired in order."""
         pairs = zip(self.marks[start], self.marks[end], strict=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -203,7 +238,7 @@ class _Clock:
 
 
 def time_run(run: Callable[[], None]) -> float:
-    """Milliseconds of a run."""
+    """Time one call of `run`, in milliseconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     clock = _Clock()
@@ -214,7 +249,7 @@ def time_run(run: Callable[[], None]) -> float:
 
 
 def _time_candidates(model: torch.nn.Module, net: SubNetwork, run: Callable[[], None]) -> Mapping[Any, list[float]]:
-    """Milliseconds of a run's blocks, by hidden size and candidate, and of the rest of it."""
+    """Milliseconds of a run: {(hidden size, axis, candidate): times of blocks}, and (hidden size, "constant") for the rest."""
     found: dict[Any, list[float]] = defaultdict(list)
     parts, rest = time_blocks(model, run)
     blocks = [(axis, choice) for choice in net.layers for axis in layer_axes()]
@@ -225,7 +260,7 @@ def _time_candidates(model: torch.nn.Module, net: SubNetwork, run: Callable[[], 
 
 
 def time_blocks(model: torch.nn.Module, run: Callable[[], None]) -> tuple[list[float], float]:
-    """Milliseconds of each block of a run, by layer and in the order of its axes, and of the rest of it."""
+    """Time one call of `run`, in milliseconds: (time of each block by layer, then by axis; time of all else)."""
     clock = _Clock()
     layers = unwrap(model).decoder.layers
     if torch.cuda.is_available():
@@ -241,7 +276,7 @@ def time_blocks(model: torch.nn.Module, run: Callable[[], None]) -> tuple[list[f
 
 @contextlib.contextmanager
 def _marked(layers: Sequence[torch.nn.Module], clock: _Clock) -> Iterator[None]:
-    """Inside, every layer marks where each of its blocks begins, and where the last one ends."""
+    """Context in which every layer marks the start of each of its blocks and the end of the last one."""
     starts = [axis.starts or axis.block for axis in layer_axes()]
     count = len(starts)
     with contextlib.ExitStack() as stack:
@@ -255,7 +290,7 @@ def _marked(layers: Sequence[torch.nn.Module], clock: _Clock) -> Iterator[None]:
 
 
 def machine(dtype: torch.dtype) -> dict[str, Any]:
-    """Device, software and date that a latency depends on beside the network."""
+    """Description of this machine for a measurement: device, dtype, versions, load and date."""
     import megatron.core
 
     cuda = torch.cuda.is_available()
@@ -272,7 +307,7 @@ def machine(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """The GPU's name, or the CPU's and its number of cores."""
+    """Name of the GPU, or name and number of cores of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.machine()

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.files import child, read_json
 from flextron_mcore.space import ElasticSpace, SubNetwork
 
 
 def read_measurements(file: Path, model: ModelConfig, space: ElasticSpace) -> list[tuple[SubNetwork, float]]:
-    """(network, milliseconds) of each entry; a sub-network stands in it, or in a file that it names relative to `file`.
+    """Read (network, milliseconds) pairs. Raises FlextronError for an invalid file or entry.
 
-    Raises FlextronError for anything else.
+    Args:
+        file: JSON list. An entry's "subnetwork" is a sub-network, or the path of its file relative to `file`.
+        model: architecture of the full model.
+        space: space of the sub-networks.
     """
     try:
         found = []
-        for i, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+        for i, row in enumerate(read_json(file, given=True)):
             net, where = row["subnetwork"], f"{file}: [{i}].subnetwork"
-            net = SubNetwork.from_file(file.parent / net) if isinstance(net, str) else SubNetwork.from_dict(net, where)
+            net = (
+                SubNetwork.from_file(child(file.parent, net, file)) if isinstance(net, str) else SubNetwork.from_dict(net, where)
+            )
             space.check(model, net, where)
             found.append((net, float(row["ms"])))
             if not 0 < found[-1][1] < float("inf"):
-                raise FlextronError(f"{file}: [{i}].ms={row['ms']} is not a latency")
+                raise FlextronError(f"{file}: [{i}].ms={row['ms']} is not a latency: it must be above 0")
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FlextronError(

@@ -1,12 +1,11 @@
-"""The latency table of a device: milliseconds of every candidate of every block kind (Flextron, eq. 6). No torch import.
+"""Latency table of a device: milliseconds of every candidate of every kind of block (for Flextron, eq. 6 and 8). No torch import.
 
-A network's latency is the sum of its blocks' and a constant (embedding, final norm, output layer), all of its hidden size. A
-table is a JSON file that a person can read.
+The latency of a network is the sum over its blocks plus a constant (embedding, final norm, output layer), all for its hidden
+size. A table is stored as readable JSON.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -20,17 +19,19 @@ from flextron_mcore.axes import AXES, DEPTH
 from flextron_mcore.checkpoint.store import TABLE_FILE, CheckpointInfo
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import Cost
+from flextron_mcore.digests import unseal
+from flextron_mcore.files import read_json
 from flextron_mcore.space import ElasticSpace, SubNetwork
 
 FORMAT_VERSION = 1
 STATISTICS = ("minimum", "median")
-# What a table should achieve against whole networks: median and 95th percentile of the relative error.
+# Largest relative errors against whole networks, median and 95th percentile, of a table that is trusted.
 TRUSTED_MEDIAN, TRUSTED_P95 = 0.03, 0.08
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one thing timed many times."""
+    """Minimum and median of repeated measurements, in milliseconds."""
 
     minimum: float
     median: float
@@ -38,24 +39,35 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timings:
-    """Parts of networks of one hidden size: the constant, and by axis each candidate in the space's order."""
+    """Timings for networks of one hidden size.
+
+    Attributes:
+        constant: time of all that is not a block (embedding, final norm, output layer).
+        candidates: {axis: time of each candidate of a block, smallest first}.
+    """
 
     constant: Timing
     candidates: Mapping[str, tuple[Timing, ...]]
 
     def costs(self, statistic: str) -> tuple[float, dict[str, tuple[float, ...]]]:
-        """One of STATISTICS of them all."""
+        """(constant, {axis: cost of each candidate}) in milliseconds. statistic: one of STATISTICS (minimum or median)."""
         get = operator.attrgetter(statistic)
         return get(self.constant), {name: tuple(map(get, timings)) for name, timings in self.candidates.items()}
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Latencies of the candidates of `space` at a stated setting on a stated device, by hidden size.
+    """Latency of the candidates of a space, for one workload on one device.
 
-    statistic: the one of STATISTICS that `cost` uses, and that `check` compares. setting: what was run, such as {"kind":
-    "prefill", "batch_size": 2, "sequence_length": 4096}. machine: device, dtype, versions, load. check: `check_errors` of whole
-    networks. routed: by KV policy, a part about blocks whose tokens differ, which is kept as it is (adaptive/table.py).
+    Attributes:
+        model: architecture of the full model.
+        space: elastic space.
+        setting: workload as plain types (`Setting`), such as {"kind": "prefill", "batch_size": 2, "prompt_length": 4096, ...}.
+        machine: device, dtype, versions and load.
+        statistic: one of STATISTICS, used by `cost` and `check`.
+        timings: {hidden size: timings}.
+        check: relative errors of predictions against the measured times of whole networks (`check_errors`); empty without.
+        routed: {KV policy: plain types of RoutedTable (adaptive/table.py)}; empty without.
     """
 
     model: ModelConfig
@@ -68,7 +80,7 @@ class LatencyTable:
     routed: Mapping[str, Any] = field(default_factory=dict)
 
     def cost(self) -> Cost:
-        """The table as a cost, in milliseconds."""
+        """Latency of sub-networks as a Cost, in milliseconds."""
         costs = {
             size: Cost("latency", self.model, self.space, *timings.costs(self.statistic))
             for size, timings in self.timings.items()
@@ -76,7 +88,7 @@ class LatencyTable:
         return replace(costs.pop(self.model.hidden_size), narrow=tuple(costs.items()))
 
     def warning(self) -> str | None:
-        """Why the table should not be trusted; None if it may be."""
+        """Reason not to trust the table's predictions (never checked, or large errors for whole networks); None if they hold."""
         if not self.check:
             return "it was not checked against whole networks"
         median, p95 = self.check["median_error"], self.check["p95_error"]
@@ -88,7 +100,7 @@ class LatencyTable:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, a row for every candidate; what networks of a smaller hidden size take is in a part of its own."""
+        """Table as plain types, a row for every candidate. Hidden sizes below the full one follow in the list `narrow`."""
         narrow = [{"hidden_size": size, **self._rows(size)} for size in self.space.hidden_size[:-1]]
         return {
             "format": FORMAT_VERSION,
@@ -120,12 +132,15 @@ class LatencyTable:
 
     @classmethod
     def from_file(cls, path: str | Path, model: ModelConfig, space: ElasticSpace) -> LatencyTable:
-        """Read a table for `space` of `model`.
+        """Read a table. Raises FlextronError if it is damaged, of another model, or lacks candidates of `space`.
 
-        Raises FlextronError for a file that is no table, one of another model, and one that lacks candidates.
+        Args:
+            path: JSON file.
+            model: architecture of the full model.
+            space: elastic space, which may have fewer candidates than the table.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = unseal(read_json(path, given=True), Path(path))
             if values["format"] != FORMAT_VERSION:
                 raise FlextronError(f"{path}: a latency table of format {values['format']}, not {FORMAT_VERSION}: measure again")
             if ModelConfig.from_dict(values["model"]) != model:
@@ -146,7 +161,9 @@ class LatencyTable:
                 values.get("routed", {}),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FlextronError(f"{path}: is not a latency table ({type(error).__name__}: {error})") from None
+            raise FlextronError(
+                f"{path}: is not a latency table ({type(error).__name__}: {error}): measure one with `flextron latency`"
+            ) from None
 
 
 def fit(
@@ -156,11 +173,18 @@ def fit(
     setting: Mapping[str, Any],
     machine: Mapping[str, Any],
 ) -> LatencyTable:
-    """The table that explains measured latencies [ms] of whole networks best (least squares).
+    """Fit a table to measured latencies of whole networks, by least squares.
 
-    Such measurements tell sums only: the cost that every network of a hidden size has goes to its constant, and the smallest
-    candidates of each axis are 0, but where the depth varies too: there the smallest heads have the cost of a layer. Raises
-    FlextronError where the networks leave an entry undetermined.
+    Latencies do not determine all entries, so the smallest candidate of each axis is set to 0, and its cost is part of the
+    constant. If depth is elastic, the smallest number of heads instead has the cost of a layer. Raises FlextronError if the
+    networks leave an entry undetermined.
+
+    Args:
+        model: architecture of the full model.
+        space: elastic space.
+        latencies: (network, milliseconds) pairs.
+        setting: workload, as plain types.
+        machine: description of the device.
     """
     first = space.layer_axes[0]
     fitted = {axis.name: space.sizes[axis.name][1:] for axis in space.layer_axes}
@@ -191,7 +215,10 @@ def fit(
 
 
 def check_errors(cost: Cost, latencies: Sequence[tuple[SubNetwork, float]]) -> dict[str, float]:
-    """Relative errors of a cost's sums against measured values of whole networks."""
+    """Relative errors of a cost against measured latencies of whole networks: their number, median, 95th percentile and largest.
+
+    latencies: (network, milliseconds) pairs.
+    """
     errors = np.array([abs(cost.of(net) - value) / value for net, value in latencies])
     return {
         "networks": len(latencies),
@@ -229,7 +256,12 @@ def _timing(row: Mapping[str, Any]) -> Timing:
 
 
 def open_table(info: CheckpointInfo, latency: str | None) -> LatencyTable | None:
-    """The table `latency` (a file, or the directory of `flextron latency`), or else the one beside the routers, if any."""
+    """Open a latency table for a checkpoint; None if `latency` is None and the checkpoint has no table.
+
+    Raises FlextronError if the table is missing, damaged, of another model, or lacks candidates of the checkpoint's space.
+
+    latency: file, or directory of `flextron latency`; None for latency.json in the checkpoint, where it lies beside routers.
+    """
     if not latency and (info.path is None or not (info.path / TABLE_FILE).is_file()):
         return None
     file = Path(latency or info.path)

@@ -1,8 +1,8 @@
-"""Reports of `trtllm-bench` as the file that `flextron latency measurements=FILE` reads: docs/tensorrt_llm.md.
+"""Conversion of `trtllm-bench` reports into the file of `flextron latency measurements=FILE` (docs/tensorrt_llm.md).
 
     python -m flextron_mcore.latency.trtllm_bench measured.json run/exports/*
 
-Every directory is an export, with the report of its benchmark in it: metrics.json (whose sub-network it is), bench.json
+Every directory is an export: metrics.json names its sub-network, and bench.json is the report of its benchmark
 (`trtllm-bench ... --report_json bench.json`). No torch import.
 """
 
@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.files import read_json
 
 REPORT = "bench.json"
 
 
 def measurements(exports: Sequence[Path]) -> list[dict[str, Any]]:
-    """[{"subnetwork": ..., "ms": mean latency of a request}]. Raises FlextronError naming a file that does not fit."""
+    """Entries for `flextron latency measurements=FILE` from exports: [{"subnetwork": ..., "ms": mean latency of a request}].
+
+    Raises FlextronError that names an invalid file.
+    """
     found = []
     for folder in exports:
         try:
             file = folder / "metrics.json"
-            net = json.loads(file.read_text(encoding="utf-8"))["subnetwork"]
+            net = read_json(file)["subnetwork"]
             file = folder / REPORT
-            milliseconds = float(json.loads(file.read_text(encoding="utf-8"))["performance"]["avg_request_latency_ms"])
+            milliseconds = float(read_json(file)["performance"]["avg_request_latency_ms"])
         except FileNotFoundError:
             raise FlextronError(f"{file}: no such file") from None
         except (OSError, ValueError, LookupError, TypeError) as error:

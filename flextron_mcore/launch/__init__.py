@@ -1,1 +1,1 @@
-"""`flextron launch`: plan stages as jobs, price and check them, submit them to Slurm or run them here, follow them."""
+"""`flextron launch`: plan stages as jobs, estimate their needs, check them, run them on Slurm or on this machine, follow them."""

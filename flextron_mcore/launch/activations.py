@@ -1,20 +1,22 @@
-"""Bytes that a stage needs on a rank beside weights, gradients and optimizer state. No torch import.
+"""Estimate of the bytes that a stage needs on a rank beside weights, gradients and optimizer state. No torch import.
 
-In training: what autograd keeps from the forward passes in flight, and what the loss or a backward pass works with at the peak.
-Counted for the full model. Letters as in layout.py: n tokens of a micro-batch; h, q, k, f1, f2 sides of the weights of a rank.
+In training these are the tensors that autograd saves in the forward passes in flight, and the working memory of the loss or of a
+backward pass at its peak. All counts are for the full model.
+
+Letters: n tokens of a micro-batch, e bytes of an element; h, q, k, f1, f2 as in `Rank.sizes` (layout.py).
 """
 
 from __future__ import annotations
 
 from flextron_mcore.launch.layout import TRAINED, Rank
-from flextron_mcore.settings.stages import WorkloadSettings
+from flextron_mcore.settings.latency import WorkloadSettings
 from flextron_mcore.settings.training import StageSettings
 
-TAUGHT = 40  # bytes a logit: with distillation ten tensors of logits in fp32 are there at the same time (measured)
+TAUGHT = 40  # bytes a logit with distillation: ten fp32 tensors of logits are alive at the same time (measured)
 
 
 def activations(rank: Rank, settings: StageSettings) -> int:
-    """The peak above weights, gradients and optimizer state."""
+    """Peak bytes that a stage needs on a rank on top of weights, gradients and optimizer state."""
     stage = settings.stage
     gathered = rank.tokens * rank.model.hidden_size * rank.layout.dtype if rank.layout.sequence_parallel else 0
     gates = (
@@ -30,46 +32,74 @@ def activations(rank: Rank, settings: StageSettings) -> int:
 
 
 def networks(settings: StageSettings) -> int:
-    """Networks of a training step."""
+    """Number of networks that a training step runs, the full model included; 1 for a stage that runs no sub-networks."""
     more = {"elastic": "num_subnetworks", **dict.fromkeys(("router", "joint", "gumbel"), "targets_per_step")}
     return 1 + (getattr(settings, more[settings.stage]) if settings.stage in more else 0)
 
 
 def _most(flights: int, step: int, settings: StageSettings) -> int:
-    """The most networks with weights (layers/weighted.py) among the passes in flight, where `step` networks take turns."""
+    """Most weighted networks (layers/weighted.py) among the passes in flight; `step` networks follow each other in a cycle."""
     weighted, chunks = settings.router.weighted_per_step, settings.model.virtual_pipeline_model_parallel_size or 1
     return min(flights, chunks * (flights // step * weighted + min(flights % step, weighted)))
 
 
 def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False, weighted: bool = False) -> tuple[int, int]:
-    """Bytes that autograd keeps of a layer's attention block, and of its MLP, for the backward pass of a micro-batch.
+    """Bytes that autograd saves in the forward pass of a micro-batch through one layer: (attention block, MLP).
 
-    frozen: no weight wants a gradient. gates: blocks' outputs are multiplied with gates, or modulation, that do. weighted: so are
-    channels, heads and neurons too.
+    Args:
+        rank: rank that holds the layer.
+        frozen: True if weights get no gradients.
+        gates: True if outputs of blocks are multiplied with router gates or modulation gains, which get gradients.
+        weighted: True in a weighted network (layers/weighted.py), whose channels, heads and neurons are multiplied with masks
+            that get gradients.
     """
     model, layout, n, e = rank.model, rank.layout, rank.tokens, rank.layout.dtype
     h, q, k, f1, f2 = rank.sizes
     inputs = 0 if frozen else rank.stream
     shared = norm(rank, frozen, weighted) + (rank.stream if gates or weighted else 0) + _dropout_mask(rank)
-    fused = q + 2 * k  # values are a view of the fused product, and keep it
-    if model.position_embedding_type == "rope":
-        attention = n * (fused + q + k) * e + 4 * layout.length * model.kv_channels * e
-    else:
-        attention = n * (fused + (q if model.query_heads_per_group > 1 else 0)) * e
-    attention += n * q * e + 4 * n * (q // model.kv_channels)  # output, and the logarithm of each softmax's sum
+    fused = q + 2 * k  # values are a view of the fused QKV product, so all of it stays alive
+    turned = n * (fused + q + k) * e + 4 * layout.length * model.rotary_channels * e
+    plain = n * (fused + (q if model.query_heads_per_group > 1 else 0)) * e
+    layers, skipped = model.num_layers, sum(model.no_rope_freq or ())  # a mean where layers differ
+    attention = ((layers - skipped) * turned + skipped * plain) // layers if model.position_embedding_type == "rope" else plain
+    if model.qk_layernorm:
+        attention += _head_norms(rank, frozen)
+    if (model.sliding_window or layout.length) < layout.length:
+        attention += layout.length**2 * e  # mask
+    attention += n * q * e + 4 * n * (q // model.kv_channels)  # output, and log-sum-exp of each softmax in fp32
     if model.gated:
-        # Gate and up projection share their input, which is gathered once for both.
+        # Gate and up projection share one gathered input.
         mlp = n * 3 * f2 * e + (0 if frozen else n * h * e)
     else:
         mlp = inputs + (0 if model.activation == "relu" and not frozen else n * f2 * e)
     mlp += 0 if frozen else n * f2 * e
-    if weighted:  # what the masks are multiplied with
+    if weighted:  # the unmasked activations, for the gradients of the masks
         attention, mlp = attention + n * q * e, mlp + n * f2 * e
     return shared + inputs + attention, shared + mlp
 
 
+def _head_norms(rank: Rank, frozen: bool) -> int:
+    """Bytes that autograd saves of the norms of queries and keys. The keys are a view of the fused QKV product, which is kept."""
+    n, e, size = rank.tokens, rank.layout.dtype, rank.model.kv_channels
+    _, q, k, _, _ = rank.sizes
+    statistics = 4 * n * (q + k) // size
+    if rank.layout.cuda:
+        return n * q * e + statistics
+    inputs = q * e if e == 4 else 4 * (q + k)
+    return n * (inputs + (0 if frozen else 4 * (q + k))) + statistics
+
+
 def norm(rank: Rank, frozen: bool = False, weighted: bool = False) -> int:
-    """Bytes that a norm keeps: input and statistics; without CUDA, RMSNorm is several fp32 operations, and weighted all are."""
+    """Bytes that autograd saves of one norm (LayerNorm, RMSNorm) for a micro-batch: its input and statistics.
+
+    RMSNorm on a CPU, and every norm of a weighted network, consist of several fp32 operations, which save more.
+
+    Args:
+        rank: rank that holds the norm.
+        frozen: True if the norm's weight gets no gradient.
+        weighted: True in a weighted network (layers/weighted.py), whose channels, heads and neurons are multiplied with masks
+            that get gradients.
+    """
     rows, h = rank.rows, rank.model.hidden_size
     if weighted:
         return rows * (4 * h * (4 if rank.model.normalization == "rmsnorm" else 5) + 8)
@@ -81,12 +111,21 @@ def norm(rank: Rank, frozen: bool = False, weighted: bool = False) -> int:
 
 
 def saved_head(rank: Rank, frozen: bool = False, weighted: bool = False) -> int:
-    """Bytes that autograd keeps of the final norm, the output layer and the cross entropy (softmax in fp32, targets)."""
-    return norm(rank, frozen, weighted) + (0 if frozen else rank.stream) + rank.tokens * (4 * rank.vocabulary + 9)
+    """Bytes that autograd saves of a micro-batch in final norm, output layer and cross entropy (softmax in fp32, targets).
+
+    Args:
+        rank: rank that holds the output layer.
+        frozen: True if weights get no gradients.
+        weighted: True in a weighted network (layers/weighted.py, trained by `gumbel`), whose norm saves more.
+    """
+    return norm(rank, frozen, weighted) + (0 if frozen else rank.stream) + 4 * rank.logits + 9 * rank.tokens
 
 
 def in_flight(rank: Rank, micro_batches: int) -> int:
-    """Forward passes, each of a chunk, that wait for their backward pass at the same time: 1F1B, or interleaved."""
+    """Largest number of forward passes of a chunk of layers that wait for their backward passes at once (1F1B or interleaved).
+
+    micro_batches: forward passes of a step on this rank: micro-batches times networks.
+    """
     stages, chunks = rank.layout.pipeline, rank.layout.chunks
     if chunks == 1:
         return min(stages - rank.index, micro_batches)
@@ -94,7 +133,16 @@ def in_flight(rank: Rank, micro_batches: int) -> int:
 
 
 def _backward(rank: Rank, micro_batches: int, frozen: bool, gates: bool, teach: bool, weighted: int) -> int:
-    """weighted: of the passes in flight, those of networks with weights."""
+    """Peak bytes of training on a rank, weights and optimizer apart.
+
+    Args:
+        rank: the rank.
+        micro_batches: forward passes of a step on this rank, those of all networks.
+        frozen: True if weights get no gradients.
+        gates: True if outputs of blocks are multiplied with routers' gates or modulation, which get gradients.
+        teach: True for distillation.
+        weighted: number of weighted networks among the passes in flight.
+    """
     layout = rank.layout
     layers = layout.layers[rank.index] // layout.chunks
     kept, work = saved_chunk(rank, layers, *saved_layer(rank, frozen, gates))
@@ -104,16 +152,23 @@ def _backward(rank: Rank, micro_batches: int, frozen: bool, gates: bool, teach: 
     total = (flights - weighted) * kept + weighted * more
     if layout.pipeline > 1:  # a stage keeps its outputs until their gradients arrive
         total += (flights - 1 if rank.last else flights) * rank.stream
-    # The loss's part is gone when the layers' backward passes begin.
+    # The loss has freed its tensors when the backward passes of the layers begin.
     return total + (max(_head(rank, frozen, teach, weighted > 0), work) if rank.last else work)
 
 
 def saved_chunk(rank: Rank, layers: int, attention: int, mlp: int) -> tuple[int, int]:
-    """Bytes kept of a chunk of `layers`, and bytes that its backward pass computes again on top of that."""
+    """Bytes of a chunk of layers for one micro-batch: (saved by autograd, recomputed by the backward pass on top of these).
+
+    Args:
+        rank: rank that holds the chunk.
+        layers: number of layers in the chunk.
+        attention: bytes that one attention block saves without recomputation.
+        mlp: bytes that one MLP saves without recomputation.
+    """
     (method, number), layer = rank.layout.recompute, attention + mlp
     if method == "uniform":
         return layers // number * rank.stream, number * layer - rank.stream
-    if method == "block":  # the first ones: when their turn comes, what was kept of the others is gone
+    if method == "block":  # the first layers: their backward passes come last, when the others' tensors are freed
         again = min(number, layers)
         kept = (layers - again) * layer
         return again * rank.stream + kept, max(layer - rank.stream - kept, 0) if again else 0
@@ -124,33 +179,36 @@ def saved_chunk(rank: Rank, layers: int, attention: int, mlp: int) -> tuple[int,
 
 
 def _head(rank: Rank, frozen: bool, teach: bool, weighted: bool) -> int:
-    """The output layer and the loss at their peak."""
+    """Peak bytes of the output layer and the loss. teach: True for distillation, with logits of the teacher."""
     n, e, h = rank.tokens, rank.layout.dtype, rank.model.hidden_size
-    logits = n * rank.vocabulary
-    if teach:
-        return saved_head(rank, frozen, weighted) + (TAUGHT - 4) * logits + (8 * logits if rank.padded else 0)
+    logits = rank.logits
+    if teach:  # in one piece
+        logits = n * rank.vocabulary
+        return saved_head(rank, frozen, weighted) - 4 * rank.logits + TAUGHT * logits + (8 * logits if rank.padded else 0)
     copies = (2 * logits if e == 2 else 0) + (e * logits if rank.padded else 0)  # before the softmax in fp32
     gradients = (-2 * logits if e == 2 else 0) + n * h * e  # the softmax becomes its own gradient
-    gradients += 0 if frozen else rank.vocabulary * h * e
+    chunked = logits < n * rank.vocabulary  # then the weight's gradient is a sum, and the states wait for all chunks
+    gradients += 0 if frozen else rank.vocabulary * h * e * (2 if chunked else 1)
+    gradients += n * h * e if chunked else 0
     return saved_head(rank, frozen, weighted) + max(copies, gradients)
 
 
 def _layer_work(rank: Rank, frozen: bool) -> int:
-    """Bytes that the MLP's backward pass, the first of a layer, works with: gradients of activations and of weights.
+    """Working memory of the MLP's backward pass, the first of a layer: gradients of activations and of weights, in bytes.
 
-    A weight's gradient is there twice (layers/linear.py: the part, and a tensor that DDP's hook wants to see).
+    A weight's gradient exists twice: the gradient of the slice, and a tensor for DDP's hook (layers/linear.py).
     """
     n, e, h = rank.tokens, rank.layout.dtype, rank.model.hidden_size
     _, _, _, f1, f2 = rank.sizes
     weights = 0 if frozen else 2 * h * e
     second = 2 * rank.stream + e * n * f2 + weights * f2
-    first = 3 * rank.stream - e * n * f1 + weights * f1  # most of what was kept of the MLP is gone
+    first = 3 * rank.stream - e * n * f1 + weights * f1  # most saved tensors of the MLP are freed by now
     tied = rank.first and rank.last and rank.model.share_embeddings_and_output_weights and not frozen
-    return max(second, first) + (rank.vocabulary * h * e if tied else 0)  # which waits for the embedding's part
+    return max(second, first) + (rank.vocabulary * h * e if tied else 0)  # tied: output gradient waits for the embedding's
 
 
 def _mask_work(rank: Rank) -> int:
-    """Bytes that the MLP's backward pass works with on top where neurons are weighed: their gradients, and the weights'."""
+    """Additional working memory of the MLP's backward pass in a weighted network: gradients of the masked neurons, in bytes."""
     return rank.layout.dtype * rank.tokens * rank.sizes[4]
 
 
@@ -159,7 +217,7 @@ def _forward(rank: Rank) -> int:
     h, q, k, f1, f2 = rank.sizes
     layer = 2 * rank.stream + e * n * max(h + f1 + 2 * f2, 3 * q + 4 * k)
     logits = (6 if e == 2 else 4) + (e if rank.padded else 0)
-    return max(layer, n * rank.vocabulary * logits + 2 * rank.stream if rank.last else 0)
+    return max(layer, rank.logits * logits + 2 * rank.stream if rank.last else 0)
 
 
 def _kv_cache(rank: Rank, setting: WorkloadSettings) -> int:

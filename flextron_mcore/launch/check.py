@@ -1,10 +1,9 @@
-"""Checks on the login node before a job is submitted."""
+"""Checks of a launch on the login node, before a job is submitted."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,19 @@ from flextron_mcore.data.blend import open_data
 from flextron_mcore.launch.plan import PARALLEL, Job, Plan, is_complete
 from flextron_mcore.model import check_layout
 from flextron_mcore.settings.launch import LaunchSettings
-from flextron_mcore.settings.schema import MISSING
+from flextron_mcore.settings.schema import MISSING, show
 
 
 def check_configuration(settings: LaunchSettings, plan: Plan) -> None:
-    """Raise FlextronError where the configuration itself is wrong, whatever is on disk."""
-    for key in ("account",) if settings.cluster.type == "slurm" else ():
-        if not getattr(settings.cluster, key):
-            raise FlextronError(f"cluster.{key}: is empty; Slurm accounts are listed by `sacctmgr show assoc user=$USER`")
+    """Raise FlextronError for an error in the keys, without looking at the files that they name."""
+    if settings.cluster.type == "slurm" and not settings.cluster.account:
+        raise FlextronError(
+            "cluster.account: is empty: set it to one of the accounts that `sacctmgr show assoc user=$USER` lists"
+        )
     if settings.overwrite:
         raise FlextronError(
-            "overwrite=true: is not for launch, whose jobs continue what is there; remove the directory of the stage"
+            "overwrite=true: is not for launch, whose jobs continue unfinished stages; to run a stage anew, remove its directory "
+            f"in {plan.results}"
         )
     for job in plan.to_run:
         _check_axes(plan, job)
@@ -34,37 +35,49 @@ def check_configuration(settings: LaunchSettings, plan: Plan) -> None:
 
 
 def _check_axes(plan: Plan, job: Job) -> None:
-    """A stage that knows heads and neurons only would find out when its turn comes."""
+    """Raise FlextronError for a stage that chooses heads and neurons only, when another axis is elastic.
+
+    The stage itself would refuse this too, but only when its job starts.
+    """
     elastic = [axis for axis in ("hidden_size", "depth") if len(getattr(plan.space, axis)) > 1]
-    sensitivity = "sensitivity" in (job.settings.selectors if job.stage == "compare" else ())
-    if elastic and (job.stage in ("router", "sensitivity") or sensitivity):
-        what, instead = ("selector sensitivity", "set compare.selectors=") if sensitivity else ("it", "use gumbel")
+    if not elastic:
+        return
+    of_axes = f"{job.stage}: space.{elastic[0]} is elastic, and"
+    if job.stage == "router":
+        raise FlextronError(f"{of_axes} it chooses heads and neurons only: use gumbel in its place in stages=")
+    if job.stage == "sensitivity":
+        raise FlextronError(f"{of_axes} it measures heads and neurons only: leave it out of stages=")
+    if job.stage == "compare" and "sensitivity" in job.settings.selectors:
         raise FlextronError(
-            f"{job.stage}: space.{elastic[0]} is elastic, and {what} chooses heads and neurons only: {instead}"
-            + ("[router,uniform,matformer]" if sensitivity else "")
+            f"{of_axes} selector sensitivity chooses heads and neurons only: set compare.selectors=[router,uniform,matformer]"
         )
 
 
 def _check_layout(settings: LaunchSettings, plan: Plan, job: Job) -> None:
-    options, gpus = job.settings.model, settings.cluster.gpus_per_node
+    options, gpus = job.settings.model, job.cluster.gpus_per_node
     if gpus and job.devices > gpus:
-        raise FlextronError(f"{job.stage}: trainer.devices={job.devices} is more than cluster.gpus_per_node={gpus}")
+        raise FlextronError(
+            f"{job.stage}: trainer.devices={job.devices} is more than cluster.gpus_per_node={gpus}: set "
+            f"{job.stage}.trainer.devices to at most {gpus}"
+        )
     model_ranks = (options.tensor_model_parallel_size or 1) * (options.pipeline_model_parallel_size or 1)
     if job.ranks % model_ranks:
         raise FlextronError(
             f"{job.stage}: trainer.num_nodes x trainer.devices = {job.ranks} is not a multiple of "
-            f"model.tensor_model_parallel_size x model.pipeline_model_parallel_size = {model_ranks}"
+            f"model.tensor_model_parallel_size x model.pipeline_model_parallel_size = {model_ranks}: set {job.stage}.model.* "
+            "sizes that divide it"
         )
     copies = job.ranks // model_ranks
     if job.trains and options.global_batch_size % (options.micro_batch_size * copies):
         raise FlextronError(
             f"{job.stage}: model.global_batch_size={options.global_batch_size} is not a multiple of model.micro_batch_size="
-            f"{options.micro_batch_size} x {copies} data-parallel ranks"
+            f"{options.micro_batch_size} x {copies} data-parallel ranks: set {job.stage}.model.global_batch_size to a multiple"
         )
     length = options.seq_length
     if length and length > plan.model.max_position_embeddings:
         raise FlextronError(
-            f"{job.stage}: model.seq_length={length} is more than the model's {plan.model.max_position_embeddings} positions"
+            f"{job.stage}: model.seq_length={length} is more than the model's {plan.model.max_position_embeddings} positions: "
+            f"set {job.stage}.model.seq_length to at most that"
         )
     try:
         check_layout(plan.model, plan.space, options, job.settings.trainer.precision or "bf16")
@@ -73,7 +86,7 @@ def _check_layout(settings: LaunchSettings, plan: Plan, job: Job) -> None:
 
 
 def missing(settings: LaunchSettings, plan: Plan) -> list[str]:
-    """Lines that name what the jobs need and is not there yet."""
+    """Messages, a line each, about the inputs on disk and the tools that the jobs need and that are missing or wrong."""
     lines = list(plan.problems)
     checks: list[Any] = [lambda: _check_results(plan.results), lambda: _check_container(settings)]
     if settings.cluster.type == "slurm":
@@ -83,7 +96,8 @@ def missing(settings: LaunchSettings, plan: Plan) -> list[str]:
         for key, look in (("data", _look_at_data), ("hf", _look_at_hf), ("checkpoint", _look_at_checkpoint)):
             value = getattr(job.settings, key, None)
             if value and value != MISSING and str(value) not in planned:
-                checks.append(lambda value=value, look=look: look(Path(value), plan.model))
+                name = f"{job.stage}.{key}" if key == "checkpoint" else key  # data and hf are keys of launch, too
+                checks.append(lambda name=name, value=value, look=look: look(name, Path(value), plan.model))
     for check in checks:
         try:
             check()
@@ -94,19 +108,17 @@ def missing(settings: LaunchSettings, plan: Plan) -> list[str]:
 
 
 def _check_results(results: Path) -> None:
-    """Raise FlextronError unless the results' directory, or its nearest existing parent, can be written to."""
-    if "/nemo_run" in str(results):
-        raise FlextronError(f"run.results_dir={results}: NeMo-Run takes /nemo_run for its own directory; choose another name")
+    """Raise FlextronError unless the directory of results, or its nearest existing parent, is writable; nothing is left there."""
     folder = results
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    probe = folder / f".flextron-{os.getpid()}"
     try:
-        probe.touch()
+        with tempfile.TemporaryFile(dir=folder):  # access rights alone would not tell of read-only and full file systems
+            pass
     except OSError as error:
-        raise FlextronError(f"run.results_dir={results}: cannot be written: {folder}: {error.strerror}") from None
-    with contextlib.suppress(OSError):
-        probe.unlink()
+        raise FlextronError(
+            f"run.results_dir={results}: cannot be written: {folder}: {error.strerror}: set base_results_dir="
+        ) from None
 
 
 def _check_container(settings: LaunchSettings) -> None:
@@ -114,42 +126,55 @@ def _check_container(settings: LaunchSettings) -> None:
         return
     image = settings.container
     if not image:
-        raise FlextronError("container=: jobs of this cluster run in containers; name an image, or set cluster=slurm for none")
+        raise FlextronError(
+            "container=: jobs of this cluster run in containers: name an image, or use cluster=slurm, without them"
+        )
     if is_file_of_image(image) and not Path(image).expanduser().is_file():
         raise FlextronError(
-            f"container={image}: no such file; make it with `enroot import` from the image of this project's Dockerfile, or name "
-            "an image of a registry"
+            f"container={image}: no such file: make it with `enroot import` from the image of this project's Dockerfile, or name "
+            "an image in a registry"
         )
 
 
 def is_file_of_image(image: str) -> bool:
-    """True if pyxis takes the image's name for a file, and not for an image of a registry."""
+    """True if pyxis (Slurm's container plug-in) takes `image` for a file, False if for the name of an image in a registry."""
     return image.endswith((".sqsh", ".squashfs")) or image.startswith(("/", "./", "../", "~"))
 
 
 def _check_slurm() -> None:
     if not shutil.which("sbatch"):
-        raise FlextronError("sbatch: not found; launch on a login node of the cluster, or with cluster=local")
+        raise FlextronError("sbatch: not found: launch on a login node of the cluster, or with cluster=local")
+    import_nemo_run()
+
+
+def import_nemo_run() -> None:
+    """Raise FlextronError unless NeMo-Run can be imported."""
     try:
         import nemo_run  # noqa: F401
     except ImportError as error:
         raise FlextronError(f"NeMo-Run cannot be imported ({error}): pip install 'flextron_mcore[launch]'") from None
 
 
-def _look_at_data(path: Path, model: ModelConfig) -> None:
+def _look_at_data(key: str, path: Path, model: ModelConfig) -> None:
     data = open_data(path)
     if data.vocab_size > model.vocab_size:
-        raise FlextronError(f"data={path}: its tokenizer has {data.vocab_size} tokens, the model's vocabulary {model.vocab_size}")
+        raise FlextronError(
+            f"{key}={path}: its tokenizer has {data.vocab_size} tokens, the model's vocabulary {model.vocab_size}: prepare the "
+            "text with the model's tokenizer"
+        )
 
 
-def _look_at_hf(path: Path, model: ModelConfig) -> None:
-    _compare(f"hf={path}", open_hf(path).model, model)
+def _look_at_hf(key: str, path: Path, model: ModelConfig) -> None:
+    _compare(f"{key}={path}", open_hf(path).model, model)
 
 
-def _look_at_checkpoint(path: Path, model: ModelConfig) -> None:
+def _look_at_checkpoint(key: str, path: Path, model: ModelConfig) -> None:
     if path.is_dir() and not is_complete(path):
-        raise FlextronError(f"checkpoint={path}: the run there is not complete")
-    _compare(f"checkpoint={path}", open_checkpoint(path).model, model)
+        raise FlextronError(
+            f"{key}={path}: its stage has not finished (it has no metrics.json): run the stage again to its end, or name "
+            "another checkpoint"
+        )
+    _compare(f"{key}={path}", open_checkpoint(path).model, model)
 
 
 def _compare(what: str, found: ModelConfig, planned: ModelConfig) -> None:
@@ -157,5 +182,6 @@ def _compare(what: str, found: ModelConfig, planned: ModelConfig) -> None:
         wanted = planned.to_dict()[name]
         if value != wanted and name not in ("init_method_std", "hidden_dropout", "attention_dropout"):
             raise FlextronError(
-                f"{what}: is another model than model= says, by which layouts are checked: its {name} is {value}, not {wanted}"
+                f"{what}: is another model than model= says: its {name} is {show(value)}, not {show(wanted)}: choose the recipe "
+                f"of this model with model=, or set model.{name}={show(value)}"
             )

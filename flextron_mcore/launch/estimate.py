@@ -1,4 +1,4 @@
-"""Needs of a stage, before a job is submitted: bytes of GPU memory, tokens, floating-point operations. No torch import.
+"""Estimate of a stage's GPU memory (bytes), tokens and floating-point operations, before a job is submitted. No torch import.
 
 docs/estimates.md has the formulas, what they leave out, and how they were checked.
 """
@@ -18,7 +18,14 @@ from flextron_mcore.space import ElasticSpace
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes are of the fullest rank. tokens: read by the stage, each counted once. flops: of the stage, all ranks together."""
+    """Estimated memory, tokens and FLOPs of a stage.
+
+    Attributes:
+        weights, gradients, optimizer, activations: bytes on the rank that needs most memory.
+        tokens: tokens of the stage, as in `Work` (flops.py): of a training all its steps without validation, each counted once
+            however many networks see it.
+        flops: floating-point operations of all ranks together, validation included.
+    """
 
     weights: int
     gradients: int
@@ -29,11 +36,17 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """Bytes that tensors take at their peak."""
+        """Peak bytes of weights, gradients, optimizer state and activations together, on the rank that needs most."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def hours(self, gpus: int, peak_flops: float, utilisation: float) -> float:
-        """Hours on `gpus` devices of `peak_flops` per second, of which the share `utilisation` is reached."""
+        """Hours that the stage takes to compute its FLOPs.
+
+        Args:
+            gpus: number of GPUs.
+            peak_flops: peak throughput of one GPU, FLOP/s.
+            utilisation: share of the peak that is reached, 0 to 1.
+        """
         return self.flops / (gpus * peak_flops * utilisation) / 3600
 
 
@@ -47,11 +60,20 @@ def estimate(
     valid_samples: Sequence[int] | None = None,
     cuda: bool = True,
 ) -> Estimate:
-    """Needs of the stage of `settings`, on `world_size` ranks.
+    """Estimate the memory, tokens and FLOPs of a stage.
 
-    stored_dtype: of the checkpoint, which stages compute in unless trainer.precision says otherwise. valid_samples: of each
-    domain's validation split; None: one domain, which has what limit_val_batches asks for. cuda: False for the CPU, where norms
-    keep more. Raises FlextronError for a layout that does not divide.
+    Args:
+        model: architecture of the full model.
+        space: elastic space.
+        settings: settings of the stage.
+        world_size: number of ranks.
+        stored_dtype: precision of the checkpoint ("bf16", "fp32"), used where trainer.precision is null.
+        valid_samples: samples in each domain's validation split; None assumes one domain with as many samples as
+            limit_val_batches reads.
+        cuda: False for a CPU, where RMSNorm keeps more for the backward pass.
+
+    Raises:
+        FlextronError: sizes of the layout do not divide the model, the batch or the ranks.
     """
     layout = Layout.read(model, space, settings, world_size, stored_dtype, cuda)
     ranks = [Rank(model, layout, index) for index in range(layout.pipeline)]
@@ -61,7 +83,7 @@ def estimate(
 
 
 def memory_of(rank: Rank, settings: StageSettings) -> tuple[int, int, int, int]:
-    """Bytes of weights, gradients, optimizer state, activations."""
+    """(bytes of weights, of gradients, of optimizer state, of activations) on a rank."""
     layout, count = rank.layout, rank.parameters
     gradients = optimizer = 0
     if settings.stage in TRAINED:

@@ -1,7 +1,8 @@
-"""Floating-point operations and tokens of a stage. No torch import.
+"""Estimate of the floating-point operations and tokens of a stage. No torch import.
 
-Counted as Megatron-LM's `num_floating_point_operations` does: matrix products only, 2 m n k each; of causal attention the half
-that is not masked; the vocabulary with its padding; a backward pass costs two forward passes. Unlike there, recomputation counts.
+FLOPs are counted as in Megatron-LM's `num_floating_point_operations`: matrix products only, 2 m n k each; half of the attention
+scores, for causal masking; the padded vocabulary; two forward passes for a backward pass. Unlike in Megatron-LM, recomputation
+counts too.
 """
 
 from __future__ import annotations
@@ -24,13 +25,20 @@ from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 
-LARGE = 2.0  # as in training/static.py, which draws budgets whose mean is 1 / (1 + LARGE) of their range below its top
-_TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of stages/router.py: shares of that range to validate at
+LARGE = 2.0  # exponent of training/static.py: budgets drawn with it are on average 1 / (1 + LARGE) of their range below its top
+_TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)  # default budgets of a validation (runs/routers.py), as shares of that range
 
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of a forward pass, per token of sequences of `length`. tensor: ranks that share the vocabulary."""
+    """FLOPs per token of forward passes, by network.
+
+    Attributes:
+        model: architecture of the full model.
+        space: elastic space of the model.
+        length: tokens of a sequence.
+        tensor: number of tensor-parallel ranks; the vocabulary is padded to a multiple of it.
+    """
 
     model: ModelConfig
     space: ElasticSpace
@@ -38,33 +46,41 @@ class Costs:
     tensor: int = 1
 
     def layer(self, choice: LayerChoice, hidden_size: int | None = None) -> float:
-        """FLOPs of an executed layer; with all hidden channels for None."""
+        """FLOPs per token of one executed layer with the widths `choice`.
+
+        hidden_size: hidden channels of the network; None: all.
+        """
         size = hidden_size or self.model.hidden_size
         weights = sum(
             t.numel(self.model, size, choice) for t in of_model(self.model, "layer", added_tensors()) if len(t.sides) == 2
         )
-        return 2.0 * weights + 2.0 * self.length * choice.num_attention_heads * self.model.kv_channels
+        window = min(self.model.sliding_window or self.length, self.length)
+        keys = window * (1 - window / (2 * self.length))  # that a query sees, on average
+        return 2.0 * weights + 4.0 * keys * choice.num_attention_heads * self.model.kv_channels
 
     def head(self, hidden_size: float | None = None) -> float:
-        """FLOPs of the output layer; with all hidden channels for None."""
+        """FLOPs per token of the output layer. hidden_size: hidden channels of the network; None: all."""
         return 2.0 * (hidden_size or self.model.hidden_size) * (-(-self.model.vocab_size // self.tensor) * self.tensor)
 
     def of(self, net: SubNetwork) -> float:
-        """FLOPs of a network."""
+        """FLOPs per token of a sub-network."""
         return self.head(net.hidden_size) + sum(self.layer(layer, net.hidden_size) for layer in net.layers if layer.executed)
 
     @property
     def full(self) -> float:
-        """FLOPs of the full model."""
+        """FLOPs per token of the full model."""
         return self.of(SubNetwork.full(self.model))
 
     @property
     def smallest(self) -> float:
-        """FLOPs of the smallest network."""
+        """FLOPs per token of the smallest sub-network."""
         return self.of(self.space.uniform(self.model, *(sizes[0] for sizes in self.space.sizes.values())))
 
     def drawn(self, mode: str = "flextron") -> float:
-        """Expected, of a random network (training/sampler.py)."""
+        """Expected FLOPs per token of a random sub-network, as `flextron elastic` draws them.
+
+        mode: "flextron" draws every size at random; "matformer" draws one FFN size below the full one, all else full.
+        """
         sizes = dict(self.space.sizes)
         if mode == "matformer":
             widths = sizes["ffn_hidden_size"]
@@ -75,14 +91,27 @@ class Costs:
         return mean(self.head(h) + depth * mean(self.layer(choice, h) for choice in choices) for h in sizes["hidden_size"])
 
     def budgeted(self, low: float | None, high: float, part: float) -> float:
-        """FLOPs of a network for a budget `part` of the way from `low` to `high`, shares of the full model's cost."""
+        """FLOPs per token of a network whose cost equals its budget; FLOPs are taken to be proportional to the cost.
+
+        Args:
+            low: least budget, as a share of the full model's cost; None: the smallest network's cost.
+            high: largest budget, as a share of the full model's cost.
+            part: position of the budget between `low` (0) and `high` (1).
+        """
         bottom = self.smallest if low is None else low * self.full
         return bottom + part * (high * self.full - bottom)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens that a stage reads, and its FLOPs."""
+    """Tokens and FLOPs of a stage.
+
+    Attributes:
+        tokens: of a training: tokens of all steps, without validation. Of `latency`: tokens of all timed forward passes. Of
+            `importance`: calibration tokens. Of other stages: tokens of the validation data that it reads. Except for `latency`,
+            a token counts once however many networks see it.
+        flops: floating-point operations of all networks and all ranks together, validation and ablation included.
+    """
 
     tokens: int
     flops: float
@@ -91,7 +120,20 @@ class Work:
 def work(
     model: ModelConfig, space: ElasticSpace, settings: StageSettings, layout: Layout, valid_samples: Sequence[int] | None
 ) -> Work:
-    """Work of the stage of `settings`; valid_samples as in `estimate`."""
+    """Estimate the tokens and FLOPs of a stage. FLOPs are summed over all networks and ranks, validation included.
+
+    Tokens of a training are the tokens of all steps, without validation; of `latency` the tokens of all timed forward passes; of
+    other stages the tokens of the data that the stage reads. Except for `latency`, a token counts once however many networks see
+    it.
+
+    Args:
+        model: architecture of the full model.
+        space: elastic space.
+        settings: settings of the stage.
+        layout: layout of the stage over ranks.
+        valid_samples: samples in each domain's validation split; None assumes one domain with as many samples as
+            limit_val_batches reads.
+    """
     costs = Costs(model, space, layout.length, layout.tensor)
     if settings.stage in LOOPED:
         return _training(costs, settings, layout, valid_samples)
@@ -107,14 +149,14 @@ def work(
 
 
 def _valid(limit: int | None, samples: Sequence[int] | None) -> int:
-    """Validation samples of all domains, of each at most `limit` (None: all)."""
+    """Validation samples of all domains together, at most `limit` of each (None: all)."""
     if samples is None:
         return limit or 0
     return sum(min(n, limit) if limit else n for n in samples)
 
 
 def _importance(costs: Costs, settings: StageSettings, valid: int) -> Work:
-    """One pass; where depth is elastic one without each layer too; and before and after sorting the table of its gain."""
+    """Work of `importance`: a pass of the full model, passes without each layer if depth is elastic, and the table of sorting."""
     model, space, tokens = costs.model, costs.space, settings.samples * costs.length
     flops = tokens * costs.full
     if len(space.depth) > 1:
@@ -136,7 +178,7 @@ def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_sampl
         family = [costs.of(net) for net in uniform_family(costs.model, costs.space).values()]
         validated = [*family, *[costs.drawn(settings.mode)] * settings.validation_subnetworks]
     elif stage in ("router", "joint", "gumbel"):
-        weighted = getattr(settings.router, "weighted_per_step", 0)  # computed at full size
+        weighted = getattr(settings.router, "weighted_per_step", 0)  # weighted networks, computed at full size
         sliced = [costs.budgeted(low, high, 1 - 1 / (1 + LARGE))] * (settings.targets_per_step - weighted)
         networks = [costs.full] * weighted + sliced
         targets = settings.validation_targets
@@ -148,7 +190,7 @@ def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_sampl
         passes = [_trained(costs, net, layout) for net in (costs.full, *networks)]
     elif settings.surrogate.enabled:
         passes = [costs.full, *networks]
-    else:  # through frozen weights to the gates: no gradients of weights
+    else:  # gradients reach the gates through frozen weights, which get none themselves
         passes = [costs.full, *(_trained(costs, net, layout) - (net - _attention(costs, net)) for net in networks)]
     tokens = trainer.max_steps * batch * costs.length
     limit = trainer.limit_val_batches
@@ -159,15 +201,15 @@ def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_sampl
 
 
 def _range(settings: StageSettings) -> tuple[float | None, float]:
-    """Range of the budgets that routers are trained for; joint has the routers' own, which is not given here."""
+    """(low, high) of the budgets that routers train for; (None, 1.0) for `joint`, which takes them from its checkpoint."""
     targets = getattr(settings, "targets", None)
     return (targets.low, targets.high) if targets else (None, 1.0)
 
 
 def _trained(costs: Costs, net: float, layout: Layout) -> float:
-    """Forward and backward pass of a network whose forward pass costs `net`, with what is computed again.
+    """FLOPs of a forward and a backward pass, recomputation included, of a network whose forward pass costs `net`.
 
-    Of networks whose hidden size is not known, the output layer counts as that of a mean one.
+    The hidden size of a sub-network is not known here: its output layer counts with the mean of the candidates.
     """
     (method, number), total = layout.recompute, costs.model.num_layers
     again = net - costs.head(None if net == costs.full else mean(costs.space.hidden_size))
@@ -180,7 +222,7 @@ def _trained(costs: Costs, net: float, layout: Layout) -> float:
 
 
 def _attention(costs: Costs, net: float) -> float:
-    """The share of a network's cost that has no weights: scores and their products with values, as in the full model."""
+    """FLOPs of attention scores and of their products with values: their share of the full model's FLOPs, times `net`."""
     without = 2.0 * costs.length * costs.model.num_attention_heads * costs.model.kv_channels * costs.model.num_layers
     return net * without / costs.full
 
@@ -188,7 +230,7 @@ def _attention(costs: Costs, net: float) -> float:
 def _evaluated(costs: Costs, settings: StageSettings) -> float:
     given = settings.subnetwork
     if settings.budget is not None:
-        found = [costs.full]  # at most
+        found = [costs.full]  # upper bound: the network is not known before the selector runs
     elif given is None:
         found = [costs.of(net) for net in uniform_family(costs.model, costs.space).values()]
     else:
@@ -198,7 +240,7 @@ def _evaluated(costs: Costs, settings: StageSettings) -> float:
 
 
 def _family(costs: Costs, settings: StageSettings) -> float:
-    """A network for each budget: shares of a cost stand for shares of operations, the others count as the full model."""
+    """FLOPs per token of `family`. A budget that is a share counts as that share of the full model, any other as all of it."""
     words = [str(budget).split() for budget in settings.budgets]
     shares = [word[0] for word in words if len(word) == 1 or word[1] in OWN_UNITS]
     known = [float(share) for share in shares if re.fullmatch(r"0?\.\d+", share)]
@@ -206,15 +248,15 @@ def _family(costs: Costs, settings: StageSettings) -> float:
 
 
 def _sensitivity(costs: Costs, settings: StageSettings) -> float:
-    """The full model, and it with every smaller candidate of every block."""
+    """FLOPs per token of `sensitivity`: the full model, and the full model with each smaller candidate of each block."""
     choices, full = Choices(costs.model, costs.space), SubNetwork.full(costs.model)
-    of_layer = range(len(costs.space.layer_axes))  # the same in every layer
+    of_layer = range(len(costs.space.layer_axes))  # decisions of the first layer; other layers cost the same
     smaller = [(block, k) for block in of_layer for k in range(len(choices.sizes[block]) - 1)]
     return costs.full + costs.model.num_layers * sum(costs.of(choices.replaced(full, *place)) for place in smaller)
 
 
 def _compared(costs: Costs, settings: StageSettings) -> float:
-    """Networks that two selectors share are counted twice; dense not at all."""
+    """FLOPs per token of `compare`. Networks that two selectors share count twice; dense models do not count."""
     names, choices = list(settings.selectors), Choices(costs.model, costs.space)
     targets = [costs.budgeted(None, 1.0, part) for part in _TARGETS]
     if settings.targets is not None:
@@ -226,7 +268,7 @@ def _compared(costs: Costs, settings: StageSettings) -> float:
 
 
 def _latency(costs: Costs, settings: StageSettings) -> Work:
-    """One process, whatever the number of ranks; nothing where the table is fitted to measurements made elsewhere."""
+    """Work of `latency`, which is one process; none if the table is fitted to measurements made elsewhere."""
     setting = settings.setting
     if settings.measurements is not None:
         return Work(0, 0.0)

@@ -1,4 +1,4 @@
-"""How a stage is laid out over ranks, and what one rank holds of the model. No torch import."""
+"""Layout of a stage over ranks, and the part of the model on one rank, for the estimates. No torch import."""
 
 from __future__ import annotations
 
@@ -6,20 +6,35 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from flextron_mcore.axes import added_tensors
-from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.config import FlextronError, ModelConfig, loss_chunk
 from flextron_mcore.families.tensors import of_model
+from flextron_mcore.settings.latency import WorkloadSettings
 from flextron_mcore.settings.sections import LayoutSettings
-from flextron_mcore.settings.stages import WorkloadSettings
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import DTYPE_BYTES, ElasticSpace, SubNetwork
 
-TRAINED = ("pretrain", "elastic", "joint", "gumbel")  # weights that learn: gradients and optimizer state
-LOOPED = (*TRAINED, "router")  # stages of training/loop.py
+TRAINED = ("pretrain", "elastic", "joint", "gumbel")  # stages that train the weights: gradients and optimizer state
+LOOPED = (*TRAINED, "router")  # stages with a training loop (training/loop.py)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a stage is laid out over ranks. layers: of each pipeline rank; chunks: of each, the virtual stages."""
+    """Layout of a stage over ranks, for the estimates of memory and FLOPs.
+
+    Attributes:
+        tensor: number of tensor-parallel ranks.
+        pipeline: number of pipeline ranks.
+        chunks: virtual pipeline stages (chunks of layers) of a rank.
+        data: number of data-parallel ranks.
+        sequence_parallel: True if tensor-parallel ranks split the sequence between layers.
+        layers: number of layers on each pipeline rank.
+        micro_batch: samples of a forward pass.
+        length: tokens of a sample.
+        dtype: bytes of an element.
+        recompute: (method of recomputation, recompute_num_layers); the method is "uniform", "block", "mlp" (MLPs only) or ""
+            (none).
+        cuda: True for a GPU.
+    """
 
     tensor: int
     pipeline: int
@@ -29,35 +44,49 @@ class Layout:
     layers: tuple[int, ...]
     micro_batch: int
     length: int
-    dtype: int  # bytes of an element
-    recompute: tuple[str, int]  # "", "uniform", "block", "mlp", and layers
+    dtype: int
+    recompute: tuple[str, int]
     cuda: bool
 
     @classmethod
     def read(
         cls, model: ModelConfig, space: ElasticSpace, settings: StageSettings, world: int, stored_dtype: str, cuda: bool
     ) -> Layout:
-        """Raises FlextronError, naming the key, where sizes do not divide."""
+        """Read the layout from the settings of a stage.
+
+        Args:
+            model: architecture.
+            space: elastic space.
+            settings: settings of the stage; `latency` is one process, whatever `world` is.
+            world: number of ranks.
+            stored_dtype: precision of the checkpoint, used where trainer.precision is null.
+            cuda: False for a CPU.
+
+        Raises:
+            FlextronError: parallel sizes do not fit ranks, layers, KV groups, granularity or batch; the message names the key.
+        """
         if settings.stage == "latency":  # one process, the whole model
             options: LayoutSettings | SimpleNamespace = SimpleNamespace(micro_batch_size=settings.setting.batch_size)
             length, world = prompt_length(model, settings.setting), 1
         else:
             options = settings.model
-            length = getattr(options, "seq_length", None) or model.max_position_embeddings
+            length = getattr(options, "seq_length", None) or model.default_length
         tensor, pipeline = (getattr(options, f"{kind}_model_parallel_size", 1) for kind in ("tensor", "pipeline"))
         if world % (tensor * pipeline):
             raise FlextronError(
                 f"model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size={pipeline} "
-                f"does not divide the {world} rank(s)"
+                f"does not divide the {world} rank(s): choose sizes whose product does"
             )
         for name, value in (("space.granularity", space.granularity), ("model.num_query_groups", model.num_query_groups)):
             if value % tensor:
-                raise FlextronError(f"model.tensor_model_parallel_size={tensor} does not divide {name}={value}")
+                raise FlextronError(
+                    f"model.tensor_model_parallel_size={tensor} does not divide {name}={value}: choose one that does"
+                )
         data, size = world // (tensor * pipeline), options.micro_batch_size
         if (settings.stage in LOOPED) and options.global_batch_size % (size * data):
             raise FlextronError(
                 f"model.global_batch_size={options.global_batch_size} is not a multiple of model.micro_batch_size={size} "
-                f"x {data} data-parallel rank(s)"
+                f"x {data} data-parallel rank(s): set it to a multiple"
             )
         precision = getattr(getattr(settings, "trainer", None), "precision", None) or stored_dtype
         return cls(
@@ -76,13 +105,13 @@ class Layout:
 
 
 def prompt_length(model: ModelConfig, setting: WorkloadSettings) -> int:
-    """Tokens that one forward pass of `flextron latency` reads of a sequence, at most."""
-    positions = model.max_position_embeddings
-    return setting.prompt_length or (positions if setting.kind == "prefill" else positions // 2)
+    """Tokens of a prompt in `flextron latency`: setting.prompt_length; by default model.default_length, half for a generation."""
+    length = model.default_length
+    return setting.prompt_length or (length if setting.kind == "prefill" else max(1, length // 2))
 
 
 def _layers(model: ModelConfig, options: LayoutSettings | SimpleNamespace, pipeline: int) -> tuple[int, ...]:
-    """Layers of each pipeline rank."""
+    """Number of layers of each pipeline rank. Raises FlextronError if the layers cannot be divided."""
     first, last = (getattr(options, f"num_layers_in_{end}_pipeline_stage", None) for end in ("first", "last"))
     ends = [n for n in (first, last) if n is not None]
     middle, left = pipeline - len(ends), model.num_layers - sum(ends)
@@ -92,6 +121,7 @@ def _layers(model: ModelConfig, options: LayoutSettings | SimpleNamespace, pipel
         raise FlextronError(
             f"model.pipeline_model_parallel_size={pipeline}: does not divide the model's {model.num_layers} layers"
             + (f" into {chunks} chunks a stage" if chunks > 1 else "")
+            + ": choose one that does, or set model.num_layers_in_first_pipeline_stage or model.num_layers_in_last_pipeline_stage"
         )
     layers = [each] * pipeline
     layers[0] = each if first is None else first
@@ -108,7 +138,13 @@ def _recompute(options: LayoutSettings | SimpleNamespace) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank of pipeline stage `index`; of its tensor-parallel group the last, which holds what pads the vocabulary."""
+    """Rank whose memory is estimated: the last tensor-parallel rank, which holds the vocabulary's padding, of one pipeline stage.
+
+    Attributes:
+        model: architecture of the full model.
+        layout: layout of the stage over ranks.
+        index: index of the pipeline stage.
+    """
 
     model: ModelConfig
     layout: Layout
@@ -116,27 +152,33 @@ class Rank:
 
     @property
     def first(self) -> bool:
-        """True if it holds the embedding."""
+        """True if the rank holds the embedding."""
         return self.index == 0
 
     @property
     def last(self) -> bool:
-        """True if it holds the output layer."""
+        """True if the rank holds the output layer."""
         return self.index == self.layout.pipeline - 1
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding."""
+        """Rows of the embedding on this rank, padding included."""
         return -(-self.model.vocab_size // self.layout.tensor)
 
     @property
+    def logits(self) -> int:
+        """Number of logits of a micro-batch that this rank holds at once when it computes the loss."""
+        layout = self.layout
+        return loss_chunk(layout.length, layout.micro_batch, self.vocabulary) * layout.micro_batch * self.vocabulary
+
+    @property
     def padded(self) -> bool:
-        """True if some rows only fill it up."""
+        """True if some of this rank's rows of the embedding pad the vocabulary to a multiple of the tensor-parallel size."""
         return self.model.vocab_size % self.layout.tensor > 0
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
-        """Channels, and this rank's query, key, fc1 and fc2 sides: h, q, k, f1, f2."""
+        """(h, q, k, f1, f2): hidden size of the model, and query channels, key channels, fc1 outputs, fc2 inputs of this rank."""
         model, t = self.model, self.layout.tensor
         width = model.ffn_hidden_size // t
         return (
@@ -149,7 +191,7 @@ class Rank:
 
     @property
     def parameters(self) -> int:
-        """Parameters of this rank. Tensor-parallel ranks share units and tokens; what has none is on each of them."""
+        """Parameters on this rank. Heads, neurons and vocabulary are split over tensor-parallel ranks, the rest is repeated."""
         full, ranks = SubNetwork.full(self.model), self.layout.tensor
 
         def count(place: str) -> int:
@@ -167,15 +209,15 @@ class Rank:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of a micro-batch."""
+        """Tokens of a micro-batch."""
         return self.layout.micro_batch * self.layout.length
 
     @property
     def stream(self) -> int:
-        """Bytes of a micro-batch's hidden states between layers: a part of the sequence with sequence parallelism."""
+        """Bytes of a micro-batch's hidden states between two layers on this rank, which sequence parallelism divides."""
         return self.rows * self.model.hidden_size * self.layout.dtype
 
     @property
     def rows(self) -> int:
-        """Tokens of a micro-batch between layers."""
+        """Tokens of a micro-batch whose hidden states this rank holds between two layers; sequence parallelism divides them."""
         return self.tokens // (self.layout.tensor if self.layout.sequence_parallel else 1)

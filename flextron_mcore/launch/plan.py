@@ -1,24 +1,24 @@
-"""From the configuration of `launch` to jobs: each with the whole configuration of its stage, which takes earlier results."""
+"""Plan of a launch: its stages as jobs, each with the complete settings of its stage, which read the results of earlier jobs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig, nearest
 from flextron_mcore.settings.compose import SHARED, compose, missing
-from flextron_mcore.settings.launch import LaunchSettings
+from flextron_mcore.settings.launch import ClusterSettings, LaunchSettings
 from flextron_mcore.settings.schema import keys as keys_of
 from flextron_mcore.settings.stages import STAGES
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace
 
-WITH_ROUTERS = ("gumbel", "joint", "router")  # checkpoints with routers, the furthest trained first
-# For each stage, what its keys take: results of the first of these stages that is planned before it, else of the first that is
-# complete on disk; `data` and `hf` are launch's own keys, `results` its directory. A key in OPTIONAL may stay as it is.
+WITH_ROUTERS = ("gumbel", "joint", "router")  # stages whose checkpoints have routers, in order of preference
+# {stage: {key: sources}}: a key gets the result of the first source that is planned before the stage, else of the first that is
+# complete on disk. The sources `data` and `hf` are launch's keys, `results` is run.results_dir.
 INPUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "prepare": {"tokenizer": ("hf",)},
     "pretrain": {"data": ("data",)},
@@ -36,39 +36,74 @@ INPUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "export": {"checkpoint": (*WITH_ROUTERS, "elastic", "importance", "pretrain", "import")},
     "report": {"run": ("results",)},
 }
+# (stage, key) that keeps its default without a source
 OPTIONAL = {("prepare", "tokenizer"), ("router", "latency"), ("gumbel", "latency"), ("compare", "sensitivity")}
 TRAINS = ("pretrain", "elastic", "router", "joint", "gumbel")
-PARALLEL = (*TRAINS, "importance", "sensitivity", "compare", "evaluate")  # the others are one process
+PARALLEL = (*TRAINS, "importance", "sensitivity", "compare", "evaluate")  # stages of several ranks; the others are one process
 
 
 @dataclass(frozen=True)
 class Job:
-    """One stage as a job. settings: of the stage, resolved. complete: its result is on disk already."""
+    """One job of a launch: a stage with its complete settings.
+
+    Attributes:
+        name: name of the stage; export_BUDGET for one of several exports.
+        stage: name of the stage.
+        settings: complete settings of the stage.
+        nodes: number of nodes.
+        devices: processes on each node.
+        time_limit: time limit of the job, seconds.
+        complete: True if the job's result is already on disk.
+        cluster: cluster keys of the job.
+        reserve: seconds before the time limit at which training stops.
+    """
 
     name: str
     stage: str
     settings: StageSettings
     nodes: int
-    devices: int  # processes a node
-    time_limit: int  # seconds
+    devices: int
+    time_limit: int
     complete: bool
+    cluster: ClusterSettings
+    reserve: int
 
     @property
     def out(self) -> Path:
+        """Directory of the job's result."""
         return Path(self.settings.out)
 
     @property
     def ranks(self) -> int:
+        """Processes of the job."""
         return self.nodes * self.devices
 
     @property
+    def usable(self) -> int:
+        """Seconds in which the job works: its time limit, or for a training the smaller of time limit and trainer.max_time."""
+        limit = self.settings.trainer.max_time if self.trains else None
+        if limit is None:
+            return self.time_limit
+        days, hours, minutes, rest = map(int, limit.split(":"))
+        return min(self.time_limit, ((days * 24 + hours) * 60 + minutes) * 60 + rest)
+
+    @property
     def trains(self) -> bool:
+        """True if the stage has a training loop, which a further job can continue."""
         return self.stage in TRAINS
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs in order, and what must be mended before they can run, a line each."""
+    """Jobs of a launch, in the order of running.
+
+    Attributes:
+        jobs: all jobs, complete ones included.
+        problems: messages, a line each, about inputs that are missing.
+        model: architecture of the full model.
+        space: elastic space of the model.
+        results: run.results_dir as an absolute path.
+    """
 
     jobs: list[Job]
     problems: list[str]
@@ -78,11 +113,15 @@ class Plan:
 
     @property
     def to_run(self) -> list[Job]:
+        """Jobs whose result is not on disk yet."""
         return [job for job in self.jobs if not job.complete]
 
 
 def plan(settings: LaunchSettings) -> Plan:
-    """Plan settings.stages. Raises FlextronError for a configuration that no input could make right."""
+    """Plan the jobs of settings.stages.
+
+    Raises FlextronError for an error in the keys themselves; a missing input is one of the plan's `problems`.
+    """
     results = Path(settings.run.results_dir).expanduser().absolute()
     model = architecture(settings)
     stages = list(settings.stages)
@@ -92,7 +131,7 @@ def plan(settings: LaunchSettings) -> Plan:
         if stage not in INPUTS:
             raise FlextronError(f"stages: '{stage}' is not known{nearest(stage, INPUTS)}: use {', '.join(INPUTS)}")
         if stages.count(stage) > 1:
-            raise FlextronError(f"stages: '{stage}' is named twice")
+            raise FlextronError(f"stages: '{stage}' is named twice: name it once")
     jobs: list[Job] = []
     problems: list[str] = []
     for stage in stages:
@@ -103,7 +142,7 @@ def plan(settings: LaunchSettings) -> Plan:
 
 
 def architecture(settings: LaunchSettings) -> ModelConfig:
-    """The model that settings.model describes. A vocabulary that the tokenizer decides counts as prepare's."""
+    """Architecture of the full model in settings.model; its default vocabulary size is prepare.vocab_size."""
     values = {field.name: getattr(settings.model, field.name) for field in fields(ModelConfig)}
     if values.get("vocab_size") is None:
         values["vocab_size"] = int(_own(settings, "prepare").get("vocab_size") or compose("prepare", partial=True).vocab_size)
@@ -111,7 +150,10 @@ def architecture(settings: LaunchSettings) -> ModelConfig:
 
 
 def _space(settings: LaunchSettings, model: ModelConfig, jobs: list[Job]) -> ElasticSpace:
-    """Elastic space as set by the stage that makes the checkpoint, then by `importance`, which may change it, planned or not."""
+    """Elastic space of the jobs: set by the stage that makes the checkpoint, then changed by keys of `importance`.
+
+    Keys of `importance` count also if that stage is not planned: it has then run before, with the same recipe.
+    """
     made = next((job.stage for job in jobs if job.stage in ("pretrain", "import")), "import")
     values = asdict(compose("import", partial=True).space)
     for stage in (made, "importance"):
@@ -120,17 +162,20 @@ def _space(settings: LaunchSettings, model: ModelConfig, jobs: list[Job]) -> Ela
 
 
 def is_complete(folder: Path) -> bool:
-    """True if a stage has finished in `folder`."""
+    """True if a stage has finished in `folder`: it writes metrics.json last."""
     return (folder / "metrics.json").is_file()
 
 
 def seconds(limit: str, key: str) -> int:
-    """Seconds of a time limit as Slurm writes it: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    """Seconds of a Slurm time: minutes[:seconds], hours:minutes:seconds or days-hours[:minutes[:seconds]].
+
+    Raises FlextronError, which names `key`, for any other text.
+    """
     text = str(limit)
     days, dash, rest = text.rpartition("-")
     parts = rest.split(":")
     if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", text):
-        raise FlextronError(f"{key}={text}: is not a time; write it as 04:00:00 or 1-12:00:00")
+        raise FlextronError(f"{key}={text}: is not a time: write it as 04:00:00 or 1-12:00:00 (days-hours:minutes:seconds)")
     numbers = [int(part) for part in parts]
     if dash:
         hours, minutes, rest_seconds = [*numbers, 0, 0][:3]
@@ -142,12 +187,20 @@ def seconds(limit: str, key: str) -> int:
 
 
 def clock(total: int) -> str:
-    """Seconds as trainer.max_time takes them: days:hours:minutes:seconds."""
+    """Seconds in the form of trainer.max_time: days:hours:minutes:seconds."""
     return f"{total // 86400:02d}:{total // 3600 % 24:02d}:{total // 60 % 60:02d}:{total % 60:02d}"
 
 
+def count(tokens: int) -> str:
+    """Number of tokens as text with three digits and a unit: 83.9 B for 83.9e9."""
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if tokens >= size:
+            return f"{tokens / size:.3g} {letter}"
+    return str(tokens)
+
+
 def _instances(settings: LaunchSettings, stage: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name, keys) of the jobs of a stage: one, but for the exports of several budgets."""
+    """(name, keys) of each job of a stage: one job, but for `export`, which has one for each of settings.budgets."""
     if stage == "family" and settings.budgets:
         return [(stage, {} if "budgets" in _own(settings, stage) else {"budgets": settings.budgets})]
     if stage != "export" or not settings.budgets or {"budget", "subnetwork"} & _own(settings, "export").keys():
@@ -156,7 +209,7 @@ def _instances(settings: LaunchSettings, stage: str) -> list[tuple[str, dict[str
 
 
 def _own(settings: LaunchSettings, stage: str) -> dict[str, Any]:
-    """The keys that were set for a stage alone."""
+    """Keys that the user or a recipe set as STAGE.key."""
     return dict(settings.stage_keys.get(stage, {}))
 
 
@@ -176,13 +229,14 @@ def _job(
 ) -> Job:
     own = _own(settings, stage)
     run = {**asdict(settings.run), **own.pop("run", {})}
+    cluster = replace(settings.cluster, **own.pop("cluster", {}))
     known = set(keys_of(STAGES[stage]))
     shared = [_own(settings, SHARED)] if stage in TRAINS else []
     if stage in (*PARALLEL, "family"):
         shared.append(_layout(settings))
     if stage == "pretrain":
         shared.append({"model": {field.name: getattr(settings.model, field.name) for field in fields(ModelConfig)}})
-    values = [_only(each, known) for each in shared]  # of these each stage takes the keys that it has
+    values = [_only(each, known) for each in shared]  # shared keys that the stage does not have are left out
     values += [{"out": str(results / name), "seed": settings.seed, "debug": settings.debug}, {**own, **keys}]
     for key, sources in INPUTS[stage].items():
         if key in own:
@@ -190,6 +244,8 @@ def _job(
         value = _source(settings, results, sources, before)
         if value is not None:
             values.append({key: value})
+        elif sources == ("hf",) and (stage, key) not in OPTIONAL:
+            problems.append(f"{stage}: missing hf=: set it to the directory of a Hugging Face checkpoint")
         elif (stage, key) not in OPTIONAL:
             wanted = " or ".join(sources)
             problems.append(
@@ -197,12 +253,12 @@ def _job(
                 f"add it to stages=[...], or set {stage}.{key}="
             )
     composed = compose(stage, values=values, partial=True)
-    limit = seconds(run["time_limit"], "run.time_limit")
+    limit, reserve = (seconds(run[key], f"run.{key}") for key in ("time_limit", "stop_before"))
     if stage in TRAINS and settings.cluster.type == "slurm" and composed.trainer.max_time is None:
-        reserve = seconds(run["stop_before"], "run.stop_before")
         if reserve >= limit:
             raise FlextronError(
-                f"{stage}: run.stop_before={run['stop_before']} leaves nothing of run.time_limit={run['time_limit']}"
+                f"{stage}: run.stop_before={run['stop_before']} leaves nothing of run.time_limit={run['time_limit']}: lower the "
+                "first or raise the second"
             )
         composed.trainer.max_time = clock(limit - reserve)
     nodes, devices = 1, 1
@@ -211,21 +267,21 @@ def _job(
         composed.trainer.num_nodes, composed.trainer.devices = nodes, devices
     if lacking := [key for key in missing(composed) if key not in INPUTS[stage]]:
         problems.append(f"{stage}: missing {', '.join(f'{stage}.{key}=' for key in lacking)}")
-    return Job(name, stage, composed, nodes, devices, limit, is_complete(results / name))
+    return Job(name, stage, composed, nodes, devices, limit, is_complete(results / name), cluster, reserve)
 
 
 def _layout(settings: LaunchSettings) -> dict[str, Any]:
     layouts = settings.layouts
     if settings.gpus not in layouts:
         raise FlextronError(
-            f"gpus={settings.gpus}: layouts has one for {', '.join(map(str, layouts))}; choose one of them, or add yours: "
+            f"gpus={settings.gpus}: layouts has one for {', '.join(map(str, layouts))}: choose one of them, or add yours: "
             f"'layouts={{{settings.gpus}: {{trainer: {{num_nodes: ..., devices: ...}}, model: {{...}}}}}}'"
         )
     return layouts[settings.gpus]
 
 
 def _only(values: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
-    """The part of a nested mapping whose keys are known."""
+    """Part of a nested mapping whose dotted names are in `known`."""
     kept: dict[str, Any] = {}
     for name, value in values.items():
         if prefix + name in known:
@@ -236,6 +292,7 @@ def _only(values: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[
 
 
 def _source(settings: LaunchSettings, results: Path, sources: tuple[str, ...], before: list[str]) -> str | None:
+    """Path that a key with these sources gets (see INPUTS), None if there is none. before: stages planned earlier."""
     if sources == ("results",):
         return str(results)
     if sources == ("hf",):

@@ -1,21 +1,22 @@
-"""Memory, FLOPs and hours of the jobs: the table of a dry run, and the refusal of layouts that cannot fit."""
+"""Memory, FLOPs and hours of the jobs of a launch: their table, and the refusal of layouts that do not fit into a GPU."""
 
 from __future__ import annotations
 
+import math
 import re
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch.estimate import Estimate, estimate
-from flextron_mcore.launch.plan import TRAINS, Job, Plan
+from flextron_mcore.launch.plan import TRAINS, Job, Plan, count
 from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.schema import MISSING
 
-# For the CUDA context, NCCL's buffers and fragmentation: bytes, and a share of what is estimated (docs/estimates.md).
+# Memory for the CUDA context, NCCL's buffers and fragmentation: bytes, and a share of the estimate (docs/estimates.md).
 RESERVE, RESERVED_SHARE = 2 * 2**30, 0.05
 
 
 def check_memory(settings: LaunchSettings, plan: Plan) -> None:
-    """Raise FlextronError naming the stage whose layout does not fit into the memory of a GPU."""
+    """Raise FlextronError for the first stage that needs more than cluster.gpu.memory; check nothing if that key is not set."""
     size = gpu_memory(settings)
     for job in plan.to_run:
         found = _estimate(plan, job)
@@ -32,13 +33,21 @@ def check_memory(settings: LaunchSettings, plan: Plan) -> None:
         )
         raise FlextronError(
             f"{job.stage}: needs {found.memory / 1e9:.1f} GB of each GPU ({parts}) and {RESERVED_SHARE:.0%} + "
-            f"{RESERVE >> 30} GiB in reserve; it has {size / 1e9:.0f} GB (cluster.gpu.memory): use more GPUs, or raise "
-            f"{job.stage}.model.tensor_model_parallel_size"
+            f"{RESERVE >> 30} GiB in reserve; it has {size / 1e9:.0f} GB (cluster.gpu.memory): {_remedy(job)}"
         )
 
 
+def _remedy(job: Job) -> str:
+    """Advice on a stage that does not fit, with keys that it has."""
+    if job.stage == "latency":
+        return "lower latency.setting.batch_size or latency.setting.prompt_length"
+    if job.stage == "family":
+        return "lower family.model.micro_batch_size"
+    return f"use more GPUs, or raise {job.stage}.model.tensor_model_parallel_size"
+
+
 def gpu_memory(settings: LaunchSettings) -> int | None:
-    """Bytes of cluster.gpu.memory; None where it is not given."""
+    """Bytes of cluster.gpu.memory; None if it is not set."""
     text = settings.cluster.gpu.memory
     if text is None:
         return None
@@ -55,7 +64,7 @@ COLUMNS = (
 
 
 def resources(settings: LaunchSettings, plan: Plan) -> tuple[str, list[list[str]]]:
-    """Title and rows, a row of COLUMNS for each job, of the table of what the jobs need."""
+    """Title and rows of the table of estimates: a row of COLUMNS for each job that is to run; `-` where nothing is estimated."""
     peak, utilisation = settings.cluster.gpu.peak_tflops, settings.cluster.utilisation
     rows = []
     total = 0.0
@@ -66,15 +75,16 @@ def resources(settings: LaunchSettings, plan: Plan) -> tuple[str, list[list[str]
             rows.append([*row, *["-"] * 9])
             continue
         memory = [found.weights, found.gradients, found.optimizer, found.activations, found.memory]
-        # Evaluation reads all of the data unless limit_val_batches is set.
-        row += [_count(found.tokens), *(f"{value / 1e9:.1f}" for value in memory), f"{found.flops:.2e}" if found.tokens else "-"]
+        # An evaluation without limit_val_batches has 0 tokens here: it reads all data, whose size is not known.
+        tokens = count(found.tokens) if found.tokens else "all"
+        flops = f"{found.flops:.2e}" if found.tokens else "-"
+        row += [tokens, *(f"{value / 1e9:.1f}" for value in memory), flops]
         if not peak or not found.tokens:
             rows.append([*row, "-", "-"])
             continue
         hours = found.hours(job.ranks, peak * 1e12, utilisation)
         total += hours * job.ranks
-        usable = job.time_limit / 3600
-        rows.append([*row, f"{hours:.2f}", str(max(1, -int(-hours // usable)))])
+        rows.append([*row, f"{hours:.2f}", str(max(1, math.ceil(hours * 3600 / max(1, job.usable))))])
     title = "estimates; memory in GB of the fullest rank, without the CUDA context"
     if peak:
         title += f"; hours at {utilisation:.0%} of {peak:g} TFLOP/s a GPU: {total:,.0f} GPU hours"
@@ -91,10 +101,3 @@ def _estimate(plan: Plan, job: Job) -> Estimate | None:
 
 
 ESTIMATED = (*TRAINS, "importance", "latency", "sensitivity", "evaluate", "compare", "family")
-
-
-def _count(tokens: int) -> str:
-    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
-        if tokens >= size:
-            return f"{tokens / size:.3g} {letter}"
-    return str(tokens) if tokens else "all"

@@ -1,123 +1,188 @@
-"""Jobs of a Slurm cluster, through NeMo-Run: one sbatch script a job, each started after the one before it succeeded.
+"""Jobs of a Slurm cluster: one sbatch script a job, each started after the one before it has succeeded.
 
-A stage that trains ends before its time limit with a checkpoint (trainer.max_time) and leaves the file $FLEXTRON_STOPPED; the
-script then queues its own job again, and the stage continues. Slurm queues a job that it preempts again by itself.
+NeMo-Run's SlurmExecutor writes the scripts. It quotes the values of #SBATCH lines, and nothing else, so all that it puts into a
+command is quoted here; environment variables are exported here too, because it would change their names to capitals. sbatch is
+called here, because NeMo-Run's own submission passes paths through a shell unquoted.
+
+A training that reaches trainer.max_time writes a checkpoint and the file $FLEXTRON_STOPPED; the job's script then queues the job
+again, and the training continues. Slurm itself queues a preempted job again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.launch.check import is_file_of_image
+from flextron_mcore.launch import follow
+from flextron_mcore.launch.check import import_nemo_run, is_file_of_image
 from flextron_mcore.launch.plan import Job, Plan
-from flextron_mcore.settings.launch import LaunchSettings
+from flextron_mcore.launch.texts import mounted, quoted
+from flextron_mcore.runtime.disk import write_whole
+from flextron_mcore.settings.launch import ClusterSettings, LaunchSettings
 
 if TYPE_CHECKING:
     from nemo_run import SlurmExecutor
 
 SHUTDOWN = 600  # seconds that torchrun leaves its processes after SIGTERM, to write a checkpoint; its default is 30
+# NeMo-Run's script prints every line and command; from here on it would print the values of environment variables.
+QUIET = "set +vx"
+# The head node may know itself by several addresses, or by a loopback address only: take the first that other nodes can reach.
+HEAD = """
+if [ "$SLURM_NNODES" -gt 1 ]; then
+    head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" bash -c 'hostname --ip-address; hostname -I' | tr ' ' '\\n' |
+        grep -E '^[0-9]+([.][0-9]+){3}$' | grep -v '^127[.]' | head -n 1)
+    head_node_ip=${head_node_ip:-$head_node}
+fi"""
 REQUEUE = """
-requeue_if_stopped() {{
+requeue_if_stopped() {
     [ -e "$FLEXTRON_STOPPED" ] || return 0
     rm -f "$FLEXTRON_STOPPED"
     if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-}}
+}
 rm -f "$FLEXTRON_STOPPED"
-trap requeue_if_stopped EXIT
-"""
+trap requeue_if_stopped EXIT"""
+# A training stops before the job's end, which no process of it knows: the job may have pulled an image first.
+STOP_AT = """
+end=${{SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)}}
+if [ -n "$end" ]; then export FLEXTRON_STOP_AT=$((end - {reserve})); fi"""
+# Runs on each node: the first hosts the rendezvous, whether or not it recognises its own address.
+TORCHRUN = 'exec "$0" -m torch.distributed.run --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"'
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that Slurm has. folder: where its logs are."""
+    """Job that Slurm has accepted: its name, Slurm's id, and the directory of its logs."""
 
     name: str
     id: str
     folder: str
 
 
-def submit(settings: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> tuple[str, list[Submitted]]:
-    """Submit the jobs; the experiment's id at NeMo-Run, and the jobs. Raises FlextronError with what sbatch said."""
-    with _experiment(settings, plan, configs, _home(plan)) as experiment:
-        try:
-            experiment.run(detach=True)
-        except Exception as error:  # NeMo-Run raises what it met: sbatch's complaint is in it
-            taken = [job.handle.rsplit("/", 1)[-1] for job in experiment.jobs if job.handle]
-            if taken:  # of a chain that is not whole nothing shall run
-                subprocess.run(["scancel", *taken], check=False)
-            raise FlextronError(f"sbatch refused a job: {_sbatch_error(error)}") from None
-        jobs = [Submitted(job.id, job.handle.rsplit("/", 1)[-1], job.executor.job_dir) for job in experiment.jobs if job.handle]
-    if len(jobs) != len(plan.to_run):
-        raise FlextronError(f"sbatch took {len(jobs)} of {len(plan.to_run)} jobs: see the lines above")
-    return experiment._id, jobs
+def write_scripts(settings: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> list[Path]:
+    """Write the sbatch scripts of the jobs that are to run, and make the jobs' directories; return the files in the jobs' order.
+
+    Args:
+        settings: settings of the launch.
+        plan: plan of the launch.
+        configs: {job's name: configuration file of its stage}.
+    """
+    files = []
+    for name, script in scripts(settings, plan, configs):
+        folder = plan.results / follow.JOBS / name
+        (folder / "code").mkdir(parents=True, exist_ok=True)  # working directory of the job
+        files.append(folder / f"{name}_sbatch.sh")
+        write_whole(files[-1], script)
+    return files
+
+
+def submit(plan: Plan, files: list[Path], record: Callable[[list[Submitted]], None]) -> list[Submitted]:
+    """Submit the jobs of a plan that are to run to Slurm, each to start after the one before it has succeeded.
+
+    Args:
+        plan: plan of the launch.
+        files: sbatch scripts of these jobs, from `write_scripts`.
+        record: function that is called after each submission with all jobs submitted so far, to write them down.
+
+    Raises:
+        FlextronError: sbatch refused a job; the jobs submitted before it are cancelled. The message includes sbatch's own.
+    """
+    jobs: list[Submitted] = []
+    try:
+        for job, file in zip(plan.to_run, files, strict=True):
+            after = [f"--dependency=afterok:{jobs[-1].id}"] if jobs else []
+            jobs.append(Submitted(job.name, _sbatch([*after, str(file)]), str(file.parent)))
+            record(jobs)
+    except BaseException:
+        if jobs:  # an incomplete chain must not run
+            subprocess.run(["scancel", *(job.id for job in jobs)], check=False)
+        raise
+    return jobs
+
+
+def _sbatch(arguments: list[str]) -> str:
+    """Id of the job that sbatch makes. Raises FlextronError with sbatch's message."""
+    # SBATCH_ACCOUNT and the like would win over the script's own lines.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
+    command = ["sbatch", "--requeue", "--parsable", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    number = done.stdout.strip().partition(";")[0]  # ID, or ID;CLUSTER
+    if done.returncode or not number.isdecimal():
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        lines = [line.strip() for line in lines if "sbatch: error" in line] or lines[-1:] or [f"exit code {done.returncode}"]
+        raise FlextronError(f"sbatch refused a job: {' '.join(lines)}")
+    return number
 
 
 def scripts(settings: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> list[tuple[str, str]]:
-    """(name, sbatch script) of each job, exactly as it would be submitted; nothing is written."""
-    home = _home(plan)
-    with tempfile.TemporaryDirectory() as scratch:
-        with _experiment(settings, plan, configs, Path(scratch)) as experiment:
-            experiment.dryrun(log=False, delete_exp_dir=False)
-            folder = Path(experiment._exp_dir)
-            texts = {path.name.removesuffix("_sbatch.sh"): path.read_text() for path in folder.glob("*_sbatch.sh")}
-        return [(job.name, texts[job.name].replace(scratch, str(home))) for job in plan.to_run]
+    """(name, sbatch script) of each job that is to run, exactly as it is submitted; nothing is written.
+
+    Args:
+        settings: settings of the launch.
+        plan: plan of the launch.
+        configs: {job's name: configuration file of its stage}.
+    """
+    import_nemo_run()
+    from nemo_run.core.execution.slurm import SlurmBatchRequest
+
+    found = []
+    for job in plan.to_run:
+        request = SlurmBatchRequest(
+            launch_cmd=["sbatch", "--requeue", "--parsable"],
+            jobs=[job.name],
+            command_groups=[_command(settings, job, configs[job.name])],
+            executor=_executor(settings, plan, job),
+            max_retries=0,
+            extra_env={},
+        )
+        found.append((job.name, request.materialize()))
+    return found
 
 
-def _home(plan: Plan) -> Path:
-    """NeMo-Run's directory, which holds scripts and logs: all nodes must see it, so it lies beside the results."""
-    return Path(os.environ.get("NEMORUN_HOME") or plan.results / "launch" / "jobs").absolute()
-
-
-@contextlib.contextmanager
-def _experiment(settings: LaunchSettings, plan: Plan, configs: dict[str, Path], home: Path) -> Iterator[Any]:
-    given = os.environ.get("NEMORUN_HOME")
-    os.environ["NEMORUN_HOME"] = str(home)  # read when NeMo-Run is imported
-    try:
-        import nemo_run as run
-        from nemo_run import config as nemo_config
-        from nemo_run.core.frontend.console.api import CONSOLE
-    finally:
-        os.environ.pop("NEMORUN_HOME") if given is None else os.environ.update(NEMORUN_HOME=given)
-    nemo_config.set_nemorun_home(str(home))
-    CONSOLE.quiet = True  # it tells how many processes torchrun starts, a line a job
-    with run.Experiment(settings.run.name, log_level="WARN", clean_mode=True, skip_status_at_exit=True) as experiment:
-        before = None
-        for job in plan.to_run:
-            arguments = [job.stage, "--config", str(configs[job.name])]
-            python = "python" if settings.cluster.use_container else sys.executable
-            task = run.Script(path="flextron_mcore", m=True, entrypoint=python, args=arguments)
-            before = experiment.add(
-                task, executor=_executor(settings, plan, job), name=job.name, dependencies=[before] if before else None
-            )
-        yield experiment
+def _command(settings: LaunchSettings, job: Job, config: Path) -> list[str]:
+    """Quoted words of the command that srun starts once on each node."""
+    python = "python" if settings.cluster.use_container else sys.executable
+    stage = ["-m", "flextron_mcore", job.stage, "--config", str(config)]
+    if job.ranks == 1:
+        return quoted([python, *stage])
+    words = [f"--nnodes={job.nodes}", f"--nproc-per-node={job.devices}", "--tee=3"]
+    if job.nodes == 1:
+        return quoted([python, "-m", "torch.distributed.run", "--standalone", *words, *stage])
+    meeting = ["--rdzv-backend=c10d", '--rdzv-id="$SLURM_JOB_ID"', f'--rdzv-endpoint="$head_node_ip":{_port(job)}']
+    return [*quoted(["bash", "-c", TORCHRUN, python]), *meeting, *quoted([*words, *stage])]
 
 
 def _executor(settings: LaunchSettings, plan: Plan, job: Job) -> SlurmExecutor:
     import nemo_run as run
 
-    cluster = settings.cluster
+    cluster, folder = job.cluster, plan.results / follow.JOBS / job.name
+    variables = _environment(settings, plan, job)
     container: dict[str, Any] = {}
     if cluster.use_container:
         image = (
             str(Path(settings.container).expanduser().absolute()) if is_file_of_image(settings.container) else settings.container
         )
-        container = {"container_image": image, "container_mounts": mounts(settings, plan)}
-    given = cluster.additional_parameters
+        container = {"container_image": shlex.quote(image), "container_mounts": quoted(mounts(settings, plan))}
+        container["container_env"] = sorted(variables)  # else variables of the image win
+    given = {name: value for name, value in cluster.additional_parameters.items() if value not in (None, False)}
     if cluster.nodelist:
         given["nodelist"] = cluster.nodelist
-    parallel = job.ranks > 1
-    return run.SlurmExecutor(
+    exports = [f"export {name}={value}" for name, value in variables.items()]
+    setup = [
+        QUIET,
+        HEAD,
+        *exports,
+        f"{cluster.setup}\n" if cluster.setup else "",
+        *([REQUEUE, STOP_AT.format(reserve=job.reserve)] if job.trains else []),
+    ]
+    executor = run.SlurmExecutor(
         account=cluster.account,
         partition=cluster.partition,
         qos=cluster.qos,
@@ -125,63 +190,79 @@ def _executor(settings: LaunchSettings, plan: Plan, job: Job) -> SlurmExecutor:
         mem=cluster.mem,
         exclusive=cluster.exclusive or None,
         nodes=job.nodes,
-        ntasks_per_node=job.devices,
+        ntasks_per_node=1,  # torchrun, which starts the ranks
         gpus_per_node=cluster.gpus_per_node,
         time=slurm_time(job.time_limit),
-        job_name_prefix=cluster.job_name_prefix,
-        srun_args=list(cluster.srun_args),
-        # Without the second, jobs after one that failed would wait for ever.
+        cpus_per_task=cluster.cpus_per_task,
+        srun_args=quoted(_srun_options(cluster)),
+        # Without kill_on_invalid_dep, the jobs after a failed one would stay in the queue for ever.
         additional_parameters={**given, "kill_on_invalid_dep": "yes"},
-        setup_lines="\n".join(filter(None, [cluster.setup, REQUEUE.format() if job.trains else None])) or None,
-        env_vars=_environment(settings, plan, job),
-        launcher=run.Torchrun(rdzv_port=_port(job)) if parallel else None,
-        tunnel=run.LocalTunnel(job_dir=""),  # the experiments' directory
-        packager=run.Packager(),  # the package is installed: in the image, or where all nodes see it
-        poll_estimated_start_time=False,
+        setup_lines="\n".join(filter(None, setup)),
+        # NeMo-Run appends the job's name to this directory and uses it in commands only.
+        tunnel=run.LocalTunnel(job_dir=shlex.quote(str(folder.parent))),
+        packager=run.Packager(),  # copies nothing: the package is in the image, or where all nodes see it
         **container,
     )
+    executor.job_dir = str(folder)
+    executor.job_details = _details(f"{cluster.job_name_prefix}{job.name}.{settings.run.name}", folder, job.name)
+    return executor
+
+
+def _srun_options(cluster: ClusterSettings) -> list[str]:
+    """Options of srun beside NeMo-Run's own."""
+    options = []
+    if cluster.cpus_per_task:  # srun does not take it from the job
+        options.append(f"--cpus-per-task={cluster.cpus_per_task}")
+    if cluster.use_container and cluster.container_writable:
+        options.append("--container-writable")
+    return options + list(cluster.srun_args)
+
+
+def _details(job_name: str, folder: Path, name: str) -> Any:
+    """NeMo-Run's record of a job's name and log files."""
+    from nemo_run.core.execution.slurm import SlurmJobDetails
+
+    class Details(SlurmJobDetails):
+        @property
+        def stdout(self) -> Path:
+            return folder / f"sbatch_{name}_%j.out"
+
+        @property
+        def srun_stdout(self) -> str:  # type: ignore[override]  # NeMo-Run puts it into a command as it is
+            return f"{shlex.quote(str(folder / f'log-{name}_%j_'))}${{SLURM_RESTART_COUNT:-0}}.out"
+
+    return Details(job_name=job_name, folder=str(folder))
 
 
 def mounts(settings: LaunchSettings, plan: Plan) -> list[str]:
-    """Mounts of the containers, as HOST:CONTAINER: the results, what the jobs read, and container_mounts."""
-    paths = [plan.results]
-    for job in plan.to_run:
-        for key in ("data", "hf", "checkpoint", "latency", "sensitivity", "tokenizer", "input", "subnetwork"):
-            value = getattr(job.settings, key, None)
-            if isinstance(value, str) and value.startswith("/"):
-                paths.append(Path(value))
+    """Mounts of the jobs' containers, HOST:CONTAINER: the results, the absolute paths that jobs read, and container_mounts."""
     kept: list[Path] = []
-    for path in sorted(set(paths)):
+    for path in sorted({Path(text) for _, text in mounted(plan)}):
         if not any(path.is_relative_to(other) for other in kept):
             kept.append(path)
     return [f"{path}:{path}" for path in kept] + list(settings.container_mounts)
 
 
 def _environment(settings: LaunchSettings, plan: Plan, job: Job) -> dict[str, str]:
-    """The job's environment variables, as NeMo-Run writes them into the script: without quotes of its own."""
+    """Environment variables of a job, quoted for the shell."""
     values = {
         "LOGLEVEL": "WARNING",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN),
         "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1",
     }
-    values |= {name: shlex.quote(str(value)) for name, value in settings.env_vars.items() if value is not None}
     if not settings.cluster.use_container:
-        values["PATH"] = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"  # where torchrun is
+        values["PATH"] = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"  # commands of this environment
+    values |= {name: shlex.quote(str(value)) for name, value in settings.env_vars.items() if value is not None}
     if job.trains:
         values["FLEXTRON_STOPPED"] = shlex.quote(str(plan.results / "launch" / f"{job.name}.stopped"))
     return values
 
 
 def _port(job: Job) -> int:
-    """Where the job's processes meet: the same for all of them, another for another job of the same machine."""
+    """Rendezvous port of a job's processes, derived from its directory so that two jobs on one node differ."""
     return 20000 + zlib.crc32(str(job.out).encode()) % 10000
 
 
 def slurm_time(total: int) -> str:
-    """Seconds as sbatch takes them: days-hours:minutes:seconds."""
+    """Seconds in sbatch's form: days-hours:minutes:seconds."""
     return f"{total // 86400}-{total // 3600 % 24:02d}:{total // 60 % 60:02d}:{total % 60:02d}"
-
-
-def _sbatch_error(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if "sbatch: error" in line] or str(error).strip().splitlines()[-1:]
-    return " ".join(line.strip() for line in lines) or type(error).__name__

@@ -1,1 +1,1 @@
-"""Elastic layers: Megatron-Core's own modules, computing with real slices of their weights."""
+"""Elastic layers: subclasses of Megatron-Core's modules that compute with slices of their weights."""

@@ -1,7 +1,9 @@
-"""Elastic self-attention: the first KV groups, or the first query heads of every group (Flextron, eq. 2).
+"""Elastic self-attention, which uses its first KV groups, or the first query heads of every group (Flextron, eq. 2).
 
-Shape suffixes: S sequence, B batch, C hidden channels in use, G KV groups of this rank, Q query heads of a group, H channels of a
-head; small letters for the part in use.
+    MHA_d(x) = concat(head_1, ..., head_d) W_O[:, :d*H].T        with W_O [C, heads*H] of the output projection
+
+Shape suffixes: S queries, T keys, B batch, C hidden channels in use, G KV groups of this rank, Q query heads of a group, H
+channels of a head; g and q are the groups and query heads in use.
 """
 
 from __future__ import annotations
@@ -31,7 +33,14 @@ from flextron_mcore.space import ElasticSpace, LayerChoice
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """How the heads of one rank lie in the weights of its projections: KV groups (G), query heads of each (Q), channels (H)."""
+    """Numbers of attention heads on one tensor-parallel rank, which give the rows and columns of heads in the weights.
+
+    Attributes:
+        groups: KV groups (G) of the rank.
+        queries: query heads (Q) of a group.
+        size: channels (H) of a head.
+        ranks: number of tensor-parallel ranks.
+    """
 
     groups: int
     queries: int
@@ -40,20 +49,27 @@ class HeadLayout:
 
     @classmethod
     def of(cls, config: TransformerConfig, ranks: int) -> HeadLayout:
-        """Layout of the full model on each of `ranks` tensor-parallel ranks. Raises FlextronError where groups do not divide."""
+        """Layout of the full model's heads on each of `ranks` tensor-parallel ranks.
+
+        Raises FlextronError if the ranks do not divide the KV groups.
+        """
         groups = config.num_query_groups
         if groups % ranks:
             raise FlextronError(f"model.tensor_model_parallel_size={ranks} does not divide model.num_query_groups={groups}")
         return cls(groups // ranks, config.num_attention_heads // groups, config.kv_channels, ranks)
 
     def used(self, widths: LayerChoice | None) -> tuple[int, int]:
-        """(KV groups, query heads of each) in use on this rank; None for all."""
+        """(number of KV groups, number of query heads in each) that `widths` use on this rank; None stands for all heads."""
         return (self.groups, self.queries) if widths is None else (widths.kv_groups // self.ranks, widths.query_heads_per_group)
 
     def rows(self, heads: Sequence[tuple[slice, slice]], channels: int, hidden: int, dim: int = 0) -> tuple[Selection, Selection]:
-        """Selections of linear_qkv's weight [rows, hidden], with its first channels, and of its bias.
+        """Slices of linear_qkv's weight [G*(Q+2)*H, hidden] and of its bias that belong to some heads, as (Selection, Selection).
 
-        heads: KV groups, and heads of each of them, of which key and value are the last two (Q and Q + 1).
+        Args:
+            heads: pairs (KV groups, heads of each of these groups). Heads 0..Q-1 are queries, Q is the key, Q+1 the value.
+            channels: number of hidden channels to take, the first ones.
+            hidden: number of columns of the weight.
+            dim: dimension along which pairs are concatenated, 0 for groups and 1 for heads within a group.
         """
         shape = (self.groups, self.queries + 2, self.size)
         rows = sum(_length(groups, shape[0]) * _length(part, shape[1]) for groups, part in heads) * self.size
@@ -61,7 +77,14 @@ class HeadLayout:
         return Selection((*shape, hidden), indices, (rows, channels), dim), Selection(shape, tuple(heads), (rows,), dim)
 
     def columns(self, groups: slice, queries: slice, channels: int, hidden: int) -> Selection:
-        """Selection of linear_proj's weight [hidden, columns]: its first channels, for some query heads of some KV groups."""
+        """Slice of linear_proj's weight [hidden, G*Q*H] that belongs to some heads, as a Selection (layers/linear.py).
+
+        Args:
+            groups: KV groups.
+            queries: query heads of each of these groups.
+            channels: number of hidden channels to take, the first ones.
+            hidden: number of rows of the weight.
+        """
         shape = (hidden, self.groups, self.queries, self.size)
         count = _length(groups, self.groups) * _length(queries, self.queries)
         return Selection(shape, ((slice(channels), groups, queries),), (channels, count * self.size))
@@ -72,10 +95,10 @@ def _length(part: slice, size: int) -> int:
 
 
 class ElasticSelfAttention(ElasticBlock, SelfAttention):
-    """Megatron-Core's SelfAttention that can compute with a part of its heads.
+    """Megatron-Core's SelfAttention, computed with the first KV groups, or the first query heads of each group.
 
-    Everything between the two projections (rotary embedding, KV cache, core attention, recomputation) is Megatron-Core's, unless
-    the layer's state routes token by token.
+    Rotary embedding, KV cache, core attention and recomputation are Megatron-Core's. With token routing (a width for every token)
+    the layer's `LayerState.routing` computes the whole attention instead.
     """
 
     axis = "heads"
@@ -85,7 +108,10 @@ class ElasticSelfAttention(ElasticBlock, SelfAttention):
         self.layout = HeadLayout.of(config, self.world_size)
 
     def unit_mask(self, weights_K: torch.Tensor) -> torch.Tensor:
-        """Weights of this rank's query heads [G*Q]."""
+        """Weight of each query head of this rank [G*Q] in a weighted network (layers/weighted.py).
+
+        weights_K: weight of each candidate of the axis.
+        """
         if self.space.attention_unit == "kv_group":
             groups = [size // self.layout.queries // self.world_size for size in self.space.heads]
             return mask(weights_K, groups).repeat_interleave(self.layout.queries)
@@ -93,7 +119,16 @@ class ElasticSelfAttention(ElasticBlock, SelfAttention):
         return mask(weights_K, queries).repeat(self.layout.groups)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any):  # type: ignore[override]
-        """Megatron-Core's, with gate and gain: [S, B, C] -> ([S, B, C], bias or None)."""
+        """Attention with the heads in use (`LayerState.widths` of the layer): [S, B, C] -> ([S, B, C], bias [C] or None).
+
+        The output is multiplied with the router gate and the modulation gain of the layer's state (`ElasticBlock.scaled`). The
+        local backend raises FlextronError for packed sequences and attention biases.
+
+        Args:
+            hidden_states: input [S, B, C].
+            attention_mask: mask for core attention, or None.
+            args, kwargs: remaining arguments of Megatron-Core's attention.
+        """
         routing = self.state.routing
         compute = super().forward if routing is None else partial(routing.attention, self)
         return self.scaled(compute(hidden_states, attention_mask, *args, **kwargs))
@@ -105,9 +140,20 @@ class ElasticSelfAttention(ElasticBlock, SelfAttention):
         output_gate: bool = False,
         split_qkv: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[S, B, C] -> query [S, B, g*q, H], key [S, B, g, H], value [S, B, g, H]."""
+        """Projections of the heads in use: [S, B, C] -> query [S, B, g*q, H], key [S, B, g, H], value [S, B, g, H].
+
+        Raises FlextronError with `output_gate` (attention_output_gate) and without `split_qkv` (fused_single_qkv_rope).
+
+        Args:
+            hidden_states: input [S, B, C].
+            key_value_states: unused, as in Megatron-Core's self-attention.
+            output_gate: must be False.
+            split_qkv: must be True.
+        """
         if output_gate or not split_qkv:
-            raise FlextronError("attention_output_gate and fused_single_qkv_rope are not supported by the elastic attention")
+            raise FlextronError(
+                "attention_output_gate and fused_single_qkv_rope are not supported by the elastic attention: set both to False"
+            )
         layout, layer = self.layout, self.linear_qkv
         groups, queries = layout.used(self.state.widths)
         size, full = layout.size, layout.queries
@@ -126,13 +172,17 @@ class ElasticSelfAttention(ElasticBlock, SelfAttention):
         return query, key, value
 
     def _allocate_memory(self, inference_max_sequence_length: int, batch_size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        """KV cache [sequence, batch, g, H] for the groups in use, which must stay the same while it is filled."""
+        """Empty KV cache [sequence, batch, g, H] for the groups in use. The sub-network must not change while it is filled."""
         groups, _ = self.layout.used(self.state.widths)
         shape = (inference_max_sequence_length, batch_size, groups, dim)
         return torch.empty(shape, dtype=dtype, device=self.linear_qkv.weight.device)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
-        """Vanilla keys and shapes; KV groups in dealt order where they are the elastic unit (checkpoint/sharding.py)."""
+        """Sharded state with Megatron-Core's keys and shapes.
+
+        With the attention unit `kv_group`, KV groups are dealt into `space.granularity` buckets in turn, and stored bucket by
+        bucket (checkpoint/sharding.py).
+        """
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.space.attention_unit == "kv_group":
             groups = self.config.num_query_groups
@@ -144,9 +194,10 @@ class ElasticSelfAttention(ElasticBlock, SelfAttention):
 
 
 class ElasticOutputProjection(StateReader, ElasticRowParallelLinear):
-    """Output projection of ElasticSelfAttention.
+    """Output projection of ElasticSelfAttention, computed with the heads in use.
 
-    It reads the layer's state itself: Megatron-Core's attention calls it with the heads' outputs and nothing else.
+    It reads the heads in use from the layer's state, because Megatron-Core's attention passes nothing but the outputs of the
+    heads.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -154,9 +205,13 @@ class ElasticOutputProjection(StateReader, ElasticRowParallelLinear):
         self.layout = HeadLayout.of(self.config, self.tp_group.size())
 
     def forward(self, input_: torch.Tensor | Sequence[torch.Tensor], *args: Any, mask_h: torch.Tensor | None = None):  # type: ignore[override]
-        """[S, B, g*q*H] -> ([S, B, C], bias or None); with more arguments as ElasticRowParallelLinear.
+        """Output projection of the heads: [S, B, g*q*H] -> ([S, B, C], bias [C] or None).
 
-        mask_h: weights of the heads [(S, B,) heads], None for those of the state.
+        Args:
+            input_: outputs of the heads; with `args` a list of them [n, d], one for each slice of the weight.
+            args: slices, rows and shape for ElasticRowParallelLinear.forward, from token routing. The layer's state is then not
+                used.
+            mask_h: factor of each head, [heads] or [S, B, heads]; None for the mask in the layer's state.
         """
         if args:
             return super().forward([self.observe(x) for x in input_], *args)
@@ -171,12 +226,25 @@ class ElasticOutputProjection(StateReader, ElasticRowParallelLinear):
         return super().forward(self.observe(input_), self.layout.columns(slice(groups), slice(queries), channels, hidden))
 
     def observe(self, heads_SBd: torch.Tensor) -> torch.Tensor:
-        """The heads' outputs. Importance scoring and the masked oracle of the tests replace this on an instance."""
+        """Return the outputs of the heads unchanged. Importance scoring and a masked reference in tests replace this method."""
         return heads_SBd
 
 
 class SDPACoreAttention(MegatronModule):
-    """torch's scaled-dot-product attention behind Megatron-Core's core-attention interface, for any number of heads."""
+    """Core attention by torch.nn.functional.scaled_dot_product_attention, for any number of heads.
+
+    The constructor and `forward` have the interface of Megatron-Core's DotProductAttention.
+
+    Args:
+        config: TransformerConfig.
+        layer_number: number of the layer, from 1; unused.
+        attn_mask_type: mask used when `forward` is given none: causal, or no mask.
+        attention_type: unused.
+        attention_dropout: dropout probability; None for config.attention_dropout.
+        softmax_scale: factor of the scores; None for 1 / sqrt(H).
+        cp_comm_type: unused; context parallelism is not supported.
+        pg_collection: unused.
+    """
 
     def __init__(
         self,
@@ -192,14 +260,15 @@ class SDPACoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if config.context_parallel_size > 1:
-            raise FlextronError("model.context_parallel_size > 1 is not supported by the elastic attention")
+            raise FlextronError("model.context_parallel_size > 1 is not supported by the elastic attention: use 1")
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
+        self.window = config.window_size[0] + 1 if config.window_size else None  # keys that a query sees, its own included
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     @staticmethod
     def as_mask(hidden: torch.Tensor) -> torch.Tensor:
-        """Numbers to add to scores: minus infinity where a key is hidden. `forward` makes them itself of a boolean mask."""
+        """Additive mask from a boolean one: minus infinity where a key is hidden, else 0. `forward` accepts both."""
         return torch.where(hidden, -torch.inf, 0.0)
 
     def forward(
@@ -213,23 +282,29 @@ class SDPACoreAttention(MegatronModule):
         packed_seq_params=None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """query [S, B, heads, H], key and value [T, B, groups, H] -> [S, B, heads*H].
+        """Attention: query [S, B, heads, H], key and value [T, B, groups, H] -> [S, B, heads*H].
 
-        attention_mask: None for the causal mask (the last query sees all keys), else broadcastable to [B, heads, S, T]: boolean,
-        True where attention is *not* allowed, or `as_mask` of that.
+        Args:
+            query, key, value: projections of the heads.
+            attention_mask: broadcastable to [B, heads, S, T]: boolean, True where a key is hidden, or additive, minus infinity
+                there and 0 elsewhere. None for the mask of `attn_mask_type`.
+            attn_mask_type: causal (the last query sees all keys) or no mask; None for the type given to the constructor.
+            attention_bias, packed_seq_params: not supported; must be None.
         """
         if packed_seq_params is not None or attention_bias is not None:
-            raise FlextronError("packed sequences and attention biases are not supported by the local backend")
+            raise FlextronError("packed sequences and attention biases are not supported by the local backend: pass None")
         length, source = query.shape[0], key.shape[0]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mask, causal = None, False
+        mask, causal, windowed = None, False, self.window is not None and source > self.window
         if attention_mask is not None:
             mask = self.as_mask(attention_mask) if attention_mask.dtype == torch.bool else attention_mask
             mask = mask.to(query.dtype)
-        elif (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal and length > 1:
-            causal = length == source
-            if not causal:
-                mask = torch.ones(length, source, dtype=torch.bool, device=query.device).tril(source - length)
+            if windowed:
+                mask = mask + self.as_mask(self._seen(query, source).logical_not()).to(query.dtype)
+        elif windowed or (length > 1 and (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal):
+            # Megatron-Core decodes a single token with no mask; a window hides earlier keys all the same.
+            causal = length == source and not windowed
+            mask = None if causal else self._seen(query, source)
         dropout = self.dropout if self.training else 0.0
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(
@@ -243,3 +318,9 @@ class SDPACoreAttention(MegatronModule):
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         return out.permute(2, 0, 1, 3).reshape(length, out.shape[0], -1)
+
+    def _seen(self, query_BhSH: torch.Tensor, source: int) -> torch.Tensor:
+        """Mask [S, T], true where a query sees a key: the last query sees all, or with a window the last `window` ones."""
+        length = query_BhSH.shape[2]
+        seen = torch.ones(length, source, dtype=torch.bool, device=query_BhSH.device).tril(source - length)
+        return seen if self.window is None else seen.triu(source - length - self.window + 1)

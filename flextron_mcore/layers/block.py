@@ -1,9 +1,9 @@
-"""Base class of a layer's blocks: a block computes as many units of its axis as the layer's state says.
+"""Base class of a layer's blocks (attention, MLP), with gates and policy-aware modulation of their outputs.
 
-Its output may be scaled by a gate, a scalar of value 1 whose gradient tells routers what the block is worth, and by a gain:
-policy-aware modulation (LLaMaFlex). A block computed with a part of its units, among others that are, adds something smaller or
-larger than the full one does; two numbers a block let it make up for that at each size. Only the share of the parameters counts,
-so a network is the same function whatever budget or router chose it, and its gains fold into its weights (exports/cut.py).
+A gate is a scalar of value 1: its gradient tells a router how much the block matters to the loss. Modulation (LLaMaFlex) is a
+learned gain that corrects the scale of the output when the network is smaller. The gain depends on the sub-network's share of
+the parameters only. So a sub-network is the same function whichever budget or router chose it, and an export folds the gains
+into the weights (exports/cut.py).
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from flextron_mcore.layers.state import Output, StateReader
-from flextron_mcore.layers.unused import unused
+from flextron_mcore.layers.unused import report_unused
 from flextron_mcore.space import ElasticSpace
 
 
 class ElasticBlock(StateReader):
-    """A block whose width is a candidate of `axis`. space.modulation gives it a parameter [2], with which every gain is 1."""
+    """Block (attention, MLP) of a layer that computes with the first units of its weights, as many as a candidate has.
+
+    `axis` names the axis of the candidates. With space.modulation the block has a parameter `modulation` [2], initially zero,
+    from which `gain` makes a factor of its output.
+    """
 
     axis: ClassVar[str]
 
@@ -32,15 +36,18 @@ class ElasticBlock(StateReader):
             self.modulation.sequence_parallel = self.config.sequence_parallel  # as in layers/norm.py
 
     def unit_mask(self, weights_K: Tensor) -> Tensor:
-        """Weights [U] of this rank's units, from weights of the axis's candidates (layers/weighted.py)."""
+        """Weight of each of this rank's units [U] in a weighted network (layers/weighted.py).
+
+        weights_K: weight of each candidate of the axis.
+        """
         raise NotImplementedError
 
     def scaled(self, output: Output) -> Output:
-        """The block's output times its gate and its gain."""
+        """Multiply a block's output (value and bias) with the router gate and the modulation gain in the layer's state."""
         state, (value, bias) = self.state, output
         gate = state.gates.get(self.axis)
         if self.modulation is not None and state.share is None:
-            value = unused(value, [self.modulation])
+            value = report_unused(value, [self.modulation])
         elif self.modulation is not None:
             found = gain(self.modulation, state.share)
             gate = found if gate is None else gate * found
@@ -50,11 +57,23 @@ class ElasticBlock(StateReader):
 
 
 def gain(modulation: Tensor, share: float) -> Tensor:
-    """The gain [] of a block in a network with `share` (0..1) of the full model's parameters; always 1 for the full model."""
+    """Gain [] by which a block's output is multiplied: 1 + (1 - share) * (m0 + m1 * share), m being `modulation` [2].
+
+    share: parameters of the sub-network / parameters of the full model, 0 to 1. The full model's gain is always 1.
+    """
     first, second = modulation.float()
     return 1 + (1 - share) * (first + second * share)
 
 
 def new_gates(networks: int, blocks: int, device: torch.device) -> list[list[Tensor]]:
-    """A gate for each block of each network: leaves, so that their gradients gather over micro-batches."""
+    """Router gates of value 1, one for each block of each network: scalars that multiply the block's output.
+
+    They are leaf tensors; the gradient of a gate, summed over micro-batches, tells a router how much the block matters to the
+    loss.
+
+    Args:
+        networks: number of networks, the length of the outer list.
+        blocks: number of blocks of a network, the length of each inner list.
+        device: device of the gates.
+    """
     return [[torch.ones((), device=device, requires_grad=True) for _ in range(blocks)] for _ in range(networks)]

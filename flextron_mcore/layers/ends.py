@@ -1,9 +1,9 @@
-"""The ends of a GPTModel: word embedding, positions and output layer, for the channels of the residual stream in use.
+"""Elastic ends of a GPTModel: word embedding, position embedding and output layer, for the first c hidden channels.
 
-GPTModel has no spec for its ends, and a second initialisation would draw other random numbers: each end is constructed over the
-parameter of the stock module that it replaces.
+GPTModel takes no spec for these modules. Each elastic module is therefore built around the parameter of the stock module that it
+replaces. A second initialisation would draw other random numbers.
 
-Shape suffixes: S sequence, B batch, C hidden channels, c the part of them in use, V vocabulary of this rank.
+Shape suffixes: S sequence, B batch, C hidden channels, c channels in use, V vocabulary of this rank.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -26,11 +28,11 @@ from flextron_mcore.layers.state import LayerState, StateReader
 
 
 def make_ends_elastic(gpt: GPTModel) -> None:
-    """Replace the ends of a freshly built GPTModel; its parameters stay."""
+    """Replace embeddings and output layer of a newly built GPTModel by elastic ones, in place; its parameters stay."""
     if gpt.pre_process:
         embedding = gpt.embedding
         embedding.word_embeddings = ElasticEmbedding(embedding.word_embeddings, gpt.config)
-        embedding.word_embeddings.weight.zero_out_wgrad = False  # nor is it read where the output layer shares the weight
+        embedding.word_embeddings.weight.zero_out_wgrad = False  # with tied weights the returned gradient is never read
         if embedding.add_position_embedding:
             embedding.position_embeddings = ElasticPositions(embedding.position_embeddings)
     if gpt.post_process:
@@ -38,7 +40,7 @@ def make_ends_elastic(gpt: GPTModel) -> None:
 
 
 class ElasticEmbedding(StateReader, VocabParallelEmbedding):
-    """Word embedding whose look-up and gradient cost as much as its tokens and the channels in use."""
+    """Word embedding of the first c hidden channels. Look-up and gradient cost in proportion to the tokens and to c."""
 
     def __init__(self, stock: VocabParallelEmbedding, config: TransformerConfig) -> None:
         super().__init__(
@@ -52,7 +54,7 @@ class ElasticEmbedding(StateReader, VocabParallelEmbedding):
         self.weight = stock.weight
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        """[B, S] -> [B, S, c], or with sequence parallelism this rank's part of [S, B, c]."""
+        """Token ids [B, S] -> [B, S, c], or with sequence parallelism this rank's part of [S, B, c]."""
         rows = input_ - self.vocab_start_index
         elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
         out_BSc = _Rows.apply(self.weight, rows.masked_fill(elsewhere, 0), _channels(self.state))
@@ -64,19 +66,23 @@ class ElasticEmbedding(StateReader, VocabParallelEmbedding):
 
 
 class ElasticPositions(StateReader, torch.nn.Embedding):
-    """Learned position embedding, likewise."""
+    """Learned position embedding of the first c hidden channels."""
 
     def __init__(self, stock: torch.nn.Embedding) -> None:
-        super().__init__(stock.num_embeddings, stock.embedding_dim, _weight=stock.weight.detach())  # draws nothing
+        super().__init__(stock.num_embeddings, stock.embedding_dim, _weight=stock.weight.detach())  # draws no random numbers
         self.weight = stock.weight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[B, S] -> [B, S, c]."""
+        """Positions [B, S] -> [B, S, c]."""
         return _Rows.apply(self.weight, input, _channels(self.state))
 
 
 class ElasticOutputLayer(ColumnParallelLinear):
-    """Output layer for as many channels as reach it. With a tied weight it needs an ElasticEmbedding."""
+    """Output layer for the first c hidden channels, as many as its input has. A tied weight must be that of an ElasticEmbedding.
+
+    If the attribute `deferred` is True, `forward` returns hidden states instead of logits, for a loss that calls `prepared` and
+    `project`.
+    """
 
     def __init__(self, stock: ColumnParallelLinear) -> None:
         super().__init__(
@@ -90,21 +96,52 @@ class ElasticOutputLayer(ColumnParallelLinear):
             tp_group=stock.tp_group,
         )
         self.config, self.weight = stock.config, stock.weight
+        self.deferred = False
+        self._tied: torch.Tensor | None = None  # the weight that a deferred `forward` was called with
 
     def forward(  # type: ignore[override]
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[torch.Tensor, None]:
-        """[S, B, c] -> ([S, B, V], None). weight: the embedding's [V, C], where it is shared."""
-        weight, channels = self.weight if weight is None else weight, input_.shape[-1]
-        part = Selection(tuple(weight.shape), ((slice(None), slice(channels)),), (len(weight), channels))
-        used = take(weight, part, embedded=self.weight is None)
+        """Hidden states [S, B, c] -> (logits [S, B, V], None), or with the logits of the whole vocabulary if they are gathered.
+
+        Args:
+            input_: hidden states.
+            weight: the embedding's weight [V, C] if it is tied, else None.
+            runtime_gather_output: gather the logits over tensor-parallel ranks; None for the constructor's `gather_output`.
+        """
+        if self.deferred:
+            self._tied = weight
+            return input_, None
+        used = self._used(weight, input_.shape[-1])
         logits_SBV = product(input_, used, None, self, self.allreduce_dgrad, self.sequence_parallel)
         gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
         return gather_from_tensor_model_parallel_region(logits_SBV, group=self.tp_group) if gather else logits_SBV, None
 
+    def _used(self, weight: torch.Tensor | None, channels: int) -> torch.Tensor:
+        """Part of the weight [V, c] for these channels. weight: the embedding's if it is tied."""
+        weight = self.weight if weight is None else weight
+        part = Selection(tuple(weight.shape), ((slice(None), slice(channels)),), (len(weight), channels))
+        return take(weight, part, embedded=self.weight is None)
+
+    def prepared(self, states_SBc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of all positions [S, B, c], ready for `project`, and the weight [V, c] of a deferred `forward`."""
+        weight, self._tied = self._used(self._tied, states_SBc.shape[-1]), None
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(states_SBc, tensor_parallel_output_grad=True, group=self.tp_group), weight
+        return copy_to_tensor_model_parallel_region(states_SBc, group=self.tp_group), weight
+
+    def project(self, states_SBc: torch.Tensor, weight_Vc: torch.Tensor) -> torch.Tensor:
+        """Logits [s, B, V] of some of the positions.
+
+        Args:
+            states_SBc: hidden states of these positions [s, B, c], from `prepared`.
+            weight_Vc: weight from `prepared`.
+        """
+        return product(states_SBc, weight_Vc, None, self)
+
 
 def _channels(state: LayerState) -> int | None:
-    """Channels of an embedding in use, None for all."""
+    """Number of an embedding's channels in use; None for all."""
     return state.channels[0] if state.channels else None
 
 
@@ -115,7 +152,10 @@ def _uninitialised(config: TransformerConfig) -> TransformerConfig:
 
 
 class _Rows(torch.autograd.Function):
-    """The first channels of rows of an embedding. Their gradient accumulates as in layers/linear.py: tied ends share a weight."""
+    """First `channels` channels of embedding rows, whose gradient is added to DDP's `main_grad` (`linear.accumulated`).
+
+    Autograd's own gradient would have the full size. The output layer may share the weight, and adds its gradient there, too.
+    """
 
     @staticmethod
     def forward(ctx, weight: torch.Tensor, rows: torch.Tensor, channels: int | None):  # type: ignore[override]

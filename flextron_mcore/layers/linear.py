@@ -1,7 +1,7 @@
-"""Products with a part of a weight, on Megatron-Core's column- and row-parallel functions.
+"""Matrix products with a slice of a weight, on Megatron-Core's column- and row-parallel functions.
 
-Shape suffixes: S sequence, B batch, C hidden channels, c the part of them in use, D output rows of this rank, d the part of them
-in use, V vocabulary of this rank.
+Shape suffixes: S sequence, B batch, C hidden channels, c channels in use, D output rows of this rank, d output rows in use, n
+tokens of one product, g KV groups, V vocabulary of this rank.
 """
 
 from __future__ import annotations
@@ -25,18 +25,24 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
-from flextron_mcore.layers.norm import first
+from flextron_mcore.layers.norm import first_channels
 from flextron_mcore.layers.rows import PrefixRows, RowIndex
 
-_FEW = 512  # tokens: for so few, copying a part of a weight that lies apart is slower than multiplying piece by piece
+# Largest number of tokens for which products with each piece of a strided slice are faster than one product with a copy of it.
+_FEW_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A part of a weight: view it as `shape`, take each of `indices` (basic slices), join along `dim`, reshape to `result`.
+    """Description of a slice of a weight: view as `shape`, take each of `indices`, concatenate along `dim`, reshape to `result`.
 
-    With dim=0 each is reshaped before it is joined. With one index the part is a view of the weight wherever its strides allow;
-    with several it is copied.
+    With one index the slice is a view of the weight if its strides allow it. With several indices it is a copy.
+
+    Attributes:
+        shape: view of the weight that the indices refer to.
+        indices: one tuple of basic slices for each piece.
+        result: shape of the slice.
+        dim: dimension of `shape` along which pieces are concatenated. With 0 each piece is flattened first.
     """
 
     shape: tuple[int, ...]
@@ -45,12 +51,12 @@ class Selection:
     dim: int = 0
 
     def parts(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Views of `tensor`, one an index."""
+        """Pieces of `tensor`: a view for each index."""
         viewed = tensor.view(self.shape)
         return [viewed[index] for index in self.indices]
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The selected part of `tensor`, of shape `result`."""
+        """Slice of `tensor` that this object describes, of shape `result`."""
         parts = self.parts(tensor)
         if len(parts) == 1:
             return parts[0].reshape(self.result)
@@ -60,13 +66,13 @@ class Selection:
         return out
 
     def add(self, tensor: torch.Tensor, part: torch.Tensor) -> None:
-        """Add `part` (of shape `result`) to the selected part of `tensor`, in place."""
+        """Add `part` (of shape `result`) in place to the slice of `tensor` that this object describes."""
         targets = self.parts(tensor)
         for target, piece in zip(targets, self._pieces(part, targets), strict=True):
             target.add_(piece)
 
     def _pieces(self, joined: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The places of `parts` in a tensor of shape `result`, each of its part's shape."""
+        """Views of `joined` (shape `result`) where each of `parts` belongs, of that part's shape."""
         if self.dim == 0:
             flat = joined.flatten().split([part.numel() for part in parts])
             return [piece.view(part.shape) for piece, part in zip(flat, parts, strict=True)]
@@ -76,11 +82,11 @@ class Selection:
 
 
 class _Take(torch.autograd.Function):
-    """The selected part of a parameter; the gradient goes straight to the same part of where it accumulates.
+    """Selected part of a parameter, whose gradient is added in place to the same part of `main_grad`.
 
-    Megatron-Core's DDP accumulates in `main_grad`. Adding there in place, and saying so with `grad_added_to_main_grad` as its own
-    fused weight gradients do, costs what the part costs: autograd would pad it with zeros to the full size. A parameter that is
-    ever sliced must always come through here: the flag holds for all micro-batches of a step.
+    Autograd would pad the gradient with zeros to the full size. Adding to DDP's `main_grad` costs in proportion to the slice.
+    `grad_added_to_main_grad` tells DDP so, as Megatron-Core's fused weight gradients do. The flag holds for all micro-batches of
+    a step, so a parameter that is ever sliced must always be used through this function.
     """
 
     @staticmethod
@@ -98,9 +104,12 @@ class _Take(torch.autograd.Function):
 
 
 def accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], another: bool = False) -> torch.Tensor | None:
-    """Result of a backward pass for a parameter whose gradient `add` adds to a full-size tensor.
+    """Accumulate a parameter's gradient in DDP's `main_grad` if there is one; return the gradient that autograd expects.
 
-    another: True if another use of the parameter in the same backward pass returns something, too.
+    Args:
+        weight: the parameter.
+        add: function that adds the gradient to a tensor of the parameter's shape.
+        another: True if another use of the parameter in the same backward pass also returns a gradient (tied embeddings).
     """
     if not hasattr(weight, "grad_added_to_main_grad") or getattr(weight, "main_grad", None) is None:
         full = torch.zeros_like(weight)
@@ -108,17 +117,31 @@ def accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], ano
         return full
     add(weight.main_grad)
     weight.grad_added_to_main_grad = True
-    # DDP's hook must still fire. The values are never read, so the pages of this tensor are never touched.
+    # DDP's hook fires only for a returned gradient. Nobody reads its values, so the tensor's memory is never touched.
     return None if another else torch.empty_like(weight)
 
 
 def take(weight: torch.Tensor, selection: Selection, embedded: bool = False) -> torch.Tensor:
-    """The selected part of a parameter, differentiable. embedded: the parameter is an embedding's, too."""
+    """Slice of a parameter, differentiable.
+
+    Args:
+        weight: the parameter.
+        selection: description of the slice.
+        embedded: True if an embedding shares the parameter.
+    """
     return take_all(weight, selection, embedded=embedded)[0]
 
 
 def take_all(weight: torch.Tensor | None, *selections: Selection, embedded: bool = False) -> tuple[torch.Tensor | None, ...]:
-    """Several parts of one parameter (None for an absent one). Taken apart, autograd would add up full-size gradients."""
+    """Several slices of one parameter, differentiable; None for each if the parameter is absent.
+
+    One call takes all slices: separate calls would make autograd add full-size gradients.
+
+    Args:
+        weight: the parameter, or None.
+        selections: descriptions of the slices.
+        embedded: True if an embedding shares the parameter.
+    """
     if weight is None:
         return (None,) * len(selections)
     if torch.is_grad_enabled():
@@ -127,27 +150,30 @@ def take_all(weight: torch.Tensor | None, *selections: Selection, embedded: bool
 
 
 class ElasticColumnParallelLinear(ColumnParallelLinear):
-    """Megatron-Core's column-parallel layer, multiplying with parts of its weight.
+    """Megatron-Core's column-parallel layer, which multiplies with slices of its weight.
 
-    The parts are arguments of forward: Megatron-Core's DDP waits for gathered parameters in a module's forward pre-hook, so a
-    weight must be used inside the forward pass of the module that owns it.
+    The slices are arguments of `forward`, because DDP waits for gathered parameters in a module's forward pre-hook: a weight may
+    only be used inside the `forward` of the module that owns it.
     """
 
     def forward(  # type: ignore[override]
         self, input_: torch.Tensor, *parts: tuple[Selection, Selection], rows: RowIndex | PrefixRows | None = None
     ) -> list[torch.Tensor]:
-        """x @ weight.T + bias for each of `parts` (selections of weight and bias): [S, B, C] -> [S, B, d], split over ranks.
+        """Matrix products x @ slice.T + bias, one for each of `parts`: [S, B, C] -> list of [S, B, d], d of this rank.
 
-        rows: which of the S*B tokens each part is for: [n, d].
+        Args:
+            input_: x [S, B, C]; with sequence parallelism this rank's positions.
+            parts: pairs of a slice of the weight and the same rows of the bias, one pair for each product.
+            rows: tokens, out of S*B, of each product, whose result is then [n, d]. None for all tokens.
         """
         biases = take_all(self.bias, *(bias for _, bias in parts))
-        if not torch.is_grad_enabled() and not self.sequence_parallel and input_.shape[:-1].numel() <= _FEW:
+        if not torch.is_grad_enabled() and not self.sequence_parallel and input_.shape[:-1].numel() <= _FEW_TOKENS:
             inputs = [input_] * len(parts) if rows is None else rows.take(input_.flatten(0, 1))
-            return [_of_few(x, self.weight, part, bias) for x, (part, _), bias in zip(inputs, parts, biases, strict=True)]
+            return [_few_tokens(x, self.weight, part, bias) for x, (part, _), bias in zip(inputs, parts, biases, strict=True)]
         weights = take_all(self.weight, *(weight for weight, _ in parts))
         if len(parts) == 1 and rows is None:
             return [product(input_, weights[0], biases[0], self, self.allreduce_dgrad, self.sequence_parallel)]
-        # Gathered, or marked for the gradient's all-reduce, once for all products.
+        # One gather (or one all-reduce of the gradient) serves all products.
         if self.sequence_parallel:
             x_SBC = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
@@ -157,7 +183,7 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
 
 
 class ElasticRowParallelLinear(RowParallelLinear):
-    """Megatron-Core's row-parallel layer, multiplying with a part of its weight."""
+    """Megatron-Core's row-parallel layer, which multiplies with slices of its weight."""
 
     def forward(  # type: ignore[override]
         self,
@@ -166,17 +192,23 @@ class ElasticRowParallelLinear(RowParallelLinear):
         rows: PrefixRows | None = None,
         shape: torch.Size | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[S, B, d] -> ([S, B, c] summed, and with sequence parallelism scattered, over tensor-parallel ranks; bias or None).
+        """Matrix product x @ slice.T, summed over tensor-parallel ranks: ([S, B, c], bias [c] or None). The bias is not added.
 
-        For parts of the weight that some tokens have: rows are those of the S*B tokens of `shape` [S, B] that each part is for,
-        and input_ is [n, d] for each. A token gets the sum over the parts that it has.
+        With sequence parallelism the result is this rank's positions. With `rows` there are several products, and a token's
+        result is the sum of the products that it takes part in.
+
+        Args:
+            input_: x [S, B, d] of this rank; with `rows` a list of [n, d], one for each product.
+            part: slice of the weight; with `rows` a list of slices, one for each product.
+            rows: tokens, out of S*B, of each product. None for one product of all tokens.
+            shape: (S, B), needed with `rows`.
         """
         if rows is None:
             return self._reduce(product(input_, take(self.weight, part), None, self))
         weights = take_all(self.weight, *part)
         if torch.is_grad_enabled():
             products = [product(x, weight, None, self) for x, weight in zip(input_, weights, strict=True)]
-        else:  # what a product adds is added where the sum lies
+        else:  # each product is added in place to the sum
             lowest, *others = zip(input_, weights, strict=True)
             products = [F.linear(*lowest)]
             for x, weight in others:
@@ -184,15 +216,15 @@ class ElasticRowParallelLinear(RowParallelLinear):
         return self._reduce(rows.add(products, shape.numel()).view(*shape, len(self.weight)))
 
     def _reduce(self, out_SBc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Sum over tensor-parallel ranks, and the bias."""
-        bias = first(self.bias, out_SBc.shape[-1])
+        """Sum of `out_SBc` over tensor-parallel ranks, and the bias [c]."""
+        bias = first_channels(self.bias, out_SBc.shape[-1])
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out_SBc, group=self.tp_group), bias
         return reduce_from_tensor_model_parallel_region(out_SBc, group=self.tp_group), bias
 
 
-def _of_few(x: torch.Tensor, weight: torch.Tensor, selection: Selection, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., C] @ part.T + bias for few tokens, without a gradient; the part's pieces [g, d, C] stay where they lie."""
+def _few_tokens(x: torch.Tensor, weight: torch.Tensor, selection: Selection, bias: torch.Tensor | None) -> torch.Tensor:
+    """Product x [..., C] @ part.T + bias for few tokens, without a gradient. Pieces [g, d, C] of the weight are not copied."""
     pieces = [piece.flatten(1, -2) for piece in selection.parts(weight)]
     first = pieces[0]
     if len(pieces) == 1 and (len(first) == 1 or first.stride(0) == first.shape[1] * first.stride(1)):  # no copy
@@ -213,7 +245,16 @@ def product(
     allreduce_dgrad: bool = False,
     sequence_parallel: bool = False,
 ) -> torch.Tensor:
-    """x @ weight.T + bias, with Megatron-Core's communication of the tensor-parallel `layer`."""
+    """Product x @ weight.T + bias, with the communication of Megatron-Core's linear layers.
+
+    Args:
+        x: input [..., C].
+        weight: part of a weight, [d, C].
+        bias: [d] or None.
+        layer: tensor-parallel layer, whose process group is used.
+        allreduce_dgrad: sum the input's gradient over tensor-parallel ranks.
+        sequence_parallel: gather the input over tensor-parallel ranks, and scatter its gradient.
+    """
     if not torch.is_grad_enabled() and not sequence_parallel:
         return F.linear(x, weight, bias)
     function = linear_with_grad_accumulation_and_async_allreduce if weight.requires_grad else linear_with_frozen_weight
@@ -221,7 +262,7 @@ def product(
         input=x,
         weight=weight,
         bias=bias,
-        gradient_accumulation_fusion=False,  # _Take accumulates
+        gradient_accumulation_fusion=False,  # _Take accumulates the gradient
         allreduce_dgrad=allreduce_dgrad,
         sequence_parallel=sequence_parallel,
         grad_output_buffer=None,

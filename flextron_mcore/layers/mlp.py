@@ -1,6 +1,8 @@
-"""Elastic MLP: the first d neurons (Flextron, eq. 1).
+"""Elastic MLP, which uses its first d neurons (Flextron, eq. 1).
 
-Shape suffixes: S sequence, B batch, C hidden channels in use, F neurons of this rank, f those in use.
+    MLP_d(x) = act(x W1[:d].T) W2[:, :d].T        with W1 [D, C] of fc1 and W2 [C, D] of fc2
+
+Shape suffixes: S sequence, B batch, C hidden channels in use, F neurons of this rank, f neurons in use.
 """
 
 from __future__ import annotations
@@ -20,44 +22,66 @@ from flextron_mcore.space import ElasticSpace, LayerChoice
 
 
 class ElasticMLP(ElasticBlock, MLP):
-    """Megatron-Core's MLP that can compute with a prefix of its neurons.
+    """Megatron-Core's MLP, computed with its first neurons.
 
-    Each tensor-parallel rank holds its neurons in decreasing importance and uses the first `ffn_hidden_size / T` of them.
+    Each of T tensor-parallel ranks computes the first `ffn_hidden_size / T` of its own neurons. They are the most important ones
+    if the checkpoint is sorted (`flextron importance`).
+
+    Args:
+        config: TransformerConfig.
+        submodules: specs of fc1 and fc2.
+        space: elastic space, whose modulation and granularity apply.
+        pg_collection: process groups, from Megatron-Core 0.19.
+        tp_group: tensor-parallel group; None for the group in pg_collection, or the global one.
     """
 
     axis = "ffn_hidden_size"
 
     def __init__(self, config, submodules, space: ElasticSpace, pg_collection=None, tp_group=None, **kwargs: Any) -> None:
-        # Newer Megatron-Core passes pg_collection, is_mtp_layer and name; older passes nothing.
+        # Megatron-Core 0.19 passes pg_collection, is_mtp_layer and name; 0.16 passes none of them.
         tp_group = tp_group or (pg_collection.tp if pg_collection is not None else None)
         super().__init__(config, submodules, space=space, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
         self.tensor_parallel_size = self.linear_fc1.tp_group.size()
 
     def local(self, neurons: int | None) -> int:
-        """Neurons of this rank, None for all."""
+        """Number of neurons on this rank if all tensor-parallel ranks have `neurons` together; None for the full width."""
         return (self.config.ffn_hidden_size if neurons is None else neurons) // self.tensor_parallel_size
 
     def used(self, widths: LayerChoice | None) -> int:
-        """Neurons in use on this rank; None for all."""
+        """Number of neurons that a layer's sizes use on this rank. widths: None for all neurons."""
         return self.local(None if widths is None else widths.ffn_hidden_size)
 
     def unit_mask(self, weights_K: torch.Tensor) -> torch.Tensor:
-        """Weights of this rank's neurons [F]."""
+        """Weight of each of this rank's neurons [F] in a weighted network (layers/weighted.py).
+
+        weights_K: weight of each candidate of the axis.
+        """
         return mask(weights_K, [self.local(size) for size in self.space.ffn_hidden_size])
 
     def forward(self, hidden_states: torch.Tensor, per_token_scale=None, **kwargs: Any):
-        """[S, B, C] -> ([S, B, C], bias or None), the bias being added by the layer's bias-dropout-add."""
+        """MLP with the neurons in use (`LayerState.widths` of the layer): [S, B, C] -> ([S, B, C], bias [C] or None).
+
+        The layer adds the bias. The output is multiplied with the router gate and the modulation gain of the layer's state
+        (`ElasticBlock.scaled`). per_token_scale, kwargs: unused.
+        """
         state = self.state
         if state.routing is not None:
             output = state.routing.mlp(self, hidden_states)
         else:
             output = self.prefix(hidden_states, self.used(state.widths), state.masks.get(self.axis))
         out, bias = self.scaled(output)
-        # A view: recomputation would take the parameter itself, as a result, for something that it made, and never end.
+        # A view: activation recomputation takes every tensor that a block returns for a result of the block's own graph. With the
+        # parameter itself its backward pass would never end.
         return out, None if bias is None else bias.view_as(bias)
 
     def prefix(self, hidden_states: torch.Tensor, width: int, mask_F: torch.Tensor | None = None) -> Output:
-        """The MLP with the first `width` neurons of this rank, each times its weight in the mask [(S, B,) f]."""
+        """MLP with the first neurons of this rank: [S, B, C] -> ([S, B, C], bias [C] or None), before gate and gain (`scaled`).
+
+        Args:
+            hidden_states: input [S, B, C].
+            width: number f of this rank's neurons.
+            mask_F: factor of each neuron's activation, [f] or [S, B, f]; None for 1.
+        """
         channels = hidden_states.shape[-1]
         (hidden_SBf,) = self.activated(self.linear_fc1(hidden_states, *self.rows(width, channels)))
         if mask_F is not None:
@@ -66,11 +90,19 @@ class ElasticMLP(ElasticBlock, MLP):
 
     @property
     def parts(self) -> int:
-        """Parts of fc1's weight: gate and up, whose prefixes do not lie together, or one."""
+        """Number of projections in fc1: 2 for a gated MLP (gate, up), whose prefixes are apart in memory, else 1."""
         return 2 if self.config.gated_linear_unit else 1
 
     def rows(self, high: int, channels: int, low: int = 0) -> list[tuple[Selection, Selection]]:
-        """The selections of fc1's weight and bias for neurons `low` to `high` of this rank, and the first channels."""
+        """Slices of fc1's weight and bias for a range of neurons, as pairs of Selection (layers/linear.py).
+
+        One pair, or for a gated MLP two: of the gate projection and of the up projection.
+
+        Args:
+            high: end of the range of this rank's neurons, exclusive.
+            channels: number of hidden channels, the first ones.
+            low: start of the range.
+        """
         blocks, full, hidden = self.parts, self.local(None), self.linear_fc1.weight.shape[1]
         indices = [(slice(i, i + 1), slice(low, high)) for i in range(blocks)]
         return [
@@ -82,24 +114,33 @@ class ElasticMLP(ElasticBlock, MLP):
         ]
 
     def columns(self, high: int, channels: int, low: int = 0) -> Selection:
-        """The selection of fc2's weight for neurons `low` to `high` of this rank, and the first channels."""
+        """Slice of fc2's weight [C, F] for a range of neurons, as a Selection (layers/linear.py): rows of the first channels.
+
+        Args:
+            high: end of the range of this rank's neurons, exclusive.
+            channels: number of hidden channels, the first ones.
+            low: start of the range.
+        """
         shape = (self.linear_fc2.weight.shape[0], self.local(None))
         return Selection(shape, ((slice(channels), slice(low, high)),), (channels, high - low))
 
     def activated(self, products: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Inputs of fc2 from products of fc1: each of one, or of gate and up."""
+        """Inputs of fc2: act(product) of each product of fc1; for a gated MLP act(gate) * up of each pair of products."""
         activation = self.config.activation_func
         if self.parts == 1:
             return [activation(product) for product in products]
         return [activation(gate) * up for gate, up in zip(products[::2], products[1::2], strict=True)]
 
     def observe(self, hidden_SBf: torch.Tensor) -> torch.Tensor:
-        """Input of fc2. Importance scoring and the masked oracle of the tests replace this on an instance."""
+        """Return the input of fc2 unchanged. Importance scoring and a masked reference in tests replace this method."""
         return hidden_SBf
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
-        """Vanilla keys and shapes, neurons in dealt order (checkpoint/sharding.py)."""
-        sharded = super(MLP, self).sharded_state_dict(prefix, sharded_offsets, metadata)  # not MLP's: it splits gate and up
+        """Sharded state with Megatron-Core's keys and shapes.
+
+        Neurons are dealt into `space.granularity` buckets in turn, and stored bucket by bucket (checkpoint/sharding.py).
+        """
+        sharded = super(MLP, self).sharded_state_dict(prefix, sharded_offsets, metadata)  # MLP's own splits gate and up
         for name, axis in MLP_AXES.items():
             key, blocks = prefix + name, self.parts if axis == 0 else 1
             if key in sharded:

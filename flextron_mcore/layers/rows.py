@@ -1,6 +1,6 @@
-"""Rows of a matrix of tokens: which tokens each of several products is for, taken and put back.
+"""Rows of a token matrix, for several matrix products that are each computed for some of the tokens.
 
-Shape suffixes: N tokens, n of them for one product, X anything.
+Shape suffixes: N tokens, n tokens of one product, X anything.
 """
 
 from __future__ import annotations
@@ -14,29 +14,38 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowIndex:
-    """For each product its rows [n] among the N tokens, each at most once, or None for all of them."""
+    """Tokens that take part in each of several matrix products with slices of a weight, one entry for each product.
+
+    An entry of `rows` is a tensor of indices [n] into the N tokens, or None for all tokens. No index may repeat within an entry:
+    the backward pass copies each token's gradient back to its row and does not add.
+    """
 
     rows: Sequence[Tensor | None]
 
     def take(self, x_NX: Tensor) -> list[Tensor]:
-        """For each product its tokens [n, ...]."""
+        """Input of each matrix product: rows [n, ...] of `x_NX`."""
         return [take_rows(x_NX, rows) for rows in self.rows]
 
 
 @dataclass(frozen=True)
 class PrefixRows:
-    """For each product the first of the tokens `order` (None: of all tokens as they lie): `counts` of them, which fall."""
+    """Tokens that take part in each of several matrix products: prefixes of one order of the tokens.
+
+    Attributes:
+        order: token indices without repetition; None for all tokens in their own order.
+        counts: number of tokens of each product, never larger than the one before.
+    """
 
     order: Tensor | None
     counts: Sequence[int]
 
     def take(self, x_NX: Tensor) -> list[Tensor]:
-        """For each product its tokens [n, ...]."""
+        """Input of each matrix product: rows [n, ...] of `x_NX`."""
         ordered = take_rows(x_NX, self.order)
         return [ordered[:count] for count in self.counts]
 
     def add(self, parts_nX: Sequence[Tensor], count: int) -> Tensor:
-        """[N, ...], of `count` tokens: each the sum over the products that it is in."""
+        """Sum of the products' results [n, ...] for each of all `count` tokens: [N, ...]; zero for tokens of no product."""
         summed = parts_nX[0] if len(parts_nX) == 1 else _AddPrefixes.apply(*parts_nX)
         return put_rows(summed, self.order, count)
 
@@ -65,14 +74,23 @@ class _PutRows(torch.autograd.Function):
 
 
 def take_rows(x_NX: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of a tensor, each at most once (its gradient is copied, not added up); None: all of them."""
+    """Rows of a tensor: [N, ...] -> [n, ...], differentiable.
+
+    No index may repeat: the backward pass copies each row's gradient and does not add. rows: indices [n], or None for all rows.
+    """
     if rows is None:
         return x_NX
     return _TakeRows.apply(x_NX, rows) if torch.is_grad_enabled() else x_NX.index_select(0, rows)
 
 
 def put_rows(x_nX: Tensor, rows: Tensor | None, count: int) -> Tensor:
-    """[count, ...]: inverse of `take_rows`, with zeros elsewhere."""
+    """Inverse of `take_rows`, differentiable: [n, ...] -> [count, ...], with zeros in the other rows.
+
+    Args:
+        x_nX: values of the rows.
+        rows: indices [n] of these rows without repetition, or None for all rows.
+        count: number of rows of the result.
+    """
     if rows is None:
         return x_nX
     return _PutRows.apply(x_nX, rows, count) if torch.is_grad_enabled() else _put_rows(x_nX, rows, count)
@@ -82,7 +100,7 @@ def _put_rows(x_nX: Tensor, rows: Tensor, count: int) -> Tensor:
     if len(rows) < count:
         return x_nX.new_zeros(count, *x_nX.shape[1:]).index_copy_(0, rows, x_nX)
     place_N = torch.empty_like(rows).scatter_(0, rows, torch.arange(count, device=rows.device))
-    return x_nX.index_select(0, place_N)  # faster than index_copy_
+    return x_nX.index_select(0, place_N)  # rows are a permutation: a gather is faster than index_copy_
 
 
 class _AddPrefixes(torch.autograd.Function):

@@ -1,6 +1,6 @@
-"""The choice that a layer computes: one frozen `LayerState`, which all modules of the layer read once in a forward pass.
+"""State of an elastic layer: one frozen `LayerState` says which part of its weights the layer computes with.
 
-`flextron_mcore/choosing.py` sets and restores it; nothing else does.
+All modules of a layer share the state and read it once in a forward pass. Only `flextron_mcore/choosing.py` sets it.
 
 Shape suffixes: S sequence, B batch, C hidden channels, U units of an axis on this rank.
 """
@@ -15,37 +15,50 @@ from torch import Tensor, nn
 
 from flextron_mcore.space import LayerChoice
 
-Output = tuple[Tensor, Tensor | None]  # of a block: [S, B, C] and the bias [C] that the layer adds, if any
+Output = tuple[Tensor, Tensor | None]  # a block's output [S, B, C], and the bias [C] that the layer adds to it, if any
 
 
 class LayerRouting(Protocol):
-    """Token routing of one layer: computes its blocks with a choice for every token."""
+    """Token routing of one layer: a protocol that computes the layer's blocks with a width for every token."""
 
     def attention(self, module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Output:
-        """Output of the ElasticSelfAttention `module`; arguments as its forward."""
+        """Output of the ElasticSelfAttention `module` for the input [S, B, C].
+
+        args, kwargs: remaining arguments of Megatron-Core's attention: mask, KV cache, rotary angles and others. Raises
+        FlextronError for arguments that token routing does not support.
+        """
 
     def mlp(self, module: Any, hidden_states: Tensor) -> Output:
-        """Output of the ElasticMLP `module`."""
+        """Output of the ElasticMLP `module` for the input [S, B, C]."""
 
 
 class TokenRouting(Protocol):
-    """Token routing of a whole model."""
+    """Token routing of a whole model: a protocol that gives every layer its routing."""
 
     def begin(self, number: int, counted_BS: Tensor | None) -> None:
-        """Start a micro-batch, before `layer`: its number among all ranks' of a step, and which of its tokens count."""
+        """Start a micro-batch: later calls of `layer` route its tokens.
+
+        Args:
+            number: number of the micro-batch within the step, over all data-parallel ranks.
+            counted_BS: True where a token counts in the loss, None where all tokens do.
+        """
 
     def layer(self, index: int) -> LayerRouting:
-        """Routing of a layer (counted from 0 over all pipeline stages) for the micro-batch that was begun."""
+        """Routing of one layer for the current micro-batch. index: number of the layer, from 0 over all pipeline stages."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
-    """The choice of one layer. The default is the full layer.
+    """Part of its weights that one layer computes with, and factors of the outputs of its blocks. The default is the full layer.
 
-    widths: the sizes in use, None for all units. channels: of the residual stream, (that the blocks see, that the layer returns),
-    None for all. masks: by axis, a weight for each unit [U] (layers/weighted.py). gates: by axis, a scalar that the output of the
-    axis's block is multiplied with (layers/block.py). share: of the network's parameters in the full model's, which sets the gain
-    of modulated blocks; None for the full model. routing: chooses the widths token by token instead.
+    Attributes:
+        widths: sizes in use; None for all units.
+        channels: (number of channels of the residual stream that the blocks see, number that the layer returns); None for all.
+        masks: {axis: weight of each unit [U]}, in a weighted network (layers/weighted.py).
+        gates: {axis: router gate, a scalar that multiplies the output of the axis's block} (layers/block.py).
+        share: parameters of the sub-network / parameters of the full model, on which the gain of modulated blocks depends; None
+            for the full model.
+        routing: token routing, which replaces `widths`; None for the same widths for all tokens.
     """
 
     widths: LayerChoice | None = None
@@ -60,14 +73,14 @@ FULL = LayerState()
 
 
 class StateHolder:
-    """Shared by all modules of a layer, so that setting its one attribute is a choice for all of them."""
+    """Mutable cell with the state of a layer. All modules of the layer share it, so one assignment sets all of them."""
 
     def __init__(self) -> None:
         self.state = FULL
 
 
 class StateReader(nn.Module):
-    """Base class of modules that read their layer's state. `ElasticTransformerLayer` lets them share its holder."""
+    """Base class of modules that read their layer's state. ElasticTransformerLayer replaces their StateHolder by the layer's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -75,5 +88,5 @@ class StateReader(nn.Module):
 
     @property
     def state(self) -> LayerState:
-        """The choice in use. Read it once in a forward pass."""
+        """Current state of the layer. Read it once in a forward pass."""
         return self.holder.state

@@ -1,7 +1,7 @@
-"""Transformer Engine's norms and core attention, for any number of channels and heads: the spec's backend "te".
+"""Backend "te": Transformer Engine's norms and core attention, for any number of channels and heads.
 
-Importing this imports transformer_engine. It has not been run: no machine with a GPU was at hand. tests/gpu/test_te.py compares
-it with the local backend.
+Importing this module imports transformer_engine. It has never been run on a GPU; tests/gpu/test_te.py compares it with the local
+backend there.
 """
 
 from __future__ import annotations
@@ -29,29 +29,41 @@ def _options(config) -> dict[str, Any]:
 
 
 class _TENorm(ElasticNorm):
-    """Transformer Engine's norm for all channels, torch's for a part of them: theirs is made for one size.
+    """Transformer Engine's norm for the full hidden size, torch's for a prefix of the channels.
 
-    Without fp8 a norm has no state but its parameters: checkpoints are those of the local backend.
+    Transformer Engine's norms support one size only. Its extra state (fp8) is left out: checkpoints equal the local backend's.
     """
 
     get_extra_state = torch.nn.Module.get_extra_state
     set_extra_state = torch.nn.Module.set_extra_state
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., c] -> [..., c]."""
+        """Normalise over the last dimension: [..., c] -> [..., c]."""
         whole = x.shape[-1] == len(self.weight) and "hidden_size" not in self.state.masks
         return super(ElasticNorm, self).forward(x) if whole else super().forward(x)
 
 
 class TERMSNorm(_TENorm, te.RMSNorm):
-    """Root-mean-square normalisation over the last dimension."""
+    """Root-mean-square normalisation over the last dimension.
+
+    Args:
+        config: TransformerConfig.
+        hidden_size: full number of channels.
+        eps: added to the mean square.
+    """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps, **_options(config))
 
 
 class TELayerNorm(_TENorm, te.LayerNorm):
-    """Layer normalisation over the last dimension; zero-centred with `layernorm_zero_centered_gamma`."""
+    """Layer normalisation over the last dimension; zero-centred with `layernorm_zero_centered_gamma`.
+
+    Args:
+        config: TransformerConfig.
+        hidden_size: full number of channels.
+        eps: added to the variance.
+    """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps, **_options(config))
@@ -59,10 +71,12 @@ class TELayerNorm(_TENorm, te.LayerNorm):
 
 
 class TECoreAttention(MegatronModule):
-    """Megatron-Core's TEDotProductAttention for any number of heads.
+    """Core attention by Megatron-Core's TEDotProductAttention, for any number of heads.
 
-    Transformer Engine fixes the number of KV groups when the module is made; it has no parameters. So one is made for each number
-    that occurs. They are no submodules: what they call their state must not get into checkpoints.
+    Transformer Engine fixes the number of heads at construction. A TEDotProductAttention has no parameters, so one is built for
+    each number of heads that occurs. They are not registered as submodules, which keeps their extra state out of checkpoints.
+
+    Raises FlextronError for a softmax_type other than "vanilla", and for context parallelism.
     """
 
     def __init__(self, config, **kwargs: Any) -> None:
@@ -70,7 +84,7 @@ class TECoreAttention(MegatronModule):
         if config.softmax_type != "vanilla":
             raise FlextronError(f"softmax_type={config.softmax_type!r} is not supported by the elastic attention: use 'vanilla'")
         if config.context_parallel_size > 1:
-            raise FlextronError("model.context_parallel_size > 1 is not supported by the elastic attention")
+            raise FlextronError("model.context_parallel_size > 1 is not supported by the elastic attention: use 1")
         self.__dict__["attentions"] = {}  # (query heads, KV groups) of this rank -> module
         self.arguments = kwargs
 
@@ -83,7 +97,7 @@ class TECoreAttention(MegatronModule):
 
     @staticmethod
     def as_mask(hidden: torch.Tensor) -> torch.Tensor:
-        """The mask that `forward` takes: the boolean one."""
+        """Return the boolean mask `hidden`, true where a key is hidden: Transformer Engine takes boolean masks."""
         return hidden
 
     def forward(
@@ -95,9 +109,18 @@ class TECoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """query [S, B, heads, H], key and value [T, B, groups, H] -> [S, B, heads*H]; masks as it takes them."""
+        """Attention: query [S, B, heads, H], key and value [T, B, groups, H] -> [S, B, heads*H].
+
+        Args:
+            query, key, value: projections of the heads.
+            attention_mask: boolean, True where a key is hidden, broadcastable to [B, heads, S, T]; or None.
+            attn_mask_type: causal (the last query sees all keys), arbitrary (with a mask) or no mask; None for the type given to
+                the constructor.
+        """
         attention = self._attention(query.shape[2], key.shape[2])
         kind = attn_mask_type or self.arguments["attn_mask_type"]
-        if kind == AttnMaskType.causal and query.shape[0] != key.shape[0]:
+        # Megatron-Core decodes a single token with no mask; a window hides earlier keys all the same.
+        single = kind == AttnMaskType.no_mask and self.config.window_size is not None
+        if single or (kind == AttnMaskType.causal and query.shape[0] != key.shape[0]):
             kind = AttnMaskType.causal_bottom_right  # the last query sees all keys
         return attention(query, key, value, attention_mask, attn_mask_type=kind, **kwargs)

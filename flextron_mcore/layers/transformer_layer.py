@@ -1,35 +1,38 @@
-"""A Transformer layer of an elastic network: the hidden size in use, and layers that are not executed (LLaMaFlex).
+"""Transformer layer with an elastic hidden size, which may be skipped (LLaMaFlex).
 
-Hidden channels are not divided over tensor-parallel ranks, so the first c of them are the same on all.
+Hidden channels are not divided over tensor-parallel ranks: the first c channels are the same on all ranks.
 
-Shape suffixes: S sequence, B batch, C hidden channels, c the part in use.
+Shape suffixes: S sequence, B batch, C hidden channels, c channels in use.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from flextron_mcore.layers.block import ElasticBlock
 from flextron_mcore.layers.state import StateReader
-from flextron_mcore.layers.unused import unused
+from flextron_mcore.layers.unused import report_unused
+from flextron_mcore.space import ElasticSpace
 
 
 class ElasticTransformerLayer(StateReader, TransformerLayer):
-    """Megatron-Core's TransformerLayer on the first channels of the residual stream; or nothing, where it is skipped.
+    """Megatron-Core's TransformerLayer on the first c channels of the residual stream, or the identity if it is skipped.
 
-    All modules of the layer share its state. Blocks of added axes (`module` in axes.py, made of the configuration and the space)
-    follow the MLP: each returns what it adds to the residual stream [S, B, c]. The input of a pipeline stage's first layer is as
-    wide as the model, and so must be the output of its last one: Megatron-Core's schedules send one shape.
+    All modules of the layer share its state. Blocks of added axes (`Axis.module`) follow the MLP; each returns its residual
+    update [S, B, c]. Megatron-Core's pipeline schedules send tensors of one shape, so a stage's first layer receives all C
+    channels and its last layer returns all C, padded with zeros.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         space = self.mlp.space
-        self.added = {axis.block: axis.module(self.config, space=space) for axis in space.layer_axes if axis.module}
+        self.added = {axis.block: _built(axis.module, self.config, space) for axis in space.layer_axes if axis.module}
         for name, block in self.added.items():
             self.add_module(name, block)
         for module in self.modules():
@@ -38,11 +41,14 @@ class ElasticTransformerLayer(StateReader, TransformerLayer):
 
     @property
     def blocks(self) -> list[ElasticBlock]:
-        """The blocks of the layer, each of an axis of its own."""
+        """Elastic blocks of the layer, one for each layer axis."""
         return [module for module in self.children() if isinstance(module, ElasticBlock)]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any):  # type: ignore[override]
-        """[S, B, C or c] -> ([S, B, c, or C with zeros], context)."""
+        """(output [S, B, c], context) for the residual stream [S, B, C or c]. A pipeline stage's last layer pads to C with zeros.
+
+        context: context of cross-attention, or None. args, kwargs: remaining arguments of Megatron-Core's layer.
+        """
         state = self.state
         if state.channels and hidden_states.shape[-1] > state.channels[0]:
             hidden_states = hidden_states[..., : state.channels[0]].contiguous()
@@ -52,7 +58,13 @@ class ElasticTransformerLayer(StateReader, TransformerLayer):
             for block in self.added.values():
                 hidden_states = hidden_states + block(hidden_states)
         else:
-            hidden_states = unused(hidden_states, self.parameters())
+            hidden_states = report_unused(hidden_states, self.parameters())
         if state.channels and (missing := state.channels[1] - hidden_states.shape[-1]):
             hidden_states = F.pad(hidden_states, (0, missing))
         return hidden_states, context
+
+
+def _built(path: str, config: TransformerConfig, space: ElasticSpace) -> ElasticBlock:
+    """Block of an added axis, of the class that a dotted path names."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)(config, space=space)

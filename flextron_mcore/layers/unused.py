@@ -1,4 +1,4 @@
-"""Parameters that a network leaves out, and Megatron-Core's DDP."""
+"""Parameters that a sub-network does not use, reported to Megatron-Core's DDP."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 
-def unused(hidden_states: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """Hidden states, unchanged; their backward pass tells Megatron-Core's DDP that these parameters had their turn.
+def report_unused(hidden_states: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Return `hidden_states` unchanged; the backward pass also reports a zero gradient for each of `parameters` to DDP.
 
-    With overlapping reduction it counts, in the last micro-batch of a step, which parameters had a gradient, and starts when all
-    had one. Of matrices only parts are ever used (layers/linear.py): nothing is added, and the pages of the stand-in for
-    their gradient are never touched.
+    With overlap_grad_reduce, Megatron-Core's DDP starts to reduce a bucket of gradients when all its parameters had a gradient in
+    the last micro-batch; a parameter without one would stall it. For matrices the gradient returned is an uninitialised tensor,
+    which costs no memory as long as nobody touches it: DDP ignores the value, because slices of matrices add their gradients
+    themselves (layers/linear.py).
     """
     if not torch.is_grad_enabled():
         return hidden_states
@@ -28,10 +29,10 @@ class _Unused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return grad, *(_nothing(parameter) for parameter in ctx.parameters)
+        return grad, *(_no_gradient(parameter) for parameter in ctx.parameters)
 
 
-def _nothing(parameter: Tensor) -> Tensor | None:
+def _no_gradient(parameter: Tensor) -> Tensor | None:
     if getattr(parameter, "main_grad", None) is None:
         return None
     if parameter.dim() < 2:

@@ -1,7 +1,7 @@
-"""A network whose every candidate has a weight, from which a router learns (LLaMaFlex: Gumbel-softmax masks).
+"""Network with a weight for every candidate, for training a Gumbel-softmax router (LLaMaFlex).
 
-All units are computed and multiplied with masks, so that a gradient tells what each candidate would have changed, chosen or not.
-With one weight of 1 on each axis it is that sub-network, computed the expensive way: nothing but a router's training wants it.
+All units are computed and multiplied with masks made of the weights, so every candidate's weight gets a gradient, chosen or not.
+One-hot weights give that sub-network's function at the full model's cost. Only router training uses it.
 
 Shape suffixes: L layers, K candidates of an axis, U units of this rank, C hidden channels.
 """
@@ -20,11 +20,16 @@ from flextron_mcore.axes import layer_axes
 
 @dataclass(frozen=True, eq=False)
 class WeightedNetwork:
-    """Weights of the candidates, from smallest to largest, and of executing each layer: leaves that gather gradients.
+    """Network with a weight for every candidate of every axis, as float32 leaf tensors on this rank's device; equal on all ranks.
 
-    hidden [K], layers [L], and of each axis of the layers [L, K]: float32 on this rank's device, the same on all ranks. share: of
-    the parameters, a plain number, which sets the gain of modulated blocks (layers/block.py): of the network that was drawn, also
-    while weights lie between candidates.
+    All units are computed and multiplied with masks made of the weights, so that every weight gets a gradient (LLaMaFlex).
+
+    Attributes:
+        hidden_K: weight of each candidate of the hidden size, smallest first.
+        layers_L: weight of executing each layer.
+        widths_LK: {layer axis: weight of each candidate in each layer, smallest first}.
+        share: parameters of the drawn sub-network / parameters of the full model, for the gain of modulated blocks
+            (layers/block.py). It stays fixed while weights lie between candidates.
     """
 
     hidden_K: Tensor
@@ -34,7 +39,14 @@ class WeightedNetwork:
 
     @classmethod
     def of(cls, weights: Sequence[Sequence], device: torch.device) -> WeightedNetwork:
-        """From plain numbers: those of `leaves`, and the share if there is one."""
+        """Build from nested lists of numbers.
+
+        Args:
+            weights: in this order: weights of the hidden sizes [K], weights of the layers [L], for each layer axis (heads, FFN
+                neurons) weights of its candidates [L, K], and at the end, if wanted, the float `share` (parameters of the
+                sub-network / parameters of the full model).
+            device: device of the tensors.
+        """
         names = [axis.name for axis in layer_axes()]
         numbers, share = weights[: 2 + len(names)], weights[2 + len(names) :]
         hidden, layers, *widths = (torch.tensor(n, dtype=torch.float32, device=device, requires_grad=True) for n in numbers)
@@ -42,14 +54,18 @@ class WeightedNetwork:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Weights of hidden sizes, of layers, and of each axis of the layers."""
+        """Weights of the hidden sizes [K], of the layers [L], and of each layer axis [L, K], in this order."""
         return [self.hidden_K, self.layers_L, *self.widths_LK.values()]
 
     def gradients(self, tokens: float, sequence_parallel: bool) -> list[Tensor]:
-        """Gradients of the network's mean loss by the `leaves` after `run_networks`, the same on all ranks, on the CPU.
+        """Gradients of the mean loss by each of `leaves`, after `run_networks`: float64 on the CPU, equal on all ranks.
 
-        tokens: how many the loss is the mean over. Ranks know their own layers, samples and units, and with sequence parallelism
-        positions; what is whole on each tensor-parallel rank is counted once.
+        Gradients are summed over data-, pipeline- and tensor-parallel ranks; a gradient that every tensor-parallel rank holds
+        whole counts once. Call on all ranks.
+
+        Args:
+            tokens: number of tokens in the mean loss.
+            sequence_parallel: True if tensor-parallel ranks hold different positions, whose gradients add.
         """
         ranks, found = parallel_state.get_tensor_model_parallel_world_size(), []
         parallel = [False, False, *(axis.parallel for axis in layer_axes())]
@@ -67,9 +83,12 @@ class WeightedNetwork:
 
 
 def mask(weights_K: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Sum of the weights of the candidates that have a unit: [U]. sizes: the candidates, in units, increasing, the last U."""
+    """Weight of each unit [U] of an axis: the sum of the weights [K] of the candidates that include the unit.
+
+    sizes: number of units of each candidate, increasing; the last is U.
+    """
     at_least_K = weights_K.flip(0).cumsum(0).flip(0)
-    # Nothing that saves tensors for its backward pass: layers share a mask, and recomputed ones have such a pass each.
+    # expand and cat save no tensors for backward. Layers share this mask, and with recomputation each runs backward through it.
     return torch.cat(
         [weight.expand(high - low) for weight, low, high in zip(at_least_K.unbind(), [0, *sizes], sizes, strict=False)]
     )

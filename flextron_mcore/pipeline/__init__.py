@@ -1,1 +1,1 @@
-"""Micro-batches through one or several networks in one flush of the pipeline, and what they yield."""
+"""Forward and backward passes of micro-batches through one or several networks, in one flush of the pipeline."""

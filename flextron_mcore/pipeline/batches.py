@@ -1,4 +1,4 @@
-"""The first samples of a dataset as micro-batches, shared out over the data-parallel ranks."""
+"""Micro-batches of a dataset's first samples, distributed over the data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from flextron_mcore.pipeline.networks import Batch
 
 
 def count_batches(samples: int, micro_batch_size: int) -> int:
-    """Micro-batches of each rank, as many for all; the interleaved schedule takes multiples of the pipeline's size."""
+    """Number of micro-batches of each data-parallel rank for `samples` samples of all ranks; the same on all ranks.
+
+    Rounded up, with the interleaved schedule to a multiple of the pipeline size.
+    """
     count = -(-samples // (micro_batch_size * parallel_state.get_data_parallel_world_size()))
     if parallel_state.get_virtual_pipeline_model_parallel_world_size():
         stages = parallel_state.get_pipeline_model_parallel_world_size()
@@ -21,7 +24,13 @@ def count_batches(samples: int, micro_batch_size: int) -> int:
 
 
 def share(dataset: Dataset, samples: int, micro_batch_size: int) -> Iterator[Batch]:
-    """This rank's micro-batches, all of the same size; what is beyond the last sample is repeated and does not count."""
+    """Micro-batches of this data-parallel rank, all of the same size, filled up with repeated samples whose loss mask is 0.
+
+    Args:
+        dataset: samples in order.
+        samples: number of samples of all ranks together, the first ones.
+        micro_batch_size: samples of a micro-batch.
+    """
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     for round_ in range(count_batches(samples, micro_batch_size)):
         first = (round_ * ranks + rank) * micro_batch_size

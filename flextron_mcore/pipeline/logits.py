@@ -1,6 +1,6 @@
-"""Logits of a network at any layout.
+"""Logits of a network, in any parallel layout.
 
-Shape suffixes: B batch, S sequence, V vocabulary (this rank's part where it is split).
+Shape suffixes: B batch, S sequence, V vocabulary (of this rank, before it is gathered).
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from flextron_mcore.space import SubNetwork
 
 @torch.no_grad()
 def forward_logits(chunks: Sequence[torch.nn.Module], net: SubNetwork | None, tokens_BS: Tensor) -> Tensor:
-    """Logits of `net` (None: the full model) for `tokens_BS`: [B, S, vocabulary] float32, the same on every rank.
+    """Compute logits [B, S, vocabulary] in float32, the same on every rank. Call on all ranks, with the same tokens.
 
-    Call on all ranks, with the same tokens. chunks: this rank's virtual-pipeline chunks (usually one), wrapped or not.
+    Args:
+        chunks: this rank's virtual-pipeline chunks (usually one), wrapped or not.
+        net: sub-network, None for the full model.
+        tokens_BS: token ids.
     """
     gpt = unwrap(chunks[0])
     batch, length = tokens_BS.shape
@@ -47,7 +50,7 @@ def forward_logits(chunks: Sequence[torch.nn.Module], net: SubNetwork | None, to
             forward_step_func=forward_step,
             data_iterator=[None] * len(chunks) if interleaved else None,
             model=list(chunks) if interleaved else chunks[0],
-            num_microbatches=pipeline if interleaved else 1,  # the interleaved schedule takes no fewer
+            num_microbatches=pipeline if interleaved else 1,  # the interleaved schedule needs at least one for each stage
             seq_length=length,
             micro_batch_size=batch,
             forward_only=True,
@@ -57,4 +60,4 @@ def forward_logits(chunks: Sequence[torch.nn.Module], net: SubNetwork | None, to
         logits_BSV = found[0].contiguous()
     else:
         logits_BSV = torch.empty(batch, length, gpt.vocab_size, device=device())
-    return from_last_stage(logits_BSV)[..., : gpt.real_vocab_size]  # without what pads the vocabulary to equal parts
+    return from_last_stage(logits_BSV)[..., : gpt.real_vocab_size]  # without the padding of the vocabulary

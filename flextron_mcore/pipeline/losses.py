@@ -1,6 +1,6 @@
 """Losses of one micro-batch.
 
-Shape suffixes: B batch, S sequence, V vocabulary (this rank's part where it is split).
+Shape suffixes: B batch, S sequence, V vocabulary of this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -12,25 +12,29 @@ from torch import Tensor
 
 
 def masked_sum(loss_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Sum of the per-token losses where the mask is 1."""
+    """Sum of per-token losses, weighted by the mask, in float32."""
     return (loss_BS.float() * mask_BS).sum()
 
 
 def distillation(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float) -> Tensor:
-    """Per-token KL(teacher || student) times the squared temperature (Hinton et al., arXiv:1503.02531): [B, S].
+    """Distillation loss of each token [B, S]: temperature^2 * KL(teacher || student) (Hinton et al., arXiv:1503.02531).
 
     Logits stay split over tensor-parallel ranks; only sums over the vocabulary are exchanged. No gradient reaches the teacher.
+
+    Args:
+        student_BSV, teacher_BSV: logits.
+        temperature: divides both logits.
     """
     teacher_BSV, teacher_sum_BS = _shifted(teacher_BSV.detach(), temperature)
     student_BSV, student_sum_BS = _shifted(student_BSV, temperature)
     log_p_BSV = teacher_BSV - teacher_sum_BS.log().unsqueeze(-1)
-    # The student's log of the sum, which is the same on all ranks, stays outside of the sum over ranks: so do its gradients.
+    # The student's log-sum-exp is equal on all ranks, so it is added after the sum over ranks, which would count it repeatedly.
     cross_BS = reduce_from_tensor_model_parallel_region((log_p_BSV.exp() * (log_p_BSV - student_BSV)).sum(-1))
     return (cross_BS + student_sum_BS.log()) * temperature**2
 
 
 def _shifted(logits_BSV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logits over the temperature minus their largest, and the sum of their exponentials over the whole vocabulary [B, S]."""
+    """(logits / temperature - maximum, sum of their exponentials [B, S]), both over the whole vocabulary."""
     logits_BSV = logits_BSV.float() / temperature
     largest_BS = logits_BSV.detach().amax(-1)
     group = parallel_state.get_tensor_model_parallel_group()

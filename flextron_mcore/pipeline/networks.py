@@ -1,4 +1,4 @@
-"""One optimizer step: every micro-batch through every network, in one flush of the pipeline (Flextron, eq. 5)."""
+"""Passes of one optimizer step: every micro-batch through every network, in one flush of the pipeline (Flextron, eq. 5)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.space import SubNetwork
 
 Batch = Mapping[str, Tensor]
-# (index of the network, number of the micro-batch, losses of its tokens [B, S], final hidden states [S, B, C] of this rank)
+# Arguments: index of the network, number of the micro-batch, its losses [B, S], this rank's final hidden states [S, B, C].
 Watch = Callable[[int, int, Tensor, Tensor], None]
 
 
@@ -38,15 +38,26 @@ def run_networks(
     gates: Sequence[Sequence[Tensor] | None] | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Run `num_batches` micro-batches through each of `networks`, of which the first is the full model when training.
+    """Run every micro-batch through every network, and accumulate gradients in the model unless `forward_only`.
 
-    Returns [len(networks), 2] float64, the same on all ranks: sums of the language-model loss and of tokens over the
-    data-parallel group. Unless forward_only, leaves the gradients of eq. 5 in the model: of the sum over networks of their mean
-    losses. Megatron-Core divides by the number of tokens that it is passed, which is the full model's alone.
+    The gradients are those of sum_j L(M_j(x), y), with L the mean loss of a token (Flextron, eq. 5). Megatron-Core divides by the
+    number of tokens that it is told, so only the full model's tokens are counted. Call on all ranks.
 
-    model: this rank's virtual-pipeline chunks (usually one). batches: makes an iterator of this rank's micro-batches. teach:
-    distillation of the networks from the first one. gates: one for each block of each network, or None for a network without;
-    `gate_gradients` collects their gradients. watch: called with every micro-batch, on the last pipeline stage.
+    Args:
+        model: this rank's virtual-pipeline chunks (usually one).
+        batches: returns a new iterator over this rank's micro-batches.
+        num_batches: number of this rank's micro-batches.
+        networks: networks to run. In training the first is the full model (None).
+        seq_length: tokens of a sample.
+        micro_batch_size: samples of a micro-batch.
+        forward_only: evaluate without gradients.
+        teach: settings of the distillation from the first network to the others; None without.
+        gates: for each network a router gate (layers/block.py) for each block, or None; `gate_gradients` gets their gradients.
+        watch: called with every micro-batch of every network on the last pipeline stage.
+
+    Returns:
+        [networks, 2] in float64, the same on all ranks: sum of the language-model loss, and number of tokens, over the
+        data-parallel group.
     """
     per_batch = len(networks)
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
@@ -54,7 +65,7 @@ def run_networks(
     def items() -> Iterator[tuple[Batch, int, int]]:
         for number, batch in enumerate(batches()):
             on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
-            for index in range(per_batch):  # the networks of a micro-batch follow each other: its teacher lives briefly
+            for index in range(per_batch):  # all networks of a micro-batch in a row, so one teacher's logits are alive at a time
                 yield on_device, index, number * ranks + rank
 
     teacher: list[Tensor] = []
@@ -76,7 +87,7 @@ def run_networks(
         mask = batch["loss_mask"]
         if teach:
             output = mask_padding(output, gpt.real_vocab_size)
-            # The loss wants the logits [B, S, V] sequence first, and works in place.
+            # Megatron-Core's loss takes logits with the sequence first, and overwrites them.
             logits_SBV = output.transpose(0, 1).clone(memory_format=torch.contiguous_format)
             loss_BS = gpt.compute_language_model_loss(batch["labels"], logits_SBV)
         else:
@@ -116,7 +127,7 @@ def run_networks(
 
 
 def from_last_stage(tensor: Tensor) -> Tensor:
-    """The tensor of the last pipeline stage, on all stages, in place of theirs."""
+    """Broadcast the last pipeline stage's tensor to all stages, in place, and return it. Call on all pipeline stages."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last, group = parallel_state.get_pipeline_model_parallel_last_rank(), parallel_state.get_pipeline_model_parallel_group()
         torch.distributed.broadcast(tensor, last, group=group)
@@ -135,10 +146,15 @@ def _final_states(gpt: GPTModel) -> Iterator[list[Tensor]]:
 
 
 def gate_gradients(gates: Sequence[Sequence[Tensor]], tokens: float, sequence_parallel: bool) -> Tensor:
-    """Gradients of each network's mean loss by its gates after `run_networks`: [networks, blocks], the same on all ranks.
+    """Gradients of each network's mean loss by its router gates, after `run_networks`: float64 [networks, blocks].
 
-    tokens: number that the loss is the mean over. Gates of a rank gather over its layers, its samples and, with sequence
-    parallelism, its positions.
+    The result is on the CPU and the same on all ranks: gradients are summed over data- and pipeline-parallel ranks. Call on all
+    ranks.
+
+    Args:
+        gates: for each network a router gate for each block.
+        tokens: number of tokens in the mean loss.
+        sequence_parallel: true if tensor-parallel ranks hold different positions, whose gradients are summed, too.
     """
     zero = torch.zeros((), device=device())
     found = torch.stack([torch.stack([zero if gate.grad is None else gate.grad for gate in row]) for row in gates]).double()

@@ -1,13 +1,12 @@
-"""Routers against other selectors, from `compare` (the paper's figures 5 and 13, eq. 12). No torch import.
+"""Routers against other selectors, from `compare` (Flextron, figures 5 and 13, eq. 12). No torch import.
 
-Losses are in nats per token; costs in the unit of their kind (ms, parameters, bytes), targets and shares in fractions of the full
-model's.
+Losses are in nats per token, costs in the unit of their kind (ms, parameters, bytes). Targets and shares are fractions of the
+full model's cost.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ from matplotlib.patches import Patch
 
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import OWN_UNITS
+from flextron_mcore.evaluation.median import median_loss, rising
 from flextron_mcore.report.drawing import SIZE, Picture, Theme, chart, picture
 from flextron_mcore.report.networks import describe
 from flextron_mcore.report.reader import Settings, StageOutput
@@ -28,12 +28,22 @@ STYLES = {  # marker and dash of each selector
     **{"router": ("o", "-"), "uniform": ("s", "--"), "matformer": ("^", "-."), "sensitivity": ("D", ":")},
     **{"random": ("x", "none"), "dense": ("P", "none")},
 }
+MEANINGS = {  # of the selectors, for readers of the page
+    "router": "routers: trained on data to choose",
+    "uniform": "uniform: the same widths in every layer",
+    "matformer": "matformer: all heads, the same FFN width in every layer",
+    "sensitivity": "sensitivity: the blocks whose cuts, each alone, cost least loss",
+    "random": "random: the best of some random networks",
+}
 NAMES = {"dense": "dense, from scratch"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One evaluated network."""
+    """Network that `flextron compare` evaluated. cost: in the unit of the compared cost (ms, parameters, bytes).
+
+    mean_loss: nats per token, mean over domains. loss: {domain: nats per token}; None if only the mean is known.
+    """
 
     cost: float
     parameters: int
@@ -44,7 +54,10 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Selected(Compared):
-    """The network that a selector chose, for the budget `target` if for one."""
+    """Network that a selector chose, with its evaluation. subnetwork: sizes of the network.
+
+    target: budget, as a share of the full model's cost; None for a network that no budget was set for.
+    """
 
     selector: SelectorName
     target: float | None
@@ -53,7 +66,7 @@ class Selected(Compared):
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(Compared):
-    """A model that was trained from scratch at its size; its cost may not be known."""
+    """Dense model trained from scratch, for comparison. cost: None if no sub-network of the space has the model's shape."""
 
     name: str
     cost: float | None
@@ -61,7 +74,11 @@ class Dense(Compared):
 
 @dataclass(frozen=True)
 class RandomNetworks:
-    """Random networks of one budget. better_than: the fraction of those that are not the routers' own whose loss is higher."""
+    """Cost (shares of the full model's cost) and loss (nats per token) of random networks that meet a budget, the share `target`.
+
+    router_share, router_loss: cost and loss of the network that the router chooses for the budget. better_than: fraction of the
+    random networks whose loss is higher than router_loss. The three are None without a router.
+    """
 
     target: float
     shares: list[float]
@@ -72,13 +89,17 @@ class RandomNetworks:
 
     @property
     def finite(self) -> list[float]:
-        """The losses without those of diverged networks."""
+        """Mean losses of the random networks, without those that diverged (NaN or infinite)."""
         return [value for value in self.mean_losses if np.isfinite(value)]
 
 
 @dataclass(frozen=True)
 class EqualCost:
-    """A baseline's network, and the loss of the routers' network of exactly its cost."""
+    """Network of the baseline `selector`, and the network that the router chooses for a budget equal to that network's cost.
+
+    share, mean_loss: cost as a share of the full model's cost, and loss in nats per token, of the baseline's network.
+    router_share, router_loss: cost and loss of the router's network; None without a router.
+    """
 
     selector: SelectorName
     subnetwork: SubNetwork
@@ -90,9 +111,9 @@ class EqualCost:
 
 @dataclass(frozen=True)
 class Fit:
-    """L(N) = (N/Nc)^-alpha + E over `points` networks of a selector; N is `of` in its own unit.
+    """Power law L(N) = (N / Nc)^-alpha + E (Flextron, eq. 12), fitted to the losses of `points` networks of a selector.
 
-    _ci: intervals of 95% confidence. None if the points do not determine the fit.
+    of: quantity that N is. Nc_ci, alpha_ci, E_ci: 95% confidence intervals. Numbers are None where the points determine no fit.
     """
 
     selector: SelectorName
@@ -107,11 +128,11 @@ class Fit:
 
     @property
     def determined(self) -> bool:
-        """True if the points determine the fit."""
+        """True if the points were enough to determine Nc, alpha and E."""
         return None not in (self.Nc, self.alpha, self.E)
 
     def loss(self, sizes: np.ndarray) -> np.ndarray:
-        """L(N) (the paper's eq. 12); NaN where that is not a number."""
+        """L(N) of Flextron, eq. 12, at each of `sizes`; NaN where it is not finite."""
         with np.errstate(all="ignore"):
             values = (sizes / self.Nc) ** -self.alpha + self.E
         return np.where(np.isfinite(values), values, np.nan)
@@ -119,7 +140,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One `compare` directory. cost: a key of OWN_UNITS; full_cost, smallest_cost in its unit; `samples` samples a domain."""
+    """Result of one directory (`label`) that `flextron compare` wrote.
+
+    cost: name of the compared cost, whose unit is OWN_UNITS[cost]; full_cost, smallest_cost: cost of the full model and of the
+    smallest network. machine, setting: device and workload of a latency. samples: evaluated samples, all domains together.
+    """
 
     label: str
     model: ModelConfig
@@ -138,16 +163,16 @@ class Comparison:
     settings: Settings
 
     def share(self, net: Compared) -> float | None:
-        """The network's cost as a fraction of the full model's."""
+        """Cost of a network as a share of the full model's cost; None if the cost is not known."""
         return None if net.cost is None else net.cost / self.full_cost
 
     def of(self, selector: str) -> list[Selected]:
-        """The networks of one selector, the cheapest first."""
+        """Networks that one selector chose, the cheapest first."""
         return sorted((net for net in self.networks if net.selector == selector), key=lambda net: (net.cost, net.mean_loss))
 
 
 def read(output: StageOutput) -> Comparison:
-    """One `compare` directory."""
+    """Result of one `compare` directory. Raises FlextronError for a wrong value, which is named."""
     cost = output.metrics.read("cost", Literal[tuple(OWN_UNITS)])
     found, where = output.into(Comparison, cost=cost), output.metrics.where
     if not found.full_cost > 0:
@@ -160,30 +185,30 @@ def read(output: StageOutput) -> Comparison:
 
 
 def sections(results: list[Comparison]) -> list[Section]:
-    """Up to four parts of the page for each directory: loss against cost, fits, random networks, equal cost."""
+    """Up to four sections of the page for each directory: random networks, loss against cost, equal cost, fits."""
     parts = []
     for c, number, label in numbered(results):
-        parts.append(_loss_section(c, f"compare{number}", label))
-        parts += [_fits_section(c, f"scaling{number}", label)] if c.scaling_law else []
         parts += [_random_section(c, f"random{number}", label)] if c.random else []
+        parts.append(_loss_section(c, f"compare{number}", label))
         parts += [_equal_section(c, f"equal{number}", label)] if c.equal else []
+        parts += [_fits_section(c, f"scaling{number}", label)] if c.scaling_law else []
     return parts
 
 
 def highlights(results: list[Comparison]) -> Highlights:
-    """A sentence about the routers of the first directory that has any."""
+    """Sentence on the routers of the first directory that has any, and the architecture and space of every directory."""
     sentences = [text for text in map(sentence, results) if text]
     return Highlights(sentences[:1], settings=[c.settings for c in results])
 
 
 def sentence(c: Comparison) -> str | None:
-    """The routers' loss at the smallest budget, in words; None without routers."""
+    """Sentence on the loss of the network that the router chooses for the smallest budget; None without a router."""
     by_router = [net for net in c.of("router") if net.target is not None]
     if not by_router:
         return None
     net = min(by_router, key=lambda net: net.target)
     text = f"Asked for {100 * net.target:.4g}% of the full model’s {c.cost}, the routers choose a network with a mean loss of"
-    text += f" {loss(net.mean_loss)}, against {loss(c.full.mean_loss)} of the full model"
+    text += f" {loss(net.mean_loss)}, against {loss(c.full.mean_loss)} of the full model on the same {c.samples:,} samples"
     row = next((row for row in c.random if row.target == net.target and row.better_than is not None), None)
     return text + (f" and better than {percent(row.better_than)} of random networks of that budget." if row else ".")
 
@@ -207,14 +232,20 @@ def _loss_section(c: Comparison, key: str, label: str) -> Section:
         ("Mean loss", [loss(net.mean_loss) for net in nets]),
         *((f"Loss, {domain}", [loss((net.loss or {}).get(domain)) for net in nets]) for domain in domains),
     ]
-    note = f"Networks that each selector chooses for a budget, evaluated on {c.samples:,} samples; target and share are fractions"
-    note += f" of the full model’s {c.cost}, the smallest network has {percent(c.smallest_cost / c.full_cost)}.{_latency_note(c)}"
+    note = (
+        f"Target and share are of the full model’s {c.cost}; the smallest network has {percent(c.smallest_cost / c.full_cost)}."
+    )
+    note += (
+        f"{_latency_note(c)} Losses are on {c.samples:,} samples: compare them with each other, not with those of other parts."
+    )
+    if c.networks:
+        note += f" Selectors: {'; '.join(text for selector, text in MEANINGS.items() if c.of(selector))}."
     pictures = [loss_against(c, by) for by in ("cost", "non_embedding_parameters")]
     return Section(key, f"Loss against {c.cost}{label}", note, [Table.of_columns(columns, strong=0)], pictures)
 
 
 def _latency_note(c: Comparison) -> str:
-    """Where a latency was measured, as a sentence after a space; empty for another cost."""
+    """Machine and setting of a latency, as a sentence after a space; empty for another cost."""
     if c.cost != "latency":
         return ""
     machine, setting = c.machine or {}, c.setting or {}
@@ -228,10 +259,12 @@ def _fits_section(c: Comparison, key: str, label: str) -> Section:
     unit = OWN_UNITS[c.cost]
     names = {"cost": c.cost if c.cost == unit else f"{c.cost} ({unit})", "non_embedding_parameters": "non-embedding parameters"}
     rows = [[fit.selector, names[fit.of], f"{fit.points:,}", *_fitted(fit)] for fit in c.scaling_law]
-    note = "L(N) = (N / Nc)^−α + E (the paper’s eq. 12 and Table 3), fitted to the networks of a selector and the full model; in"
-    note += " brackets 95% confidence intervals. Networks that are too few or too similar do not determine a fit."
+    note = (
+        "How loss falls with size N: L(N) = (N / Nc)^−α + E (Flextron, eq. 12 and Table 3), fitted to the networks of a selector"
+    )
+    note += " and the full model. In brackets: 95% confidence intervals. Too few or too similar networks do not determine a fit."
     table = Table(["Selector", "N", "Networks", "Nc", "α", "E"], rows, left=2)
-    return Section(key, f"Scaling law{label}", note, [table], [])
+    return Section(key, f"Scaling law{label}", note, [table], [], "evidence")
 
 
 def _fitted(fit: Fit) -> list[str]:
@@ -246,14 +279,16 @@ def _random_section(c: Comparison, key: str, label: str) -> Section:
     head = ["Budget", "Networks", "Best", "Median", "Worst", "Router", "Router’s share", "Better than"]
     rows = []
     for row in sorted(c.random, key=lambda row: -row.target):
-        losses = sorted(row.mean_losses, key=lambda value: (value != value, value))  # a diverged network is the worst
-        ends = [loss(losses[0]), loss(median(losses)), loss(losses[-1])] if losses else ["–"] * 3
+        losses = rising(row.mean_losses)
+        ends = [loss(losses[0]), loss(median_loss(losses)), loss(losses[-1])] if losses else ["–"] * 3
         router = [loss(row.router_loss), percent(row.router_share), percent(row.better_than)]
         rows.append([percent(row.target), f"{len(losses):,}", *ends, *router])
-    note = f"Mean loss of random networks of each budget, as a share of the full model’s {c.cost}, and of the routers’ network;"
-    note += " better than: the random networks whose loss is higher."
+    note = (
+        f"Losses of random networks of a budget (share of the full model’s {c.cost}), and of the network that the routers choose"
+    )
+    note += " for it. Better than: share of the random networks with a higher loss; 50% is no better than chance."
     pictures = [random_boxes(c)] if any(row.finite for row in c.random) else []
-    return Section(key, f"Routers against random networks{label}", note, [Table(head, rows)], pictures, beside=bool(pictures))
+    return Section(key, f"Routers against random networks{label}", note, [Table(head, rows)], pictures)
 
 
 def _equal_section(c: Comparison, key: str, label: str) -> Section:
@@ -268,20 +303,20 @@ def _equal_section(c: Comparison, key: str, label: str) -> Section:
         ("Router’s mean loss", [loss(row.router_loss) for row in equal]),
         ("Difference", [signed(difference(row)) for row in equal]),
     ]
-    note = f"The routers asked for exactly the {c.cost} of a baseline’s network. Difference: the routers’ loss less the"
-    note += " baseline’s; below zero, the routers are better."
+    note = f"The routers are given exactly the {c.cost} of a baseline’s network. Difference: their loss minus the baseline’s;"
+    note += " below zero, the routers are better."
     table = Table.of_columns(columns, left=2)
     return Section(key, f"Routers against baselines of equal {c.cost}{label}", note, [table], [])
 
 
 def colour(theme: Theme, selector: str) -> str:
-    """The colour of a selector's points and line."""
-    colours = (theme.after, theme.before, *theme.others[:2], theme.muted, theme.others[2])
-    return colours[list(STYLES).index(selector)]
+    """Colour of a selector's points and line."""
+    colours = (theme.after, theme.before, *theme.others[:2], theme.muted, *theme.others[2:])
+    return colours[list(STYLES).index(selector) % len(colours)]
 
 
 def loss_against(c: Comparison, by: str) -> Picture:
-    """Mean loss of each selector's networks against their `by`: "cost", or "non_embedding_parameters" (the paper's figure 5)."""
+    """Mean loss of each selector's networks against "cost" or "non_embedding_parameters" (`by`; Flextron, figure 5)."""
     title, unit = cost_unit(c.cost, c.full_cost)
     if by == "cost":
         place = lambda net: (100 * c.share(net), net.mean_loss)  # noqa: E731
@@ -324,7 +359,7 @@ def loss_against(c: Comparison, by: str) -> Picture:
 
 
 def random_boxes(c: Comparison) -> Picture:
-    """Losses of random networks at each budget as boxes, and the routers' as a line (the paper's figure 13)."""
+    """Box plot of the losses of random networks at each budget, with the router's networks as a line (Flextron, figure 13)."""
     rows = [row for row in sorted(c.random, key=lambda row: row.target) if row.finite]
     places = [100 * row.target for row in rows]
     gap = min((b - a for a, b in zip(places, places[1:], strict=False)), default=10.0)
@@ -336,6 +371,7 @@ def random_boxes(c: Comparison) -> Picture:
         box = {"facecolor": theme.grid, "edgecolor": theme.muted}
         middle = {"color": theme.before, "linewidth": 1.8}
         look = {"patch_artist": True, "boxprops": box, "medianprops": middle, **lines}
+        look["usermedians"] = [median_loss(row.mean_losses) for row in rows]  # as in the table: with diverged networks
         axes.boxplot([row.finite for row in rows], positions=places, widths=0.5 * gap, whis=(0, 100), manage_ticks=False, **look)
         handles = [Patch(**box, label="random networks"), *axes.plot([], [], **middle, label="their median")]
         if by_router:
@@ -351,13 +387,13 @@ def random_boxes(c: Comparison) -> Picture:
     boxes = "; ".join(map(_box_words, rows))
     words = f"Box plots of the mean loss of random networks by budget, in nats per token: {boxes}."
     caption = f"{c.label}: losses of random networks of each budget (box from quartile to quartile, whiskers to the"
-    caption += " extremes), and of the routers’ network of that budget (as the paper’s figure 13)."
+    caption += " extremes), and of the routers’ network (as Flextron, figure 13)."
     return picture(f"{stem(c.label)}_random", words, caption, draw)
 
 
 def _box_words(row: RandomNetworks) -> str:
     losses = row.finite
-    text = f"{100 * row.target:.4g}%: {min(losses):.3f} to {max(losses):.3f}, median {np.median(losses):.3f}"
+    text = f"{100 * row.target:.4g}%: {min(losses):.3f} to {max(losses):.3f}, median {loss(median_loss(row.mean_losses))}"
     return text + (f", router {row.router_loss:.3f}" if row.router_loss is not None else "")
 
 

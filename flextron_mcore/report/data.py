@@ -1,4 +1,4 @@
-"""The start of a run: data sets of `prepare`, and the settings of an imported model. No torch import."""
+"""Start of a run: data sets of `prepare`, and the settings of an imported model. No torch import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flextron_mcore.report.topic import Highlights, Section, Table, Topic
 
 @dataclass(frozen=True)
 class Domain:
-    """Sizes of one domain of a data set: tokens, documents and bytes of text."""
+    """Sizes of one domain of a data set that `flextron prepare` wrote: numbers of tokens and documents, bytes of text."""
 
     train_tokens: int
     valid_tokens: int
@@ -21,7 +21,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Data:
-    """One `prepare` directory."""
+    """Result of one directory that `flextron prepare` wrote. domains: {name: domain}."""
 
     label: str
     vocab_size: int
@@ -29,12 +29,12 @@ class Data:
 
 
 def sections(results: list[Data]) -> list[Section]:
-    """Sizes of every domain, one table a data set."""
-    return [Section("data", "Data", "Tokens, documents and size of every domain.", [_table(data) for data in results], [])]
+    """Section with a table for each data set: the sizes of its domains."""
+    return [Section("data", "Data", "", [_table(data) for data in results], [], "trained")]
 
 
 def highlights(results: list[Data]) -> Highlights:
-    """The tokenizer among the settings."""
+    """Vocabulary size of each data set, for the settings on the page."""
     return Highlights(details=[(f"Tokenizer ({d.label})", [("vocab_size", f"{d.vocab_size:,}")]) for d in results])
 
 

@@ -1,5 +1,4 @@
-"""How every figure of the report is drawn: themes, style, and a figure as two PNGs, one on white (also written as a file) and one
-on transparent for dark pages.
+"""Style of the figures. Each is two PNGs: on white (also written as a file), and on transparent for dark pages.
 
 Drawn with matplotlib's Agg canvas and no pyplot, so no global state; equal input gives equal bytes. Colours are Okabe and Ito's,
 which colour-blind readers can tell apart; lines also differ in marker or dash.
@@ -28,7 +27,20 @@ MARKERS = "osD^vPX<>"
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours for one background. `gap` parts cells; `shades` runs from the smallest share to the largest."""
+    """Colours of all figures on one background, light or dark, as matplotlib takes them.
+
+    Attributes:
+        background: background of the figure; "none" is transparent.
+        ink: text, and lines of the full model.
+        muted: axes, ticks, and lines that stand back behind the data.
+        grid: grid lines.
+        after: first data colour, such as of the model after training.
+        before: second data colour, such as of the model before training, or of sub-networks.
+        gap: lines between the cells of a grid of numbers.
+        others: further data colours.
+        shades: colour scale for shares of the full size, from the smallest to the largest share.
+        lines: colour scale for lines that have an order, such as networks by size.
+    """
 
     background: str
     ink: str
@@ -70,7 +82,14 @@ DARK = Theme(
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished figure. `name` is the file stem, `light` and `dark` are PNG bytes, `alt` describes it in words."""
+    """Finished figure, for light and dark pages.
+
+    Attributes:
+        name: stem of the file name.
+        alt: description in words.
+        caption: text below the figure.
+        light, dark: PNG bytes.
+    """
 
     name: str
     alt: str
@@ -80,19 +99,27 @@ class Picture:
 
 
 def ramp(theme: Theme, count: int) -> np.ndarray:
-    """`count` colours (RGBA rows), from the last of `theme.lines` to the first, for lines that have an order."""
+    """Colours (RGBA rows) of `count` lines that have an order, from the last colour of `theme.lines` to the first."""
     return LinearSegmentedColormap.from_list("lines", theme.lines)(np.linspace(1, 0, max(count, 2)))
 
 
 def moving_average(values: Sequence[float], window: int) -> np.ndarray:
-    """Centred mean over up to `window` values; shorter at both ends, so the curve neither shrinks nor shifts."""
+    """Centred moving average, as long as `values`; near both ends the mean is over the values inside the window that exist.
+
+    window: number of values in a mean; an even number counts as the next odd one.
+    """
     half, inside = max(window, 1) // 2, slice(max(window, 1) // 2, max(window, 1) // 2 + len(values))
     kernel = np.ones(2 * half + 1)
     return np.convolve(values, kernel)[inside] / np.convolve(np.ones(len(values)), kernel)[inside]
 
 
 def chart(figure: Figure, xlabel: str, ylabel: str = "Mean loss (nats per token)") -> Axes:
-    """The axes of a figure of one panel, labelled and tidy."""
+    """Axes of a figure of one panel.
+
+    Args:
+        figure: to draw into.
+        xlabel, ylabel: labels.
+    """
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     tidy(axes)
@@ -100,7 +127,7 @@ def chart(figure: Figure, xlabel: str, ylabel: str = "Mean loss (nats per token)
 
 
 def panels(figure: Figure, titles: Sequence[str], **options: bool) -> list[Axes]:
-    """Panels above each other, with these titles, that share the x axis."""
+    """Panels above each other that share the x axis, one for each title. options: further arguments of Figure.subplots."""
     made = list(figure.subplots(len(titles), 1, sharex=True, squeeze=False, **options)[:, 0])
     for axes, title in zip(made, titles, strict=True):
         axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
@@ -108,7 +135,7 @@ def panels(figure: Figure, titles: Sequence[str], **options: bool) -> list[Axes]
 
 
 def tidy(axes: Axes, x_numbers: bool = True) -> None:
-    """A grid behind the data, no frame above and on the right, and round ticks where x is a number."""
+    """Give axes a grid behind the data, no frame above and on the right, and round ticks where x is a number."""
     axes.grid(axis="y" if not x_numbers else "both")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -117,7 +144,7 @@ def tidy(axes: Axes, x_numbers: bool = True) -> None:
 
 
 def log_scale(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic y axis for positive `values`, with plain numbers: 1, 2, 5 of each power of ten, of many powers only 1."""
+    """Give axes a logarithmic y scale for positive `values`, with plain numbers at 1, 2, 5 times powers of ten."""
     axes.set_yscale("log")
     few = max(values) < 100 * min(values)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6))
@@ -132,7 +159,14 @@ def label_points(
     obstacles: Sequence[tuple[float, float]],
     theme: Theme,
 ) -> None:
-    """Name points, (text, point, bold) in this order, where there is room beside each other, the obstacles and the legend."""
+    """Write names beside points where there is room, clear of other labels, the obstacles and the legend.
+
+    Args:
+        figure, axes: to draw into.
+        labels: (text, point, bold), the most important first.
+        obstacles: points that labels keep away from.
+        theme: colours.
+    """
     figure.draw_without_rendering()
     renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
     unit = figure.dpi / 72  # pixels a point
@@ -172,7 +206,15 @@ def label_points(
 def picture(
     name: str, alt: str, caption: str, draw: Callable[[Figure, Theme], None], size: tuple[float, float] = SIZE
 ) -> Picture:
-    """The figure that `draw` draws, of `size` inches, for both themes."""
+    """Draw a picture twice, for light and for dark pages.
+
+    Args:
+        name: stem of the file.
+        alt: description in words.
+        caption: text below the picture.
+        draw: function that draws into a figure with the colours of a theme.
+        size: width and height in inches.
+    """
     return Picture(name, alt, caption, _render(draw, size, LIGHT), _render(draw, size, DARK))
 
 

@@ -1,4 +1,4 @@
-"""The family of networks, from `evaluate`: sizes, losses, and the gain of training. Losses are in nats per token."""
+"""Networks of every size, from `evaluate`: sizes, losses, and the gain of training. Losses are in nats per token."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from flextron_mcore.report.text import big, cost_unit, loss, memory, percent, pe
 from flextron_mcore.report.topic import Card, Column, Highlights, Section, Table, Topic
 from flextron_mcore.space import SubNetwork, count_parameters
 
-BEFORE_WORDS = ("parent", "before")
+BEFORE_WORDS = ("parent", "before")  # in the name of a directory: evaluated before elastic training
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean over the domains."""
+    """Loss of a network, averaged over domains, and its perplexity."""
 
     loss: float
     perplexity: float
@@ -40,7 +40,17 @@ class Mean:
 
 @dataclass(frozen=True)
 class Network:
-    """One evaluated network: its choice, its size (parameters, bytes) and its loss per domain (nats per token)."""
+    """Network that `flextron evaluate` evaluated.
+
+    Attributes:
+        name: name of the network.
+        subnetwork: sizes of the network.
+        parameters, non_embedding_parameters: number of parameters, with and without embeddings.
+        weight_bytes, kv_cache_bytes: bytes of the weights and of the KV cache.
+        loss: {domain: loss in nats per token}.
+        perplexity: {domain: perplexity}.
+        mean: loss and perplexity, averaged over domains.
+    """
 
     name: str
     subnetwork: SubNetwork
@@ -53,45 +63,54 @@ class Network:
     mean: Mean
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, as in the metrics.json it was read from; hidden size and executed layers on top."""
+        """Network as plain types, as in metrics.json, with hidden size and number of executed layers added."""
         sizes = {"hidden_size": self.subnetwork.hidden_size, "depth": self.subnetwork.depth}
         return {**self.__dict__, "subnetwork": self.subnetwork.to_dict(), "mean": asdict(self.mean), **sizes}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One `evaluate` directory: the networks, largest first."""
+    """Result of one directory that `flextron evaluate` wrote.
+
+    Attributes:
+        label: name of the directory.
+        model: architecture of the full model.
+        networks: evaluated networks, from the most parameters to the fewest.
+        settings: architecture and elastic space, for the page.
+        samples: evaluated samples, all domains together; None if not recorded.
+    """
 
     label: str
     model: ModelConfig
     networks: list[Network]
     settings: Settings
+    samples: int | None = None
 
     @property
     def smallest(self) -> Network:
-        """The network of fewest parameters."""
+        """Network with the fewest parameters."""
         return self.networks[-1]
 
     @property
     def says_before(self) -> bool:
-        """True if the directory's name says that elastic training came later."""
+        """True if a word in the directory's name (BEFORE_WORDS) tells that elastic training came after the evaluation."""
         return any(word in self.label.lower() for word in BEFORE_WORDS)
 
     def share(self, net: Network) -> float:
-        """The network's parameters as a fraction of the full model's."""
+        """Number of parameters of a network as a fraction of the full model's."""
         return net.parameters / count_parameters(self.model)
 
     def full(self) -> Network | None:
-        """The network that is the whole model, or None."""
+        """Full model among the evaluated networks; None if it was not evaluated."""
         return self.same_shape(SubNetwork.full(self.model))
 
     def same_shape(self, subnetwork: SubNetwork) -> Network | None:
-        """The network with exactly these widths, or None."""
+        """Evaluated network with exactly the sizes of `subnetwork`; None if there is none."""
         return next((net for net in self.networks if net.subnetwork == subnetwork), None)
 
 
 def read(output: StageOutput) -> Evaluation | None:
-    """One `evaluate` directory; None for an evaluation of token routing, which has no single network (adaptive/report.py)."""
+    """Result of one `evaluate` directory; None for token routing, which adaptive/report.py shows."""
     if output.metrics.has("kv_policy"):
         return None
     output.metrics.refuse_empty("networks")
@@ -100,31 +119,31 @@ def read(output: StageOutput) -> Evaluation | None:
 
 
 def find_before(results: Sequence[Evaluation]) -> Evaluation | None:
-    """The evaluation before elastic training: the first whose directory name says so, if another one does not."""
+    """First evaluation from before elastic training, by its directory's name; None if all names say so, or none does."""
     marked = [found for found in results if found.says_before]
     return marked[0] if marked and len(marked) < len(results) else None
 
 
 def find_family(results: Sequence[Evaluation]) -> Evaluation | None:
-    """The evaluation the report is about: `evaluate` if there is one, else the last of those that are not `before`."""
+    """Evaluation that the report is about: directory `evaluate`, else the last one after elastic training; None without any."""
     after = [found for found in results if not found.says_before] or results
     return next((found for found in after if found.label == "evaluate"), after[-1] if after else None)
 
 
 def sections(results: list[Evaluation]) -> list[Section]:
-    """The family's table, loss against size, and the widths of the networks whose layers differ."""
+    """Section with a table of the networks, a chart of loss against size, and the widths of networks whose layers differ."""
     family, before = find_family(results), find_before(results)
     parts = [_family_section(family, before), _pareto_section(results, family, before)]
     differing = [(net.name, net.subnetwork) for net in family.networks if not is_plain(net.subnetwork)]
     if differing:
-        note = f"Networks whose layers differ: what every layer keeps of its {' and of its '.join(units())}."
+        note = f"Networks whose layers differ: the share of its {' and of its '.join(units())} that every layer keeps."
         widths = layer_grid(differing, family.model, "layer_widths")
-        parts.append(Section("widths", "Widths of every layer", note, [], [widths]))
+        parts.append(Section("widths", "Widths of every layer", note, [], [widths], "budgets"))
     return parts
 
 
 def highlights(results: list[Evaluation]) -> Highlights:
-    """Sentences and key figures of the full model, its parent, and the smallest sub-network before and after training."""
+    """Sentences and key figures about the full model and the smallest network, before and after elastic training."""
     family, before = find_family(results), find_before(results)
     values: dict[str, Any] = {
         "family": [net.to_dict() for net in family.networks] if family else [],
@@ -137,7 +156,7 @@ def highlights(results: list[Evaluation]) -> Highlights:
     was = lambda net: [f"{loss(old(net).mean.loss)} before training"] if old(net) else []  # noqa: E731
     if full:
         text = f"The full model has a mean loss of {loss(full.mean.loss)} nats per token"
-        text += f" (perplexity {perplexity(full.mean.perplexity)})"
+        text += f" (perplexity {perplexity(full.mean.perplexity)}){_on(family)}"
         text += f"; its parent, before elastic training, had {loss(old(full).mean.loss)}." if old(full) else "."
         sentences.append(text)
         cards.append(Card("Full model, mean loss", loss(full.mean.loss), "; ".join(was(full))))
@@ -152,12 +171,15 @@ def highlights(results: list[Evaluation]) -> Highlights:
         notes = [*was(least), f"{percent(family.share(least))} of the parameters"]
         cards.append(Card("Smallest network, mean loss", loss(least.mean.loss), "; ".join(notes)))
     sizes = [net.parameters for net in family.networks]
-    cards.append(Card("Networks in one model", f"{len(sizes):,}", f"{big(min(sizes))} to {big(max(sizes))} parameters"))
+    cards.append(Card("Networks evaluated", f"{len(sizes):,}", f"{big(min(sizes))} to {big(max(sizes))} parameters"))
     return Highlights(sentences, cards, settings=[family.settings], values=values)
 
 
+def _on(found: Evaluation) -> str:
+    return f" on {found.samples:,} validation samples" if found.samples else ""
+
+
 def _family_section(family: Evaluation, before: Evaluation | None) -> Section:
-    """Sizes and losses of every network of the family."""
     nets, full = family.networks, family.full()
     domains = list(dict.fromkeys(domain for net in nets for domain in net.loss))
     columns: list[Column] = [
@@ -178,26 +200,33 @@ def _family_section(family: Evaluation, before: Evaluation | None) -> Section:
     for name, sizes in (("Weights", [net.weight_bytes for net in nets]), ("KV cache", [net.kv_cache_bytes for net in nets])):
         unit, shown = memory(sizes)
         columns.append((f"{name} ({unit})", shown))
-    note = f"Every network is a part of the same weights. Loss in nats per token, evaluated in “{family.label}”"
-    note += f"; before: the same widths in “{before.label}”." if before else "."
-    note += " A mean with a range in brackets: the layers differ. Parameters include embeddings."
-    return Section("family", "The family", note, [Table.of_columns(columns, strong=nets.index(full) if full else None)], [])
+    note = f"Losses of “{family.label}”{_on(family)}"
+    note += f"; before: the same networks in “{before.label}”{_on(before)}, before elastic training." if before else "."
+    note += " Parameters include embeddings. In brackets: the range where layers differ."
+    table = Table.of_columns(columns, strong=nets.index(full) if full else None)
+    return Section("family", "Networks of every size", note, [table], [], "budgets")
 
 
 def _pareto_section(results: list[Evaluation], family: Evaluation, before: Evaluation | None) -> Section:
-    """Loss against parameters: all evaluations, and the family alone."""
     pictures = []
     if len(results) > 1:
-        text = "All evaluations on one scale. Networks of equal widths stand above each other."
+        text = "All evaluations on one scale. The same network stands at the same place from left to right."
         drawn = [found for found in results if found is not family] + [family]
         pictures.append(pareto(family, drawn, before, "pareto", text))
-    hint = f"Labels give {shares_in_words()}; ★ is the full model."
+    hint = f"Labels give {shares_in_words()}; ★ is the full model. The line joins networks that no smaller one beats."
     pictures.append(pareto(family, [family], before, "pareto_family", f"“{family.label}” alone. {hint}"))
-    return Section("pareto", "Loss against size", "Lower and further left is better.", [], pictures)
+    return Section("pareto", "Loss against size", "Lower and further left is better.", [], pictures, "budgets")
 
 
 def pareto(family: Evaluation, drawn: Sequence[Evaluation], before: Evaluation | None, name: str, caption: str) -> Picture:
-    """Mean loss against parameters of `drawn`, in order; where that is `family` alone, its networks are named."""
+    """Scatter plot of mean loss (nats per token) against number of parameters.
+
+    Args:
+        family: evaluation that the report is about.
+        drawn: evaluations to draw, in order. Networks are named if `family` is the only one.
+        before: evaluation before elastic training, if any.
+        name, caption: name and caption of the picture.
+    """
     label, unit = cost_unit("parameters", family.networks[0].parameters)
     place = lambda net: (net.parameters / unit, net.mean.loss)  # noqa: E731
 
@@ -234,7 +263,7 @@ def pareto(family: Evaluation, drawn: Sequence[Evaluation], before: Evaluation |
 
 
 def pareto_front(networks: Sequence[Network]) -> list[Network]:
-    """The networks that no smaller one beats, smallest first."""
+    """Networks with a lower loss than every smaller network, smallest first; networks without a finite loss are left out."""
     front: list[Network] = []
     for net in sorted((n for n in networks if np.isfinite(n.mean.loss)), key=lambda n: (n.parameters, n.mean.loss)):
         if not front or net.mean.loss < front[-1].mean.loss:
@@ -243,7 +272,7 @@ def pareto_front(networks: Sequence[Network]) -> list[Network]:
 
 
 def _along(line: list[Point], parts: int = 12) -> list[Point]:
-    """Points along a polyline, for labels to keep away from."""
+    """Points along a polyline, which labels keep away from."""
     ends = zip(line, line[1:], strict=False)
     return [(a[0] + (b[0] - a[0]) * t / parts, a[1] + (b[1] - a[1]) * t / parts) for a, b in ends for t in range(parts)]
 
@@ -251,7 +280,15 @@ def _along(line: list[Point], parts: int = 12) -> list[Point]:
 def name_networks(
     figure: Figure, axes: Axes, found: Evaluation, place: Callable[[Network], Point], obstacles: list[Point], theme: Theme
 ) -> None:
-    """Name the points where there is room: the full model first, then the smallest, then down in size."""
+    """Write the names of networks beside their points where there is room: full model first, then smallest, then down in size.
+
+    Args:
+        figure, axes: to draw into.
+        found: evaluation whose networks are named.
+        place: function that returns the coordinates of a network.
+        obstacles: points that labels keep away from.
+        theme: colours.
+    """
     full = found.full()
     nets = [net for net in found.networks if net is full or not full or net.subnetwork != full.subnetwork]
     nets.sort(key=lambda net: (net is not full, net is not found.smallest, -net.parameters))

@@ -1,4 +1,4 @@
-"""A model for every budget, from `family`: costs, losses and widths. Losses are in nats per token. No torch import.
+"""A network for every budget, from `family`: costs, losses and widths. Losses are in nats per token. No torch import.
 
 Costs are in their own units (cost.py) and as fractions of the full model's.
 """
@@ -24,7 +24,7 @@ SHOWN = ("parameters", "latency")  # costs that losses are drawn against
 
 @dataclass(frozen=True)
 class MemberCost:
-    """One cost of a network, and its share of the full model's."""
+    """Cost of a family's network: its value in the cost's own unit, and its share of the full model's cost."""
 
     value: float
     share: float
@@ -32,7 +32,15 @@ class MemberCost:
 
 @dataclass(frozen=True)
 class Member:
-    """The network of one budget. loss: None if it was not evaluated; exports: {format: directory}."""
+    """Network that `flextron family` chose for one budget.
+
+    Attributes:
+        budget: name of the budget, as text.
+        subnetwork: sizes of the network.
+        costs: {name of the cost: cost}.
+        loss: loss in nats per token, mean over domains; None if it was not evaluated.
+        exports: {format: directory}.
+    """
 
     budget: str
     subnetwork: SubNetwork
@@ -41,7 +49,7 @@ class Member:
     exports: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, as in the metrics.json it was read from."""
+        """Network as plain types, as in metrics.json, with hidden size and number of executed layers added."""
         costs = {name: asdict(cost) for name, cost in self.costs.items()}
         sizes = {"hidden_size": self.subnetwork.hidden_size, "depth": self.subnetwork.depth}
         return {**self.__dict__, "subnetwork": self.subnetwork.to_dict(), "costs": costs, **sizes}
@@ -49,7 +57,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Family:
-    """One `family` directory, networks from the smallest number of parameters to the largest."""
+    """Result of one directory that `flextron family` wrote, its networks from the fewest parameters to the most."""
 
     label: str
     model: ModelConfig
@@ -58,12 +66,12 @@ class Family:
 
     @property
     def costs(self) -> list[str]:
-        """Names of the costs that every member has."""
+        """Names of the costs that are known for every network."""
         return [name for name in self.networks[0].costs if all(name in member.costs for member in self.networks)]
 
 
 def read(output: StageOutput) -> Family:
-    """One `family` directory."""
+    """Result of one `family` directory. Raises FlextronError without networks."""
     output.metrics.refuse_empty("networks")
     found = output.into(Family)
     size = lambda member: member.costs["parameters"].value if "parameters" in member.costs else 0.0  # noqa: E731
@@ -71,20 +79,22 @@ def read(output: StageOutput) -> Family:
 
 
 def sections(results: list[Family]) -> list[Section]:
-    """A part of the page for each directory."""
+    """Section of the page for each directory: costs, losses and widths of the networks."""
     parts = []
     for family, number, label in numbered(results):
         named = [(member.budget, member.subnetwork) for member in family.networks[::-1]]
         pictures = loss_pictures(family)
         pictures.append(layer_grid(named, family.model, f"{stem(family.label)}_widths", f"{family.label}: "))
-        note = f"What selector {family.selector} chooses for each budget, each a model of its own. Shares are of the full model’s"
-        note += " costs. A mean with a range in brackets: the layers differ."
-        parts.append(Section(f"models{number}", f"A model for every budget{label}", note, [_table(family)], pictures))
+        note = (
+            f"The network that the selector `{family.selector}` chooses for each budget. In brackets: shares of the full model’s"
+        )
+        note += " cost; of widths, the range where layers differ."
+        parts.append(Section(f"models{number}", f"A model for every budget{label}", note, [_table(family)], pictures, "budgets"))
     return parts
 
 
 def highlights(results: list[Family]) -> Highlights:
-    """The networks of each directory, for family.json."""
+    """Networks of each directory, for family.json."""
     return Highlights(values={"budgets": {family.label: [m.to_dict() for m in family.networks] for family in results}})
 
 
@@ -102,7 +112,7 @@ def _table(family: Family) -> Table:
 
 
 def loss_pictures(family: Family) -> list[Picture]:
-    """Loss against parameters, and against latency if that is known; none if nothing was evaluated."""
+    """Charts of loss against parameters and, if known, against latency; none if no network was evaluated."""
     evaluated = [member for member in family.networks if member.loss is not None and math.isfinite(member.loss)]
     return [_loss_picture(family, evaluated, cost) for cost in SHOWN if cost in family.costs and evaluated]
 
@@ -121,7 +131,7 @@ def _loss_picture(family: Family, evaluated: list[Member], cost: str) -> Picture
 
     series = ", ".join(f"{member.budget}: {y:.3f} at {x:.4g}" for member, (x, y) in zip(members, points, strict=True))
     words = f"Mean loss in nats per token against {lower(label)}, by budget: {series}."
-    caption = f"{family.label}: mean loss against {cost}; a point is the model of the budget that it is named by."
+    caption = f"{family.label}: mean loss against {cost}. Every point is named by its budget."
     return picture(f"{stem(family.label)}_loss_{cost}", words, caption, draw)
 
 

@@ -1,4 +1,4 @@
-"""How sub-networks are shown, by the axes that they may vary in (axes.py): as columns of a table, in words, and as a picture."""
+"""Sub-networks as columns of a table, in words, and as a picture, for every axis of axes.py. No torch import."""
 
 from __future__ import annotations
 
@@ -20,13 +20,24 @@ MOST_NUMBERS = 12  # layers up to which the picture has a number in every cell; 
 
 
 def layer_columns(networks: Sequence[SubNetwork], model: ModelConfig) -> list[Column]:
-    """One column an axis of the layers: the size, or its mean and range over the executed layers."""
+    """Table columns of the axes that each layer chooses (heads, FFN neurons).
+
+    A column is (header, one cell for each network): the size if all executed layers share it, else the mean and the range.
+    """
     sizes = lambda net, axis: [axis.size(layer) for layer in net.layers if layer.executed]  # noqa: E731
     return [(f"{axis.short} of {axis.full(model):,}", [spread(sizes(net, axis)) for net in networks]) for axis in layer_axes()]
 
 
 def network_columns(networks: Sequence[SubNetwork], model: ModelConfig, all_axes: bool = True) -> list[Column]:
-    """One column an axis of the whole network; with all_axes=False only those in which one of `networks` is smaller."""
+    """Table columns of the axes that have one size for the whole network (hidden size, depth), not one for each layer.
+
+    A column is (header with the full model's size, one cell with the network's size for each network).
+
+    Args:
+        networks: networks, one for each row of the table.
+        model: architecture of the full model.
+        all_axes: False leaves out axes in which every network has the full size.
+    """
     columns = []
     for axis in network_axes():
         sizes = [axis.size(net) for net in networks]
@@ -36,14 +47,14 @@ def network_columns(networks: Sequence[SubNetwork], model: ModelConfig, all_axes
 
 
 def percent_label(net: SubNetwork, model: ModelConfig) -> str | None:
-    """`50/25` for a network with 50% of the heads and 25% of the FFN in all layers; None for any other network."""
+    """Label such as `50/25`, for 50% of the heads and 25% of the FFN neurons in all layers; None for any other network."""
     if not is_plain(net) or any(axis.size(net) != axis.full(model) for axis in network_axes()):
         return None
     return "/".join(f"{100 * axis.size(net.layers[0]) / axis.full(model):.0f}" for axis in layer_axes())
 
 
 def describe(net: SubNetwork, model: ModelConfig) -> str:
-    """`50% heads, 75% FFN`; where layers differ the mean over all layers, a skipped one counting as 0."""
+    """Widths as shares of the full model: `50% heads, 75% FFN`; where layers differ the mean, with 0 for a skipped layer."""
     shares = [sum(axis.size(layer) for layer in net.layers if layer.executed) / axis.full(model) for axis in layer_axes()]
     names = [axis.unit if axis.short.lower() == axis.unit else axis.short for axis in layer_axes()]
     words = ", ".join(f"{100 * share / model.num_layers:.0f}% {name}" for share, name in zip(shares, names, strict=True))
@@ -56,17 +67,24 @@ def is_plain(net: SubNetwork) -> bool:
 
 
 def units() -> list[str]:
-    """The units of the axes of the layers: heads, FFN neurons."""
+    """Units of the axes that each layer chooses, as text: heads, FFN neurons."""
     return [axis.unit if axis.short.lower() == axis.unit else f"{axis.short} {axis.unit}" for axis in layer_axes()]
 
 
 def shares_in_words() -> str:
-    """`percent of heads / percent of FFN neurons`."""
+    """Explanation of the labels of `percent_label`: `percent of heads / percent of FFN neurons`."""
     return " / ".join(f"percent of {unit}" for unit in units())
 
 
 def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, name: str, before: str = "") -> Picture:
-    """The widths of every layer, a row for each named network, largest first; the caption begins with `before`."""
+    """Picture of the widths of every layer of some networks.
+
+    Args:
+        networks: (name, sub-network) of each row; the first MOST_ROWS are shown.
+        model: architecture of the full model.
+        name: name of the picture.
+        before: start of the caption.
+    """
     rows, left_out, axes_shown = networks[:MOST_ROWS], len(networks) - MOST_ROWS, layer_axes()
     narrow = any(net.hidden_size != model.hidden_size for _, net in rows)
     names = [f"{short(name, 12)}, {net.hidden_size} wide" if narrow else name for name, net in rows]
@@ -79,15 +97,16 @@ def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, n
     kept = [", ".join("/".join(f"{100 * share:.0f}" for share in layer) for layer in row) for row in shares]
     words = f"P{shares_in_words()[1:]} that each layer keeps. "
     words += "; ".join(f"{row}: {shares}" for row, shares in zip(names, kept, strict=True)) + "."
-    caption = f"{before}Percent of its {' and '.join(units())} that each layer keeps (as the paper’s figure 7)"
-    caption += "; – is a skipped layer."
+    caption = (
+        f"{before}Percent of its {' and '.join(units())} that each layer keeps (as Flextron, figure 7); – is a skipped layer."
+    )
     caption += f" Wide: hidden channels in use, of {model.hidden_size:,}." if narrow else ""
     caption += f" The {MOST_ROWS} largest are shown; {left_out} more are in the table." if left_out > 0 else ""
     return picture(name, words, caption, draw, (SIZE[0], 1.3 + len(axes_shown) * 0.26 * max(len(names), 2)))
 
 
 def _draw_grid(figure: Figure, theme: Theme, shares: np.ndarray, names: list[str], axes_shown: list[Axis]) -> None:
-    """A panel for each axis: shares [networks, layers, axes] as shades, and as numbers where there is room."""
+    """Draw a panel for each axis: shares [networks, layers, axes] as shades, and as numbers where there is room."""
     colours = LinearSegmentedColormap.from_list("shades", theme.shades)
     drawn = panels(figure, [axis.title for axis in axes_shown])
     layers = shares.shape[1]

@@ -1,4 +1,4 @@
-"""Read what the stages of a run wrote: metrics.json and log.jsonl, with checks. No torch import.
+"""Reading of the outputs of a run's stages: metrics.json and log.jsonl, with checks. No torch import.
 
 Every problem in a file is a FlextronError of one line that names the file and the key.
 """
@@ -6,6 +6,7 @@ Every problem in a file is a FlextronError of one line that names the file and t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -14,6 +15,8 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.digests import check_files
+from flextron_mcore.files import LARGEST_LOG, parse_json, read_text, read_yaml
 from flextron_mcore.space import SubNetwork
 
 STAGES = (  # in the order of a run
@@ -28,13 +31,20 @@ PLAIN: dict[type, tuple[str, Callable[[Any], bool]]] = {  # types that are read 
     dict: ("an object", lambda value: isinstance(value, Mapping)),
     list: ("a list", lambda value: isinstance(value, list)),
 }
+LOG_FILE = "log.jsonl"
 D = TypeVar("D")
 _hints = cache(get_type_hints)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A JSON object together with the place it came from, so that a wrong value can be named. model: of the networks in it."""
+    """JSON object of a stage's output, read with checks; an error names file and key.
+
+    Attributes:
+        values: the object.
+        where: file, and keys within it, for messages.
+        model: architecture that networks in the object are checked against; None for no check.
+    """
 
     values: Mapping[str, Any]
     where: str
@@ -45,13 +55,14 @@ class Reader:
             raise FlextronError(f"{self.where}: expected a JSON object, not {_shown(self.values)}")
 
     def has(self, key: str) -> bool:
-        """True if `key` is there and not null."""
+        """True if `key` is present and not null."""
         return self.values.get(key) is not None
 
     def read(self, key: str, hint: Any) -> Any:
-        """The value of `key` as `hint`: a key of PLAIN, a Literal, a dataclass, lists or dictionaries of these, or one | None.
+        """Value of `key` as the type `hint`. NaN and infinity, losses of a network that diverged, are numbers.
 
-        NaN and infinity, which a diverged network gives, are numbers. Null and a missing key are None.
+        hint: a key of PLAIN, a Literal, a dataclass, a list or dictionary of these, or one of them | None (null or missing).
+        Raises FlextronError naming file and key for another type.
         """
         origin, arguments = get_origin(hint), get_args(hint)
         if origin is UnionType:
@@ -77,7 +88,7 @@ class Reader:
         return self.inner(key).into(hint)
 
     def into(self, hint: type[D], /, **given: Any) -> D:
-        """A `hint` (dataclass) whose fields are the keys of the same names, each read by its type, but for those `given`."""
+        """Instance of the dataclass `hint`: `given` fields as they are, every other field from the key of its name."""
         if hint is ModelConfig:
             try:
                 return ModelConfig.from_dict(self.values)
@@ -87,19 +98,19 @@ class Reader:
         return hint(**given, **{name: reader.read(name, type_) for name, type_ in _hints(hint).items() if name not in given})
 
     def with_model(self) -> Reader:
-        """This object, whose networks are checked against its `model`."""
+        """Reader of this object that checks networks in it against the architecture at its key `model`."""
         return replace(self, model=self.read("model", ModelConfig))
 
     def inner(self, key: str) -> Reader:
-        """The object of `key`."""
+        """Reader of the object at `key`."""
         return replace(self, values=self.read(key, dict), where=f"{self.where}: {key}")
 
     def rows(self, key: str) -> list[Reader]:
-        """The objects of the list of `key`."""
+        """Readers of the objects in the list at `key`."""
         return [replace(self, values=row, where=f"{self.where}: {key}[{i}]") for i, row in enumerate(self.read(key, list))]
 
     def refuse_empty(self, key: str) -> None:
-        """Raise FlextronError if the list of `key` is empty."""
+        """Raise FlextronError if the list at `key` is empty."""
         if not self.read(key, list):
             raise FlextronError(f"{self.where}: '{key}' is empty")
 
@@ -121,7 +132,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Settings:
-    """Model config and elastic space as a stage wrote them; None for those it did not write."""
+    """Architecture of the full model and elastic space in a stage's metrics.json; None for one that the stage did not write."""
 
     model: dict | None = None
     space: dict | None = None
@@ -129,7 +140,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class StageOutput:
-    """One stage directory of the directory `run`. kind: the stage; metrics: the content of metrics.json."""
+    """Output directory of a finished stage.
+
+    Attributes:
+        run: directory of the run that holds it.
+        directory: output directory.
+        kind: name of the stage.
+        metrics: content of metrics.json.
+    """
 
     run: Path
     directory: Path
@@ -138,30 +156,40 @@ class StageOutput:
 
     @property
     def label(self) -> str:
-        """The name of the directory."""
+        """Name of the directory."""
         return self.directory.resolve().name
 
     def into(self, hint: type[D], /, **given: Any) -> D:
-        """`hint` from metrics.json; its fields `label`, `kind` and `settings`, if it has them, are those of the directory."""
+        """Instance of the dataclass `hint` from metrics.json.
+
+        The fields `label`, `kind` and `settings` describe the directory; fields in `given` are taken as they are.
+        """
         own = {"label": self.label, "kind": self.kind, "settings": self.metrics.into(Settings)}
         return self.metrics.into(hint, **{name: value for name, value in own.items() if name in _hints(hint)}, **given)
 
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings that the stage printed."""
+        return self.metrics.read("warnings", list[str]) if self.metrics.has("warnings") else []
+
     def log(self, event: str) -> list[Reader]:
-        """Rows of one event in the order of their steps. A resumed run writes some steps again: the later row counts."""
+        """Rows of log.jsonl with this `event`, one for each step, in order.
+
+        If a resumed run repeats a step, the later row counts.
+        """
         rows = {row.read("step", int): row for row in self._log if row.values.get("event") == event}
         return [rows[step] for step in sorted(rows)]
 
     @cached_property
     def _log(self) -> list[Reader]:
-        path = self.directory / "log.jsonl"
+        path = self.directory / LOG_FILE
         return list(_read_lines(path)) if path.is_file() else []
 
 
 def collect(run: Path) -> list[StageOutput]:
-    """The stage directories of `run`, itself and its direct children that hold a metrics.json, in the order of STAGES.
+    """Finished stages of a run, in the order of STAGES: `run` itself and its direct children, where they have a metrics.json.
 
-    A later command's directory is passed over. Raises FlextronError naming the file and key of anything that cannot be read, and
-    saying what was looked for when there is no stage at all.
+    Raises FlextronError for a file that cannot be read (naming file and key), and when there is no stage.
     """
     if not run.is_dir():
         raise FlextronError(f"{run}: no such directory; report needs a directory of stage outputs")
@@ -169,6 +197,7 @@ def collect(run: Path) -> list[StageOutput]:
     for directory in (run, *(child for child in run.iterdir() if child.is_dir() and not child.name.startswith("."))):
         path = directory / "metrics.json"
         if path.is_file():
+            check_files(directory, path.name, LOG_FILE)
             metrics = Reader(_parse(_read_text(path), str(path)), str(path))
             found.append(StageOutput(run, directory, metrics.read("stage", str), metrics))
     found = [output for output in found if output.kind in STAGES]
@@ -178,9 +207,61 @@ def collect(run: Path) -> list[StageOutput]:
     return sorted(found, key=lambda output: (STAGES.index(output.kind), output.label))
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """Stage of a run that has no metrics.json.
+
+    Attributes:
+        label: name of the stage's directory.
+        step: last logged step; None if not known.
+        steps: number of steps of the whole training; None if not known.
+        begun: False if the stage never started.
+    """
+
+    label: str
+    step: int | None = None
+    steps: int | None = None
+    begun: bool = True
+
+
+def unfinished(run: Path, out: Path) -> list[Unfinished]:
+    """Stages of `run` without metrics.json: interrupted, running, or not begun in a quickstart. out: directory to pass over."""
+    chain = _config(run).get("chain") or {}
+    names = [name for name, step in chain.items() if step.get("stage") != "report"]
+    for child in sorted(run.iterdir()):
+        name = child.name.removeprefix(".").removesuffix(".tmp") if child.name.startswith(".") else child.name
+        aside = child.name == f".{name}.tmp"  # where a stage that writes at its end collects its output
+        if (
+            child.is_dir()
+            and child != out
+            and (aside or _config(child).get("stage") in STAGES)
+            and name not in names
+            and name != "report"
+        ):
+            names.append(name)
+    return [_unfinished(run, name) for name in names if not (run / name / "metrics.json").is_file()]
+
+
+def _unfinished(run: Path, name: str) -> Unfinished:
+    if not (run / name).is_dir():
+        return Unfinished(name, begun=(run / f".{name}.tmp").is_dir())
+    log, steps = run / name / "log.jsonl", (_config(run / name).get("trainer") or {}).get("max_steps")
+    logged = re.findall(r'"step": (\d+)', _read_text(log)) if log.is_file() else []  # the last line may be half a line
+    return Unfinished(name, int(logged[-1]) if logged else None, steps)
+
+
+def _config(directory: Path) -> dict:
+    """Content of config.yaml in a stage's directory; {} if the file is missing or cannot be read."""
+    try:
+        found = read_yaml(directory / "config.yaml")
+    except (OSError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, largest=LARGEST_LOG)
     except (UnicodeDecodeError, OSError) as error:
         raise FlextronError(f"{path}: not readable: {error}") from None
 
@@ -193,8 +274,8 @@ def _read_lines(path: Path) -> Iterator[Reader]:
 
 def _parse(text: str, where: str, verb: str = ":") -> Any:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise FlextronError(f"{where}{verb} not valid JSON: {error}") from None
 
 

@@ -1,6 +1,6 @@
-"""Routers: their training (the paper's figure 12), the networks they choose, and the gain of the surrogate. No torch import.
+"""Routers: the networks that they choose, their training (Flextron, figure 12), and the gain of the surrogate. No torch import.
 
-Losses are in nats per token, budgets and shares in fractions of the full model's cost.
+Losses are in nats per token. Budgets and shares are fractions of the full model's cost.
 """
 
 from __future__ import annotations
@@ -21,19 +21,32 @@ from flextron_mcore.report.networks import layer_columns, layer_grid, network_co
 from flextron_mcore.report.reader import StageOutput
 from flextron_mcore.report.text import loss, percent, stem
 from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topic
-from flextron_mcore.report.training import Training, train_curve, training_table, validation_curves
+from flextron_mcore.report.training import VALIDATION, Training, train_curve, training_table, validation_curves
 from flextron_mcore.space import SubNetwork
 
+SIGNALS = {  # explanation of each training signal
+    "surrogate": "Surrogate: a small model that predicts the loss of a network from its choices.",
+    "budgets only": "Budgets only: the surrogate’s error stayed above its threshold, so the routers learned nothing about loss.",
+    "straight-through": "Straight-through: the gradient of the loss itself, through hard choices.",
+    "relaxed choices": "Relaxed choices: mixtures of sizes, which harden as the temperature falls.",
+}
 PHASE_TEXTS = (
-    "1: the surrogate learns, the routers do not follow it.",
-    "2: they follow it, and both losses fall.",
-    "3: its error stays where it is, the routers go on.",
+    "Phase 1: the surrogate learns, and the routers learn only to keep budgets.",
+    "Phase 2: the routers follow the surrogate.",
+    "Phase 3: the surrogate’s error is steady, the routers go on.",
 )
 
 
 @dataclass(frozen=True)
 class BudgetChoice:
-    """The network that the routers select for `target`: its cost (`share`), and the cost of their bare argmax."""
+    """Network that the routers choose for one budget.
+
+    Attributes:
+        target: budget, as a share of the full model's cost.
+        share: cost of the chosen network, as a share of the full model's cost.
+        argmax_share: cost of the network with the likeliest size of every block, as a share of the full model's cost.
+        subnetwork: sizes of the chosen network.
+    """
 
     target: float
     share: float
@@ -42,17 +55,24 @@ class BudgetChoice:
 
     @property
     def name(self) -> str:
-        """`60%`."""
+        """Budget in percent of the full model's cost: `60%`."""
         return f"{100 * self.target:.4g}%"
 
 
 @dataclass(frozen=True)
 class RouterStep:
-    """One training step; None for values that were not logged.
+    """One logged step of a router's training; None for values that were not logged. Losses are in nats per token.
 
-    loss: the full model's; subnetwork_losses: of the networks that the routers drew in the step. surrogate_loss: mean squared
-    error of the surrogate on the step's new pairs, in nats squared; surrogate_error: that over the variance of the losses.
-    temperature: of relaxed choices.
+    Attributes:
+        step: number of the step.
+        loss: loss of the full model.
+        subnetwork_losses: losses of the networks that the routers drew.
+        constraint_loss: constraint loss (Flextron, eq. 8: cost above the budget), for adaptive routers the mean distance of cost
+            and budget; both as shares of the span from the smallest network's cost to the full model's.
+        surrogate_loss: mean squared error of the surrogate model's predictions for these networks, in nats squared.
+        surrogate_error: surrogate_loss divided by the variance of the networks' losses.
+        routers_follow_surrogate: True if the routers learn from the surrogate model's predictions at this step.
+        temperature: temperature of the softmax of relaxed choices.
     """
 
     step: int
@@ -66,16 +86,20 @@ class RouterStep:
 
     @property
     def excess(self) -> float | None:
-        """Mean loss of the routers' networks above the full model's."""
+        """Mean loss of the networks that the routers drew minus the full model's loss, in nats per token."""
         losses = self.subnetwork_losses
         return sum(losses) / len(losses) - self.loss if losses else None
 
 
 @dataclass(frozen=True)
 class Routers:
-    """Costs that the routers were trained for; True for a surrogate of the loss, followed where its error is below `threshold`.
+    """Settings of trained routers, from metrics.json.
 
-    kind: of routers that choose for every token (adaptive/report.py).
+    Attributes:
+        costs: names of the costs that budgets limit.
+        surrogate: True if routers learn through a surrogate model of the loss.
+        threshold: error of the surrogate below which the routers follow it.
+        kind: "adaptive" for routers that choose for every token; None for routers that choose one network for all tokens.
     """
 
     costs: list[str]
@@ -86,7 +110,17 @@ class Routers:
 
 @dataclass(frozen=True)
 class TrainedRouters:
-    """One directory of a stage that trains routers. budgets: empty for routers that choose for every token."""
+    """Result of one directory of `router`, `joint` or `gumbel`.
+
+    Attributes:
+        label: name of the directory.
+        kind: name of the stage.
+        model: architecture of the full model.
+        routers: settings of the routers.
+        budgets: networks chosen for some budgets; empty for routers that choose for every token.
+        training: numbers and curves of the training.
+        steps: logged steps.
+    """
 
     label: str
     kind: str
@@ -98,24 +132,26 @@ class TrainedRouters:
 
     @property
     def relaxed(self) -> bool:
-        """True if the routers learn from relaxed choices (`gumbel`)."""
+        """True for the stage `gumbel`, whose routers learn from relaxed choices: mixtures of candidates with softmax weights."""
         return self.kind == "gumbel"
 
     @property
     def signal(self) -> str:
-        """The routers' training signal, for tables."""
+        """Name of the routers' training signal: surrogate, budgets only, straight-through or relaxed choices (SIGNALS)."""
         if self.relaxed:
             return "relaxed choices"
-        return "surrogate" if self.routers.surrogate else f"straight-through{', a token' if self.routers.kind else ''}"
+        if self.routers.surrogate:
+            return "budgets only" if self.steps and self.follows_from() is None else "surrogate"
+        return f"straight-through{', a token' if self.routers.kind else ''}"
 
     def follows_from(self) -> int | None:
-        """The first step at which the routers follow the surrogate, or None."""
+        """First step at which the routers learn from the surrogate model's predictions; None if they never do."""
         return next((row.step for row in self.steps if row.routers_follow_surrogate), None)
 
     def steady_from(self) -> int | None:
-        """The first step that follows the surrogate and whose error is near the median of the last quarter, or None.
+        """First step whose routers follow a surrogate with a steady error; None without.
 
-        Near: at most half above it.
+        Steady: at most 1.5 times the median error of the last quarter of steps.
         """
         known = [row for row in self.steps if row.surrogate_error is not None and math.isfinite(row.surrogate_error)]
         if not known:
@@ -124,9 +160,9 @@ class TrainedRouters:
         return next((row.step for row in known if row.routers_follow_surrogate and row.surrogate_error <= 1.5 * level), None)
 
     def phases(self) -> list[tuple[int, int]]:
-        """First and last step of the three phases of router training (PHASE_TEXTS); empty if routers never follow a surrogate.
+        """(first, last) step of three phases: the surrogate learns, the routers follow it, its error is steady (PHASE_TEXTS).
 
-        A phase that did not occur has equal ends.
+        Empty if the routers never follow a surrogate. A phase that did not occur has equal ends.
         """
         first = self.follows_from()
         if first is None:
@@ -137,14 +173,14 @@ class TrainedRouters:
 
 
 def read(output: StageOutput) -> TrainedRouters:
-    """One directory of `router`, `joint` or `gumbel`."""
+    """Read one directory of `router`, `joint` or `gumbel`. Raises FlextronError for a wrong value, which is named."""
     steps = [row.into(RouterStep) for row in output.log("train")]
     found = output.into(TrainedRouters, training=training.read(output), steps=steps)
     return replace(found, budgets=sorted(found.budgets or (), key=lambda budget: -budget.target))
 
 
 def sections(results: list[TrainedRouters]) -> list[Section]:
-    """The chosen networks, the training, and the two signals side by side, for which there is data."""
+    """Sections of the page, as far as there is data: chosen networks, training of the routers, table of training signals."""
     parts = [_budgets_section(results)] if any(trained.budgets for trained in results) else []
     parts.append(_training_section(results))
     routers = [trained for trained in results if trained.kind == "router" and trained.budgets]
@@ -154,7 +190,7 @@ def sections(results: list[TrainedRouters]) -> list[Section]:
 
 
 def highlights(results: list[TrainedRouters]) -> Highlights:
-    """Progress and settings of each stage."""
+    """Progress of each training stage, and its architecture and elastic space."""
     return training.highlights([trained.training for trained in results])
 
 
@@ -167,7 +203,7 @@ def _budgets_section(results: Sequence[TrainedRouters]) -> Section:
         columns: list[Column] = [
             (f"Budget ({trained.label})", [budget.name for budget in budgets]),
             ("Share", [percent(budget.share) for budget in budgets]),
-            ("Share of the bare argmax", [percent(budget.argmax_share) for budget in budgets]),
+            ("Share without search", [percent(budget.argmax_share) for budget in budgets]),
             *layer_columns(nets, model),
             *(network_columns(nets, model) if trained.relaxed else ()),
         ]
@@ -175,10 +211,10 @@ def _budgets_section(results: Sequence[TrainedRouters]) -> Section:
         named = [(budget.name, budget.subnetwork) for budget in budgets]
         pictures.append(layer_grid(named, model, f"{stem(trained.label)}_widths", f"{trained.label}: "))
     costs = " and ".join(dict.fromkeys(cost for trained in results for cost in trained.routers.costs))
-    note = f"What the trained routers choose for each budget. Budgets and shares are fractions of the full model’s {costs}; the"
-    note += " selected network keeps to its budget, the bare argmax of the routers may not. A mean with a range in brackets: the"
-    note += " layers differ."
-    return Section("budgets", "Networks that the routers choose", note, tables, pictures)
+    note = "Routers give every size of every block a probability. A search picks the likeliest network within the budget, a share"
+    note += f" of the full model’s {costs}. Without search every block has its likeliest size, and the network may cost more. In"
+    note += " brackets: the range where layers differ."
+    return Section("budgets", "Networks that the routers choose", note, tables, pictures, "budgets")
 
 
 def _training_section(results: Sequence[TrainedRouters]) -> Section:
@@ -187,26 +223,25 @@ def _training_section(results: Sequence[TrainedRouters]) -> Section:
         pictures += [made] if (made := dynamics(trained)) else []
         pictures += [train_curve(trained.training)] if trained.kind != "router" and trained.training.train else []
         pictures += validation_curves(trained.training)
-    signals = ("Routers follow", [trained.signal for trained in results])
-    table = training_table([trained.training for trained in results], [signals])
-    note = "Validation is that of the full model, in nats per token. Routers follow the gradient of a surrogate of the loss, or"
-    note += " that of the loss itself through hard choices (straight-through)"
-    relaxed = any(trained.relaxed for trained in results)
-    note += ", or through relaxed ones whose temperature falls, at the end hard ones." if relaxed else "."
-    return Section("routers", "Router training", note, [table], pictures)
+    signals = [trained.signal for trained in results]
+    table = training_table([trained.training for trained in results], [("Routers learn from", signals)])
+    note = " ".join(text for signal, text in SIGNALS.items() if any(found.startswith(signal) for found in signals))
+    return Section("routers", "Router training", f"{VALIDATION} {note}", [table], pictures, "trained", folded=True)
 
 
 def _signals_section(routers: Sequence[TrainedRouters]) -> Section:
     names = list(dict.fromkeys(name for trained in routers for name in trained.training.last if name != "full"))
     rows = [[each.label, each.signal, *(loss(each.training.last.get(name)) for name in names)] for each in routers]
-    note = "The same routers trained with and without the surrogate: last validation loss of the network of each budget, in nats"
-    note += " per token."
+    note = "The same routers trained with and without the surrogate: last validation loss at each budget."
     return Section("signals", "Surrogate or straight-through", note, [Table(["Routers", "Signal", *names], rows, left=2)], [])
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """One curve. values: None for steps without one; threshold: a level to draw; averaged: moving averages already."""
+    """Curve of a training figure by step.
+
+    values: value at each step, or None. threshold: level to draw as a line. averaged: the values are moving averages already.
+    """
 
     title: str
     values: list[float | None]
@@ -221,17 +256,17 @@ class _Curve:
         return [x for x, _ in kept], [y for _, y in kept]
 
     def smooth(self, values: Sequence[float], window: int) -> np.ndarray:
-        """The moving average, on a log scale of the logarithms."""
+        """Moving average; on a log scale, of the logarithms."""
         if self.averaged:
             return np.asarray(values)
         return np.exp(moving_average(np.log(values), window)) if self.log else moving_average(values, window)
 
 
 def dynamics(trained: TrainedRouters) -> Picture | None:
-    """Loss of the routers' networks above the full model's and the surrogate's error by step, and where the routers follow it.
+    """Picture of a router's training by step; None without a log.
 
-    Without a surrogate the loss of the constraint takes its place; beside it is the temperature of relaxed choices. None if
-    nothing was logged.
+    Shown are the loss of the chosen networks above the full model's (nats per token) and the surrogate's error; without a
+    surrogate the constraint loss and the temperature of relaxed choices.
     """
     steps = trained.steps
     curves = [curve for curve in _curves(trained) if curve.points(steps)[0]]
@@ -266,7 +301,7 @@ def dynamics(trained: TrainedRouters) -> Picture | None:
         ends.append(f"{curve.title} from {smooth[0]:.3g} to {smooth[-1]:.3g}")
     words = f"Router training over {steps[-1].step:,} steps. {'; '.join(ends)}."
     caption = f"{trained.label}: loss of the routers’ networks, mean of a step, above the full model’s"
-    caption += ", and the surrogate’s error (as the paper’s figure 12)" if trained.routers.surrogate else ""
+    caption += ", and the surrogate’s error (as Flextron, figure 12)" if trained.routers.surrogate else ""
     caption += f"; smoothed over {window} logged steps." if window > 1 else "; not smoothed."
     if trained.routers.surrogate and trained.follows_from() is not None:
         words += f" The routers follow the surrogate from step {trained.follows_from():,}"
@@ -294,7 +329,7 @@ def _curves(trained: TrainedRouters) -> list[_Curve]:
 
 
 def _mark_phases(axes: Axes, bounds: list[tuple[int, int]], theme: Theme, numbers: bool) -> None:
-    """A line at the beginning of the second and the third phase; the numbers of those with room above the axes."""
+    """Draw a line at the start of phases 2 and 3, and the numbers of phases with room above the axes."""
     for number, (low, high) in enumerate(bounds, start=1):
         if number > 1 and low < high:
             axes.axvline(low, color=theme.muted, linewidth=1.1)

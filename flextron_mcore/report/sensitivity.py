@@ -1,4 +1,4 @@
-"""The loss of replacing one block alone, from `sensitivity` (the paper's figure 6). Losses are in nats per token."""
+"""Loss of replacing one block alone, from `sensitivity` (Flextron, figure 6). Losses are in nats per token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from flextron_mcore.report.topic import Column, Highlights, Section, Table, Topi
 
 @dataclass(frozen=True)
 class BlockLoss:
-    """One block (0-based `layer`, name of an axis) replaced alone by its candidate `size`; degradation: loss above the full's."""
+    """Loss of the full model with one block reduced to a smaller candidate.
+
+    Attributes:
+        layer: index of the layer, from 0.
+        axis: axis of the block (heads or FFN neurons).
+        size: size of the candidate.
+        loss: loss with this block reduced, in nats per token.
+        degradation: `loss` minus the loss of the full model.
+    """
 
     layer: int
     axis: str
@@ -27,7 +35,16 @@ class BlockLoss:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One `sensitivity` directory; `samples` samples."""
+    """Result of one directory that `flextron sensitivity` wrote.
+
+    Attributes:
+        label: name of the directory.
+        model: architecture of the full model.
+        samples: evaluated samples, all domains together.
+        full_loss: loss of the full model in nats per token.
+        blocks: loss of each replaced block.
+        settings: architecture and elastic space, for the page.
+    """
 
     label: str
     model: ModelConfig
@@ -37,20 +54,20 @@ class Sensitivity:
     settings: Settings
 
     def candidates(self, axis: str) -> list[int]:
-        """The sizes of an axis that were tried, largest first."""
+        """Sizes of an axis that were evaluated, largest first."""
         return sorted({block.size for block in self.blocks if block.axis == axis}, reverse=True)
 
     def curve(self, axis: str, size: int) -> dict[int, float]:
-        """{layer: degradation} in the order of the layers."""
+        """{layer: loss above the full model's, in nats per token} of one candidate size, in the order of the layers."""
         return dict(sorted((block.layer, block.degradation) for block in self.blocks if (block.axis, block.size) == (axis, size)))
 
     def share(self, axis: str, size: int) -> str:
-        """A size as percent of the full model's."""
+        """Text of a candidate size as percent of the axis's size in the full model."""
         return f"{100 * size / AXES[axis].full(self.model):.0f}%"
 
 
 def read(output: StageOutput) -> Sensitivity:
-    """One `sensitivity` directory."""
+    """Result of one `sensitivity` directory. Raises FlextronError for an unknown axis or layer."""
     output.metrics.refuse_empty("blocks")
     found, axes = output.into(Sensitivity), [axis.name for axis in layer_axes()]
     for i, block in enumerate(found.blocks):
@@ -63,7 +80,7 @@ def read(output: StageOutput) -> Sensitivity:
 
 
 def sections(results: list[Sensitivity]) -> list[Section]:
-    """A table and a picture for each directory."""
+    """Section of the page for each directory, with a table and a picture."""
     parts = []
     for s, number, label in numbered(results):
         columns: list[Column] = [("Layer", [*(str(layer + 1) for layer in range(s.model.num_layers)), "mean"])]
@@ -72,20 +89,25 @@ def sections(results: list[Sensitivity]) -> list[Section]:
                 curve = s.curve(axis.name, size)
                 values = [*map(curve.get, range(s.model.num_layers)), sum(curve.values()) / len(curve)]
                 columns.append((f"{axis.short} {size:,} ({s.share(axis.name, size)})", list(map(signed, values))))
-        note = f"Loss above the full model’s ({loss(s.full_loss)} nats per token, {s.samples:,} samples) when one block alone is"
-        note += " replaced by a candidate."
+        note = (
+            "How much the loss rises when one block alone is cut to a smaller size: blocks with small numbers are cheap to cut."
+        )
+        note += f" The full model has {loss(s.full_loss)} nats per token on these {s.samples:,} samples."
         table = Table.of_columns(columns, strong=s.model.num_layers)
         parts.append(Section(f"sensitivity{number}", f"Sensitivity of every block{label}", note, [table], [degradation(s)]))
     return parts
 
 
 def highlights(results: list[Sensitivity]) -> Highlights:
-    """The settings."""
+    """Architecture and elastic space of each directory."""
     return Highlights(settings=[s.settings for s in results])
 
 
 def degradation(s: Sensitivity) -> Picture:
-    """The loss of replacing one block, by layer: a panel for each axis, a line a candidate (the paper's figure 6)."""
+    """Chart of the loss above the full model's if one block is replaced, by layer (Flextron, figure 6).
+
+    There is a panel for each axis and a line for each candidate.
+    """
     axes_shown = [axis for axis in layer_axes() if s.candidates(axis.name)]
     label = lambda axis, size: f"{s.share(axis.name, size)} ({size:,})"  # noqa: E731
 
@@ -110,7 +132,7 @@ def degradation(s: Sensitivity) -> Picture:
             values = ", ".join(f"{value:.3g}" for value in s.curve(axis.name, size).values())
             texts.append(f"{axis.title} {label(axis, size)}: {values}")
     words = f"Loss above the full model’s, in nats per token, when one block is replaced, by layer. {'; '.join(texts)}."
-    caption = "Loss above the full model’s when the block of one layer alone is cut to a candidate (as the paper’s figure 6)."
+    caption = "Loss above the full model’s when the block of one layer alone is cut to a candidate (as Flextron, figure 6)."
     return picture(f"{stem(s.label)}_degradation", words, caption, draw, (SIZE[0], 0.8 + 1.9 * len(axes_shown)))
 
 

@@ -1,4 +1,4 @@
-"""The gain of sorting by importance, from `importance` (the paper's Table 5). Losses are in nats per token."""
+"""Gain of sorting by importance, from `importance` (Flextron, Table 5). Losses are in nats per token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,20 @@ from flextron_mcore.report.drawing import Picture, Theme, picture, tidy
 from flextron_mcore.report.text import loss, perplexity, short
 from flextron_mcore.report.topic import Section, Table, Topic
 
+FULL = "full (baseline)"  # whose loss sorting does not change
+
 
 @dataclass(frozen=True)
 class AblationRow:
-    """One row of the sorting ablation."""
+    """Loss and perplexity of one network before any training, from `flextron importance`.
+
+    Attributes:
+        setup: name of the network: the full model, or a network with half of one axis.
+        order: "unsorted" or "sorted": order of heads, neurons and channels.
+        score: importance score that they are sorted by.
+        loss: loss in nats per token, mean over domains.
+        perplexity: perplexity.
+    """
 
     setup: str
     order: str
@@ -25,7 +35,7 @@ class AblationRow:
 
 @dataclass(frozen=True)
 class Ablation:
-    """One `importance` directory; `samples` calibration samples."""
+    """Result of one directory that `flextron importance` wrote. samples: number of calibration samples."""
 
     samples: int
     score: str
@@ -33,23 +43,24 @@ class Ablation:
 
 
 def sections(results: list[Ablation]) -> list[Section]:
-    """Loss with half of an operator cut, as a table and bars for each directory."""
+    """Section of the page for each directory, with a table and a bar chart."""
     tables, pictures = [], []
     for i, result in enumerate(results):
         rows = [[r.setup, r.order, r.score, loss(r.loss), perplexity(r.perplexity)] for r in result.ablation]
         tables.append(Table(["Setup", "Order", "Score", "Loss", "Perplexity"], rows, left=3))
-        if any(row.order != "-" for row in result.ablation):
+        if any(row.setup != FULL for row in result.ablation):
             pictures.append(ablation_bars(result.ablation, f"sorting{i + 1 if i else ''}"))
     first = results[0]
-    note = f"Half of one operator cut, without any training, before and after sorting by importance ({first.samples:,} samples,"
-    note += f" score {first.score}; as the paper’s Table 5)."
-    return [Section("sorting", "Sorting by importance", note, tables, pictures, beside=len(tables) == 1)]
+    note = f"Heads and neurons are sorted by importance on {first.samples:,} samples (score {first.score}): a smaller network"
+    note += " keeps the most important ones. Losses of networks with about half of one kind of unit, before elastic training (as"
+    note += " Flextron, Table 5)."
+    return [Section("sorting", "Sorting by importance", note, tables, pictures, "trained")]
 
 
 def ablation_bars(rows: Sequence[AblationRow], name: str) -> Picture:
-    """Loss with half the heads or half the FFN, unsorted and sorted, before any training (the paper's Table 5)."""
-    base = next((row for row in rows if row.order == "-"), None)
-    cut = [row for row in rows if row.order != "-"]
+    """Bar chart of the losses of networks with half of one axis, unsorted and sorted, named `name` (Flextron, Table 5)."""
+    base = next((row for row in rows if row.setup == FULL), None)
+    cut = [row for row in rows if row.setup != FULL]
     setups = list(dict.fromkeys(row.setup for row in cut))
     many = len({row.score for row in cut if row.order == "sorted"}) > 1
     kind = lambda row: f"sorted by {row.score}" if many and row.order == "sorted" else row.order  # noqa: E731
@@ -73,7 +84,7 @@ def ablation_bars(rows: Sequence[AblationRow], name: str) -> Picture:
 
     words = "Bar chart of loss in nats per token: " + "; ".join(f"{r.setup}, {kind(r)}: {r.loss:.3f}" for r in cut)
     words += f"; full model: {base.loss:.3f}." if base else "."
-    return picture(name, words, "Loss when half of one operator is cut, before any training. Lower is better.", draw)
+    return picture(name, words, "Loss of networks with half of one kind of unit, before any elastic training.", draw)
 
 
 TOPIC = Topic(("importance",), lambda output: output.into(Ablation), sections)

@@ -11,27 +11,27 @@ NONE = "–"
 
 
 def loss(value: float | None) -> str:
-    """Three decimals; – for None."""
+    """Loss with three decimals; – for None."""
     return NONE if value is None else f"{value:,.3f}" if math.isfinite(value) else _not_finite(value)
 
 
 def perplexity(value: float) -> str:
-    """Two decimals below 1,000, none above."""
+    """Perplexity with two decimals below 1,000, none above."""
     return _not_finite(value) if not math.isfinite(value) else f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def percent(share: float | None) -> str:
-    """A share as percent with one decimal; – for None."""
+    """Share in 0..1 as percent with one decimal, such as 62.5%; – for None."""
     return NONE if share is None else f"{100 * share:.1f}%"
 
 
 def small(value: float) -> str:
-    """A small difference with two digits: 3.1e−6."""
+    """Text of a small difference with two digits: 3.1e−6."""
     return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+").replace("e-", f"e{MINUS}")
 
 
 def big(count: int) -> str:
-    """A count in three digits with thousand, million or billion."""
+    """Text of a count with three digits and thousand, million or billion."""
     for size, word in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
         if count >= size:
             return f"{count / size:.3g} {word}"
@@ -39,7 +39,7 @@ def big(count: int) -> str:
 
 
 def memory(sizes: Sequence[int]) -> tuple[str, list[str]]:
-    """The unit that suits the largest of `sizes` (bytes), and each size in that unit."""
+    """(unit that suits the largest of `sizes`, each size in that unit as text). sizes: bytes."""
     largest = max(sizes, default=0)
     power = _power(largest)
     digits = 0 if power == 0 else 1 if largest >= 100 * 1024**power else 2
@@ -47,7 +47,7 @@ def memory(sizes: Sequence[int]) -> tuple[str, list[str]]:
 
 
 def cost_unit(cost: str, largest: float) -> tuple[str, float]:
-    """How to show a cost (a key of OWN_UNITS): its name with the unit that suits `largest`, and how many own units that is."""
+    """(name of a cost with the unit that suits `largest`, that unit's value in the cost's own unit of OWN_UNITS)."""
     if cost == "parameters":
         return ("Parameters (billions)", 1e9) if largest >= 1e9 else ("Parameters (millions)", 1e6)
     if cost == "memory":
@@ -56,7 +56,7 @@ def cost_unit(cost: str, largest: float) -> tuple[str, float]:
 
 
 def significant(value: float) -> str:
-    """Four significant digits; very large and small numbers with a power of ten: 1.234e6."""
+    """Number with four significant digits; very large and small numbers with a power of ten: 1.234e6."""
     if not math.isfinite(value):
         return _not_finite(value)
     mantissa, _, power = f"{value:.4g}".replace("-", MINUS).partition("e")
@@ -64,12 +64,12 @@ def significant(value: float) -> str:
 
 
 def signed(value: float | None) -> str:
-    """A difference of losses: +0.123, −0.123; – for None."""
+    """Text of a difference of losses: +0.123, −0.123; – for None."""
     return f"{'+' if value is not None and value > 0 else ''}{loss(value)}".replace("-", MINUS)
 
 
 def duration(seconds: float) -> str:
-    """35 s, 12 min 5 s, 3 h 12 min."""
+    """Text of a duration: 35 s, 12 min 5 s, 3 h 12 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -78,7 +78,7 @@ def duration(seconds: float) -> str:
 
 
 def spread(widths: Sequence[int]) -> str:
-    """One number if all are equal, else their mean and range; – for none."""
+    """Text of the widths of some layers: the width that all share, or mean and range as 4.3 (2–8); – without widths."""
     if not widths:
         return NONE
     low, high = min(widths), max(widths)

@@ -1,21 +1,37 @@
-"""A topic of the report: the stages it reads, and what it adds to the page. No torch import."""
+"""A topic of the report: the stages that it reads, and its contribution to the page. No torch import."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from flextron_mcore.report.drawing import Picture
 from flextron_mcore.report.reader import Settings, StageOutput
 
 R = TypeVar("R")
 Column = tuple[str, Sequence[str]]  # head and cells
+Chapter = Literal["trained", "budgets", "evidence", "next"]
+CHAPTERS: dict[Chapter, tuple[str, str]] = {  # in the order of the page: title and introduction
+    "trained": (
+        "What was trained",
+        "Loss is in nats per token on validation text, perplexity is its exponential: lower is better.",
+    ),
+    "budgets": (
+        "What each budget gives",
+        "Every network is a part of the same weights. A budget is the share of the full model’s cost that a network may have.",
+    ),
+    "evidence": (
+        "How sure that is",
+        "The choices of the routers against those of other selectors and against chance, and the blocks that matter most.",
+    ),
+    "next": ("What to type next", ""),
+}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table as text. The first `left` columns are aligned left, the others right; `strong` is the row to stress."""
+    """Table of the page, as text. The first `left` columns are aligned left, the others right; `strong` is the row to stress."""
 
     head: list[str]
     rows: list[list[str]]
@@ -24,14 +40,20 @@ class Table:
 
     @classmethod
     def of_columns(cls, columns: Sequence[Column], left: int = 1, strong: int | None = None) -> Table:
-        """A table from columns of equal length."""
+        """Table from columns of equal length.
+
+        Args:
+            columns: (header, cells) of each column.
+            left: number of columns aligned left.
+            strong: index of the row to stress; None for none.
+        """
         rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
         return cls([head for head, _ in columns], rows, left, strong)
 
 
 @dataclass(frozen=True)
 class Card:
-    """One key figure."""
+    """Key figure at the head of the page: label, value, and a note on it."""
 
     label: str
     value: str
@@ -40,19 +62,35 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: heading, one line of explanation, tables and pictures."""
+    """Section of a chapter of the page.
+
+    Attributes:
+        key: id of the section in the HTML.
+        title: heading.
+        note: explanation.
+        tables, pictures: content.
+        chapter: name of the chapter.
+        folded: True if the pictures are hidden until a click.
+    """
 
     key: str
     title: str
     note: str
     tables: list[Table]
     pictures: list[Picture]
-    beside: bool = False  # table and picture next to each other where there is room
+    chapter: Chapter = "evidence"
+    folded: bool = False
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One training stage: a sentence for the summary and a key figure. `elastic` training has precedence over other stages."""
+    """Summary of one training stage.
+
+    Attributes:
+        sentence: summary in words.
+        card: key figure.
+        elastic: True for elastic training; where there is one, key figures of other training stages are not shown.
+    """
 
     sentence: str
     card: Card
@@ -63,8 +101,12 @@ class Progress:
 class Highlights:
     """Contribution of a topic to the head of the page, to its settings, and to family.json.
 
-    sentences, cards: of evaluated networks; where no topic has cards, the summary tells of the training stages (`progress`).
-    settings: the most telling first. details: more settings, as a title and rows of (name, value). values: keys of family.json.
+    Attributes:
+        sentences, cards: sentences and key figures of the summary, about evaluated networks.
+        progress: training stages, which the summary is about if no topic has cards.
+        settings: model and space of each stage, the latest first.
+        details: tables of further settings, each (title, rows of (name, value)).
+        values: {key of family.json: value}.
     """
 
     sentences: list[str] = field(default_factory=list)
@@ -77,10 +119,15 @@ class Highlights:
 
 @dataclass(frozen=True)
 class Topic(Generic[R]):
-    """A topic of the page. A registry of the report is a sequence of topics, in the order of the page.
+    """Topic of the page: the stages that it reads, and the sections that it makes of them.
 
-    stages: names of the stages it reads. read: the result of one stage directory; None where another topic shows it. sections:
-    the parts of the page for at least one result. highlights: for any number of results, also none.
+    Topics follow each other in the order of a run.
+
+    Attributes:
+        stages: names of the stages that the topic reads.
+        read: function that returns the result of one stage directory, or None where another topic shows it.
+        sections: function that returns the sections of the page for at least one result.
+        highlights: function that returns the highlights of any number of results, also none.
     """
 
     stages: tuple[str, ...]
@@ -89,12 +136,19 @@ class Topic(Generic[R]):
     highlights: Callable[[list[R]], Highlights] = lambda results: Highlights()
 
     def results(self, outputs: Sequence[StageOutput]) -> list[R]:
-        """The results of all stage directories that the topic reads."""
-        found = [self.read(output) for output in outputs if output.kind in self.stages]
-        return [result for result in found if result is not None]
+        """Results of all stage directories that the topic reads."""
+        return [result for _, result in self.read_all(outputs)]
+
+    def read_all(self, outputs: Sequence[StageOutput]) -> list[tuple[StageOutput, R]]:
+        """Every stage directory that the topic reads, with its result."""
+        found = [(output, self.read(output)) for output in outputs if output.kind in self.stages]
+        return [(output, result) for output, result in found if result is not None]
 
 
 def numbered(results: Sequence[R]) -> Iterator[tuple[R, str, str]]:
-    """Each result with the end of its sections' keys (empty, 2, 3, ...) and of their titles (its label, if there are several)."""
+    """(result, end of the section keys, end of the section titles) of each of a topic's results.
+
+    Keys end with nothing, 2, 3, ...; titles with the result's label in brackets if there are several results.
+    """
     for i, result in enumerate(results, start=1):
         yield result, str(i) if i > 1 else "", f" ({result.label})" if len(results) > 1 else ""

@@ -1,4 +1,4 @@
-"""Pretraining and elastic training: numbers and curves, also for the stages that train routers. Losses are in nats per token."""
+"""Pretraining and elastic training: numbers and curves, also of the stages that train routers. Losses are in nats per token."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from flextron_mcore.report.reader import PLAIN, Settings, StageOutput
 from flextron_mcore.report.text import big, duration, loss, short, stem
 from flextron_mcore.report.topic import Card, Column, Highlights, Progress, Section, Table, Topic
 
+VALIDATION = "Validation losses are the full model’s on the samples that training validates on: other parts use other samples."
 MOST_LABELS = 12  # lines named in one legend
 TITLES = {
     "pretrain": "Pretraining",
@@ -22,16 +23,22 @@ TITLES = {
     "gumbel": "Training of model and router",
 }
 GROUPS = {  # of validated networks by the beginning of their names, each with its caption
-    "uniform": "Validation loss of uniform sub-networks (the same widths in every layer; as the paper’s figure 10).",
-    "random": "Validation loss of random sub-networks (as the paper’s figure 11).",
-    "router": "{label}: validation loss of what the routers choose, by share of the full model’s cost.",
+    "uniform": "Validation loss of uniform sub-networks (the same widths in every layer; as Flextron, figure 10).",
+    "random": "Validation loss of random sub-networks (as Flextron, figure 11).",
+    "router": "{label}: validation loss of the networks that the routers choose, by share of the full model’s cost.",
     "other": "Validation loss of the other sub-networks.",
 }
 
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One step: losses of the full model and of the sampled sub-networks."""
+    """One logged training step: losses in nats per token.
+
+    Attributes:
+        step: number of the step.
+        loss: loss of the full model.
+        subnetwork_losses: losses of the sub-networks that were drawn for the step; None if there were none.
+    """
 
     step: int
     loss: float
@@ -40,9 +47,19 @@ class TrainRow:
 
 @dataclass(frozen=True)
 class Training:
-    """One directory of a training stage. `seconds` of wall time; losses in nats per token.
+    """Result of one directory of a training stage. Losses are in nats per token.
 
-    validation: (step, loss of each network). first, last: first and last validation loss of each network.
+    Attributes:
+        label: name of the directory.
+        kind: name of the stage.
+        steps: number of training steps.
+        tokens: tokens of all steps.
+        seconds: wall time.
+        tokens_per_second: mean throughput.
+        train: logged steps.
+        validation: (step, {name of a network: loss, mean over domains}) of each validation.
+        first, last: {name of a network: loss} in the first and in the last validation.
+        settings: architecture and elastic space, for the page.
     """
 
     label: str
@@ -59,16 +76,16 @@ class Training:
 
     @property
     def first_loss(self) -> float | None:
-        """The full model's first validation loss, None if it was not validated."""
+        """First validation loss of the full model, None if it was not validated."""
         return self.first.get("full")
 
     @property
     def last_loss(self) -> float | None:
-        """The full model's last validation loss, None if it was not validated."""
+        """Last validation loss of the full model, None if it was not validated."""
         return self.last.get("full")
 
     def progress(self) -> Progress:
-        """The stage in one sentence, and its tokens as a key figure."""
+        """Summary of the stage (steps, trained tokens, time, loss) as one sentence and a key figure."""
         text = f"{TITLES[self.kind]} took {self.steps:,} steps, {big(self.tokens)} tokens and {duration(self.seconds)}"
         if self.kind != "router" and self.first_loss is not None and self.last_loss is not None:  # `router` trains no model
             text += (
@@ -79,7 +96,7 @@ class Training:
 
 
 def read(output: StageOutput) -> Training:
-    """One directory of a training stage, with its log if there is one."""
+    """Result of one directory of a training stage, with its log if there is one."""
     validation = [(row.read("step", int), row.read("losses", dict[str, float])) for row in output.log("validation")]
     rows = [row.into(TrainRow) for row in output.log("train")]
     ends = {"first": _end(output, "first", validation), "last": _end(output, "last", validation[::-1])}
@@ -87,7 +104,7 @@ def read(output: StageOutput) -> Training:
 
 
 def _end(output: StageOutput, end: str, logged: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """The `first` or `last` validation loss of each network: from metrics.json, else from the log, which begins at that end."""
+    """`first` or `last` validation loss of each network: from metrics.json, else from `logged`, which begins at that end."""
     given = output.metrics.values.get("validation")
     row = given.get(end) if isinstance(given, Mapping) else None
     losses = row.get("losses", row) if isinstance(row, Mapping) else None
@@ -99,23 +116,22 @@ def _end(output: StageOutput, end: str, logged: list[tuple[int, dict[str, float]
 
 
 def sections(results: list[Training]) -> list[Section]:
-    """Numbers and curves of pretraining and elastic training."""
+    """Section of the page for pretraining and elastic training: a table and curves."""
     pictures = []
     for training in results:
         pictures += [train_curve(training)] if training.train else []
         pictures += validation_curves(training)
-    note = "Validation is that of the full model, in nats per token."
-    return [Section("training", "Training", note, [training_table(results)], pictures)]
+    return [Section("training", "Training", VALIDATION, [training_table(results)], pictures, "trained", folded=True)]
 
 
 def highlights(results: Sequence[Training]) -> Highlights:
-    """Progress of each stage; the settings of the latest first."""
+    """Summary of each training stage, and the architecture and elastic space of each, the latest first."""
     settings = [training.settings for training in reversed(results)]
     return Highlights(progress=[training.progress() for training in results], settings=settings)
 
 
 def training_table(results: Sequence[Training], more: Sequence[Column] = ()) -> Table:
-    """A row a stage; `more` columns at the end."""
+    """Table with a row for each training stage: steps, tokens, time, first and last validation loss. more: columns at its end."""
     columns = [
         ("Stage", [t.label for t in results]),
         ("Steps", [f"{t.steps:,}" for t in results]),
@@ -129,7 +145,11 @@ def training_table(results: Sequence[Training], more: Sequence[Column] = ()) -> 
 
 
 def train_curve(training: Training) -> Picture:
-    """Training loss of the full model and, smoothed with their range, of the step's sub-networks."""
+    """Picture of the training loss by step, smoothed by a moving average; the full model also as it is, in pale.
+
+    Sub-networks are a line (mean of the step's sub-networks) in a band (lowest to highest loss of them). A stage without
+    sub-networks shows the validation loss of the full model instead.
+    """
     steps, full = [row.step for row in training.train], [row.loss for row in training.train]
     subs = [(row.step, row.subnetwork_losses) for row in training.train if row.subnetwork_losses]
     window = max(1, len(steps) // 40)
@@ -156,7 +176,10 @@ def train_curve(training: Training) -> Picture:
 
 
 def validation_curves(training: Training) -> list[Picture]:
-    """Validation loss while training: uniform networks (the paper's fig. 10), random ones (fig. 11), the routers', any others."""
+    """Pictures of the validation loss by step, one for each kind of network that was validated, each with the full model.
+
+    Kinds: uniform networks (Flextron, figure 10), random networks (figure 11), networks that routers choose, all other networks.
+    """
     groups: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name in dict.fromkeys(name for _, losses in training.validation for name in losses if name != "full"):
         groups[next((group for group in GROUPS if name.startswith(group)), "other")].append(name)

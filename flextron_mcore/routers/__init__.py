@@ -1,1 +1,1 @@
-"""Routers: what a budget should be spent on, learned."""
+"""Routers: learned functions from a budget to candidates."""

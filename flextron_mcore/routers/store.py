@@ -1,6 +1,6 @@
-"""Routers in a checkpoint's directory: routers.safetensors, routers.json that says what they are, and the latency table.
+"""Routers in a checkpoint's directory: routers.safetensors, their description routers.json, and the latency table.
 
-They do not depend on the layout of the run that wrote them.
+The files do not depend on the parallel layout of the run that wrote them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from flextron_mcore.checkpoint.store import TABLE_FILE
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
+from flextron_mcore.digests import read_description, seal
+from flextron_mcore.files import check_file, read_json
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.runtime.disk import first_line
 from flextron_mcore.space import SubNetwork
 
 ROUTERS_FILE, WEIGHTS_FILE = "routers.json", "routers.safetensors"
-STATE_FILE = "router_training.pt"  # what continues their training
+STATE_FILE = "router_training.pt"  # state of the routers' training: optimizers and more
 FORMAT_VERSION = 1
 KINDS = ("static", "gumbel", "adaptive")  # adaptive routers are read by adaptive/store.py
 
@@ -32,10 +34,15 @@ KINDS = ("static", "gumbel", "adaptive")  # adaptive routers are read by adaptiv
 class RouterInfo:
     """Description of trained routers.
 
-    costs: names of the costs that they were trained for. ranges: for each the least and largest target, as shares of the full
-    model's. memory: what a memory cost counts, {"dtype", "batch_size", "length"}. kind: static, or gumbel: over all axes, with
-    one choice for all layers if `uniform`; other kinds have a class of their own. evaluated: (candidates of the choices, loss)
-    of evaluated networks that static routers may choose.
+    Attributes:
+        costs: names of the costs that the routers were trained for.
+        ranges: (least, largest) budget of the training for each cost, as shares of the full model's cost.
+        hidden_size: hidden units of a router.
+        memory: dtype and KV cache that a memory cost counts: {"dtype", "batch_size", "length"}.
+        kind: `static`: routers choose the widths of the layers. `gumbel`: the sizes of all axes. `adaptive`: a candidate of each
+            block for every token (adaptive/store.py).
+        evaluated: (candidate index of each choice, loss in nats per token) of networks whose loss was evaluated.
+        uniform: True if all layers share their choices; only for gumbel.
     """
 
     costs: tuple[str, ...]
@@ -47,7 +54,7 @@ class RouterInfo:
     uniform: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for routers.json."""
+        """Convert to plain types, for routers.json."""
         return {
             "format": FORMAT_VERSION,
             "kind": self.kind,
@@ -61,7 +68,7 @@ class RouterInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The reverse of `to_dict`."""
+        """Build from the plain types of `to_dict`."""
         return cls(
             tuple(values["costs"]),
             tuple((float(low), float(high)) for low, high in values["ranges"]),
@@ -73,27 +80,37 @@ class RouterInfo:
         )
 
     def choices(self, widths: Choices) -> Choices:
-        """Choices that the routers make: `widths`, or those of all axes in the same space."""
+        """Choices that the routers make: `widths`, or for kind gumbel the choices of all axes of the same space.
+
+        widths: choices of the layers.
+        """
         return replace(widths, all_axes=True, uniform=self.uniform) if self.kind == "gumbel" else widths
 
     def losses(self, widths: Choices) -> dict[SubNetwork, float]:
-        """`evaluated`, by network."""
+        """{network: loss in nats per token} of the networks whose loss was evaluated. widths: choices of the layers."""
         choices = self.choices(widths)
         return {choices.network(indices): loss for indices, loss in self.evaluated}
 
 
 def write_routers(folder: Path, info: RouterInfo, routers: torch.nn.Module, table: Mapping[str, Any] | None) -> None:
-    """Write the routers' files into a checkpoint's directory. table: of the latencies they were trained with, as plain types."""
+    """Write routers into a checkpoint's directory.
+
+    Args:
+        folder: directory of the checkpoint.
+        info: description of the routers.
+        routers: module whose state is written.
+        table: latency table of the training, as plain types; None without.
+    """
     save_file({name: tensor.detach().contiguous() for name, tensor in routers.state_dict().items()}, folder / WEIGHTS_FILE)
     (folder / ROUTERS_FILE).write_text(json.dumps(info.to_dict(), indent=1) + "\n", encoding="utf-8")
     if table is not None:
-        (folder / TABLE_FILE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        (folder / TABLE_FILE).write_text(json.dumps(seal(table), indent=1) + "\n", encoding="utf-8")
 
 
 def read_routers(folder: Path, choices: Choices) -> tuple[RouterInfo, StaticRouters]:
-    """Routers of the checkpoint in `folder` that choose a network; of another kind those that they started from.
+    """Read a checkpoint's routers that choose sub-networks; for adaptive routers, the static routers that they started from.
 
-    Raises FlextronError where it has none or they cannot be read.
+    Raises FlextronError if there are none or they are damaged. choices: choices of the layers.
     """
     with opened_routers(folder) as (values, weights):
         if values["kind"] not in ("static", "gumbel"):
@@ -107,52 +124,64 @@ def read_routers(folder: Path, choices: Choices) -> tuple[RouterInfo, StaticRout
 
 @contextlib.contextmanager
 def opened_routers(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-    """routers.json and routers.safetensors of a checkpoint. Raises FlextronError where they, or the block, cannot read them."""
+    """Context with (routers.json, {name: tensor}) of a checkpoint.
+
+    Raises FlextronError if there are no routers or they are damaged. Errors in the body of the `with` count as damage, too.
+    """
     file = folder / ROUTERS_FILE
     if not file.is_file():
-        raise FlextronError(
-            f"checkpoint={folder}: has no routers: train them with `flextron router`, or choose another selector (selector=...)"
-        )
+        raise FlextronError(f"checkpoint={folder}: has no routers: train them with `flextron router`, or choose another selector")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values["format"] != FORMAT_VERSION or values["kind"] not in KINDS:
-            raise FlextronError(f"{file}: routers of format {values['format']}, kind {values['kind']!r} are not known here")
+            raise FlextronError(
+                f"{file}: routers of format {values['format']}, kind {values['kind']!r} are not known here: known are format "
+                f"{FORMAT_VERSION}, kinds {', '.join(KINDS)}"
+            )
+        check_file(folder / WEIGHTS_FILE)
         yield values, load_file(folder / WEIGHTS_FILE)
     except FlextronError:
         raise
-    except Exception as error:  # safetensors has errors of its own
-        raise FlextronError(f"{file}: the routers cannot be read ({type(error).__name__}: {first_line(error)})") from None
+    except Exception as error:  # includes safetensors' own error classes
+        raise FlextronError(
+            f"{file}: the routers cannot be read ({type(error).__name__}: {first_line(error)}): use another checkpoint, or train "
+            "them again with `flextron router`"
+        ) from None
 
 
 def static_part(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the static routers that others started from."""
+    """Weights of the static routers among the weights of adaptive routers."""
     return {name.removeprefix("static."): tensor for name, tensor in weights.items() if name.startswith("static.")}
 
 
 def kind_of_routers(folder: Path) -> str | None:
-    """One of KINDS, or None where there are none that can be read."""
+    """Kind of a checkpoint's routers, one of KINDS; None if there are no readable routers."""
     try:
-        return str(json.loads((folder / ROUTERS_FILE).read_text(encoding="utf-8"))["kind"])
+        return str(read_json(folder / ROUTERS_FILE)["kind"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 def check_same_table(folder: Path, table: Mapping[str, Any] | None) -> None:
-    """Raise FlextronError where the checkpoint in `folder` was written with another latency table."""
+    """Raise FlextronError if the checkpoint in `folder` was written with another latency table. table: as plain types."""
     file = folder / TABLE_FILE
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    before = read_description(file) if file.is_file() else None
     if before != json.loads(json.dumps(table)):
         raise FlextronError(f"{folder}: holds a run with another latency table: choose another out, or overwrite=true")
 
 
 def save_state(file: Path, **parts: Any) -> None:
-    """Write the state that a router run continues from: of modules and optimizers, and plain values."""
+    """Write the state of a router training: state dicts of modules and optimizers, and plain values."""
     torch.save({name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}, file)
 
 
 def load_state(file: Path) -> dict[str, Any]:
-    """Read the state that `save_state` wrote. Raises FlextronError for a file that cannot be read."""
+    """Read the state that `save_state` wrote; nothing in the file is executed. Raises FlextronError for a damaged file."""
     try:
+        check_file(file)
         return torch.load(file, weights_only=True)
     except Exception as error:
-        raise FlextronError(f"{file}: cannot be resumed from ({type(error).__name__})") from None
+        raise FlextronError(
+            f"{file}: cannot be resumed from ({type(error).__name__}): remove its directory to continue from an earlier "
+            "checkpoint"
+        ) from None

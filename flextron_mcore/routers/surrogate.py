@@ -1,6 +1,7 @@
-"""The surrogate model: what the routers' choices do to the language-model loss (Flextron, eq. 10).
+"""Surrogate model of the language-model loss, from the routers' choices (Flextron, eq. 10).
 
-Shape suffixes: B pairs, N blocks, K candidates, P hidden units, D hidden channels of the language model.
+Shape suffixes: B samples (choices of a network, or of a token), N blocks, K candidates, P hidden units, D hidden channels of the
+language model.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ from torch import Tensor
 
 
 class Surrogate(torch.nn.Module):
-    """Two layers from all routers' choices to the loss above the full model's on the same batch [nats per token].
+    """Two-layer MLP S(r) = W_2 gelu(W_1 r [+ W_h h]) from the candidates r that all blocks use to the degradation.
 
-    It sees choices as one-hot vectors, not logits: two logits with the same argmax have the same loss. The difference from the
-    full model's loss leaves out what differs between batches, which is far more than what differs between networks.
-    channels: for input-adaptive routers, a pair is a token, and the language model's final hidden state [B, D] is an input too,
-    projected; the loss is the token's.
+    The degradation is the loss minus the full model's loss on the same batch, in nats per token: losses differ far more between
+    batches than between networks. r is a one-hot vector for each block, not the paper's logits, because logits with the same
+    argmax have the same loss.
+
+    Args:
+        blocks: number N of blocks.
+        candidates: largest number K of candidates of a block.
+        hidden_size: hidden units P.
+        channels: size D of the final hidden state h, a second input for adaptive routers, whose samples are tokens; 0 for static
+            routers, without h.
     """
 
     def __init__(self, blocks: int, candidates: int, hidden_size: int, channels: int = 0) -> None:
@@ -24,14 +31,17 @@ class Surrogate(torch.nn.Module):
         self.first = torch.nn.Linear(blocks * candidates, hidden_size)
         self.project = torch.nn.Linear(channels, hidden_size, bias=False) if channels else None
         self.second = torch.nn.Linear(hidden_size, 1)
-        self.register_buffer("scale", torch.ones(()))  # of the losses
+        self.register_buffer("scale", torch.ones(()))  # typical degradation, which multiplies the output
 
     def forward(self, choices_BNK: Tensor, final_BD: Tensor | None = None) -> Tensor:
-        """Loss [B]."""
+        """Predicted degradation [B]. final_BD: final hidden states; None if the surrogate has no `channels`."""
         return self._second(self._first(choices_BNK, final_BD))
 
     def replaced(self, choices_BNK: Tensor, final_BD: Tensor | None = None) -> Tensor:
-        """Loss [B, N, K] with candidate k in block n and all other blocks as in `choices_BNK`."""
+        """Predicted degradation [B, N, K] with candidate k in block n and all other blocks as in `choices_BNK`.
+
+        final_BD: final hidden states; None if the surrogate has no `channels`.
+        """
         columns_NKP = self.first.weight.T.unflatten(0, choices_BNK.shape[1:])
         now_BNP = torch.einsum("bnk,nkp->bnp", choices_BNK, columns_NKP)
         hidden_BP = self._first(choices_BNK, final_BD)

@@ -1,1 +1,1 @@
-"""Services under the commands: output directories, resuming, chains, opened checkpoints, the chosen network."""
+"""Services that commands share: output directories, resuming, chains, opened checkpoints, the chosen network."""

@@ -1,8 +1,7 @@
-"""The network that a stage is to take: costs, budgets, selectors. For select, evaluate, export, compare and router."""
+"""Choice of a sub-network from a stage's settings: costs, budgets, selectors."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,13 @@ import numpy as np
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost, parse_budget
+from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost, parse_budget, show
+from flextron_mcore.digests import check_file
+from flextron_mcore.files import read_json
 from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable, open_table
 from flextron_mcore.runs.opened import check_widths_only
-from flextron_mcore.runs.terminal import say
+from flextron_mcore.runs.terminal import warn
 from flextron_mcore.selection import selectors
 from flextron_mcore.selection.selectors import Selector
 from flextron_mcore.selection.trained import trained_selector
@@ -29,22 +30,28 @@ Losses = Callable[[Sequence[SubNetwork]], Sequence[float]]
 
 
 def latency_table(settings: StageSettings, info: CheckpointInfo) -> LatencyTable | None:
-    """The table of settings.latency, or else the one beside the routers, if any."""
+    """Latency table of settings.latency, or the one beside the routers; None where there is neither."""
     return open_table(info, settings.latency)
 
 
 def check_table(table: LatencyTable | None) -> None:
-    """Say what speaks against a table: its own errors, or that it was measured elsewhere."""
+    """Print a warning for a table with large errors, and for a table of another device."""
     if table is None:
         return
     if warning := table.warning():
-        say(f"warning: do not trust the latency table: {warning}")
+        warn(f"do not trust the latency table: {warning}")
     if (where := table.machine.get("device")) != (here := device_name()):
-        say(f"warning: the latency table is of another device: {where}; this one is {here}")
+        warn(f"the latency table is of another device: {where}; this one is {here}")
 
 
 def available_costs(settings: StageSettings, info: CheckpointInfo, table: LatencyTable | None) -> dict[str, Cost]:
-    """{name: Cost}: the latency where there is a table, parameters, memory as settings.kv_cache and settings.dtype count it."""
+    """Costs by name: `latency` (where there is a table), `parameters` and `memory`.
+
+    Args:
+        settings: settings of the stage; `kv_cache` and `dtype` say what a memory cost counts.
+        info: checkpoint whose networks are counted.
+        table: latency table; None: no latency.
+    """
     memory = memory_setting(settings, info)
     costs = {"latency": table.cost()} if table else {}
     costs["parameters"] = parameter_cost(info.model, info.space)
@@ -53,16 +60,19 @@ def available_costs(settings: StageSettings, info: CheckpointInfo, table: Latenc
 
 
 def memory_setting(settings: StageSettings, info: CheckpointInfo) -> dict[str, Any]:
-    """Data type and KV cache that a memory cost counts: {"dtype", "batch_size", "length"}."""
+    """Keyword arguments of `memory_cost`: `dtype` of the weights, `batch_size` and `length` (tokens) of the KV cache."""
     trainer = getattr(settings, "trainer", None)
     dtype = getattr(settings, "dtype", None) or getattr(trainer, "precision", None) or info.dtype
     kv = settings.kv_cache
-    length = kv.length or info.model.max_position_embeddings
+    length = kv.length or info.model.default_length
     return {"dtype": dtype, "batch_size": kv.batch_size, "length": length}
 
 
 def budgets(wanted: float | str | Sequence, costs: dict[str, Cost]) -> list[Budget]:
-    """The parts of a budget as the user gives it, which hold together."""
+    """Budgets that a network must meet together, parsed from what a user typed.
+
+    Raises FlextronError for no budget, and for one that cannot be parsed or that no network of the costs meets.
+    """
     found = parse_budget(wanted, costs)
     if not found:
         raise FlextronError("budget: is empty; give one such as 0.6, 25ms, 3.4B or 8GiB")
@@ -70,7 +80,17 @@ def budgets(wanted: float | str | Sequence, costs: dict[str, Cost]) -> list[Budg
 
 
 def selector(settings: StageSettings, info: CheckpointInfo, name: str, losses: Losses | None = None) -> Selector:
-    """The selector `name`. losses: evaluates networks, for `random`. Raises FlextronError where it lacks what it needs."""
+    """Make a selector.
+
+    Args:
+        settings: settings of the stage, with what the selector needs: `sensitivity`, `random_networks`, `seed`.
+        info: checkpoint from whose space the networks are chosen.
+        name: one of ALL_SELECTORS.
+        losses: function that evaluates networks, for `random`.
+
+    Raises:
+        FlextronError: for an unknown name, or where the selector lacks routers, data or a result that it needs.
+    """
     choices = Choices(info.model, info.space)
     if name == "router":
         return _router_selector(settings, info, choices)
@@ -83,7 +103,11 @@ def selector(settings: StageSettings, info: CheckpointInfo, name: str, losses: L
         return selectors.Sensitivity(choices, _degradations(settings, choices))
     if name == "random":
         if losses is None:
-            raise FlextronError("selector=random: evaluates networks: give data=")
+            if settings.stage == "select":
+                raise FlextronError("selector=random: evaluates networks: give data=")
+            raise FlextronError(
+                "selector=random: evaluates networks: write one with `flextron select selector=random`, and give subnetwork="
+            )
         return selectors.Random(choices, settings.random_networks, settings.seed, losses)
     raise FlextronError(f"selector={name!r} is not known: use one of {', '.join(ALL_SELECTORS)}")
 
@@ -91,25 +115,41 @@ def selector(settings: StageSettings, info: CheckpointInfo, name: str, losses: L
 def select(
     settings: StageSettings, info: CheckpointInfo, losses: Losses | None = None, budget: float | str | Sequence | None = None
 ) -> tuple[SubNetwork, list[Budget]]:
-    """The network of settings.selector for `budget`, by default settings.budget, and that budget, parsed.
+    """Choose the network of settings.selector for a budget. Deterministic: every rank finds the same network without messages.
 
-    The same on every rank, which decides for itself.
+    Args:
+        settings: settings of the stage.
+        info: checkpoint from whose space the network is chosen.
+        losses: function that evaluates networks, for selector `random`.
+        budget: budget as a user types it; None: settings.budget.
+
+    Returns:
+        The network, and the parsed budgets that it meets. If all of them allow the full model, it is the full model.
     """
     table = latency_table(settings, info)
     costs = available_costs(settings, info, table)
     check_table(table)
     wanted = budgets(settings.budget if budget is None else budget, costs)
+    for each in wanted:
+        if each.asked is not None:
+            name, full = each.cost.name, show(each.cost.name, each.cost.full)
+            warn(f"budget {name} <= {show(name, each.asked)} allows the full model, whose {name} is {full}")
+    if all(each.asked is not None for each in wanted):
+        return SubNetwork.full(info.model), wanted
     picks = selector(settings, info, settings.selector, losses)
     for budget in wanted:
         if settings.selector == "router" and (trained := picks.untrained(budget)):
             low, high = trained
-            say(f"warning: {budget} is outside of what the routers were trained for, {low:.3g} to {high:.3g} of the full model")
+            warn(f"{budget} is outside the range that the routers were trained for, {low:.3g} to {high:.3g} of the full model")
     return picks.select(wanted), wanted
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A network of a checkpoint. origin: how it was chosen, in words. budgets: those that it was chosen for."""
+    """A chosen network of a checkpoint.
+
+    origin: words for how it was chosen, for a model card. budgets: budgets that it was chosen for, if any.
+    """
 
     network: SubNetwork
     origin: str
@@ -117,7 +157,10 @@ class Chosen:
 
 
 def chosen_network(settings: StageSettings, info: CheckpointInfo) -> Chosen:
-    """Network for settings.budget, or of the file settings.subnetwork, or the full one. Raises FlextronError for both keys."""
+    """Choose the network for settings.budget, read it from settings.subnetwork, or take the full model.
+
+    Raises FlextronError when both keys are set.
+    """
     if settings.budget is not None:
         if settings.subnetwork is not None:
             raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
@@ -133,14 +176,15 @@ def _router_selector(settings: StageSettings, info: CheckpointInfo, choices: Cho
 
 
 def _degradations(settings: StageSettings, choices: Choices) -> np.ndarray:
-    """[blocks, candidates] from the metrics.json of `flextron sensitivity`."""
+    """Loss above the full model's with one smaller block, [blocks, candidates], from the result of `flextron sensitivity`."""
     if not settings.sensitivity:
         raise FlextronError("selector=sensitivity: give sensitivity=, the directory that `flextron sensitivity` wrote")
     file = Path(settings.sensitivity)
     file = file / "metrics.json" if file.is_dir() else file
     table = np.full(choices.exists_NK.shape, np.nan)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        check_file(file)
+        values = read_json(file, given=True)
         model = ModelConfig.from_dict(values["model"])
         if model != choices.model or ElasticSpace.from_dict(model, values["space"]) != choices.space:
             raise FlextronError(f"{file}: is of another model or space: measure it with `flextron sensitivity`")

@@ -1,4 +1,4 @@
-"""The checkpoint and the data of a command, opened and held against each other."""
+"""Checkpoint and data of a command: opened, and checked against each other and the settings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, open_data, valid_datasets
 from flextron_mcore.evaluation.evaluator import Evaluator
 from flextron_mcore.model import PRECISIONS, check_layout, loaded_model
+from flextron_mcore.runs.memory import memory_line
+from flextron_mcore.runs.terminal import say
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.checks import sequence_length
@@ -18,42 +20,67 @@ from flextron_mcore.training.checks import sequence_length
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint and data that fit each other. precision: to compute in. seq_length: tokens of a sample."""
+    """Checkpoint and data that fit each other.
+
+    Attributes:
+        precision: precision of the computation.
+        seq_length: tokens of a sample.
+        memory: line about the memory that is needed.
+    """
 
     info: CheckpointInfo
     data: PreparedData
     precision: str
     seq_length: int
+    memory: str
 
     @classmethod
     def of(cls, settings: StageSettings, info: CheckpointInfo, data: PreparedData) -> Opened:
-        """Raises FlextronError where checkpoint, data and layout do not fit each other."""
+        """Check a checkpoint and data against each other and against the layout.
+
+        Args:
+            settings: settings of the stage.
+            info: checkpoint.
+            data: prepared data.
+
+        Raises:
+            FlextronError: where they do not fit.
+        """
         computed = precision(settings, info)
         check_layout(info.model, info.space, settings.model, computed)
-        return cls(info, data, computed, sequence_length(settings.model, info, data))
+        length = sequence_length(settings.model, info, data)
+        return cls(info, data, computed, length, memory_line(settings, info))
 
 
 def open_evaluation(settings: StageSettings) -> Opened:
-    """The checkpoint and the data of a stage that evaluates networks. Raises FlextronError where they do not fit."""
+    """Open settings.checkpoint and settings.data. Raises FlextronError where they do not fit each other or the settings."""
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)
     return Opened.of(settings, info, data)
 
 
 def evaluator(settings: StageSettings, opened: Opened, cache: Path, progress: Callable[[str], None]) -> Evaluator:
-    """The loaded model on the validation split, of which settings.limit_val_batches are used. cache: directory for indices."""
+    """Load the model and make an evaluator of networks on the validation split. Call on all ranks.
+
+    Args:
+        settings: settings of the stage; `limit_val_batches` is how much of the split is used.
+        opened: checkpoint and data.
+        cache: directory for the sample indices.
+        progress: function called after each evaluation of a network on a domain.
+    """
+    say(opened.memory)
     datasets = valid_datasets(opened.data, opened.seq_length, settings.seed, cache)
     model = loaded_model(settings.model, opened.info, opened.precision)
     return Evaluator(model, datasets, opened.seq_length, settings.model.micro_batch_size, settings.limit_val_batches, progress)
 
 
 def precision(settings: StageSettings, info: CheckpointInfo) -> str:
-    """trainer.precision, or else as stored."""
+    """Precision of the computation: trainer.precision, by default that of the checkpoint, or fp32 where no GPU computes in it."""
     return settings.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
 
 
 def check_space(settings: StageSettings, info: CheckpointInfo) -> None:
-    """Raise FlextronError when the configuration asks for another space than the checkpoint's."""
+    """Raise FlextronError when the settings ask for another elastic space than the checkpoint has."""
     have = info.space.to_dict()
     wanted = {k: v for k, v in asdict(settings.space).items() if v is not None}
     for name in ("granularity", "attention_unit", *have):
@@ -70,7 +97,7 @@ def check_space(settings: StageSettings, info: CheckpointInfo) -> None:
 
 
 def check_widths_only(info: CheckpointInfo, what: str) -> None:
-    """Raise FlextronError where hidden size or depth is elastic, of which `what` knows nothing."""
+    """Raise FlextronError where hidden size or depth is elastic. what: the command or selector that knows heads and FFN only."""
     for axis in ("hidden_size", "depth"):
         if len(sizes := getattr(info.space, axis)) > 1:
             raise FlextronError(
@@ -80,9 +107,9 @@ def check_widths_only(info: CheckpointInfo, what: str) -> None:
 
 
 def check_not_modulated(info: CheckpointInfo) -> None:
-    """Raise FlextronError where gains depend on the network, which tokens that choose for themselves do not have."""
+    """Raise FlextronError for a checkpoint with modulation, whose gains depend on one network for all tokens."""
     if info.space.modulation:
         raise FlextronError(
-            f"checkpoint={info.path}: has modulation, gains that depend on the one network in use: its tokens cannot choose for "
-            "themselves; use kind=static, or `flextron gumbel`"
+            f"checkpoint={info.path}: was trained with modulation, which token routing does not support: use "
+            "`flextron router kind=static`, or `flextron gumbel`"
         )

@@ -1,58 +1,108 @@
-"""Output shared by all stages: the output directory, figures, tables on the terminal."""
+"""Output of a stage: its lock, its directory or file, config.yaml and metrics.json."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flextron_mcore import digests
 from flextron_mcore.config import FlextronError
-from flextron_mcore.runtime.disk import disk_errors, write_aside, write_whole
-from flextron_mcore.runtime.ranks import is_main_process, on_main_process, wait_for_all
+from flextron_mcore.digests import CONFIG_FILE
+from flextron_mcore.runs.terminal import warnings_so_far
+from flextron_mcore.runtime.disk import disk_errors, recover, write_aside, write_whole
+from flextron_mcore.runtime.locks import INSIDE, locked
+from flextron_mcore.runtime.ranks import gather, is_main_process, on_main_process, wait_for_all
 from flextron_mcore.settings.compose import to_yaml
 from flextron_mcore.settings.training import StageSettings
 
-CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.json"
+METRICS_FILE = "metrics.json"
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep other commands from writing to `out`, a directory or file, within the block. The main process holds the lock.
+
+    A replacement of `out` by overwrite=true that a kill interrupted is undone or finished first. Call on all ranks. Raises
+    FlextronError naming the process that writes there.
+    """
+    with contextlib.ExitStack() as main_process:
+
+        def take() -> None:
+            if is_main_process():  # before there are process groups, every rank is asked
+                with disk_errors(out):
+                    main_process.enter_context(locked(out))
+                    recover(out)
+
+        on_main_process(take)
+        yield
 
 
 @contextlib.contextmanager
 def serial_output(settings: StageSettings) -> Iterator[Path]:
-    """A directory to write results into, which becomes `settings.out` when the stage succeeds and leaves nothing when it fails.
+    """Directory to write results into, which becomes `settings.out` when the stage succeeds and is removed when it fails.
 
     For a stage that the main process runs alone. Raises FlextronError when `out` exists and overwrite=true is not given.
     """
     out = Path(settings.out)
     check_output(out, settings.overwrite)
-    make_parent(out)
     with write_aside(out) as folder:
         yield folder
         write_config(folder, settings)
+        digests.write_digests(folder)
 
 
 @contextlib.contextmanager
 def new_output(settings: StageSettings) -> Iterator[Path]:
-    """`serial_output` for a stage that all ranks run: the directory is whole when all are done, which a rank that fails never is.
+    """Directory to write results into, for a stage that all ranks run. Call on all ranks.
 
-    Raises what `serial_output` does, on every rank the same.
+    It becomes `settings.out` when every rank has left the block, and is removed if the stage fails. Raises FlextronError on every
+    rank when `out` exists and overwrite=true is not given.
     """
     with disk_errors(Path(settings.out)), contextlib.ExitStack() as main_process:
         folder = on_main_process(lambda: main_process.enter_context(serial_output(settings)))
         yield folder
-        wait_for_all()
+        for others in gather(digests.remembered()):
+            digests.learn(others)
     wait_for_all()
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """Raise FlextronError when `out` is there already and may not be replaced, or is a file.
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Yield a directory that becomes `out` at the end, for stages that go on to write into it.
 
-    overwrite replaces what a stage wrote, never another directory.
+    It is `out` itself, emptied, where that cannot be renamed: a mount, or a directory whose parent cannot be written.
+    """
+    if not (out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK))):
+        with write_aside(out) as folder:
+            yield folder
+        return
+    # metrics.json, the mark of a complete stage, goes first, and config.yaml, the mark of a stage, last.
+    for path in sorted(out.iterdir(), key=lambda path: (path.name == CONFIG_FILE) - (path.name == METRICS_FILE)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != INSIDE:
+            path.unlink()
+    yield out
+
+
+def is_empty(out: Path) -> bool:
+    """True if a directory is missing, or holds nothing but its lock."""
+    return not out.exists() or not set(os.listdir(out)) - {INSIDE}
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise FlextronError when `out` is a file, or a directory with content that may not be replaced.
+
+    overwrite: allow replacing the directory of a stage, which has a config.yaml; another directory is never replaced.
     """
     if out.is_file():
         raise FlextronError(f"out={out}: is a file, not a directory")
-    if out.exists() and any(out.iterdir()):
+    if not is_empty(out):
         if not (out / CONFIG_FILE).is_file():
             raise FlextronError(f"out={out}: exists already and was not written by flextron; choose another")
         if not overwrite:
@@ -60,43 +110,50 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def check_file(out: Path | None, overwrite: bool) -> None:
-    """Raise FlextronError when a result that is one file cannot be written to `out`; None: it is only printed."""
+    """Raise FlextronError when the result file `out` is a directory, or exists without overwrite. None: nothing is written."""
     if out and (out.is_dir() or (out.exists() and not overwrite)):
         reason = "is a directory; name a file" if out.is_dir() else "exists already; choose another, or overwrite=true"
         raise FlextronError(f"out={out}: {reason}")
 
 
 def write_file(out: Path | None, text: str) -> None:
-    """Write a result that is one file, on the main process."""
+    """Write a result file on the main process, whole or not at all; nothing if `out` is None.
+
+    Raises FlextronError for an error of the disk.
+    """
     if out and is_main_process():
-        make_parent(out)
         with disk_errors(out):
             write_whole(out, text)
 
 
-def make_parent(out: Path) -> None:
-    """Make the directory that will hold `out`."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FlextronError(f"out={out}: cannot be written: {error.strerror}") from None
-
-
 def write_config(folder: Path, settings: StageSettings) -> None:
-    """The resolved configuration as config.yaml."""
-    (folder / CONFIG_FILE).write_text(to_yaml(settings), encoding="utf-8")
+    """Write the resolved settings as config.yaml."""
+    write_whole(folder / CONFIG_FILE, to_yaml(settings))
 
 
 def write_metrics(folder: Path, stage: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """metrics.json, whose presence means that the stage is complete."""
-    metrics = {"stage": stage, **figures}
+    """Write metrics.json, which marks the stage as complete, on the main process.
+
+    Args:
+        folder: directory to write into.
+        stage: name of the stage.
+        figures: results of the stage, plain types.
+
+    Returns:
+        Content of the file; with the key `warnings` if the stage printed any (`warn`).
+    """
+    warnings = warnings_so_far()
+    metrics = {"stage": stage, **figures, **({"warnings": warnings} if warnings else {})}
     if is_main_process():
-        write_whole(folder / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
+        text = json.dumps(metrics, indent=1) + "\n"
+        if (folder / CONFIG_FILE).is_file():  # a directory that the stage wrote in place; others get theirs at their end
+            digests.write_digests(folder, upcoming={METRICS_FILE: text})
+        write_whole(folder / METRICS_FILE, text)
     return metrics
 
 
 def discard(folder: Path) -> None:
-    """Remove a directory that the stage used, when every rank is done with it."""
+    """Remove a temporary directory when every rank is done with it. Call on all ranks."""
     wait_for_all()
     if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)

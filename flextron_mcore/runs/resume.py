@@ -1,34 +1,34 @@
-"""The directory of a training run: made, or continued by the command that made it, by one process at a time."""
+"""Directory of a training run: made by its command, and continued by the same command."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from flextron_mcore import digests
 from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
+from flextron_mcore.checkpoint.unpickling import check_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData
 from flextron_mcore.data.tokenizer import read_vocabulary
-from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, check_output, make_parent
+from flextron_mcore.files import read_yaml
+from flextron_mcore.runs.memory import memory_line
+from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, check_output, claimed, new_directory
+from flextron_mcore.runs.terminal import say
+from flextron_mcore.runs.tokenizers import copy_tokenizer, tokenizer_directories
 from flextron_mcore.runtime.disk import disk_errors, write_aside, write_whole
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.compose import as_yaml, to_dict
 from flextron_mcore.settings.training import LoopSettings
 
-LOCK_FILE = ".lock"
 # Keys, and groups of keys, that may differ between a run and its continuation: they do not change what is computed.
 # model.ddp.use_distributed_optimizer is none of them: the form of the optimizer's state on disk depends on it.
 _FREE_KEYS = (
-    *("out", "overwrite", "debug", "exp_manager"),
-    *("trainer.num_nodes", "trainer.devices", "trainer.log_every_n_steps", "trainer.max_time"),
+    *("out", "overwrite", "debug", "exp_manager", "verify_weights"),
+    *("trainer.num_nodes", "trainer.devices", "trainer.log_every_n_steps", "trainer.max_time", "trainer.val_at_start"),
     *("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.virtual_pipeline_model_parallel_size"),
     *("model.num_layers_in_first_pipeline_stage", "model.num_layers_in_last_pipeline_stage"),
     *("model.context_parallel_size", "model.sequence_parallel", "model.micro_batch_size"),
@@ -39,90 +39,53 @@ _FREE_KEYS = (
 
 @contextlib.contextmanager
 def resumable_output(settings: LoopSettings, info: CheckpointInfo, data: PreparedData) -> Iterator[Path]:
-    """settings.out, made for a new run, or with the unfinished run that it holds; no other process writes to it within the block.
+    """Yield settings.out, made for a new run, or with the unfinished run that it holds; no other process writes to it meanwhile.
 
     Only the same run is continued: of the same configuration except for speed and layout, on the same tokens of the same
-    tokenizer (config.yaml keeps their fingerprints), from a checkpoint `info` of the same model, space and order of units.
-    What may have changed is that checkpoint's step, dtype and weights: a continuation takes its weights from the run's own
-    newest checkpoint, and a run that has none yet starts anew from what is there now.
+    tokenizer (config.yaml keeps their fingerprints), from a checkpoint of the same model, space and order of units. The step,
+    dtype and weights of that checkpoint may have changed: a continuation takes its weights from the run's own newest checkpoint,
+    and a run that has none yet starts anew.
 
-    Call on all ranks. Raises FlextronError, on every rank the same, when `out` holds another run, one that is complete, damaged
-    or being written, or something else. overwrite=true replaces what any stage wrote, unless it is being written.
+    With overwrite=true the new run replaces what any stage wrote to `out`. Call on all ranks.
+
+    Args:
+        settings: settings of the training stage.
+        info: checkpoint that the run starts from; its `path` is None for a fresh initialisation.
+        data: training data.
+
+    Raises:
+        FlextronError: on every rank, when `out` holds another run, a complete or damaged one, or something else, or another
+            process writes to it.
     """
-    with contextlib.ExitStack() as main_process:
-        on_main_process(lambda: main_process.enter_context(_open_run(settings, info, data)))
-        yield Path(settings.out)
+    out = Path(settings.out)
+    memory = memory_line(settings, info)
+    if info.path:
+        check_checkpoint(info.path)
+    with claimed(out):
+        on_main_process(lambda: _open_run(out, settings, info, data))
+        say(memory)
+        yield out
 
 
-@contextlib.contextmanager
-def _open_run(settings: LoopSettings, info: CheckpointInfo, data: PreparedData) -> Iterator[None]:
-    out, vocabulary = Path(settings.out), read_vocabulary(data.tokenizer)
+def _open_run(out: Path, settings: LoopSettings, info: CheckpointInfo, data: PreparedData) -> None:
+    """Make the directory of a run, or check that it holds this run."""
+    vocabulary = read_vocabulary(data.tokenizer)
     values = to_dict(settings)
     values["fingerprints"] = {"data": data.fingerprint, "tokenizer": vocabulary and vocabulary.fingerprint}
-    make_parent(out)
-    with contextlib.ExitStack() as lock:
-        with disk_errors(out):
-            made = not out.exists()
-            if not (out.is_dir() and os.listdir(out) == [LOCK_FILE]):  # left by a process killed before it wrote more
-                check_output(out, overwrite=True)
-            out.mkdir(exist_ok=True)
-            lock.enter_context(_lock(out))
-            new = not (out / CONFIG_FILE).is_file()
-            try:
-                if settings.overwrite:
-                    _clear(out, CONFIG_FILE, LOCK_FILE)  # config.yaml says, until it is replaced, that `out` is a stage's
-                elif not new:
-                    _check_same(out, values, info)
-                _complete(out, values, new or settings.overwrite, info.tokenizer if info.path else data.tokenizer)
-            except BaseException:
-                if new:
-                    _clear(out)
-                    out.rmdir() if made else None
-                raise
-        yield
-
-
-def _complete(out: Path, values: Mapping[str, Any], new: bool, tokenizer: Path | None) -> None:
-    """Write what a run has from its beginning, as far as it is not there."""
-    if new:
-        write_whole(out / CONFIG_FILE, as_yaml(values))
-    if tokenizer and not (out / "tokenizer").is_dir():
-        with write_aside(out / "tokenizer") as folder:
-            shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Keep other processes from writing to `out`. The lock is the kernel's: it ends with this process, however that ends."""
-    file = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(file, 1000).decode(errors="replace") or "another process"
-        os.close(file)
-        raise FlextronError(f"out={out}: {holder} is writing to it: wait for its end, or choose another out") from None
-    except OSError:
-        pass  # a file system without locks
-    with contextlib.suppress(OSError):  # the name is for the message only
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)  # helper processes may have inherited the open file
-        os.close(file)
-
-
-def _clear(out: Path, *kept: str) -> None:
-    """Empty a directory; the mark of a complete run goes first."""
-    for path in sorted(out.iterdir(), key=lambda path: path.name != METRICS_FILE):
-        if path.name in kept:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    tokenizer = tokenizer_directories(info, data)
+    with disk_errors(out):
+        check_output(out, overwrite=True)
+        if settings.overwrite or not (out / CONFIG_FILE).is_file():
+            with new_directory(out) as folder:
+                write_whole(folder / CONFIG_FILE, as_yaml(values))
+                copy_tokenizer(info, data, folder / "tokenizer")
+                digests.write_digests(folder)
+            return
+        _check_same(out, values, info)
+        if tokenizer and not (out / "tokenizer").is_dir():  # a run of an earlier version, or removed by hand
+            with write_aside(out / "tokenizer") as folder:
+                copy_tokenizer(info, data, folder)
+        digests.write_digests(out, only=(CONFIG_FILE, "tokenizer"))  # the log goes on
 
 
 def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> None:
@@ -134,7 +97,7 @@ def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> N
         if before.get(f"fingerprints.{name}", found) != found:
             raise FlextronError(f"out={out}: holds a run on {what} data={now['data']}: {advice}")
     if before.pop("fingerprints.data", None):
-        before["data"] = now["data"]  # the same, wherever it is
+        before["data"] = now["data"]  # the same data, wherever they are
     before.pop("fingerprints.tokenizer", None)
     if _beside(before) == _beside(now):
         before["checkpoint"] = now.get("checkpoint")  # moved together
@@ -149,24 +112,25 @@ def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> N
 
 
 def _source(info: CheckpointInfo) -> dict[str, Any]:
-    """Facts that every checkpoint of a run shares with the one it started from."""
+    """Facts that every checkpoint of a run shares with the one that it started from."""
     values = info.to_dict()
     return _flat({"checkpoint": {name: values[name] for name in ("model", "space", "sorted", "hf_config")}})
 
 
 def _beside(values: Mapping[str, Any]) -> str:
-    """Where the checkpoint that a run starts from is, seen from the run."""
+    """Path of the checkpoint that a run starts from, relative to the run's directory."""
     return os.path.relpath(str(values.get("checkpoint")), str(values.get("out")))
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     """config.yaml as {"a.b": value}."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = read_yaml(file)
         if isinstance(values, dict) and "seed" in values:  # the last key of every stage
+            digests.check_file(file)
             return _flat(values)
         reason = "not a configuration"
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         reason = type(error).__name__
     raise FlextronError(f"{file}: is damaged ({reason}): bring it back from a copy, choose another out, or overwrite=true")
 

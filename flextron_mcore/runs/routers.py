@@ -19,7 +19,7 @@ from flextron_mcore.routers.store import RouterInfo
 from flextron_mcore.runs.choice import available_costs, memory_setting
 from flextron_mcore.runs.output import write_metrics
 from flextron_mcore.runs.resume import resumable_output
-from flextron_mcore.runs.terminal import print_table, progress_bar, say
+from flextron_mcore.runs.terminal import print_table, progress_bar, warn
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.sections import DistillationSettings, TargetSettings
 from flextron_mcore.settings.training import CostSettings, NewRouterSettings
@@ -33,7 +33,20 @@ from flextron_mcore.training.static import SurrogateLearner
 def described_routers(
     settings: NewRouterSettings, info: CheckpointInfo, table: LatencyTable | None, hidden_size: int
 ) -> tuple[RouterInfo, list[Cost]]:
-    """Description of the routers that the settings ask for, and the costs that they constrain."""
+    """Describe new routers.
+
+    Args:
+        settings: settings of the stage; `costs` and `targets` are read.
+        info: checkpoint that the routers choose from.
+        table: latency table; None: no cost `latency`.
+        hidden_size: hidden units of the routers.
+
+    Returns:
+        The description, and the costs that budgets of the routers limit.
+
+    Raises:
+        FlextronError: for an unknown cost, or a range of budgets that networks cannot have.
+    """
     available = available_costs(settings, info, table)
     names = settings.costs or (["latency"] if table else ["parameters"])
     names = [names] if isinstance(names, str) else list(names)
@@ -49,7 +62,15 @@ def described_routers(
 def router_training(
     settings: CostSettings, choices: Choices, costs: Sequence[Cost], described: RouterInfo, table: LatencyTable | None
 ) -> RouterTraining:
-    """The training of routers that choose from `choices`."""
+    """Description of a training of routers, from settings and checkpoint.
+
+    Args:
+        settings: settings of the stage.
+        choices: choices that the routers make.
+        costs: costs that budgets of the routers limit.
+        described: description of the routers, stored in checkpoints.
+        table: latency table, stored in checkpoints; None without.
+    """
     kept = table.to_dict() if table else None
     return RouterTraining(choices, costs, described, settings.targets_per_step, settings.seed, settings.trainer.max_steps, kept)
 
@@ -63,7 +84,20 @@ def train_routers(
     frozen: bool,
     teach: DistillationSettings | None = None,
 ) -> dict[str, Any]:
-    """Train, print what the routers choose, and write metrics.json."""
+    """Train routers, print the networks that they choose, and write metrics.json. Call on all ranks.
+
+    Args:
+        settings: settings of the stage.
+        info: checkpoint to start from.
+        data: training data.
+        learner: routers and how they learn.
+        seq_length: tokens of a sample.
+        frozen: leave the model's weights as they are.
+        teach: distillation of the sub-networks by the full model; None: none.
+
+    Returns:
+        The content of metrics.json.
+    """
     cost = learner.costs[0]
     targets = validation_targets(settings.validation_targets, cost, learner.info.ranges[0])
 
@@ -85,22 +119,22 @@ def train_routers(
         first, last = figures["validation"]["first"], figures["validation"]["last"]
         names = [f"router {target:g}" for target in targets]
         print_table(
-            f"what the routers choose, in shares of the full model's {cost.name}, and its validation loss (nats per token)",
+            f"networks that the routers choose: share of the full model's {cost.name}, validation loss (nats per token)",
             ["target", "share", "argmax alone", "loss before", "loss"],
             [
-                [f"{row['target']:g}", row["share"], row["argmax_share"], first.get(name, float("nan")), last[name]]
+                [f"{row['target']:g}", row["share"], row["argmax_share"], first.get(name, "-"), last[name]]
                 for row, name in zip(rows, names, strict=True)
             ]
-            + [["full", 1.0, 1.0, first.get("full", float("nan")), last["full"]]],
+            + [["full", 1.0, 1.0, first.get("full", "-"), last["full"]]],
         )
         described: dict[str, Any] = {"costs": list(learner.info.costs), "surrogate": isinstance(learner, SurrogateLearner)}
         if isinstance(learner, SurrogateLearner):
             followed = on_main_process(lambda: learner.steps_followed)
             described |= {"threshold": learner.surrogate_settings.threshold, "steps_followed": followed}
             if not followed:
-                say(
-                    "router: warning: the surrogate's error never fell below surrogate.threshold, so the routers know budgets "
-                    "only: train longer, or with a larger model.global_batch_size"
+                warn(
+                    "the surrogate's error never fell below surrogate.threshold, so the routers have learned to "
+                    "meet budgets, but not which network is good: train longer, or with a larger model.global_batch_size"
                 )
         return write_metrics(out, settings.stage, {**figures, "routers": described, "budgets": rows})
 
@@ -108,7 +142,10 @@ def train_routers(
 def _evaluate_candidates(
     settings: CostSettings, out: Path, data: PreparedData, learner: RouterLearner, seq_length: int, model: Chunks
 ) -> None:
-    """Evaluate the networks that the routers may choose on training data, into the learner's `info`."""
+    """Find good networks of every cost by their losses on training data, and store these losses in `learner.info.evaluated`.
+
+    A budget of the first cost then gets one of these networks. Call on all ranks.
+    """
     samples = settings.candidate_samples
     dataset = train_dataset(data, seq_length, samples, settings.seed, out / "cache", settings.data_weights)
 
@@ -125,7 +162,16 @@ def _evaluate_candidates(
 
 
 def validation_targets(wanted: Sequence[float] | None, cost: Cost, allowed: tuple[float, float]) -> list[float]:
-    """Shares of the full model's cost to validate at. Raises FlextronError for one that no network has."""
+    """Budgets to validate at, as shares of the full model's cost.
+
+    Args:
+        wanted: budgets that the user gave; None: five, spread over `allowed`.
+        cost: cost that the budgets limit.
+        allowed: lowest and highest budget that the routers are trained for.
+
+    Raises:
+        FlextronError: for a budget below the smallest network's cost, or above 1.
+    """
     least = max(allowed[0], cost.smallest / cost.full)
     if wanted is None:
         return [round(least + (allowed[1] - least) * part, 3) for part in (0.1, 0.3, 0.5, 0.7, 0.9)]
@@ -148,12 +194,13 @@ def _budget(learner: RouterLearner, target: float) -> dict[str, Any]:
 
 
 def _range(targets: TargetSettings, cost: Cost) -> tuple[float, float]:
-    """The range of targets, as shares of the full model's cost."""
+    """Lowest and highest target, as shares of the full model's cost. Raises FlextronError where no network has such costs."""
     least = cost.smallest / cost.full
     low = least if targets.low is None else float(targets.low)
     high = float(targets.high)
     if not least - 1e-9 <= low < high <= 1:
         raise FlextronError(
-            f"targets: {low:.4g} to {high:.4g} is no range within {least:.4f} (the smallest network's {cost.name}) and 1"
+            f"targets.low={low:.4g} and targets.high={high:.4g} are no range within {least:.4f} "
+            f"(the smallest network's {cost.name}) and 1"
         )
     return low, high

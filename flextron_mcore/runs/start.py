@@ -1,37 +1,53 @@
-"""Start of a command: the runtime and the process groups first, then the stage's module.
+"""Start of a command: checks of `out`, then runtime and process groups, then the stage's module.
 
 Imports no torch, because the command line imports this and has to answer `--help` at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runs.inputs import check_inputs
+from flextron_mcore.runs.output import claimed
 from flextron_mcore.settings.training import StageSettings
 
-# Stages that compute at a parallel layout, and those of one process. IMPORTING ones start process groups, if at all, themselves.
+# Stages that compute at a parallel layout; that compute in one process; that start process groups themselves, if they need any.
 _PARALLEL = (
     *("pretrain", "importance", "elastic", "router", "joint", "gumbel"),
     *("sensitivity", "compare", "evaluate", "generate", "export"),
 )
 _SINGLE = ("latency", "select")
 _IMPORTING = ("import", "launch", "family", "quickstart")
+_WITHOUT_OUT = ("launch", "status", "verify")  # their key `out` is not used
 
 
 def run_stage(settings: StageSettings) -> dict[str, Any]:
-    """Run the stage that `settings` are of; its figures."""
+    """Run the stage that `settings` are of and return its figures, the content of metrics.json.
+
+    Raises FlextronError before anything is written where `out` meets an input, or another process writes to it.
+    """
+    writes = bool(settings.out) and settings.stage not in _WITHOUT_OUT
+    if writes:
+        check_inputs(settings)
     _start(settings)
-    # A stage is found by its name, so that nothing below the commands imports them.
-    return importlib.import_module(f"flextron_mcore.stages.{'import_' if settings.stage == 'import' else settings.stage}").run(
-        settings
-    )
+    # Late: they import rich and tqdm, which `--help` does without.
+    from flextron_mcore.runs.terminal import own_warnings
+    from flextron_mcore.runs.verification import verify_inputs
+
+    with claimed(Path(settings.out)) if writes else contextlib.nullcontext(), own_warnings():
+        verify_inputs(settings)
+        # A stage is found by its name, so that nothing below the commands imports them.
+        name = "import_" if settings.stage == "import" else settings.stage
+        return importlib.import_module(f"flextron_mcore.stages.{name}").run(settings)
 
 
 def _start(settings: StageSettings) -> None:
-    """Start what the stage needs. On a CPU the runtime must precede Megatron-Core's modules, which stages import."""
+    """Start runtime and process groups. On a CPU the runtime must start before a stage imports Megatron-Core's modules."""
     if settings.stage not in (*_PARALLEL, *_SINGLE, *_IMPORTING):
         return
     # Late: torch takes a second to import.
@@ -47,7 +63,7 @@ def _start(settings: StageSettings) -> None:
 
 
 def check_processes(settings: StageSettings) -> None:
-    """Raise FlextronError where the processes that were started and the layout of `settings` do not fit."""
+    """Raise FlextronError where the number of processes, or the stage, does not fit the layout of `settings`."""
     if settings.model.context_parallel_size > 1:
         raise FlextronError(
             f"model.context_parallel_size={settings.model.context_parallel_size}: the elastic attention is not "

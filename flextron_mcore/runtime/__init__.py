@@ -1,1 +1,1 @@
-"""Process groups, seeds, devices, and the CPU runtime."""
+"""Process groups, devices, seeds, the CPU runtime, disk, locks, signals, and the watch over ranks."""

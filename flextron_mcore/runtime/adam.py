@@ -1,4 +1,4 @@
-"""Adam on plain torch with the state layout of Transformer Engine's and apex's FusedAdam, for machines that have neither."""
+"""Adam in plain torch with the state layout of Transformer Engine's and apex's FusedAdam, for machines without them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam, with adam_w_mode AdamW (Loshchilov & Hutter, arXiv:1711.05101).
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101), or Adam with adam_w_mode=False.
 
-    The step count lives in the parameter group and a parameter's state is `exp_avg` and `exp_avg_sq`: what Megatron-Core's
-    distributed optimizer can save and load (it cannot load the state of torch.optim.AdamW).
+    The step count is in the parameter group, and the state of a parameter is `exp_avg` and `exp_avg_sq`, both fp32.
+    Megatron-Core's distributed optimizer saves and loads this layout, but not the state of torch.optim.AdamW.
+
+    Args:
+        params: parameters, or parameter groups.
+        lr: learning rate.
+        betas: decay rates of the moving averages of the gradient and of its square.
+        eps: term added to the denominator for numerical stability.
+        weight_decay: weight decay coefficient; a step multiplies the weights by 1 - lr * weight_decay.
+        adam_w_mode: decoupled weight decay (AdamW); False: add weight_decay * weight to the gradient (L2 penalty).
+        ignored: other options of FusedAdam, which have no effect on the result.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Repairs of differences and faults in Megatron-Core 0.16.1 to 0.19, and of paths that Python 3.13 pickled."""
+"""Workarounds for differences and bugs of Megatron-Core 0.16.1 to 0.19, and for paths that Python 3.13 pickled."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 
 def know_paths() -> None:
-    """Let this Python read checkpoints that 3.13 wrote: torch pickles paths into .metadata, whose module has a new name there."""
+    """Let this Python read checkpoints of Python 3.13, whose .metadata has pickled paths of the module pathlib._local."""
     sys.modules.setdefault("pathlib._local", pathlib)
 
 
 def save_options() -> dict[str, Any]:
-    """Arguments for dist_checkpointing.save.
+    """Keyword arguments for dist_checkpointing.save that select Megatron-Core's own asynchronous writer.
 
-    In 0.19 the background writer is by default that of a package of its own (nvidia-resiliency-ext); Megatron-Core's writer, the
-    only one before, is still there.
+    The default of Megatron-Core 0.19 is the writer of the package nvidia-resiliency-ext. Earlier versions have no choice, and the
+    result is {}.
     """
     known = inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
 def count_padding(model: DistributedDataParallel) -> None:
-    """Let the distributed optimizer save its state as it is; call before it is made.
+    """Work around wrong states in checkpoints of Megatron-Core's distributed optimizer. Call before creating the optimizer.
 
-    All versions leave out the padding at the ends of buckets when they put the state together, and then look parameters up where
-    they are with it: behind a bucket that is no multiple of 128 elements and of the data-parallel size, what is saved is another
-    parameter's. With padding counted, it is not left out.
+    Megatron-Core (all versions) drops the padding at the end of each bucket when it gathers the state, but then looks parameters
+    up at offsets that include the padding. After a bucket that is not a multiple of 128 elements and of the data-parallel size,
+    it would save another parameter's state. This function counts the padding as elements, so that it stays in the gathered state.
     """
     for buffer in model.buffers:
         buffer.numel_unpadded = buffer.numel

@@ -1,10 +1,10 @@
-"""Start and stop the process groups, pick the device, seed every generator."""
+"""Start and end of torch.distributed and Megatron-Core's process groups; device of this process; agreement to stop training."""
 
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -13,16 +13,23 @@ from flextron_mcore.runtime import cpu, signals, watch
 from flextron_mcore.runtime.memory import collect_again
 from flextron_mcore.settings.sections import LayoutSettings
 
-# How long ranks wait for each other. Not a way to find dead ones, which the watch does sooner: one rank may work alone for long.
+# Timeout of collectives, long because one rank may work alone for minutes. runtime/watch.py finds dead ranks much sooner.
 TIMEOUT = timedelta(minutes=30)
 
 
 def initialize(parallel: LayoutSettings | None = None, seed: int = 1234) -> None:
-    """Start torch.distributed and Megatron-Core's process groups for this process.
+    """Start torch.distributed and Megatron-Core's process groups, and seed the random number generators.
 
-    parallel: the tensor, pipeline and virtual pipeline sizes count. May be called again for another layout after Megatron-Core's
-    destroy_model_parallel. Without a launcher it is a world of one process.
-    Raises FlextronError when the number of processes does not fit the layout or the GPUs, or the launcher tells too little.
+    Without a launcher such as torchrun, this process is the only rank. May be called again with another layout after
+    Megatron-Core's destroy_model_parallel.
+
+    Args:
+        parallel: tensor, pipeline and virtual pipeline sizes; None: 1 each.
+        seed: seed of torch and of Megatron-Core's tensor-parallel random states.
+
+    Raises:
+        FlextronError: the number of processes does not fit the layout or the GPUs, or the launcher's environment variables are
+            incomplete.
     """
     cpu.enable()
     from megatron.core import parallel_state, tensor_parallel
@@ -42,38 +49,37 @@ def initialize(parallel: LayoutSettings | None = None, seed: int = 1234) -> None
                 f"WORLD_SIZE={world}, but {', '.join(missing)} is not set in the environment: start the processes with torchrun, "
                 "or set them for each process"
             )
-        os.environ.setdefault("RANK", "0")
-        os.environ.setdefault("WORLD_SIZE", "1")
-        os.environ.setdefault("LOCAL_RANK", "0")
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if "MASTER_PORT" not in os.environ:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                os.environ["MASTER_PORT"] = str(free.getsockname()[1])
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if torch.cuda.is_available():
-            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             if local >= gpus:
                 raise FlextronError(
                     f"process {local} of this node (LOCAL_RANK) sees {gpus} GPU(s): start as many processes a node as it has "
                     "GPUs, and let each see all of them"
                 )
             torch.cuda.set_device(local)
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        # A single process needs no fixed port, and on the CPU no server thread either.
+        alone: dict[str, Any] = {}
+        if world == 1:
+            gpu = torch.cuda.is_available()
+            store = torch.distributed.TCPStore("127.0.0.1", 0, 1, True) if gpu else torch.distributed.HashStore()
+            alone = {"store": store, "rank": 0, "world_size": 1}
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT, **alone)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor,
-            pipeline,
-            parallel.virtual_pipeline_model_parallel_size,
-            distributed_timeout_minutes=TIMEOUT.seconds // 60,
-        )
+        with cpu.shared_groups():
+            parallel_state.initialize_model_parallel(
+                tensor,
+                pipeline,
+                parallel.virtual_pipeline_model_parallel_size,
+                distributed_timeout_minutes=TIMEOUT.seconds // 60,
+            )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     collect_again()
 
 
 def shutdown() -> None:
-    """Tear the process groups down; safe to call when nothing was started."""
+    """Destroy the process groups, if `initialize` started any."""
     if torch.distributed.is_initialized():
         from megatron.core import parallel_state
 
@@ -81,14 +87,19 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
-def stop_agreed() -> int:
-    """Largest reason to stop that any rank received (`signals.received`); 0 if none did. Call on all ranks."""
-    number = torch.tensor([signals.received()], dtype=torch.int32, device=device())
+def stop_agreed(save: bool = False) -> tuple[int, bool]:
+    """(reason to stop training, True to save a checkpoint), equal on all ranks. Collective: call on every rank.
+
+    The reason is the largest `signals.received` of all ranks, 0 for none. save: True if this rank wants a checkpoint; the result
+    is True if any rank does.
+    """
+    number = torch.tensor([signals.received(), save], dtype=torch.int32, device=device())
     torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
     watch.all_train()
-    return int(number)
+    stop, agreed = number.tolist()
+    return stop, bool(agreed)
 
 
 def device() -> torch.device:
-    """The device of this process."""
+    """Device of this process: its current GPU, or the CPU without CUDA."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

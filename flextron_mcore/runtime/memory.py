@@ -1,4 +1,4 @@
-"""Memory: what the C library does with what is freed, and when Python looks for garbage."""
+"""Settings of the C library's memory allocator and of Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ import ctypes
 import gc
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
-_RARELY = 10**6  # objects
+_RARELY = 10**6  # new objects between two collections
 _usual: list[tuple[int, int, int]] = []
 
 
 def keep_freed_memory() -> None:
-    """Let this process use the memory of dropped tensors again; glibc gives it back to the kernel, which then clears new pages.
+    """Let glibc keep freed memory for the next tensors instead of returning it to the kernel, which must clear every new page.
 
-    Costs a few hundred MB where sizes differ, and saves most of the system time of a large export. Without glibc nothing happens.
+    Saves most of the system time of a large export. Costs a few hundred MB when tensor sizes differ. No effect without glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_ARENA_MAX, 1)  # memory that another thread dropped, too
+        mallopt(_M_ARENA_MAX, 1)  # one arena, so that all threads reuse each other's freed memory
 
 
 def collect_rarely() -> None:
-    """Look for garbage rarely until `collect_again`: importing makes objects that stay, and looking is a sixth of its time."""
+    """Run the garbage collector rarely until `collect_again`.
+
+    Collections during imports take a sixth of the time and free nothing.
+    """
     if gc.get_threshold()[0] != _RARELY:
         _usual.append(gc.get_threshold())
         gc.set_threshold(_RARELY)
 
 
 def collect_again() -> None:
-    """Look for garbage as before `collect_rarely`, if that was called, but no more among the objects that there are."""
+    """Undo `collect_rarely`, and exclude all existing objects from garbage collection (gc.freeze).
+
+    Has no effect without a call of `collect_rarely` before.
+    """
     if _usual:
         gc.freeze()
         gc.set_threshold(*_usual.pop())

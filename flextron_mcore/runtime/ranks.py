@@ -1,4 +1,4 @@
-"""Common work of a run's processes, whatever the layout. One process, with or without process groups, does it alone."""
+"""Collective operations over all ranks of torch.distributed. All functions also work in a single process without groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def place() -> tuple[int, int]:
-    """(number of this process, how many there are); without process groups (0, 1)."""
+    """(rank of this process, number of processes); (0, 1) without process groups."""
     import torch
 
     if not torch.distributed.is_initialized():
@@ -22,7 +22,7 @@ def place() -> tuple[int, int]:
 
 
 def is_main_process() -> bool:
-    """True on the process that writes and prints; works before there are process groups."""
+    """True on rank 0, which writes and prints. Before process groups exist, the launcher's environment variable RANK decides."""
     import torch
 
     if torch.distributed.is_initialized():
@@ -31,7 +31,7 @@ def is_main_process() -> bool:
 
 
 def wait_for_all() -> None:
-    """Let every rank reach this point."""
+    """Wait until every rank has called this function."""
     import torch
 
     if torch.distributed.is_initialized():
@@ -39,9 +39,9 @@ def wait_for_all() -> None:
 
 
 def on_main_process(action: Callable[[], T]) -> T:
-    """Run `action` on the main process and return its result on every rank; a FlextronError is raised on every rank too.
+    """Run `action` on rank 0 and return its result, or raise its FlextronError, on every rank. Collective: call on all ranks.
 
-    For decisions that must be the same everywhere: ranks that look at the disk one after another may see different things.
+    Use for decisions that depend on the disk, because two ranks may see different states of it. The result must be picklable.
     """
     import torch
 
@@ -59,9 +59,20 @@ def on_main_process(action: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def gather(value: T) -> list[T]:
+    """List of the values of all ranks, by rank, on every rank. Collective: call on all ranks. Values must be picklable."""
+    import torch
+
+    ranks = place()[1]
+    found = [value] * ranks
+    if ranks > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found
+
+
 @contextlib.contextmanager
 def processes_on_cpu() -> Iterator[None]:
-    """Process groups for work that no GPU does, if torchrun started several processes and they have none yet."""
+    """Start a gloo process group for the block, for work without a GPU. No effect for one process or if a group exists."""
     import torch
 
     if torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:

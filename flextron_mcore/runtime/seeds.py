@@ -1,4 +1,4 @@
-"""Random state without a state: what a step draws is a function of (seed, step) and the rank's place."""
+"""Stateless seeds: random numbers of a training step are a function of seed, step, pipeline rank and data-parallel rank."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed what a training step draws on this rank (dropout), so that a resumed run draws the same without a stored state.
+    """Seed the random number generators of this rank for one training step, so that a resumed run needs no stored random state.
 
-    Tensor-parallel ranks share the default generator and differ in Megatron-Core's tracker, as its dropouts expect.
+    Tensor-parallel ranks get equal seeds in the default generator and different seeds in Megatron-Core's tensor-parallel tracker,
+    which Megatron-Core's dropout layers require.
     """
     from megatron.core import parallel_state, tensor_parallel
 

@@ -1,35 +1,45 @@
-"""SIGTERM and SIGUSR1: what schedulers send before they take the machine away. And the time that a process may train for.
+"""SIGTERM and SIGUSR1, which schedulers send before they end a job, and the time limit of training.
 
-While training they ask for a stop after the step in progress; at any other time they end the process at once.
+During training a signal requests a stop after the current step. At any other time the signal ends the process at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues the run
+from flextron_mcore.config import FlextronError
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not an error, the same command continues the run
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-TIME_IS_UP = 1000  # `received` when it is no signal: larger than any signal's number
+TIME_IS_UP = 1000  # result of `received` for the time limit: larger than any signal number
 
 _deferred = False
 _received = 0
 _deadline: float | None = None
 
 
+HELPER_KILLED = (
+    "a process that wrote the checkpoint was killed, perhaps for lack of memory; the last whole checkpoint is kept: run the same "
+    "command again"
+)
+
+
 class Stopped(BaseException):
-    """Training stopped for a signal, its state is on disk. The text is the line for the user."""
+    """Raised after training stopped at a signal or time limit and wrote a checkpoint. The message is a line for the user."""
 
 
 def install(end: Callable[[str, int], NoReturn]) -> None:
-    """Take the signals over. Call in the main thread.
+    """Install the signal handlers. Call in the main thread.
 
-    end: called with a line for the user and an exit code when a signal comes that is not deferred. It must end the process: an
-    exception thrown anywhere is lost in some callbacks of C++ extensions, and fatal in others.
+    end: function (line for the user, exit code) that ends the process; called for a signal that is not deferred. The function
+    must not raise, because an exception inside a callback of a C++ extension may be lost or crash the process.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -45,32 +55,44 @@ def install(end: Callable[[str, int], NoReturn]) -> None:
 
 
 def ignore() -> None:
-    """From now on the signals change nothing: this process is ending already."""
+    """Ignore the signals from now on, because this process is ending already."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def defer(wanted: bool) -> None:
-    """Let a signal wait until the program looks for it (`received`), or, with wanted=False, end the process."""
+    """Defer signals: record the first one for `received` instead of ending the process. wanted: False ends the deferral."""
     global _deferred, _received
     _deferred, _received = wanted, 0
 
 
-def limit(seconds: float | None) -> None:
-    """How long this process may train, counted from its start; None: for ever."""
+def limit(seconds: float | None, until: float | None = None) -> None:
+    """Set the time limit of training; the earlier of the two limits counts.
+
+    Args:
+        seconds: seconds from the start of this process; None: no limit.
+        until: time in seconds since 1970 (`time.time`); None: no limit.
+    """
     global _deadline
     import psutil
 
-    _deadline = None if seconds is None else psutil.Process().create_time() + seconds
+    limits = [] if seconds is None else [psutil.Process().create_time() + seconds]
+    _deadline = min([*limits, *([] if until is None else [until])], default=None)
 
 
 def received() -> int:
-    """Reason to stop: the number of the first signal since signals are deferred, else TIME_IS_UP if it is, else 0."""
+    """Reason to stop: number of the first signal since `defer`, else TIME_IS_UP after the time limit of training, else 0."""
     return _received or (TIME_IS_UP if _deadline is not None and time.time() >= _deadline else 0)
 
 
 def stop(number: int, stage: str, step: int) -> NoReturn:
-    """Raise Stopped for what was received: training ended after `step`, whose checkpoint is whole."""
+    """Raise Stopped with a line for the user, and ignore signals from now on.
+
+    Args:
+        number: reason, as `received` returns it.
+        stage: name of the stage, for the line that the user sees.
+        step: last trained step, whose checkpoint is on disk.
+    """
     ignore()
     cause = "trainer.max_time" if number == TIME_IS_UP else signal.Signals(number).name
     reason = f"stopped by {cause} after step {step}"
@@ -79,17 +101,42 @@ def stop(number: int, stage: str, step: int) -> NoReturn:
 
 @contextlib.contextmanager
 def deaf_helpers() -> Iterator[None]:
-    """Helper processes started in the block never get the signals, nor Ctrl-C; this process gets them after it at the latest.
+    """Block SIGNALS and SIGINT within the block. Processes started in the block never receive them.
 
-    Schedulers, torchrun and terminals send a signal to the whole process group, which would kill the writers of a checkpoint.
+    Schedulers, torchrun and terminals send signals to the whole process group, which would kill the processes that write a
+    checkpoint. This process receives the signals after the block. Raises FlextronError if a child process is killed within the
+    block, because Megatron-Core would wait for it forever.
     """
     from multiprocessing import resource_tracker
 
     blocked = (*SIGNALS, signal.SIGINT)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    before, owner = signal.pthread_sigmask(signal.SIG_BLOCK, blocked), os.getpid()
+
+    def child_ended(number: int, frame: FrameType | None) -> None:
+        if not _killed_children():
+            return
+        if os.getpid() != owner:  # a forked writer, which has helpers of its own
+            os._exit(1)
+        raise FlextronError(HELPER_KILLED)
+
+    handler = signal.signal(signal.SIGCHLD, child_ended)
     try:
-        resource_tracker.ensure_running()  # whoever needs it starts it, which unblocks signals
+        resource_tracker.ensure_running()  # started now, since its start unblocks signals
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         yield
     finally:
+        signal.signal(signal.SIGCHLD, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _killed_children() -> list[int]:
+    """Process ids of children that were killed by a signal and are still zombies (not waited for)."""
+    import psutil
+
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(OSError, IndexError):
+            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+            if fields[0] == "Z" and int(fields[49]) & 0x7F:  # the status that `wait` would return
+                found.append(child.pid)
+    return found

@@ -1,4 +1,4 @@
-"""The model inside Megatron-Core's wrappers."""
+"""Access to the model inside Megatron-Core's wrappers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def unwrap(model: nn.Module) -> GPTModel:
-    """The GPTModel inside Megatron-Core's wrappers (DDP, Float16Module)."""
+    """Return the GPTModel inside Megatron-Core's wrappers (DistributedDataParallel, Float16Module)."""
     while hasattr(model, "module"):
         model = model.module
     return model

@@ -1,9 +1,10 @@
-"""Ends a job of many ranks when one of them dies, within a minute and everywhere, with one line that names it.
+"""Failure detection for the ranks of a job: when one rank dies, all ranks end within a minute, and one line names the dead rank.
 
-Each rank watches the next one (the last watches rank 0): beside the training, a thread writes signs of life to torch's TCPStore
-and reads the neighbour's. On one machine /proc tells at once that a process is gone; of another machine only silence tells.
-Whoever finds a dead rank, or fails itself, proposes a verdict to the store. The first one counts: its author prints it, and all
-end with its exit code, also those that wait in a collective for a rank that never comes.
+Each rank watches the next rank; the last rank watches rank 0. A thread beside the training writes this rank's heartbeats to
+torch's TCPStore and reads the heartbeats of the next rank. On the same machine /proc shows at once that a process has ended; on
+another machine only missing heartbeats show it. A rank that finds a dead rank, or fails itself, writes a verdict (a line and an
+exit code) to the store. The first verdict counts: its author prints the line, and all ranks end with the exit code, also ranks
+that wait in a collective.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -19,64 +21,83 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from flextron_mcore.config import FlextronError
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-PERIOD = 2.0  # seconds between two signs of life
-SILENCE = 30.0  # seconds without one that are taken for death when all ranks train
-START = 600.0  # the same until then: imports and index building can keep Python's lock, and with it the threads, for minutes
-GRACE = 5.0  # seconds that a rank with an error leaves rank 0 to report the same one
-FAREWELL = 10.0  # seconds that the rank with the last word waits for the others to end
-LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
+PERIOD = 2.0  # seconds between two heartbeats
+SILENCE = 30.0  # seconds without a heartbeat after which a rank counts as dead, once all ranks train; see `start`
+LEAST = 10  # minimum of FLEXTRON_RANK_TIMEOUT in seconds: a few heartbeats
+START = 600.0  # replaces SILENCE until all ranks train: imports and index building can hold the GIL for minutes
+GRACE = 5.0  # seconds that a failing rank waits for rank 0 to report the error first, if rank 0 has the error as well
+FAREWELL = 10.0  # seconds that the rank that prints the line waits for the other ranks to end
+LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # environment variables set by torchrun
 
 _PROC = Path("/proc")
 _current: Watch | None = None
 
 
 def start() -> None:
-    """Start the watch of this process, if it is one of many."""
-    global _current
+    """Start to watch the next rank, if a launcher started this process as one of several ranks.
+
+    The environment variable FLEXTRON_RANK_TIMEOUT replaces SILENCE. Raises FlextronError unless its value is a whole number of
+    seconds of at least LEAST.
+    """
+    global _current, SILENCE
+    if text := os.environ.get("FLEXTRON_RANK_TIMEOUT"):
+        if not re.fullmatch(r"\d{1,6}", text) or int(text) < LEAST:
+            raise FlextronError(f"FLEXTRON_RANK_TIMEOUT={text}: set it to whole seconds, at least {LEAST}, or unset it")
+        SILENCE = float(text)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and all(name in os.environ for name in LAUNCH):
         _current = Watch()
 
 
 def current() -> Watch | None:
-    """The watch of this process; None where none was started."""
+    """Watch that `start` created in this process; None without one."""
     return _current
 
 
 def all_train() -> None:
-    """All ranks are known to train: from now on a short silence is suspicious."""
+    """Shorten the tolerated time without heartbeats from START to SILENCE. Call when all ranks have begun to train."""
     if _current:
         _current.patience = SILENCE
 
 
 class Watch:
-    """One rank's watch over the next. Its threads run from its construction to `leave`."""
+    """Two threads that exchange heartbeats with the next rank and end this process when a rank dies.
+
+    The threads run from construction until `leave`.
+    """
 
     def __init__(self) -> None:
-        from torch import distributed  # noqa: F401  here, because two threads must not import it at the same time
+        from torch import distributed  # noqa: F401  imported before the threads start: they must not import it concurrently
 
         rank, world, local, host, port = (os.environ[name] for name in LAUNCH)
         self.rank, self.world, self.local = int(rank), int(world), int(local)
         self.address = host, int(port)
-        self.from_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the store; else rank 0 has it
+        # The launcher's process hosts the store, if True; else rank 0 does.
+        self.from_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.has_store = self.rank == 0 and not self.from_launcher
         self.patience = START
         self.left = False
         self.turns = 0
         self.store: Store | None = None
-        self.first: dict[str, Any] = {}  # who rank 0 is
+        self.first: dict[str, Any] = {}  # host, pid and start time of rank 0, from `_identity`
         self._identity = _identity()
         self._records, self._ending = threading.Lock(), threading.Lock()
         for target in (self._watch, self._watch_store):
             threading.Thread(target=target, daemon=True).start()
 
     def fail(self, head: str, text: str, code: int, wait: float) -> NoReturn:
-        """End this process, and with it the job, because of an error of its own.
+        """End this process and all other ranks because of an error in this process.
 
-        head, text: the line to print; with a head the error may be all ranks', and rank 0 gets the time to report it first.
-        wait: seconds in which a verdict of others may end it instead.
+        Args:
+            head: beginning of the line to print. If not empty, all ranks may have the same error: ranks other than 0 wait GRACE
+                seconds longer, so that rank 0 reports it.
+            text: rest of the line.
+            code: exit code of all ranks.
+            wait: seconds to wait for an earlier verdict of another rank.
         """
         self.patience = min(self.patience, SILENCE)
         if head and self.rank:
@@ -88,7 +109,11 @@ class Watch:
         self._propose(head + text, code)
 
     def leave(self, patience: float = START, last: bool = False) -> None:
-        """Say goodbye. The rank that has the store, and the one with the last word, stay until all others have."""
+        """Stop watching and tell the other ranks that this rank ends on purpose.
+
+        The rank that hosts the store waits until all other ranks have called `leave`. patience: maximum seconds to wait. last:
+        wait although this rank does not host the store, because it prints the line of the job.
+        """
 
         def goodbye() -> None:
             with contextlib.suppress(RuntimeError):
@@ -103,14 +128,14 @@ class Watch:
         if self.store is None:
             self.left = True
             return
-        thread = threading.Thread(target=goodbye, daemon=True)  # the store may be dead, and would keep this thread
+        thread = threading.Thread(target=goodbye, daemon=True)  # a dead store would block this thread
         thread.start()
-        thread.join(patience)
+        thread.join(patience if self.has_store else min(patience, SILENCE))  # only the rank with the store waits for others
 
     def _connect(self) -> Store:
         from torch.distributed import PrefixStore, TCPStore
 
-        while not self.has_store:  # TCPStore itself prints every attempt
+        while not self.has_store:  # wait for the server here, because TCPStore prints a line for every attempt to connect
             try:
                 socket.create_connection(self.address, PERIOD).close()
                 break
@@ -119,9 +144,9 @@ class Watch:
         store = TCPStore(
             *self.address,
             is_master=self.has_store,
-            multi_tenant=True,  # with the one that init_process_group makes; ours outlives it
+            multi_tenant=True,  # shared with the store of init_process_group, which is closed earlier
             wait_for_workers=False,
-            timeout=timedelta(seconds=START),  # of calls too, which must outlast a suspended job
+            timeout=timedelta(seconds=START),  # also of calls, so that they survive the suspension of a job
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return PrefixStore(f"flextron/{attempt}", store)
@@ -134,7 +159,7 @@ class Watch:
         try:
             self.store = self._connect()
             self._write(0)
-            for key in (f"rank/{neighbour}", "rank/0", "verdict"):  # reading a key that is not there waits for it
+            for key in (f"rank/{neighbour}", "rank/0", "verdict"):  # created here, because a read waits for a missing key
                 self.store.compare_set(key, "", "null")
             seen, silent = b"", 0.0
             while True:
@@ -146,7 +171,7 @@ class Watch:
                 if verdict != b"null":
                     self._obey(json.loads(verdict))
                 self.first = json.loads(first) or {}
-                # Turns of our own, not seconds: a job that was suspended as a whole has missed none.
+                # Counted in turns of this loop, not in seconds: a job that was suspended as a whole has missed none.
                 silent = silent + PERIOD if peer == seen else 0.0
                 seen = peer
                 if fault := self._fault(neighbour, silent, json.loads(peer)):
@@ -155,12 +180,16 @@ class Watch:
                 time.sleep(PERIOD)
         except RuntimeError:  # torch's errors of a store
             if self.store is None and self.has_store:
-                self.left = True  # the address is taken, say: init_process_group will meet the same
+                self.left = True  # such as an address in use: init_process_group will fail for the same reason
             else:
                 self._store_is_gone()
 
     def _fault(self, neighbour: int, silent: float, peer: dict[str, Any] | None) -> str | None:
-        """Sentence that says what is wrong with the next rank; None if nothing is, or nothing is known."""
+        """Sentence on how the next rank died; None if the rank is alive, left on purpose, or may still start.
+
+        neighbour: number of the next rank. silent: seconds since the last heartbeat of the next rank. peer: record of the next
+        rank in the store, None before the rank has started.
+        """
         name = self._name(neighbour, peer)
         if peer is None:
             return f"{name} did not start within {START:.0f} s" if silent >= START else None
@@ -177,13 +206,13 @@ class Watch:
         return bool(peer["machine"]) and peer["machine"] == self._identity["machine"]
 
     def _fate(self, peer: dict[str, Any], silent: float) -> str | None:
-        """Words for how a rank of this machine ended; None if it runs, even if it is silent."""
+        """Words for how a rank on this machine ended; None if its process runs, even without heartbeats. Kills a stopped one."""
         state = process_state(peer["pid"], peer["started"])
         if state is None:
             return "died"
         if state == "T" and silent >= SILENCE:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(peer["pid"], signal.SIGKILL)  # else it would stay behind, and keep what it has locked
+                os.kill(peer["pid"], signal.SIGKILL)  # a stopped process would stay and keep its locks
             return f"was stopped for {SILENCE:.0f} s, and was killed"
         return None
 
@@ -191,24 +220,25 @@ class Watch:
         return f"rank {rank} of {self.world}" + (f" (host {peer['host']}, pid {peer['pid']})" if peer else "")
 
     def _watch_store(self) -> None:
-        """A call to the store of a machine that is gone may never return: notice that the other thread makes no turns."""
+        """End the process if the thread of `_watch` hangs, because a call to a store on a dead machine may never return."""
         seen, silent = None, 0.0
         while not self.left:
             time.sleep(PERIOD)
-            now = self.turns, self.store  # the store too: connecting may have taken longer than a turn may
+            now = self.turns, self.store  # with the store, because connecting may take longer than a turn
             silent = silent + PERIOD if now == seen else 0.0
             seen = now
             if silent >= (SILENCE if self.store else START):
                 self._store_is_gone()
 
     def _store_is_gone(self) -> None:
-        """End without the store, through which the ranks would agree on who speaks: one a machine prints what it knows."""
-        time.sleep(PERIOD)  # a process that ends loses its connections first
+        """End this process after the store is lost. Without a common verdict, one rank of each machine prints a line."""
+        time.sleep(PERIOD)  # a process that ends on purpose loses its connections before it has ended
         if self.left:
             return
         self.left = True
         if self.from_launcher:
-            line, speaks = "torchrun on {}:{} died, or its machine did".format(*self.address), self.local == 0
+            speaks = self.local == 0
+            line = f"torchrun {self._fate_of_launcher() if speaks else ''}"
         else:
             here = bool(self.first) and self._is_here(self.first)
             speaks = self.local == int(here) or self.rank == 1
@@ -217,8 +247,16 @@ class Watch:
             line = f"{self._name(0, self.first or None)} {fate or known}"
         self._end(f"flextron: failed: {line}" if speaks else "", 1)
 
+    def _fate_of_launcher(self) -> str:
+        parent = os.getppid()
+        with contextlib.suppress(OSError):
+            if _stat(parent)[0] == "T":
+                os.kill(parent, signal.SIGKILL)
+                return f"(pid {parent}) was stopped for {SILENCE:.0f} s, and was killed"
+        return "on {}:{} died, or its machine did".format(*self.address)
+
     def _propose(self, line: str, code: int, dead: int = 0) -> NoReturn:
-        """Make a verdict, unless there is one, and obey it. dead: how many ranks will not say goodbye."""
+        """Write a verdict to the store unless there is one, and end by the valid one. dead: ranks that will not call `leave`."""
         mine = json.dumps({"by": self.rank, "line": line, "code": code})
         try:
             verdict = self.store.compare_set("verdict", "null", mine)
@@ -232,7 +270,7 @@ class Watch:
         self._end(verdict["line"] if verdict["by"] == self.rank else "", verdict["code"])
 
     def _end(self, line: str, code: int) -> NoReturn:
-        self._ending.acquire()  # never released: another thread that comes here waits for the end
+        self._ending.acquire()  # never released: the other thread waits here until the process ends
         if not self.left:
             self.leave(FAREWELL, last=bool(line))
         if line:
@@ -241,7 +279,10 @@ class Watch:
 
 
 def _identity() -> dict[str, Any]:
-    """Who this process is. Processes see each other in /proc if their `machine` is the same; "" where there is no /proc."""
+    """Host, pid, start time and `machine` of this process.
+
+    Processes with equal `machine` (boot id and pid namespace) see each other in /proc; "" without /proc.
+    """
     values = {"host": socket.gethostname(), "pid": os.getpid(), "started": 0, "machine": ""}
     with contextlib.suppress(OSError):
         values["machine"] = (_PROC / "sys/kernel/random/boot_id").read_text() + os.readlink(_PROC / "self/ns/pid")
@@ -250,7 +291,10 @@ def _identity() -> dict[str, Any]:
 
 
 def process_state(pid: int, started: int) -> str | None:
-    """The kernel's letter for the state of a process of this machine; None if it has ended. started: clock ticks after boot."""
+    """State of a process on this machine, as the kernel's letter (R, S, D, T ...); None if the process has ended.
+
+    started: start time in clock ticks after boot, which tells the process from a later one with the same pid.
+    """
     try:
         fields = _stat(pid)
     except OSError:
@@ -259,5 +303,5 @@ def process_state(pid: int, started: int) -> str | None:
 
 
 def _stat(pid: int | str) -> list[str]:
-    """The fields of /proc/PID/stat after the name: the state is the first, the time of the start the 20th."""
+    """Fields of /proc/PID/stat after the name: the first is the state, the 20th the start time in clock ticks."""
     return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()

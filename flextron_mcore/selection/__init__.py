@@ -1,1 +1,1 @@
-"""Which sub-network for a budget: selectors with one interface."""
+"""Selectors: from budgets to a sub-network."""

@@ -1,4 +1,4 @@
-"""Multiple-choice knapsack, exact: one candidate a choice, of the least total value, within budgets. No torch import.
+"""Exact multiple-choice knapsack: one candidate for each choice, of least total value, within budgets. No torch import.
 
 Shape suffixes: N choices, K candidates.
 """
@@ -20,29 +20,45 @@ from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.space import SubNetwork
 
-Limit = tuple[Cost, float, float]  # a cost, its least and its largest value
+Limit = tuple[Cost, float, float]  # (cost, least value, largest value)
 
 
 def cheapest(choices: Choices, values_NK: np.ndarray, limits: Sequence[Limit]) -> SubNetwork | None:
-    """The network with the least sum of `values_NK` whose costs are within `limits`; None if there is no such network.
+    """Network with the least sum of values whose costs are all within limits; None if there is none.
 
-    Solved as an integer program by HiGHS, to optimality; over all axes one for every hidden size and depth that may hold the
-    best. There, a layer that is skipped has no value, and no value may be below 0.
+    A value is a number of each candidate, such as its loss; lower is better. HiGHS solves an integer program to optimality. If
+    hidden size and depth are choices too, there is one program for every pair of them that may hold the optimum; skipped layers
+    then have no value, and values must not be negative.
+
+    Args:
+        choices: choices of the network (space as a list of candidates, one to be chosen of each).
+        values_NK: value of each candidate.
+        limits: (cost, least, largest) of each bounded cost, in the cost's unit.
     """
     network_values = [values_NK[row, : len(sizes)] for row, sizes in enumerate(_network_sizes(choices))]
     best, found = np.inf, None
-    for of_network in sorted(_every(choices), key=lambda indices: (sum(map(operator.getitem, network_values, indices)), indices)):
+    for of_network in sorted(
+        _network_combinations(choices), key=lambda indices: (sum(map(operator.getitem, network_values, indices)), indices)
+    ):
         if sum(map(operator.getitem, network_values, of_network)) >= best:
             break
-        net = _of_size(choices, values_NK, limits, of_network)
+        net = _cheapest_of_size(choices, values_NK, limits, of_network)
         if net and (total := choices.total(values_NK, net)) < best:
             best, found = total, net
     return found
 
 
 def every_size(choices: Choices, values_NK: np.ndarray, limits: Sequence[Limit]) -> list[SubNetwork]:
-    """The network as from `cheapest` of every hidden size and depth that has one within the limits."""
-    found = [_of_size(choices, values_NK, limits, of_network) for of_network in _every(choices)]
+    """Network with the least sum of values whose costs are all within limits, for every pair of hidden size and depth.
+
+    Pairs without such a network are left out.
+
+    Args:
+        choices: choices of the networks (space as a list of candidates, one to be chosen of each).
+        values_NK: value of each candidate, such as its loss; lower is better.
+        limits: (cost, least, largest) of each bounded cost, in the cost's unit.
+    """
+    found = [_cheapest_of_size(choices, values_NK, limits, of_network) for of_network in _network_combinations(choices)]
     return [net for net in found if net]
 
 
@@ -50,13 +66,15 @@ def _network_sizes(choices: Choices) -> list[tuple[int, ...]]:
     return choices.sizes[: len(choices.network_axes)]
 
 
-def _every(choices: Choices) -> list[tuple[int, ...]]:
-    """All combinations of candidates of the axes of the network: one, of none, where these are not chosen."""
+def _network_combinations(choices: Choices) -> list[tuple[int, ...]]:
+    """All combinations of candidates of the network axes; one empty combination if `choices` has none of these axes."""
     return list(itertools.product(*(range(len(sizes)) for sizes in _network_sizes(choices))))
 
 
-def _of_size(choices: Choices, values_NK: np.ndarray, limits: Sequence[Limit], of_network: tuple[int, ...]) -> SubNetwork | None:
-    """The best network of the given candidates of the axes of the network."""
+def _cheapest_of_size(
+    choices: Choices, values_NK: np.ndarray, limits: Sequence[Limit], of_network: tuple[int, ...]
+) -> SubNetwork | None:
+    """Network of least value with given candidates of the network axes."""
     first = len(of_network)
     if choices.uniform:
         every = itertools.product(*(range(len(sizes)) for sizes in choices.sizes[first:]))
@@ -85,7 +103,7 @@ def _solve(
     network: Callable[[Sequence[int]], SubNetwork],
     limits: Sequence[Limit],
 ) -> SubNetwork | None:
-    """costs: what candidates add to a cost [N, K], that cost with its constant, its least and its largest value."""
+    """Solve one integer program. costs: (cost of each candidate [N, K], the Cost, its least and its largest value)."""
     exists = np.flatnonzero(exists_NK)
     count, width = exists_NK.shape
     one_each = csr_array((np.ones(len(exists)), (exists // width, np.arange(len(exists)))), shape=(count, len(exists)))
@@ -95,7 +113,7 @@ def _solve(
     while slack < 1e-4:
         constraints = [LinearConstraint(one_each, 1, 1)]
         for costs_NK, cost, least, most in costs:
-            # In shares of the full model's cost: bytes, like milliseconds, are of the order of one.
+            # Shares of the full model's cost: bytes and milliseconds are then both of the order of one.
             row = costs_NK.ravel()[exists] / cost.full
             low, high = ((bound - cost.constant) / cost.full for bound in (least, most))
             constraints.append(LinearConstraint(row, low, max(low, high - slack)))
@@ -112,13 +130,13 @@ def _solve(
         net = network((exists[found.x.round().astype(bool)] % width).tolist())
         if all(cost.of(net) <= most * (1 + 1e-12) for cost, _, most in limits):
             return net
-        slack = slack * 4 or 2e-7  # the solver's tolerance let it exceed a limit by a hair
+        slack = slack * 4 or 2e-7  # the solution exceeds a limit by the solver's tolerance: tighten the limits and solve again
     return None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """HiGHS prints lines of its own to the terminal, from C."""
+    """Context that discards what HiGHS prints to the terminal from C."""
     sys.stdout.flush()
     kept = os.dup(1)
     with open(os.devnull, "wb") as nowhere:

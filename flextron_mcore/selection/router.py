@@ -1,11 +1,10 @@
-"""Selector of trained routers: the network that they choose for a budget.
+"""Selector of trained routers: the sub-network that they choose for a budget.
 
-The routers' argmax (eq. 9) is not exactly on the budget: the constraint of eq. 8 is a soft one, and a choice is discrete. So
-costs are divided into narrow bins, and in each the network is found that the routers think likeliest at that cost. A budget
-takes the likeliest of those in the bins just below it, where using more of the budget counts for something too. Where the argmax
-is clear and on the budget, it is what is taken. No surrogate is needed, so this serves after joint tuning too. Where losses of
-networks were evaluated (training/candidates.py), a bin's is the best of these. Since a bin's network and its score do not depend
-on the budget, a larger budget never gets a cheaper network.
+The routers' argmax (Flextron, eq. 9) does not meet a budget exactly, because the constraint of eq. 8 is soft and choices are
+discrete. So costs are divided into narrow bins. Each bin has one network: the likeliest by the routers at this cost, or if losses
+of candidates were evaluated (training/candidates.py), the one of least loss. A budget gets the best network of the bins just
+below it, by a score that adds a bonus for using more of the budget. A bin's network and score do not depend on the budget, so a
+larger budget never gets a cheaper network. No surrogate is needed, so the selector also works after joint tuning.
 
 Shape suffixes: C costs that the routers were trained for, N choices, K candidates.
 """
@@ -18,26 +17,34 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flextron_mcore.choices import Choices
+from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost
 from flextron_mcore.selection.knapsack import Limit, cheapest, every_size
 from flextron_mcore.space import SubNetwork
 
-# Shares of the full model's cost: the width of a cost bin, and how much of a budget may stay unused where networks are that near.
-BIN = 0.0025
-WITHIN, WITHIN_AXES = 0.01, 0.019  # over all axes the good networks lie less densely
-# How much likelier a network must be to be taken before one that uses more of the budget: log-probability per full cost.
+BIN = 0.0025  # width of a cost bin, as a share of the full model's cost
+# Share of the full model's cost that may stay unused if networks are that near to the budget. Over all axes good networks are
+# less dense.
+WITHIN, WITHIN_AXES = 0.01, 0.019
+# Bonus of the score for using the budget: log-probability per full cost.
 WORTH = 150.0
 _Found = tuple[float, float, SubNetwork]  # score, cost, network
 
 
 @dataclass(frozen=True)
 class RouterSelector:
-    """Selector of trained routers.
+    """Selector of trained routers: chooses a sub-network for a budget by the routers' probabilities or evaluated losses.
 
-    log_p: log-probabilities [N, K] for targets [C], each 0 for the smallest network's and 1 for the full model's cost of
-    `costs`, by name. ranges: the shares of the full model's cost that they were trained for. A budget of a cost that is not among
-    `costs` is served by the target whose argmax comes nearest to it. evaluated: losses of networks, for budgets of the first
-    cost.
+    For a budget of a cost that the routers were not trained for, it uses the target whose likeliest network comes nearest to the
+    budget.
+
+    Attributes:
+        choices: choices that the routers make.
+        costs: {name: cost} that the routers were trained for, in the order of training.
+        log_p: function from targets [C] to log-probabilities [N, K]. A target is 0 at the smallest network's cost and 1 at the
+            full model's.
+        ranges: {name of a cost: (least, largest) budget of the training, as shares of the full model's cost}.
+        evaluated: {network: loss} of networks whose loss was evaluated, used for budgets of the first cost.
     """
 
     choices: Choices
@@ -49,25 +56,29 @@ class RouterSelector:
 
     @property
     def within(self) -> float:
-        """Share of the full model's cost that may stay unused where networks are that near."""
+        """Share of the full model's cost that a network may leave unused of its budget, if some network is that near."""
         return WITHIN_AXES if self.choices.all_axes else WITHIN
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
-        """The network for `budgets`, of which none is exceeded.
+        """Choose a network that exceeds no budget. Raises FlextronError if no network meets all budgets together.
 
-        At most `within` of the full cost is left of one of them, where any network is that near. With a single budget: monotone.
+        The network leaves at most `within` of one of the budgets unused, if any network does. For a single budget the choice is
+        monotone: a larger budget never gets a cheaper network.
         """
         found = [pick for i in range(len(budgets)) if (pick := self._near(budgets, i))]
-        if not found:  # only together they hold nothing that is near to any
-            return self._largest(budgets)
+        if not found:  # each budget alone has near networks, but none of them meets all budgets
+            net = self._largest(budgets)
+            if net is None:
+                raise FlextronError(f"no network keeps to {' and '.join(map(str, budgets))} together: raise one of the budgets")
+            return net
         return max(found, key=lambda pick: pick[:2])[-1]
 
     def _near(self, budgets: Sequence[Budget], which: int) -> _Found | None:
-        """The likeliest network that uses one of the budgets; for a single budget else the nearest below it."""
+        """Best network that uses budget number `which`; for a single budget that no network uses, the nearest one below."""
         cost, limit = budgets[which].cost, budgets[which].limit * (1 + 1e-12)
         others = [budget for i, budget in enumerate(budgets) if i != which]
         width = BIN * cost.full
-        top = min(max(int(np.floor((limit - cost.smallest) / width)), 0), self._last(cost))
+        top = min(max(int(np.floor((limit - cost.smallest) / width)), 0), self._last_bin(cost))
         inside: list[_Found] = []
         for number in range(top, -1, -1):
             high = min(cost.smallest + (number + 1) * width, cost.full)
@@ -84,13 +95,21 @@ class RouterSelector:
         return max(near or inside, key=lambda found: found[:2], default=None)
 
     def bins(self, cost: Cost) -> list[_Found | None]:
-        """(score, cost, network) of every bin of a cost, cheapest first: what answers each single budget of it."""
+        """(score, cost, network) of every bin of a cost, cheapest first; None for an empty bin. `select` chooses among them.
+
+        A bin is a range of the cost as wide as BIN times the full model's cost; its network is the best in this range.
+        """
         width = BIN * cost.full
-        bounds = [min(cost.smallest + (number + 1) * width, cost.full) for number in range(self._last(cost) + 1)]
+        bounds = [min(cost.smallest + (number + 1) * width, cost.full) for number in range(self._last_bin(cost) + 1)]
         return [self._bin(cost, [], high - width, high) for high in bounds]
 
     def proposals(self, cost: Cost) -> list[SubNetwork]:
-        """Likeliest networks over the whole range of a cost: one a bin, or over all axes one a size in windows of WITHIN."""
+        """Networks that the routers find likeliest over the whole range of a cost, for candidate evaluation.
+
+        The range is divided into bins of BIN times the full model's cost, and each bin gives its likeliest network. If hidden
+        size and depth are choices too, it is divided into windows of WITHIN times the full model's cost, and each window gives
+        the likeliest network of every hidden size and depth; the smallest and the full network are added.
+        """
         if not self.choices.all_axes:
             return [found[-1] for found in self.bins(cost) if found]
         found: list[SubNetwork] = [self.choices.least(cost), SubNetwork.full(self.choices.model)]
@@ -102,19 +121,19 @@ class RouterSelector:
         return found
 
     def _largest(self, budgets: Sequence[Budget]) -> SubNetwork | None:
-        """The network that uses most of budgets that hold together."""
+        """Network within all budgets that uses most of them; None if there is none."""
         limits: list[Limit] = [(budget.cost, 0.0, budget.limit) for budget in budgets]
         spent_NK = sum(self.choices.costs_NK(budget.cost) / budget.cost.full for budget in budgets)
         found = every_size(self.choices, -spent_NK, limits)
         return max(found, key=lambda net: sum(budget.cost.of(net) / budget.cost.full for budget in budgets), default=None)
 
     @staticmethod
-    def _last(cost: Cost) -> int:
-        """The number of the bin that holds the full model."""
+    def _last_bin(cost: Cost) -> int:
+        """Index of the bin with the full model."""
         return int(np.ceil((cost.full - cost.smallest) / (BIN * cost.full) - 1e-9))
 
     def _bin(self, cost: Cost, others: Sequence[Budget], low: float, high: float) -> _Found | None:
-        """The likeliest network that costs between `low` and `high`."""
+        """Best network that costs between `low` and `high`, within the other budgets; None for an empty bin."""
         key = (cost.name, tuple((other.cost.name, other.limit) for other in others), high)
         if self.evaluated and not others and cost.name == next(iter(self.costs)):
             inside = [(-loss, cost.of(net), net) for net, loss in self.evaluated.items()]
@@ -128,19 +147,22 @@ class RouterSelector:
         return self._bins[key]
 
     def _values(self, budgets: Sequence[Budget]) -> np.ndarray:
-        """How unlikely the routers think each candidate for these budgets."""
+        """Negative log-probability of each candidate for these budgets [N, K]."""
         log_p_NK = self.log_p(self._targets(budgets))
-        if self.choices.all_axes:  # layers may be skipped: what is unlikely counts, not how many choices there are
+        if self.choices.all_axes:  # relative to the likeliest candidate: a skipped layer has no term, which must not look likely
             log_p_NK = log_p_NK - log_p_NK.max(-1, keepdims=True)
         return -np.where(self.choices.exists_NK, log_p_NK, 0.0)
 
     def untrained(self, budget: Budget) -> tuple[float, float] | None:
-        """The range of shares that the routers were trained for, if `budget` is outside of it."""
+        """(least, largest) budget of the training, in shares of the full model's cost, if `budget` is outside; else None."""
         low, high = self.ranges.get(budget.cost.name, (0.0, 1.0))
         return None if low - 1e-9 <= budget.limit / budget.cost.full <= high + 1e-9 else (low, high)
 
     def argmax(self, targets: Sequence[float]) -> SubNetwork:
-        """The routers' own choice (eq. 9) for targets between 0 and 1."""
+        """Network with the likeliest candidate of every choice, argmax(R_i(T)) (Flextron, eq. 9).
+
+        targets: target T of each cost, 0 (smallest network) to 1 (full model).
+        """
         return self.choices.network(self.log_p(targets).argmax(-1).tolist())
 
     def _targets(self, budgets: Sequence[Budget]) -> list[float]:
@@ -158,5 +180,5 @@ class RouterSelector:
 
 
 def target_of(cost: Cost, value: float) -> float:
-    """A cost's value as the routers see it: 0 for the smallest network's, 1 for the full model's."""
+    """Convert a value of a cost into a router's target: 0 at the smallest network's cost, 1 at the full model's."""
     return (value - cost.smallest) / (cost.full - cost.smallest) if cost.full > cost.smallest else 1.0

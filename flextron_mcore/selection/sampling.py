@@ -1,6 +1,6 @@
 """Random sub-networks of a given cost. No torch import.
 
-Shape suffixes: N choices of layers, K candidates, M draws.
+Shape suffixes: N blocks, K candidates, M draws.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ _DRAWS, _IDLE_ROUNDS = 4096, 5
 
 
 def draw_near(choices: Choices, budgets: Sequence[Budget], count: int, seed: int, within: float = 0.01) -> list[SubNetwork]:
-    """Up to `count` different random networks that keep to all `budgets`, and use the first but for `within` of the full cost.
+    """Draw different random networks within all budgets that use nearly all of the first budget.
 
-    choices: of the layers. Where hidden size or depth are elastic, as many of each combination of them as there are. Of one of
-    these all networks within the bounds are about equally likely: blocks are drawn with probabilities that fall or rise
-    exponentially with cost, so that the mean is as wanted, and two networks of the same cost have the same probability whatever
-    that exponent. Fewer come back where few exist; where none does, the bound is widened. Raises FlextronError where
-    the budgets hold no network that can be found.
+    Candidates are drawn with probabilities exp(b * cost), with b such that the mean cost is as wanted. Two networks of the same
+    cost then have the same probability, so networks of one hidden size and depth are drawn about uniformly. Combinations of
+    elastic hidden size and depth get equal numbers of networks. Raises FlextronError if no network is found.
+
+    Args:
+        choices: choices of the layers (without `all_axes`).
+        budgets: budgets, all to be met.
+        count: largest number of networks; fewer are returned if fewer exist.
+        seed: seed of the draws.
+        within: share of the full model's cost by which a network may stay below the first budget; doubled while none is found.
     """
     while within <= 1:
         if found := _draw(choices, budgets, count, seed, within):
             return found
         within *= 2
-    raise FlextronError(f"no random network found that keeps to {' and '.join(map(str, budgets))}")
+    raise FlextronError(f"no random network found that keeps to {' and '.join(map(str, budgets))}: raise one of the budgets")
 
 
 def _draw(choices: Choices, budgets: Sequence[Budget], count: int, seed: int, within: float) -> list[SubNetwork]:
@@ -42,7 +47,7 @@ def _draw(choices: Choices, budgets: Sequence[Budget], count: int, seed: int, wi
     near = [(hidden, depth) for hidden, depth in every if first.cost.at(hidden).reaches(depth, least, first.limit)]
     sizes = [_Size(choices, first.cost, hidden, depth) for hidden, depth in near]
     found: dict[SubNetwork, None] = {}
-    idle = 0  # rounds without a new one
+    idle = 0  # consecutive rounds without a new network
     while sizes and idle < _IDLE_ROUNDS:
         before = len(found)
         for size in sizes:
@@ -65,8 +70,8 @@ class _Size:
         self.costs_NK, self.exists_NK = choices.costs_NK(self.cost)[self.rows], choices.exists_NK[self.rows]
 
     def draw(self, least: float, most: float, generator: np.random.Generator) -> list[SubNetwork]:
-        """Those of a round of draws that cost between `least` and `most`."""
-        p_NK = _tilted(self.costs_NK, self.exists_NK, (least + most) / 2 - self.cost.constant)
+        """Draw _DRAWS networks, and return the different ones that cost between `least` and `most`."""
+        p_NK = _exponential_probabilities(self.costs_NK, self.exists_NK, (least + most) / 2 - self.cost.constant)
         u_MN = generator.random((_DRAWS, len(self.rows)))
         indices_MN = (u_MN[..., None] > p_NK.cumsum(-1)[:, :-1]).sum(-1)
         cost_M = self.cost.constant + np.take_along_axis(self.costs_NK[None], indices_MN[..., None], -1).sum((1, 2))
@@ -81,8 +86,8 @@ class _Size:
         return choices.space.network(choices.model, layers, self.hidden_size, self.depth)
 
 
-def _tilted(costs_NK: np.ndarray, exists_NK: np.ndarray, wanted: float) -> np.ndarray:
-    """Probabilities in proportion to exp(b cost), with the b that makes the expected sum `wanted`."""
+def _exponential_probabilities(costs_NK: np.ndarray, exists_NK: np.ndarray, wanted: float) -> np.ndarray:
+    """Probabilities [N, K] proportional to exp(b * cost), with b such that the expected total cost is `wanted`."""
     scale = costs_NK.max() or 1.0
 
     def probabilities(b: float) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Networks worth evaluating next, given those evaluated: networks near the best ones. No torch import.
+"""Local search: which networks to evaluate next, near the best evaluated ones. No torch import.
 
-Of the networks of one hidden size and depth, losses are fitted by a trend of the cost and an additive part of every candidate,
-drawn to 0 where little is known. What that thinks best among those that differ from a good network in two blocks at most is
-close to evaluated networks, so that the fit is asked for little. Evaluated and fitted again, it finds the next step.
+The losses of networks of one hidden size and depth are fitted by a polynomial of the cost plus an effect of every candidate, with
+ridge regression. The fit then predicts the loss of networks that differ from a good one in at most two blocks. Such networks are
+near to evaluated ones, so a simple fit is enough. Evaluating them and fitting again is one round of the search.
 
-Shape suffixes: S networks, N choices, K candidates, M moves, each of one choice to another candidate.
+Shape suffixes: S networks, N choices, K candidates, D coefficients of the polynomial, M moves, each of one block to another
+candidate.
 """
 
 from __future__ import annotations
@@ -17,15 +18,25 @@ from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
 from flextron_mcore.space import SubNetwork
 
-_RIDGE = 0.1  # of a candidate that one network has, so much of its effect is left out
-_TREND = 3  # coefficients
+_RIDGE = 0.1  # ridge penalty of the candidates' effects, in units of one network
+_TREND = 3  # coefficients of the polynomial
 
 
 def worth_evaluating(
     choices: Choices, cost: Cost, losses: Mapping[SubNetwork, float], near: Iterable[SubNetwork], span: float
 ) -> list[SubNetwork]:
-    """Networks that have no loss yet: for each of `near` the likeliest better one that costs as much or up to `span` less, and
-    the one that costs more, up to `span`; of its hidden size and depth."""
+    """Networks to evaluate next: for each good network the two neighbours of least predicted loss that were not evaluated.
+
+    A neighbour has the same hidden size and depth, and differs in at most two blocks. One of the two costs at most as much as the
+    good network, the other at least as much. Either may be missing.
+
+    Args:
+        choices: choices of the networks.
+        cost: cost of the networks.
+        losses: {network: loss} of evaluated networks, from which losses of neighbours are predicted.
+        near: good networks, whose neighbours are searched.
+        span: largest difference of cost between a network and its neighbour, in the cost's unit.
+    """
     fits: dict[tuple[int, int], _Fit] = {}
     known, found = set(losses), []
     for net in near:
@@ -43,6 +54,8 @@ def worth_evaluating(
 
 
 class _Fit:
+    """Fit of the losses of networks of one hidden size and depth."""
+
     def __init__(self, choices: Choices, cost: Cost, losses: Mapping[SubNetwork, float]) -> None:
         self.choices, self.cost = choices, cost
         self.exists_NK = choices.exists_NK
@@ -50,7 +63,7 @@ class _Fit:
         has_SM = np.eye(self.exists_NK.shape[1])[rows_SN].reshape(len(losses), -1)
         shares_S, loss_S = np.array([cost.of(net) / cost.full for net in losses]), np.array(list(losses.values()))
         trend_SD = np.vander(shares_S, min(_TREND, len(losses)))
-        # The trend is not drawn to 0: ridge on what it leaves of both.
+        # The polynomial has no penalty: project it out of losses and candidates, then do the ridge regression.
         base_SD, _ = np.linalg.qr(trend_SD)
         left_SM, left_S = (x - base_SD @ (base_SD.T @ x) for x in (has_SM, loss_S))
         effect_M = np.linalg.solve(left_SM.T @ left_SM + _RIDGE * np.eye(left_SM.shape[1]), left_SM.T @ left_S)
@@ -58,12 +71,12 @@ class _Fit:
         self.trend_D = np.linalg.lstsq(trend_SD, loss_S - has_SM @ effect_M, rcond=None)[0]
 
     def best_near(self, net: SubNetwork, low: float, high: float, known: Container[SubNetwork]) -> SubNetwork | None:
-        """The likeliest that differs from `net` in two blocks at most and in cost by `low` to `high`, none of `known`."""
+        """Network of least predicted loss, not in `known`, at most two blocks and a cost of `low`..`high` away from `net`."""
         own_N = np.array(self.choices.indices(net))
         costs_NK = self.choices.moves_NK(net, self.cost)
         changes_NK = self.effect_NK - np.take_along_axis(self.effect_NK, own_N[:, None], 1)
         block_M, candidate_M = np.nonzero(np.isfinite(costs_NK))
-        i, j = np.triu_indices(len(block_M))  # where i = j, one move alone
+        i, j = np.triu_indices(len(block_M))  # pairs of moves; i = j stands for a single move
         twice, cost_M, change_M = i != j, costs_NK[block_M, candidate_M], changes_NK[block_M, candidate_M]
         spent = cost_M[i] + cost_M[j] * twice
         apart = (block_M[i] != block_M[j]) | ~twice

@@ -1,7 +1,4 @@
-"""Selectors that need no training: baselines, and for users in a hurry. No torch import.
-
-A selector is anything with `select(budgets) -> SubNetwork`, the network it thinks best within all of the budgets.
-"""
+"""Selectors that need no trained routers, for baselines and for quick results. No torch import."""
 
 from __future__ import annotations
 
@@ -22,24 +19,29 @@ from flextron_mcore.space import SubNetwork, count_parameters
 
 
 class Selector(Protocol):
-    """Picks a network for budgets, of which all hold."""
+    """Interface of a selector, which chooses a sub-network for budgets."""
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
-        """Raises FlextronError where no network that it knows keeps to the budgets."""
+        """Choose a network within all budgets. Raises FlextronError if the selector finds none."""
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """The largest network with the same widths in every layer: the most balanced, and of those the one with most parameters."""
+    """Selector of networks with the same widths in every layer.
+
+    Of the networks within the budgets it takes the most balanced one: each network has an axis that is smallest relative to its
+    full size, and the network where this axis is largest wins; among equals the one with most parameters.
+    """
 
     choices: Choices
 
     def networks(self) -> list[SubNetwork]:
-        """Every one that it knows."""
+        """All networks with the same widths in every layer, from which the selector chooses."""
         space = self.choices.space
         return [space.uniform(self.choices.model, *sizes) for sizes in itertools.product(*space.sizes.values())]
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
+        """Choose the most balanced network within all budgets. Raises FlextronError if there is none."""
         full = SubNetwork.full(self.choices.model)
 
         def balance(net: SubNetwork) -> float:
@@ -51,22 +53,30 @@ class Uniform:
 
 @dataclass(frozen=True)
 class MatFormer:
-    """The largest network that has all heads, and the same MLP width in every layer (MatFormer, arXiv:2310.07707)."""
+    """Selector of networks with all heads and the same MLP width in every layer (MatFormer, arXiv:2310.07707)."""
 
     choices: Choices
 
     def networks(self) -> list[SubNetwork]:
-        """Every one that it knows."""
+        """All networks with full attention and one MLP width in every layer, from which the selector chooses."""
         space = self.choices.space
         return [space.uniform(self.choices.model, ffn_hidden_size=width) for width in space.ffn_hidden_size]
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
+        """Choose the largest network within all budgets. Raises FlextronError if there is none."""
         return _largest("matformer", self.choices, self.networks(), budgets)
 
 
 @dataclass(frozen=True)
 class Random:
-    """The best of `count` random networks that just keep to the budgets. losses: evaluates networks [nats per token]."""
+    """Selector of the best of some random networks that use nearly all of the first budget.
+
+    Attributes:
+        choices: choices of the layers.
+        count: number of random networks.
+        seed: seed of the draws.
+        losses: function that evaluates networks and returns the loss of each, in nats per token.
+    """
 
     choices: Choices
     count: int
@@ -74,6 +84,10 @@ class Random:
     losses: Callable[[Sequence[SubNetwork]], Sequence[float]]
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
+        """Draw random networks that meet all budgets, evaluate them, and choose the one of least loss.
+
+        Raises FlextronError if no network meets the budgets.
+        """
         drawn = draw_near(self.choices, budgets, self.count, self.seed)
         losses = self.losses(drawn)
         return drawn[int(np.argmin(losses))]
@@ -81,18 +95,22 @@ class Random:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The network whose blocks, each replaced alone in the full model, degrade its loss least together (fig. 6).
+    """Selector of the network with the least sum of its candidates' degradations, found exactly.
 
-    degradation_NK: loss above the full model's of each candidate [nats per token]. Exact for any budgets.
+    Attributes:
+        choices: choices of the layers.
+        degradation_NK: loss of the full model with one block replaced by a candidate, minus the full model's loss, in nats per
+            token (Flextron, figure 6).
     """
 
     choices: Choices
     degradation_NK: np.ndarray
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
+        """Choose the network of least summed degradation within all budgets. Raises FlextronError if there is none."""
         found = cheapest(self.choices, self.degradation_NK, [(b.cost, 0.0, b.limit) for b in budgets])
         if found is None:
-            raise FlextronError(f"no network keeps to {' and '.join(map(str, budgets))} together")
+            raise FlextronError(f"no network keeps to {' and '.join(map(str, budgets))} together: raise one of the budgets")
         return found
 
 
@@ -103,7 +121,10 @@ def _largest(
     budgets: Sequence[Budget],
     first: Callable[[SubNetwork], float] = lambda net: 0.0,
 ) -> SubNetwork:
-    """The network within `budgets` with most of `first`, and of those with most parameters."""
+    """Network within all budgets with the largest first(network), and among equals with most parameters.
+
+    Raises FlextronError, which names the selector `name`, if none of `networks` is within all budgets.
+    """
     networks = list(networks)
     fitting = [net for net in networks if all(budget.allows(net) for budget in budgets)]
     if not fitting:

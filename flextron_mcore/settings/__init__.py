@@ -1,1 +1,1 @@
-"""Settings: schemas of all stages, and how typed keys, recipes and defaults become settings. No torch import."""
+"""Settings: schemas of all stages, and their composition from defaults, recipes and typed keys. No torch import."""

@@ -1,8 +1,9 @@
-"""From what a user typed, recipes of conf/ and the schema of a stage to its settings. No torch import."""
+"""Composition of a stage's settings from its schema's defaults, recipes of conf/ and typed keys. No torch import."""
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from flextron_mcore.config import FlextronError, nearest
-from flextron_mcore.settings.launch import LaunchSettings, RunSettings
+from flextron_mcore.files import check_file, parse_yaml, read_yaml
+from flextron_mcore.settings.launch import OF_ALL_STAGES, ClusterSettings, LaunchSettings, RunSettings
 from flextron_mcore.settings.schema import MISSING, Key, check_value, checked, keys, parse, show
 from flextron_mcore.settings.stages import STAGES
 from flextron_mcore.settings.training import LoopSettings, StageSettings
@@ -21,7 +23,11 @@ from flextron_mcore.settings.training import LoopSettings, StageSettings
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-SHARED = "training"  # launch's keys of all stages that train
+_CONFIG_FILES = "pass a config.yaml that {} wrote, or a file that launch wrote"
+_CALL = re.compile(r"\$\{\s*[\w.]+\s*:")  # `${resolver:...}` of OmegaConf, which may read the environment, unlike `${key}`
+SHARED = "training"  # launch: `training.KEY=value` sets KEY for every stage that trains
+# Sections of launch whose keys `STAGE.SECTION.KEY=value` sets for one stage.
+PER_STAGE: dict[str, type] = {"run": RunSettings, "cluster": ClusterSettings}
 
 
 def compose(
@@ -31,10 +37,20 @@ def compose(
     values: Sequence[Mapping[str, Any]] = (),
     partial: bool = False,
 ) -> Any:
-    """Settings of a stage: its schema's defaults, recipes, then `values` (nested mappings), then `overrides` (key=value).
+    """Validated settings of a stage: the schema's defaults, replaced by recipes, then by `values`, then by `overrides`.
 
-    config_dirs: directories of recipes beside conf/. partial: required keys may be missing, and are MISSING. Raises
-    FlextronError, one line with the key and what is allowed, for an unknown or missing key, a wrong type, a value out of range.
+    Args:
+        stage: name of the stage, such as "elastic".
+        overrides: `key=value` texts as typed; a recipe is chosen in the same way (`model=tiny`).
+        config_dirs: directories of recipes, searched before conf/.
+        values: nested mappings {key: value}.
+        partial: True leaves required keys without a value at MISSING; False raises FlextronError for them.
+
+    Returns:
+        An instance of the stage's schema, `STAGES[stage]`.
+
+    Raises:
+        FlextronError: an unknown or missing key, a wrong type, a value out of range; one line with the key and what is allowed.
     """
     schema = STAGES[stage]
     chosen, typed = dict(schema.recipes), []
@@ -56,21 +72,24 @@ def compose(
 
 
 def read(stage: str, file: Path) -> Any:
-    """Settings of a stage from the file that `launch`, or a stage into its directory, wrote.
+    """Settings of a stage from a YAML file that `flextron launch` or the stage itself (OUT/config.yaml) wrote.
 
-    Raises FlextronError when it is not one, or of another version.
+    Raises FlextronError if the file cannot be read, belongs to another stage, or has unknown keys or invalid values.
     """
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise FlextronError(f"--config {file}: cannot be read ({type(error).__name__})") from None
+        values = read_yaml(file, given=True)
+    except (OSError, ValueError) as error:
+        raise FlextronError(f"--config {file}: cannot be read ({type(error).__name__}): {_CONFIG_FILES.format(stage)}") from None
     if not isinstance(values, dict) or values.pop("stage", None) != stage:
-        raise FlextronError(f"--config {file}: is not a configuration of {stage}")
+        raise FlextronError(f"--config {file}: is not a configuration of {stage}: {_CONFIG_FILES.format(stage)}")
     return compose(stage, values=[values])
 
 
 def to_dict(settings: StageSettings) -> dict[str, Any]:
-    """Plain types, for YAML: the stage, its keys, and last those of every stage."""
+    """Settings as a nested dict of plain types: "stage", the stage's own keys, then the keys that every stage has.
+
+    For launch, keys of the form STAGE.key follow as nested mappings.
+    """
     common = [each.name for each in fields(StageSettings)]
     names = [each.name for each in fields(settings) if each.name not in common and each.name != "stage_keys"]
     own = getattr(settings, "stage_keys", {})
@@ -78,23 +97,23 @@ def to_dict(settings: StageSettings) -> dict[str, Any]:
 
 
 def to_yaml(settings: StageSettings) -> str:
-    """`to_dict` as YAML."""
+    """Settings as the text of a YAML file that `read` accepts."""
     return as_yaml(to_dict(settings))
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """Plain values as YAML, in their order."""
+    """Mapping of plain values as YAML text, with the order of keys kept."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def missing(settings: StageSettings) -> list[str]:
-    """Required keys that have no value, sorted."""
+    """Sorted dotted names of the required keys that have no value (MISSING)."""
     flat = dict(_leaves(to_dict(settings), lambda name, value: isinstance(value, Mapping)))
     return sorted(name for name in keys(type(settings)) if flat.get(name) == MISSING)
 
 
 def config_directory() -> Path:
-    """The shipped recipes: inside an installed package, or beside it in a source checkout."""
+    """Directory of the shipped recipes: `conf` in the installed package, or beside it in a source checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "model").is_dir():
@@ -103,14 +122,25 @@ def config_directory() -> Path:
 
 
 def find_key(schema: type[StageSettings], name: str) -> tuple[type[StageSettings] | type[RunSettings], Key, str]:
-    """Schema that owns a dotted key, the key, and what follows it in a key that holds a mapping (env_vars.NAME).
+    """Look up a dotted name: (schema that has the key, the key, rest of the name within a mapping).
 
-    With launch's, `STAGE.key` and `training.key` are keys of other schemas. Raises FlextronError for an unknown key.
+    Args:
+        schema: schema of the stage that the user gave the key to. For launch, `STAGE.key` and `training.key` are found in the
+            schemas of other stages.
+        name: dotted name, such as `model.optim.lr`, or `env_vars.NAME` for an item of a key that holds a mapping.
+
+    Returns:
+        (schema, key, rest). The rest is "" unless the name leads into a mapping, such as "NAME" for `env_vars.NAME`.
+
+    Raises:
+        FlextronError: the key is unknown; the message names the nearest known key.
     """
     head, _, rest = name.partition(".")
     if schema is LaunchSettings and rest and (head in STAGES or head == SHARED):
-        if rest.startswith("run.") and head in STAGES:
-            return RunSettings, *_find(keys(RunSettings), rest.removeprefix("run."), f"{head}: unknown key '{rest}'", "run.")
+        section, _, last = rest.partition(".")
+        if section in PER_STAGE and last and head in STAGES:
+            known = {each: key for each, key in keys(PER_STAGE[section]).items() if each not in OF_ALL_STAGES}
+            return PER_STAGE[section], *_find(known, last, f"{head}: unknown key '{rest}'", f"{section}.")
         if head in STAGES:
             return find_key(STAGES[head], rest)
         trained = [each for each in STAGES.values() if issubclass(each, LoopSettings)]
@@ -121,7 +151,14 @@ def find_key(schema: type[StageSettings], name: str) -> tuple[type[StageSettings
 
 
 def _find(known: Mapping[str, Key], name: str, complaint: str, prefix: str = "") -> tuple[Key, str]:
-    """The key that a dotted name is of, and what follows it in a mapping. prefix: of all names, for the hint."""
+    """(key of a dotted name in `known`, rest of the name within a mapping or "").
+
+    Args:
+        known: {dotted name: key}.
+        name: dotted name to find.
+        complaint: message of the FlextronError for an unknown key, before the hint.
+        prefix: prefix of the names in the hint.
+    """
     found, inner = name, ""
     while found and found not in known:
         found, _, last = found.rpartition(".")
@@ -132,25 +169,25 @@ def _find(known: Mapping[str, Key], name: str, complaint: str, prefix: str = "")
 
 
 class _Draft:
-    """Values of a stage while they are gathered: an OmegaConf structured config."""
+    """Settings of a stage under construction, in an OmegaConf structured config, which checks types."""
 
     def __init__(self, schema: type[StageSettings]) -> None:
         from omegaconf import OmegaConf
 
         self.schema, self.config = schema, OmegaConf.structured(schema)
-        self.scratch: dict[type, DictConfig] = {}  # of other schemas, in which launch's STAGE.key is tried
+        self.scratch: dict[type, DictConfig] = {}  # {schema: config that checks the types of launch's STAGE.key}
 
     def fill(self, values: Mapping[str, Any], literal: bool) -> None:
-        """Set all of a nested mapping. literal: its texts are no interpolations."""
+        """Set all keys of a nested mapping. literal: True treats `${...}` in values as text, not as interpolation."""
         for name, value in _leaves(values, self._is_section):
             self._set(name, _escaped(value) if literal else value, value)
 
     def set_text(self, name: str, text: str) -> None:
-        """Set a key as the user typed it, or several keys of a section: kv_cache={batch_size: 2, length: 16}."""
+        """Set a key from typed text, or all keys of a section from a typed mapping: kv_cache={batch_size: 2, length: 16}."""
         if text.startswith("{") and self._is_section(name, {}):
             try:
-                section = yaml.safe_load(text)
-            except (yaml.YAMLError, ValueError):
+                section = parse_yaml(text)
+            except ValueError:
                 raise FlextronError(f"{self.schema.stage}: {name}={text} must be a mapping, {{key: value, ...}}") from None
             self.fill(functools.reduce(lambda inner, part: {part: inner}, reversed(name.split(".")), section), literal=True)
             return
@@ -159,7 +196,7 @@ class _Draft:
         self._set(name, _escaped(value), value)
 
     def finish(self, partial: bool) -> Any:
-        """The typed settings."""
+        """Validated settings: an instance of the schema, with interpolations resolved. partial: accept missing required keys."""
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
@@ -175,12 +212,12 @@ class _Draft:
         return settings
 
     def _is_section(self, name: str, value: Any) -> bool:
-        """True if a mapping at this dotted name holds keys, and is not the value of one."""
+        """True if the mapping at this dotted name is a section of keys, False if it is the value of a key."""
         if not isinstance(value, Mapping):
             return False
         head, _, rest = name.partition(".")
         if self.schema is LaunchSettings and (head in STAGES or head == SHARED):
-            if not rest or rest == "run":
+            if not rest or rest in PER_STAGE:
                 return True
             schemas = [STAGES[head]] if head in STAGES else list(STAGES.values())
             return any(known.startswith(f"{rest}.") for schema in schemas for known in keys(schema))
@@ -192,12 +229,14 @@ class _Draft:
 
         owner, key, inner = find_key(self.schema, name)
         config, where, leaf, tail = self.config, self.schema.stage, key.name, f".{inner}" if inner else ""
-        if owner is not self.schema:  # launch's STAGE.key is tried in the schema that has it
+        if owner is not self.schema:  # OmegaConf checks the type of launch's STAGE.key in a config of that stage's schema
             if owner not in self.scratch:
                 self.scratch[owner] = OmegaConf.structured(owner)
             config, where = self.scratch[owner], name.partition(".")[0]
             if where == SHARED:
                 where, key = self.schema.stage, replace(key, name=f"{SHARED}.{leaf}")
+            elif section := next((each for each, schema in PER_STAGE.items() if schema is owner), None):
+                key = replace(key, name=f"{section}.{leaf}")
         try:
             if inner and OmegaConf.select(config, leaf) is None:
                 OmegaConf.update(config, leaf, {}, merge=False)
@@ -213,16 +252,20 @@ class _Draft:
 
 
 def _check_layouts(settings: LaunchSettings) -> None:
-    """Raise FlextronError for a key in `layouts` that no stage has."""
+    """Raise FlextronError for a key in launch's `layouts` that no stage has."""
     known = {name for schema in STAGES.values() for name in keys(schema)}
     for gpus, layout in settings.layouts.items() if settings.layouts != MISSING else ():
+        if not isinstance(layout, Mapping):
+            raise FlextronError(
+                f"launch: layouts.{gpus}={show(layout)} must hold keys of stages, such as {{model: {{micro_batch_size: 1}}}}"
+            )
         for name, _ in _leaves(layout, lambda name, value: isinstance(value, Mapping)):
             if name not in known:
                 raise FlextronError(f"launch: unknown key 'layouts.{gpus}.{name}'{nearest(name, known)}")
 
 
 def _leaves(values: Mapping[str, Any], is_section: Callable[[str, Any], bool], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of a nested mapping."""
+    """(dotted name, value) of each key in a nested mapping. is_section: function of both, True to descend into the value."""
     for name, value in values.items():
         if is_section(f"{prefix}{name}", value):
             yield from _leaves(value, is_section, f"{prefix}{name}.")
@@ -230,11 +273,11 @@ def _leaves(values: Mapping[str, Any], is_section: Callable[[str, Any], bool], p
             yield f"{prefix}{name}", value
 
 
-_ANY = Key("", object, None, True, keys(StageSettings)["out"].limits)  # of what is in a mapping
+_ANY = Key("", object, None, True, keys(StageSettings)["out"].limits)  # key of any type, to parse an item of a mapping
 
 
 def _escaped(value: Any) -> Any:
-    """`value` with texts that OmegaConf takes as they are, whatever `${` they hold."""
+    """Copy of `value` with every `${` escaped, so that OmegaConf takes it as text."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", value)
     if isinstance(value, list | tuple):
@@ -243,7 +286,10 @@ def _escaped(value: Any) -> Any:
 
 
 def _instance(schema: type, values: Mapping[str, Any]) -> Any:
-    """An instance of a schema; unlike OmegaConf.to_object it keeps missing values, for `launch` to report."""
+    """Instance of a schema, sections included, from a nested mapping of values. Required keys may be MISSING.
+
+    OmegaConf.to_object would raise at the first MISSING key; `finish` reports all of them together.
+    """
     hints = typing.get_type_hints(schema)
     made = {name: _instance(hints[name], value) if is_dataclass(hints[name]) else value for name, value in values.items()}
     return schema(**made)
@@ -256,7 +302,10 @@ def _plain(value: Any) -> Any:
 
 
 def _recipes(stage: str, chosen: Mapping[str, str | None], config_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """The chosen recipes, in the order of the groups."""
+    """List with one mapping, the keys of all chosen recipes merged in order; [] if none is chosen.
+
+    chosen: {directory of conf/: name of the recipe, or None}. Raises FlextronError for an unknown recipe.
+    """
     folders = [*map(Path, config_dirs), config_directory()]
     options = []
     for group, name in chosen.items():
@@ -272,24 +321,31 @@ def _recipes(stage: str, chosen: Mapping[str, str | None], config_dirs: Sequence
         )
         if name not in known:
             raise FlextronError(f"{stage}: {group}={name} is not known{nearest(name, known)}: use one of {', '.join(known)}")
+        for folder in config_dirs:
+            check_file(Path(folder, group, f"{name}.yaml"), given=True)
         options.append(f"+{group}={name}")
     return [_composed(tuple(options), tuple(str(Path(folder).resolve()) for folder in config_dirs))] if options else []
 
 
 @functools.cache
 def _composed(options: tuple[str, ...], config_dirs: tuple[str, ...]) -> dict[str, Any]:
-    """Recipes merged by Hydra, interpolations unresolved."""
-    import hydra  # slow to import, and stages without recipes do not need it
+    """Nested mapping of the keys of recipes, merged by Hydra, with interpolations unresolved. options: "+GROUP=NAME" each."""
+    import hydra  # imported here: slow, and stages without recipes do not need it
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     places = ",".join(f"'file://{folder}'" for folder in config_dirs)
     search = [f"hydra.searchpath=[{places}]"] if places else []
+    name = " ".join(option.lstrip("+") for option in options)
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-            return OmegaConf.to_container(hydra.compose(None, [*search, *options]))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise FlextronError(f"{' '.join(option.lstrip('+') for option in options)}: {' '.join(str(error).split())}") from None
+            found = OmegaConf.to_container(hydra.compose(None, [*search, *options]))
+    except FlextronError:
+        raise
+    except Exception as error:  # errors of Hydra, of OmegaConf, and of reading files that are not YAML
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        raise FlextronError(f"{name}: {reason}") from None
+    if call := _CALL.search(json.dumps(found, default=str)):
+        raise FlextronError(f"{name}: {call[0]}...}} is not allowed in a recipe: write the value itself, or ${{KEY}}")
+    return found

@@ -1,6 +1,6 @@
 """Text of `flextron STAGE --help` and of docs/keys.md, from the schemas. No torch import.
 
-python -m flextron_mcore.settings.help > docs/keys.md
+Write the page with `python -m flextron_mcore.settings.help > docs/keys.md`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from flextron_mcore.settings.training import StageSettings
 
 PAGE = """# Keys
 
-Every key of every stage, from the schemas in `flextron_mcore/settings`; `flextron STAGE --help` lists those of one stage.
-This page is generated: `python -m flextron_mcore.settings.help > docs/keys.md`.
+All keys of all stages; `flextron STAGE --help` lists those of one stage. This page is generated from the schemas in
+`flextron_mcore/settings`: `python -m flextron_mcore.settings.help > docs/keys.md`.
 
-A value is what you type: `out=2024`, `hf=/d/my,model` and `'prompt=Hello, world'` need no quotes beyond the shell's. `~` is
-expanded in paths. `null` is none; to mean the word, or to keep quotes, quote it: `'out="null"'`. A list is `[a,b]`, or one item
-without brackets; items with commas are quoted. A mapping is `{a: 1, b: 2}`.
+Keys are given as `key=value`. Text is taken as you type it: `out=2024`, `hf=/d/my,model` and `'prompt=Hello, world'` need no
+quotes beyond the shell's. `~` is expanded in paths. `null` means no value; for the word itself, quote it: `'out="null"'`. A list
+is `[a,b]`, or one item without brackets; quote items that contain commas. A mapping is `{a: 1, b: 2}`.
 
-| key | stages | default | values | what |
+| key | stages | default | allowed values | meaning |
 |---|---|---|---|---|
 """
 
 
 def title(schema: type[StageSettings]) -> str:
-    """One line that says what a stage does."""
+    """Summary of a stage: first line of its schema's docstring, with a small initial letter and without a full stop."""
     line = (schema.__doc__ or "").splitlines()[0].rstrip(".")
     return line[0].lower() + line[1:]
 
 
 def values(key: Key) -> str:
-    """Allowed values of a key, in few words: `whole number, at least 1; steps`."""
+    """Text of a key's allowed values and their unit, such as `whole number of at least 1; steps`."""
     limits = key.limits
     if limits.choices:
         words = " | ".join(limits.choices)
@@ -44,7 +44,10 @@ def values(key: Key) -> str:
 
 
 def stage_help(settings: StageSettings) -> str:
-    """Keys of a stage with the values that `settings`, which may lack some, has for them."""
+    """Text of `flextron STAGE --help`: a table of the stage's keys, each with its value in `settings`, limits and meaning.
+
+    settings: instance of the stage's schema, whose required keys may be MISSING.
+    """
     schema = type(settings)
     given = _flat(to_dict(settings), keys(schema))
     common = keys(StageSettings)
@@ -52,26 +55,32 @@ def stage_help(settings: StageSettings) -> str:
     rows.sort(key=lambda row: (row[0].partition(".")[0] in common, "." in row[0], row[1] != MISSING))  # stable
     width = max(60, min(shutil.get_terminal_size((130, 24)).columns, 130))
     text = f"flextron {schema.stage}: {title(schema)}\n\n"
-    text += "keys and their values: key=value; null is none, a list is [a,b]; ??? must be given\n"
+    text += "keys, given as key=value, with their values here; null: no value; ???: required; a list is [a,b], a mapping {a: 1}\n"
     before = ""
     for name, value, key in rows:
         group = name.rpartition(".")[0].partition(".")[0] or ("every stage" if name in common else "")
         text += f"\n{group}\n" if group != before else "" if text.count("\n") > 3 else "\n"
         before = group
-        head = f"  {name}={show(value)}"
+        head = f"  {name}={_short(value)}"
         lines = textwrap.wrap(f"{key.limits.help} [{values(key)}]", width - 46, break_on_hyphens=False)
         if len(head) > 44:
             text += f"{head}\n" + "".join(f"{'':<46}{line}\n" for line in lines)
         else:
             text += f"{head:<46}" + f"\n{'':<46}".join(lines) + "\n"
     if schema.recipes:
-        text += "\nrecipes (conf/, and directories given with --config-dir)\n"
+        text += "\nrecipes: files of keys in conf/ and in directories given with --config-dir\n"
         text += "".join(f"  {group}={show(name)}\n" for group, name in schema.recipes.items())
     return text
 
 
+def _short(value: Any) -> str:
+    """Text of a value as a user types it; a mapping of more than 100 characters is shortened to {name: ..., ...}."""
+    text = show(value)
+    return show(dict.fromkeys(value, "...")) if len(text) > 100 and isinstance(value, dict) else text
+
+
 def key_page() -> str:
-    """docs/keys.md."""
+    """Text of docs/keys.md: a table of all keys of all stages."""
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for stage, schema in STAGES.items():
         defaults = _flat(_defaults(schema), keys(schema))
@@ -92,7 +101,7 @@ def _defaults(schema: type[StageSettings]) -> dict[str, Any]:
 
 
 def _flat(nested: dict[str, Any], known: dict[str, Key]) -> dict[str, Any]:
-    """{dotted name: value} of the known keys."""
+    """{dotted name: value in a nested mapping} of all keys in `known`."""
     found = {}
     for name in known:
         value: Any = nested

@@ -1,7 +1,7 @@
-"""Schemas: dataclasses whose fields say what a key may be. No torch import.
+"""Schemas of settings: dataclasses whose fields are the keys of a stage, with help, unit and limits. No torch import.
 
-A field declared with `setting` or `path` carries a key's help, unit and range. `keys` lists them, `parse` reads what a user
-typed, `checked` validates and expands the paths of a whole instance.
+`setting` and `path` declare a key, `section` declares a nested schema. `keys` lists the keys of a schema, `parse` converts the
+text that a user typed for a key, and `checked` validates an instance and expands its paths.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-import yaml
-
 from flextron_mcore.config import FlextronError
+from flextron_mcore.files import parse_yaml
 
 MISSING = "???"  # OmegaConf's mark of a key that must be given
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a mapping"}
@@ -37,31 +36,51 @@ def setting(
     length: int | None = None,
     form: str = "",
     accepts: Sequence[type] = (),
-    is_path: bool = False,
+    role: str = "",
 ) -> Any:
-    """Declare a field of a schema. Bounds, choices and form (a regular expression) hold for each item of a list.
+    """Declare a key: a dataclass field with help and limits. Limits of a list or mapping hold for each item.
 
-    length: of a list. accepts: the types of a field annotated `Any`, because OmegaConf has no unions of containers.
+    Args:
+        default: default value; MISSING for a required key.
+        help: meaning of the key, for `--help` and docs/keys.md.
+        unit: unit of the value, or a description of its notation.
+        at_least: smallest allowed number.
+        above: number that the value must exceed.
+        at_most: largest allowed number.
+        below: number that the value must stay under.
+        choices: allowed texts; empty: all texts.
+        length: required number of items of a list; None: any.
+        form: regular expression that the whole text must match; empty: any text.
+        accepts: allowed types of a field annotated `Any`, for unions that OmegaConf does not support.
+        role: kind of path, as for `path`; empty for values that are not paths.
     """
-    limits = Limits(help, unit, at_least, above, at_most, below, tuple(choices), length, form, tuple(accepts), is_path)
+    limits = Limits(help, unit, at_least, above, at_most, below, tuple(choices), length, form, tuple(accepts), role)
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata={"limits": limits})
     return field(default=default, metadata={"limits": limits})
 
 
-def path(default: Any, help: str, **options: Any) -> Any:
-    """Declare a field that holds a path, or paths in a list or mapping. `~` is expanded."""
-    return setting(default, help, is_path=True, **options)
+def path(default: Any, help: str, *, role: str = "input", **options: Any) -> Any:
+    """Declare a key that holds a path, or a list or mapping of paths; `~` is expanded.
+
+    Args:
+        default: default value; MISSING for a required key.
+        help: text of `--help` and docs/keys.md.
+        role: `input` for a path that is read and that a command refuses to write to; `collection` for a directory that holds the
+            outputs of several stages, in which a command may write its own output; `output` for a path that is written.
+        options: further arguments of `setting`.
+    """
+    return setting(default, help, role=role, **options)
 
 
 def section(kind: type, **defaults: Any) -> Any:
-    """Declare a nested section with defaults of its own."""
+    """Declare a nested section, an instance of the schema `kind` in which `defaults` replace its fields' defaults."""
     return field(default_factory=functools.partial(kind, **defaults))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a key's value, and its help text."""
+    """Limits of a key's value and its help text; each field has the meaning of the argument of `setting` with its name."""
 
     help: str
     unit: str
@@ -73,11 +92,16 @@ class Limits:
     length: int | None
     form: str
     accepts: tuple[type, ...]
-    is_path: bool
+    role: str
+
+    @property
+    def is_path(self) -> bool:
+        """True if the value is a path, or a list or mapping of paths."""
+        return bool(self.role)
 
     @property
     def range(self) -> str:
-        """Words for the bounds, such as `at least 1`; the empty string where there are none."""
+        """Bounds of a number in words, such as `at least 1`; "" without bounds."""
         if self.at_least is not None and self.at_most is not None:
             return f"within {self.at_least:g}..{self.at_most:g}"
         bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
@@ -96,7 +120,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Key:
-    """A leaf of a schema: its dotted name, type and limits. item: the type of a list's or mapping's items."""
+    """One key of a schema.
+
+    Attributes:
+        name: dotted name, such as `model.optim.lr`.
+        type: type of the value; list and dict without their item types.
+        item: type of the items of a list or of the values of a mapping; None for other types.
+        optional: True if null (None) is allowed.
+        limits: limits of the value and its help text.
+    """
 
     name: str
     type: type
@@ -106,18 +138,22 @@ class Key:
 
     @property
     def kind(self) -> str:
-        """Words for the type, such as `a whole number`."""
+        """Type in words, such as `a whole number`."""
         if self.limits.accepts:
             return " or ".join(_KINDS[kind] for kind in self.limits.accepts)
         if self.type is list:
             number = next((_KINDS[kind].removeprefix("a ") for kind in (float, int) if kind in _alternatives(self.item)), "text")
-            many = "texts" if number == "text" else f"{number}s"
+            many = f"{number}s"
+            if self.limits.is_path:
+                many = "paths"
+            elif self.item is Any:
+                many = "numbers or texts"
             return f"a list of {self.limits.length or ''} {many}".replace("  ", " ")
         return "a path" if self.limits.is_path and self.type is str else _KINDS[self.type]
 
     @property
     def allowed(self) -> str:
-        """Words for type and range, such as `a whole number of at least 1`."""
+        """Type and bounds in words, such as `a whole number of at least 1`."""
         words, bounds = self.kind, self.limits.range
         if not bounds:
             return words
@@ -125,13 +161,13 @@ class Key:
 
     @property
     def literal(self) -> bool:
-        """True if the value is the text as typed: no list, number or mapping is read from it."""
+        """True if the key's value is the typed text itself: a key of type str."""
         return self.type is str
 
 
 @functools.cache
 def keys(schema: type, prefix: str = "") -> dict[str, Key]:
-    """All keys of a schema by dotted name, those of its sections included."""
+    """{dotted name: Key} of all keys of a schema and its sections. prefix: beginning of every name, such as `model.`."""
     found: dict[str, Key] = {}
     hints = typing.get_type_hints(schema)
     for each in fields(schema):
@@ -139,7 +175,7 @@ def keys(schema: type, prefix: str = "") -> dict[str, Key]:
         if is_dataclass(hint):
             found |= keys(hint, f"{prefix}{each.name}.")
             continue
-        if "limits" not in each.metadata:  # not for users
+        if "limits" not in each.metadata:  # not declared with `setting` or `path`: users cannot set this field
             continue
         kinds = _alternatives(hint)
         (kind,) = kinds - {type(None)} or {Any}
@@ -152,14 +188,16 @@ def keys(schema: type, prefix: str = "") -> dict[str, Key]:
 
 
 def _alternatives(hint: Any) -> set[Any]:
-    """The members of a union, or the one type."""
+    """Set of the types in a union annotation; a set of one for any other annotation."""
     return set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
 
 
 def parse(key: Key, text: str) -> Any:
-    """Value of a key as the user typed it. A text is taken literally, but for one pair of quotes around the whole.
+    """Value of a key from the text that a user typed.
 
-    A list is `[a, b]`, or one item without brackets. Raises FlextronError where a list or mapping cannot be read.
+    For a key of type str the text is the value, after removal of one pair of quotes around it. A list is written `[a, b]`, or as
+    one item without brackets. Numbers and booleans are returned as text, because OmegaConf converts and checks them. Raises
+    FlextronError for a list or mapping that cannot be parsed.
     """
     if text == "null" and key.optional:
         return None
@@ -176,15 +214,18 @@ def parse(key: Key, text: str) -> Any:
 
 
 def _unquoted(text: str) -> str:
-    """Text without the quotes around the whole of it, if it has some; within them a backslash escapes a quote."""
+    """Text without the quotes around it, if the whole text is quoted.
+
+    In quoted text, a backslash escapes a quote, and also a backslash in front of a quote or at the end.
+    """
     quote = text[:1]
     if quote in ("'", '"') and re.fullmatch(rf"{quote}(?:[^{quote}\\]|\\.)*{quote}", text, re.S):
-        return text[1:-1].replace(f"\\{quote}", quote)
+        return re.sub(rf"(\\+)({quote}|\Z)", lambda found: found[1][: len(found[1]) // 2] + found[2], text[1:-1])
     return text
 
 
 def _items(text: str) -> list[str]:
-    """Items of `[a, "b, c"]`, split at commas outside of quotes; any other text is one item."""
+    """Items of a list written `[a, "b, c"]`, split at commas outside of quotes; a text without brackets is one item."""
     if text[:1] + text[-1:] != "[]":
         return [text]
     inner = text[1:-1]
@@ -194,8 +235,8 @@ def _items(text: str) -> list[str]:
 
 
 def _collection(key: Key, text: str) -> Any:
-    """A list or mapping in Hydra's grammar, else in YAML's, else text where the key takes text."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow, and rarely needed
+    """List or mapping that a text spells in Hydra's grammar or in YAML; else the text itself, if the key accepts text."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # imported here: slow and rarely needed
     from hydra.errors import HydraException
 
     try:
@@ -203,15 +244,16 @@ def _collection(key: Key, text: str) -> Any:
     except HydraException:
         pass
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         if str in key.limits.accepts:
             return text
-        raise FlextronError(f"{key.name}={text}: cannot be read as {key.kind}") from None
+        how = "{name: value, ...}" if key.type is dict else "[a, b, ...]"
+        raise FlextronError(f"{key.name}={text}: cannot be read as {key.kind}: write it as {how}") from None
 
 
 def _scalar(text: str) -> Any:
-    """A number where the text is one; else the text."""
+    """Value of `text` as an int or float if the text spells a number, else the text."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -221,13 +263,13 @@ def _scalar(text: str) -> Any:
 
 
 def checked(settings: Any, where: str) -> Any:
-    """`settings`, a filled instance of a schema, with `~` expanded in its paths.
+    """Return `settings`, an instance of a schema, after validation and after expansion of `~` in its paths, in place.
 
-    Raises FlextronError, one line that begins with `where`, for a value outside its limits. A missing value passes.
+    Does not check null and MISSING. Raises FlextronError, one line that begins with `where` (the stage), for a value outside of
+    its limits.
     """
     for key in keys(type(settings)).values():
-        *sections, name = key.name.split(".")
-        owner = functools.reduce(getattr, sections, settings)
+        owner, name = _owner(settings, key)
         value = getattr(owner, name)
         if value is None or value == MISSING:
             continue
@@ -237,8 +279,25 @@ def checked(settings: Any, where: str) -> Any:
     return settings
 
 
+def value_of(settings: Any, key: Key) -> Any:
+    """Value of a key in an instance of its schema, also if the key is in a section."""
+    return getattr(*_owner(settings, key))
+
+
+def _owner(settings: Any, key: Key) -> tuple[Any, str]:
+    """(section of `settings` that holds a key, the key's name in this section)."""
+    *sections, name = key.name.split(".")
+    return functools.reduce(getattr, sections, settings), name
+
+
 def check_value(key: Key, value: Any, where: str) -> None:
-    """Raise FlextronError unless `value`, of the key's type, is within the key's limits."""
+    """Raise FlextronError unless a value is within the limits of its key.
+
+    Args:
+        key: key of a schema.
+        value: value of the key, already of the key's type.
+        where: beginning of the message, such as the name of the stage.
+    """
     limits = key.limits
     shown = f"{where}: {key.name}={show(value)}"
     accepts = (*limits.accepts, int) if float in limits.accepts else limits.accepts
@@ -256,7 +315,7 @@ def check_value(key: Key, value: Any, where: str) -> None:
 
 
 def show(value: Any) -> str:
-    """A value as a user types it."""
+    """Text of a value in the notation in which users type values: `null`, `true`, `[a,b]`, `{a: 1}`."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
@@ -267,7 +326,7 @@ def show(value: Any) -> str:
 
 
 def _each(value: Any, function: Callable[[str], str]) -> Any:
-    """`value` with the function of every text in it."""
+    """Copy of a text, list or mapping with `function` applied to every text in it."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Sections of settings that stages share. Rooms take them as they are. No torch import."""
+"""Sections of settings, nested groups of keys that one or several stages have, as typed objects. No torch import."""
 
 from __future__ import annotations
 
@@ -13,123 +13,169 @@ PRECISIONS = ("fp32", "bf16")
 DTYPES = ("fp32", "bf16", "fp16")
 SelectorName = Literal["router", "uniform", "matformer", "sensitivity", "random"]
 ALL_SELECTORS = get_args(SelectorName)
-SELECTORS = ALL_SELECTORS[:-1]  # random evaluates networks, for which most commands have no data
+# Without random, which evaluates networks and so needs data, which most commands do not have.
+SELECTORS = tuple(name for name in ALL_SELECTORS if name != "random")
 KvPolicy = Literal["full", "own"]
 KV_POLICIES = get_args(KvPolicy)
-SEVERAL_BUDGETS = (float, str, list)  # types of a budget: 0.6, 25ms, or several that hold together
+SEVERAL_BUDGETS = (float, str, list)  # types of a budget: 0.6, 25ms, or a list of budgets that must all be met
+MEMORY_DTYPE = "precision of weights and KV cache that the cost memory assumes; null: as stored"
+
+
+# Help texts of keys that several sections have.
+CANDIDATES = "candidate sizes, or fractions of the full size; null: the checkpoint's"
+ROUTER_LR = "learning rate of Adam, for the routers"
+ENTROPY = "weight of the entropy of the routers' choices at the first and at the last step; higher: more exploration"
+CONSTRAINT_WEIGHT = (
+    "weight of the constraint loss (lambda in eq. 7 of the Flextron paper), in units of the loss that a typical sub-network has "
+    "above the full model"
+)
+TWO_SIDED_FROM = "share of the steps after which the constraint loss penalizes unused budget like exceeded budget"
+ADAPTIVE_LR = "learning rate of the adaptive routers at the first step; it falls to a tenth"
+GUMBEL_NOISE = "scale of the Gumbel noise on the routers' logits in training; 0: none"
 
 
 @dataclass
 class ArchitectureSettings:
-    """Architecture of the model: the fields of `ModelConfig`, which has the rules that join them."""
+    """Keys that describe a model's architecture: the fields of `ModelConfig`, which checks them against each other."""
 
-    num_layers: int = setting(MISSING, "transformer layers", at_least=1)
+    num_layers: int = setting(MISSING, "number of transformer layers", at_least=1)
     hidden_size: int = setting(MISSING, "channels of the residual stream", at_least=1)
     num_attention_heads: int = setting(MISSING, "query heads of a layer", at_least=1)
-    vocab_size: int | None = setting(None, "tokens of the vocabulary; null: the tokenizer's", at_least=1)
-    max_position_embeddings: int = setting(MISSING, "longest sequence", unit="tokens", at_least=1)
+    vocab_size: int | None = setting(None, "size of the vocabulary; null: the tokenizer's", unit="tokens", at_least=1)
+    max_position_embeddings: int = setting(MISSING, "length of the longest sequence", unit="tokens", at_least=1)
     ffn_hidden_size: int | None = setting(None, "MLP neurons of a layer; null: 4 x hidden_size", at_least=1)
-    num_query_groups: int | None = setting(None, "key and value heads of a layer; null: as many as heads", at_least=1)
-    kv_channels: int | None = setting(None, "size of one head; null: hidden_size / num_attention_heads", at_least=1)
+    num_query_groups: int | None = setting(
+        None, "KV groups (key and value heads) of a layer; null: num_attention_heads, which is multi-head attention", at_least=1
+    )
+    kv_channels: int | None = setting(None, "channels of one head; null: hidden_size / num_attention_heads", at_least=1)
     activation: str = setting("swiglu", "activation function of the MLP", choices=ACTIVATIONS)
-    normalization: str = setting("rmsnorm", "norm before attention, MLP and output", choices=NORMALIZATIONS)
-    layernorm_epsilon: float = setting(1e-5, "added to a norm's variance", above=0)
-    bias: bool = setting(False, "biases in the linear layers")
-    position_embedding_type: str = setting("rope", "how positions enter", choices=POSITION_EMBEDDINGS)
-    rotary_base: float = setting(10000.0, "base of the rotary frequencies", above=0)
-    rope_scaling: dict[str, Any] | None = setting(None, "{type: linear, factor: F} or {type: llama3, ...}; null: none")
-    share_embeddings_and_output_weights: bool = setting(False, "one matrix for embedding and output")
-    init_method_std: float = setting(0.02, "standard deviation of initial weights", above=0)
-    hidden_dropout: float = setting(0.0, "dropout on the residual stream", at_least=0, at_most=1)
-    attention_dropout: float = setting(0.0, "dropout on attention weights", at_least=0, at_most=1)
+    normalization: str = setting("rmsnorm", "norm before attention, before the MLP and before the output", choices=NORMALIZATIONS)
+    layernorm_epsilon: float = setting(1e-5, "epsilon added to a norm's variance", above=0)
+    bias: bool = setting(False, "add biases to the linear layers")
+    add_qkv_bias: bool = setting(False, "add biases to the projections of queries, keys and values, as Qwen2 does")
+    qk_layernorm: bool = setting(False, "normalise each head's query and key, as Qwen3 does")
+    position_embedding_type: str = setting("rope", "kind of position embedding", choices=POSITION_EMBEDDINGS)
+    rotary_base: float = setting(10000.0, "base of the rotary frequencies, with position_embedding_type=rope", above=0)
+    rotary_percent: float = setting(1.0, "share of a head's channels that are rotated", above=0, at_most=1)
+    rope_scaling: dict[str, Any] | None = setting(
+        None, "scaling of the rotary frequencies, {type: linear, factor: F}, {type: llama3, ...} or {type: yarn, ...}; null: none"
+    )
+    no_rope_freq: list[int] | None = setting(
+        None, "for each layer 1: no rotary embedding, 0: rotary embedding; null: rotary embedding in all layers"
+    )
+    sliding_window: int | None = setting(None, "keys a query attends to, its own included; null: all", unit="tokens", at_least=1)
+    share_embeddings_and_output_weights: bool = setting(False, "use one matrix as embedding and output layer")
+    init_method_std: float = setting(0.02, "standard deviation of the initial weights", above=0)
+    hidden_dropout: float = setting(0.0, "probability of dropout on the residual stream", at_least=0, at_most=1)
+    attention_dropout: float = setting(0.0, "probability of dropout on the attention weights", at_least=0, at_most=1)
 
 
 @dataclass
 class LayoutSettings:
-    """How a run is laid out over ranks, in Megatron-Core's names."""
+    """Keys for parallelism and activation recomputation, under the names of Megatron-Core's TransformerConfig."""
 
     transformer_impl: str = setting(
         "local",
-        "norms and attention: PyTorch's, or Transformer Engine's (not run so far)",
+        "implementation of norms and attention, local: PyTorch, transformer_engine: Transformer Engine (untested)",
         choices=("local", "transformer_engine"),
     )
-    tensor_model_parallel_size: int = setting(1, "ranks that share every layer", at_least=1)
-    pipeline_model_parallel_size: int = setting(1, "pipeline stages", at_least=1)
-    virtual_pipeline_model_parallel_size: int | None = setting(None, "chunks of layers a pipeline stage holds", at_least=1)
-    context_parallel_size: int = setting(1, "ranks that share a sequence; more than 1 is not supported", at_least=1)
-    sequence_parallel: bool = setting(False, "split norms and residuals over the tensor-parallel ranks")
-    recompute_granularity: str | None = setting(None, "activation recomputation", choices=("full", "selective"))
-    recompute_method: str | None = setting(
-        None, "way of recomputing, with recompute_granularity=full", choices=("uniform", "block")
+    tensor_model_parallel_size: int = setting(1, "tensor-parallel ranks; each holds a part of every layer", at_least=1)
+    pipeline_model_parallel_size: int = setting(1, "pipeline stages; each holds a part of the layers", at_least=1)
+    virtual_pipeline_model_parallel_size: int | None = setting(
+        None, "chunks of layers that a pipeline stage holds (interleaved 1F1B); null: one", at_least=1
     )
-    recompute_num_layers: int | None = setting(None, "layers of one recomputation", at_least=1)
+    context_parallel_size: int = setting(1, "ranks that share a sequence; only 1 is supported", at_least=1)
+    sequence_parallel: bool = setting(False, "split norms and residuals along the sequence over the tensor-parallel ranks")
+    recompute_granularity: str | None = setting(
+        None,
+        "activation recomputation, full: whole layers, selective: the modules of recompute_modules; null: none",
+        choices=("full", "selective"),
+    )
+    recompute_method: str | None = setting(
+        None,
+        "layers to recompute with recompute_granularity=full, uniform: all, in groups of recompute_num_layers, block: the first "
+        "recompute_num_layers of a stage",
+        choices=("uniform", "block"),
+    )
+    recompute_num_layers: int | None = setting(
+        None, "layers of a group (recompute_method=uniform) or recomputed layers of a stage (block)", at_least=1
+    )
     recompute_modules: list[str] | None = setting(
-        None, "modules to recompute, with selective: core_attn, mlp; layernorm with Transformer Engine"
+        None, "modules to recompute with recompute_granularity=selective: core_attn, mlp, and with Transformer Engine layernorm"
     )
     num_layers_in_first_pipeline_stage: int | None = setting(
-        None, "layers of the first stage, where stages hold different numbers", at_least=0
+        None, "layers of the first pipeline stage; null: as many as the others", at_least=0
     )
     num_layers_in_last_pipeline_stage: int | None = setting(
-        None, "layers of the last stage, where stages hold different numbers", at_least=0
+        None, "layers of the last pipeline stage; null: as many as the others", at_least=0
     )
 
 
 @dataclass
 class BatchSettings:
-    """Samples of a forward pass."""
+    """Keys for the number and length of the samples of one forward pass."""
 
-    micro_batch_size: int = setting(8, "samples of a forward pass", unit="samples", at_least=1)
-    seq_length: int | None = setting(None, "length of a sample; null: the model's positions", unit="tokens", at_least=1)
+    micro_batch_size: int = setting(
+        8, "samples that a data-parallel rank computes in one forward pass", unit="samples", at_least=1
+    )
+    seq_length: int | None = setting(
+        None, "length of a sample; null: the model's max_position_embeddings, at most 4096", unit="tokens", at_least=1
+    )
 
 
 @dataclass
 class EvaluationModelSettings(LayoutSettings, BatchSettings):
-    """The `model` section of a stage that runs the model forward."""
+    """Section `model` of a stage that runs only forward passes of the model: layout and batch size."""
 
 
 @dataclass
 class FrozenModelSettings(EvaluationModelSettings):
-    """The `model` section of a stage that trains something beside the model."""
+    """Section `model` of a stage that trains routers beside a frozen model: layout and batch sizes."""
 
-    global_batch_size: int = setting(16, "samples of a step", unit="samples", at_least=1)
+    global_batch_size: int = setting(16, "samples of a training step, over all ranks", unit="samples", at_least=1)
 
 
 @dataclass
 class ScheduleSettings:
-    """The learning rate over the steps."""
+    """Section `model.optim.sched`: schedule of the learning rate."""
 
-    name: str = setting("cosine", "decay of the learning rate", choices=("cosine", "linear", "constant"))
-    warmup_steps: int = setting(50, "over which the learning rate rises", unit="steps", at_least=0)
+    name: str = setting("cosine", "decay of the learning rate from lr to min_lr", choices=("cosine", "linear", "constant"))
+    warmup_steps: int = setting(50, "length of the linear rise from 0 to lr at the start", unit="steps", at_least=0)
 
 
 @dataclass
 class OptimizerSettings:
-    """AdamW of the model's weights."""
+    """Section `model.optim`: AdamW and the learning rate for the model's weights."""
 
-    lr: float = setting(1e-3, "highest learning rate", at_least=0)
-    min_lr: float = setting(1e-4, "learning rate at the end", at_least=0)
-    weight_decay: float = setting(0.1, "decoupled weight decay", at_least=0)
-    betas: list[float] = setting([0.9, 0.95], "decay of the two moments", length=2, at_least=0, below=1)
-    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
-    clip_grad: float = setting(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
+    lr: float = setting(1e-3, "highest learning rate, after the warm-up", at_least=0)
+    min_lr: float = setting(1e-4, "learning rate at the last step", at_least=0)
+    weight_decay: float = setting(0.1, "decoupled weight decay of AdamW", at_least=0)
+    betas: list[float] = setting([0.9, 0.95], "decay rates of AdamW's first and second moment", length=2, at_least=0, below=1)
+    eps: float = setting(1e-8, "epsilon of AdamW, added to the root of the second moment", above=0)
+    clip_grad: float = setting(1.0, "maximum norm of the gradient over all parameters (gradient clipping); 0: none", at_least=0)
     sched: ScheduleSettings = section(ScheduleSettings)
 
 
 @dataclass
 class DataParallelSettings:
-    """Options of Megatron-Core's DistributedDataParallel."""
+    """Section `model.ddp`: options of Megatron-Core's DistributedDataParallel and distributed optimizer."""
 
-    use_distributed_optimizer: bool = setting(False, "split the optimizer's state over the data-parallel ranks")
-    overlap_grad_reduce: bool = setting(False, "reduce gradients during the backward pass")
-    overlap_param_gather: bool = setting(False, "gather parameters during the forward pass; with the distributed optimizer")
+    use_distributed_optimizer: bool = setting(False, "shard the optimizer's state over the data-parallel ranks")
+    overlap_grad_reduce: bool = setting(False, "reduce gradients during the backward pass, not after it")
+    overlap_param_gather: bool = setting(
+        False, "gather updated parameters during the forward pass; needs use_distributed_optimizer=true"
+    )
     bucket_size: int | None = setting(
-        None, "reduced at a time when overlapping; null: Megatron-Core's", unit="parameters", at_least=1
+        None,
+        "size of a bucket of gradients, reduced at once with overlap_grad_reduce; null: Megatron-Core's default",
+        unit="parameters",
+        at_least=1,
     )
 
 
 @dataclass
 class TrainingModelSettings(FrozenModelSettings):
-    """The `model` section of a stage that trains the model."""
+    """Section `model` of a stage that trains the model: layout, batch sizes, optimizer and data parallelism."""
 
     optim: OptimizerSettings = section(OptimizerSettings)
     ddp: DataParallelSettings = section(DataParallelSettings)
@@ -137,186 +183,227 @@ class TrainingModelSettings(FrozenModelSettings):
 
 @dataclass
 class PretrainModelSettings(TrainingModelSettings, ArchitectureSettings):
-    """The `model` section of a stage that makes the model."""
+    """Section `model` of `pretrain`: architecture of the new model, and the keys of TrainingModelSettings."""
 
 
 @dataclass
 class DeviceSettings:
-    """Processes of a run."""
+    """Keys for the number of nodes and of processes on each node."""
 
-    num_nodes: int | None = setting(None, "machines; null: as many as torchrun started", at_least=1)
-    devices: int | None = setting(None, "processes a node; null: as many as torchrun started", at_least=1)
+    num_nodes: int | None = setting(None, "nodes of the run; null: those that torchrun started", at_least=1)
+    devices: int | None = setting(None, "processes on each node, one a GPU; null: those that torchrun started", at_least=1)
 
 
 @dataclass
 class PrecisionSettings:
-    """Precision of a run that takes the checkpoint's otherwise."""
+    """Key for the precision of the computation in a stage that reads a checkpoint."""
 
-    precision: str | None = setting(None, "precision of the computation; null: as stored", choices=PRECISIONS)
+    precision: str | None = setting(None, "precision of the computation; null: as the weights are stored", choices=PRECISIONS)
 
 
 @dataclass
 class EvaluationTrainerSettings(PrecisionSettings, DeviceSettings):
-    """The `trainer` section of a stage that runs the model forward."""
+    """Section `trainer` of a stage that runs only forward passes of the model: processes and precision."""
 
 
 @dataclass
 class TrainerSettings(DeviceSettings):
-    """The `trainer` section of a stage that trains."""
+    """Section `trainer` of a stage that trains: processes, precision, length of training, validation and log."""
 
     precision: str = setting("fp32", "precision of the computation", choices=PRECISIONS)
-    max_steps: int = setting(1000, "length of the whole training", unit="steps", at_least=1)
+    max_steps: int = setting(1000, "length of the whole training, resumed runs included", unit="steps", at_least=1)
     max_time: str | None = setting(
         None,
-        "run time of this process, after which training stops with a checkpoint",
-        unit="days:hours:minutes:seconds, 00:03:30:00 say",
+        "time after which this run stops with a checkpoint, to be continued by the same command; null: no limit",
+        unit="days:hours:minutes:seconds, such as 00:03:30:00",
         form=r"\d+:\d\d:\d\d:\d\d",
     )
-    val_check_interval: int = setting(100, "distance between validations", unit="steps", at_least=1)
+    val_check_interval: int = setting(100, "steps from one validation to the next", unit="steps", at_least=1)
+    val_at_start: bool = setting(True, "validate before the first step, too")
     limit_val_batches: int | None = setting(
-        8, "batches of global_batch_size that a validation reads a domain; null: all", unit="batches", at_least=1
+        8, "amount of data of one validation; null: all", unit="batches of model.global_batch_size a domain", at_least=1
     )
     log_every_n_steps: int = setting(
-        10, "distance between progress lines where there is no terminal; log.jsonl has every step", unit="steps", at_least=1
+        10, "steps between printed progress lines where there is no terminal; log.jsonl has every step", unit="steps", at_least=1
     )
 
 
 @dataclass
 class CheckpointSettings:
-    """Checkpoints that a training writes and keeps."""
+    """Section `exp_manager.checkpoint_callback_params`: when training writes checkpoints and how many it keeps."""
 
-    every_n_train_steps: int = setting(100, "distance between checkpoints", unit="steps", at_least=1)
-    keep_last: int = setting(2, "whole checkpoints kept", at_least=1)
-    async_save: bool = setting(True, "write while training goes on")
+    every_n_train_steps: int = setting(100, "steps from one checkpoint to the next", unit="steps", at_least=1)
+    every_minutes: float | None = setting(
+        30.0, "time after which a checkpoint is written even before every_n_train_steps; null: none", unit="minutes", above=0
+    )
+    keep_last: int = setting(2, "number of newest checkpoints to keep while training", at_least=1)
+    async_save: bool = setting(True, "write checkpoints while training continues")
 
 
 @dataclass
 class ExperimentSettings:
-    """Logs and checkpoints of a training."""
+    """Section `exp_manager`: logs and checkpoints of a training run."""
 
-    create_tensorboard_logger: bool = setting(True, "write TensorBoard's event files")
+    create_tensorboard_logger: bool = setting(True, "write event files for TensorBoard")
     checkpoint_callback_params: CheckpointSettings = section(CheckpointSettings)
 
 
 @dataclass
 class SpaceSettings:
-    """Elastic space. Candidates are fractions of the full size, or sizes; the full size is always one of them.
+    """Section `space`: candidate sizes of each elastic axis, as sizes (whole numbers) or fractions of the full size.
 
-    null: as the checkpoint has it, which only `importance` can change.
+    The full size is always a candidate. null: the candidates in the checkpoint, which only the stage `importance` can change.
     """
 
     granularity: int | None = setting(
-        None, "largest tensor-parallel size ever to be used; it must divide every candidate", at_least=1
+        None,
+        "largest tensor-parallel size that the model will ever run with; it must divide every candidate; null: the checkpoint's",
+        at_least=1,
     )
-    attention_unit: str | None = setting(None, "drop whole KV groups, or query heads within every group", choices=ATTENTION_UNITS)
-    heads: list[int | float] | None = setting(None, "query heads of a layer", above=0)
-    ffn_hidden_size: list[int | float] | None = setting(None, "MLP neurons of a layer", above=0)
-    hidden_size: list[int | float] | None = setting(None, "channels of the residual stream, the same in all layers", above=0)
-    depth: list[int | float] | None = setting(None, "executed layers", above=0)
+    attention_unit: str | None = setting(
+        None,
+        "unit that attention is made smaller by, kv_group: whole KV groups, query_head: query heads of every KV group; null: the "
+        "checkpoint's",
+        choices=ATTENTION_UNITS,
+    )
+    heads: list[int | float] | None = setting(None, f"query heads of a layer: {CANDIDATES}", above=0)
+    ffn_hidden_size: list[int | float] | None = setting(None, f"MLP neurons of a layer: {CANDIDATES}", above=0)
+    hidden_size: list[int | float] | None = setting(
+        None, f"channels of the residual stream, the same in all layers: {CANDIDATES}", above=0
+    )
+    depth: list[int | float] | None = setting(None, f"number of executed layers: {CANDIDATES}", above=0)
 
 
 @dataclass
 class DistillationSettings:
-    """Distillation from the full model's output into the sub-networks."""
+    """Section `distillation`: knowledge distillation from the full model into the sub-networks."""
 
-    weight: float = setting(0.0, "share of the full model's output distribution in their loss", at_least=0, at_most=1)
-    temperature: float = setting(1.0, "temperature of both distributions", above=0)
+    weight: float = setting(
+        0.0,
+        "share of the distillation loss (KL divergence from the full model's output) in a sub-network's loss; 0: none",
+        at_least=0,
+        at_most=1,
+    )
+    temperature: float = setting(1.0, "divisor of both models' logits in the distillation loss", above=0)
 
 
 @dataclass
 class CacheSettings:
-    """The KV cache that a memory cost counts beside the weights."""
+    """Section `kv_cache`: size of the KV cache that the cost `memory` counts beside the weights."""
 
-    batch_size: int = setting(1, "sequences in the cache; 0: no cache", at_least=0)
-    length: int | None = setting(None, "length of each sequence; null: the model's positions", unit="tokens", at_least=1)
+    batch_size: int = setting(1, "sequences in the KV cache that the cost memory counts; 0: no cache", at_least=0)
+    length: int | None = setting(
+        None,
+        "length of each sequence in the KV cache that is counted; null: the model's max_position_embeddings, at most 4096",
+        unit="tokens",
+        at_least=1,
+    )
 
 
 @dataclass
 class TargetSettings:
-    """Range that budgets are drawn from, in shares of the full model's cost."""
+    """Section `targets`: range from which training draws budgets, as shares of the full model's cost."""
 
-    low: float | None = setting(None, "least budget; null: the smallest network's", above=0, at_most=1)
-    high: float = setting(1.0, "largest budget", above=0, at_most=1)
+    low: float | None = setting(
+        None,
+        "smallest budget that routers are trained for, as a share of the full model's cost; null: the smallest network's cost",
+        above=0,
+        at_most=1,
+    )
+    high: float = setting(
+        1.0, "largest budget that routers are trained for, as a share of the full model's cost", above=0, at_most=1
+    )
 
 
 @dataclass
 class JointRouterSettings:
-    """How trained routers go on learning beside the model."""
+    """Section `router` of the stage `joint`: training, with the model, of routers from the stage `router` or `gumbel`."""
 
-    lr: float = setting(3e-4, "learning rate of Adam", above=0)
-    entropy: list[float] = setting([0.03, 0.03], "first and last weight of the choices' entropy: exploration", length=2, above=0)
-    constraint_weight: float = setting(
-        16.0, "lambda of eq. 7, in units of a network's typical loss above the full model's", at_least=0
-    )
+    lr: float = setting(3e-4, ROUTER_LR, above=0)
+    entropy: list[float] = setting([0.03, 0.03], ENTROPY, length=2, above=0)
+    constraint_weight: float = setting(16.0, CONSTRAINT_WEIGHT, at_least=0)
 
 
 @dataclass
 class RouterSettings(JointRouterSettings):
-    """How static routers learn."""
+    """Section `router` of the stage `router`: size and training of static routers."""
 
-    lr: float = setting(3e-3, "learning rate of Adam", above=0)
-    entropy: list[float] = setting([0.3, 0.03], "first and last weight of the choices' entropy: exploration", length=2, above=0)
+    lr: float = setting(3e-3, ROUTER_LR, above=0)
+    entropy: list[float] = setting([0.3, 0.03], ENTROPY, length=2, above=0)
     hidden_size: int = setting(64, "hidden units of a router", at_least=1)
-    updates_per_step: int = setting(4, "updates of the routers a step", at_least=1)
-    batch_size: int = setting(32, "budgets of an update", at_least=1)
-    two_sided_from: float = setting(
-        0.5, "share of the steps after which unused budget counts like exceeded budget", at_least=0, at_most=1
-    )
+    updates_per_step: int = setting(4, "optimizer updates of the routers a training step", at_least=1)
+    batch_size: int = setting(32, "budgets drawn for one update of the routers", at_least=1)
+    two_sided_from: float = setting(0.5, TWO_SIDED_FROM, at_least=0, at_most=1)
 
 
 @dataclass
 class GumbelSettings(JointRouterSettings):
-    """How the router of all axes learns."""
+    """Section `router` of the stage `gumbel`: size and training of the one router for all axes (LLaMaFlex)."""
 
-    lr: float = setting(1e-2, "learning rate of Adam", above=0)
-    entropy: list[float] = setting([0.1, 0.01], "first and last weight of the choices' entropy: exploration", length=2, above=0)
-    uniform: bool = setting(False, "one number of heads and of neurons for all layers: every network is a stock dense model")
+    lr: float = setting(1e-2, ROUTER_LR, above=0)
+    entropy: list[float] = setting([0.1, 0.01], ENTROPY, length=2, above=0)
+    uniform: bool = setting(
+        False, "true: all layers of a network get the same number of heads and of neurons, so that it is a standard dense model"
+    )
     hidden_size: int = setting(64, "hidden units of the router", at_least=1)
-    weighted_per_step: int = setting(1, "networks computed with masks, which teach the router; others are sliced", at_least=1)
-    batch_size: int = setting(32, "budgets that an update sees beside the networks'", at_least=1)
-    temperature: list[float] = setting([1.0, 0.1], "first and last of the relaxed choices", length=2, above=0)
+    weighted_per_step: int = setting(
+        1, "networks of a step that are computed with masks, whose gradients train the router; the others are sliced", at_least=1
+    )
+    batch_size: int = setting(32, "budgets drawn for one update, beside those of the step's networks", at_least=1)
+    temperature: list[float] = setting(
+        [1.0, 0.1], "Gumbel-softmax temperature at the first and at the last step", length=2, above=0
+    )
     soft_until: float = setting(
-        0.7, "share of the steps with relaxed masks; then hard ones, straight through", at_least=0, at_most=1
+        0.7,
+        "share of the steps with soft masks (Gumbel-softmax); later ones use hard masks with straight-through gradients",
+        at_least=0,
+        at_most=1,
     )
-    two_sided_from: float = setting(
-        0.3, "share of the steps after which unused budget counts like exceeded budget", at_least=0, at_most=1
-    )
+    two_sided_from: float = setting(0.3, TWO_SIDED_FROM, at_least=0, at_most=1)
 
 
 @dataclass
 class SurrogateSettings:
-    """The surrogate model of the loss, through which routers learn."""
+    """Section `surrogate`: the surrogate model, which predicts a choice's loss and gives routers gradients (Flextron, eq. 11)."""
 
-    enabled: bool = setting(True, "false: static routers learn straight through the gates of the model's blocks (an ablation)")
-    hidden_size: int = setting(128, "hidden units", at_least=1)
-    lr: float = setting(3e-3, "first learning rate; it falls to 0", above=0)
-    weight_decay: float = setting(1.0, "decoupled weight decay", at_least=0)
-    updates_per_step: int = setting(8, "updates of the surrogate a step", at_least=1)
-    batch_size: int = setting(64, "pairs of a choice and its loss an update", at_least=1)
+    enabled: bool = setting(
+        True,
+        "true: static routers learn through the surrogate model; false: through straight-through gates of the model's blocks",
+    )
+    hidden_size: int = setting(128, "hidden units of the surrogate model", at_least=1)
+    lr: float = setting(3e-3, "learning rate of the surrogate model at the first step; it falls to 0", above=0)
+    weight_decay: float = setting(1.0, "decoupled weight decay of the surrogate model", at_least=0)
+    updates_per_step: int = setting(8, "optimizer updates of the surrogate model a training step", at_least=1)
+    batch_size: int = setting(64, "pairs (choice, measured loss) of one update of the surrogate model", at_least=1)
     threshold: float = setting(
-        0.2, "routers follow it while its squared error is below this share of the losses' variance", at_least=0
+        0.2,
+        "routers use the surrogate model's gradient while its squared error is below this share of the losses' variance",
+        at_least=0,
     )
 
 
 @dataclass
 class JointAdaptiveSettings:
-    """How trained adaptive routers go on learning beside the model."""
+    """Section `adaptive` of the stage `joint`: training of existing adaptive routers together with the model."""
 
-    lr: float = setting(5e-4, "first learning rate; it falls to a tenth", above=0)
-    noise: float = setting(0.1, "scale of the Gumbel noise on the logits", at_least=0)
-    constraint_weight: float = setting(
-        16.0, "lambda of eq. 7, in units of a network's typical loss above the full model's", at_least=0
-    )
+    lr: float = setting(5e-4, ADAPTIVE_LR, above=0)
+    noise: float = setting(0.1, GUMBEL_NOISE, at_least=0)
+    constraint_weight: float = setting(16.0, CONSTRAINT_WEIGHT, at_least=0)
     calibration_samples: int = setting(
-        64, "training samples that show how much is really spent for each target", unit="samples", at_least=1
+        64,
+        "training samples on which the actual cost of the routers' choices for each budget is measured after training",
+        unit="samples",
+        at_least=1,
     )
 
 
 @dataclass
 class AdaptiveSettings(JointAdaptiveSettings):
-    """How adaptive routers learn."""
+    """Section `adaptive` of the stage `router`: size and training of adaptive routers, which choose for every token."""
 
-    lr: float = setting(2e-3, "first learning rate; it falls to a tenth", above=0)
-    noise: float = setting(0.3, "scale of the Gumbel noise on the logits", at_least=0)
-    hidden_size: int = setting(64, "hidden units of a router", at_least=1, at_most=128)
-    surrogate: bool = setting(False, "learn through a surrogate of a token's loss, not from the masks' gradients")
+    lr: float = setting(2e-3, ADAPTIVE_LR, above=0)
+    noise: float = setting(0.3, GUMBEL_NOISE, at_least=0)
+    hidden_size: int = setting(64, "hidden units of an adaptive router", at_least=1, at_most=128)
+    surrogate: bool = setting(
+        False, "true: learn through a surrogate model of a token's loss; false: from the gradients of the masks"
+    )

@@ -1,16 +1,19 @@
-"""Schemas of the stages that do not train, and the list of all stages. No torch import."""
+"""Schemas of the stages that do not train, and the table of all stages. No torch import."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from flextron_mcore.settings.formats import GgufSettings, HfElasticSettings, TrtllmSettings
+from flextron_mcore.settings.latency import LatencySettings
 from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.schema import MISSING, path, section, setting
 from flextron_mcore.settings.sections import (
     ALL_SELECTORS,
     DTYPES,
     KV_POLICIES,
+    MEMORY_DTYPE,
     SELECTORS,
     SEVERAL_BUDGETS,
     BatchSettings,
@@ -29,47 +32,70 @@ from flextron_mcore.settings.training import (
     PretrainSettings,
     RouterStageSettings,
     StageSettings,
+    WeightsSettings,
+)
+from flextron_mcore.settings.verify import VerifySettings
+
+# Help texts of keys that several stages have.
+BUDGET = (
+    "budget to choose a network for, instead of subnetwork: 0.6 (of the full model's latency), 25ms, 3.4B (parameters), 8GiB "
+    '(memory), "0.6 parameters", or several that hold together: [25ms,8GiB]'
+)
+ANY_SELECTOR = "selector that chooses the network for budget; adaptive: each token chooses, by adaptive routers"
+ADD_BOS = "true: put the BOS token in front of every text; false: do not; null: as the tokenizer does"
+PARSE_SPECIAL_TOKENS = "true: encode special tokens spelled out in a text as tokens; false: as text; null: as the tokenizer does"
+KV_POLICY = (
+    "keys and values that a token writes with selector adaptive, full: of all KV groups, own: of the KV groups that it uses; "
+    "null: as the routers were trained"
 )
 
 
 @dataclass
 class PrepareSettings(StageSettings):
-    """Text to Megatron datasets with a tokenizer."""
+    """Tokenize text into Megatron datasets."""
 
     stage: ClassVar[str] = "prepare"
 
     input: Any = path(
         MISSING,
-        "file or directory, a list of them, {domain: path or list}, or builtin (text of this Python)",
+        "text: a file, a directory, a list of them, {domain: path or list}, or builtin (sources of this Python installation)",
         accepts=(str, list, dict),
     )
-    text_key: str = setting("text", "field of .jsonl and .jsonl.gz that holds the text")
-    skip_bad: bool = setting(False, "skip (and list) files that cannot be read")
-    valid_fraction: float = setting(0.05, "share of the text for validation", above=0, at_most=0.5)
-    tokenizer: str | None = path(None, "Hugging Face tokenizer directory; null: train a BPE")
-    vocab_size: int = setting(4096, "tokens of the BPE that is trained", unit="tokens", at_least=1)
+    text_key: str = setting("text", "field of a JSON line, or column of a Parquet file, that holds the text")
+    skip_bad: bool = setting(False, "true: skip files and lines that cannot be read, and list them; false: stop at the first")
+    valid_fraction: float = setting(0.05, "share of each domain's text that is held out for validation", above=0, at_most=0.5)
+    tokenizer: str | None = path(None, "Hugging Face tokenizer directory; null: train a byte-level BPE on the training text")
+    vocab_size: int = setting(4096, "vocabulary of the trained BPE; unused with tokenizer=DIR", unit="tokens", at_least=1)
+    add_bos: bool | None = setting(None, ADD_BOS)
+    parse_special_tokens: bool | None = setting(None, PARSE_SPECIAL_TOKENS)
 
 
 @dataclass
-class ImportSettings(StageSettings):
-    """A Hugging Face checkpoint to an elastic checkpoint."""
+class ImportSettings(WeightsSettings):
+    """Convert a Hugging Face checkpoint to an elastic checkpoint."""
 
     stage: ClassVar[str] = "import"
     recipes: ClassVar[dict[str, str | None]] = {"space": "default"}
 
-    hf: str = path(MISSING, "directory with config.json and safetensors (LlamaForCausalLM, GPT2LMHeadModel)")
-    dtype: str | None = setting(None, "precision of the weights; null: as stored", choices=("fp32", "bf16"))
+    hf: str = path(MISSING, "Hugging Face directory with config.json and safetensors files of a supported architecture")
+    dtype: str | None = setting(None, "precision to write; null: as most weights are stored", choices=("fp32", "bf16"))
+    resize_vocabulary: bool = setting(
+        False, "true: add a row, the mean of all rows, to embedding and output layer for each token that only the tokenizer has"
+    )
+    verify: bool = setting(
+        False, "true: compare the result with transformers on 128 random tokens in fp32, layer by layer where memory is small"
+    )
     space: SpaceSettings = section(SpaceSettings)
 
 
 @dataclass
-class ForwardSettings(StageSettings):
+class ForwardSettings(WeightsSettings):
     """Keys of every stage that runs a checkpoint on data."""
 
     recipes: ClassVar[dict[str, str | None]] = {"model": None, "space": None}
 
-    checkpoint: str = path(MISSING, "checkpoint directory")
-    data: str = path(MISSING, "directory of `flextron prepare`")
+    checkpoint: str = path(MISSING, "checkpoint directory: the out of another stage")
+    data: str = path(MISSING, "directory that `flextron prepare` wrote")
     trainer: EvaluationTrainerSettings = section(EvaluationTrainerSettings)
     model: EvaluationModelSettings = section(EvaluationModelSettings)
     space: SpaceSettings = section(SpaceSettings)
@@ -77,32 +103,43 @@ class ForwardSettings(StageSettings):
 
 @dataclass
 class ImportanceSettings(ForwardSettings):
-    """Rank neurons and heads, sort them, show what sorting gains."""
+    """Rank neurons and heads by importance and write a checkpoint with sorted weights."""
 
     stage: ClassVar[str] = "importance"
 
-    data_weights: dict[str, float] | None = setting(None, "{domain: weight}; null: equal weights", at_least=0)
-    samples: int = setting(512, "calibration sequences", at_least=1)
+    data_weights: dict[str, float] | None = setting(
+        None, "share of each domain in the calibration samples, {domain: weight}; null: equal shares", at_least=0
+    )
+    samples: int = setting(512, "calibration samples, from the training text", unit="samples", at_least=1)
     score: str = setting(
         "activation",
-        "eq. 3 and 4, or that times the norm of the columns that follow",
+        "importance of a neuron or head, activation: L1 norm of its activations (eq. 3 and 4 of the Flextron paper), "
+        "activation_weight: this norm times the norm of the weight columns that the activations are multiplied with",
         choices=("activation", "activation_weight"),
     )
     layer_score: str = setting(
         "mse",
-        "error of the final hidden states without the layer, or how far the layer turns them",
+        "importance of layers for elastic depth, mse: mean squared error of the final hidden states without the layer, "
+        "block_influence: 1 - cosine similarity of the layer's input and output",
         choices=("mse", "block_influence"),
     )
-    layer_samples: int = setting(64, "calibration sequences for layer_score", at_least=1)
-    ablation_batches: int = setting(16, "micro-batches a domain for the table of sorting on and off; 0: no table", at_least=0)
+    layer_samples: int = setting(64, "calibration samples for layer_score", unit="samples", at_least=1)
+    ablation_batches: int = setting(
+        16,
+        "validation data for the table that compares losses of sub-networks with and without sorting; 0: no table",
+        unit="micro-batches a domain",
+        at_least=0,
+    )
 
 
 @dataclass
-class SelectorSettings(StageSettings):
-    """Keys of every stage that chooses networks: how costs are counted, and what blocks lose."""
+class SelectorSettings(WeightsSettings):
+    """Keys of every stage that chooses networks: inputs of the costs and of the selectors."""
 
-    latency: str | None = path(None, "table of `flextron latency`; null: the one beside the routers")
-    sensitivity: str | None = path(None, "directory of `flextron sensitivity`, for selector sensitivity")
+    latency: str | None = path(
+        None, "latency table (the out of `flextron latency`); null: the table that the routers were trained with"
+    )
+    sensitivity: str | None = path(None, "directory that `flextron sensitivity` wrote, for selector sensitivity")
     kv_cache: CacheSettings = section(CacheSettings)
 
 
@@ -110,255 +147,235 @@ class SelectorSettings(StageSettings):
 class EvaluationSettings(SelectorSettings, ForwardSettings):
     """Keys of every stage that evaluates networks."""
 
-    limit_val_batches: int | None = setting(None, "micro-batches a domain; null: all", at_least=1)
+    limit_val_batches: int | None = setting(
+        None, "validation data that each network is evaluated on; null: all", unit="micro-batches a domain", at_least=1
+    )
 
 
 @dataclass
 class CompareSettings(EvaluationSettings):
-    """Selectors side by side, and random sub-networks of equal cost."""
+    """Compare selectors with each other and with random sub-networks of equal cost."""
 
     stage: ClassVar[str] = "compare"
 
     cost: str | None = setting(
         None,
-        "what targets are shares of; null: latency where there is a table, else parameters",
+        "cost that targets are shares of; null: latency if there is a latency table, else parameters",
         choices=("latency", "parameters", "memory"),
     )
     targets: list[float] | None = setting(
-        None, "shares of the full model's cost; null: five over what networks can cost", above=0, at_most=1
+        None,
+        "budgets, as shares of the full model's cost; null: five, evenly from the smallest network's cost to the full model's",
+        above=0,
+        at_most=1,
     )
     selectors: list[str] = setting(list(SELECTORS), "selectors to compare", choices=ALL_SELECTORS)
-    random_at_target: int = setting(40, "random networks within 1 % of the full model's cost below each target", at_least=0)
-    random_networks: int = setting(32, "networks of which selector random takes the best: the bound that luck gives", at_least=1)
-    dense: list[str] = path([], "checkpoints of dense models of smaller size, to compare with")
-    dtype: str | None = setting(None, "precision that a memory cost counts; null: as stored", choices=DTYPES)
+    random_at_target: int = setting(
+        40,
+        "random networks evaluated for each target; their costs are at most 1 % of the full model's cost below it; 0: none",
+        at_least=0,
+    )
+    random_networks: int = setting(
+        32, "random networks that selector random evaluates for a budget; it takes the one with the lowest loss", at_least=1
+    )
+    dense: list[str] = path([], "checkpoints of separately trained smaller models to compare with; []: none")
+    dtype: str | None = setting(None, MEMORY_DTYPE, choices=DTYPES)
 
 
 @dataclass
 class EvaluateSettings(EvaluationSettings):
-    """Loss and perplexity a domain, of one sub-network or of the uniform family."""
+    """Measure loss and perplexity of each domain, for one sub-network or all uniform ones."""
 
     stage: ClassVar[str] = "evaluate"
 
     subnetwork: list[str] | None = path(
-        None, "JSON file of a sub-network, or several; null: the full model and all uniform sub-networks"
+        None,
+        "JSON file of a sub-network (`flextron select` writes one), or several; null, without budget: the full model and all "
+        "uniform sub-networks",
     )
-    budget: Any = setting(None, "budget, as for select, in place of subnetwork: 0.6, 25ms, 3.4B, 8GiB", accepts=SEVERAL_BUDGETS)
-    selector: str = setting("router", "selector that answers a budget", choices=(*ALL_SELECTORS, "adaptive"))
-    kv_policy: str | None = setting(None, "KV policy of selector adaptive; null: as trained", choices=KV_POLICIES)
-    random: int = setting(0, "random sub-networks on top", at_least=0)
+    budget: Any = setting(None, BUDGET, accepts=SEVERAL_BUDGETS)
+    selector: str = setting("router", ANY_SELECTOR, choices=(*ALL_SELECTORS, "adaptive"))
+    kv_policy: str | None = setting(None, KV_POLICY, choices=KV_POLICIES)
+    random: int = setting(0, "number of random sub-networks to evaluate as well", at_least=0)
 
 
 @dataclass
 class SensitivitySettings(ForwardSettings):
-    """Loss of each block when it alone is made smaller."""
+    """Measure the loss when one block at a time is made smaller."""
 
     stage: ClassVar[str] = "sensitivity"
 
-    limit_val_batches: int | None = setting(None, "micro-batches a domain; null: all", at_least=1)
+    limit_val_batches: int | None = setting(
+        None, "validation data that each network is evaluated on; null: all", unit="micro-batches a domain", at_least=1
+    )
 
 
 @dataclass
 class BudgetSettings(SelectorSettings):
     """Keys of every stage that takes one network of a checkpoint."""
 
-    checkpoint: str = path(MISSING, "checkpoint directory")
-    subnetwork: str | None = path(None, "JSON file of a sub-network; null: the full model")
-    budget: Any = setting(None, "budget, as for select, in place of subnetwork: 0.6, 25ms, 3.4B, 8GiB", accepts=SEVERAL_BUDGETS)
-    selector: str = setting("router", "selector that answers a budget", choices=SELECTORS)
+    checkpoint: str = path(MISSING, "checkpoint directory: the out of another stage")
+    subnetwork: str | None = path(
+        None, "JSON file of a sub-network (`flextron select` writes one); null, without budget: the full model"
+    )
+    budget: Any = setting(None, BUDGET, accepts=SEVERAL_BUDGETS)
+    selector: str = setting("router", "selector that chooses the network for budget", choices=SELECTORS)
 
 
 @dataclass
 class GenerateSettings(BudgetSettings):
-    """Text from a sub-network, or with a choice for every token."""
+    """Generate text with a sub-network, or with token-by-token routing."""
 
     stage: ClassVar[str] = "generate"
     recipes: ClassVar[dict[str, str | None]] = {"model": None}
 
-    out: str | None = path(None, "file for texts and figures (JSON); null: only print them")
-    prompt: list[str] | None = setting(None, "text, or list of texts, which are continued together")
-    prompts: str | None = path(None, "file with one prompt a line, in place of prompt")
-    max_new_tokens: int = setting(64, "less where a text ends", unit="tokens", at_least=1)
-    temperature: float = setting(0.0, "0: the likeliest token; above: drawn", at_least=0)
-    top_k: int = setting(0, "draw from so many likeliest tokens; 0: from all", at_least=0)
-    selector: str = setting("router", "selector that answers a budget", choices=(*ALL_SELECTORS, "adaptive"))
-    kv_policy: str | None = setting(None, "KV policy of selector adaptive; null: as trained", choices=KV_POLICIES)
-    tokenizer: str | None = path(None, "tokenizer directory; null: the one beside the checkpoint")
+    out: str | None = path(None, "JSON file to write texts and timings to; null: only print them", role="output")
+    prompt: list[str] | None = setting(None, "text to continue, or a list of texts, continued as one batch")
+    prompts: str | None = path(None, "file with one prompt a line, instead of prompt")
+    max_new_tokens: int = setting(64, "maximum number of tokens to generate for a prompt", unit="tokens", at_least=1)
+    temperature: float = setting(
+        0.0, "sampling temperature, which divides the logits; 0: greedy decoding, always the most likely token", at_least=0
+    )
+    top_k: int = setting(0, "number of most likely tokens that sampling draws from; 0: all", at_least=0)
+    selector: str = setting("router", ANY_SELECTOR, choices=(*ALL_SELECTORS, "adaptive"))
+    kv_policy: str | None = setting(None, KV_POLICY, choices=KV_POLICIES)
+    tokenizer: str | None = path(None, "Hugging Face tokenizer directory; null: the tokenizer stored with the checkpoint")
+    add_bos: bool | None = setting(None, ADD_BOS)
+    parse_special_tokens: bool | None = setting(None, PARSE_SPECIAL_TOKENS)
     trainer: EvaluationTrainerSettings = section(EvaluationTrainerSettings)
     model: LayoutSettings = section(LayoutSettings)
 
 
 @dataclass
-class TrtllmSettings:
-    """The checkpoint for the engine-building releases of TensorRT-LLM (up to 1.2)."""
-
-    style: str = setting(
-        "padded", "every layer as the widest, or each as it is, where the family is Llama", choices=("padded", "deci")
-    )
-    tensor_parallel_size: int = setting(1, "tensor-parallel ranks of the engine", at_least=1)
-    pipeline_parallel_size: int = setting(1, "pipeline-parallel ranks of the engine", at_least=1)
-
-
-@dataclass
-class GgufSettings:
-    """The file for llama.cpp."""
-
-    type: str | None = setting(
-        None, "type of the weight matrices; null: f32 where dtype is fp32, else f16", choices=("f32", "f16", "q8_0")
-    )
-
-
-@dataclass
-class HfElasticSettings:
-    """Every sub-network in one directory, chosen at run time."""
-
-    networks: list[str] = path([], "files of networks that may answer budgets, beside those of selector")
-    selector: str = setting("${selector}", "selector that answers budgets; uniform where there are no routers", choices=SELECTORS)
-    latency: str | None = path("${latency}", "table of `flextron latency`")
-    kv_cache: CacheSettings = section(CacheSettings, batch_size="${kv_cache.batch_size}", length="${kv_cache.length}")
-
-
-@dataclass
 class ExportSettings(BudgetSettings):
-    """A sub-network as a directory that loads elsewhere."""
+    """Write a sub-network as a directory that other software loads."""
 
     stage: ClassVar[str] = "export"
     recipes: ClassVar[dict[str, str | None]] = {"model": None}
 
-    format: str = setting("hf", "format of the directory", choices=("hf", "hf_elastic", "trtllm", "gguf", "megatron"))
-    dtype: str | None = setting(None, "precision of the weights; null: as stored", choices=DTYPES)
-    max_shard_size: int = setting(1_000_000_000, "size of one safetensors file at most", unit="bytes", at_least=1)
+    format: str = setting(
+        "hf",
+        "hf: transformers; hf_elastic: transformers, all sub-networks in one directory; trtllm: TensorRT-LLM; gguf: llama.cpp; "
+        "megatron: Megatron-Core",
+        choices=("hf", "hf_elastic", "trtllm", "gguf", "megatron"),
+    )
+    dtype: str | None = setting(None, "precision of the exported weights; null: as stored", choices=DTYPES)
+    max_shard_size: int = setting(1_000_000_000, "largest size of one safetensors file", unit="bytes", at_least=1)
     trtllm: TrtllmSettings = section(TrtllmSettings)
     gguf: GgufSettings = section(GgufSettings)
     hf_elastic: HfElasticSettings = section(HfElasticSettings)
-    verify: bool = setting(True, "read the directory back and compare logits; needs memory for both models in fp32")
+    verify: bool = setting(
+        True, "read the directory back and compare its logits with the checkpoint's; needs memory for both models in fp32"
+    )
     trainer: DeviceSettings = section(DeviceSettings)
     model: LayoutSettings = section(LayoutSettings)
 
 
 @dataclass
 class FamilyModelSettings:
-    """The `model` section of `flextron family`."""
+    """Section `model` of `flextron family`: batch size of the evaluation."""
 
     micro_batch_size: int = setting(8, "samples of a forward pass", unit="samples", at_least=1)
 
 
 @dataclass
 class FamilySettings(SelectorSettings):
-    """A model for each of several budgets: chosen, evaluated, exported."""
+    """Choose, evaluate and export a model for each of several budgets."""
 
     stage: ClassVar[str] = "family"
 
-    checkpoint: str = path(MISSING, "checkpoint with routers, or any with another selector")
-    budgets: list[Any] = setting(MISSING, 'budgets, each as for select: [0.4, 0.6, 25ms, "0.5 parameters"]')
-    data: str | None = path(None, "directory of `flextron prepare`, to evaluate on; null: no losses")
-    selector: str = setting("router", "selector that answers the budgets", choices=SELECTORS)
-    formats: list[str] = setting(["hf"], "formats of the exports; []: none", choices=("hf", "trtllm", "gguf", "megatron"))
-    dtype: str | None = setting(None, "precision of the exports; null: as stored", choices=DTYPES)
-    verify: bool = setting(True, "read every export back and compare logits")
-    limit_val_batches: int | None = setting(None, "micro-batches a domain; null: all", at_least=1)
+    checkpoint: str = path(MISSING, "checkpoint directory; selector router needs one with routers")
+    budgets: list[Any] = setting(
+        MISSING,
+        "budgets, one model each: a share of the full model's latency (0.4), a latency (25ms), parameters (3.4B), memory (8GiB) "
+        'or a share of another cost ("0.5 parameters")',
+    )
+    data: str | None = path(None, "directory that `flextron prepare` wrote, to evaluate on; null: no evaluation")
+    selector: str = setting("router", "selector that chooses the networks for the budgets", choices=SELECTORS)
+    formats: list[str] = setting(
+        ["hf"], "formats that each model is exported to; []: no export", choices=("hf", "trtllm", "gguf", "megatron")
+    )
+    dtype: str | None = setting(None, "precision of the exported weights; null: as stored", choices=DTYPES)
+    verify: bool = setting(True, "read every export back and compare its logits with the checkpoint's")
+    limit_val_batches: int | None = setting(
+        None, "validation data that each network is evaluated on; null: all", unit="micro-batches a domain", at_least=1
+    )
     model: FamilyModelSettings = section(FamilyModelSettings)
 
 
 @dataclass
-class WorkloadSettings:
-    """Workload whose latency is measured."""
-
-    kind: str = setting(
-        "prefill", "one forward pass, or a prompt and then a token at a time with a KV cache", choices=("prefill", "generation")
-    )
-    batch_size: int = setting(2, "sequences", at_least=1)
-    prompt_length: int | None = setting(
-        None, "null: the model's positions, for generation half of them", unit="tokens", at_least=1
-    )
-    generated_tokens: int = setting(64, "tokens that a generation adds", unit="tokens", at_least=1)
-
-
-@dataclass
-class RoutedLatencySettings:
-    """Blocks whose tokens choose for themselves (adaptive routers)."""
-
-    enabled: bool = setting(False, "measure them too")
-    hidden_size: int = setting(64, "hidden units of the routers", at_least=1)
-    rounds: int = setting(10, "times that every network is measured", at_least=1)
-
-
-@dataclass
-class LatencySettings(StageSettings):
-    """Latency of every candidate of every block on this device, measured or fitted."""
-
-    stage: ClassVar[str] = "latency"
-
-    checkpoint: str = path(MISSING, "checkpoint directory")
-    measurements: str | None = path(
-        None, 'JSON list of {"subnetwork": {...} or a file, "ms": 12.3} measured elsewhere; null: measure here'
-    )
-    rounds: int = setting(20, "times that every candidate is measured in every layer", at_least=1)
-    check_networks: int = setting(20, "random networks that are timed whole and compared with their sums", at_least=0)
-    routed: RoutedLatencySettings = section(RoutedLatencySettings)
-    trainer: PrecisionSettings = section(PrecisionSettings)
-    setting: WorkloadSettings = section(WorkloadSettings)  # the last: from here the name is the field's
-
-
-@dataclass
 class SelectSettings(SelectorSettings):
-    """The sub-network for a budget: 0.6, 25ms, 3.4B, 8GiB."""
+    """Choose the sub-network for a budget, such as 0.6, 25ms, 3.4B or 8GiB."""
 
     stage: ClassVar[str] = "select"
 
-    out: str | None = path(None, "file for the sub-network (JSON), for subnetwork= elsewhere; null: only print it")
-    checkpoint: str = path(MISSING, "checkpoint directory")
+    out: str | None = path(
+        None,
+        "JSON file to write the sub-network to, which subnetwork= of other stages reads; null: only print it",
+        role="output",
+    )
+    checkpoint: str = path(MISSING, "checkpoint directory: the out of another stage")
     budget: Any = setting(
         MISSING,
-        '0.6 (of the full model\'s latency), 25ms, 3.4B, 8GiB, "0.6 parameters", or several: [25ms,8GiB]',
+        "share of the full model's latency (0.6), latency (25ms), parameters (3.4B), memory (8GiB), share of another cost "
+        '("0.6 parameters"), or several that hold together ([25ms,8GiB])',
         accepts=SEVERAL_BUDGETS,
     )
-    selector: str = setting("router", "selector that answers the budget", choices=ALL_SELECTORS)
-    data: str | None = path(None, "directory of `flextron prepare`, for selector random, which evaluates networks")
-    random_networks: int = setting(32, "networks of which selector random takes the best", at_least=1)
-    limit_val_batches: int | None = setting(4, "micro-batches a domain for selector random", at_least=1)
-    measure: bool = setting(True, "time the network and the full model on this device, in the table's setting")
-    rounds: int = setting(5, "times that they are timed", at_least=1)
-    dtype: str | None = setting(None, "precision that a memory cost counts; null: as stored", choices=DTYPES)
+    selector: str = setting("router", "selector that chooses the network for budget", choices=ALL_SELECTORS)
+    data: str | None = path(
+        None, "directory that `flextron prepare` wrote; only selector random, which evaluates networks, needs it"
+    )
+    random_networks: int = setting(
+        32, "random networks that selector random evaluates; it takes the one with the lowest loss", at_least=1
+    )
+    limit_val_batches: int | None = setting(
+        4, "validation data that selector random evaluates on; null: all", unit="micro-batches a domain", at_least=1
+    )
+    measure: bool = setting(True, "time the network and the full model on this device, with the workload of the latency table")
+    rounds: int = setting(5, "repetitions of the timing with measure=true", at_least=1)
+    dtype: str | None = setting(None, MEMORY_DTYPE, choices=DTYPES)
     trainer: PrecisionSettings = section(PrecisionSettings)
     model: BatchSettings = section(BatchSettings)
 
 
 @dataclass
 class ReportSettings(StageSettings):
-    """One HTML page of a run, and family.json."""
+    """Write the results of a run as one HTML page."""
 
     stage: ClassVar[str] = "report"
 
-    run: str = path(MISSING, "directory that holds the stages' directories")
+    run: str = path(MISSING, "directory that holds the out directories of the run's stages", role="collection")
 
 
 @dataclass
 class QuickstartSettings(StageSettings):
-    """The whole chain on this machine, on real text."""
+    """Run the whole chain on this machine, on real text."""
 
     stage: ClassVar[str] = "quickstart"
     recipes: ClassVar[dict[str, str | None]] = {"recipe": "quickstart"}
 
-    input: str = path("builtin", "text, as for prepare")
-    model: str = setting("tiny", "the parent's architecture: a recipe of conf/model")
-    pretrain_steps: int = setting(380, "steps of the parent's training", unit="steps", at_least=1)
-    elastic_steps: int = setting(130, "steps of elastic training", unit="steps", at_least=1)
-    router_steps: int = setting(300, "steps of the routers' training", unit="steps", at_least=1)
-    joint_steps: int = setting(40, "steps of joint tuning", unit="steps", at_least=1)
-    chain: dict[str, Any] = setting({}, "{name: {stage, keys}}: the commands; {out} is the quickstart's directory")
+    input: str = path("builtin", "text: a file, a directory, or builtin (sources of this Python installation)")
+    model: str = setting("tiny", "architecture of the parent model: the name of a recipe in conf/model")
+    pretrain_steps: int = setting(380, "length of the parent model's training", unit="steps", at_least=1)
+    elastic_steps: int = setting(130, "length of elastic training", unit="steps", at_least=1)
+    router_steps: int = setting(300, "length of the routers' training", unit="steps", at_least=1)
+    joint_steps: int = setting(40, "length of joint tuning", unit="steps", at_least=1)
+    chain: dict[str, Any] = setting(
+        {}, "commands in order, {name: {stage: STAGE, keys: [key=value, ...]}}; {out} in a value is the quickstart's out"
+    )
 
 
 @dataclass
 class StatusSettings(StageSettings):
-    """State of the jobs that were launched."""
+    """Show the state of the jobs that `flextron launch` submitted."""
 
     stage: ClassVar[str] = "status"
 
-    out: str | None = path(None, "not used")
+    out: str | None = path(None, "not used: status writes nothing", role="output")
     run: str = path(MISSING, "run.results_dir of the launch")
-    logs: str | None = setting(None, "stage whose newest log is printed")
-    lines: int | None = setting(40, "lines of the log to print; null: all", at_least=1)
+    logs: str | None = setting(None, "job whose newest log is printed, such as elastic; null: none")
+    lines: int | None = setting(40, "last lines of the log to print; null: all", at_least=1)
+    watch: bool = setting(False, "true: report changes until all jobs have ended")
 
 
 STAGES: dict[str, type[StageSettings]] = {
@@ -381,6 +398,7 @@ STAGES: dict[str, type[StageSettings]] = {
         GenerateSettings,
         ExportSettings,
         ReportSettings,
+        VerifySettings,
         QuickstartSettings,
         LaunchSettings,
         StatusSettings,

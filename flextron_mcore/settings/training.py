@@ -9,6 +9,7 @@ from flextron_mcore.settings.schema import MISSING, path, section, setting
 from flextron_mcore.settings.sections import (
     DTYPES,
     KV_POLICIES,
+    MEMORY_DTYPE,
     AdaptiveSettings,
     CacheSettings,
     DistillationSettings,
@@ -30,25 +31,41 @@ from flextron_mcore.settings.sections import (
 
 @dataclass
 class StageSettings:
-    """Keys of every stage."""
+    """Base class of the settings of stages, with the keys that every stage has.
+
+    `recipes` maps each directory of conf/ that the stage uses to the recipe used by default, or None for no recipe.
+    """
 
     stage: ClassVar[str]
-    recipes: ClassVar[dict[str, str | None]] = {}  # groups of conf/ whose options may be chosen, and those that are by default
+    recipes: ClassVar[dict[str, str | None]] = {}
 
-    out: str = path(MISSING, "directory to write")
-    overwrite: bool = setting(False, "replace an existing out")
-    debug: bool = setting(False, "show tracebacks")
-    seed: int = setting(1234, "seed of every random number", at_least=0)
+    out: str = path(MISSING, "directory to write the result to", role="output")
+    overwrite: bool = setting(False, "true: replace an existing out")
+    debug: bool = setting(False, "true: show the traceback of an error")
+    seed: int = setting(1234, "seed of all random numbers", at_least=0)
 
 
 @dataclass
-class LoopSettings(StageSettings):
+class WeightsSettings(StageSettings):
+    """Keys of every stage that reads weights of a checkpoint."""
+
+    verify_weights: bool = setting(
+        False,
+        "true: check the content of all files of checkpoint and data against their digests before use; false: for weights and "
+        "tokens, check the size only",
+    )
+
+
+@dataclass
+class LoopSettings(WeightsSettings):
     """Keys of every stage with a training loop."""
 
     recipes: ClassVar[dict[str, str | None]] = {"model": None, "space": None}
 
-    data: str = path(MISSING, "directory of `flextron prepare`")
-    data_weights: dict[str, float] | None = setting(None, "{domain: weight}; null: equal weights", at_least=0)
+    data: str = path(MISSING, "directory that `flextron prepare` wrote")
+    data_weights: dict[str, float] | None = setting(
+        None, "share of each domain in the training samples, {domain: weight}; null: equal shares", at_least=0
+    )
     trainer: TrainerSettings = section(TrainerSettings)
     exp_manager: ExperimentSettings = section(ExperimentSettings)
     space: SpaceSettings = section(SpaceSettings)
@@ -56,7 +73,7 @@ class LoopSettings(StageSettings):
 
 @dataclass
 class PretrainSettings(LoopSettings):
-    """Train a parent model from scratch."""
+    """Train a dense parent model from scratch."""
 
     stage: ClassVar[str] = "pretrain"
     recipes: ClassVar[dict[str, str | None]] = {"model": "tiny", "space": "default"}
@@ -66,40 +83,52 @@ class PretrainSettings(LoopSettings):
 
 @dataclass
 class ElasticSettings(LoopSettings):
-    """Elastic continued training: the full model and random sub-networks together."""
+    """Train the full model together with random sub-networks (elastic continued training)."""
 
     stage: ClassVar[str] = "elastic"
 
-    checkpoint: str = path(MISSING, "sorted checkpoint, of `flextron importance`")
+    checkpoint: str = path(MISSING, "sorted checkpoint, the out of `flextron importance`")
     mode: str = setting(
         "flextron",
-        "what sub-networks vary: heads and neurons layer by layer, or neurons only, as many in all layers",
+        "random sub-networks, flextron: every elastic axis varies, layer by layer; matformer: only MLP neurons vary, with the "
+        "same number in all layers",
         choices=("flextron", "matformer"),
     )
-    num_subnetworks: int = setting(3, "random sub-networks a step, beside the full model", at_least=0)
-    validation_subnetworks: int = setting(4, "random sub-networks a validation", at_least=0)
+    num_subnetworks: int = setting(3, "random sub-networks trained in each step, beside the full model", at_least=0)
+    validation_subnetworks: int = setting(
+        4, "random sub-networks evaluated in each validation, beside the full model and the uniform sub-networks", at_least=0
+    )
     distillation: DistillationSettings = section(DistillationSettings)
     model: TrainingModelSettings = section(TrainingModelSettings, optim=OptimizerSettings(lr=5e-4, min_lr=5e-5))
 
 
 def _candidate_samples(default: int) -> int:
-    text = "training samples on which the networks that trained routers may choose are evaluated; 0: none"
+    text = (
+        "training samples on which networks that the routers propose are evaluated after training, so that selector router can "
+        "take the best of them; 0: no evaluation"
+    )
     return setting(default, text, unit="samples", at_least=0)
 
 
 @dataclass
 class CostSettings(LoopSettings):
-    """Keys of every stage that trains routers: what budgets are of."""
+    """Keys of every stage that trains routers: the costs that budgets limit."""
 
-    checkpoint: str = path(MISSING, "checkpoint to start from")
-    latency: str | None = path(None, "table of `flextron latency`; null: the one beside the routers")
-    targets_per_step: int = setting(3, "budgets, and so networks, a step, beside the full model", at_least=1)
+    checkpoint: str = path(MISSING, "checkpoint directory to start from: the out of another stage")
+    latency: str | None = path(
+        None, "latency table (the out of `flextron latency`); null: the table that the checkpoint's routers were trained with"
+    )
+    targets_per_step: int = setting(3, "budgets drawn in each step, one network each, beside the full model", at_least=1)
     candidate_samples: int = _candidate_samples(64)
     validation_targets: list[float] | None = setting(
-        None, "shares of the (first) cost to validate at; null: five over the range", above=0, at_most=1
+        None,
+        "budgets of the networks that a validation evaluates, as shares of the full model's first cost; null: five, spread over "
+        "the range of training",
+        above=0,
+        at_most=1,
     )
     kv_cache: CacheSettings = section(CacheSettings)
-    dtype: str | None = setting(None, "precision that a memory cost counts; null: as stored", choices=DTYPES)
+    dtype: str | None = setting(None, MEMORY_DTYPE, choices=DTYPES)
 
 
 @dataclass
@@ -107,7 +136,9 @@ class NewRouterSettings(CostSettings):
     """Keys of every stage that makes new routers."""
 
     costs: list[str] | None = setting(
-        None, "costs that budgets will be of: latency, parameters, memory; null: latency where there is a table, else parameters"
+        None,
+        "costs that budgets limit, one or several of latency, parameters, memory; null: latency if there is a latency table, "
+        "else parameters",
     )
     targets: TargetSettings = section(TargetSettings)
 
@@ -118,13 +149,17 @@ class RouterStageSettings(NewRouterSettings):
 
     stage: ClassVar[str] = "router"
 
-    kind: str = setting("static", "one network for a budget, or a choice for every token", choices=("static", "adaptive"))
+    kind: str = setting(
+        "static",
+        "static: routers choose one network for a budget; adaptive: routers choose for every token",
+        choices=("static", "adaptive"),
+    )
     kv_policy: str = setting(
         "full",
-        "keys and values that a token of adaptive routers writes: all, or those of the KV groups it uses",
+        "keys and values that a token writes with kind=adaptive, full: of all KV groups, own: of the KV groups that it uses",
         choices=KV_POLICIES,
     )
-    targets_per_step: int = setting(4, "budgets, and so networks, a step", at_least=1)
+    targets_per_step: int = setting(4, "budgets drawn in each step, one network each", at_least=1)
     router: RouterSettings = section(RouterSettings)
     adaptive: AdaptiveSettings = section(AdaptiveSettings)
     surrogate: SurrogateSettings = section(SurrogateSettings)
@@ -133,7 +168,7 @@ class RouterStageSettings(NewRouterSettings):
 
 @dataclass
 class JointSettings(CostSettings):
-    """Tune routers and model together."""
+    """Train routers and model together (joint tuning)."""
 
     stage: ClassVar[str] = "joint"
 
@@ -145,12 +180,13 @@ class JointSettings(CostSettings):
 
 @dataclass
 class GumbelStageSettings(NewRouterSettings):
-    """Train the model and one router for all axes together."""
+    """Train the model together with one router for all axes (LLaMaFlex)."""
 
     stage: ClassVar[str] = "gumbel"
 
     modulation: bool | None = setting(
-        None, "add a small learned gain on every block's output, by how large the network is; null: as the checkpoint"
+        None,
+        "true: multiply every block's output by a learned gain that depends on the network's size; null: as in the checkpoint",
     )
     distillation: DistillationSettings = section(DistillationSettings)
     router: GumbelSettings = section(GumbelSettings)

@@ -1,1 +1,1 @@
-"""Importance of neurons and heads, and sorting by it."""
+"""Importance of neurons, heads, channels and layers, and sorting by it."""

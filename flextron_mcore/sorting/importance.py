@@ -1,8 +1,10 @@
-"""Importance scores (Flextron, eq. 3 and 4; channels and layers as in LLaMaFlex), accumulated over calibration samples in one
-pass of the full model.
+"""Importance scores, accumulated over calibration samples in one pass of the full model.
 
-Shape suffixes: S sequence (of this rank's tokens), B batch, C hidden channels, U units of an axis with each its own channels,
-L layers.
+Heads: F_i = sum_X |Attn_i(X)|_1 (Flextron, eq. 3). Neurons: F_i = sum_X |X W1_i|_1 (eq. 4; for a gated MLP the product of gate
+and up). Channels and layers as in LLaMaFlex.
+
+Shape suffixes: S sequence (of this rank's tokens), B batch, C hidden channels, U units of an axis times the channels of each, L
+layers.
 """
 
 from __future__ import annotations
@@ -30,18 +32,25 @@ LAYER_SCORES = ("mse", "block_influence")
 
 @dataclass
 class LayerScores:
-    """Scores of one layer in the order of the checkpoint, of the whole layer.
+    """Importance scores of one layer, for the heads and neurons of all tensor-parallel ranks, in the order of the checkpoint.
 
-    units: {axis: float64, a dimension for each of its fields}: neurons [F], query heads [KV groups, heads of each].
+    Attributes:
+        units: {name of a layer axis: float64 scores}: neurons [F], heads [KV groups, query heads of a group].
+        influence: influence of the whole layer: 1 - cos(input of the layer, output of the layer), mean over tokens.
     """
 
     units: dict[str, Tensor]
-    influence: float = 0.0  # 1 - cos(what enters the layer, what leaves it), mean over tokens
+    influence: float = 0.0
 
 
 @dataclass
 class Scores:
-    """Scores of the layers of this rank, or after `collect` of all, and of the residual stream's channels [C], float64."""
+    """Importance scores of the layers and the hidden channels of a model.
+
+    Attributes:
+        layers: {index of the layer: scores of the layer}, for the layers of this pipeline stage; after `collect` for all layers.
+        channels: score of each channel of the residual stream [C], float64.
+    """
 
     layers: dict[int, LayerScores]
     channels: Tensor
@@ -55,12 +64,19 @@ def importance(
     micro_batch_size: int,
     score: str = "activation",
 ) -> Scores:
-    """Scores by global layer index of this rank's layers, summed over data-parallel ranks, gathered over tensor-parallel ones.
+    """Compute importance scores of this pipeline stage's layers, over all data- and tensor-parallel ranks. Call on all ranks.
 
-    score "activation": |activation|_1 where an axis is observed: eq. 3, output of the head, and eq. 4, input of fc2 of the neuron
-    (for gated MLPs the product of gate and up). Channels: |activation|_1 after each norm, summed over norms. "activation_weight"
-    multiplies each by the norm of the columns that follow it (output projection, fc2). Tokens count where the loss_mask of their
-    micro-batch is 1.
+    Channels are scored by |activation|_1 after each norm, summed over norms. Tokens count where the loss_mask is 1. Raises
+    FlextronError for an unknown score.
+
+    Args:
+        model: this rank's virtual-pipeline chunks.
+        batches: function that returns an iterator over this rank's micro-batches.
+        num_batches: number of micro-batches.
+        seq_length: tokens of a sample.
+        micro_batch_size: samples of a micro-batch.
+        score: `activation`: Flextron, eq. 3 for heads and eq. 4 for neurons. `activation_weight`: that score times the norm of
+            the weight columns that the unit enters (output projection, fc2).
     """
     if score not in SCORES:
         raise FlextronError(f"score={score!r} is not known: use one of {', '.join(SCORES)}")
@@ -68,8 +84,8 @@ def importance(
     arch: ModelConfig = unwrap(model[0]).architecture
     current = _Tokens()
 
-    def noted() -> Iterator[Batch]:
-        for batch in batches():  # each is taken right before it goes through the layers
+    def masked_batches() -> Iterator[Batch]:
+        for batch in batches():  # the schedule takes each micro-batch right before its forward pass
             current.mask_SB1 = batch["loss_mask"].to(device()).T.unsqueeze(-1)
             yield batch
 
@@ -78,7 +94,7 @@ def importance(
         channels_C = stack.enter_context(_observed_norms(model, current))
         for chunk in model:
             chunk.eval()
-        total = run_networks(model, noted, num_batches, [None], seq_length, micro_batch_size, forward_only=True)
+        total = run_networks(model, masked_batches, num_batches, [None], seq_length, micro_batch_size, forward_only=True)
         groups = [parallel_state.get_data_parallel_group()]
         if layers[0].config.sequence_parallel:
             groups.append(parallel_state.get_tensor_model_parallel_group())
@@ -92,7 +108,7 @@ def importance(
             influence = torch.as_tensor(found.influence, dtype=torch.float64, device=device())
             for group in groups:
                 torch.distributed.all_reduce(influence, group=group)
-            units = {axis.name: _whole(axis, found.units[axis.name], arch, layer.mlp.space) for axis in layer_axes()}
+            units = {axis.name: _gathered_scores(axis, found.units[axis.name], arch, layer.mlp.space) for axis in layer_axes()}
             scores[layer.layer_number - 1] = LayerScores(units, influence.item() / total[0, 1].item())
         for group in (*groups, parallel_state.get_pipeline_model_parallel_group()):
             torch.distributed.all_reduce(channels_C, group=group)
@@ -100,12 +116,12 @@ def importance(
 
 
 class _Tokens:
-    """Which tokens of the micro-batch in the layers count."""
+    """Mask of the counted tokens of the current micro-batch."""
 
     mask_SB1: Tensor
 
     def of_rank(self, length: int) -> Tensor:
-        """For activations of `length` positions, which with sequence parallelism are this rank's part."""
+        """Mask for activations of `length` positions: all, or with sequence parallelism this rank's part."""
         if length == len(self.mask_SB1):
             return self.mask_SB1
         return self.mask_SB1.narrow(0, parallel_state.get_tensor_model_parallel_rank() * length, length)
@@ -113,7 +129,7 @@ class _Tokens:
 
 @contextlib.contextmanager
 def _observed_norms(model: Sequence[torch.nn.Module], tokens: _Tokens) -> Iterator[Tensor]:
-    """Accumulate |activation| of the channels [C] after each norm of this rank while the context is open."""
+    """Context that accumulates |activation| of the channels [C] after each norm of this rank."""
     decoders = [unwrap(chunk).decoder for chunk in model]
     sums_C = torch.zeros(decoders[0].config.hidden_size, dtype=torch.float64, device=device())
 
@@ -135,7 +151,7 @@ def _observed_norms(model: Sequence[torch.nn.Module], tokens: _Tokens) -> Iterat
 
 @contextlib.contextmanager
 def _observed(layer: torch.nn.Module, arch: ModelConfig, tokens: _Tokens) -> Iterator[LayerScores]:
-    """Accumulate |activation| of a layer's units, and its influence, while the context is open."""
+    """Context that accumulates |activation| of this rank's units of a layer, and the layer's block influence."""
     sums = LayerScores({})
 
     def observe(name: str, units_SBU: Tensor) -> Tensor:
@@ -172,9 +188,17 @@ def removal_errors(
     seq_length: int,
     micro_batch_size: int,
 ) -> list[float]:
-    """For each layer, how far the final hidden states are from the full model's without it: ||difference||^2 / ||states||^2.
+    """Error of the final hidden states without each layer: ||h_without - h_full||^2 / ||h_full||^2, equal on all ranks.
 
-    Every layer is left out once, so a micro-batch goes through one network more than there are layers. The same on all ranks.
+    Every micro-batch goes through the full model and, for each layer, the network that skips it. Call on all ranks.
+
+    Args:
+        model: this rank's virtual-pipeline chunks.
+        batches: function that returns an iterator over this rank's micro-batches.
+        num_batches: number of micro-batches.
+        arch: architecture of the full model.
+        seq_length: tokens of a sample.
+        micro_batch_size: samples of a micro-batch.
     """
     whole = SubNetwork.full(arch)
     networks = [
@@ -183,10 +207,10 @@ def removal_errors(
     ]
     masks: dict[int, Tensor] = {}
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    sums_L = torch.zeros(arch.num_layers + 1, dtype=torch.float64, device=device())  # the full model's squares first
+    sums_L = torch.zeros(arch.num_layers + 1, dtype=torch.float64, device=device())  # first ||h_full||^2, then each layer's error
     full: list[Tensor] = []
 
-    def noted() -> Iterator[Batch]:
+    def masked_batches() -> Iterator[Batch]:
         for number, batch in enumerate(batches()):
             masks[number * ranks + rank] = batch["loss_mask"].to(device()).T.unsqueeze(-1)
             yield batch
@@ -202,7 +226,7 @@ def removal_errors(
     for chunk in model:
         chunk.eval()
     with torch.no_grad():
-        run_networks(model, noted, num_batches, networks, seq_length, micro_batch_size, forward_only=True, watch=watch)
+        run_networks(model, masked_batches, num_batches, networks, seq_length, micro_batch_size, forward_only=True, watch=watch)
     groups = [parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()]
     if unwrap(model[0]).config.sequence_parallel:
         groups.append(parallel_state.get_tensor_model_parallel_group())
@@ -218,8 +242,8 @@ def _weigh(layer: torch.nn.Module, sums: LayerScores) -> None:
         units *= columns.square().sum((0, -1)).sqrt()
 
 
-def _whole(axis: Axis, local: Tensor, arch: ModelConfig, space: ElasticSpace) -> Tensor:
-    """Scores of all tensor-parallel ranks, in sorted order, of those of this rank."""
+def _gathered_scores(axis: Axis, local: Tensor, arch: ModelConfig, space: ElasticSpace) -> Tensor:
+    """Gather an axis's scores from all tensor-parallel ranks, in the order of the checkpoint."""
     if not axis.parallel:
         return local
     gathered, ranks = _gather(local), parallel_state.get_tensor_model_parallel_world_size()
@@ -228,7 +252,7 @@ def _whole(axis: Axis, local: Tensor, arch: ModelConfig, space: ElasticSpace) ->
 
 
 def _gather(local: Tensor) -> Tensor:
-    """The parts of all tensor-parallel ranks, one after another along the first dimension."""
+    """Concatenate the parts of all tensor-parallel ranks along the first dimension."""
     group = parallel_state.get_tensor_model_parallel_group()
     parts = [torch.empty_like(local) for _ in range(group.size())]
     torch.distributed.all_gather(parts, local.contiguous(), group=group)
@@ -236,18 +260,24 @@ def _gather(local: Tensor) -> Tensor:
 
 
 def _undeal(gathered: Tensor, ranks: int, granularity: int) -> Tensor:
-    """Ranks one after another -> sorted order: unit a*n + k of rank r is sorted unit a*G + r*n + k."""
+    """Undo the dealt order (checkpoint/sharding.py) of concatenated ranks.
+
+    With n = G / ranks buckets a rank, unit a*n + k of rank r is unit a*G + r*n + k of the checkpoint.
+    """
     buckets = granularity // ranks
     split = gathered.unflatten(0, (ranks, -1, buckets))
     return split.transpose(0, 1).flatten(0, 2)
 
 
 def collect(scores: Scores, num_layers: int) -> Scores:
-    """Scores of all layers, in order, from the pipeline stages that hold them; on every rank those that the main process has."""
+    """Gather the scores of all layers from all pipeline stages, on the CPU of every rank. Call on all ranks.
+
+    All ranks get the main process's scores.
+    """
     group = parallel_state.get_pipeline_model_parallel_group()
     parts: list[dict[int, LayerScores]] = [{} for _ in range(group.size())]
     mine = {i: replace(s, units={name: t.cpu() for name, t in s.units.items()}) for i, s in scores.layers.items()}
     torch.distributed.all_gather_object(parts, mine, group=group)
     merged = {i: s for part in parts for i, s in part.items()}
-    # Sorting is shared out over the ranks: they must agree on the last bit, which sums over ranks do not promise.
+    # Ranks sort different tensors, so they must agree on every bit. Sums over ranks do not guarantee that.
     return on_main_process(lambda: Scores({i: merged[i] for i in range(num_layers)}, scores.channels.cpu()))

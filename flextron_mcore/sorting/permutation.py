@@ -1,4 +1,4 @@
-"""Permute a checkpoint's units into decreasing importance (Flextron, section 3.1), tensor by tensor, from disk to disk.
+"""Permutation of a checkpoint's units into decreasing importance (Flextron, section 3.1), tensor by tensor, from disk to disk.
 
 Shape suffixes: C hidden channels.
 """
@@ -21,11 +21,17 @@ from flextron_mcore.sorting.importance import LayerScores
 from flextron_mcore.space import ElasticSpace, SubNetwork
 
 Orders = dict[str, Tensor]
-"""Where each unit comes from, by field: [U], or within each unit of the axis's field before it [V, U]."""
+"""Permutations {field: old index of each unit [U], or [V, U] for units (query heads) inside of units (KV groups)}."""
 
 
 def order(model: ModelConfig, space: ElasticSpace, scores: LayerScores) -> Orders:
-    """Decreasing importance of a layer's units of `space`; what is not elastic keeps its order. Ties keep their order."""
+    """Permutations that bring the elastic units of one layer (heads, neurons) into decreasing importance. Ties keep their order.
+
+    Args:
+        model: architecture of the full model.
+        space: elastic space, whose attention unit decides between KV groups and query heads.
+        scores: importance scores of the layer.
+    """
     orders = {}
     for axis in space.layer_axes:
         field, fields = axis.unit_field(model, space.attention_unit), list(axis.fields)
@@ -36,7 +42,14 @@ def order(model: ModelConfig, space: ElasticSpace, scores: LayerScores) -> Order
 
 
 def permute(model: ModelConfig, key: str, tensor: Tensor, orders: Orders) -> Tensor:
-    """One tensor with its units in their new order. key: its name in the checkpoint."""
+    """Permute the units (heads, neurons, channels) of one tensor of a checkpoint; other tensors are returned as they are.
+
+    Args:
+        model: architecture of the full model.
+        key: name of the tensor in the checkpoint.
+        tensor: value of the tensor.
+        orders: {field of LayerChoice or SubNetwork: permutation of its units}, for the tensor's layer and for `hidden_size`.
+    """
     declared = find(key, added_tensors())
     if declared is None:
         return tensor
@@ -44,7 +57,7 @@ def permute(model: ModelConfig, key: str, tensor: Tensor, orders: Orders) -> Ten
     layer = full.layers[0] if declared.place == "layer" else None
     view, axis = tensor, 0
     for side, sizes in zip(declared.sides, declared.sizes(model, full.hidden_size, layer), strict=True):
-        if len(sizes) > 1:  # of one factor the checkpoint may have more: it pads the vocabulary
+        if len(sizes) > 1:  # a single factor stays as it is: the vocabulary may be padded beyond the declared size
             view = view.unflatten(axis, sizes)
         for factor, size in zip(side.factors, sizes, strict=True):
             if factor.name in orders:
@@ -54,7 +67,10 @@ def permute(model: ModelConfig, key: str, tensor: Tensor, orders: Orders) -> Ten
 
 
 def _select(view: Tensor, axis: int, units: Tensor, size: int) -> Tensor:
-    """`view` with the units along an axis in their new order, each row of the axis before it in its own; the last ones stay."""
+    """Permute the units along one dimension of `view`, for units [V, U] separately in each row of the dimension before it.
+
+    Entries beyond the permuted ones (key and value after the query heads) stay in place.
+    """
     rest = torch.arange(units.shape[-1], size).expand(*units.shape[:-1], -1)
     units = torch.cat([units, rest], -1)
     if units.dim() == 1:
@@ -64,9 +80,12 @@ def _select(view: Tensor, axis: int, units: Tensor, size: int) -> Tensor:
 
 
 def sorted_tensors(info: CheckpointInfo, orders: Mapping[int, Orders], channels_C: Tensor | None = None) -> dict[str, LazyTensor]:
-    """The checkpoint's tensors in their new order, made one at a time when they are written.
+    """Tensors of a checkpoint with permuted units (heads, neurons, channels), each computed when it is written.
 
-    channels_C: where each channel of the residual stream comes from; None to leave them.
+    Args:
+        info: checkpoint to read.
+        orders: {index of a layer: {field of LayerChoice: permutation of its units}}.
+        channels_C: old index of each channel of the residual stream; None to leave the channels.
     """
     reader = TensorReader(info)
     of_network = {} if channels_C is None else {"hidden_size": channels_C}

@@ -1,1 +1,1 @@
-"""One small file per command: read the configuration, call the rooms, write the results."""
+"""Commands, one file each: read typed settings, call the packages below, write results."""

@@ -1,4 +1,4 @@
-"""`flextron compare`: selectors side by side, and random sub-networks of equal cost (Flextron, figures 5 and 13, Table 3)."""
+"""`flextron compare`: selectors against each other and random sub-networks of equal cost (Flextron, figures 5, 13, Table 3)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from flextron_mcore.evaluation.comparison import (
     scaling_laws,
     selected_rows,
 )
+from flextron_mcore.evaluation.median import median_loss, rising
 from flextron_mcore.runs import choice
 from flextron_mcore.runs.opened import Opened, evaluator, open_evaluation
 from flextron_mcore.runs.output import discard, new_output, write_metrics
@@ -28,7 +29,10 @@ from flextron_mcore.space import SubNetwork
 
 
 def run(settings: CompareSettings) -> dict[str, Any]:
-    """Evaluate what every selector of settings.selectors takes for every target, and what chance does."""
+    """Evaluate the network of every selector for every target, and random networks of the same cost; write metrics.json.
+
+    Call on all ranks. Returns the content of metrics.json.
+    """
     opened = open_evaluation(settings)
     info = opened.info
     table = choice.latency_table(settings, info)
@@ -36,7 +40,7 @@ def run(settings: CompareSettings) -> dict[str, Any]:
     costs = choice.available_costs(settings, info, table)
     cost = costs.get(settings.cost or ("latency" if table else "parameters"))
     if cost is None:
-        raise FlextronError(f"cost={settings.cost}: is not known here; known: {', '.join(costs)}")
+        raise FlextronError(f"cost={settings.cost}: needs a latency table: set latency=, or use one of {', '.join(costs)}")
     targets = validation_targets(settings.targets, cost, (cost.smallest / cost.full, 1.0))
     choices = Choices(info.model, info.space)
     dense = [(Path(path).name, Opened.of(settings, open_checkpoint(path), opened.data)) for path in settings.dense]
@@ -95,8 +99,8 @@ def _print(figures: dict[str, Any]) -> None:
                 [
                     f"{row['target']:g}",
                     len(row["mean_losses"]),
-                    min(row["mean_losses"]),
-                    sorted(row["mean_losses"])[len(row["mean_losses"]) // 2],
+                    rising(row["mean_losses"])[0],
+                    median_loss(row["mean_losses"]),
                     row["router_loss"] if row["router_loss"] is not None else "",
                     f"{100 * row['better_than']:.1f} %" if row["better_than"] is not None else "",
                 ]

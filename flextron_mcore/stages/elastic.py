@@ -1,4 +1,4 @@
-"""`flextron elastic`: elastic continued training (Flextron, section 3.1)."""
+"""`flextron elastic`: elastic continued training (Flextron, section 3.1, eq. 5)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from flextron_mcore.training.sampler import draw, random_family
 
 
 def run(settings: ElasticSettings) -> dict[str, Any]:
-    """Train the full model and settings.num_subnetworks random sub-networks together."""
+    """Train the full model together with random sub-networks, and write a checkpoint.
+
+    Call on all ranks. Returns the content of metrics.json.
+    """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)
     seq_length = check(settings, info, data, 1 + settings.num_subnetworks)
@@ -36,6 +39,6 @@ def run(settings: ElasticSettings) -> dict[str, Any]:
     with resumable_output(settings, info, data) as out:
         figures = train(settings, out, info, data, phase, seq_length)
         first, last = figures["validation"]["first"], figures["validation"]["last"]
-        rows = [[name, first.get(name, float("nan")), last[name]] for name in uniform]
+        rows = [[name, first.get(name, "-"), last[name]] for name in uniform]
         print_table("validation loss (nats per token), mean over domains", ["network", "before", "after"], rows)
         return write_metrics(out, "elastic", figures)

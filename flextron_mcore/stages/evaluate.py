@@ -1,4 +1,4 @@
-"""`flextron evaluate`: loss and perplexity a domain."""
+"""`flextron evaluate`: validation loss and perplexity of each domain."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from flextron_mcore.evaluation.perplexity import mean, perplexity
 from flextron_mcore.runs.choice import chosen_network
 from flextron_mcore.runs.opened import evaluator, open_evaluation
 from flextron_mcore.runs.output import discard, new_output, write_metrics
-from flextron_mcore.runs.terminal import print_table, progress_bar
+from flextron_mcore.runs.terminal import print_table, progress_bar, say_next
 from flextron_mcore.settings.stages import EvaluateSettings
 from flextron_mcore.space import SubNetwork, count_parameters, kv_cache_bytes, weight_bytes
 from flextron_mcore.training.sampler import random_family
 
 
 def run(settings: EvaluateSettings) -> dict[str, Any]:
-    """Evaluate settings.subnetwork, or the full model and the uniform family."""
+    """Evaluate the network of settings.subnetwork or settings.budget, or else the full model and all uniform sub-networks.
+
+    Call on all ranks. Returns the content of metrics.json.
+    """
     opened = open_evaluation(settings)
     info = opened.info
     if settings.selector == "adaptive":
@@ -33,7 +36,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         discard(out / "cache")
         arch, kv = info.model, settings.kv_cache
         dtype = settings.trainer.precision or info.dtype
-        length = kv.length or arch.max_position_embeddings
+        length = kv.length or arch.default_length
         rows = []
         for name, net in networks.items():
             found = {domain: perplexity(loss) for domain, loss in losses[name].items()}
@@ -56,10 +59,11 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
             out,
             "evaluate",
             {
-                # The figures of the first network also stand at the top, where a single one is looked for.
+                # Figures of the first network are repeated at the top level, for readers of a single one.
                 "loss": first["loss"],
                 "perplexity": first["perplexity"],
                 "mean": first["mean"],
+                "samples": evaluation.samples,
                 "dtype": dtype,
                 "kv_cache": {"batch_size": kv.batch_size, "length": length},
                 "model": arch.to_dict(),
@@ -82,11 +86,13 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
             for r in rows
         ],
     )
+    one = settings.subnetwork[0] if settings.subnetwork else None
+    say_next("generate", checkpoint=settings.checkpoint, subnetwork=one, prompt="Once upon a time")
     return metrics
 
 
 def _networks(settings: EvaluateSettings, info: CheckpointInfo) -> dict[str, SubNetwork]:
-    """The networks that the settings ask for, by name."""
+    """{name: network} that the settings ask for."""
     if settings.budget is None and settings.subnetwork is not None:
         networks = {Path(file).stem: info.network(file) for file in settings.subnetwork}
     elif settings.budget is None:

@@ -1,4 +1,4 @@
-"""`flextron export`: a sub-network as a directory that loads elsewhere."""
+"""`flextron export`: a sub-network as a directory that other software loads."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ from flextron_mcore.space import count_parameters
 
 
 def run(settings: ExportSettings) -> dict[str, Any]:
-    """Write the chosen network to settings.out, and with verify=true read it back. Ranks share the shards."""
+    """Write the chosen network to settings.out, and with verify=true compare its logits.
+
+    Call on all ranks, which share the files of weights. Returns the content of metrics.json.
+    """
     check_output(Path(settings.out), settings.overwrite)
     check_format(settings.format)
     if settings.format == "hf_elastic" and not (settings.budget is None and settings.subnetwork is None):
         raise FlextronError(
-            "format=hf_elastic: holds every sub-network, so give no subnetwork= or budget=: they are set on the model it loads as"
+            "format=hf_elastic: holds every sub-network, so give no subnetwork= or budget=: call set_subnetwork or set_budget on "
+            "the loaded model"
         )
     keep_freed_memory()
     info = open_checkpoint(settings.checkpoint)
@@ -47,7 +51,7 @@ def run(settings: ExportSettings) -> dict[str, Any]:
         if figures["parameters"] != count_parameters(info.model, net):
             raise FlextronError(f"export: wrote {figures['parameters']} parameters, counted {count_parameters(info.model, net)}")
         figures["max_logit_difference"] = _verify(settings, written, job) if settings.verify else None
-        metrics = write_metrics(out, "export", {**figures, "path": str(settings.out), "subnetwork": net.to_dict()})
+        metrics = write_metrics(out, "export", {**figures, "subnetwork": net.to_dict()})
     print_table(
         f"exported to {settings.out}",
         ["format", "architecture", "parameters", "bytes", "largest logit difference"],
@@ -57,19 +61,20 @@ def run(settings: ExportSettings) -> dict[str, Any]:
                 figures["architecture"],
                 figures["parameters"],
                 figures["bytes"],
-                str(figures["max_logit_difference"]),
+                "not compared (verify=false)" if (found := figures["max_logit_difference"]) is None else f"{found:.1e}",
             ]
         ],
     )
     if "selector" in figures:
-        say(f"budgets are answered by selector {figures['selector']}, with {figures['networks']} networks")
+        say(f"selector {figures['selector']} chose {figures['networks']} networks for budgets")
     return metrics
 
 
 def _verify(settings: ExportSettings, written: Format, job: Job) -> float:
-    """Largest difference of logits between what was written, read back, and the sub-network in Megatron-Core (fp32).
+    """Largest difference between the logits of the export, read back, and of the sub-network in Megatron-Core (fp32).
 
-    The checkpoint is computed at the layout of `settings`, the export on the main process.
+    Megatron-Core computes in the layout of `settings`, the export on the main process. Raises FlextronError for a difference
+    above the format's tolerance.
     """
     info = job.info
     length = min(info.model.max_position_embeddings, 64)
@@ -81,6 +86,9 @@ def _verify(settings: ExportSettings, written: Format, job: Job) -> float:
         ours = forward_logits(model, net, tokens).cpu()
         found = on_main_process(lambda: (ours - written.logits(job, net, tokens)).abs().max().item())  # noqa: B023
         if not found <= (allowed := written.tolerance(job)):
-            raise FlextronError(f"export: logits differ by {found:.2e} from the checkpoint's (at most {allowed:.0e} expected)")
+            raise FlextronError(
+                f"export: logits differ by {found:.2e} from the checkpoint's, at most {allowed:.0e} is expected: do not use this "
+                "export; please report it"
+            )
         worst = max(worst, found)
     return worst

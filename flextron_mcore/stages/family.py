@@ -1,4 +1,4 @@
-"""`flextron family`: a model for every budget from one checkpoint, in one go (LLaMaFlex: train once, deploy many)."""
+"""`flextron family`: a model for each of several budgets from one checkpoint (LLaMaFlex: train once, deploy many)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost, show
 from flextron_mcore.runs import choice
 from flextron_mcore.runs.chain import quoted, run_chain
-from flextron_mcore.runs.output import METRICS_FILE, make_parent, write_metrics
+from flextron_mcore.runs.output import METRICS_FILE, write_metrics
 from flextron_mcore.runs.terminal import print_table, say
+from flextron_mcore.runtime.disk import disk_errors, write_whole
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.stages import FamilySettings
 from flextron_mcore.space import SubNetwork
 
 
 def run(settings: FamilySettings) -> dict[str, Any]:
-    """Choose, evaluate and export a network for each of settings.budgets, and report."""
+    """Choose, evaluate and export a network for each budget, and write the report.
+
+    Call on all ranks. Returns the content of metrics.json.
+    """
     budgets = settings.budgets
     if not budgets:
         raise FlextronError(f"budgets={budgets}: must be a list such as [0.4, 0.6, 25ms]")
     info, out = open_checkpoint(settings.checkpoint), Path(settings.out)
     names = [_name(budget) for budget in budgets]
     if len(set(names)) < len(names):
-        raise FlextronError(f"budgets={budgets}: has one twice")
+        raise FlextronError(f"budgets={budgets}: has one twice: name each budget once")
     chosen = {}
     for name, budget in zip(names, budgets, strict=True):
         chosen[name], _ = choice.select(settings, info, budget=budget)
@@ -36,21 +40,22 @@ def run(settings: FamilySettings) -> dict[str, Any]:
     chain = _chain(settings, names, out)
 
     def write(stage: str) -> None:
-        for name, net in chosen.items():
-            make_parent(out / "networks" / name)
-            (out / "networks" / f"{name}.json").write_text(net.to_json(), encoding="utf-8")
+        with disk_errors(out):
+            (out / "networks").mkdir(exist_ok=True)
+            for name, net in chosen.items():
+                write_whole(out / "networks" / f"{name}.json", net.to_json())
 
     run_chain(settings, chain, ("checkpoint", "budgets", "selector"), write)
     rows = on_main_process(lambda: [_row(name, net, costs, out, settings) for name, net in chosen.items()])
     _print(rows, costs)
     metrics = write_metrics(out, "family", {"selector": settings.selector, "model": info.model.to_dict(), "networks": rows})
-    run_chain(settings, {"report": ("report", [f"run={quoted(out)}"])})  # which shows the rows, too
+    run_chain(settings, {"report": ("report", [f"run={quoted(out)}"])})  # after metrics.json, which the report shows
     say(f"report: {out / 'report' / 'index.html'}")
     return metrics
 
 
 def _name(budget: float | str | list) -> str:
-    """A directory's name."""
+    """Name of a budget's directory."""
     text = ",".join(map(str, budget)) if isinstance(budget, list) else str(budget)
     return re.sub(r"[^A-Za-z0-9.,-]+", "_", text.strip())
 

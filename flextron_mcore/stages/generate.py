@@ -1,4 +1,4 @@
-"""`flextron generate`: text from a sub-network, or with a choice for every token."""
+"""`flextron generate`: text from a sub-network, or with token-by-token routing."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from flextron_mcore.choosing import Network
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import open_tokenizer
 from flextron_mcore.evaluation.generation import Sampling, generate
+from flextron_mcore.files import read_text
 from flextron_mcore.model import check_layout, loaded_model
 from flextron_mcore.runs.choice import chosen_network
 from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import check_file, write_file
-from flextron_mcore.runs.terminal import progress_bar, say
+from flextron_mcore.runs.terminal import progress_bar, say, say_next
+from flextron_mcore.runs.tokenizers import end_tokens
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.stages import GenerateSettings
 
 
 def run(settings: GenerateSettings) -> dict[str, Any]:
-    """Continue settings.prompt with settings.subnetwork, the choice for settings.budget, or the full model."""
+    """Continue prompts with the network of settings.subnetwork or settings.budget, or with the full model.
+
+    Call on all ranks. Returns the texts and times, which are also written to settings.out, if given.
+    """
     layout = settings.model
     if layout.sequence_parallel:
-        raise FlextronError("generate: a single token cannot be split over ranks: model.sequence_parallel=false")
+        raise FlextronError("generate: a single token cannot be split over ranks: set model.sequence_parallel=false")
     out = Path(settings.out) if settings.out else None
     check_file(out, settings.overwrite)
     info = open_checkpoint(settings.checkpoint)
@@ -36,23 +41,25 @@ def run(settings: GenerateSettings) -> dict[str, Any]:
     check_layout(info.model, info.space, layout, computed)
     folder = settings.tokenizer or info.tokenizer
     if folder is None:
-        raise FlextronError(f"checkpoint={info.path}: has no tokenizer beside it: give tokenizer=, a directory")
-    tokenizer = open_tokenizer(folder)
+        raise FlextronError(
+            f"checkpoint={info.path}: has no tokenizer beside it: set tokenizer= to the directory of a Hugging Face tokenizer"
+        )
+    tokenizer = open_tokenizer(folder, settings.add_bos, settings.parse_special_tokens)
+    ends = end_tokens(Path(folder), info, tokenizer.eod)
     texts = _prompts(settings)
-    # Without the mark of a text's end, which encoding a corpus adds.
-    prompts = [list(ids[:-1]) or [tokenizer.eod] for ids in tokenizer.encode_batch(texts)]
+    prompts = tokenizer.encode_prompts(texts)
     longest = max(map(len, prompts)) + settings.max_new_tokens
     if longest > info.model.max_position_embeddings:
         raise FlextronError(
             f"max_new_tokens={settings.max_new_tokens}: with a prompt of {longest - settings.max_new_tokens} tokens that is more "
-            f"than the model's {info.model.max_position_embeddings} positions"
+            f"than the model's {info.model.max_position_embeddings} positions: lower max_new_tokens, or shorten the prompt"
         )
     network, spent = _network(settings, info)
     (model,) = loaded_model(replace(layout, virtual_pipeline_model_parallel_size=None), info, computed)
     sampling = Sampling(settings.temperature, settings.top_k, settings.seed)
     with progress_bar(total=longest - min(map(len, prompts)), desc="generate", unit="token", leave=False) as bar:
-        found = generate(model, prompts, network, settings.max_new_tokens, tokenizer.eod, sampling, bar.update)
-    continued = [tokenizer.decode(ids) for ids in found.ids]
+        found = generate(model, prompts, network, settings.max_new_tokens, ends, sampling, bar.update)
+    continued = [tokenizer.continuation(prompt, ids) for prompt, ids in zip(prompts, found.ids, strict=True)]
     count = sum(map(len, found.ids))
     steps = max(map(len, found.ids)) - 1
     figures: dict[str, Any] = {
@@ -70,28 +77,32 @@ def run(settings: GenerateSettings) -> dict[str, Any]:
     cost = f"; {figures['share']:.3f} of the full model's {figures['cost']}" if "share" in figures else ""
     say(f"generate: {count} tokens, prompts in {figures['prompt_ms']:.3g} ms{speed}{cost}")
     write_file(out, json.dumps(figures, indent=1) + "\n")
+    if settings.selector != "adaptive":  # which no export can hold
+        chosen = {key: getattr(settings, key) for key in ("subnetwork", "budget", "latency", "sensitivity")}
+        chosen["selector"] = settings.selector if settings.budget is not None else None
+        say_next("export", checkpoint=settings.checkpoint, **chosen, out="exported")
     return figures
 
 
 def _prompts(settings: GenerateSettings) -> list[str]:
-    """settings.prompt: a text or a list of them; or the lines of settings.prompts."""
+    """Prompts: the texts of settings.prompt, or the lines of settings.prompts that are not empty."""
     if (settings.prompt is None) == (settings.prompts is None):
-        raise FlextronError("generate: give prompt=, a text or a list of them, or prompts=, a file with one a line")
+        raise FlextronError("generate: give one of prompt=, a text or a list of them, and prompts=, a file with one a line")
     if settings.prompt is not None:
         found = settings.prompt
     else:
         try:
-            lines = on_main_process(lambda: Path(settings.prompts).read_text(encoding="utf-8").splitlines())
+            lines = on_main_process(lambda: read_text(settings.prompts, given=True).splitlines())
         except (OSError, UnicodeDecodeError) as error:
             raise FlextronError(f"prompts={settings.prompts}: cannot be read as text: {error}") from None
         found = [line for line in lines if line.strip()]
     if not found:
-        raise FlextronError("generate: there is no prompt")
+        raise FlextronError("generate: there is no prompt: give at least one in prompt= or prompts=")
     return found
 
 
 def _network(settings: GenerateSettings, info: CheckpointInfo) -> tuple[Network, Callable[[], dict[str, Any]]]:
-    """Network or routing to compute with, and a function that returns afterwards the share of the full model's cost spent."""
+    """Network or routing to compute with, and a function that returns, after generation, the share of the full cost spent."""
     if settings.selector == "adaptive":
         chosen = routers_at_budget(settings, info)
         routing = chosen.routing()

@@ -1,4 +1,4 @@
-"""`flextron gumbel`: the model and one router for all axes, trained in one phase (LLaMaFlex)."""
+"""`flextron gumbel`: training of the model together with one router for all axes (LLaMaFlex)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from flextron_mcore.training.gumbel import GumbelLearner
 
 
 def run(settings: GumbelStageSettings) -> dict[str, Any]:
-    """Train the model of settings.checkpoint, and a router, which starts from the checkpoint's where it has one of this kind."""
+    """Train the model of settings.checkpoint and its router of all axes, a new one if it has none; write a checkpoint.
+
+    Call on all ranks. Returns the content of metrics.json.
+    """
     info, data = _modulated(settings, open_checkpoint(settings.checkpoint)), open_data(settings.data)
     check_space(settings, info)
     table = latency_table(settings, info)
@@ -28,7 +31,7 @@ def run(settings: GumbelStageSettings) -> dict[str, Any]:
     if router.weighted_per_step > settings.targets_per_step:
         raise FlextronError(
             f"router.weighted_per_step={router.weighted_per_step} is not within 1 and "
-            f"targets_per_step={settings.targets_per_step}"
+            f"targets_per_step={settings.targets_per_step}: lower it, or raise targets_per_step"
         )
     described, costs = described_routers(settings, info, table, router.hidden_size)
     described = replace(described, kind="gumbel", uniform=router.uniform)
@@ -38,7 +41,7 @@ def run(settings: GumbelStageSettings) -> dict[str, Any]:
         if (before.uniform, before.costs) != (described.uniform, described.costs):
             raise FlextronError(
                 f"checkpoint={info.path}: its router was trained with router.uniform={str(before.uniform).lower()} and "
-                f"costs={list(before.costs)}"
+                f"costs=[{','.join(before.costs)}]: set the same keys"
             )
     seq_length = check(settings, info, data, 1 + settings.targets_per_step)
     training = router_training(settings, described.choices(choices), costs, described, table)
@@ -47,7 +50,7 @@ def run(settings: GumbelStageSettings) -> dict[str, Any]:
 
 
 def _modulated(settings: GumbelStageSettings, info: CheckpointInfo) -> CheckpointInfo:
-    """The checkpoint with settings.modulation, which may add it. Raises FlextronError where it would take it away."""
+    """Description of the checkpoint, with modulation added if settings ask for it. Raises FlextronError if it were removed."""
     if settings.modulation is False and info.space.modulation:
         raise FlextronError(f"checkpoint={info.path}: has modulation, which its networks need: leave modulation=false out")
     return replace(info, space=replace(info.space, modulation=True)) if settings.modulation else info

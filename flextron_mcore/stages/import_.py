@@ -1,26 +1,42 @@
-"""`flextron import`: a Hugging Face checkpoint to an elastic checkpoint."""
+"""`flextron import`: conversion of a Hugging Face checkpoint to an elastic checkpoint."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from flextron_mcore.checkpoint.hf import copy_tokenizer, import_hf, open_hf
-from flextron_mcore.checkpoint.store import iteration_path
+from flextron_mcore.axes import AXES
+from flextron_mcore.checkpoint.hf import HFCheckpoint, import_hf, open_hf
+from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path
 from flextron_mcore.checkpoint.writer import write_streaming
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.data.tokenizer import read_vocabulary
+from flextron_mcore.data.tokenizer_files import code_keys, copy_tokenizer
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
-from flextron_mcore.runs.terminal import print_table, progress_bar
+from flextron_mcore.runs.terminal import print_table, progress_bar, say, warn
+from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.ranks import on_main_process, processes_on_cpu
+from flextron_mcore.settings.sections import SpaceSettings
 from flextron_mcore.settings.stages import ImportSettings
-from flextron_mcore.space import count_parameters
+from flextron_mcore.space import AUTOMATIC_GRANULARITIES, ElasticSpace, count_parameters
 
 
 def run(settings: ImportSettings) -> dict[str, Any]:
-    """Stream settings.hf into an elastic checkpoint, units in the order they have. Several ranks share the tensors."""
+    """Convert the Hugging Face checkpoint settings.hf into an elastic checkpoint, one tensor at a time. Call on all ranks.
+
+    Neurons, heads and channels keep the order that they have in the Hugging Face checkpoint. Each rank converts a share of the
+    tensors. Returns the content of metrics.json.
+    """
     check_output(Path(settings.out), settings.overwrite)
-    source = open_hf(Path(settings.hf))
+    if settings.verify and (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise FlextronError(f"verify=true: compares in one process, not in {ranks}: start one, or leave verify=true out")
+    source = _with_vocabulary(open_hf(Path(settings.hf)), settings.resize_vocabulary)
+    if named := code_keys(Path(settings.hf)):
+        warn(f"{settings.hf}: names code of its own ({', '.join(named)}), which is neither run nor taken along")
     info, tensors = import_hf(source, asdict(settings.space), settings.dtype)
+    _warn(source, info)
     size = sum(t.dtype.itemsize * _numel(t.shape) for t in tensors.values())
     with processes_on_cpu(), new_output(settings) as out:
         folder = iteration_path(out, 0)
@@ -32,6 +48,7 @@ def run(settings: ImportSettings) -> dict[str, Any]:
             "bytes": size,
             "dtype": info.dtype,
             "tokenizer": on_main_process(lambda: copy_tokenizer(Path(settings.hf), out / "tokenizer")),
+            **(_verified(settings, replace(info, path=folder)) if settings.verify else {}),
             "model": info.model.to_dict(),
             "space": info.space.to_dict(),
         }
@@ -39,14 +56,86 @@ def run(settings: ImportSettings) -> dict[str, Any]:
     space = info.space
     print_table(
         f"imported {settings.hf}: {figures['parameters']:,} parameters, {info.dtype}",
-        ["axis", "candidates"],
+        ["space", "candidates", "chosen"],
         [
-            *([axis.name, ", ".join(map(str, space.sizes[axis.name]))] for axis in space.layer_axes),
-            ["attention_unit", space.attention_unit],
-            ["granularity (largest tensor-parallel size)", space.granularity],
+            *(
+                [name, value, _why(settings.space, info.model, space, name)]
+                for name, value in (
+                    *((name, ", ".join(map(str, sizes))) for name, sizes in space.sizes.items()),
+                    ("attention_unit", space.attention_unit),
+                    ("granularity", str(space.granularity)),
+                )
+            ),
         ],
     )
     return metrics
+
+
+def _why(settings: SpaceSettings, model: ModelConfig, space: ElasticSpace, name: str) -> str:
+    """One line of why a key of the space has its value.
+
+    Args:
+        settings: space section of the settings.
+        model: architecture of the full model.
+        space: space that was built.
+        name: key.
+    """
+    given = getattr(settings, name)
+    if name in AXES:
+        return AXES[name].reason(model, space.granularity, space.attention_unit, given)
+    if given is not None:
+        return "as given"
+    if name == "granularity":
+        return f"largest of {', '.join(map(str, AUTOMATIC_GRANULARITIES))} that divides all candidates"
+    if space.attention_unit == "kv_group":
+        return "all candidates are whole KV groups"
+    return f"whole KV groups have {model.query_heads_per_group} query heads each, too many for these candidates"
+
+
+def _with_vocabulary(source: HFCheckpoint, resize: bool) -> HFCheckpoint:
+    """Checkpoint with a row for each token of its tokenizer if `resize`; else a warning names the first token without one."""
+    vocabulary = read_vocabulary(source.path)
+    if vocabulary is None and resize:
+        raise FlextronError(
+            f"resize_vocabulary=true: {source.path} has no tokenizer.json or vocab.json, which count the tokens: leave it out"
+        )
+    beyond = vocabulary.beyond(source.model.vocab_size) if vocabulary else None
+    if beyond is None:
+        return source
+    token, i = beyond
+    if not resize:
+        warn(
+            f"{source.path}: the tokenizer has the token {token[:40]!r} with id {i}, and the model only rows 0 to "
+            f"{source.model.vocab_size - 1}: import with resize_vocabulary=true, or remove the token from the tokenizer"
+        )
+        return source
+    return source.resized(max(vocabulary.tokens.values()) + 1)
+
+
+def _verified(settings: ImportSettings, info: CheckpointInfo) -> dict[str, Any]:
+    """Figures of the comparison with transformers. Raises FlextronError where the two differ."""
+    from flextron_mcore.evaluation.imported import compare_with_transformers  # late: the import alone builds no model
+
+    distributed.initialize(seed=settings.seed)
+    found = compare_with_transformers(info, Path(settings.hf), settings.seed)
+    largest = max(found.values())
+    say(f"compared with transformers on random tokens: the largest difference is {largest:.1e} of the largest value")
+    return found
+
+
+def _warn(source: HFCheckpoint, info: CheckpointInfo) -> None:
+    """Say where the imported model is not what config.json and the files say."""
+    if not source.tied:
+        warn(
+            f"{source.path / 'config.json'}: ties the output layer to the embedding (tie_word_embeddings), but another one is "
+            "stored: the model is imported untied, as transformers loads it"
+        )
+    if rounded := source.stored_otherwise(info.dtype):
+        more = f" and {len(rounded) - 3} more" if len(rounded) > 3 else ""
+        warn(
+            f"{len(rounded)} tensor(s) stored with more digits become {info.dtype}: {', '.join(rounded[:3])}{more}: set "
+            "dtype=fp32 to keep them"
+        )
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""`flextron joint`: routers and model tuned together, the surrogate dropped (Flextron, section 3.2, last paragraph)."""
+"""`flextron joint`: joint tuning of routers and model, without the surrogate model (Flextron, section 3.2)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from flextron_mcore.training.static import StraightThroughLearner
 
 
 def run(settings: JointSettings) -> dict[str, Any]:
-    """Tune the model of settings.checkpoint and its routers."""
+    """Train the model of settings.checkpoint together with its routers, and write a checkpoint with both.
+
+    Call on all ranks. Returns the content of metrics.json.
+    """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)
     choices = Choices(info.model, info.space)
@@ -29,12 +32,14 @@ def run(settings: JointSettings) -> dict[str, Any]:
         return train_adaptive(settings, info, data)
     described, routers = read_routers(info.path, choices)
     if described.kind == "gumbel":
-        raise FlextronError(f"checkpoint={info.path}: its router chooses on all axes: train it on with `flextron gumbel`")
+        raise FlextronError(
+            f"checkpoint={info.path}: its router chooses on all axes: continue its training with `flextron gumbel`"
+        )
     table = latency_table(settings, info)
     check_table(table)
     available = available_costs(settings, info, table)
     seq_length = check(settings, info, data, 1 + settings.targets_per_step)
-    described = replace(described, evaluated=())  # losses of the model before this training
+    described = replace(described, evaluated=())  # drop losses of candidates: they are of the model before this training
     training = router_training(settings, choices, [available[name] for name in described.costs], described, table)
     router = RouterSettings(two_sided_from=0.0, **asdict(settings.router))
     learner = StraightThroughLearner(training, router, routers)

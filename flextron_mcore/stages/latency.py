@@ -1,4 +1,4 @@
-"""`flextron latency`: the latency table of this device (Flextron, section 3.2 and eq. 6)."""
+"""`flextron latency`: latency table of this device (Flextron, section 3.2, eq. 6)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ from flextron_mcore.adaptive.table import RoutedTable, routed_warning, token_cos
 from flextron_mcore.checkpoint.store import TABLE_FILE, CheckpointInfo, open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
+from flextron_mcore.digests import seal
 from flextron_mcore.latency.measure import Setting, balanced, measure
 from flextron_mcore.latency.measurements import read_measurements
 from flextron_mcore.latency.table import LatencyTable, fit
+from flextron_mcore.launch.layout import prompt_length
 from flextron_mcore.model import loaded_model
+from flextron_mcore.runs.memory import memory_line
 from flextron_mcore.runs.opened import check_not_modulated, precision
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
+from flextron_mcore.settings.latency import LatencySettings
 from flextron_mcore.settings.sections import KV_POLICIES, LayoutSettings
-from flextron_mcore.settings.stages import LatencySettings
 
 
 def run(settings: LatencySettings) -> dict[str, Any]:
-    """Measure, or fit to settings.measurements; write latency.json and how far its sums are from whole networks."""
+    """Measure the latency table, or fit it to settings.measurements; write latency.json and check its sums.
+
+    The check compares sums of table entries with times of whole networks. Returns the content of metrics.json.
+    """
     check_output(Path(settings.out), settings.overwrite)
     info = open_checkpoint(settings.checkpoint)
     if settings.measurements is None:
@@ -34,7 +40,7 @@ def run(settings: LatencySettings) -> dict[str, Any]:
         table = _fitted(settings, info)
     with new_output(settings) as out:
         if is_main_process():
-            (out / TABLE_FILE).write_text(json.dumps(table.to_dict(), indent=1) + "\n", encoding="utf-8")
+            (out / TABLE_FILE).write_text(json.dumps(seal(table.to_dict()), indent=1) + "\n", encoding="utf-8")
         values = table.to_dict()
         figures = {name: values[name] for name in ("machine", "setting", "full_model_ms", "smallest_network_ms", "check")}
         found = [table.warning(), *(routed_warning(table, policy) for policy in table.routed)]
@@ -53,16 +59,16 @@ def run(settings: LatencySettings) -> dict[str, Any]:
     if table.check:
         check = table.check
         say(
-            f"latency: sums against {check['networks']} whole networks: {check['median_error']:.1%} off (median), "
+            f"latency: error of the table's sums for {check['networks']} whole networks: {check['median_error']:.1%} (median), "
             f"{check['p95_error']:.1%} (95th percentile)"
         )
     for policy in table.routed:
         levels = token_cost(cost, table, policy).levels
         error = RoutedTable.read(table, policy).check["median_error"]
         say(
-            f"latency: tokens that choose for themselves, kv_policy={policy}: {levels.smallest / cost.full:.2f} of the full "
-            f"model with all at the smallest level, {levels.full / cost.full:.2f} at the largest; sums {error:.1%} off whole "
-            "networks (median)"
+            f"latency: token routing, KV policy {policy}: {levels.smallest / cost.full:.2f} of the full model's latency with all "
+            f"tokens at the smallest level, {levels.full / cost.full:.2f} at the largest; error of the sums for whole networks "
+            f"{error:.1%} (median)"
         )
     for warning in warnings:
         say(f"latency: warning: do not trust this table: {warning}")
@@ -74,17 +80,19 @@ def _measure(settings: LatencySettings, info: CheckpointInfo) -> LatencyTable:
         check_not_modulated(info)
     asked, positions = settings.setting, info.model.max_position_embeddings
     generated = asked.generated_tokens if asked.kind == "generation" else 1
-    prompt = asked.prompt_length or (positions if asked.kind == "prefill" else positions // 2)
+    prompt = prompt_length(info.model, asked)
     if not 1 <= prompt + generated - 1 <= positions:
         raise FlextronError(
-            f"setting: {prompt} tokens of prompt and {generated} generated do not fit the model's {positions} positions"
+            f"setting: {prompt} tokens of prompt and {generated} generated do not fit the model's {positions} positions: lower "
+            "setting.prompt_length or setting.generated_tokens"
         )
+    say(memory_line(settings, info))
     model = loaded_model(LayoutSettings(), info, precision(settings, info))[0]
     networks = (settings.rounds + 1) * (balanced(info.space) + settings.check_networks)
     setting = Setting(asked.kind, asked.batch_size, prompt, generated)
     with progress_bar(total=networks, desc="latency", unit="network") as bar:
         sizes = settings.rounds, settings.check_networks, settings.seed
-        # Of several processes one measures its device while the others wait.
+        # One process measures its device; others would disturb it, so they wait.
         table = on_main_process(lambda: measure(model, info.model, info.space, setting, *sizes, bar.update))
     if not settings.routed.enabled:
         return table

@@ -1,15 +1,22 @@
-"""`flextron launch`: stages as jobs of a cluster, or here."""
+"""`flextron launch`: stages as jobs of a Slurm cluster, or on this machine."""
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError, JobFailed
 from flextron_mcore.launch import follow, local, slurm
 from flextron_mcore.launch.check import check_configuration, missing
-from flextron_mcore.launch.plan import Plan, plan
+from flextron_mcore.launch.plan import Job, Plan, plan
 from flextron_mcore.launch.resources import COLUMNS, check_memory, resources
+from flextron_mcore.launch.texts import check_texts
+from flextron_mcore.runs.inputs import check_inputs
+from flextron_mcore.runs.output import claimed
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime.disk import write_whole
 from flextron_mcore.settings.compose import to_yaml
@@ -17,8 +24,14 @@ from flextron_mcore.settings.launch import LaunchSettings
 
 
 def run(settings: LaunchSettings) -> dict[str, Any]:
-    """Plan, check, and submit or run settings.stages."""
+    """Plan and check the jobs of settings.stages, then submit or run them; with dry_run only print them.
+
+    Returns {"jobs": {name: Slurm id, or state}}. Raises FlextronError for a job that cannot run, JobFailed for one that failed.
+    """
     planned = plan(settings)
+    check_texts(settings, planned)
+    for job in planned.to_run:
+        check_inputs(job.settings)
     check_configuration(settings, planned)
     check_memory(settings, planned)
     wanting = missing(settings, planned)
@@ -33,14 +46,17 @@ def run(settings: LaunchSettings) -> dict[str, Any]:
     if not planned.to_run:
         print("nothing is left to do")
         return {"jobs": {}}
-    if settings.cluster.type == "slurm":
-        _check_idle(planned)  # before a file is replaced that a job reads when it is queued again
-    _print_resources(settings, planned)
-    _write_configs(planned, configs)
-    if settings.cluster.type == "local":
-        local.run(planned.to_run, configs, {name: str(value) for name, value in settings.env_vars.items() if value is not None})
+    with claimed(planned.results):
+        if settings.cluster.type == "slurm":
+            _check_idle(planned)  # first: jobs that are queued again read the files that are replaced below
+        else:
+            local.check(planned.to_run)
+        _print_resources(settings, planned)
+        with _files_written(settings, planned, configs) as files:
+            if settings.cluster.type == "slurm":
+                return _submit(settings, planned, files)
+        local.run(planned.to_run, configs, local.environment(settings))
         return {"jobs": {job.name: follow.COMPLETE for job in planned.to_run}}
-    return _submit(settings, planned, configs)
 
 
 def _print_resources(settings: LaunchSettings, planned: Plan) -> None:
@@ -54,7 +70,10 @@ def _dry_run(settings: LaunchSettings, planned: Plan, configs: dict[str, Path], 
             print(f"# ---- {name}\n{script.rstrip()}\n")
     else:
         for job in planned.to_run:
-            print(f"# ---- {job.name}\n{' '.join(local.command(job, configs[job.name]))}\n")
+            words = [*local.command(job, configs[job.name])]
+            if variables := local.environment(settings):
+                words = ["env", *(f"{name}={value}" for name, value in variables.items()), *words]
+            print(f"# ---- {job.name}\n{shlex.join(words)}\n")
     _print_resources(settings, planned)
     for line in wanting:
         print(f"not ready: {line}")
@@ -62,25 +81,45 @@ def _dry_run(settings: LaunchSettings, planned: Plan, configs: dict[str, Path], 
     return {"jobs": {job.name: "" for job in planned.to_run}, "not_ready": wanting}
 
 
-def _write_configs(planned: Plan, configs: dict[str, Path]) -> None:
+@contextlib.contextmanager
+def _files_written(settings: LaunchSettings, planned: Plan, configs: dict[str, Path]) -> Iterator[list[Path]]:
+    """Write the jobs' configurations, and yield their scripts for Slurm, written too.
+
+    Where a first launch is refused within the block, its directories are removed again.
+    """
+    folder = planned.results / "launch"
+    new = [place for place in (folder, planned.results) if not place.exists()]
     try:
-        (planned.results / "launch").mkdir(parents=True, exist_ok=True)
-        for job in planned.to_run:
-            write_whole(configs[job.name], to_yaml(job.settings))
-    except OSError as error:
-        raise FlextronError(f"run.results_dir={planned.results}: cannot be written: {error.strerror}") from None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for job in planned.to_run:
+                write_whole(configs[job.name], to_yaml(job.settings))
+            files = slurm.write_scripts(settings, planned, configs) if settings.cluster.type == "slurm" else []
+        except OSError as error:
+            raise FlextronError(
+                f"run.results_dir={planned.results}: cannot be written: {error.strerror}: set base_results_dir="
+            ) from None
+        yield files
+    except FlextronError:
+        if folder in new:
+            shutil.rmtree(folder, ignore_errors=True)
+        if planned.results in new:
+            with contextlib.suppress(OSError):  # jobs may have begun to write there
+                planned.results.rmdir()
+        raise
 
 
-def _submit(settings: LaunchSettings, planned: Plan, configs: dict[str, Path]) -> dict[str, Any]:
-    experiment, submitted = slurm.submit(settings, planned, configs)
-    steps = {job.name: job.settings.trainer.max_steps if job.trains else None for job in planned.to_run}
-    stages = {job.name: job.stage for job in planned.to_run}
-    records = [follow.Record(job.name, stages[job.name], job.id, job.folder, steps[job.name]) for job in submitted]
-    follow.write_record(planned.results, experiment, records)
+def _submit(settings: LaunchSettings, planned: Plan, files: list[Path]) -> dict[str, Any]:
+    def recorded(jobs: list[slurm.Submitted]) -> list[follow.Record]:
+        records = [_record(job, submitted) for job, submitted in zip(planned.to_run, jobs, strict=False)]
+        follow.write_record(planned.results, records)
+        return records
+
+    records = recorded(slurm.submit(planned, files, recorded))
     for record in records:
         print(f"{record.name}: job {record.id}")
     if settings.detach:
-        print(f"follow with: flextron status run={planned.results}")
+        print(f"follow with: {shlex.join(['flextron', 'status', f'run={planned.results}'])}")
         return {"jobs": {record.name: record.id for record in records}}
     found = follow.follow(planned.results, records, lambda line: print(line, flush=True))
     print_table(str(planned.results), follow.STATE_COLUMNS, follow.state_rows(found))
@@ -93,13 +132,22 @@ def _submit(settings: LaunchSettings, planned: Plan, configs: dict[str, Path]) -
     return {"jobs": {record.name: record.id for record in records}}
 
 
+def _record(job: Job, submitted: slurm.Submitted) -> follow.Record:
+    steps, tokens, options = None, None, job.settings
+    if job.trains:
+        steps, length = options.trainer.max_steps, options.model.seq_length
+        tokens = options.model.global_batch_size * length if length else None
+    return follow.Record(job.name, job.stage, submitted.id, submitted.folder, steps, tokens, job.ranks)
+
+
 def _check_idle(planned: Plan) -> None:
-    """Refuse to launch again what is still waiting or running."""
-    if not (planned.results / follow.RECORD).is_file():
-        return
-    for state in follow.states(planned.results, follow.read_record(planned.results)):
-        if state.alive:
-            raise FlextronError(
-                f"{state.record.name}: job {state.record.id} of an earlier launch is {state.state.lower()}: wait for its end, or "
-                f"cancel it with `scancel {state.record.id}`"
-            )
+    """Raise FlextronError if a job of an earlier launch is still waiting or running, recorded in the results or not."""
+    alive = {number: ("", state) for number, state in follow.queued(planned.results).items()}
+    if (planned.results / follow.RECORD).is_file():
+        for state in follow.states(planned.results, follow.read_record(planned.results)):
+            if state.alive:
+                alive[state.record.id] = (f"{state.record.name}: ", state.state)
+    for number, (name, state) in alive.items():
+        raise FlextronError(
+            f"{name}job {number} of an earlier launch is {state.lower()}: wait for its end, or cancel it with `scancel {number}`"
+        )

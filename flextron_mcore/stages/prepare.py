@@ -1,4 +1,4 @@
-"""`flextron prepare`: text to Megatron datasets."""
+"""`flextron prepare`: conversion of text to Megatron datasets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flextron_mcore.settings.stages import PrepareSettings
 
 
 def run(settings: PrepareSettings) -> dict[str, Any]:
-    """Write token files per domain and the tokenizer. The main process does; other ranks have nothing to do."""
+    """Write token files of each domain, and the tokenizer; return the content of metrics.json. Other ranks return {} at once."""
     if not is_main_process():
         return {}
     check_output(Path(settings.out), settings.overwrite)
@@ -28,6 +28,8 @@ def run(settings: PrepareSettings) -> dict[str, Any]:
             valid_fraction=settings.valid_fraction,
             seed=settings.seed,
             skip_bad=settings.skip_bad,
+            add_bos=settings.add_bos,
+            parse_special_tokens=settings.parse_special_tokens,
             progress=lambda text: print(f"prepare: {text}", flush=True),
         )
         metrics = write_metrics(out, "prepare", figures)

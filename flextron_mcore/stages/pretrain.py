@@ -1,4 +1,4 @@
-"""`flextron pretrain`: a parent model from scratch, for the quickstart and for baselines."""
+"""`flextron pretrain`: training of a dense parent model from scratch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from flextron_mcore.training.loop import Phase, train
 
 
 def run(settings: PretrainSettings) -> dict[str, Any]:
-    """Train the full model of settings.model."""
+    """Train the model that settings.model describes, and write a checkpoint with the space of settings.space.
+
+    Call on all ranks. Returns the content of metrics.json.
+    """
     data = open_data(settings.data)
     architecture = {each.name: getattr(settings.model, each.name) for each in fields(ArchitectureSettings)}
     architecture["vocab_size"] = architecture["vocab_size"] or data.vocab_size

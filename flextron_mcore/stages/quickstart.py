@@ -11,13 +11,17 @@ from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.runs.chain import quoted, run_chain
 from flextron_mcore.runs.output import METRICS_FILE, write_metrics
 from flextron_mcore.runs.terminal import print_table
+from flextron_mcore.runtime.disk import write_aside
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.stages import QuickstartSettings
 from flextron_mcore.training.sampler import draw
 
 
 def run(settings: QuickstartSettings) -> dict[str, Any]:
-    """Run settings.chain, each command as the command line would; continue where an earlier run stopped."""
+    """Run the commands of settings.chain as the command line would, and continue where an earlier run stopped.
+
+    Call on all ranks. Returns the content of metrics.json.
+    """
     out = Path(settings.out)
     chain = {name: (step["stage"], [_key(key, out) for key in step["keys"]]) for name, step in settings.chain.items()}
     seconds = run_chain(settings, chain, ("chain",), lambda stage: _write_networks(out) if stage == "export" else None)
@@ -30,20 +34,20 @@ def _key(key: str, out: Path) -> str:
 
 
 def _write_networks(out: Path) -> None:
-    """Two members of the family, for the exports: half of everything, and one with other widths in every layer."""
+    """Write two sub-networks for the exports: one of half the widths, one with different widths in each layer."""
     folder = out / "networks"
     if folder.is_dir():
         return
     info = open_checkpoint(out / "elastic")
     model, space = info.model, info.space
     middle: Callable[[tuple[int, ...]], int] = lambda sizes: sizes[(len(sizes) - 1) // 2]  # noqa: E731
-    folder.mkdir()
-    (folder / "half.json").write_text(space.uniform(model, middle(space.heads), middle(space.ffn_hidden_size)).to_json())
-    (folder / "mixed.json").write_text(draw(model, space, 0, 0, 1, stream=2)[0].to_json())
+    with write_aside(folder) as aside:
+        (aside / "half.json").write_text(space.uniform(model, middle(space.heads), middle(space.ffn_hidden_size)).to_json())
+        (aside / "mixed.json").write_text(draw(model, space, 0, 0, 1, stream=2)[0].to_json())
 
 
 def _summary(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """The result in one table: every network before and after elastic training."""
+    """Print the losses of every network before and after elastic training; return the figures of metrics.json."""
     read = lambda name: json.loads((out / name / METRICS_FILE).read_text(encoding="utf-8"))  # noqa: E731
     before = {net["name"]: net for net in read("evaluate_before")["networks"]}
     after = read("evaluate")["networks"]

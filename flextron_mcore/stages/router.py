@@ -1,4 +1,4 @@
-"""`flextron router`: routers that choose a network for a budget, trained through a surrogate model (Flextron, section 3.2)."""
+"""`flextron router`: training of routers, which choose a network for a budget (Flextron, section 3.2, eq. 9-11)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from flextron_mcore.training.static import StraightThroughLearner, SurrogateLear
 
 
 def run(settings: RouterStageSettings) -> dict[str, Any]:
-    """Train routers on the frozen model of settings.checkpoint."""
+    """Train routers beside the frozen model of settings.checkpoint, and write a checkpoint with both.
+
+    Call on all ranks. Returns the content of metrics.json.
+    """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)
     check_widths_only(info, "`flextron router`")

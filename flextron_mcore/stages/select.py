@@ -1,4 +1,4 @@
-"""`flextron select`: the sub-network for a budget (Flextron, section 3.2)."""
+"""`flextron select`: choice of the sub-network for a budget (Flextron, section 3.2)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flextron_mcore.model import loaded_model
 from flextron_mcore.runs import choice
 from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import check_file, write_file
-from flextron_mcore.runs.terminal import print_table, say
+from flextron_mcore.runs.terminal import print_table, say, say_next
 from flextron_mcore.settings.sections import EvaluationModelSettings, LayoutSettings
 from flextron_mcore.settings.stages import SelectSettings
 from flextron_mcore.space import SubNetwork
@@ -30,9 +30,12 @@ _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def run(settings: SelectSettings) -> dict[str, Any]:
-    """Print the network of settings.selector for settings.budget, and write it to settings.out."""
+    """Choose a network for settings.budget, print its costs, and write it to settings.out.
+
+    Returns the selector, the sub-network and its costs. Raises FlextronError under torchrun with several processes.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise FlextronError("select: is for one process")
+        raise FlextronError("select: is for one process: run it without torchrun")
     out = Path(settings.out) if settings.out else None
     check_file(out, settings.overwrite)
     info = open_checkpoint(settings.checkpoint)
@@ -41,11 +44,13 @@ def run(settings: SelectSettings) -> dict[str, Any]:
     costs = choice.available_costs(settings, info, table)
     limits = {budget.cost.name: budget.limit for budget in budgets}
     latencies = _latencies(settings, info, net, table) if settings.measure and table else None
+    memory = choice.memory_setting(settings, info)
+    labels = {"memory": "memory: weights and KV cache of {batch_size} x {length} tokens in {dtype}".format(**memory)}
     rows = []
     for name, cost in costs.items():
         value = cost.of(net)
         limit = show(name, limits[name]) if name in limits else ""
-        rows.append([name, limit, show(name, value), value / cost.full, show(name, cost.full)])
+        rows.append([labels.get(name, name), limit, show(name, value), value / cost.full, show(name, cost.full)])
     if latencies:
         ours, full = latencies
         rows.append(["latency, measured", "", show("latency", ours), ours / full, show("latency", full)])
@@ -55,6 +60,10 @@ def run(settings: SelectSettings) -> dict[str, Any]:
     write_file(out, net.to_json())
     if out:
         say(f"written to {out}")
+        say_next("export", checkpoint=settings.checkpoint, subnetwork=out, out=out.with_suffix(""))
+    else:
+        asked = {key: getattr(settings, key) for key in ("budget", "selector", "latency", "sensitivity", "data")}
+        say_next("select", checkpoint=settings.checkpoint, **asked, out="net.json")
     return {
         "stage": "select",
         "selector": settings.selector,
@@ -67,7 +76,7 @@ def run(settings: SelectSettings) -> dict[str, Any]:
 def _latencies(
     settings: SelectSettings, info: CheckpointInfo, net: SubNetwork, table: LatencyTable
 ) -> tuple[float, float] | None:
-    """Milliseconds of the network and of the full model on this device, alternately; None for a table fitted to foreign ones."""
+    """Milliseconds of the network and of the full model on this device, timed in turn; None for a fitted table."""
     precision = _PRECISIONS.get(table.machine.get("dtype"))
     if precision is None:
         return None
@@ -77,7 +86,7 @@ def _latencies(
 
 
 def _losses(settings: SelectSettings, info: CheckpointInfo) -> choice.Losses:
-    """A function that evaluates networks on the validation split of settings.data."""
+    """Function that returns the mean validation loss of each network on settings.data."""
     data = open_data(settings.data)
     options = EvaluationModelSettings(**asdict(settings.model))
     seq_length = sequence_length(options, info, data)

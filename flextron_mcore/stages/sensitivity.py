@@ -1,4 +1,4 @@
-"""`flextron sensitivity`: the loss when one block alone is replaced by a smaller candidate (Flextron, figure 6)."""
+"""`flextron sensitivity`: loss of the model with one block at a time made smaller (Flextron, figure 6)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from flextron_mcore.space import SubNetwork
 
 
 def run(settings: SensitivitySettings) -> dict[str, Any]:
-    """Evaluate the full model, and it with every smaller candidate of every block."""
+    """Evaluate the full model, and the full model with each smaller candidate of each block; write metrics.json.
+
+    Call on all ranks. Returns the content of metrics.json.
+    """
     opened = open_evaluation(settings)
     info = opened.info
     check_widths_only(info, "`flextron sensitivity`")

@@ -1,4 +1,4 @@
-"""`flextron status`: what became of the jobs that were launched."""
+"""`flextron status`: state of the jobs that `flextron launch` submitted."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError, nearest
-from flextron_mcore.launch.follow import STATE_COLUMNS, log_files, read_record, state_rows, states
+from flextron_mcore.files import LARGEST_LOG, read_bytes
+from flextron_mcore.launch.follow import STATE_COLUMNS, follow, log_files, read_record, state_rows, states
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.settings.stages import StatusSettings
 
 
 def run(settings: StatusSettings) -> dict[str, Any]:
-    """Print the jobs of the newest launch in settings.run, or the log of one."""
+    """Print the states of the jobs of the newest launch in settings.run, or the log of one job.
+
+    Returns {"jobs": {name: state}} or {"log": file}.
+    """
     results = Path(settings.run).expanduser().absolute()
     records = read_record(results)
     if settings.logs:
@@ -23,11 +27,13 @@ def run(settings: StatusSettings) -> dict[str, Any]:
             )
         files = log_files(known[settings.logs])
         if not files:
-            raise FlextronError(f"logs={settings.logs}: nothing was logged yet in {known[settings.logs].logs}")
+            raise FlextronError(
+                f"logs={settings.logs}: nothing was logged yet in {known[settings.logs].logs}: try again when the job runs"
+            )
         print(files[0])
-        lines = files[0].read_text(errors="replace").splitlines()
+        lines = read_bytes(files[0], largest=LARGEST_LOG).decode(errors="replace").splitlines()
         print("\n".join(lines[-settings.lines :] if settings.lines else lines))
         return {"log": str(files[0])}
-    found = states(results, records)
+    found = follow(results, records, lambda line: print(line, flush=True)) if settings.watch else states(results, records)
     print_table(str(results), STATE_COLUMNS, state_rows(found))
     return {"jobs": {state.record.name: state.state for state in found}}

@@ -1,4 +1,4 @@
-"""A model in training: Megatron-Core's DDP, optimizer and schedule around this rank's part of it."""
+"""Model in training: Megatron-Core's DDP, optimizer and learning-rate schedule around this rank's part of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from flextron_mcore.training.learner import Figures
 
 
 class TrainedModel:
-    """DDP-wrapped chunks (usually one), optimizer and scheduler. `info.path` holds the weights, None for fresh ones."""
+    """Model chunks of this rank (one for each virtual pipeline stage) in DDP, with optimizer and learning-rate schedule.
+
+    Build it and call its methods on all ranks.
+
+    Args:
+        model: layout, optimizer and DDP settings.
+        trainer: precision and number of steps.
+        info: architecture and elastic space. Its `path` is the checkpoint with the weights; None for a random initialisation.
+    """
 
     def __init__(self, model: TrainingModelSettings, trainer: TrainerSettings, info: CheckpointInfo) -> None:
         self.overlap = model.ddp.overlap_param_gather
@@ -41,7 +49,10 @@ class TrainedModel:
         self.optimizer.zero_grad()
 
     def step(self) -> Figures:
-        """Update the weights from the gradients; the learning rate that was used, and the norm of the gradient."""
+        """Update the weights from the gradients.
+
+        Returns {"learning_rate": rate of this step, "grad_norm": L2 norm of the gradients before clipping, or None}.
+        """
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
@@ -49,7 +60,10 @@ class TrainedModel:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """All parameters whole: with overlap_param_gather only training's own forward pass waits for them, module by module."""
+        """Context in which all parameters are gathered over data-parallel ranks, for evaluation and checkpoints.
+
+        With overlap_param_gather, DDP gathers each module's parameters in the forward pre-hook of a training step only.
+        """
         for chunk in self.chunks if self.overlap else ():
             chunk.disable_forward_pre_hook()
         yield
@@ -58,7 +72,7 @@ class TrainedModel:
 
 
 def _loaded(model: TrainingModelSettings, precision: str, info: CheckpointInfo) -> list[torch.nn.Module]:
-    """This rank's chunks with their weights."""
+    """Build this rank's chunks and load their weights."""
     chunks = build_chunks(info.model, info.space, model, precision, initialize=info.path is None)
     if info.path is not None:
         for gpt in chunks:

@@ -1,9 +1,9 @@
-"""Evaluation of the networks that trained routers may choose: the last word on every budget.
+"""Candidate evaluation: losses of the networks that trained routers may choose, on the same training samples.
 
-A surrogate is as good as the batches that it learned from, and the best networks of one cost differ by less. So those that the
-routers think likeliest are run on the same training samples, all networks of costs that few have, and in some rounds what is
-worth trying after these (selection/search.py): on few samples. In a last round the best within reach of each budget are run on
-all samples. `selection/router.py` takes the best of these.
+Routers alone cannot separate the best networks of one cost: their losses differ by less than the surrogate's error. Evaluated
+are the networks that the routers find likeliest, all networks of costs that few networks have, and for some rounds variations of
+the best ones (selection/search.py), on a part of the samples. Then the best networks of each cost bin are evaluated on all
+samples. `selection/router.py` chooses among these.
 """
 
 from __future__ import annotations
@@ -23,44 +23,52 @@ from flextron_mcore.selection.selectors import Uniform
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.router import RouterLearner
 
-_FEW = 40  # networks within WITHIN of a cost, which are all tried
-_FEW_IN_ALL = 512
-_FIRST = 8  # one sample in so many is enough to tell which are among the best _BEST of those within reach of a budget
-_BEST = 3
-_ROUNDS = 6
-_WORSE = 0.005  # a network whose loss is so much above a cheaper one's, relatively, is no answer to any budget
+_RARE = 40  # if no more networks lie within WITHIN of a cost, all of them are evaluated
+_RARE_UNIFORM = 512  # if the space has no more networks of uniform width, all of them are evaluated
+_FIRST = 8  # the first rounds use 1 / _FIRST of the samples: enough to find the _BEST best networks of a cost bin
+_BEST = 3  # networks of each cost bin in the last round
+_ROUNDS = 6  # rounds of search
+_WORSE = 0.005  # networks with a loss relatively higher by this than a cheaper network's are dropped
 Evaluate = Callable[[Sequence[SubNetwork], int], Sequence[float]]
 
 
 def evaluate_candidates(learner: RouterLearner, evaluate: Evaluate, samples: int) -> dict[SubNetwork, float]:
-    """{network: loss} of those that matter for budgets of the first cost. Call on all ranks.
+    """Find good networks for all budgets, and return {network: loss in nats per token}. Call on all ranks.
 
-    evaluate: losses of networks on the first so many samples, the same for all of them.
+    The networks that the routers find likeliest, and variations of the best ones, are evaluated on a part of the samples, then
+    the best for each budget of the learner's first cost on all samples. Networks that are clearly worse than a cheaper one are
+    left out.
+
+    Args:
+        learner: trained routers.
+        evaluate: function of (networks, count) that returns the loss of each network on the first `count` samples.
+        samples: number of samples of the last round.
     """
     cost, choices, within = learner.costs[0], learner.choices, learner.selector().within
     first = max(samples // _FIRST, 1)
-    tried = on_main_process(lambda: list(dict.fromkeys([*learner.selector().proposals(cost), *_few(learner)])))
+    tried = on_main_process(lambda: list(dict.fromkeys([*learner.selector().proposals(cost), *_at_rare_costs(learner)])))
     losses = dict(zip(tried, evaluate(tried, first), strict=True))
     for _ in range(_ROUNDS):
         near = _best(cost, losses, within, 1)
         more = on_main_process(partial(worth_evaluating, choices, cost, losses, near, within * cost.full))
         losses |= dict(zip(more, evaluate(more, first), strict=True))
     final = _best(cost, losses, within, _BEST)
-    return _answers(cost, dict(zip(final, evaluate(final, samples), strict=True)))
+    return _without_worse(cost, dict(zip(final, evaluate(final, samples), strict=True)))
 
 
 def _best(cost: Cost, losses: Mapping[SubNetwork, float], within: float, count: int) -> list[SubNetwork]:
-    """The best of those that any budget may get."""
+    """The `count` networks of least loss for each budget, a bin apart, among those that cost up to `within` less."""
     found: dict[SubNetwork, None] = {}
+    costs = {net: cost.of(net) for net in losses}
     budgets = int(np.ceil((cost.full - cost.smallest) / (BIN * cost.full))) + 1
     for high in ((cost.full - i * BIN * cost.full) * (1 + 1e-12) for i in range(budgets)):
-        inside = [net for net in losses if high - within * cost.full <= cost.of(net) <= high]
+        inside = [net for net, spent in costs.items() if high - within * cost.full <= spent <= high]
         found |= dict.fromkeys(sorted(inside, key=losses.__getitem__)[:count])
     return list(found)
 
 
-def _answers(cost: Cost, losses: Mapping[SubNetwork, float]) -> dict[SubNetwork, float]:
-    """`losses` without networks that are clearly worse than a cheaper one; the full model stays."""
+def _without_worse(cost: Cost, losses: Mapping[SubNetwork, float]) -> dict[SubNetwork, float]:
+    """Entries of `losses` without networks that are clearly worse than a cheaper one; the full model stays."""
     kept: dict[SubNetwork, float] = {}
     for net in sorted(losses, key=cost.of):
         if losses[net] <= (1 + _WORSE) * min(kept.values(), default=np.inf) or cost.of(net) >= cost.full * (1 - 1e-12):
@@ -68,17 +76,17 @@ def _answers(cost: Cost, losses: Mapping[SubNetwork, float]) -> dict[SubNetwork,
     return kept
 
 
-def _few(learner: RouterLearner) -> list[SubNetwork]:
-    """All networks of costs that few have, near the smallest and the full one: there it is sure that the best is found."""
+def _at_rare_costs(learner: RouterLearner) -> list[SubNetwork]:
+    """All networks of costs that few networks have (near the smallest and the full one), so that none is missed there."""
     choices, cost = learner.choices, learner.costs[0]
     whole = Choices(choices.model, choices.space)
     if choices.uniform:
         networks = Uniform(whole).networks()
-        return networks if len(networks) <= _FEW_IN_ALL else []
+        return networks if len(networks) <= _RARE_UNIFORM else []
     found: list[SubNetwork] = []
     high = cost.full
     while high > cost.smallest:
-        drawn = draw_near(whole, [Budget(cost, high)], _FEW + 1, seed=0, within=WITHIN)
-        found += drawn if len(drawn) <= _FEW else []
+        drawn = draw_near(whole, [Budget(cost, high)], _RARE + 1, seed=0, within=WITHIN)
+        found += drawn if len(drawn) <= _RARE else []
         high -= WITHIN * cost.full
     return found

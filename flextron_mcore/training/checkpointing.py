@@ -1,15 +1,18 @@
-"""Training state on disk: model, optimizer, schedule; saved in the background, resumed exactly, at any layout.
+"""Checkpoints of a training run: model, optimizer and schedule, saved in the background, and resumed at any layout.
 
-There is no more: samples, sub-networks and random numbers of a step are functions of (seed, step).
+No other state is needed: samples, sub-networks and random numbers of a step depend on (seed, step) only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,14 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from flextron_mcore.checkpoint.store import INFO_FILE, CheckpointInfo, iteration_path, list_checkpoints, write_info
+from flextron_mcore import digests
+from flextron_mcore.checkpoint.store import INFO_FILE, CheckpointInfo, files_of, iteration_path, list_checkpoints, write_info
+from flextron_mcore.checkpoint.unpickling import check_checkpoint, only_data, reason, without_extra_state
+from flextron_mcore.checkpoint.writer import canonical_metadata
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime import signals
 from flextron_mcore.runtime.compat import save_options
-from flextron_mcore.runtime.disk import check_space, disk_errors, first_line, plain_errors, publish
+from flextron_mcore.runtime.disk import check_space, disk_errors, plain_errors, publish, write_whole
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.training.build import TrainedModel
@@ -32,32 +39,58 @@ _METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "ful
 
 
 class Checkpointer:
-    """The last `keep_last` checkpoints of a run, RUN/checkpoints/iter_<step>. Call all methods on all ranks."""
+    """Base class: checkpoints RUN/checkpoints/iter_<step> of a run. Call all methods on all ranks.
+
+    Args:
+        run: directory of the run.
+        keep_last: number of checkpoints to keep, at least 1.
+        learner: routers whose state is saved with the model, None without.
+    """
 
     def __init__(self, run: Path, keep_last: int, learner: Learner | None) -> None:
         self.run, self.keep_last, self.learner = run, max(1, keep_last), learner
 
     def save(self, info: CheckpointInfo) -> None:
-        """Write the checkpoint of `info.step`, or start to."""
+        """Write the checkpoint of step `info.step`, or start writing it in the background. Call on all ranks.
+
+        Raises FlextronError if it cannot be written, such as on a full disk.
+        """
         raise NotImplementedError
 
     def load(self, info: CheckpointInfo) -> None:
-        """Continue from a checkpoint of this run."""
+        """Continue from a checkpoint of this run. Call on all ranks. Raises FlextronError if it is damaged or of another run."""
         if self.learner:
             self.learner.read(info.path)
 
     def poll(self) -> None:
-        """Publish a background save that has finished."""
+        """Give the background save its final name if it has finished; do not wait for it. Call on all ranks."""
 
     def finish(self) -> None:
-        """Wait for the background save."""
+        """Wait for the background save, and give it its final name. Call on all ranks.
+
+        Raises FlextronError if the disk refused it.
+        """
 
     def close(self) -> None:
-        """Finish and release the background workers."""
+        """Finish the background save, remove the oldest checkpoints beyond `keep_last`, and end the background workers.
+
+        Call on all ranks. Raises FlextronError if the disk refused the save.
+        """
+        if is_main_process():
+            remove_unfinished(self.run)
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Remove all but the last `keep_last` checkpoints. Each is renamed first: its final name stands for a complete one."""
+        for old in list_checkpoints(self.run)[: -self.keep_last]:
+            aside = old.with_name(f".{old.name}.old")
+            with contextlib.suppress(OSError):
+                old.rename(aside)
+                shutil.rmtree(aside)
 
     @contextlib.contextmanager
     def _aside(self, target: Path) -> Iterator[Path]:
-        """An empty directory beside `target`, with what the learner keeps at the end; removed on an error."""
+        """Empty hidden directory beside `target` to write to; removed on an error."""
         aside = target.parent / f".{target.name}.tmp"
         with disk_errors(target, KEPT):
             if is_main_process():
@@ -74,18 +107,25 @@ class Checkpointer:
             self.learner.write(aside)
 
     def _publish(self, aside: Path, target: Path, info: CheckpointInfo) -> None:
-        """Make the directory the checkpoint, and remove those that are too many."""
+        """Rename the directory `aside` to `target`, and remove the oldest checkpoints beyond `keep_last`."""
         if not is_main_process():
             return
         with disk_errors(target, KEPT):
             write_info(aside, info)
             publish(aside, target)
-        for old in list_checkpoints(self.run)[: -self.keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._remove_old()
 
 
 class TrainingCheckpointer(Checkpointer):
-    """Saves and loads a model in training, with async_save in the background."""
+    """Checkpoints of a model in training, with its optimizer and schedule.
+
+    Args:
+        run: directory of the run.
+        keep_last: number of checkpoints to keep, at least 1.
+        learner: routers whose state is saved with the model, None without.
+        trained: the model in training.
+        async_save: write in the background.
+    """
 
     def __init__(self, run: Path, keep_last: int, learner: Learner | None, trained: TrainedModel, async_save: bool) -> None:
         super().__init__(run, keep_last, learner)
@@ -105,38 +145,67 @@ class TrainingCheckpointer(Checkpointer):
                 self._state(is_loading=False), str(aside), async_sharded_save=self.async_save, **save_options()
             )
             self._write_learner(aside)
+            if request is None:
+                _write_digests(aside, torch.distributed.get_rank())
+                torch.distributed.barrier()
         if request is None:
-            self._publish(aside, target, info)
+            self._finish_save(aside, target, info)
         else:
-            request.add_finalize_fn(lambda: self._publish(aside, target, info))
+            request.add_finalize_fn(lambda: self._finish_save(aside, target, info))
+            if request.async_fn:
+                request = request._replace(async_fn=partial(_write_and_digest, request.async_fn, aside))
             self.queue.schedule_async_request(request)
 
     def load(self, info: CheckpointInfo) -> None:
+        check_checkpoint(info.path)
         try:
-            with plain_errors():
+            with plain_errors(), only_data():
                 state = dist_checkpointing.load(self._state(is_loading=True), str(info.path))
         except Exception as error:
-            message = f"{info.path}: cannot be resumed from, damaged or of another run ({first_line(error)})"
+            message = (
+                f"{info.path}: cannot be resumed from, damaged or of another run ({reason(error)}): remove this directory to "
+                "continue from an earlier checkpoint"
+            )
             raise FlextronError(message) from error
         for name, gpt in self.chunks.items():
-            gpt.load_state_dict(state[name])
+            gpt.load_state_dict(without_extra_state(state[name]))
         self.trained.optimizer.load_state_dict(state["optimizer"])
         self.trained.scheduler.load_state_dict(state["scheduler"])
         super().load(info)
 
+    def _finish_save(self, aside: Path, target: Path, info: CheckpointInfo) -> None:
+        """Publish a checkpoint that all ranks have written."""
+        if is_main_process():
+            with disk_errors(target, KEPT):
+                _take_digests(aside)
+                canonical_metadata(aside)
+        self._publish(aside, target, info)
+
     def poll(self) -> None:
-        self.queue.maybe_finalize_async_calls(blocking=False)
+        self._finalize(blocking=False)
 
     def finish(self) -> None:
         with disk_errors(self.run, KEPT):
-            self.queue.maybe_finalize_async_calls(blocking=True)
+            self._finalize(blocking=True)
+
+    def _finalize(self, blocking: bool) -> None:
+        try:
+            with plain_errors():
+                self.queue.maybe_finalize_async_calls(blocking=blocking)
+        except RuntimeError as error:
+            if "results_queue should not be empty" not in str(error):
+                raise
+            raise FlextronError(f"{self.run}: {signals.HELPER_KILLED}") from None
 
     def close(self) -> None:
-        self.finish()
-        self.queue.close()
+        try:
+            self.finish()
+        finally:
+            self.queue.close()
+            super().close()
 
     def _bytes(self) -> int:
-        """About what a checkpoint takes: weights in their dtype, and two moments (with bf16 also the weights) in fp32."""
+        """Estimated size of a checkpoint: weights, and in fp32 Adam's two moments and, with bf16, a copy of the weights."""
         parameters = [parameter for gpt in self.chunks.values() for parameter in gpt.parameters()]
         return sum(p.numel() * (8 if p.dtype == torch.float32 else 12) + p.nbytes for p in parameters)
 
@@ -144,11 +213,29 @@ class TrainingCheckpointer(Checkpointer):
         state: dict[str, Any] = {name: gpt.sharded_state_dict(metadata=dict(_METADATA)) for name, gpt in self.chunks.items()}
         # The optimizer looks its parameters up in the state dict it is given.
         optimizer = self.trained.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=dict(_METADATA))
-        return {**state, "optimizer": optimizer, "scheduler": self.trained.scheduler.state_dict()}
+        return _interned({**state, "optimizer": optimizer, "scheduler": self.trained.scheduler.state_dict()})
+
+
+def _interned(value: Any) -> Any:
+    """Copy of nested dictionaries and lists with one object for each key.
+
+    pickle writes a reference where it meets a string object again. Loaded keys are objects of their own: without this, the files
+    of a resumed run would differ from those of an undisturbed run.
+    """
+    if isinstance(value, dict):
+        return {sys.intern(key) if type(key) is str else key: _interned(inner) for key, inner in value.items()}
+    return [_interned(inner) for inner in value] if type(value) is list else value
 
 
 class FrozenCheckpointer(Checkpointer):
-    """Checkpoints of a phase that leaves the model as it is: they share the files of the one that it started from, `source`."""
+    """Checkpoints of a training that does not change the model: model files are hard links to the files of `source`.
+
+    Args:
+        run: directory of the run.
+        keep_last: number of checkpoints to keep, at least 1.
+        learner: routers whose state is saved with the model, None without.
+        source: checkpoint that holds the model.
+    """
 
     def __init__(self, run: Path, keep_last: int, learner: Learner | None, source: CheckpointInfo) -> None:
         super().__init__(run, keep_last, learner)
@@ -157,23 +244,46 @@ class FrozenCheckpointer(Checkpointer):
     def save(self, info: CheckpointInfo) -> None:
         target = iteration_path(self.run, info.step)
         with self._aside(target) as aside:
-            self._write_learner(aside)  # first: written over a link, it would change the source's file too
+            self._write_learner(aside)  # before linking: writing over a link would change the source's file
             if is_main_process():
-                written = {INFO_FILE, *(file.name for file in aside.iterdir())}
+                written, known = {INFO_FILE, *(file.name for file in aside.iterdir())}, files_of(self.source)
                 for file in sorted(self.source.path.iterdir()):
                     if file.is_file() and file.name not in written:
                         _link(file, aside / file.name)
+                        if "xxh128" in (entry := known.get(file.name, {})):
+                            digests.remember(aside / file.name, entry)  # reading all weights would take longer than the linking
             self._publish(aside, target, info)
             torch.distributed.barrier()
-        self.source = replace(info, path=target)  # the checkpoint that a run was continued from is not kept for ever
+        self.source = replace(info, path=target)  # older checkpoints of this run will be removed
 
     def load(self, info: CheckpointInfo) -> None:
         super().load(info)
         self.source = info
 
 
+def _write_and_digest(write: Callable[..., None], aside: Path, rank: int, *arguments: Any, **options: Any) -> None:
+    """Write a rank's files of a checkpoint in the background, and then their digests."""
+    write(rank, *arguments, **options)
+    with contextlib.suppress(OSError):  # a full disk is told by the main process; digests that are missing are made there
+        _write_digests(aside, rank)
+
+
+def _write_digests(aside: Path, rank: int) -> None:
+    """Write the digests of the files that a rank has written, for `_take_digests`; they come from the page cache."""
+    found = {file.name: digests.entry_of(file) for file in aside.glob(f"__{rank}_*.distcp")}
+    write_whole(aside / f".digests_{rank}.json", json.dumps(found))
+
+
+def _take_digests(aside: Path) -> None:
+    """Read the digests that the ranks have written, and remove their files. Call on the main process."""
+    for file in aside.glob(".digests_*.json"):
+        for name, entry in json.loads(file.read_text(encoding="utf-8")).items():
+            digests.remember(aside / name, entry)
+        file.unlink()
+
+
 def _link(file: Path, target: Path) -> None:
-    """Hard-link `file` as `target`, or copy it where that cannot be. Checkpoints are never changed in place."""
+    """Hard-link `file` as `target`, or copy it if the file system refuses. Safe: checkpoints are never changed in place."""
     with contextlib.suppress(OSError):
         os.link(file, target)
         return
@@ -181,6 +291,6 @@ def _link(file: Path, target: Path) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what a killed run left half written."""
+    """Remove incomplete checkpoints of a killed run. Call on the main process."""
     for folder in (run / "checkpoints").glob(".iter_*"):
         shutil.rmtree(folder, ignore_errors=True)

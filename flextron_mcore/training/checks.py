@@ -1,56 +1,79 @@
-"""Checks of a training before anything is written: settings, model, layout and data that do not fit each other."""
+"""Checks before a training run writes anything: do settings, model, layout and data fit each other."""
 
 from __future__ import annotations
+
+import os
 
 from megatron.core import optimizer, parallel_state
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, check_tokenizer, check_weights
+from flextron_mcore.data.tokenizer import read_vocabulary
 from flextron_mcore.model import check_layout
 from flextron_mcore.settings.sections import DataParallelSettings, EvaluationModelSettings
 from flextron_mcore.settings.training import LoopSettings
 
 
 def check(settings: LoopSettings, info: CheckpointInfo, data: PreparedData, networks: int = 1) -> int:
-    """Check what can be checked before anything is written; the sequence length. Raises FlextronError naming the key.
+    """Check that settings, model, layout and data of a training fit each other, and return the sequence length in tokens.
 
-    networks: how many a step runs.
+    Raises FlextronError, which names the key to change.
+
+    Args:
+        settings: settings of the stage.
+        info: architecture, elastic space and tokenizer of the checkpoint.
+        data: prepared data set.
+        networks: number of networks that a step runs.
     """
     model = settings.model
     length = sequence_length(model, info, data)
     ranks = parallel_state.get_data_parallel_world_size()
-    if model.global_batch_size % (model.micro_batch_size * ranks):
+    step = model.micro_batch_size * ranks
+    if model.global_batch_size % step:
         raise FlextronError(
             f"model.global_batch_size={model.global_batch_size} is not a multiple of model.micro_batch_size="
-            f"{model.micro_batch_size} x {ranks} data-parallel rank(s)"
+            f"{model.micro_batch_size} x {ranks} data-parallel rank(s): use {-(-model.global_batch_size // step) * step}"
         )
     check_weights(data, settings.data_weights)
     check_layout(info.model, info.space, model, settings.trainer.precision)
     if hasattr(model, "ddp"):
         _check_ddp(model.ddp)
     stages = model.pipeline_model_parallel_size
-    micro_batches = model.global_batch_size // (model.micro_batch_size * ranks) * networks
+    micro_batches = model.global_batch_size // step * networks
     if model.virtual_pipeline_model_parallel_size and micro_batches % stages:
         raise FlextronError(
             f"model.virtual_pipeline_model_parallel_size: the interleaved schedule needs a multiple of "
-            f"model.pipeline_model_parallel_size={stages} micro-batches times networks a step, not {micro_batches}"
+            f"model.pipeline_model_parallel_size={stages} micro-batches times networks a step, not {micro_batches}: change "
+            "model.global_batch_size"
         )
     return length
 
 
 def sequence_length(model: EvaluationModelSettings, info: CheckpointInfo, data: PreparedData) -> int:
-    """model.seq_length, by default the model's positions. Raises FlextronError where model, layout and data do not fit."""
+    """Sequence length in tokens: model.seq_length, by default the smaller of max_position_embeddings and 4096.
+
+    Raises FlextronError if the length does not suit the model or its layout, or the data were prepared with another tokenizer.
+
+    Args:
+        model: model section of the settings, with the layout.
+        info: model and tokenizer of the checkpoint.
+        data: prepared data set, whose tokenizer must be the model's.
+    """
     wanted, positions = model.seq_length, info.model.max_position_embeddings
     if wanted is not None and not 1 <= wanted <= positions:
         raise FlextronError(f"model.seq_length={wanted} is not within 1..{positions}, the model's max_position_embeddings")
-    if data.vocab_size > info.model.vocab_size:
-        raise FlextronError(
-            f"data={data.path}: its tokenizer has {data.vocab_size} tokens, the model's vocabulary {info.model.vocab_size}: "
-            "prepare the data with the model's tokenizer"
-        )
     check_tokenizer(data, info.tokenizer)
-    length = wanted or positions
+    if data.vocab_size > info.model.vocab_size:
+        vocabulary = read_vocabulary(data.tokenizer)
+        beyond = vocabulary and vocabulary.beyond(info.model.vocab_size)
+        named = f", the first one beyond is {beyond[0][:40]!r} with id {beyond[1]}" if beyond else ""
+        remedy = "import it with resize_vocabulary=true" if info.hf_config else "prepare the data with the model's tokenizer"
+        raise FlextronError(
+            f"data={data.path}: its tokenizer has {data.vocab_size} tokens, the model's vocabulary "
+            f"{info.model.vocab_size}{named}: {remedy}"
+        )
+    length = wanted or info.model.default_length
     if model.sequence_parallel and length % model.tensor_model_parallel_size:
         raise FlextronError(
             f"model.sequence_parallel=true: model.tensor_model_parallel_size={model.tensor_model_parallel_size} does not "
@@ -60,11 +83,24 @@ def sequence_length(model: EvaluationModelSettings, info: CheckpointInfo, data: 
 
 
 def duration(max_time: str | None) -> float | None:
-    """Seconds of trainer.max_time, days:hours:minutes:seconds as in NeMo."""
+    """Seconds of trainer.max_time, which is days:hours:minutes:seconds as in NeMo; None for no limit."""
     if max_time is None:
         return None
     days, hours, minutes, seconds = map(int, max_time.split(":"))
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def end_of_job() -> float | None:
+    """Time at which training must stop for the time limit of its job, in seconds since 1970; None outside of a job of `launch`.
+
+    The job's script sets $FLEXTRON_STOP_AT: a process cannot know how long the job ran before it, for example to pull an image.
+    """
+    text = os.environ.get("FLEXTRON_STOP_AT")
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise FlextronError(f"FLEXTRON_STOP_AT={text}: is not a number of seconds since 1970: unset this variable")
+    return float(text)
 
 
 def _check_ddp(ddp: DataParallelSettings) -> None:
@@ -76,5 +112,5 @@ def _check_ddp(ddp: DataParallelSettings) -> None:
     if ddp.use_distributed_optimizer and optimizer.USING_PYTORCH_OPTIMIZER:
         raise FlextronError(
             "model.ddp.use_distributed_optimizer=true needs the FusedAdam of Transformer Engine or apex on a GPU: "
-            "Megatron-Core cannot load the state of torch's"
+            "Megatron-Core cannot load the state of torch's: set it to false"
         )

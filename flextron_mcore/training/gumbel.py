@@ -1,11 +1,11 @@
-"""One router for all axes, trained together with the model (LLaMaFlex): a budget in, a hidden size, a depth and widths out.
+"""Gumbel-softmax router over all axes, trained together with the model (LLaMaFlex): from a budget to hidden size, depth, widths.
 
-A choice is the argmax of logits with Gumbel noise of its own for every axis, layer and network. Most networks of a step are
-computed with real slices and teach the model alone. The first few are computed with masks (layers/weighted.py), and their
-gradients teach the router: through the relaxed choices, softmax((logits + noise) / temperature), early in training, later through
-the hard ones, straight through. The temperature falls over the training.
+A choice is argmax(logits + Gumbel noise), with independent noise for every choice and network. Most networks of a step are
+computed with real slices and train the model only. The first few are weighted networks, computed with masks (layers/weighted.py),
+whose gradients train the router. Early in training the masks are the relaxed choices softmax((logits + noise) / temperature),
+later the hard choices, straight through. The temperature decreases over the training.
 
-Shape suffixes: T targets, C constrained costs, N axes, K candidates, L layers, H hidden sizes.
+Shape suffixes: T targets, C constrained costs, N choices, K candidates, L layers, H hidden sizes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ from flextron_mcore.training.router import DRAW, LEARN, RouterLearner, RouterTra
 
 
 class GumbelLearner(RouterLearner, WeightLearner):
-    """The router of all axes, and its optimizer."""
+    """Router in training, with its optimizer, that chooses hidden size, depth, and widths of each layer by Gumbel-softmax.
+
+    Args:
+        training: choices, costs with a target, seed and length of the training.
+        settings: learning rate, temperature, entropy, constraint, number of weighted networks and more.
+        routers: a trained router to start from; None for a new one.
+    """
 
     def __init__(self, training: RouterTraining, settings: GumbelSettings, routers: StaticRouters | None = None) -> None:
         super().__init__(training, settings, routers)
         choices = training.choices
-        self.scale: float | None = None  # running mean of the losses above the full model's
+        self.scale: float | None = None  # running mean of the sub-networks' loss minus the full model's
         self.drawn: tuple[Tensor, Tensor] | None = None
 
         def parts(of: Callable[[Cost], float | Sequence[float]]) -> Tensor:
@@ -45,17 +51,20 @@ class GumbelLearner(RouterLearner, WeightLearner):
         self.candidates_CHK = [parts(lambda cost, name=axis.name: cost.candidates[name]) for axis in choices.space.layer_axes]
         smallest = [cost.smallest / span for cost, span in zip(self.costs, self.targets.spans, strict=True)]
         self.constant_CH = self.constant_CH - torch.tensor(smallest)[:, None]
-        # A layer is executed by the depths from the first that has it.
+        # has_LK is 1 where the network of the k-th depth executes a layer.
         ranks = {layer: rank for rank, layer in enumerate(choices.space.layer_ranking)}
         has_LK = [[ranks[layer] < depth for depth in choices.space.depth] for layer in range(choices.model.num_layers)]
         self.has_LK = torch.tensor(has_LK, dtype=torch.float32)
 
     def networks(self, step: int) -> list[SubNetwork | Weights]:
-        """Choices for this step's targets: the first as weights of all candidates, which the router learns from."""
+        """Draw targets, and a network for each: the first `weighted_per_step` as weighted networks, the others as sub-networks.
+
+        A weighted network is given by a weight for every candidate (`WeightedNetwork.of`). Call once a step, on the main process.
+        """
         generator = self._generator(step, DRAW)
         with torch.no_grad():
             targets_TC = self.targets.draw(self.training.targets_per_step, generator)
-            targets_TC = targets_TC[torch.randperm(len(targets_TC), generator=generator)]  # any of them may be weighted
+            targets_TC = targets_TC[torch.randperm(len(targets_TC), generator=generator)]  # else the first would be weighted
             noise_TNK = self._noise(len(targets_TC), generator)
             soft_TNK, hard_TNK = self._relaxed(targets_TC, noise_TNK, step)
         self.drawn = targets_TC, noise_TNK
@@ -86,17 +95,20 @@ class GumbelLearner(RouterLearner, WeightLearner):
         self._update(language / (self.scale * max(len(gradients), 1)) + self.settings.constraint_weight * constraint - entropy)
         return {
             **self._figures(targets_TC, hard_TNK.argmax(-1)),
-            "temperature": self._falling(self.settings.temperature, step),
+            "temperature": self._annealed(self.settings.temperature, step),
             "constraint_loss": constraint.item(),
         }
 
     def _relaxed(self, targets_TC: Tensor, noise_TNK: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Choices for targets [T, N, K]: relaxed, and as one-hot vectors of 0 and 1."""
-        soft_TNK = ((self.routers(targets_TC) + noise_TNK) / self._falling(self.settings.temperature, step)).softmax(-1)
+        """Choices for each target, both [T, N, K]: relaxed, softmax((logits + noise) / temperature), and one-hot, its argmax.
+
+        step: sets the temperature.
+        """
+        soft_TNK = ((self.routers(targets_TC) + noise_TNK) / self._annealed(self.settings.temperature, step)).softmax(-1)
         return soft_TNK, torch.nn.functional.one_hot(soft_TNK.argmax(-1), soft_TNK.shape[-1]).float()
 
     def _weights(self, choice_NK: Tensor) -> tuple[Tensor, ...]:
-        """The fields of a WeightedNetwork: hidden [H], layers [L], and of each of a layer's axes [L, K]."""
+        """One network's choices as fields of a WeightedNetwork: hidden sizes [H], layers [L], and each layer axis [L, K]."""
         space, layers = self.choices.space, self.choices.model.num_layers
         columns = zip(*(self.choices.rows([layer]) for layer in range(layers)), strict=True)
         widths = [
@@ -105,7 +117,7 @@ class GumbelLearner(RouterLearner, WeightLearner):
         return choice_NK[0, : len(space.hidden_size)], self.has_LK @ choice_NK[1, : len(space.depth)], *widths
 
     def _spent(self, choice_TNK: Tensor) -> Tensor:
-        """Costs of weighted choices, in shares of the span between the smallest and the full network: [T, C]."""
+        """Costs [T, C] of weighted choices, as shares of the span from the smallest network's cost to the full model's."""
         spent = []
         for choice_NK in choice_TNK:
             hidden_H, layers_L, *widths = self._weights(choice_NK)

@@ -1,9 +1,10 @@
-"""Learners: routers in training beside the model, one class for each signal that a router can learn from.
+"""Learners: routers in training beside the model, one base class for each kind of training signal.
 
-The language model runs on all ranks. Static routers are small and learn on the CPU of the main process, which tells the others
-what it chose; token routers learn on every rank, from what the networks left there.
+The language model runs on all ranks. Static routers (one network for all tokens) learn on the CPU of the main process, which
+sends its choices to the other ranks. Adaptive routers (a choice for every token) learn on every rank, from the traces of the
+tokens there.
 
-Shape suffixes: T networks of a step beside the full model, N blocks.
+Shape suffixes: T sub-networks of a step, N blocks.
 """
 
 from __future__ import annotations
@@ -21,58 +22,111 @@ Figures = dict[str, Any]  # a row of the log: plain numbers and lists of them
 
 
 class Learner(ABC):
-    """Routers in training. Losses are in nats per token, the full model's first; `learn` returns figures for the log."""
+    """Routers in training beside the model.
 
-    needs_backward: bool = True  # gradients are the signal: a frozen model runs its backward pass too
+    Subclasses have `learn`, which updates the routers from the losses of a step's networks (nats per token, the full model first)
+    and from gradients or traces, as their training signal needs, and returns figures for the log.
+
+    Attributes:
+        needs_backward: True if the training signal is a gradient, so that a step needs backward passes.
+    """
+
+    needs_backward: bool = True  # True if the signal is a gradient: the backward pass then runs on a frozen model too
 
     @abstractmethod
     def write(self, folder: Path) -> None:
-        """Write the routers, and what continues their training, into a checkpoint's directory. Call on the main process."""
+        """Write the routers and the state of their training into a checkpoint's directory. Call on the main process."""
 
     @abstractmethod
     def read(self, folder: Path) -> None:
-        """Continue from what `write` left."""
+        """Restore the routers and the state of their training from a checkpoint's directory.
+
+        Call on all ranks. Raises FlextronError for a damaged file, or if the checkpoint has another latency table.
+        """
 
 
 class LossLearner(Learner):
-    """Learns from losses alone, through a surrogate model of them (eq. 10). Learns on the main process."""
+    """Learner whose only training signal is losses, through a surrogate model of them (Flextron, eq. 10).
+
+    `learn` runs on the main process.
+    """
 
     needs_backward = False
 
     @abstractmethod
     def learn(self, step: int, losses: Sequence[float]) -> Figures:
-        """Update from a step's losses."""
+        """Update the routers from the losses of a step, on the main process. Returns figures for the log.
+
+        Args:
+            step: number of the step.
+            losses: loss of each network in nats per token, the full model first.
+        """
 
 
 class GateLearner(Learner):
-    """Learns straight through the gates on the networks' blocks. Learns on the main process."""
+    """Learner whose training signal is gradients of router gates: scalars of value 1 that multiply the outputs of blocks.
+
+    `learn` runs on the main process.
+    """
 
     @abstractmethod
     def learn(self, step: int, losses: Sequence[float], gradients_TN: Tensor) -> Figures:
-        """Update from a step's losses, and the gradients of each network's loss by the gates of its blocks."""
+        """Update the routers from the losses of a step and the gradients of the gates, on the main process.
+
+        Returns figures for the log.
+
+        Args:
+            step: number of the step.
+            losses: loss of each network in nats per token, the full model first.
+            gradients_TN: derivative of each sub-network's loss with respect to the router gate of each block.
+        """
 
 
 class WeightLearner(Learner):
-    """Learns from the weights of networks that are weighted sums of candidates. Learns on the main process."""
+    """Learner whose training signal is gradients of the candidates' weights in weighted networks (layers/weighted.py).
+
+    `learn` runs on the main process.
+    """
 
     @abstractmethod
     def learn(self, step: int, losses: Sequence[float], gradients: Sequence[Sequence[Tensor]]) -> Figures:
-        """Update from a step's losses, and what `WeightedNetwork.gradients` gives for each weighted network."""
+        """Update the routers from the losses of a step and the gradients of the weights, on the main process.
+
+        Returns figures for the log.
+
+        Args:
+            step: number of the step.
+            losses: loss of each network in nats per token, the full model first.
+            gradients: result of `WeightedNetwork.gradients` for each weighted network.
+        """
 
 
 class TraceLearner(Learner):
-    """Learns from the traces that token routings keep of their step. Learns on all ranks."""
+    """Learner of adaptive routers, whose training signal is the traces that token routing keeps of a step (adaptive/routing.py).
+
+    `learn` runs on all ranks.
+    """
 
     @property
     def watch(self) -> Watch | None:
-        """Callback for each micro-batch of the last pipeline stage, of a learner that needs no gradients; None of others."""
+        """Function that the last pipeline stage calls with losses and final hidden states (pipeline.networks.Watch), or None.
+
+        A learner that fits a surrogate model to the losses, and so needs no gradients, has one.
+        """
         return None
 
     @property
     def needs_backward(self) -> bool:  # type: ignore[override]
-        """True without a watch."""
+        """True if the learner has no `watch`, so that its training signal is a gradient."""
         return self.watch is None
 
     @abstractmethod
     def learn(self, step: int, losses: Sequence[float]) -> Figures:
-        """Update from a step's losses, and the traces of the routings that it ran."""
+        """Update the routers from the losses of a step and the traces of its token routings. Call on all ranks.
+
+        Returns figures for the log.
+
+        Args:
+            step: number of the step.
+            losses: loss of each network in nats per token, the full model first.
+        """

@@ -1,33 +1,39 @@
-"""The record of a training run: log.jsonl, TensorBoard, and the progress bar."""
+"""Log of a training run: log.jsonl, TensorBoard, and the progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from flextron_mcore.runtime.disk import write_whole
+from flextron_mcore.runtime.progress import INTERVAL, Progress, duration_text
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.settings.training import LoopSettings
 
 LOG_FILE = "log.jsonl"
-# Figures of a step that TensorBoard gets, where the phase has them.
+# Figures of a step that are written to TensorBoard if the phase has them.
 SCALARS = ("learning_rate", "grad_norm", "tokens_per_second", "surrogate_loss", "surrogate_error", "constraint_loss")
 
 
 class Log:
-    """log.jsonl, TensorBoard, and the progress bar; on the main process only.
+    """Log of a training run, written by the main process only; other ranks do nothing.
 
-    A resumed run drops the rows after the checkpoint it continues from.
+    Args:
+        out: directory of the run.
+        step: step of the checkpoint that the run continues from, 0 for a new run. Later rows of an old log are dropped.
+        settings: settings of the run.
     """
 
     def __init__(self, out: Path, step: int, settings: LoopSettings) -> None:
         self.first_validation: dict[str, float] = {}
-        self.active = is_main_process()
+        self.last_validation: dict[str, float] = {}  # after `step`, if that step was validated
+        self.active, self.stage = is_main_process(), settings.stage
         if not self.active:
             return
         path = out / LOG_FILE
@@ -36,6 +42,8 @@ class Log:
         for row in kept:
             if row["event"] == "validation" and row["step"] == 0:
                 self.first_validation = row["losses"]
+            if row["event"] == "validation" and row["step"] == step:
+                self.last_validation = row["losses"]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", encoding="utf-8")
         self.board = None
@@ -45,12 +53,14 @@ class Log:
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self.every = settings.trainer.log_every_n_steps
         self.terminal = sys.stderr.isatty()
-        self.max_steps, self.stage = settings.trainer.max_steps, settings.stage
+        self.max_steps, self.first = settings.trainer.max_steps, step
+        self.begun = self.said = time.monotonic()
         self.bar = tqdm(total=self.max_steps, initial=step, desc=self.stage, unit="step", disable=not self.terminal)
         if step:
             self._say(f"{self.stage}: continuing after step {step}")
 
     def train(self, row: dict[str, Any]) -> None:
+        """Write the figures of a training step to log.jsonl, TensorBoard and the terminal."""
         if not self.active:
             return
         self._write(row)
@@ -69,9 +79,12 @@ class Log:
         figures["tok/s"] = f"{row['tokens_per_second']:.0f}"
         self.bar.set_postfix(figures)
         self.bar.update(1)
-        if not self.terminal and (row["step"] % self.every == 0 or row["step"] == self.max_steps):
+        due = row["step"] % self.every == 0 or time.monotonic() - self.said >= INTERVAL
+        if not self.terminal and (due or row["step"] in (self.first + 1, self.max_steps)):
             text = "  ".join(f"{name} {value}" for name, value in figures.items())
-            self._say(f"{self.stage}: step {row['step']}/{self.max_steps}  {text}")
+            seconds = (time.monotonic() - self.begun) / (row["step"] - self.first) * (self.max_steps - row["step"])
+            left = f", {duration_text(seconds)} left" if seconds else ""
+            self._say(f"{self.stage}: step {row['step']}/{self.max_steps}{left}  {text}")
         if self.board:
             self.board.add_scalar("train/loss", row["loss"], row["step"])
             for i, loss in enumerate(row.get("subnetwork_losses", [])):
@@ -80,9 +93,21 @@ class Log:
                 if row.get(name) is not None:
                     self.board.add_scalar(f"train/{name}", row[name], row["step"])
 
+    def validating(self, step: int, passes: int) -> Progress:
+        """Progress bar of a validation.
+
+        Args:
+            step: training step after which the validation runs.
+            passes: number of evaluations of a network on a domain.
+        """
+        return Progress(total=passes, desc=f"{self.stage}: validation after step {step}", unit="evaluation", leave=False)
+
     def validation(self, row: dict[str, Any]) -> None:
+        """Write the losses of a validation to log.jsonl, TensorBoard and the terminal."""
         if not self.active:
             return
+        if row["step"] == self.first:
+            self.begun = time.monotonic()  # the time left is that of steps
         self._write(row)
         text = "  ".join(f"{name} {loss:.3f}" for name, loss in row["losses"].items())
         self._say(f"{self.stage}: validation after step {row['step']}: {text}")
@@ -91,6 +116,7 @@ class Log:
                 self.board.add_scalar(f"validation/{name}", loss, row["step"])
 
     def close(self) -> None:
+        """Close the files and the progress bar."""
         if self.active:
             self.bar.close()
             self.file.close()
@@ -102,6 +128,7 @@ class Log:
         self.file.flush()
 
     def _say(self, text: str) -> None:
+        self.said = time.monotonic()
         if self.terminal:
             tqdm.write(text, file=sys.stderr)
         else:
@@ -109,7 +136,7 @@ class Log:
 
 
 def _whole_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, without lines that are damaged: a kill cuts the last one short."""
+    """Rows of a log, without damaged lines: a killed run may leave its last line cut short."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,7 +1,8 @@
-"""The training loop of every phase, and its step: what is trained, and what the learner beside the model is given.
+"""Training loop of all phases.
 
-A step runs every micro-batch through the full model and the networks of the phase. The weights follow the sum of their mean
-losses (Flextron, eq. 5), unless the phase leaves them frozen; a learner of routers follows its own signal.
+A step runs every micro-batch through the full model and the sub-networks of the phase. Unless the phase freezes them, the weights
+minimise the sum over networks of their mean losses: sum_j L(M_j(x), y) (Flextron, eq. 5). A learner trains routers beside the
+model, from its own signal.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from flextron_mcore.pipeline.networks import Batch, gate_gradients, run_networks
 from flextron_mcore.runtime import signals
 from flextron_mcore.runtime.disk import disk_errors
 from flextron_mcore.runtime.distributed import device, stop_agreed
-from flextron_mcore.runtime.ranks import is_main_process
+from flextron_mcore.runtime.ranks import is_main_process, on_main_process
 from flextron_mcore.runtime.seeds import seed_step
 from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.settings.training import LoopSettings
 from flextron_mcore.training.build import TrainedModel
 from flextron_mcore.training.checkpointing import KEPT, Checkpointer, FrozenCheckpointer, TrainingCheckpointer, remove_unfinished
-from flextron_mcore.training.checks import duration
+from flextron_mcore.training.checks import duration, end_of_job
 from flextron_mcore.training.learner import Figures, GateLearner, Learner, LossLearner, TraceLearner, WeightLearner
 from flextron_mcore.training.log import Log
 
@@ -46,11 +47,18 @@ Chunks = list[torch.nn.Module]
 
 @dataclass
 class Phase:
-    """A training phase. Its functions are called on all ranks, with the same results.
+    """Training phase: the networks that a step runs, and the parts that learn from them.
 
-    networks: of a step, the full model (None) first. validation: networks to validate after a step, by name. teach: of the
-    sub-networks by the full model. frozen: the weights stay as they are, only `learner` learns. after: {step: function of the
-    model, ready for evaluation}, called before the validation and the checkpoint of that step; the step before has a checkpoint.
+    Its functions are called on all ranks and return the same there.
+
+    Attributes:
+        networks: function from a step to the networks that it runs, the full model (None) first.
+        validation: function from a step to {name: network} to validate after it.
+        teach: settings of the distillation from the full model to the sub-networks of the same step; none at weight 0.
+        learner: routers in training, None without.
+        frozen: True if the weights stay as they are and only `learner` learns.
+        after: {step: function of the model in evaluation mode}, called before the validation and the checkpoint of that step. A
+            checkpoint is also written one step earlier, because these functions may take long.
     """
 
     networks: Callable[[int], list[Network]]
@@ -64,17 +72,24 @@ class Phase:
 def train(
     settings: LoopSettings, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int
 ) -> dict[str, Any]:
-    """Train until trainer.max_steps and return the figures of metrics.json. Call on all ranks.
+    """Train until trainer.max_steps and return the content of metrics.json. Call on all ranks.
 
-    info: the model and space; its `path` holds the weights to start from, None for a fresh initialisation. seq_length: from
-    `check`. A run that was interrupted continues from its newest whole checkpoint in `out`.
+    An interrupted run continues from its newest complete checkpoint in `out`. Raises FlextronError if a loss is not finite.
+
+    Args:
+        settings: settings of the stage.
+        out: directory of the run.
+        info: architecture and elastic space. Its `path` is the checkpoint to start from; None for a random initialisation.
+        data: prepared data set.
+        phase: networks that a step runs, and the parts that learn.
+        seq_length: tokens of a sample, from `check`.
     """
     with disk_errors(out, KEPT):
         return _Run(settings, out, info, data, phase, seq_length).train()
 
 
 class _Run:
-    """A training run on this rank."""
+    """Training run on this rank."""
 
     def __init__(
         self, settings: LoopSettings, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int
@@ -89,6 +104,7 @@ class _Run:
         self.valid_data = valid_datasets(data, seq_length, settings.seed, cache)
         saving = settings.exp_manager.checkpoint_callback_params
         self.save_interval = saving.every_n_train_steps
+        self.save_seconds = math.inf if saving.every_minutes is None else 60 * saving.every_minutes
         self.trained: TrainedModel | None = None
         self.checkpointer: Checkpointer
         if phase.frozen:
@@ -102,7 +118,7 @@ class _Run:
             self.checkpointer = TrainingCheckpointer(out, saving.keep_last, phase.learner, self.trained, saving.async_save)
 
     def train(self) -> dict[str, Any]:
-        """Run the steps that are left."""
+        """Run the remaining steps, and return the figures of metrics.json."""
         if is_main_process():
             remove_unfinished(self.out)
         step, done = 0, list_checkpoints(self.out)
@@ -111,30 +127,34 @@ class _Run:
             self.checkpointer.load(newest)
             step = newest.step
         log = Log(self.out, step, self.settings)
-        started, trained = time.perf_counter(), 0
+        started, trained, saved = time.perf_counter(), 0, time.monotonic()
         validation: dict[str, Any] = {"first": log.first_validation, "last": {}}
-        if step == 0:
+        if step == 0 and self.trainer.val_at_start:
             validation["first"] = self._validate(0, log)
+        if step == self.trainer.max_steps:  # killed after its last checkpoint
+            logged = on_main_process(lambda: log.last_validation)
+            validation["last"] = logged or self._validate(step, log)
         self._training_mode()
         signals.defer(True)
-        signals.limit(duration(self.trainer.max_time))
+        signals.limit(duration(self.trainer.max_time), end_of_job())
         try:
             while step < self.trainer.max_steps:
                 self._step(step, log)
                 step, trained = step + 1, trained + 1
                 last = step == self.trainer.max_steps
                 if then := self.phase.after.get(step):
-                    self.checkpointer.finish()  # it can take long, and then a killed run loses a step
+                    self.checkpointer.finish()  # `then` may take long: if the run is killed meanwhile, only one step is lost
                     with self._gathered():
                         then([chunk.eval() for chunk in self.model])
                     self._training_mode()
                 if last or step % self.trainer.val_check_interval == 0:
                     validation["last"] = self._validate(step, log)
-                stop = 0 if last else stop_agreed()
-                if stop or last or step % self.save_interval == 0 or step + 1 in self.phase.after:
+                stop, due = (0, False) if last else stop_agreed(time.monotonic() - saved >= self.save_seconds)
+                if stop or last or due or step % self.save_interval == 0 or step + 1 in self.phase.after:
                     with self._gathered(), signals.deaf_helpers():
                         dtype = self.info.dtype if self.phase.frozen else self.trainer.precision
                         self.checkpointer.save(self.info.at_step(step, dtype=dtype))
+                    saved = time.monotonic()
                 if stop:
                     self.checkpointer.close()
                     signals.stop(stop, self.settings.stage, step)
@@ -142,7 +162,7 @@ class _Run:
             self.checkpointer.close()
         except BaseException:
             if torch.distributed.get_world_size() == 1:
-                # The save in flight becomes whole; left alone, its results would be taken for those of the next one.
+                # Complete the save in the background. Otherwise its result would be read as that of the next save.
                 with contextlib.suppress(Exception):
                     self.checkpointer.close()
             raise
@@ -162,7 +182,7 @@ class _Run:
         }
 
     def _step(self, step: int, log: Log) -> None:
-        """One step: the losses of its networks, the weights' update, what the learner learns, and a row of the log."""
+        """Run one step: forward and backward passes, the weights' update, the learner's update, and a row of the log."""
         begun = time.perf_counter()
         seed_step(self.settings.seed, step)
         networks, learner = self.phase.networks(step), self.phase.learner
@@ -192,14 +212,14 @@ class _Run:
         if not all(map(math.isfinite, losses)):
             cause = "training diverged, lower model.optim.lr" if self.trained else "the checkpoint's weights are not finite"
             raise FlextronError(f"step {step + 1}: the loss is {losses[0]}: {cause}")
-        row |= self._tell(step, losses, networks, gates, total[0, 1].item())
+        row |= self._learn(step, losses, networks, gates, total[0, 1].item())
         row["tokens_per_second"] = self.options.global_batch_size * self.seq_length / (time.perf_counter() - begun)
         log.train(row)
 
-    def _tell(
+    def _learn(
         self, step: int, losses: list[float], networks: list[Network], gates: list[list[Tensor] | None] | None, tokens: float
     ) -> Figures:
-        """Give the learner its signal, which all ranks gather, and return its figures, which the main process needs."""
+        """Gather the learner's signal on all ranks, update the learner, and return its figures (on the main process)."""
         learner, parallel, here = self.phase.learner, self.options.sequence_parallel, is_main_process()
         match learner:
             case LossLearner():
@@ -215,7 +235,7 @@ class _Run:
         return {}
 
     def _batches(self, step: int) -> Iterator[Batch]:
-        """This rank's micro-batches: a function of the step alone."""
+        """Micro-batches of this rank. They depend on the step only."""
         size = self.options.micro_batch_size
         first = step * self.options.global_batch_size
         for m in range(self.micro_batches):
@@ -226,7 +246,9 @@ class _Run:
         size, limit = self.options.micro_batch_size, self.trainer.limit_val_batches
         samples = limit and limit * self.options.global_batch_size
         with self._gathered():
-            domains = evaluate(self.model, self.valid_data, self.phase.validation(step), self.seq_length, size, samples)
+            networks = self.phase.validation(step)
+            with log.validating(step, len(networks) * len(self.valid_data)) as bar:
+                domains = evaluate(self.model, self.valid_data, networks, self.seq_length, size, samples, lambda _: bar.update())
         losses = {name: mean(values) for name, values in domains.items()}
         log.validation({"step": step, "event": "validation", "losses": losses, "domains": domains})
         return losses

@@ -1,12 +1,12 @@
-"""Base class of static routers in training: draws of targets, the choices of a step, entropy, optimizer, state on disk.
+"""Base class of static routers in training: targets, choices of a step, entropy, optimizer, and state on disk.
 
-Shape suffixes: T targets, C constrained costs, N decisions, K candidates.
+Shape suffixes: T targets, C constrained costs, N choices, K candidates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from flextron_mcore.choosing import Network
 from flextron_mcore.cost import Budget, Cost
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.routers.static import StaticRouters, log_probabilities
-from flextron_mcore.routers.store import STATE_FILE, RouterInfo, check_same_table, load_state, save_state, write_routers
+from flextron_mcore.routers.store import (
+    STATE_FILE,
+    RouterInfo,
+    check_same_table,
+    load_state,
+    read_routers,
+    save_state,
+    write_routers,
+)
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.selection.router import RouterSelector, target_of
@@ -28,15 +36,22 @@ from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.constraint import Constraint, Targets
 from flextron_mcore.training.learner import Figures, Learner
 
-Weights = list[list]  # the fields of a WeightedNetwork as plain numbers, which every rank gets
+Weights = list[list]  # fields of a WeightedNetwork as plain numbers, which are sent to all ranks
 DRAW, LEARN = 0, 1  # streams of random numbers of a step
 
 
 @dataclass(frozen=True)
 class RouterTraining:
-    """Routers to be trained: what they choose from, for which costs and how long.
+    """Description of a training of static routers: choices, costs, seed and length.
 
-    costs: those of `info`, which are constrained. table: of latencies, kept beside the routers.
+    Attributes:
+        choices: choices that the routers make.
+        costs: costs with a target, in the order of `info.costs`.
+        info: description of the routers, stored beside them.
+        targets_per_step: number of targets, and so of sub-networks, in a step.
+        seed: seed of the run.
+        max_steps: length of the training in steps.
+        table: latency table as plain types, stored beside the routers; None without.
     """
 
     choices: Choices
@@ -48,12 +63,18 @@ class RouterTraining:
     table: Mapping[str, Any] | None = None
 
     def new_routers(self) -> StaticRouters:
-        """Routers that have learned nothing, from the current random state."""
+        """Untrained routers, initialised from torch's current random state."""
         return StaticRouters(self.choices, len(self.costs), self.info.hidden_size)
 
 
 class RouterLearner(Learner):
-    """Static routers and their optimizer. routers: trained ones to start from."""
+    """Static routers (one network for all tokens) in training, and their optimizer.
+
+    Args:
+        training: choices, costs with a target, seed and length of the training.
+        settings: learning rate, entropy and constraint of the routers, and further settings of subclasses.
+        routers: trained routers to start from; None for new ones.
+    """
 
     def __init__(
         self, training: RouterTraining, settings: RouterSettings | GumbelSettings, routers: StaticRouters | None = None
@@ -69,22 +90,28 @@ class RouterLearner(Learner):
         self.optimizer = torch.optim.Adam(self.routers.parameters(), lr=settings.lr, betas=(0.9, 0.99))
 
     def _seeded(self) -> None:
-        """Make other modules with random weights, if any."""
+        """Build a subclass's own modules with random weights. The constructor calls it after seeding torch."""
 
-    # Choices of the routers now, without noise.
+    # Choices of the current routers, without noise.
 
     def selector(self) -> RouterSelector:
-        """Selector of the routers as they are."""
+        """Selector that uses the current routers."""
         costs = {cost.name: cost for cost in self.costs}
         return RouterSelector(self.choices, costs, log_probabilities(self.routers), evaluated=self.info.losses(self.choices))
 
     def choose(self, share: float) -> SubNetwork:
-        """Network for a share of the (first) cost of the full model."""
+        """Sub-network that the routers choose for a budget. Raises FlextronError if no sub-network keeps to the budget.
+
+        share: budget, as a share of the full model's first cost.
+        """
         cost = self.costs[0]
         return self.selector().select([Budget(cost, share * cost.full)])
 
     def argmax(self, share: float) -> SubNetwork:
-        """Likeliest network for that share, which may miss the budget (eq. 9)."""
+        """Network with the likeliest candidate of every choice, argmax(R_i(T)) (Flextron, eq. 9). It may miss the budget.
+
+        share: budget T, as a share of the full model's first cost; other costs get the target 1 (full model).
+        """
         targets = [1.0] * len(self.costs)
         targets[0] = target_of(self.costs[0], share * self.costs[0].full)
         return self.selector().argmax(targets)
@@ -92,30 +119,33 @@ class RouterLearner(Learner):
     # A step.
 
     def networks(self, step: int) -> list[SubNetwork | Weights]:
-        """Choices for the targets of a step. Call on the main process, once."""
+        """Networks that the routers choose in this step, one for each randomly drawn target, without the full model.
+
+        Call once a step, on the main process.
+        """
         raise NotImplementedError
 
     def step_networks(self, step: int) -> list[Network]:
-        """`networks` on every rank, after the full model. Call on all ranks."""
+        """Networks of a step: the full model (None), then the result of `networks`, the same on every rank. Call on all ranks."""
         drawn = on_main_process(lambda: self.networks(step))
         return [None, *(WeightedNetwork.of(net, device()) if isinstance(net, list) else net for net in drawn)]
 
     def _generator(self, step: int, stream: int) -> torch.Generator:
-        """Random numbers that are a function of (seed, step, stream)."""
+        """Random number generator that depends on (seed, step, stream) only."""
         value = np.random.SeedSequence([self.training.seed, 6, stream, step]).generate_state(1)[0]
         return torch.Generator().manual_seed(int(value))
 
     def _entropy(self, logits_TNK: Tensor, step: int) -> Tensor:
-        """Entropy of the choices, mean over targets and sum over decisions, times a weight that falls over the training.
+        """Entropy of the routers' probabilities, averaged over targets, summed over choices, times a decreasing weight.
 
-        It keeps the second-best candidates' probabilities meaningful: in proportion to exp(-loss / weight).
+        With it the optimal probabilities are proportional to exp(-loss / weight), so second-best candidates keep an order.
         """
-        weight = self._falling(self.settings.entropy, step)
+        weight = self._annealed(self.settings.entropy, step)
         log_p_TNK = logits_TNK.log_softmax(-1).masked_fill(~self.routers.exists_NK, 0.0)
         return -weight * (log_p_TNK.exp() * log_p_TNK * self.routers.exists_NK).sum((-1, -2)).mean()
 
-    def _falling(self, ends: tuple[float, float], step: int) -> float:
-        """Geometric schedule between the first and the last value."""
+    def _annealed(self, ends: tuple[float, float], step: int) -> float:
+        """Value at `step` of a geometric schedule from the first to the last of `ends`."""
         first, last = ends
         return first * (last / first) ** (step / self.training.max_steps)
 
@@ -132,7 +162,7 @@ class RouterLearner(Learner):
             "costs": [[cost.of(net) / cost.full for cost in self.costs] for net in networks],
         }
 
-    # What is kept.
+    # State on disk.
 
     def write(self, folder: Path) -> None:
         write_routers(folder, self.info, self.routers, self.training.table)
@@ -140,10 +170,12 @@ class RouterLearner(Learner):
 
     def read(self, folder: Path) -> None:
         check_same_table(folder, self.training.table)
+        described, _ = read_routers(folder, self.choices)
+        self.info = replace(self.info, evaluated=described.evaluated)
         self._restore(load_state(folder / STATE_FILE))
 
     def _state(self) -> dict[str, Any]:
-        """State that training continues from: modules, optimizers and plain values by name."""
+        """State needed to continue training: {name: module, optimizer or plain value}."""
         return {"routers": self.routers, "optimizer": self.optimizer}
 
     def _restore(self, state: Mapping[str, Any]) -> None:

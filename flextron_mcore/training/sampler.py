@@ -1,6 +1,6 @@
-"""Random sub-networks (Flextron, section 3.1).
+"""Random sub-networks of a training step (Flextron, section 3.1).
 
-A draw is a function of (seed, step) only: the same on every rank, and after a resume.
+Draws depend on (seed, step) only, so they are the same on every rank and after a resume.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ MODES = ("flextron", "matformer")
 def draw(
     model: ModelConfig, space: ElasticSpace, seed: int, step: int, count: int, mode: str = "flextron", stream: int = 0
 ) -> list[SubNetwork]:
-    """`count` sub-networks for a step.
+    """Draw the random sub-networks of a step. Raises FlextronError for an unknown mode.
 
-    flextron: every axis is drawn independently and uniformly, for each layer or for the network. matformer: all layers share one
-    FFN width, and everything else is full; the widths of one step are distinct while there are enough of them (MatFormer,
-    arXiv:2310.07707). stream: separates independent uses of the same seed and step (0 training, 1 validation).
+    Args:
+        model: architecture of the full model.
+        space: space to draw from.
+        seed: seed of the run.
+        step: number of the step.
+        count: number of sub-networks.
+        mode: `flextron`: every axis is drawn independently and uniformly, in each layer or for the network. `matformer`: all
+            layers share a smaller FFN width, and all else is full; widths within a step differ while there are enough of them
+            (MatFormer, arXiv:2310.07707).
+        stream: separates independent draws of the same seed and step: 0 for training, 1 for validation.
     """
     if mode not in MODES:
         raise FlextronError(f"mode={mode!r} is not known: use one of {', '.join(MODES)}")
@@ -50,5 +57,16 @@ def draw(
 def random_family(
     model: ModelConfig, space: ElasticSpace, seed: int, step: int, count: int, mode: str = "flextron"
 ) -> dict[str, SubNetwork]:
-    """`count` random sub-networks, "random 1" and so on, independent of those that training draws."""
+    """Random sub-networks by name, "random 1" and so on, independent of the draws of training.
+
+    Raises FlextronError for an unknown mode.
+
+    Args:
+        model: architecture of the full model.
+        space: space to draw from.
+        seed: seed of the run.
+        step: number of the step.
+        count: number of sub-networks.
+        mode: `flextron` (every axis independently, in each layer) or `matformer` (the same smaller FFN width in all layers).
+    """
     return {f"random {i + 1}": net for i, net in enumerate(draw(model, space, seed, step, count, mode, stream=1))}

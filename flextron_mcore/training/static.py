@@ -1,6 +1,12 @@
-"""Routers of blocks, trained on a model through a surrogate of its loss, or straight through gates (Flextron, 3.2, eq. 7-10).
+"""Training of static routers (Flextron, section 3.2, eq. 7-10), through a surrogate model or straight through gates.
 
-Shape suffixes: T targets, C constrained costs, N blocks, K candidates, B pairs of a choice and its loss.
+    loss = sum_t L(M_t) + constraint_weight * constraint(M_t) - weight * entropy        (eq. 7, and an entropy term)
+
+L is the language-model loss of the network M_t that the routers choose for target t, constraint the loss of eq. 8.
+Targets and costs are shares of the span from the smallest network's cost (0) to the full model's (1). "Degradation" is a
+network's loss minus the full model's loss on the same batch, in nats per token.
+
+Shape suffixes: T targets, C constrained costs, N blocks, K candidates, B pairs of a sub-network and its degradation.
 """
 
 from __future__ import annotations
@@ -19,13 +25,22 @@ from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.learner import Figures, GateLearner, LossLearner
 from flextron_mcore.training.router import DRAW, LEARN, RouterLearner, RouterTraining
 
-# Networks that are run are large more often than small ones: the nearer to the full model, the less losses differ, and the more
-# of them it takes to tell which blocks matter.
+# Power of `Targets.draw`: large networks are run more often. Near the full model losses differ less, so it takes more of them to
+# tell which blocks matter.
 LARGE = 2.0
 
 
 class StaticLearner(RouterLearner):
-    """Routers that learn from expected losses: of each candidate of each block, the other blocks as drawn."""
+    """Base class of learners for static routers, which choose a candidate of each block for all tokens.
+
+    For each block the routers minimise the expected loss over the block's candidates, while all other blocks keep their drawn
+    candidates.
+
+    Args:
+        training: choices, costs with a target, seed and length of the training.
+        settings: learning rate, entropy and constraint weight.
+        routers: trained routers to start from; None for new ones.
+    """
 
     def __init__(self, training: RouterTraining, settings: RouterSettings, routers: StaticRouters | None = None) -> None:
         super().__init__(training, settings, routers)
@@ -33,11 +48,11 @@ class StaticLearner(RouterLearner):
         self.spent_CNK = torch.tensor(np.array(spent), dtype=torch.float32)
         starts = [(cost.constant - cost.smallest) / span for cost, span in zip(self.costs, self.targets.spans, strict=True)]
         self.start_C = torch.tensor(starts)
-        self.losses: list[Tensor] = []  # of all steps, above the full model's on the same batch
+        self.losses: list[Tensor] = []  # degradations [T] of each step
         self.drawn: tuple[Tensor, Tensor] | None = None
 
     def networks(self, step: int) -> list[SubNetwork]:
-        """Choices for this step's targets, with exploration noise."""
+        """Draw targets, and for each a sub-network from the routers' probabilities. Call once a step, on the main process."""
         generator = self._generator(step, DRAW)
         with torch.no_grad():
             targets_TC = self.targets.draw(self.training.targets_per_step, generator, LARGE)
@@ -46,22 +61,22 @@ class StaticLearner(RouterLearner):
         return [self.choices.network(row) for row in indices_TN.tolist()]
 
     def _add(self, losses: Sequence[float]) -> Tensor:
-        """Losses of the drawn networks above the full model's: [T]."""
+        """Store and return the degradations [T] of the drawn networks. losses: the full model's first."""
         degradation_T = (torch.tensor(losses[1:], dtype=torch.float64) - losses[0]).float()
         self.losses.append(degradation_T)
         return degradation_T
 
     def _scale(self) -> float:
-        """Typical loss above the full model's."""
+        """Mean degradation of all steps so far."""
         return float(torch.cat(self.losses).mean().clamp_min(1e-6))
 
     def _choose(self, logits_TNK: Tensor, generator: torch.Generator) -> Tensor:
-        """A draw from the routers' probabilities: argmax of the logits with Gumbel noise."""
+        """Draw candidates [T, N] from softmax(logits), as argmax(logits + Gumbel noise)."""
         uniform_TNK = torch.rand(logits_TNK.shape, generator=generator).clamp_min(1e-9)
         return (logits_TNK - torch.log(-torch.log(uniform_TNK))).argmax(-1)
 
     def _constraint(self, indices_TN: Tensor, targets_TC: Tensor, step: int) -> Tensor:
-        """Eq. 8 for each candidate of each block, the other blocks as chosen: [T, N, K]."""
+        """Constraint loss [T, N, K] (Flextron, eq. 8) of each candidate of each block, if all other blocks keep `indices_TN`."""
         spent_TCNK = self.spent_CNK.expand(len(indices_TN), -1, -1, -1)
         now_TCN1 = spent_TCNK.gather(-1, indices_TN[:, None, :, None].expand(-1, len(self.costs), -1, -1))
         over_TC = now_TCN1.sum((-1, -2)) + self.start_C - targets_TC
@@ -69,10 +84,11 @@ class StaticLearner(RouterLearner):
 
     @staticmethod
     def _expected(logits_TNK: Tensor, loss_TNK: Tensor) -> Tensor:
-        """Expected loss under each block's own probabilities, summed over blocks.
+        """Expected loss of the choices: mean_t sum_n sum_k softmax(logits)[t, n, k] * loss[t, n, k].
 
-        Its gradient is what a straight-through one-hot choice estimates, with real differences between candidates in place of
-        derivatives.
+        t counts targets, n blocks, k the candidates of a block. loss: loss of candidate k in block n, the other blocks as drawn.
+        Its gradient is the one that a straight-through one-hot choice estimates, with real differences between candidates
+        instead of derivatives.
         """
         return (logits_TNK.softmax(-1) * loss_TNK).sum((-1, -2)).mean()
 
@@ -90,7 +106,10 @@ class StaticLearner(RouterLearner):
 
 
 class StraightThroughLearner(StaticLearner, GateLearner):
-    """Static routers that learn from the gradients of gates on the blocks of the networks that ran."""
+    """Static routers that learn from gradients of router gates on the blocks of networks.
+
+    A gate multiplies the output of a block with p / stopgrad(p), p being the probability of the drawn candidate.
+    """
 
     def learn(self, step: int, losses: Sequence[float], gradients_TN: Tensor) -> Figures:
         targets_TC, indices_TN = self.drawn
@@ -105,7 +124,15 @@ class StraightThroughLearner(StaticLearner, GateLearner):
 
 
 class SurrogateLearner(StaticLearner, LossLearner):
-    """Static routers, their surrogate, and the pairs of choices and losses so far."""
+    """Static routers that learn from a surrogate model of degradation, fitted to all sub-networks drawn so far.
+
+    Degradation is a sub-network's loss minus the full model's loss on the same batch, in nats per token.
+
+    Args:
+        training: choices, costs with a target, seed and length of the training.
+        settings: learning rate, entropy and constraint weight.
+        surrogate: size and training of the surrogate model, and the error below which routers follow it.
+    """
 
     def __init__(self, training: RouterTraining, settings: RouterSettings, surrogate: SurrogateSettings) -> None:
         self.surrogate_settings = surrogate
@@ -113,8 +140,9 @@ class SurrogateLearner(StaticLearner, LossLearner):
         self.surrogate_optimizer = torch.optim.AdamW(
             self.surrogate.parameters(), lr=surrogate.lr, weight_decay=surrogate.weight_decay
         )
-        self.indices: list[Tensor] = []  # the choices of `losses`
-        self.error: float | None = None  # running mean of its squared error on new pairs, as a share of the losses' variance
+        self.indices: list[Tensor] = []  # drawn candidates [T, N] for each entry of `losses`
+        # Running mean of the surrogate's squared error on new pairs / variance of the degradations.
+        self.error: float | None = None
         self.steps_followed = 0
 
     def _seeded(self) -> None:
@@ -133,7 +161,7 @@ class SurrogateLearner(StaticLearner, LossLearner):
         return {**self._figures(targets_TC, indices_TN), **figures, "constraint_loss": constraint}
 
     def _fit(self, step: int, indices_TN: Tensor, degradation_T: Tensor, scale: float, generator: torch.Generator) -> Figures:
-        """Error of the surrogate on the new pairs first, then its updates on all pairs."""
+        """Measure the surrogate's error on the new pairs, then update it on pairs drawn from all steps."""
         settings, indices_BN, losses_B = self.surrogate_settings, torch.cat(self.indices), torch.cat(self.losses)
         with torch.no_grad():
             l2 = float(((self.surrogate(self._one_hot(indices_TN)) - degradation_T) ** 2).mean())
@@ -152,7 +180,7 @@ class SurrogateLearner(StaticLearner, LossLearner):
         return {"surrogate_loss": l2, "surrogate_error": self.error, "routers_follow_surrogate": follow}
 
     def _follow(self, step: int, scale: float, follow: bool, generator: torch.Generator) -> float:
-        """One update of the routers, for targets of its own; without `follow` they learn the budgets only."""
+        """Update the routers once, on new targets. Without `follow` they get the constraint loss only. Returns that loss."""
         targets_TC = self.targets.draw(self.settings.batch_size, generator)
         logits_TNK = self.routers(targets_TC)
         indices_TN = self._choose(logits_TNK.detach(), generator)
@@ -171,7 +199,7 @@ class SurrogateLearner(StaticLearner, LossLearner):
 
     @staticmethod
     def _typical(losses_B: Tensor, scale: float) -> Tensor:
-        """Unit of differences between losses: small ones matter to large budgets as large ones do to small budgets."""
+        """Unit of degradations: small differences between large networks then count like large ones between small networks."""
         return losses_B.detach().abs() + 0.3 * scale
 
     def _state(self) -> dict[str, Any]:

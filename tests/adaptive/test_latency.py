@@ -1,4 +1,4 @@
-"""Costs of blocks whose tokens choose for themselves: what is fitted, and the table that holds it."""
+"""Latency of token-routed blocks: the fit of its costs, and the part of the latency table that holds them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flextron_mcore.adaptive.table import RoutedTable, routed_warning, token_cos
 from flextron_mcore.adaptive.usage import TokenCost
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost, parameter_cost
+from flextron_mcore.digests import seal
 from flextron_mcore.latency.measure import Setting
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.layers.state import FULL
@@ -25,7 +26,7 @@ from tests.routing_toy import family, latency, write_table
 
 @pytest.mark.parametrize("kind", ["prefill", "generation"])
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
-def test_it_measures(kind, kv_policy):
+def test_measured_costs_of_token_routing(kind, kv_policy):
     choices = family(2)
     model, calls = toy.model(choices.model, choices.space), []
     setting = Setting(kind, 2, 8, 4 if kind == "generation" else 1)
@@ -40,10 +41,11 @@ def test_it_measures(kind, kv_policy):
 
 @pytest.mark.parametrize("setting", [Setting("prefill", 2, 8), Setting("generation", 2, 8, 4)], ids=lambda setting: setting.kind)
 def test_costs_of_levels_are_found(setting, monkeypatch):
-    """A clock that knows what levels cost, for the share of tokens at each: attention 1, 2, 3, 4 and MLPs 2, 3, 5, 9 ms.
+    """The fit finds the costs of a simulated clock.
 
-    Where those of the prompt differ 0.5 and 3 ms, as much again for each further level, and 2 and 0.1 ms times what lies above a
-    token's. It runs at half the speed of the table's.
+    A block takes its levels' costs, weighted by the shares of tokens at them: attention 1, 2, 3, 4 ms, MLP 2, 3, 5, 9 ms. Where
+    the prompt's tokens differ it takes 0.5 (attention) or 3 ms (MLP) more, as much again for each further level, and 2 or 0.1 ms
+    times the part of the block above a token's own level. The clock runs at half the speed of the table's machine.
     """
     choices = family(2)
     costs, overhead = np.array([[1.0, 2, 3, 4], [2, 3, 5, 9]]), ((0.5, 0.5, 2.0), (3.0, 3.0, 0.1))
@@ -79,7 +81,7 @@ def test_costs_of_levels_are_found(setting, monkeypatch):
     assert found.check["largest_error"] < 1e-9
 
 
-def test_the_table_keeps_them(tmp_path):
+def test_the_table_keeps_costs_of_token_routing(tmp_path):
     choices = family(2)
     toy_run = tmp_path / "run"
     from flextron_mcore.checkpoint.store import CheckpointInfo
@@ -92,7 +94,7 @@ def test_the_table_keeps_them(tmp_path):
     overhead = {"heads": (0.5, 0.25, 1.0), "ffn_hidden_size": (0.0, 0.1, 0.0)}
     part = RoutedTable(8, levels, overhead, {"median_error": 0.01})
     row = json.loads(json.dumps(part.to_dict()))
-    file.write_text(json.dumps({**values, "routed": {"own": row}}))
+    file.write_text(json.dumps(seal({**values, "routed": {"own": row}})))
     table = LatencyTable.from_file(file, choices.model, choices.space)
     assert RoutedTable.read(table, "own") == part and RoutedTable.read(table, "full") is None
     file.write_text(json.dumps(table.to_dict()))
@@ -117,4 +119,4 @@ def test_a_table_says_when_its_routed_part_should_not_be_trusted():
     table = LatencyTable(choices.model, choices.space, {}, {}, "median", {}, routed=parts)
     assert routed_warning(table, "full") is None
     assert re.search(r"\(kv_policy=own\) are off by 60.0% of .* more routed.rounds", routed_warning(table, "own"))
-    assert "routing is not counted: measure it" in routed_warning(replace(table, routed={}), "own")
+    assert "its overhead is not counted: measure it" in routed_warning(replace(table, routed={}), "own")

@@ -1,4 +1,4 @@
-"""What adaptive routers learn from masks' gradients and from the price, for a loss that is known."""
+"""Adaptive routers learn from the gradients of masks and from the price of eq. 8. The loss of every level is known."""
 
 from __future__ import annotations
 
@@ -23,9 +23,15 @@ def learned(
     overhead: tuple[float, ...] = (0.0,) * 3,
     start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The levels [blocks, S] that tokens learn whose parts change the loss by `parts` [S][K], all of them being at `level`.
+    """Levels [blocks, S] that routers choose for S tokens after training.
 
-    overhead: costs of OVERHEADS in every block, as parts of the full model's cost. start: logits [K] that they start from.
+    Args:
+        parts: [S][K], change of a token's loss by each part of a block.
+        level: the level at which every token is computed during training.
+        target: share of the full model's cost that the constraint allows.
+        weight: weight of the constraint.
+        overhead: costs of OVERHEADS in every block, as shares of the full model's cost.
+        start: logits [K] that routers start from; None: zeros.
     """
     learner = learner_of(len(parts), weight, overhead)
     choices, routers = learner.choices, learner.routers
@@ -58,7 +64,7 @@ def learner_of(tokens: int, weight: float, overhead: tuple[float, ...]) -> Adapt
 
 
 def spent_by_halves(learner: AdaptiveLearner) -> float:
-    """The share of the full model's cost that a step counts: half of 8 tokens at the smallest level, half at the largest."""
+    """Share of the full model's cost that a step counts with 4 of 8 tokens at the smallest level and 4 at the largest."""
     (routing,) = learner.networks(0)
     levels = torch.tensor([[0], [3]] * 4)
     for block in range(learner.choices.count):
@@ -70,7 +76,7 @@ def spent_by_halves(learner: AdaptiveLearner) -> float:
 
 
 def test_a_token_learns_which_level_serves_it():
-    """A level is worth what its parts are together: the first token wants the second part only, the second token none."""
+    """A level includes all parts up to its own: token 0 gains by level 1 and loses by level 2; token 1 gains by none."""
     for chosen in learned([[0.0, -9.0, 8.0, 0.0], [0.0, 5.0, 0.0, -1.0]], level=3, target=0.5):
         assert chosen.tolist() == [1, 0]
 
@@ -81,14 +87,14 @@ def test_the_price_pulls_to_the_budget(level, target, wanted):
 
 
 @pytest.mark.parametrize("overhead, wanted", [((0, 0, 0), {0, 3}), ((12, 0, 0), {0}), ((0, 12, 0), {0}), ((0, 0, 40), {0})])
-def test_it_must_be_worth_that_tokens_differ(overhead, wanted):
-    """One token of eight wants all parts, and gets them unless a second level costs more than they bring."""
+def test_tokens_differ_only_where_the_gain_exceeds_the_overhead(overhead, wanted):
+    """One token of eight gains by the largest level. It gets it, unless the overhead of a second level is more than the gain."""
     parts = [[0.0, -0.4, -0.4, -0.4], *[[0.0] * 4] * 7]
     chosen = learned(parts, level=0, target=-0.1, weight=0.5, overhead=overhead, start=torch.tensor([3.0, 0, 0, 0]))
     assert all(set(levels.tolist()) == wanted for levels in chosen), chosen
 
 
 def test_spent_cost_has_the_routing_overhead():
-    """0.3 of the full model's cost for a further level."""
+    """A further level in a block adds 0.3 of the full model's cost."""
     spent = [spent_by_halves(learner_of(8, 0.5, overhead)) for overhead in ((0, 0, 0), (0, 0.3, 0))]
     assert spent[1] - spent[0] == pytest.approx(2 * 0.3 * (2 * 0.5 * 1.05 / 0.55 - 1), rel=1e-4)

@@ -1,11 +1,12 @@
-"""Token routing in the report: what is read, the sections' tables, and what the pictures say."""
+"""Token routing in the report: metrics read, tables, alt texts of the figures."""
 
 from __future__ import annotations
 
 import pytest
 
 from flextron_mcore.adaptive.report import TOPICS
-from flextron_mcore.report import RESULTS, build_report, routing
+from flextron_mcore.report import TOPICS as STATIC
+from flextron_mcore.report import build_report, routing
 from tests.report import synthetic
 from tests.report.conftest import coarse  # noqa: F401
 
@@ -32,22 +33,22 @@ def made(policies=("full", "own")) -> tuple[dict, list[dict]]:
     return metrics, log
 
 
-def test_what_is_read(tmp_path):
+def test_metrics_are_read(tmp_path):
     (found,) = synthetic.read(TRAINED, tmp_path, adaptive=made(), static=synthetic.routing(steps=1))
     assert [budget.target for budget in found.adaptive_budgets] == [0.7, 0.9]
     assert found.adaptive_budgets[0].adaptive["own"].loss["hard"] == pytest.approx(4.7)
     assert found.token_costs[0].texts[1] == " $f$"
 
 
-def test_their_training_is_shown_beside_that_of_static_routers(tmp_path):
+def test_training_of_adaptive_routers_is_shown_beside_that_of_static_ones(tmp_path):
     found = synthetic.read(routing.TOPIC, tmp_path, adaptive=made(), static=synthetic.routing())
     assert [each.signal for each in found] == ["straight-through, a token", "surrogate"] and not found[0].budgets
     parts = [part.key for part in routing.sections(found)]
-    assert parts == ["budgets", "routers"]  # no signals: there is one static router, and nothing to compare it with
+    assert parts == ["budgets", "routers"]  # no part `signals`: it compares two static routers, and there is one
 
 
 @pytest.mark.parametrize("policies", [("full", "own"), ("own",), ("full",)])
-def test_the_section(tmp_path, policies):
+def test_tables_and_figures_of_the_section(tmp_path, policies):
     (part,) = TRAINED.sections(synthetic.read(TRAINED, tmp_path, adaptive=made(policies)))
     assert part.key == "adaptive_adaptive"
     head = ["Budget", "Static", "Share", *(text for policy in policies for text in (f"Adaptive, kv {policy}", "Share"))]
@@ -78,10 +79,18 @@ def test_evaluations_of_tokens_that_choose(tmp_path):
     (table,) = EVALUATED.sections(found)[0].tables
     assert table.head == ["Run", "Cost", "Budget", "KV policy", "easy", "hard", "Mean loss", "Share"]
     assert table.rows[0] == ["at_07", "latency", "70.0%", "own", "2.200 at 80.0%", "4.300 at 100.0%", "3.250", "90.0%"]
-    page = build_report(tmp_path, tmp_path / "report", (*RESULTS, *TOPICS))["index"].read_text()
-    assert "Tokens that choose, evaluated" in page
+    page = build_report(tmp_path, tmp_path / "report", (*STATIC, *TOPICS))["index"].read_text()
+    assert "Token routing, evaluated" in page
     evaluated(tmp_path, "lacking", 0.9, mean={})
     assert synthetic.problem(tmp_path, TOPICS).endswith("lacking/metrics.json: mean: lacks 'loss'")
+
+
+def test_texts_of_users_are_escaped(tmp_path):
+    metrics, log = made()
+    metrics["token_costs"][0]["texts"] = ["<script>", "</main>", '" onload="']
+    synthetic.write(tmp_path / "adaptive", metrics, log)
+    page = build_report(tmp_path, tmp_path / "report", (*STATIC, *TOPICS))["index"].read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page and page.count("</main>") == 1 and ' onload="' not in page
 
 
 @pytest.mark.parametrize("lost", ["adaptive_budgets", "full_loss", "token_costs"])

@@ -1,4 +1,4 @@
-"""Routers at work: where they start, noise, counting, padding."""
+"""Adaptive routers in a forward pass: initial choice, noise, counting of tokens, padding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(model, routing, tokens, positions):
         return model(tokens, positions, None)
 
 
-def test_they_start_where_the_static_ones_ended(made):
+def test_new_adaptive_routers_choose_what_the_static_ones_choose(made):
     choices, routers, model = made
     tokens, positions = toy.inputs()
     for target in (0.1, 0.5, 0.9):
@@ -40,7 +40,7 @@ def test_they_start_where_the_static_ones_ended(made):
         assert routing.counts_NK.argmax(-1).tolist() == chosen and (routing.counts_NK.sum(-1) == tokens.numel()).all()
 
 
-def test_tokens_choose_for_themselves_and_noise_is_that_of_seed_and_micro_batch(made):
+def test_tokens_get_different_levels_and_noise_depends_on_seed_and_micro_batch(made):
     _, routers, model = made
     torch.nn.init.normal_(routers.out_NKU, std=3.0)
     tokens, positions = toy.inputs()

@@ -25,7 +25,7 @@ def test_adaptive_routers_hold_the_static_ones(tmp_path):
     assert (info.kind, info.hidden_size) == ("static", 16) and static.out_NKU.equal(routers.static.out_NKU)
 
 
-def test_static_routers_are_none(tmp_path):
+def test_static_routers_are_not_read_as_adaptive_ones(tmp_path):
     write_routers(tmp_path, RouterInfo(*SHARED), StaticRouters(BLOCKS, 2, 8), None)
     with pytest.raises(FlextronError, match="its routers are static: train adaptive ones with `flextron router kind=adaptive`"):
         read_adaptive_routers(tmp_path, BLOCKS)

@@ -1,4 +1,4 @@
-"""The surrogate of a token's loss learns a loss that is known, and tells each token what its levels are worth."""
+"""The surrogate of a token's loss learns a known loss, and predicts the loss of every level for each token."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.routing_toy import family
 LENGTH, BATCH = 32, 4
 
 
-def test_it_learns_what_levels_are_worth_to_a_token():
-    """Block 1 matters, and only to tokens whose final hidden state says so; the loss of the full model differs by token."""
+def test_surrogate_predicts_the_loss_of_levels_for_each_token():
+    """Only block 1 matters, and only to tokens whose final hidden state is positive in channel 0; full losses differ by token."""
     torch.manual_seed(0)
     choices = family(1)
     channels = choices.model.hidden_size
@@ -37,7 +37,7 @@ def test_it_learns_what_levels_are_worth_to_a_token():
         if not figures["routers_follow_surrogate"]:
             assert not surrogate.values(0, routing.traces[1]).any()
     assert figures["routers_follow_surrogate"]
-    trace = routing.traces[-1]  # of micro-batch 1
+    trace = routing.traces[-1]  # block 1 in micro-batch 1
     values = surrogate.values(0, trace)
     assert (values[~counted] == 0).all()
     gain = values[..., 0] - values[..., 3]

@@ -1,4 +1,4 @@
-"""Cost of tokens with levels of their own: of all, and one by one."""
+"""Cost of a forward pass in which tokens have levels of their own: the average, and each token's share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_average_cost_of_a_pure_mix_is_the_networks():
 
 @pytest.mark.parametrize(
     "which, added",
-    [  # of attention, MLP, attention, MLP below
+    [  # terms: attention, MLP, attention, MLP, with the shares below
         (0, 3 * 1 + 5 * 1 + 3 * 0 + 5 * (1 - 0.999**1000)),
         (1, 3 * 1 + 5 * 3 + 3 * 0 + 5 * (1 - 0.999**1000)),
         (2, 3 * 0.125 + 5 * 0.375 + 3 * 0 + 5 * (0.25 + (1 - 0.999**1000) * 0.75 - (0.999 * 0.25 + 0.001))),
@@ -34,14 +34,14 @@ def test_the_average_cost_of_a_pure_mix_is_the_networks():
 )
 def test_tokens_that_differ_have_an_overhead(which, added):
     """Overhead grows with differing tokens, with each further level, and with the part above a token's own level."""
-    choices = family(2)  # sizes are a fourth, a half, three fourths and all
+    choices = family(2)  # candidates are 1/4, 1/2, 3/4 and all
     cost = TokenCost(latency(choices))
     overhead = {axis: tuple(value * (i == which) for i in range(3)) for axis, value in (("heads", 3.0), ("ffn_hidden_size", 5.0))}
     differing = replace(cost, overhead=overhead, tokens=1000)
     pure, share_NK = np.eye(4)[[0, 1, 2, 3]], np.array([[0.5, 0.5, 0, 0], [0.25] * 4, [0, 0, 0, 1], [0.999, 0, 0, 0.001]])
     assert differing.average(choices, pure) == pytest.approx(cost.average(choices, pure))
     assert differing.average(choices, share_NK) - cost.average(choices, share_NK) == pytest.approx(added, rel=1e-6)
-    alone = replace(differing, tokens=1)  # a token has one level
+    alone = replace(differing, tokens=1)  # one token has one level, so there is no overhead
     assert alone.average(choices, share_NK) == pytest.approx(cost.average(choices, share_NK))
 
 
@@ -59,7 +59,7 @@ def test_costs_of_tokens_have_the_mean_of_all(differ):
     shares_NK = np.eye(choices.exists_NK.shape[1])[levels_NS].mean(1)
     each_S = cost.by_token(choices, levels_NS)
     assert each_S.mean() == pytest.approx(cost.average(choices, shares_NK))
-    # Two tokens differ by the costs of their own levels.
+    # Costs of two tokens differ by the costs of their levels: the overhead is shared.
     plain = choices.costs_NK(levels)
     own_S = plain[np.arange(choices.count)[:, None], levels_NS].sum(0)
     assert each_S - each_S[0] == pytest.approx(own_S - own_S[0]) and np.ptp(each_S) > 0

@@ -1,4 +1,4 @@
-"""Models whose checkpoints the tests write."""
+"""Models whose checkpoints the tests of this folder write."""
 
 from __future__ import annotations
 

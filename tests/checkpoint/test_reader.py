@@ -1,4 +1,4 @@
-"""Checkpoints read tensor by tensor, and into a model."""
+"""Reading checkpoints, tensor by tensor and into a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.checkpoint.cases import CASES, case, stream
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_reader_and_loading(name, tmp_path):
+def test_reader_and_model_get_the_stored_tensors(name, tmp_path):
     arch, space, model = case(name)
     info = stream(model, CheckpointInfo(arch, space, step=7, sorted=True), tmp_path / "run")
     assert (info.model, info.space, info.step, info.sorted) == (arch, space, 7, True)
@@ -35,11 +35,11 @@ def test_reader_and_loading(name, tmp_path):
     assert torch.equal(half.embedding.word_embeddings.weight, model.embedding.word_embeddings.weight.bfloat16())
 
 
-def test_modulation_is_added_and_its_names(tmp_path):
+def test_modulation_is_read_or_added(tmp_path):
     arch, space, model = case("gpt2")
-    names = [f"decoder.layers.{i}.{block}.modulation" for i in range(2) for block in ("self_attention", "mlp")]
+    names = {f"decoder.layers.{i}.{block}.modulation" for i in range(2) for block in ("self_attention", "mlp")}
     info = stream(model, CheckpointInfo(arch, space), tmp_path / "with")
-    assert [name for name in TensorReader(info).keys() if name.endswith("modulation")] == names and info.space.modulation
+    assert {name for name in TensorReader(info).keys() if name.endswith("modulation")} == names and info.space.modulation
     plain = replace(space, modulation=False)
     before = toy.model(arch, plain)
     info = stream(before, CheckpointInfo(arch, plain), tmp_path / "without")
@@ -92,6 +92,9 @@ def test_damaged_checkpoints_are_named(tmp_path):
     data = info.path / "__0_0.distcp"
     content = data.read_bytes()
     data.write_bytes(content[: len(content) // 2])
+    with pytest.raises(FlextronError, match=r"__0_0.distcp is truncated: \d+ bytes, but .metadata describes more: bring it back"):
+        TensorReader(info)
+    data.write_bytes(b"x" * len(content))
     with pytest.raises(FlextronError, match=r"iter_0000000: tensor .* cannot be read: the checkpoint is damaged") as error:
         reader = TensorReader(info)
         [reader.read(key) for key in reader.keys()]
@@ -100,7 +103,7 @@ def test_damaged_checkpoints_are_named(tmp_path):
         load_model(build_model(arch, space), info)
     assert "\n" not in str(error.value)
     (info.path / ".metadata").write_bytes(b"")
-    with pytest.raises(FlextronError, match=r".metadata is missing or damaged"):
+    with pytest.raises(FlextronError, match=r".metadata is damaged, or not a checkpoint's: EOFError"):
         TensorReader(info)
     (info.path / "flextron.json").write_text('{"format": 1}')
     with pytest.raises(FlextronError, match=r"flextron.json: not a checkpoint description \(KeyError: 'model'\)"):

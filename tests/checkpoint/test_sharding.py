@@ -1,4 +1,4 @@
-"""Dealt order: at every tensor-parallel size a rank's first d/T units are the d most important ones' share."""
+"""Dealt order: at tensor-parallel size T, the first d/T units of all ranks together are the d most important ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNITS, ROWS = 24, 3
 
 
 def local_part(sorted_tensor: torch.Tensor, rank: int, ranks: int, granularity: int) -> torch.Tensor:
-    """By definition: rank r owns the units whose bucket (i mod G) is in its share, most important first."""
+    """Units of a rank by definition: those whose bucket (i mod G) is in its share, most important first."""
     buckets = granularity // ranks
     mine = [i for i in range(UNITS) if rank * buckets <= i % granularity < (rank + 1) * buckets]
     return sorted_tensor.unflatten(0, (UNITS, ROWS))[mine].flatten(0, 1)
@@ -53,7 +53,7 @@ def test_factory_writes_the_disk_order_and_reads_it_back(granularity, ranks, axi
             assert written[index].isnan().all()
             written[index] = shard.data
         assert torch.equal(factory.merge_fn([shard.data for shard in shards]), local)
-        # the local prefix of a candidate d is d/T units, and together the ranks hold the d most important ones
+        # candidate d: each rank's prefix of d/T units, together the d most important ones
         for d in range(granularity, UNITS + 1, granularity):
             head = parts[0].movedim(axis, 0)[: d // ranks * ROWS]
             top = whole.chunk(blocks, axis)[0].movedim(axis, 0)[: d * ROWS]
@@ -61,7 +61,7 @@ def test_factory_writes_the_disk_order_and_reads_it_back(granularity, ranks, axi
     assert torch.equal(written, expected)
 
 
-def test_layouts_that_do_not_fit():
+def test_layouts_that_do_not_fit_are_refused():
     sharded = ShardedTensor.from_rank_offsets("w", torch.zeros(24, 2), (0, 0, 2), replica_id=0)
     with pytest.raises(FlextronError, match="tensor_model_parallel_size=2 does not divide space.granularity=1"):
         deal(sharded, 0, 48, 1, 2)

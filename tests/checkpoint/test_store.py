@@ -1,4 +1,4 @@
-"""Checkpoint directories: what is one, and which file of one is damaged."""
+"""Checkpoint directories: finding the newest, and naming damaged files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError
@@ -13,7 +14,7 @@ from tests import toy
 from tests.checkpoint.cases import case, stream
 
 
-def test_what_is_not_a_whole_checkpoint(tmp_path):
+def test_directories_without_a_whole_checkpoint_are_refused(tmp_path):
     arch, space, model = case("llama")
     run = tmp_path / "run"
     info = stream(model, CheckpointInfo(arch, space), run)
@@ -22,7 +23,7 @@ def test_what_is_not_a_whole_checkpoint(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FlextronError, match="empty: no checkpoint in it"):
         open_checkpoint(tmp_path / "empty")
-    # one that is being written is passed over, and so is what has nothing to do with them
+    # an unfinished checkpoint and foreign files are ignored
     (run / "checkpoints" / ".iter_0000009.tmp").mkdir()
     (run / "checkpoints" / "iter_0000008.bak").mkdir()
     (run / "checkpoints" / "iter_0000008").write_text("a file")
@@ -59,15 +60,50 @@ def test_damage_is_seen_when_opened_and_nothing_older_is_taken(name, tmp_path):
         assert "\n" not in str(error.value)
     assert open_checkpoint(older).step == 7
     spoil(older / file)
-    with pytest.raises(FlextronError, match=message + ".*; no older checkpoint beside it is whole: bring it back"):
+    with pytest.raises(FlextronError, match=message + ".*; no older checkpoint beside it is complete: bring it back"):
         open_checkpoint(run)
 
 
-def test_sizes_are_recorded_and_not_asked_of_early_checkpoints(tmp_path):
+def test_sizes_and_digests_are_recorded_and_not_asked_of_early_checkpoints(tmp_path):
     arch, space, model = case("llama")
     info = stream(model, CheckpointInfo(arch, space), tmp_path / "run")
     file = info.path / "flextron.json"
     values = json.loads(file.read_text())
-    assert values.pop("files") == {p.name: p.stat().st_size for p in info.path.iterdir() if p != file}
-    file.write_text(json.dumps(values))
-    assert open_checkpoint(info.path) == info
+    found = {p.name: p.read_bytes() for p in info.path.iterdir() if p != file}
+    expected = {name: {"bytes": len(data), "xxh128": xxhash.xxh3_128(data).hexdigest()} for name, data in found.items()}
+    assert values.pop("files") == expected and values.pop("digest") and info.verifiable
+    for early in (values, {**values, "files": {name: len(data) for name, data in found.items()}}):
+        file.write_text(json.dumps(early))
+        assert open_checkpoint(info.path) == info and not open_checkpoint(info.path).verifiable
+    with (info.path / "common.pt").open("ab") as grown:
+        grown.write(b"x")
+    with pytest.raises(FlextronError, match=r"common\.pt is damaged"):
+        open_checkpoint(info.path)
+
+
+def test_equal_checkpoints_have_equal_files(tmp_path):
+    """.metadata, too, in which torch puts an identity of the save and its place."""
+    arch, space, model = case("llama")
+    one, other = (stream(model, CheckpointInfo(arch, space), tmp_path / name).path for name in ("one", "other"))
+    assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in other.iterdir()}
+
+
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_changed_byte_is_seen_when_opened_except_in_weights(tmp_path):
+    arch, space, model = case("llama")
+    folder = stream(model, CheckpointInfo(arch, space), tmp_path / "run").path
+    for file in sorted(folder.iterdir()):
+        before = file.read_bytes()
+        flip(file, len(before) // 2)
+        if file.suffix == ".distcp":
+            assert open_checkpoint(folder)
+        else:
+            with pytest.raises(FlextronError, match=f"{file.name} is damaged: .*; no older checkpoint.* accept=true`$"):
+                open_checkpoint(folder)
+        file.write_bytes(before)
+    assert open_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""Checkpoints written tensor by tensor: vanilla, and whole or not there."""
+"""Checkpoints written tensor by tensor: Megatron-Core's own format, whole or not there at all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_streaming_is_megatron_cores_own_save(name, tmp_path):
     assert set(saved) - {"common_state/shard_0_1"} <= set(streamed) | {k for k in saved if k.startswith("common_state")}
 
 
-def test_what_goes_wrong_while_the_next_tensor_is_made(tmp_path):
+def test_an_error_in_a_tensor_leaves_nothing(tmp_path):
     def fail() -> torch.Tensor:
         raise FlextronError("cannot be made")
 
@@ -63,17 +63,17 @@ def test_a_stock_model_loads_the_full_model(name, tmp_path):
         torch.testing.assert_close(stock(tokens, positions, mask), model(tokens, positions, None), atol=1e-5, rtol=0)
 
 
-def test_full_disk(make_disk, monkeypatch):
+def test_a_full_disk_is_one_line_and_leaves_nothing(make_disk, monkeypatch):
     small_disk = make_disk("1m")
     arch = toy.config(ffn_hidden_size=4096)
     space = ElasticSpace.build(arch)
     model = toy.model(arch, space)
     keep = small_disk / "keep"
     keep.write_text("precious")
-    with pytest.raises(FlextronError, match=r"cannot be written: .* GiB needed, .* GiB free; free space") as error:
+    with pytest.raises(FlextronError, match=r"cannot be written: .* needed, .* free; free space") as error:
         stream(model, CheckpointInfo(arch, space), small_disk / "run")
     assert "\n" not in str(error.value)
-    # and when the space goes while writing
+    # the disk fills up while the checkpoint is written
     monkeypatch.setattr("flextron_mcore.checkpoint.writer.check_space", lambda *args: None)
     with pytest.raises(FlextronError, match=r"run: cannot be written: No space left on device; nothing was changed") as error:
         stream(model, CheckpointInfo(arch, space), small_disk / "run")

@@ -1,4 +1,4 @@
-"""Fixtures of the data tests: a small corpus of three domains, prepared once, and a process group of one process."""
+"""Fixtures of the data tests: a small corpus of three domains, prepared once."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ WORDS = ("model", "layer", "head", "width", "depth", "router", "token", "loss")
 
 
 def story(domain: str, number: int) -> str:
-    """A document whose text names its domain and its number, of varying length."""
+    """Document of varying length that names its domain and its number."""
     words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(12 + number % 17)]
     return f"{domain} {number}: " + " ".join(words) + f"\n\tend of {domain} {number}.\n"
 
 
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of 60 documents each: `plain` a directory of .txt, `lines` a .jsonl; `single` one text file."""
+    """Directory with three domains of 60 documents: `plain` (.txt files), `lines` (a .jsonl), `single` (one text file)."""
     root = tmp_path_factory.mktemp("corpus")
     (root / "plain").mkdir()
     for n in range(60):
@@ -45,7 +45,7 @@ def prepared_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def prepared(prepared_dir: Path) -> PreparedData:
-    """`prepared_dir`, opened."""
+    """PreparedData of `prepared_dir`."""
     return open_data(prepared_dir)
 
 
@@ -62,7 +62,7 @@ def one_process():
 
 @pytest.fixture
 def fails():
-    """Call something that must raise FlextronError; its message must be one line that holds the given words."""
+    """fails(call, *words): assert that `call` raises FlextronError with one line that contains the words."""
 
     def check(call, *words: object) -> str:
         with pytest.raises(FlextronError) as caught:

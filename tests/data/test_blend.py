@@ -1,3 +1,5 @@
+"""Prepared data opened, blended by weights, and read as training and validation samples."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,6 +14,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import SAMPLE_KEYS, PreparedData, batch, check_tokenizer, open_data, train_dataset, valid_datasets
 from flextron_mcore.data.prepare import prepare_data
 from flextron_mcore.data.tokenizer import open_tokenizer
@@ -20,13 +23,13 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def token_file(prefix: str) -> np.ndarray:
-    """All tokens of a token file, copied: they are gone with the IndexedDataset."""
+    """All tokens of a token file, as a copy that outlives its IndexedDataset."""
     dataset = IndexedDataset(prefix)
     return np.concatenate(list(dataset))
 
 
 def sources(dataset, data: PreparedData) -> Counter:
-    """How many samples of a dataset come from each domain, from the text of the samples."""
+    """{domain: samples of it in a dataset}, found by the text of the samples."""
     tok = open_tokenizer(data.tokenizer)
     count: Counter = Counter()
     for i in range(len(dataset)):
@@ -39,7 +42,7 @@ def sources(dataset, data: PreparedData) -> Counter:
 # ---- opening ----
 
 
-def test_open_data(prepared_dir: Path, prepared: PreparedData) -> None:
+def test_prepared_data_opens_with_its_figures(prepared_dir: Path, prepared: PreparedData) -> None:
     assert list(prepared.domains) == ["plain", "lines", "single"]
     assert prepared.tokenizer == prepared_dir / "tokenizer"
     assert prepared.domains["plain"].train == str(prepared_dir / "plain_train")
@@ -61,9 +64,9 @@ SPOILT = {
     "broken data.json": ("data.json", lambda p: cut(p / "data.json", 9), "not valid JSON"),
     "other version": ("data.json", lambda p: edit(p, version=2), "version 1"),
     "not an object": ("data.json", lambda p: (p / "data.json").write_text("[]"), "version 1"),
-    "no domain": ("data.json", lambda p: edit(p, domains={}), "no domain"),
-    "lacking entry": ("data.json", lambda p: edit(p, domains={"a": {"train": "plain_train"}}), "lacks"),
-    "domains of wrong type": ("data.json", lambda p: edit(p, domains=[1]), "lacks"),
+    "no domain": ("data.json", lambda p: edit(p, domains={}), "lists no domain"),
+    "lacking entry": ("data.json", lambda p: edit(p, domains={"a": {"train": "plain_train"}}), "an entry is missing or invalid"),
+    "domains of wrong type": ("data.json", lambda p: edit(p, domains=[1]), "an entry is missing or invalid"),
     "no bin": ("lines_train.bin", lambda p: (p / "lines_train.bin").unlink(), "cannot be read"),
     "no idx": ("lines_valid.idx", lambda p: (p / "lines_valid.idx").unlink(), "cannot be read"),
     "truncated bin": ("single_valid.bin", lambda p: cut(p / "single_valid.bin", 2), "truncated"),
@@ -75,19 +78,19 @@ SPOILT = {
 
 
 @pytest.mark.parametrize(("file", "spoil", "reason"), SPOILT.values(), ids=SPOILT)
-def test_spoilt_data(prepared_dir: Path, tmp_path: Path, fails, file: str, spoil, reason: str) -> None:
+def test_spoilt_data_is_refused_by_file(prepared_dir: Path, tmp_path: Path, fails, file: str, spoil, reason: str) -> None:
     root = tmp_path / "data"
     shutil.copytree(prepared_dir, root)
     spoil(root)
     fails(lambda: open_data(root), root / file, reason)
 
 
-def test_missing_directory(tmp_path: Path, fails) -> None:
+def test_a_missing_directory_is_refused(tmp_path: Path, fails) -> None:
     fails(lambda: open_data(tmp_path / "nope"), tmp_path / "nope", "prepare")
 
 
 def test_fingerprint_is_that_of_the_tokens(prepared_dir: Path, prepared: PreparedData, tmp_path: Path, monkeypatch) -> None:
-    """It follows the directory, and changes with one token, the lengths of the documents being what they were."""
+    """The fingerprint stays when the directory is moved, and changes with one token at equal document lengths."""
     copy = tmp_path / "elsewhere"
     shutil.copytree(prepared_dir, copy)
     assert open_data(copy).fingerprint == prepared.fingerprint
@@ -96,7 +99,7 @@ def test_fingerprint_is_that_of_the_tokens(prepared_dir: Path, prepared: Prepare
     tokens[-2] ^= 1
     file.write_bytes(tokens)
     assert open_data(copy).fingerprint != prepared.fingerprint
-    # of a large file it sees parts, beginning and end among them
+    # of a large file only parts are hashed, the first and the last included
     monkeypatch.setattr("flextron_mcore.data.blend._SEEN", 8)
     monkeypatch.setattr("flextron_mcore.data.blend._PARTS", 2)
     seen = {open_data(copy).fingerprint}
@@ -105,14 +108,14 @@ def test_fingerprint_is_that_of_the_tokens(prepared_dir: Path, prepared: Prepare
         changed[place] ^= 1
         file.write_bytes(changed)
         seen.add(open_data(copy).fingerprint)
-    assert len(seen) == 4  # all but the byte after the first part
+    assert len(seen) == 4  # byte 8, behind the first part, is not hashed
 
 
 def test_the_tokenizer_must_be_the_models(prepared: PreparedData, tmp_path: Path, fails) -> None:
     check_tokenizer(prepared, None)
     check_tokenizer(prepared, prepared.tokenizer)
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    check_tokenizer(prepared, tmp_path)  # sentencepiece only: cannot be compared
+    check_tokenizer(prepared, tmp_path)  # a directory with sentencepiece only cannot be compared
     model = tmp_path / "model"
     shutil.copytree(prepared.tokenizer, model)
     file = model / "tokenizer.json"
@@ -127,7 +130,7 @@ def test_the_tokenizer_must_be_the_models(prepared: PreparedData, tmp_path: Path
 # ---- training ----
 
 
-def test_samples(prepared: PreparedData, tmp_path: Path) -> None:
+def test_samples_have_shifted_labels_and_full_masks(prepared: PreparedData, tmp_path: Path) -> None:
     dataset = train_dataset(prepared, 32, 20, seed=3, cache_dir=tmp_path)
     assert len(dataset) >= 20
     for i in range(len(dataset)):
@@ -142,7 +145,7 @@ def test_samples(prepared: PreparedData, tmp_path: Path) -> None:
 
 
 def test_samples_are_the_text(prepared: PreparedData, tmp_path: Path) -> None:
-    """One epoch of training samples, put in order, is the text of the token file."""
+    """Samples of one training epoch, in order, are the text of the token file."""
     name = "plain"
     tokens = token_file(prepared.domains[name].train)
     tok = open_tokenizer(prepared.tokenizer)
@@ -163,7 +166,9 @@ def test_samples_are_the_text(prepared: PreparedData, tmp_path: Path) -> None:
         ({"lines": 1, "plain": 0}, {"lines": 1.0}),
     ],
 )
-def test_blend_weights(prepared: PreparedData, tmp_path: Path, weights: dict | None, shares: dict[str, float]) -> None:
+def test_domains_get_their_weights(
+    prepared: PreparedData, tmp_path: Path, weights: dict | None, shares: dict[str, float]
+) -> None:
     dataset = train_dataset(prepared, 48, 200, seed=1, cache_dir=tmp_path, weights=weights)
     count = sources(dataset, prepared)
     assert set(count) == set(shares)
@@ -172,7 +177,7 @@ def test_blend_weights(prepared: PreparedData, tmp_path: Path, weights: dict | N
 
 
 def test_any_weights_and_sizes_can_be_built(prepared: PreparedData, tmp_path: Path) -> None:
-    """Megatron alone refuses some of these (from four domains on): its blend asks for more samples than it made."""
+    """Megatron-Core alone fails for some of these blends of four and more domains: it asks for more samples than it made."""
     domains = {f"{name}{i}": domain for name, domain in prepared.domains.items() for i in range(2)}
     data = dataclasses.replace(prepared, domains=domains)
     rng = np.random.default_rng(0)
@@ -189,9 +194,41 @@ def test_training_data_is_a_function_of_the_seed(prepared: PreparedData, tmp_pat
         return batch(train_dataset(prepared, 32, 40, seed, tmp_path / cache), range(40))["tokens"]
 
     first = tokens(1, "a")
-    assert torch.equal(first, tokens(1, "a"))  # from the cached indices
+    assert torch.equal(first, tokens(1, "a"))  # built from the cached indices
     assert torch.equal(first, tokens(1, "b"))
     assert not torch.equal(first, tokens(2, "a"))
+
+
+def test_a_broken_index_is_built_again(prepared: PreparedData, tmp_path: Path) -> None:
+    """Megatron-Core takes it for whole: `mmap length is greater than file size`, until somebody removes the cache."""
+    first = train_dataset(prepared, 16, 40, 1, tmp_path / "cache")
+    expected = [first[i]["tokens"].tolist() for i in range(len(first))]
+    files = sorted((tmp_path / "cache").rglob("*.npy"))
+    assert files
+    for broken in files:
+        broken.write_bytes(broken.read_bytes()[:-4])
+        again = train_dataset(prepared, 16, 40, 1, tmp_path / "cache")
+        assert [again[i]["tokens"].tolist() for i in range(len(again))] == expected
+    files[0].write_bytes(b"")
+    again = train_dataset(prepared, 16, 40, 1, tmp_path / "cache")
+    assert [again[i]["tokens"].tolist() for i in range(len(again))] == expected
+
+
+def test_an_index_that_cannot_be_written_leaves_nothing(prepared: PreparedData, tmp_path: Path, monkeypatch) -> None:
+    save, calls = np.save, []
+
+    def full(file, *args, **options):
+        calls.append(file)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save(file, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(FlextronError, match="cannot be written: No space left on device"):
+            train_dataset(prepared, 16, 40, 1, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*"))
+    assert len(train_dataset(prepared, 16, 40, 1, tmp_path / "cache")) >= 40
 
 
 def test_data_prepared_anew_is_not_read_with_old_indices(corpus_dir: Path, tmp_path: Path) -> None:
@@ -217,7 +254,7 @@ def test_data_prepared_anew_is_not_read_with_old_indices(corpus_dir: Path, tmp_p
         ({}, ["no domain"]),
     ],
 )
-def test_bad_weights(prepared: PreparedData, tmp_path: Path, fails, weights: dict, words: list[str]) -> None:
+def test_bad_weights_are_refused(prepared: PreparedData, tmp_path: Path, fails, weights: dict, words: list[str]) -> None:
     fails(lambda: train_dataset(prepared, 32, 10, 0, tmp_path, weights), *words)
 
 
@@ -226,7 +263,7 @@ def test_bad_weights(prepared: PreparedData, tmp_path: Path, fails, weights: dic
 
 @pytest.mark.parametrize("seq_length", [7, 32, 5000])
 def test_validation_is_one_epoch(prepared: PreparedData, tmp_path: Path, seq_length: int) -> None:
-    """Every token but the first is a label once; 5000 is longer than the whole split."""
+    """Every token but the first is a label once, also with a sequence length (5000) beyond the whole split."""
     for name, dataset in valid_datasets(prepared, seq_length, 1, tmp_path).items():
         tokens = token_file(prepared.domains[name].valid)
         assert len(dataset) == -(-(len(tokens) - 1) // seq_length)
@@ -239,7 +276,7 @@ def test_validation_is_one_epoch(prepared: PreparedData, tmp_path: Path, seq_len
 
 
 def test_partial_sample_does_not_spoil_the_others(prepared: PreparedData, tmp_path: Path) -> None:
-    """Megatron hands the loss mask of the first sample that is read to all others, its filling masked out."""
+    """Megatron-Core reuses the loss mask of the first sample for all: read first, the padded last sample must not mask others."""
     dataset = valid_datasets(prepared, 32, 1, tmp_path)["plain"]
     partial = int(np.argmax(dataset.shuffle_index))
     assert 0 < dataset[partial]["loss_mask"].sum() < 32

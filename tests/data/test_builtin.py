@@ -1,3 +1,5 @@
+"""Text that comes with Python: three domains, no document in two of them."""
+
 from __future__ import annotations
 
 import hashlib
@@ -32,7 +34,7 @@ def test_no_document_is_in_two_domains(texts: dict) -> None:
         assert not set(texts[a]) & set(texts[b])
     code = "\n".join(texts["code"])
     assert "decoding_table" not in code
-    assert "name2codepoint = {" not in code  # html.entities
+    assert "name2codepoint = {" not in code  # of html.entities, which is a table
     opened = ['"""' + text.splitlines()[0] for text in texts["docs"][::15]]
     assert not [line for line in opened if len(line) > 30 and line in code]
 
@@ -67,14 +69,14 @@ def test_order_is_the_same_in_another_process(texts: dict) -> None:
 
 
 @pytest.mark.parametrize("name", builtin.DOMAINS)
-def test_python_without_sources(monkeypatch, tmp_path: Path, fails, name: str) -> None:
-    """A zipped or compiled standard library: no traceback, and the place is named."""
+def test_a_python_without_sources_is_refused(monkeypatch, tmp_path: Path, fails, name: str) -> None:
+    """With a zipped or compiled standard library, the refusal names the directory without sources."""
     (tmp_path / "os.pyc").write_bytes(b"x")
     monkeypatch.setattr(sysconfig, "get_path", lambda key: str(tmp_path))
-    fails(lambda: builtin.documents(f"builtin:{name}"), tmp_path, name, "input=")
+    fails(lambda: builtin.documents(f"builtin:{name}"), tmp_path, name, "no library sources in", "set input=")
 
 
-def test_python_without_the_topics_of_pydoc(monkeypatch, tmp_path: Path) -> None:
+def test_a_python_without_the_topics_of_pydoc_gives_its_docstrings(monkeypatch, tmp_path: Path) -> None:
     docstring = " ".join(["A long docstring."] * 10)
     (tmp_path / "a.py").write_text(f'"""{docstring}"""\nx = 1\n')
     monkeypatch.setattr(sysconfig, "get_path", lambda key: str(tmp_path))
@@ -82,5 +84,5 @@ def test_python_without_the_topics_of_pydoc(monkeypatch, tmp_path: Path) -> None
     assert builtin.documents("builtin:code") == ("x = 1\n",)
 
 
-def test_unknown_name(fails) -> None:
+def test_an_unknown_name_is_refused(fails) -> None:
     fails(lambda: builtin.documents("builtin:cod"), "'cod'", "did you mean 'code'?")

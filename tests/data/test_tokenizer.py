@@ -1,3 +1,5 @@
+"""Tokenizers: training, opening, and comparing vocabularies without opening them."""
+
 from __future__ import annotations
 
 import json
@@ -5,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,12 +54,12 @@ def test_special_token_in_a_text_is_text(opened: Tokenizer) -> None:
     assert opened.decode(ids[:-1]) == f"a {END_OF_TEXT} b"
 
 
-def test_vocabulary(trained: Tokenizer, opened: Tokenizer) -> None:
+def test_the_vocabulary_has_the_size_that_was_asked(trained: Tokenizer, opened: Tokenizer) -> None:
     assert trained.vocab_size == opened.vocab_size == 320
     assert opened.hf.eos_token == opened.hf.bos_token == END_OF_TEXT
     assert opened.hf.convert_tokens_to_ids(END_OF_TEXT) == opened.eod
     (ids,) = opened.encode_batch(["router router router"])
-    assert len(ids) < len("router router router") / 2  # merges were learnt
+    assert len(ids) < len("router router router") / 2  # fewer tokens than characters: merges were learnt
 
 
 def test_directory_has_what_transformers_4_and_5_read(directory: Path) -> None:
@@ -86,22 +87,14 @@ def test_few_words_give_a_smaller_vocabulary() -> None:
     assert SMALLEST_VOCAB <= small.vocab_size < 300
 
 
-def test_long_documents_are_encoded_in_pieces(opened: Tokenizer, monkeypatch) -> None:
-    """Cut before whitespace, the pieces give the tokens of the whole; where there is none, the text still comes back."""
-    text = "".join(texts()) + "x  \n\n  y" * 50
-    (whole,) = opened.encode_batch([text])
-    monkeypatch.setattr(module, "_PIECE", 100)
-    monkeypatch.setattr(module, "_GROUP", 300)
-    assert len(list(module._pieces(text))) > 100
-    (in_pieces,) = opened.encode_batch([text])
-    np.testing.assert_array_equal(in_pieces, whole)
-    for text in ("", "é" * 1000, " " * 1000):
-        assert "".join(module._pieces(text)) == text
-        first, last = opened.encode_batch([text, "next"])
-        assert opened.decode(first[:-1]) == text and opened.decode(last[:-1]) == "next"
+def test_long_documents_teach_in_pieces(opened: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(module, "PIECE", 100)
+    for text in ("".join(texts()) + "x  \n\n  y" * 50, "", "é" * 1000, " " * 1000):
+        pieces = list(module._pieces(text))
+        assert "".join(pieces) == text and max(map(len, pieces)) <= 100
 
 
-def test_too_small_a_vocabulary(fails) -> None:
+def test_too_small_a_vocabulary_is_refused(fails) -> None:
     fails(lambda: train_tokenizer(["x"], 256), "vocab_size=256", SMALLEST_VOCAB)
 
 
@@ -122,7 +115,9 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "reason"), SPOILT.values(), ids=SPOILT)
-def test_not_a_tokenizer(directory: Path, tmp_path: Path, fails, spoil: Callable[[Path], object], reason: str) -> None:
+def test_a_spoilt_tokenizer_is_refused(
+    directory: Path, tmp_path: Path, fails, spoil: Callable[[Path], object], reason: str
+) -> None:
     for file in directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     spoil(tmp_path)
@@ -130,7 +125,7 @@ def test_not_a_tokenizer(directory: Path, tmp_path: Path, fails, spoil: Callable
 
 
 @pytest.mark.parametrize("name", ["missing", "tokenizer.json"])
-def test_not_a_directory(directory: Path, fails, name: str) -> None:
+def test_a_missing_directory_is_refused(directory: Path, fails, name: str) -> None:
     fails(lambda: open_tokenizer(directory / name), directory / name, "no such directory")
 
 
@@ -150,7 +145,7 @@ def test_truncation_and_padding_of_the_directory_are_off(trained: Tokenizer, tmp
 
 
 def test_ids_beyond_the_count_of_tokens(directory: Path, tmp_path: Path) -> None:
-    """Some tokenizers have holes in their ids: the vocabulary must reach the largest id."""
+    """The size of a vocabulary whose ids have gaps is the largest id plus 1."""
     for file in directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     table = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -166,7 +161,7 @@ def test_ids_beyond_the_count_of_tokens(directory: Path, tmp_path: Path) -> None
 
 
 def copied(directory: Path, target: Path, change: Callable[[dict], object] = lambda table: None) -> Path:
-    """A tokenizer directory with the contents of its tokenizer.json changed; that file is laid out anew in any case."""
+    """Copy of a tokenizer directory with `change` applied to tokenizer.json, which gets another layout in any case."""
     shutil.copytree(directory, target)
     table = json.loads((target / "tokenizer.json").read_text())
     change(table)
@@ -175,14 +170,14 @@ def copied(directory: Path, target: Path, change: Callable[[dict], object] = lam
 
 
 def swap(table: dict) -> None:
-    """Two tokens change places."""
+    """Exchange the ids of two tokens."""
     vocab = table["model"]["vocab"]
     first, second = list(vocab)[280:282]
     vocab[first], vocab[second] = vocab[second], vocab[first]
 
 
 def add(i: int) -> Callable[[dict], object]:
-    """An added token of that id."""
+    """Function that adds a token of that id."""
     token = {"id": i, "content": "<|added|>", "special": True, "normalized": False}
     return lambda table: table["added_tokens"].append(token | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
 
@@ -200,7 +195,7 @@ def test_vocabulary_does_not_depend_on_how_it_is_saved(directory: Path, opened: 
 
 
 def test_token_added_by_opening_is_no_difference(directory: Path, tmp_path: Path) -> None:
-    """What tokenizer_config.json adds is in tokenizer.json once transformers has saved it."""
+    """transformers saves a token of tokenizer_config.json into tokenizer.json: the vocabulary stays the same."""
     original = copied(directory, tmp_path / "original")
     config = json.loads((original / "tokenizer_config.json").read_text())
     token = {"content": "<pad>", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
@@ -221,7 +216,7 @@ OTHER: dict[str, tuple[Callable[[dict], object], int]] = {
 
 
 @pytest.mark.parametrize(("change", "place"), OTHER.values(), ids=OTHER)
-def test_vocabularies_that_differ(directory: Path, tmp_path: Path, change: Callable[[dict], object], place: int) -> None:
+def test_vocabularies_that_differ_are_seen(directory: Path, tmp_path: Path, change: Callable[[dict], object], place: int) -> None:
     ours, other = read_vocabulary(directory), read_vocabulary(copied(directory, tmp_path / "copy", change))
     assert ours.fingerprint != other.fingerprint
     assert ours.difference(other)[1] == other.difference(ours)[1] == place
@@ -233,12 +228,12 @@ def test_two_added_tokens_of_one_id_differ(directory: Path, tmp_path: Path) -> N
     assert one.difference(two) == ("<|added|>", 320) and two.difference(one) == ("<|another|>", 320)
 
 
-def test_vocabularies_of_other_kinds_of_directories(directory: Path, tmp_path: Path) -> None:
+def test_vocabularies_of_other_kinds_of_directories_are_read(directory: Path, tmp_path: Path) -> None:
     unigram = copied(
         directory, tmp_path / "unigram", lambda t: t.update(model={"type": "Unigram", "vocab": [["<unk>", 0.0], ["a", -1.5]]})
     )
     assert read_vocabulary(unigram).tokens == {"<unk>": 0, "a": 1, END_OF_TEXT: 0}
-    (tmp_path / "old").mkdir()  # what a GPT-2 of transformers 2 has
+    (tmp_path / "old").mkdir()  # files of a GPT-2 of transformers 2
     (tmp_path / "old" / "vocab.json").write_text('{"a": 0, "b": 1}')
     (tmp_path / "old" / "merges.txt").write_text("")
     assert read_vocabulary(tmp_path / "old").tokens == {"a": 0, "b": 1}
@@ -248,6 +243,6 @@ def test_vocabularies_of_other_kinds_of_directories(directory: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"model": 3}', '{"model": {"vocab": 3}}', '{"added_tokens": [], "model": {}}'])
-def test_damaged_vocabulary(tmp_path: Path, fails, text: str) -> None:
+def test_a_damaged_vocabulary_is_named(tmp_path: Path, fails, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     fails(lambda: read_vocabulary(tmp_path), tmp_path / "tokenizer.json", "is not a tokenizer's vocabulary")

@@ -1,4 +1,4 @@
-"""Rows of `flextron compare`."""
+"""Rows of the tables of `flextron compare`."""
 
 from __future__ import annotations
 

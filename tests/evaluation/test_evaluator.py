@@ -1,4 +1,4 @@
-"""Losses of networks, each evaluated once."""
+"""Evaluator: losses of networks, each of them evaluated once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding with the cache, several prompts together: what one pass over the whole text would choose, for each alone."""
+"""Decoding of several prompts with a KV cache chooses the tokens that passes over each text alone, without a cache, choose."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def case():
 
 
 def networks(case, kind: str):
-    """A function that makes the network anew: a routing counts what it has seen."""
+    """Function that makes the network anew for each use, because a routing counts its tokens."""
     arch, space, _ = case
     if kind == "whole model":
         return lambda: None
@@ -44,7 +44,7 @@ def networks(case, kind: str):
 
 @torch.no_grad()
 def by_whole_passes(model, make, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor | None]:
-    """Greedy decoding without a cache; and how many tokens chose what in a pass over all that was computed."""
+    """Greedy decoding without a cache: the new ids, and the token counts [blocks, candidates] of the last pass."""
     ids, network = list(prompt), None
     for _ in range(count):
         network = make()
@@ -57,7 +57,7 @@ def by_whole_passes(model, make, prompt: list[int], count: int) -> tuple[list[in
 
 
 @pytest.mark.parametrize("kind", ["whole model", "sub-network", *KV_POLICIES])
-def test_together_is_each_alone(case, kind):
+def test_prompts_decoded_together_are_those_decoded_alone(case, kind):
     make = networks(case, kind)
     *_, model = case
     network = make()
@@ -65,22 +65,22 @@ def test_together_is_each_alone(case, kind):
     alone = [by_whole_passes(model, make, prompt, NEW) for prompt in PROMPTS]
     assert found.ids == [ids for ids, _ in alone]
     assert len({tuple(ids) for ids in found.ids}) == len(PROMPTS)
-    if alone[0][1] is not None:  # every token that was computed is counted once, padding and what has ended not
+    if alone[0][1] is not None:  # every computed token is counted once; padding and ended texts are not
         assert torch.equal(network.counts_NK, sum(counts for _, counts in alone))
         assert (network.counts_NK.sum(0)[:2] > 0).all()
 
 
-def test_the_end_of_a_text(case):
+def test_a_text_ends_at_its_end_token(case):
     *_, model = case
     whole = generate(model, PROMPTS, None, NEW).ids
     end = whole[0][2]
-    found = generate(model, PROMPTS, None, NEW, end).ids
+    found = generate(model, PROMPTS, None, NEW, {end}).ids
     for ids, other in zip(found, whole, strict=True):
         assert ids == (other[: other.index(end) + 1] if end in other else other)
     assert len(found[0]) <= 3
 
 
-def test_drawn_tokens(case):
+def test_sampling_by_temperature_top_k_and_seed(case):
     *_, model = case
     draw = lambda **options: generate(model, PROMPTS, None, NEW, sampling=Sampling(**options)).ids  # noqa: E731
     greedy = draw()

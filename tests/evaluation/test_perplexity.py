@@ -1,4 +1,4 @@
-"""Evaluation: exact means over tokens, deterministic, nothing left behind."""
+"""Evaluation: exact means over tokens, the same in every run (T7), and the model is left as it was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPACE = ElasticSpace.build(ARCH)
 
 
 class Samples(torch.utils.data.Dataset):
-    """`count` sequences; the last one is half padding."""
+    """`count` random sequences, of which the last is half padding."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.tokens, self.positions = toy.inputs(count, seed, length=toy.LENGTH + 1)
@@ -69,7 +69,7 @@ def test_a_limit_takes_the_first_micro_batches():
     assert found["full"]["a"] == pytest.approx(by_hand(model, dataset, None, 4), rel=1e-6)
 
 
-def test_families():
+def test_names_and_networks_of_the_uniform_family():
     family = uniform_family(ARCH, SPACE)
     names = ["uniform 25% heads 25% ffn", "uniform 50% heads 50% ffn", "uniform 75% heads 75% ffn", "full"]
     assert list(family) == names and family["full"] == SubNetwork.full(ARCH)
@@ -90,6 +90,6 @@ def test_families():
     assert random_family(ARCH, SPACE, 1, 2, 3) == random_family(ARCH, SPACE, 1, 2, 3) != random_family(ARCH, SPACE, 1, 3, 3)
 
 
-def test_figures():
+def test_perplexity_and_mean():
     assert perplexity(math.log(10)) == pytest.approx(10) and perplexity(1e6) == math.inf
     assert mean({"a": 1.0, "b": 2.0}) == 1.5

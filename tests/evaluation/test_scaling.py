@@ -1,4 +1,4 @@
-"""The fit of eq. 12."""
+"""Fit of the scaling law, eq. 12: loss = (size / Nc) ** -alpha + E."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_an_exact_law_is_found(nc, alpha, e):
 
 
 def test_noise_widens_the_intervals_and_they_cover():
-    """95 % of the intervals hold the true value: 100 draws."""
+    """About 95 of 100 confidence intervals of 95 % contain the true value."""
     sizes = np.linspace(1, 4, 12)
     inside, widths = 0, []
     for seed in range(100):
@@ -38,7 +38,7 @@ def test_noise_widens_the_intervals_and_they_cover():
 
 
 @pytest.mark.parametrize("sizes, losses", [([1, 2, 3], [3, 2, 1]), ([1, 1, 1, 1, 1], [3, 2, 1, 2, 3]), ([1, 2, 3, 4], [2.0] * 4)])
-def test_points_that_do_not_determine_it(sizes, losses):
+def test_a_law_that_the_points_do_not_determine_is_none(sizes, losses):
     found = fit(sizes, losses)
     assert found.keys() == {"Nc", "alpha", "E", "Nc_ci", "alpha_ci", "E_ci"}
     if len(set(losses)) > 1:

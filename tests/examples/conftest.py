@@ -1,4 +1,4 @@
-"""A tiny sorted checkpoint that two tensor-parallel ranks can hold, and our own loop's training from it."""
+"""A tiny sorted checkpoint, and a training run of our own loop from it, for comparison with other loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = 6
 
 @pytest.fixture(scope="session")
 def ours(tmp_path_factory, text) -> tuple[Path, list[dict]]:
-    """RUN with stages data and sorted; what our loop logged for each step, the same samples and networks as the doors'."""
+    """Run directory with data and sorted, and the rows that our loop logged with the examples' samples and networks."""
     run = tmp_path_factory.mktemp("doors")
     data, batch = f"data={run}/data", ["model.micro_batch_size=4", "model.global_batch_size=8"]
     stage("prepare", f"input=[{text}/code,{text}/prose]", "vocab_size=300", "valid_fraction=0.2", f"out={run}/data")

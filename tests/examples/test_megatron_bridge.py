@@ -1,4 +1,4 @@
-"""examples/megatron_bridge: a Hugging Face model through Bridge's provider with our spec, and the forward step."""
+"""examples/megatron_bridge: a Hugging Face model by Bridge's provider with our layer spec, and the forward step."""
 
 from __future__ import annotations
 

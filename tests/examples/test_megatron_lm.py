@@ -33,7 +33,7 @@ TRAIN = f"""
 
 
 def pretrain(run: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """The example as a user starts it, on the data of RUN; finished."""
+    """Run the example as a user starts it, on the data of `run`; the finished process."""
     data = [
         *("--train-data-path", "0.5", f"{run}/data/code_train", "0.5", f"{run}/data/prose_train"),
         *("--valid-data-path", "1", f"{run}/data/code_valid", "--data-cache-path", f"{run}/cache"),
@@ -51,7 +51,7 @@ def pretrain(run: Path, *arguments: str, processes: int = 1) -> subprocess.Compl
 
 
 def losses(result: subprocess.CompletedProcess[str]) -> dict[int, list[float]]:
-    """Iteration -> losses of the full model and the sub-networks, as Megatron-LM logs them."""
+    """{iteration: losses of the full model and the sub-networks}, from Megatron-LM's output."""
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line for line in (result.stdout + result.stderr).splitlines() if "consumed samples:" in line]
     return {
@@ -61,7 +61,7 @@ def losses(result: subprocess.CompletedProcess[str]) -> dict[int, list[float]]:
 
 
 def expected(rows: list[dict], first: int = 1) -> dict[int, list[float]]:
-    """Our loop's losses from iteration `first` on. Of a run's first two iterations Megatron-LM logs the mean as the second."""
+    """{iteration: our loop's losses} from `first` on. Megatron-LM logs the mean of a run's first two iterations as the second."""
     found = {row["step"]: [row["loss"], *row["subnetwork_losses"]] for row in rows if row["step"] >= first}
     found[first + 1] = [(a + b) / 2 for a, b in zip(found[first], found[first + 1], strict=True)]
     return found
@@ -77,14 +77,14 @@ def test_equals_our_loop_resumes_and_comes_back(ours, tmp_path):
     run, rows = ours
     start = ["--flextron-checkpoint", f"{run}/sorted", "--save", str(tmp_path), "--save-interval", "3"]
     assert_equal(losses(pretrain(run, *start, "--spec", "flextron_mcore.specs", "elastic_layer_spec")), expected(rows))
-    assert len({round(value, 4) for value in expected(rows)[STEPS]}) > 1  # the networks are not all one
+    assert len({round(value, 4) for value in expected(rows)[STEPS]}) > 1  # losses differ, so the networks do
 
-    # Megatron-LM's checkpoint continues in Megatron-LM, and at another layout: samples and networks of a step are the same.
+    # Megatron-LM continues from its checkpoint, also at another layout, with the same samples and networks.
     layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     resumed = pretrain(run, *start[:2], "--load", str(tmp_path), "--ckpt-step", "3", *layout, processes=2)
     assert_equal(losses(resumed), expected(rows, first=4))
 
-    # It is one of ours, too.
+    # The checkpoint opens as one of ours, too.
     info = open_checkpoint(tmp_path / f"iter_{STEPS:07d}")
     assert info.sorted and info.step == STEPS
     keys = [f"data={run}/data", "limit_val_batches=1"]

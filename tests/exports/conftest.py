@@ -1,4 +1,4 @@
-"""llama.cpp for the tests that run exported GGUF files."""
+"""llama.cpp, which runs the exported GGUF files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MISSING = "llama.cpp is not installed: make setup-llama-cpp"
 
 
 class Engine:
-    """A file in llama.cpp, with all that computes in fp32: the KV cache too, and no flash attention, which is f16."""
+    """A GGUF file loaded in llama.cpp. KV cache in fp32, and no flash attention, which computes in f16."""
 
     def __init__(self, file: Path, **options) -> None:
         import llama_cpp
@@ -26,17 +26,17 @@ class Engine:
         )
 
     def row(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits of one text [sequence, vocabulary]."""
+        """Logits [sequence, vocabulary] of one text."""
         self.model.reset()
         self.model.eval(list(ids))
         return np.array(self.model.scores[: len(ids)])
 
     def logits(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """[batch, sequence, vocabulary], a text at a time."""
+        """Logits [batch, sequence, vocabulary], computed text by text."""
         return torch.from_numpy(np.stack([self.row(row) for row in tokens_BS.tolist()]))
 
     def greedy(self, prompt: Sequence[int], length: int) -> list[int]:
-        """`length` tokens after `prompt`, each computed alone with the KV cache."""
+        """Ids of `length` tokens after `prompt`, decoded one by one with the KV cache."""
         found = [int(self.row(prompt)[-1].argmax())]
         while len(found) < length:
             self.model.eval([found[-1]])
@@ -49,7 +49,7 @@ class Engine:
 
 @pytest.fixture(scope="session")
 def engine() -> type[Engine]:
-    """Skips where llama.cpp is not installed, and fails there if FLEXTRON_REQUIRE_LLAMA_CPP=1."""
+    """Function from a GGUF file to its Engine. Skips the test without llama.cpp; with FLEXTRON_REQUIRE_LLAMA_CPP=1 it fails."""
     try:
         importlib.import_module("llama_cpp")
     except ImportError:

@@ -1,4 +1,4 @@
-"""What an export says of itself, and the tokenizer that goes along."""
+"""The model card of an export, and the tokenizer copied into it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokenizer(tmp_path, info):
     return folder
 
 
-def test_costs(info, tmp_path):
+def test_the_card_has_parameters_and_memory(info, tmp_path):
     net = networks(info)["by layer"]
     (tmp_path / "out").mkdir()
     job = Job(info, net, tmp_path / "out", "bf16", origin="selector uniform for latency <= 3 ms")
@@ -37,7 +37,7 @@ def test_costs(info, tmp_path):
     parameters, full = count_parameters(info.model, net), count_parameters(info.model)
     assert f"| parameters | {parameters:,}, {parameters / full:.1%} of the elastic model's {full:,} |" in text
     assert f"| weights | {2 * parameters:,} bytes in bf16 |" in text
-    # 2 layers of 2 and 4 groups of 8 channels, keys and values, 2 bytes each
+    # 2 layers with 2 and 4 KV groups of 8 channels; keys and values of 2 bytes
     assert kv_cache_bytes(info.model, net, 1, 1) == 192 and "| KV cache | 192 bytes a token in bf16 |" in text
     assert "| chosen by | selector uniform for latency <= 3 ms |" in text
     assert "| 0 | 4 | 2 | 10 |" in text and "| 1 | 8 | 4 | 20 |" in text
@@ -49,7 +49,7 @@ def test_costs(info, tmp_path):
         assert text in (out / "README.md").read_text()
 
 
-def test_predicted_latency(info, tmp_path):
+def test_the_card_has_the_predicted_latency(info, tmp_path):
     net = networks(info)["by layer"]
     routing_toy.write_table(info.path, info.path / TABLE_FILE)
     cost = routing_toy.latency(routing_toy.Choices(info.model, info.space))
@@ -64,7 +64,7 @@ def test_predicted_latency(info, tmp_path):
 
 
 def test_the_tokenizer_knows_what_the_model_takes(info, tokenizer, tmp_path):
-    """transformers 4 gives token types for a tokenizer that does not say; `generate(**tokens)` of a Llama then fails."""
+    """The exported tokenizer gives no token type ids: transformers 4 would add them, and Llama's `generate` refuse them."""
     for name, folder in (("hf", "."), ("megatron", "tokenizer")):
         out = tmp_path / f"as_{name}"
         out.mkdir()

@@ -1,4 +1,4 @@
-"""Cutting: a dense model of the cut sizes with the cut tensors computes what the sub-network computes."""
+"""Cut: a dense model with the cut tensors has the logits of the sub-network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flextron_mcore.exports.cut import cut, cut_config
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters
 from tests import toy
 
-# In memory a layer has its norms as modules of their own; on disk they are stored with the linear layer that follows.
+# In memory norms are modules of their own; on disk they are stored with the linear layer that follows.
 ON_DISK = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 KINDS = {
     "llama": (toy.LLAMA, 2, "kv_group"),
@@ -27,7 +27,7 @@ KINDS = {
 
 
 class Reader:
-    """Stands for the TensorReader of a checkpoint that holds `state`."""
+    """Stand-in for the TensorReader of a checkpoint that holds `state`."""
 
     def __init__(self, state: dict[str, torch.Tensor]) -> None:
         self.state = state
@@ -98,7 +98,7 @@ def test_the_full_network_is_the_checkpoint_and_a_part_owns_its_memory():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("granularities", [(2, 2), (2, 1), (1, 2)])
-def test_what_lies_in_as_many_buckets_is_not_sorted_in_between(kind, granularities):
+def test_units_keep_their_disk_order_where_granularity_stays(kind, granularities):
     values, groups, unit = KINDS[kind]
     arch = toy.config(**values, num_query_groups=4 if unit == "kv_group" else groups)
     ours, theirs = granularities
@@ -153,7 +153,7 @@ def test_hidden_channels_are_the_first():
         assert torch.equal(tensors[key].load(), leading), key
 
 
-def test_what_cannot_be_cut():
+def test_checkpoints_with_missing_or_undeclared_tensors_are_refused():
     info, model = case("llama")
     state = stored(model)
     net = SubNetwork(32, (LayerChoice(True, 2, 2, 13),) * 2)

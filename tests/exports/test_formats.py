@@ -1,4 +1,4 @@
-"""What all formats have in common: with modulation, too, they compute what the checkpoint does."""
+"""All formats with modulation: gains are multiplied into the weights, and logits stay those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.exports.formats import FORMATS, Job, get_format, rounding
+from flextron_mcore.settings.schema import keys
+from flextron_mcore.settings.stages import STAGES
 from flextron_mcore.space import ElasticSpace, SubNetwork
 from tests import toy
 
@@ -23,6 +25,12 @@ def modulated(kind: str, folder: Path) -> tuple[CheckpointInfo, torch.nn.Module]
     space = ElasticSpace.build(arch, **AXES, modulation=True)
     model, info = toy.model(arch, space), CheckpointInfo(arch, space)
     return replace(info, path=toy.write(model, info, folder)), model
+
+
+def test_the_keys_know_every_format():
+    assert keys(STAGES["export"])["format"].limits.choices == tuple(FORMATS)
+    assert keys(STAGES["family"])["formats"].limits.choices == tuple(name for name in FORMATS if name != "hf_elastic")
+    assert all(f"{name}: " in keys(STAGES["export"])["format"].limits.help for name in FORMATS)
 
 
 @pytest.mark.parametrize("name, kind", CASES)
@@ -42,7 +50,7 @@ def test_modulation_is_exported(name, kind, tmp_path):
             torch.testing.assert_close(written.logits(job, each, tokens), expected, atol=tolerance, rtol=0, msg=f"{each}")
 
 
-def test_rounding_of_what_modulation_is_multiplied_into(tmp_path):
+def test_modulated_bf16_weights_are_allowed_more_rounding(tmp_path):
     info, _ = modulated("llama", tmp_path / "run")
     small, full = info.space.uniform(info.model, 2, 24), SubNetwork.full(info.model)
     half = replace(info, dtype="bf16")

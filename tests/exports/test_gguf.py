@@ -1,4 +1,4 @@
-"""GGUF export: the file, read back here and run in llama.cpp, computes what the sub-network computes in Megatron-Core."""
+"""GGUF export: the file, read back here and run in llama.cpp, has the logits of the sub-network in Megatron-Core."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.exports import gguf as export
 from flextron_mcore.exports import hf
 from flextron_mcore.exports.formats import Job, get_format
-from flextron_mcore.settings.stages import GgufSettings
+from flextron_mcore.settings.formats import GgufSettings
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.exports.test_hf import CASES, networks
 
 LLAMAS = [name for name in CASES if name.startswith("llama")]
-# Largest difference of logits in llama.cpp, as a part of their standard deviation: it rounds the activations too.
+# Largest difference of logits, relative to their standard deviation: llama.cpp rounds activations, too.
 ENGINE = {"f16": 0.02, "q8_0": 0.5}
 
 
@@ -57,12 +57,12 @@ def test_read_back_is_the_sub_network(case, tmp_path):
             job = exported(info, net, tmp_path / f"{name} {kind}".replace(" ", "_"), kind)
             difference = (read(job) - expected).abs().max()
             assert difference < (hf_toy.ATOL if kind == "f32" else export.tolerance(job))
-            assert kind == "f32" or difference > 1e-4  # it is rounded
+            assert kind == "f32" or difference > 1e-4  # rounded weights give other logits
 
 
 @pytest.mark.parametrize("case", LLAMAS)
 def test_llama_cpp_computes_the_sub_network(case, engine, tmp_path):
-    """Its logits, and its text of 32 tokens, are those of transformers on the Hugging Face export."""
+    """Logits and 32 decoded tokens are those of transformers with the Hugging Face export of the same network."""
     make, options, space = CASES[case]
     info = hf_toy.checkpoint(hf_toy.save(make(**options), tmp_path / "hf"), tmp_path / "run", space)
     for name, net in networks(info).items():
@@ -79,7 +79,7 @@ def test_llama_cpp_computes_the_sub_network(case, engine, tmp_path):
 
 
 def random_case(seed: int, folder: Path) -> tuple[CheckpointInfo, SubNetwork]:
-    """A random Llama and one of its networks: any widths, a smaller hidden size, and a skipped layer."""
+    """Random Llama, and one of its networks: random widths, sometimes a smaller hidden size and a skipped layer."""
     draw = random.Random(seed)
     groups, queries, layers = draw.randint(1, 4), draw.randint(1, 4), draw.randint(2, 4)
     unit, hidden = draw.choice(["kv_group", "query_head"]), 2 * groups * queries * draw.randint(2, 4)
@@ -118,12 +118,13 @@ def random_case(seed: int, folder: Path) -> tuple[CheckpointInfo, SubNetwork]:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_any_network(seed, tmp_path, request):
+def test_any_network_is_the_sub_network(seed, tmp_path, request):
     info, net = random_case(seed, tmp_path)
     (tmp_path / "out").mkdir()
     hf.write(Job(info, net, tmp_path / "out"))
     expected = hf_toy.logits(hf_toy.load(tmp_path / "out"))
-    if net.hidden_size == info.model.hidden_size and all(layer.executed for layer in net.layers):  # others are not computed yet
+    # The sub-network is computed in Megatron-Core where hidden size and depth are the full ones.
+    if net.hidden_size == info.model.hidden_size and all(layer.executed for layer in net.layers):
         same(expected, hf_toy.logits(hf_toy.megatron(info), net), 1e-4)
     jobs = {kind: exported(info, net, tmp_path / kind, kind) for kind in ("f32", "f16", "q8_0")}
     atol = hf_toy.ATOL * max(1.0, expected.std().item())  # rounding grows with the logits
@@ -138,7 +139,7 @@ def test_any_network(seed, tmp_path, request):
 
 
 def test_types_by_default(tmp_path):
-    """f32 of an fp32 export, else f16; matrices whose rows are no blocks of 32 are f16 in a q8_0 file; vectors are f32."""
+    """Matrices are f32 in an fp32 export, else f16. q8_0 leaves rows that are no multiple of 32 in f16. Vectors are f32."""
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(hidden_size=32), tmp_path / "hf"), tmp_path / "run", dtype="bf16")
     net = SubNetwork.full(info.model)
 
@@ -164,16 +165,14 @@ def test_a_network_without_a_tokenizer_and_its_card(engine, tmp_path):
     assert engine(job.out / "model.gguf").model.n_vocab() == hf_toy.VOCAB
 
 
-def test_what_gguf_cannot_hold(tmp_path, monkeypatch):
+def test_networks_that_gguf_cannot_hold_are_refused(tmp_path, monkeypatch):
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run")
     gpt2 = hf_toy.checkpoint(hf_toy.save(hf_toy.gpt2(), tmp_path / "gpt2"), tmp_path / "gpt2_run")
-    with pytest.raises(
-        FlextronError, match=r"for Llama only, .*normalization=rmsnorm.*: use format=hf or format=trtllm"
-    ) as error:
+    with pytest.raises(FlextronError, match=r"for Llama only, .*normalization=rmsnorm.*: use the format hf or trtllm") as error:
         exported(gpt2, SubNetwork.full(gpt2.model), tmp_path / "a")
     assert "\n" not in str(error.value)
     full = SubNetwork.full(info.model)
-    with pytest.raises(FlextronError, match="dtype=bf16 and gguf.type=f16 are two ways to say"):
+    with pytest.raises(FlextronError, match="dtype=bf16 and gguf.type=f16 both set how weights are stored"):
         exported(info, full, tmp_path / "c", "f16", dtype="bf16")
     with pytest.raises(FlextronError, match="not an empty directory"):
         export.write(Job(info, full, tmp_path / "hf"))
@@ -183,7 +182,8 @@ def test_what_gguf_cannot_hold(tmp_path, monkeypatch):
     large.model.layers[1].mlp.down_proj.weight.data[3, 5] = -1e6
     large = hf_toy.checkpoint(hf_toy.save(large, tmp_path / "large"), tmp_path / "large_run")
     with pytest.raises(
-        FlextronError, match=r"blk.1.ffn_down.weight has a weight of 1e\+06, f16 ends at 65504: use gguf.type=f32"
+        FlextronError,
+        match=r"blk.1.ffn_down.weight has a weight of 1e\+06, more than f16 holds \(65504\): use `flextron export gguf.type=f32`",
     ):
         exported(large, full, tmp_path / "e", "f16")
     assert not list((tmp_path / "e").iterdir())
@@ -192,7 +192,7 @@ def test_what_gguf_cannot_hold(tmp_path, monkeypatch):
         exported(info, full, tmp_path / "f")
 
 
-def test_damaged_files_and_full_disks(tmp_path, make_disk, monkeypatch):
+def test_damaged_files_and_full_disks_are_one_line(tmp_path, make_disk, monkeypatch):
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(intermediate_size=4096), tmp_path / "hf"), tmp_path / "run")
     job = exported(info, SubNetwork.full(info.model), tmp_path / "out")
     whole = (job.out / "model.gguf").read_bytes()
@@ -202,7 +202,7 @@ def test_damaged_files_and_full_disks(tmp_path, make_disk, monkeypatch):
             read(job)
         assert "\n" not in str(error.value)
     disk = make_disk("1m")
-    with pytest.raises(FlextronError, match=r"cannot be written: .* GiB needed, .* GiB free"):
+    with pytest.raises(FlextronError, match=r"cannot be written: .* needed, .* free"):
         exported(info, SubNetwork.full(info.model), disk / "out")
     monkeypatch.setattr("flextron_mcore.exports.gguf.writer.check_space", lambda *args: None)
     with pytest.raises(FlextronError, match="cannot be written: No space left on device") as error:
@@ -210,7 +210,7 @@ def test_damaged_files_and_full_disks(tmp_path, make_disk, monkeypatch):
     assert "\n" not in str(error.value) and not list((disk / "again").iterdir())
 
 
-def test_models_of_no_family(tmp_path):
+def test_models_of_no_family_are_refused(tmp_path):
     arch = toy.config(**toy.LLAMA | {"activation": "geglu"})
     info = CheckpointInfo(arch, ElasticSpace.build(arch, granularity=1, heads=[1.0]), path=tmp_path / "none")
     with pytest.raises(FlextronError, match=r"activation=swiglu \(it is geglu\)"):

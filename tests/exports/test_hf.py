@@ -1,5 +1,7 @@
-"""Hugging Face export: what transformers loads computes what the sub-network computes in Megatron-Core, and what the original
-model computes when it is blind to the heads and neurons that the sub-network leaves out."""
+"""Hugging Face export: the model that transformers loads has the logits of the sub-network in Megatron-Core.
+
+It also has those of the original model with zeros in the place of unused heads and neurons.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ CASES = {
 
 
 def networks(info: CheckpointInfo) -> dict[str, SubNetwork]:
-    """One whose layers differ, one that is half as wide everywhere, and the whole."""
+    """{name: network}: layers of different widths, half the width in every layer, and the full model."""
     space, arch = info.space, info.model
     half = arch.num_attention_heads // 2
     widths = [(half, space.ffn_hidden_size[0]), (arch.num_attention_heads, space.ffn_hidden_size[1])]
@@ -73,7 +75,7 @@ def test_export_is_the_sub_network(case, tmp_path):
     theirs = make(**options)
     source = hf_toy.save(theirs, tmp_path / "hf")
     info = hf_toy.checkpoint(source, tmp_path / "run", space)
-    assert info.space.granularity > 1  # units are stored in another order than they are exported
+    assert info.space.granularity > 1  # units are stored in dealt order, and exported in another
     model = hf_toy.megatron(info)
     for name, net in networks(info).items():
         out = tmp_path / name.replace(" ", "_")
@@ -83,7 +85,7 @@ def test_export_is_the_sub_network(case, tmp_path):
         assert expected.std() > 0.1
         torch.testing.assert_close(hf_toy.logits(loaded), expected, atol=hf_toy.ATOL, rtol=0, msg=f"{name}: exported")
         torch.testing.assert_close(hf_toy.logits(model, net), expected, atol=hf_toy.ATOL, rtol=0, msg=f"{name}: Megatron-Core")
-        # T6: counted = written = loaded, a tied output layer once.
+        # T6: parameters counted = written = loaded; a tied output layer counts once.
         loaded_parameters = sum(p.numel() for p in loaded.parameters())
         assert figures["parameters"] == count_parameters(info.model, net) == loaded_parameters
         stock = name == "full" or (name == "uniform" and "gpt2" not in case)
@@ -102,7 +104,7 @@ def test_export_is_the_sub_network(case, tmp_path):
 
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
-def test_any_shape(data, tmp_path_factory):
+def test_any_shape_is_the_sub_network(data, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("any")
     theirs, space = hf_toy.any_model(data.draw)
     info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run", space)
@@ -129,7 +131,7 @@ def test_a_uniform_llama_that_the_stock_class_refuses(tmp_path):
 
 @pytest.mark.parametrize("make", [hf_toy.llama, hf_toy.gpt2])
 def test_hidden_size_and_depth(make, tmp_path):
-    """Every Hugging Face tensor but GPT-2's joint attention is then the leading block of the original's."""
+    """Every exported tensor but GPT-2's joint attention matrix is the leading block of the original's."""
     theirs = make()
     source = hf_toy.save(theirs, tmp_path / "hf")
     hidden = theirs.config.hidden_size
@@ -147,7 +149,7 @@ def test_hidden_size_and_depth(make, tmp_path):
 
 
 def test_the_exported_directory_is_like_any_other(tmp_path):
-    """It can be loaded as a bare model, with another attention implementation, saved and loaded again."""
+    """The directory loads as a bare model and with another attention implementation, and can be saved and loaded again."""
     for make in (hf_toy.llama, hf_toy.gpt2):
         name = make.__name__
         info = hf_toy.checkpoint(hf_toy.save(make(), tmp_path / f"{name}_hf"), tmp_path / f"{name}_run")
@@ -157,7 +159,7 @@ def test_the_exported_directory_is_like_any_other(tmp_path):
         expected = hf_toy.logits(loaded)
         loaded.set_attn_implementation("eager")
         torch.testing.assert_close(hf_toy.logits(loaded), expected, atol=hf_toy.ATOL, rtol=0)
-        attentions = loaded(hf_toy.tokens(1, 6), output_attentions=True).attentions  # which only the eager one gives
+        attentions = loaded(hf_toy.tokens(1, 6), output_attentions=True).attentions  # only the eager implementation returns them
         assert [weights.shape[1] for weights in attentions] == loaded.config.num_attention_heads_per_layer
         bare = AutoModel.from_pretrained(out, trust_remote_code=True).eval()
         hidden = loaded(hf_toy.tokens(), output_hidden_states=True).hidden_states
@@ -167,7 +169,7 @@ def test_the_exported_directory_is_like_any_other(tmp_path):
         torch.testing.assert_close(hf_toy.logits(hf_toy.load(tmp_path / f"{name}_again")), expected, atol=hf_toy.ATOL, rtol=0)
 
 
-def test_config_of_layers_that_differ(tmp_path):
+def test_the_config_says_where_layers_differ(tmp_path):
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run")
     net = networks(info)["by layer"]
     exported(info, net, tmp_path / "out")
@@ -211,7 +213,7 @@ def test_values_that_no_cut_changes_are_those_of_the_original(tmp_path):
 
 
 @pytest.mark.parametrize("bytes_a_shard, least", [(10**9, 1), (30_000, 3), (1, 10)])
-def test_shards(bytes_a_shard, least, tmp_path):
+def test_weights_are_split_into_shards_of_the_asked_size(bytes_a_shard, least, tmp_path):
     theirs = hf_toy.llama()
     info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run")
     seen = []
@@ -236,7 +238,7 @@ def test_files_are_those_of_the_safetensors_library(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_dtype(dtype, tmp_path):
+def test_weights_are_stored_in_the_asked_dtype(dtype, tmp_path):
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.gpt2(), tmp_path / "hf"), tmp_path / "run", dtype="bf16")
     exported(info, SubNetwork.full(info.model), tmp_path / "out", dtype=dtype)
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
@@ -245,7 +247,7 @@ def test_dtype(dtype, tmp_path):
 
 
 def test_a_model_that_was_not_imported(tmp_path):
-    """Ids of special tokens come from the tokenizer; without one there are none (Llama's own defaults would be wrong)."""
+    """Special token ids come from the tokenizer. Without one the config has none: Llama's defaults would be wrong."""
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(vocab_size=300), tmp_path / "hf"), tmp_path / "run")
     info = replace(info, hf_config=None)
     exported(info, SubNetwork.full(info.model), tmp_path / "bare")
@@ -262,7 +264,7 @@ def test_a_model_that_was_not_imported(tmp_path):
 
 
 def test_layernorm1p_is_written_as_layernorm(tmp_path):
-    """Its scale is stored less one: the network with that scale is the imported one."""
+    """layernorm1p stores the scale less 1; the export adds 1, so an import of it has the same logits."""
     theirs = hf_toy.gpt2()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -285,7 +287,7 @@ def test_layernorm1p_is_written_as_layernorm(tmp_path):
         (toy.GPT2 | {"normalization": "rmsnorm"}, ["GPT-2 needs normalization=layernorm|layernorm1p (it is rmsnorm)", "Llama"]),
     ],
 )
-def test_models_of_no_family(changes, words, tmp_path):
+def test_models_of_no_family_are_refused(changes, words, tmp_path):
     arch = toy.config(**changes)
     info = CheckpointInfo(arch, ElasticSpace.build(arch, granularity=1, heads=[1.0]), path=tmp_path / "none")
     with pytest.raises(FlextronError) as caught:
@@ -296,7 +298,7 @@ def test_models_of_no_family(changes, words, tmp_path):
         assert word in message
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments_are_refused(tmp_path):
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.gpt2(), tmp_path / "hf"), tmp_path / "run")
     full = SubNetwork.full(info.model)
     with pytest.raises(FlextronError, match="not an empty directory"):

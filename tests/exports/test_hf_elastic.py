@@ -1,4 +1,4 @@
-"""Many in one: a directory whose every sub-network is that of the checkpoint, with one copy of the weights and one KV cache."""
+"""format=hf_elastic: every sub-network of one directory has the checkpoint's logits; weights and KV cache are shared."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import FlextronError
 from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.layers.tokens.layer import FixedLevels
+from flextron_mcore.settings.formats import HfElasticSettings
 from flextron_mcore.settings.sections import KV_POLICIES
-from flextron_mcore.settings.stages import HfElasticSettings
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.exports.test_hf import CASES
@@ -32,7 +32,7 @@ SPACE = {"heads": [0.25, 0.5, 0.75, 1.0], "ffn_hidden_size": [10, 20, 30, 40], "
 
 @dataclass(frozen=True)
 class Case:
-    """A model three times: in Hugging Face's stock class, in Megatron-Core, and loaded from its elastic directory."""
+    """One model three times: Hugging Face's stock class, Megatron-Core, and the loaded elastic directory."""
 
     theirs: PreTrainedModel
     info: CheckpointInfo
@@ -48,7 +48,7 @@ def write(info: CheckpointInfo, out: Path, **options) -> dict:
 
 DEEP_SPACE = {"hidden_size": [0.5, 0.75, 1.0], "depth": [1, 2, 3], "layer_ranking": [1, 2, 0]}
 KV_GROUP, QUERY_HEAD = {"attention_unit": "kv_group"}, {"attention_unit": "query_head"}
-DEEP = {  # all axes vary
+DEEP = {  # all axes are elastic
     "deep llama": (hf_toy.llama, {"num_hidden_layers": 3}, {**KV_GROUP, **DEEP_SPACE}),
     "deep llama, tied": (hf_toy.llama, {"num_hidden_layers": 3, "tie_word_embeddings": True}, {**KV_GROUP, **DEEP_SPACE}),
     "deep llama, query heads": (hf_toy.llama, {"num_hidden_layers": 3}, {**QUERY_HEAD, **DEEP_SPACE}),
@@ -125,7 +125,7 @@ def test_any_shape(data, tmp_path_factory):
 
 
 class Operands(TorchFunctionMode):
-    """What products are made of."""
+    """Records the weight operand of every product inside the context."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +151,7 @@ def test_products_are_with_views_of_the_one_copy(cases, name):
         assert all(weight.untyped_storage().data_ptr() in storages for weight in seen.weights)
         used = sum(weight.numel() for weight in seen.weights)
         full = full or used
-        # What is computed is what the network has: but for keys and values, which all networks write.
+        # Weights used are those of the network, and all keys and values, which every network writes by default.
         left_out = count_parameters(case.info.model) - count_parameters(case.info.model, net)
         keys = sum(2 * (case.info.model.num_query_groups - layer.kv_groups) * case.info.model.kv_channels for layer in net.layers)
         weights_only = left_out - keys * case.info.model.hidden_size
@@ -185,11 +185,11 @@ def test_generate_with_left_padding_and_sampling(cases, name):
 
 @torch.no_grad()
 def in_steps(model, tokens: torch.Tensor, nets, starts, policies) -> torch.Tensor:
-    """Logits of tokens that are given in pieces, each to the next network, with one cache."""
+    """Logits of tokens in pieces with one cache: piece i, from starts[i] on, goes through nets[i] with policies[i]."""
     cache, found = DynamicCache(), []
     for net, policy, first, last in zip(nets, policies, starts, [*starts[1:], tokens.shape[1]], strict=True):
         model.set_subnetwork(net.to_dict(), kv_policy=policy)
-        for start in range(first, last) if first % 2 else [first]:  # token by token, or all at a time
+        for start in range(first, last) if first % 2 else [first]:  # odd starts: token by token; even: the whole piece
             end = start + 1 if first % 2 else last
             found.append(model(tokens[:, start:end], past_key_values=cache, use_cache=True).logits)
     return torch.cat(found, 1)
@@ -199,7 +199,7 @@ def in_steps(model, tokens: torch.Tensor, nets, starts, policies) -> torch.Tenso
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("name", ["llama, groups", "llama, query heads", "llama, mha", "gpt2"])
 def test_a_switch_keeps_the_cache(cases, name, kv_policy, implementation):
-    """As if Megatron-Core had routed the tokens: those before the switch one way, those after it another."""
+    """Switching networks within a text equals Megatron-Core with these networks as fixed levels of the tokens."""
     case = cases(name)
     case.model.set_attn_implementation(implementation)
     info, choices = case.info, Choices(case.info.model, case.info.space)
@@ -217,7 +217,7 @@ def test_a_switch_keeps_the_cache(cases, name, kv_policy, implementation):
 
 @pytest.mark.parametrize("name", ["llama, groups", "gpt2"])
 def test_both_policies_may_share_one_cache(cases, name):
-    """A network with keys of its own sees, and is seen by, one that writes all of them."""
+    """Networks with KV policies own and full read each other's keys in one cache."""
     case = cases(name)
     full = SubNetwork.full(case.info.model)
     tokens, starts = hf_toy.tokens(1, 16), [0, 5, 10]
@@ -227,7 +227,7 @@ def test_both_policies_may_share_one_cache(cases, name):
     small = in_steps(case.model, tokens, [full, half, full], starts, ["full", "own", "full"])
     other = in_steps(case.model, tokens, [full, half, full], starts, ["full", "full", "full"])
     close(small[:, :10], other[:, :10])
-    assert not torch.allclose(small[:, 10:], other[:, 10:], atol=1e-3)  # it lacks the half's other groups
+    assert not torch.allclose(small[:, 10:], other[:, 10:], atol=1e-3)  # the half network wrote fewer KV groups
 
 
 def test_own_keys_make_a_small_cache_and_a_switch_is_seen_by_generate(cases):
@@ -243,7 +243,7 @@ def test_own_keys_make_a_small_cache_and_a_switch_is_seen_by_generate(cases):
         case.model.set_budget(None)
         again = greedy(case.model, first, 4, past_key_values=cache)
         assert again.shape[1] == 16 and cache.get_seq_length() == 15
-    assert sizes == {"full": (8, 8), "own": (3, 2)}  # and a count of groups
+    assert sizes == {"full": (8, 8), "own": (3, 2)}  # own: 2 KV groups and, with the keys, a count of groups
 
 
 def test_handles_share_the_weights(cases):
@@ -291,7 +291,7 @@ def test_saved_and_loaded_again(cases, tmp_path):
             assert torch.equal(hf_toy.logits(again), hf_toy.logits(case.model))
 
 
-def test_what_is_written(cases):
+def test_written_files_and_figures(cases):
     case = cases("llama, groups")
     config = json.loads((case.folder / "config.json").read_text())
     assert config["architectures"] == ["FlextronElasticLlamaForCausalLM"] and config["num_attention_heads"] == 8
@@ -306,7 +306,7 @@ def test_what_is_written(cases):
     assert {sum(layer.executed for layer in net.layers) for net in checked} == set(deep.space.depth)
     files = {file.stem for file in case.folder.glob("*.py")}
     modeling = (case.folder / "modeling_flextron_elastic_llama.py").read_text()
-    # transformers 4.57 fetches what this file itself imports, and nothing that those import.
+    # transformers 4.57 fetches the files that this file imports, and none that those import.
     assert set(re.findall(r"^from \.(\w+)", modeling, re.M)) == files - {"modeling_flextron_elastic_llama"}
     for file in case.folder.glob("*.py"):
         imports = re.findall(r"^ *(?:from|import) ([\w.]+)", file.read_text(), re.M)
@@ -327,7 +327,7 @@ def test_what_is_written(cases):
     assert "uniform" in (case.folder / "README.md").read_text()
 
 
-def test_what_is_refused(cases, tmp_path):
+def test_bad_networks_and_budgets_are_refused(cases, tmp_path):
     case = cases("llama, groups")
     info, model = case.info, case.model
     smaller = info.space.uniform(info.model, 4, 40)
@@ -335,7 +335,7 @@ def test_what_is_refused(cases, tmp_path):
     with pytest.raises(FlextronError, match="format=hf_elastic: holds every sub-network"):
         FORMAT.write(Job(info, smaller, tmp_path / "out"))
     other = HfElasticSettings(selector="sensitivity", latency=None)
-    with pytest.raises(FlextronError, match="selector=sensitivity: format=hf_elastic tabulates"):
+    with pytest.raises(FlextronError, match="selector=sensitivity: format=hf_elastic needs the networks of all budgets"):
         FORMAT.write(Job(info, SubNetwork.full(info.model), tmp_path / "out", settings=other))
     assert not list((tmp_path / "out").iterdir())
     full = model.subnetwork
@@ -360,9 +360,9 @@ def test_what_is_refused(cases, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             model.set_subnetwork({**full, **change})
-    assert model.subnetwork == full  # as it was
+    assert model.subnetwork == full  # the refusals left the choice as it was
     with pytest.raises(ValueError, match="was not loaded from an exported directory"):
         type(model)(model.config).set_budget(0.5)
-    with pytest.raises(ValueError, match='kv_policy="own" wants a DynamicCache'):
+    with pytest.raises(ValueError, match='kv_policy="own" works with a DynamicCache'):
         model.set_subnetwork(smaller.to_dict(), kv_policy="own")
         greedy(model, hf_toy.tokens(1, 4), cache_implementation="static")

@@ -1,4 +1,4 @@
-"""Many in one over all axes: narrow networks, and layers that are not executed, with one KV cache."""
+"""format=hf_elastic over all axes: smaller hidden sizes and skipped layers, with one KV cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cases(tmp_path_factory):
 
 @pytest.mark.parametrize("maker", [hf_toy.llama, hf_toy.gpt2])
 def test_hidden_size_and_depth(maker, tmp_path):
-    """As the dense model of that size that format=hf writes."""
+    """Each network has the logits of the dense model of its size that format=hf writes."""
     theirs = maker()
     hidden = theirs.config.hidden_size
     space = {"hidden_size": [hidden // 2, hidden], "depth": [1, 2]}
@@ -61,7 +61,7 @@ def test_hidden_size_and_depth(maker, tmp_path):
 
 @pytest.mark.parametrize("name", DEEP)
 def test_all_axes_are_the_checkpoints(cases, name):
-    """Logits, with weights that are views of the one copy, and just those that the network has."""
+    """Logits are the checkpoint's; weights are views of the one copy, and only those of the network."""
     case = cases(name)
     info, storages = case.info, {p.untyped_storage().data_ptr() for p in case.model.parameters()}
     tied = info.model.share_embeddings_and_output_weights
@@ -106,7 +106,7 @@ def test_a_skipped_layer_is_not_executed(cases, name):
             case.model(hf_toy.tokens(1, 4), past_key_values=cache, use_cache=cached)
         if (policy, cached) == ("own", True):
             held = [layer.values.numel() if layer.is_initialized else None for layer in cache.layers]
-            assert held[0] == 0 and held[1] > 0 and held[2:] in ([], [None])  # the first counts the positions
+            assert held[0] == 0 and held[1] > 0 and held[2:] in ([], [None])  # the first layer holds no keys but counts positions
             assert cache.get_seq_length() == 4
             called = [pair for pair in called if pair[0] != 0]
         assert {index for index, _ in called} == wanted
@@ -117,9 +117,13 @@ def test_a_skipped_layer_is_not_executed(cases, name):
 
 @torch.no_grad()
 def by_stock_models(models: dict[int, PreTrainedModel], tokens, plan, kv_policy: str) -> torch.Tensor:
-    """Logits of dense models of several hidden sizes with one cache. plan: (hidden size, layers that add something, start).
+    """Logits of dense models of several hidden sizes that share a cache, one after another.
 
-    With `own` keys, a layer does not see positions at which it added nothing.
+    Args:
+        models: {hidden size: dense model}.
+        tokens: [batch, sequence].
+        plan: a row for each piece of the text: (hidden size, executed layers, first position).
+        kv_policy: with `own`, a layer does not see positions at which it was skipped.
     """
     cache, found, skipped = DynamicCache(), [], [[] for _ in layers_of(next(iter(models.values())))]
     for (hidden, executed, first), last in zip(plan, [*(start for *_, start in plan[1:]), tokens.shape[1]], strict=True):
@@ -143,7 +147,7 @@ def by_stock_models(models: dict[int, PreTrainedModel], tokens, plan, kv_policy:
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("name", DEEP)
 def test_a_switch_of_hidden_size_and_depth(cases, name, kv_policy, tmp_path):
-    """As dense models of each hidden size that share a cache, in which the layers that are skipped add nothing."""
+    """Switching equals dense models of each hidden size that share a cache, with zeros in the projections of skipped layers."""
     case = cases(name)
     arch, space = case.info.model, case.info.space
     models = {}
@@ -162,7 +166,7 @@ def test_a_switch_of_hidden_size_and_depth(cases, name, kv_policy, tmp_path):
         starts = [start for *_, start in plan]
         found = in_steps(case.model, tokens, nets, starts, [kv_policy] * len(plan))
         close(found, by_stock_models(models, tokens, plan, kv_policy), f"{plan}")
-    # Both policies in one cache: a full one that follows own ones lacks what these left out.
+    # Both policies in one cache: after `own`, a `full` network misses the keys that were not written.
     plan = [(full, {1}, 0), (full, {0, 1, 2}, 6)]
     nets = [space.network(arch, SubNetwork.full(arch).layers, hidden, len(layers)) for hidden, layers, _ in plan]
     stepped = in_steps(case.model, tokens, nets, [0, 6], ["own", "full"])

@@ -1,4 +1,4 @@
-"""Budgets of an elastic directory: the answers of `flextron select`, tokens that choose for themselves, and a chat with it."""
+"""Budgets of an elastic directory: static answers are those of `flextron select`; token routing; examples/chat.py."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from flextron_mcore.runs import choice
 from flextron_mcore.runtime.ranks import place
 from flextron_mcore.selection import router
 from flextron_mcore.settings.compose import compose
+from flextron_mcore.settings.formats import HfElasticSettings
 from flextron_mcore.settings.sections import KV_POLICIES, CacheSettings
-from flextron_mcore.settings.stages import HfElasticSettings
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.routing_toy import write_table
@@ -50,7 +50,7 @@ SPACE = {"heads": [0.25, 0.5, 0.75, 1.0], "ffn_hidden_size": [10, 20, 30, 40], "
 
 @pytest.fixture(scope="module", autouse=True)
 def wide_bins():
-    """Of which there are an eighth as many, each of which takes a solver; the directory says how wide they are."""
+    """Cost bins eight times as wide as the default, for speed: each bin costs a run of the solver."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (router, family):
             patch.setattr(module, "BIN", 0.02)
@@ -68,7 +68,18 @@ def routed_checkpoint(
     counted=False,
     **space,
 ) -> CheckpointInfo:
-    """A checkpoint with routers that prefer this and that, and a latency table if they want one; counted: of routing too."""
+    """Write a checkpoint with random routers, and a latency table if `costs` has latency.
+
+    Args:
+        root: directory for the model and its checkpoint.
+        costs: costs that the routers were trained for.
+        kind: static, gumbel or adaptive.
+        kv_policy: KV policy of adaptive routers.
+        maker: function that makes the Hugging Face model.
+        uniform: one width for all layers.
+        counted: the table has costs of token routing, too.
+        space: changes of SPACE.
+    """
     theirs = maker(**{"num_hidden_layers" if maker is hf_toy.llama else "n_layer": LAYERS})
     info = hf_toy.checkpoint(hf_toy.save(theirs, root / "hf"), root / "run", {**SPACE, **space})
     choices = Choices(info.model, info.space)
@@ -93,7 +104,7 @@ def routed_checkpoint(
 
 
 def own(**changes) -> HfElasticSettings:
-    """The format's settings: routers' answers, the table beside them, and `changes`."""
+    """Settings of the format: budgets answered by the routers, latency from the table beside them, and `changes`."""
     return HfElasticSettings(**{"selector": "router", "latency": None, "kv_cache": CacheSettings()} | changes)
 
 
@@ -105,7 +116,7 @@ def export(info: CheckpointInfo, out: Path, **options):
 
 
 def selected(info: CheckpointInfo, *keys: str):
-    """A function from a budget to what `flextron select` takes."""
+    """Function from a budget to the network that `flextron select` takes with these keys."""
     config = compose("select", [f"checkpoint={info.path.parents[1]}", "budget=1.0", *keys])
     table = choice.latency_table(config, info)
     costs = choice.available_costs(config, info, table)
@@ -118,7 +129,7 @@ def selected(info: CheckpointInfo, *keys: str):
 
 
 def budgets_of(cost, seed: int) -> list[float]:
-    """Values of a cost: ends, drawn ones, and those at which something changes."""
+    """Limits of a cost: both ends, random ones, and those at which the answer changes."""
     drawn = np.random.default_rng(seed).uniform(cost.smallest, cost.full, 60)
     edges = [cost.smallest + i * 0.02 * cost.full for i in range(0, 40, 3)]
     return [v for v in [cost.smallest, cost.full, *drawn.tolist(), *edges] if cost.smallest <= v <= cost.full]
@@ -155,7 +166,7 @@ def test_answers_are_those_of_select(case, tmp_path):
             model.set_budget(budget)
             assert SubNetwork.from_dict(model.subnetwork) == select(budget) and model.budget == budget
     else:
-        model.set_budget(0.7)  # a fraction of what the routers' first budget is of
+        model.set_budget(0.7)  # a bare fraction is of the routers' first cost
         assert SubNetwork.from_dict(model.subnetwork) == select("0.7 parameters")
 
 
@@ -171,7 +182,7 @@ ALL_AXES = {
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("maker", [hf_toy.llama, hf_toy.gpt2])
 def test_answers_over_all_axes(maker, uniform, tmp_path):
-    """Of routers that choose the hidden size and the depth too."""
+    """Gumbel routers choose hidden size and depth, too: answers are those of `flextron select`."""
     info = routed_checkpoint(tmp_path, kind="gumbel", maker=maker, uniform=uniform, attention_unit="kv_group", **ALL_AXES)
     _, model = export(info, tmp_path / "out")
     select, known = selected(info)
@@ -223,7 +234,7 @@ def test_without_routers_a_family_answers(selector, axes, tmp_path):
 
 
 def test_listed_networks_answer_too(tmp_path):
-    """Where they use more of the budget than the family's."""
+    """A listed network is the answer where it uses more of the budget than the selector's."""
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run", SPACE)
     net = toy.random_network(info.model, info.space, 2)
     (tmp_path / "net.json").write_text(net.to_json())
@@ -245,7 +256,7 @@ def test_listed_networks_answer_too(tmp_path):
 
 
 def test_a_listed_network_may_be_narrow_and_shallow(tmp_path):
-    """Smaller than all that the selector knows, which has all heads in all layers."""
+    """A listed network extends the range of budgets below the selector's smallest network."""
     space = {**SPACE, "hidden_size": [24, 48], "depth": [1, 2]}
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run", space)
     net = info.space.uniform(info.model, 2, 40, 24, 1)
@@ -260,7 +271,7 @@ def test_a_listed_network_may_be_narrow_and_shallow(tmp_path):
 
 @torch.no_grad()
 def steps(model, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits token by token, after a prompt of 5."""
+    """Logits after a prompt of 5 tokens and after each further token, decoded one by one."""
     cache = DynamicCache()
     pieces = [tokens[:, :5], *tokens[:, 5:].split(1, 1)]
     return torch.cat([model(piece, past_key_values=cache, use_cache=True).logits for piece in pieces], 1)
@@ -288,7 +299,7 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
         routing.begin()
         with use_subnetwork(megatron, routing), torch.no_grad():
             expected = megatron(tokens, positions, None)
-        assert ((routing.counts_NK > 0).sum(-1) > 1).any()  # tokens differ
+        assert ((routing.counts_NK > 0).sum(-1) > 1).any()  # tokens have different levels
         with torch.no_grad():
             found = model(tokens).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -306,7 +317,7 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
     model.family.adaptive["calibration"] = [(0.0, 0.6), (1.0, 0.6)]
     assert model.family.target(0.6) == 0.0
     model.family.adaptive["calibration"] = own
-    # Padding on the left changes nothing, and is not counted.
+    # Padding on the left changes no logits, and is not counted.
     short = tokens[:1, :6]
     model.set_budget(0.75, adaptive=True)
     alone = model.generate(
@@ -317,10 +328,10 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
     model.set_budget(0.75, adaptive=True)
     both = model.generate(padded, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=mask)
     assert torch.equal(both[:, 3:], alone) and torch.equal(model._choice.counts_NK, counted)
-    # And back to a static choice, in the same cache or another.
+    # Back to a static choice, with the same cache and with another.
     with pytest.raises(ValueError, match="the adaptive routers spend 0.500 to 0.930"):
         model.set_budget(0.98, adaptive=True)
-    with pytest.raises(ValueError, match="serve a budget of latency"):
+    with pytest.raises(ValueError, match="were trained for budgets of latency"):
         model.set_budget("0.8 parameters", adaptive=True)
     net = toy.random_network(info.model, info.space, 1)
     model.set_subnetwork(net.to_dict())
@@ -334,7 +345,7 @@ def test_tokens_choose_as_in_megatron(case, kv_policy, tmp_path):
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory) -> Path:
-    """An exported directory with a tokenizer and adaptive routers."""
+    """Exported elastic directory with a tokenizer and adaptive routers."""
     root = tmp_path_factory.mktemp("chat")
     assert place() == (0, 1)
     info = routed_checkpoint(root, kind="adaptive", attention_unit="kv_group")
@@ -367,7 +378,7 @@ def test_chat_by_a_pipe(chatty):
     lines = [line for line in result.stdout.splitlines() if line.startswith("[")]
     assert "budget 0.8" in lines[0] and "6 tokens" in lines[1] and "tokens/s" in lines[1] and "budget 0.8" in lines[1]
     assert "budget 0.5: " in lines[2] and "6 tokens" in lines[3] and "% of latency" in lines[3]
-    assert "each token by itself" in lines[4] and "each token by itself" in lines[5]
+    assert "token routing" in lines[4] and "token routing" in lines[5]
     assert "is not a number with a unit" in lines[6] and "commands: /budget" in lines[7]
     assert "full model: 100.0% of latency" in lines[8] and len(lines) == 11
 
@@ -376,7 +387,7 @@ def test_chat_says_what_is_wrong(chatty, tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("chat", CHAT)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     for folder, budget, words in (
-        (chatty, "9ms", "budget=9ms: 9 ms is not within"),
+        (chatty, "1.2", "budget=1.2: "),
         (chatty, "x", "not a number"),
         (tmp_path, "1", ""),
     ):

@@ -1,4 +1,4 @@
-"""The megatron format: Megatron-Core's own GPTModel, built by the code in the directory, computes the sub-network."""
+"""format=megatron: Megatron-Core's own GPTModel, built by the exported code, has the logits of the sub-network."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 
+from flextron_mcore.axes import AXES
 from flextron_mcore.checkpoint.reader import TensorReader
 from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.choosing import use_subnetwork
@@ -23,6 +24,7 @@ from flextron_mcore.exports.megatron.arguments import LLAMA3, command_line, not_
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.exports.test_hf import CASES, networks
+from tests.toy_axis import AXIS
 
 FORMAT = get_format("megatron")
 
@@ -33,7 +35,7 @@ def exported(info: CheckpointInfo, net: SubNetwork, out: Path, **options) -> dic
 
 
 def code(out: Path):
-    """The directory's own module."""
+    """Python module that the export writes into the directory."""
     spec = importlib.util.spec_from_file_location("load_model", out / "load_model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,7 +51,7 @@ def loaded(out: Path) -> GPTModel:
 
 @torch.no_grad()
 def check(out: Path, figures: dict, tokens: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
-    """The directory holds a model with these logits, and the parameters that the export reports."""
+    """Assert that the exported model has these logits, and as many parameters as the export reports."""
     gpt = loaded(out).eval()
     torch.testing.assert_close(code(out).logits(gpt, tokens), expected, atol=1e-5, rtol=0, msg=what)
     assert figures["parameters"] == sum(p.numel() for p in gpt.parameters())
@@ -79,8 +81,8 @@ def test_a_stock_model_computes_the_sub_network(case, tmp_path):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("unit", ["kv_group", "query_head"])
-def test_other_models(seed, unit, tmp_path):
-    """Kinds that no Hugging Face family has, odd sizes, skipped layers, a smaller hidden size."""
+def test_models_of_no_family_are_the_sub_network(seed, unit, tmp_path):
+    """Architectures that no Hugging Face family has, odd sizes, skipped layers, a smaller hidden size."""
     kinds = [
         dict(activation="geglu", rope_scaling={"type": "linear", "factor": 2.5}),
         dict(activation="squared-relu", normalization="layernorm1p", hidden_size=30, num_attention_heads=6, kv_channels=6),
@@ -108,7 +110,7 @@ def test_other_models(seed, unit, tmp_path):
 
 @pytest.mark.parametrize("make", [hf_toy.llama, hf_toy.gpt2])
 def test_hidden_size_and_depth(make, tmp_path):
-    """Against the hf format, whose tensors test_hf.py compares with the original's."""
+    """Logits equal those of format=hf, whose tensors test_hf.py compares with the original's."""
     theirs = make(num_hidden_layers=3) if make is hf_toy.llama else make(n_layer=3)
     hidden = theirs.config.hidden_size
     space = {"hidden_size": [hidden // 2, hidden], "depth": [1, 2, 3]}
@@ -123,7 +125,7 @@ def test_hidden_size_and_depth(make, tmp_path):
 
 
 def test_units_that_stay_in_their_buckets_stay_sorted(tmp_path):
-    """Logits cannot tell: they are the same in any order."""
+    """Stored tensors are compared one by one, because logits do not depend on the order of units."""
     arch = toy.config(num_attention_heads=16, num_query_groups=16, kv_channels=2, ffn_hidden_size=64)
     space = ElasticSpace.build(arch, 2, "kv_group", [8, 16], [32, 64])
     info = open_checkpoint(toy.write(toy.model(arch, space), CheckpointInfo(arch, space, sorted=True), tmp_path / "run"))
@@ -137,7 +139,7 @@ def test_units_that_stay_in_their_buckets_stay_sorted(tmp_path):
 
 
 def test_training_goes_on(tmp_path):
-    """A step of gradient in the stock model, and again in flextron: a uniform network is a checkpoint to make elastic again."""
+    """The stock model trains a step; the uniform export then opens as a checkpoint and becomes elastic again."""
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run")
     nets = networks(info)
     tokens = hf_toy.tokens()
@@ -160,7 +162,7 @@ def test_training_goes_on(tmp_path):
     figures = exported(again, half, tmp_path / "half")
     expected = hf_toy.logits(hf_toy.megatron(again), half)
     check(tmp_path / "half", figures, tokens, expected)
-    # The half of the half is that of the whole: units keep their order.
+    # Units keep their order: half of the exported half is a quarter of the original.
     same = SubNetwork(48, half.layers)
     layer, sizes = half.layers[0], info.space.sizes
     heads, neurons = (layer.num_attention_heads, *sizes["heads"]), (layer.ffn_hidden_size, *sizes["ffn_hidden_size"])
@@ -189,7 +191,7 @@ def _loss(module, gpt: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
             ["--normalization LayerNorm", "--position-embedding-type learned_absolute", "--no-bias-gelu-fusion"],
             ["swiglu", "disable-bias", "untie", "rotary"],
         ),
-        (toy.GPT2, ["--untie-embeddings-and-output-weights"], ["gelu"]),  # fused, Megatron-LM's GELU is the approximation
+        (toy.GPT2, ["--untie-embeddings-and-output-weights"], ["gelu"]),  # Megatron-LM's fused GELU is the tanh approximation
         (
             dict(rope_scaling={"type": "linear", "factor": 2.0}, activation="squared-relu"),
             ["--rotary-seq-len-interpolation-factor 2", "--squared-relu"],
@@ -202,7 +204,7 @@ def _loss(module, gpt: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
         ),
     ],
 )
-def test_arguments_of_megatron_lm(changes, wanted, unwanted):
+def test_the_arguments_of_megatron_lm_say_the_model(changes, wanted, unwanted):
     arch = toy.config(**changes)
     assert not_on_the_command_line(arch, SubNetwork.full(arch)) is None
     lines = command_line(arch, "bf16").splitlines()
@@ -213,41 +215,44 @@ def test_arguments_of_megatron_lm(changes, wanted, unwanted):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(activation="geglu"), "no activation geglu"),
-        (dict(activation="relu"), "no activation relu"),
-        (dict(toy.GPT2, bias=False), "no activation gelu_tanh without biases"),
+        (dict(activation="geglu"), "no argument for the activation geglu"),
+        (dict(activation="relu"), "no argument for the activation relu"),
+        (dict(toy.GPT2, bias=False), "no argument for the activation gelu_tanh without biases"),
         (dict(rotary_base=777.5), "777.5"),
         (dict(rope_scaling={"type": "linear", "factor": 2.5}), "2.5"),
-        (dict(rope_scaling={"type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 2.0}), "other frequencies"),
+        (dict(rope_scaling={"type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 2.0}), "the model has others"),
     ],
 )
-def test_what_megatron_lm_has_no_arguments_for(changes, message):
+def test_settings_without_an_argument_of_megatron_lm_are_named(changes, message):
     arch = toy.config(**changes)
     assert message in not_on_the_command_line(arch, SubNetwork.full(arch))
 
 
-def test_what_is_in_the_directory(tmp_path):
+def test_the_directory_has_the_files_of_its_kind(tmp_path):
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run", dtype="bf16")
     seen = []
     for name, net in networks(info).items():
         out = tmp_path / name.replace(" ", "_")
         exported(replace(info, step=40), net, out, progress=seen.append)
         assert (out / "args.txt").is_file() is net.is_uniform
-        assert (out / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "40\n"  # where Megatron-LM looks
+        assert (out / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "40\n"  # Megatron-LM's tracker file
         common = torch.load(out / "checkpoints" / "iter_0000040" / "common.pt")
-        assert common == {"content_metadata": {"non_homogeneous_layers": True}}  # and how it loads
+        assert common == {"content_metadata": {"non_homogeneous_layers": True}}  # for layers of different sizes
         blocks = json.loads((out / "model_config.json").read_text())["block_configs"]
         assert blocks == (None if net.is_uniform else [
             {"attention": {"num_query_groups": 2, "num_attention_heads": 4}, "mlp": {"ffn_hidden_size": 10}},
             {"attention": {"num_query_groups": 4, "num_attention_heads": 8}, "mlp": {"ffn_hidden_size": 20}},
         ])  # fmt: skip
         card = (out / "README.md").read_text()
-        assert ("--pretrained-checkpoint" in card, "the layers differ" in card) == (net.is_uniform, not net.is_uniform)
+        assert ("--pretrained-checkpoint" in card, "the layers have different widths" in card) == (
+            net.is_uniform,
+            not net.is_uniform,
+        )
         assert {p.dtype for p in loaded(out).parameters()} == {torch.float32}
     assert sum(seen) == 2 * sum(count_parameters(info.model, net) for net in networks(info).values())
 
 
-def test_read_back_in_another_process(tmp_path, monkeypatch):
+def test_another_process_reads_the_same_logits(tmp_path, monkeypatch):
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.gpt2(), tmp_path / "hf"), tmp_path / "run")
     net = networks(info)["by layer"]
     exported(info, net, tmp_path / "out")
@@ -259,7 +264,7 @@ def test_read_back_in_another_process(tmp_path, monkeypatch):
         FORMAT.logits(job, net, hf_toy.tokens())
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments_are_refused(tmp_path):
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.gpt2(), tmp_path / "hf"), tmp_path / "run")
     full = SubNetwork.full(info.model)
     for folder in ("none", "hf"):
@@ -270,3 +275,11 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(FlextronError, match="not a candidate"):
         exported(info, SubNetwork(32, (full.layers[0], replace(full.layers[0], ffn_hidden_size=39))), tmp_path / "net")
     assert not list((tmp_path / "net").iterdir())
+
+
+def test_an_added_axis_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(AXES, AXIS.name, AXIS)
+    arch = toy.config()
+    info = CheckpointInfo(arch, ElasticSpace.build(arch), path=tmp_path / "none")
+    with pytest.raises(FlextronError, match="Megatron-Core's own layers have no tensor adapter.down, which an added axis needs"):
+        get_format("megatron").write(Job(info, SubNetwork.full(arch), tmp_path / "out"))

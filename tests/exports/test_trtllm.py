@@ -1,5 +1,7 @@
-"""TensorRT-LLM checkpoints: read back, they compute what the sub-network computes in Megatron-Core; tensor for tensor they are
-what Megatron-Core's own converter makes of each layer. No engine is built here."""
+"""TensorRT-LLM checkpoints, without building an engine.
+
+Read back, they have the logits of the sub-network in Megatron-Core; each tensor equals that of Megatron-Core's own converter.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from flextron_mcore.exports.cut import cut
 from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.exports.trtllm import pieces
 from flextron_mcore.exports.trtllm.plan import make_plan
-from flextron_mcore.settings.stages import TrtllmSettings
+from flextron_mcore.settings.formats import TrtllmSettings
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters
 from tests import hf_toy, toy
 from tests.exports.test_hf import CASES, networks
@@ -33,7 +35,7 @@ FORMAT = get_format("trtllm")
 
 
 def exported(info: CheckpointInfo, net: SubNetwork, out: Path, tp: int = 1, pp: int = 1, style: str = "padded", **changes):
-    """(figures, job)"""
+    """Export with these parallel sizes and this style; the figures and the job."""
     out.mkdir()
     job = Job(info, net, out, settings=TrtllmSettings(style, tp, pp), **changes)
     return FORMAT.write(job), job
@@ -45,13 +47,16 @@ def read(out: Path) -> tuple[dict, list[dict[str, torch.Tensor]]]:
 
 
 def made(arch: ModelConfig, space: ElasticSpace, folder: Path, seed: int = 0) -> CheckpointInfo:
-    """The checkpoint of a random model."""
+    """Write the checkpoint of a random model."""
     info = CheckpointInfo(arch, space, sorted=True)
     return replace(info, path=toy.write(toy.model(arch, space, seed), info, folder))
 
 
 def difference(info: CheckpointInfo, job: Job) -> float:
-    """Of the files from Megatron-Core: a model of the hidden size and the depth of job.net, full widths, computes its widths."""
+    """Largest difference of logits between the files and Megatron-Core.
+
+    The reference is an elastic model with the hidden size and depth of job.net and full widths, set to the widths of job.net.
+    """
     layers = job.net.executed_layers
     full = SubNetwork.full(info.model).layers
     wide = tuple(replace(layer, executed=ours.executed) for layer, ours in zip(full, job.net.layers, strict=True))
@@ -63,7 +68,7 @@ def difference(info: CheckpointInfo, job: Job) -> float:
     with torch.no_grad():
         for name, tensor in cut(info, SubNetwork(job.net.hidden_size, wide)).items():
             ours.pop(name).copy_(tensor.load())
-        assert ours.keys() <= {"output_layer.weight"}  # where it is the embedding
+        assert ours.keys() <= {"output_layer.weight"}  # the output layer is missing where it is tied to the embedding
         tokens, positions = toy.inputs()
         with use_subnetwork(model, SubNetwork(job.net.hidden_size, tuple(layers))):
             expected = model(tokens, positions, None)
@@ -97,7 +102,7 @@ def test_the_files_compute_what_the_sub_network_computes(case, tmp_path):
 
 @settings(max_examples=10, deadline=None)
 @given(data=st.data(), llama=st.booleans(), bias=st.booleans(), tied=st.booleans(), seed=st.integers(0, 9))
-def test_any_shape(data, llama, bias, tied, seed, tmp_path_factory):
+def test_any_shape_is_the_sub_network(data, llama, bias, tied, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
     draw = lambda name, *values: data.draw(st.sampled_from(values), name)  # noqa: E731
     groups, queries, layers = draw("groups", 2, 3, 4), draw("queries", 1, 2, 3), draw("layers", 1, 2, 3)
@@ -134,7 +139,7 @@ def test_any_shape(data, llama, bias, tied, seed, tmp_path_factory):
 
 
 def converted(monkeypatch, arch: ModelConfig, tensors: dict[str, torch.Tensor], layer: LayerChoice, tp: int):
-    """What Megatron-Core's converter makes of a model whose layers all have the widths of `layer`: the weights of every rank."""
+    """Weights of every rank that Megatron-Core's converter makes of a model whose layers all have the widths of `layer`."""
     from megatron.core.export.data_type import DataType
     from megatron.core.export.export_config import ExportConfig
     from megatron.core.export.trtllm.model_to_trllm_mapping.default_conversion_dict import DEFAULT_CONVERSION_DICT
@@ -176,7 +181,7 @@ def converted(monkeypatch, arch: ModelConfig, tensors: dict[str, torch.Tensor], 
     ids=["llama", "llama, biases", "gpt", "gpt 1p, tied", "gpt, gated"],
 )
 def test_tensors_are_those_of_megatron_cores_converter(family, tp, tmp_path, monkeypatch):
-    """Layer for layer, of the true widths: each is exported as a network of its own, which nothing pads."""
+    """Each layer is exported as a network of its own, so that nothing is padded and all tensors can be compared."""
     arch = toy.config(**family, num_attention_heads=8, num_query_groups=4, num_layers=3, kv_channels=6, vocab_size=68)
     space = ElasticSpace.build(arch, 1, "kv_group", [2, 4, 8], [12, 20, 48])
     info = made(arch, space, tmp_path / "run", seed=tp)
@@ -192,7 +197,7 @@ def test_tensors_are_those_of_megatron_cores_converter(family, tp, tmp_path, mon
             tensor.numel() for tensor in ranks[0].values()
         )
         for ours, theirs in zip(ranks, converted(monkeypatch, arch, tensors, net.layers[0], tp), strict=True):
-            if arch.share_embeddings_and_output_weights:  # theirs leaves it to the loader
+            if arch.share_embeddings_and_output_weights:  # their converter leaves a tied output layer to the loader
                 lm_head = ours.pop("lm_head.weight")
                 assert lm_head.shape == (68 // tp, 32)
             assert ours.keys() == theirs.keys()
@@ -205,7 +210,7 @@ def test_tensors_are_those_of_megatron_cores_converter(family, tp, tmp_path, mon
 @pytest.mark.parametrize("style", ["padded", "deci"])
 @pytest.mark.parametrize("unit", ["kv_group", "query_head"])
 def test_padding_is_zeros_and_the_rest_is_the_networks(style, unit, tmp_path):
-    """Of layers that differ: every weight of the sub-network is in the files once, and all else is zero."""
+    """With layers of different widths, every weight of the sub-network is in the files once; everything else is zero."""
     arch = toy.config(num_attention_heads=8, num_query_groups=4, num_layers=3, kv_channels=6)
     space = ElasticSpace.build(arch, 1, unit, [2, 4, 8] if unit == "kv_group" else [4, 8], [12, 20, 48])
     heads = [4, 8, 2] if unit == "kv_group" else [4, 8, 4]
@@ -235,14 +240,14 @@ def test_padding_is_zeros_and_the_rest_is_the_networks(style, unit, tmp_path):
         ]
 
 
-def test_deci_kv_heads_that_do_not_divide_the_query_heads():
+def test_deci_takes_kv_heads_that_divide_the_query_heads():
     arch = toy.config(num_attention_heads=8, num_query_groups=4, num_layers=4)
     layers = tuple(LayerChoice(True, groups, 2, 48) for groups in (3, 4, 1, 2))
     plan = make_plan(arch, SubNetwork(32, layers), TrtllmSettings("deci"))
     assert [(slot.kv_groups, slot.query_heads_per_group) for slot in plan.slots] == [(4, 2), (4, 2), (1, 8), (2, 4)]
 
 
-def test_config(tmp_path):
+def test_the_config_has_the_keys_of_tensorrt_llm(tmp_path):
     scaling = {
         "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16
     }  # fmt: skip
@@ -271,8 +276,8 @@ def test_config(tmp_path):
     assert difference(info, job) < 1e-5
 
 
-def test_pipeline_stages(tmp_path):
-    """The first stages have the layers that are over; indices restart; only the ends have what is at the ends."""
+def test_pipeline_stages_share_the_layers(tmp_path):
+    """Remaining layers go to the first stages; layer indices restart; embedding and output layer are on the ends only."""
     arch = toy.config(**toy.GPT2, num_layers=5)
     info = made(arch, ElasticSpace.build(arch, 1, "kv_group", [1.0], [1.0]), tmp_path / "run")
     _, job = exported(info, SubNetwork.full(arch), tmp_path / "out", tp=2, pp=3)
@@ -297,7 +302,7 @@ def test_gelu_is_what_tensorrt_llm_makes_of_it(tmp_path):
 
 
 def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
-    """Whatever the number of layers: the next is read when the last is in the file."""
+    """At any number of layers, a tensor is read only after the one before it is in the file."""
     arch = toy.config(num_layers=3)
     info = made(arch, ElasticSpace.build(arch, 1, "kv_group", [1.0], [1.0]), tmp_path / "run")
     events, seen, load, write = [], [], cutting._load, pieces.TensorFile.write
@@ -305,10 +310,10 @@ def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces.TensorFile, "write", lambda *a: events.append("write") or write(*a))
     _, job = exported(info, SubNetwork.full(arch), tmp_path / "out", tp=2, progress=seen.append)
     reads = 3 + 3 * 6
-    assert events.count("read") == reads  # each once for both ranks
-    assert max(len(run) for run in "".join(e[0] for e in events).split("w")) == 1  # never two reads in a row
+    assert events.count("read") == reads  # each tensor is read once for both ranks
+    assert max(len(run) for run in "".join(e[0] for e in events).split("w")) == 1  # no two reads in a row
     stored = sum(file.stat().st_size for file in job.out.glob("*.safetensors"))
-    assert len(seen) == reads and 0 < stored - sum(seen) < 8000  # the headers
+    assert len(seen) == reads and 0 < stored - sum(seen) < 8000  # the rest are the headers
 
 
 @pytest.mark.parametrize("processes", [2, 5, 7])
@@ -344,7 +349,7 @@ def test_the_tokenizer_goes_along(tmp_path):
         (toy.LLAMA | {"activation": "relu"}, {}, "rmsnorm with activation=relu"),
         (toy.LLAMA | {"position_embedding_type": "learned_absolute"}, {}, "rmsnorm with learned ones"),
         (toy.LLAMA | {"bias": True}, {"style": "deci"}, "DeciLMForCausalLM has no biases"),
-        (toy.GPT2, {"style": "deci"}, "DeciLMForCausalLM needs rmsnorm and this model has layernorm"),
+        (toy.GPT2, {"style": "deci"}, "DeciLMForCausalLM needs rmsnorm, this model has layernorm"),
         (toy.LLAMA, {"tensor_parallel_size": 8}, "layers[0] has 4 query heads, which it does not divide"),
         (toy.LLAMA, {"tensor_parallel_size": 4, "style": "deci"}, "layers[2] has 18 neurons, which it does not divide"),
         (
@@ -354,7 +359,7 @@ def test_the_tokenizer_goes_along(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_held_is_one_line(family, options, words):
+def test_networks_that_trtllm_cannot_hold_are_refused(family, options, words):
     arch = toy.config(**family, num_layers=3)
     full = SubNetwork.full(arch).layers[0]
     net = SubNetwork(32, (full, replace(full, executed=False), replace(full, ffn_hidden_size=18)))
@@ -364,7 +369,7 @@ def test_what_cannot_be_held_is_one_line(family, options, words):
 
 
 def test_padding_may_make_a_layer_divisible(tmp_path):
-    """What counts is what the ranks hold."""
+    """Padded to the widest layer, sizes divide by the tensor-parallel size although a layer's own do not."""
     arch = toy.config(num_attention_heads=4, num_query_groups=4)
     space = ElasticSpace.build(arch, 1, "kv_group", [3, 4], [9, 48])
     net = SubNetwork(32, (space.layer_choice(arch, 3, 9), space.layer_choice(arch, 4, 48)))

@@ -1,4 +1,4 @@
-"""flextron_trtllm on a stand-in for TensorRT-LLM's API: the `hf` export loads as it is, and gives the same logits."""
+"""flextron_trtllm on a stand-in for TensorRT-LLM's API: it loads the `hf` export as it is, with the same logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CASES = {
 
 @pytest.fixture(params=["up to 1.3", "1.4"])
 def runtime(request, monkeypatch):
-    """The package, imported the way that --custom_module_dirs does."""
+    """The flextron_trtllm package, imported as TensorRT-LLM's --custom_module_dirs does."""
     trtllm_stub.install(monkeypatch, moved=request.param == "1.4")
     monkeypatch.syspath_prepend(str(RUNTIME))
     importlib.import_module("flextron_trtllm")
@@ -45,7 +45,7 @@ def runtime(request, monkeypatch):
 
 
 def exported(out: Path, options: dict, space: dict):
-    """The directory of a network whose layers differ."""
+    """Export a network whose layers differ to `out` with format=hf; the network."""
     source = hf_toy.save(hf_toy.llama(**options), out.with_name("hf"))
     info = hf_toy.checkpoint(source, out.with_name("run"), space)
     net = networks(info)["by layer"]
@@ -64,7 +64,7 @@ def test_the_hf_export_loads_with_true_widths(case, runtime, tmp_path):
     model = trtllm_stub.MODELS[config.architectures[0]](SimpleNamespace(pretrained_config=config, mapping=mapping))
     model.load_weights(load_file(out / "model.safetensors"), trtllm_stub.MAPPERS["HF", config.architectures[0]]())
     kv_heads = [layer.kv_groups for layer in net.layers]
-    assert vars(config)["num_key_value_heads"] == kv_heads  # what the KV cache is made of
+    assert vars(config)["num_key_value_heads"] == kv_heads  # TensorRT-LLM sizes the KV cache by it
     assert [len(layer.mlp.down_proj.weight.T) for layer in model.model.layers] == [n.ffn_hidden_size for n in net.layers]
     theirs = hf_toy.load(out)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in theirs.parameters())
@@ -77,7 +77,7 @@ def test_the_hf_export_loads_with_true_widths(case, runtime, tmp_path):
 
 
 def test_kv_heads_are_copied_where_there_are_fewer_than_ranks(runtime):
-    """By the layer's own number of them, heads whole, of biases too."""
+    """Whole KV heads are copied to the ranks, by the layer's own number of heads; biases, too."""
     mapper = trtllm_stub.MAPPERS["HF", "FlextronLlamaForCausalLM"]()
     mapper.model, mapper._tp_size = SimpleNamespace(config=SimpleNamespace(head_dim=3)), 4
     weight, bias = torch.arange(12.0).view(6, 2), torch.arange(6.0)
@@ -90,8 +90,8 @@ def test_kv_heads_are_copied_where_there_are_fewer_than_ranks(runtime):
     assert mapper._duplicate_kv_weights(None, "q_proj", {"weight": weight})["weight"] is weight
 
 
-def test_it_is_a_package_of_its_own(tmp_path):
-    """Without flextron_mcore, and pip builds it."""
+def test_the_runtime_package_is_independent(tmp_path):
+    """flextron_trtllm does not import flextron_mcore, and pip builds a wheel of it."""
     imported = set()
     for file in (RUNTIME / "flextron_trtllm").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

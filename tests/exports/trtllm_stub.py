@@ -1,5 +1,7 @@
-"""A stand-in for the part of TensorRT-LLM's PyTorch backend that `flextron_trtllm` touches: constructors, fused weights and their
-loading through the weight mapper, in plain PyTorch on a CPU. It shows that shapes and wiring fit, not that an engine runs."""
+"""Stand-in for the part of TensorRT-LLM's PyTorch backend that `flextron_trtllm` uses, in plain PyTorch on a CPU.
+
+It has the constructors, fused weights and the weight mapper. It shows that shapes and wiring fit, not that an engine runs.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ MAPPERS: dict[tuple[str, str], type] = {}
 
 class Linear(nn.Linear):
     def load_weights(self, weights: list[dict[str, torch.Tensor]]) -> None:
-        """Several are fused, one below the other."""
+        """Load weights; several are fused, stacked along the rows."""
         for name, parameter in self.named_parameters():
             parameter.data.copy_(torch.cat([part[name] for part in weights]))
 
@@ -52,7 +54,7 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(self, position_ids, hidden_states, attn_metadata):
-        """Of one sequence [tokens, channels]."""
+        """Attention of one sequence, hidden_states [tokens, channels]."""
         parts = self.qkv_proj(hidden_states).split(self.rows, -1)
         q, k, v = (part.unflatten(-1, (-1, self.size)).transpose(0, 1)[None] for part in parts)
         q, k = apply_rotary_pos_emb(q, k, *self.rope(v, position_ids))
@@ -83,7 +85,7 @@ class DecoderModelForCausalLM(nn.Module):
         self.model, self.model_config, self.config = model, config, config.pretrained_config
         self.lm_head = Linear(hidden_size, vocab_size, bias=False, dtype=config.pretrained_config.torch_dtype)
         if self.config.tie_word_embeddings:
-            assert model.embed_tokens.tp_mode == "column"  # as the output layer's
+            assert model.embed_tokens.tp_mode == "column"  # the output layer's mode
             self.lm_head.weight = model.embed_tokens.weight
 
     def forward(self, attn_metadata, input_ids, position_ids, **kwargs):
@@ -93,7 +95,7 @@ class DecoderModelForCausalLM(nn.Module):
         return self.lm_head(hidden)
 
     def load_weights(self, weights: dict[str, torch.Tensor], mapper: HfWeightMapper) -> None:
-        """Every parameter from the tensors of its name, or of the names that it is fused of; all tensors must be used."""
+        """Load every parameter from the tensor of its name, or those it is fused from. Raises if a tensor is left over."""
         mapper.model, mapper._tp_size = self, self.model_config.mapping.tp_size
         left = dict(weights)
         for name, module in self.named_modules():
@@ -127,7 +129,7 @@ def register_mapper(form: str, name: str):
 
 
 def install(monkeypatch, moved: bool) -> None:
-    """Put it in the place of tensorrt_llm. moved: with attention where release 1.4 has it."""
+    """Put the stand-in in the place of tensorrt_llm. moved: attention is where release 1.4 has it."""
 
     def module(name: str, **content: Any) -> None:
         path = ""

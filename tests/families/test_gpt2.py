@@ -1,4 +1,4 @@
-"""GPT-2: the imported model computes what transformers computes, for every option; options that it lacks are refused."""
+"""GPT-2: the imported model has the logits of transformers, for every supported option; others are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_logits_are_those_of_transformers(options, tmp_path):
 
 
 def test_old_files_without_prefix_with_mask_buffers(tmp_path):
-    """The form of the first GPT-2 checkpoints: bare names, and the causal mask stored with every layer."""
+    """The first GPT-2 checkpoints have names without prefix, and store the causal mask with every layer."""
     hf_toy.save(hf_toy.gpt2(), tmp_path)
     file = tmp_path / "model.safetensors"
     new = load_file(file)

@@ -1,4 +1,4 @@
-"""Llama: the imported model computes what transformers computes, for every option; options that it lacks are refused."""
+"""Llama: the imported model has the logits of transformers, for every supported option; others are refused."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from flextron_mcore.checkpoint.hf import open_hf
+from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.families import llama
+from flextron_mcore.space import SubNetwork
 from tests import hf_toy
+from tests.families.random_cases import YARN
 
 OPTIONS = {
     "gqa": {},
@@ -19,6 +23,9 @@ OPTIONS = {
     "epsilon and base": dict(rms_norm_eps=1e-2, rope_theta=500.0),
     "linear": dict(rope_scaling=hf_toy.LINEAR),
     "llama3": dict(rope_scaling=hf_toy.LLAMA3, rope_theta=500.0),
+    "yarn": dict(rope_scaling=YARN),
+    "yarn, factors": dict(rope_scaling={**YARN, "mscale": 0.7, "mscale_all_dim": 0.3, "truncate": False}, rope_theta=500.0),
+    "yarn, turns": dict(rope_scaling={**YARN, "attention_factor": 1.3, "beta_fast": 8, "beta_slow": 0.5}, rope_theta=500.0),
 }
 
 
@@ -27,7 +34,7 @@ def test_logits_are_those_of_transformers(options, tmp_path):
     hf_toy.check_import(hf_toy.llama(**options), tmp_path)
 
 
-@pytest.mark.parametrize("scaling", [hf_toy.LINEAR, hf_toy.LLAMA3], ids=["linear", "llama3"])
+@pytest.mark.parametrize("scaling", [hf_toy.LINEAR, hf_toy.LLAMA3, YARN], ids=["linear", "llama3", "yarn"])
 def test_rope_scaling_matters_at_the_length_that_is_tested(scaling):
     plain = hf_toy.llama(rope_theta=500.0)
     scaled = hf_toy.llama(rope_scaling=scaling, rope_theta=500.0)
@@ -92,7 +99,7 @@ def test_values_of_the_config():
         ({"attention_bias": True}, ["attention_bias=True", "mlp_bias=False"]),
         ({"mlp_bias": True}, ["attention_bias=False", "mlp_bias=True"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn", "linear", "llama3"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["longrope", "linear", "llama3", "yarn"]),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic"]),
         ({"rope_scaling": {"type": "linear"}}, ["factor"]),
         ({"rope_parameters": {"rope_theta": "many"}}, ["rope_theta", "'many'"]),
@@ -106,3 +113,19 @@ def test_values_of_the_config():
 def test_unsupported_options_are_one_clear_line(changes, words, tmp_path):
     config = {"architectures": ["LlamaForCausalLM"], **BASE, **changes}
     hf_toy.check_refusal(config, tmp_path, words)
+
+
+def test_yarn_that_is_not_truncated_has_no_gguf(tmp_path):
+    theirs = hf_toy.llama(rope_scaling={**YARN, "truncate": False})
+    info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FlextronError, match="llama.cpp has no YaRN that is not truncated"):
+        get_format("gguf").write(Job(info, SubNetwork.full(info.model), tmp_path / "out"))
+
+
+def test_yarn_needs_whole_heads_that_rotate_in_all_layers():
+    given = dict(num_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=9, max_position_embeddings=9)
+    scaling = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4}
+    for more, name in (({"rotary_percent": 0.5}, "model.rotary_percent=0.5"), ({"no_rope_freq": [1]}, "model.no_rope_freq")):
+        with pytest.raises(FlextronError, match=f"type yarn is not supported with {name}"):
+            ModelConfig(**given, **more, rope_scaling=scaling)

@@ -1,4 +1,4 @@
-"""The table of tensors: what it counts, what ranks share, and tensors that an axis brings."""
+"""The table of a model's tensors: parameter counts, parts on ranks, tensors that an axis adds."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ def test_tensors_that_an_axis_brings():
     placed = {tensor.name: tensor for tensor in of_network(arch, net, full, extra)}
     down = placed["decoder.layers.1.adapter.down.weight"]
     assert (down.sizes, down.whole) == (((5,), (16,)), ((8,), (16,)))
-    for tensor in (down, placed["decoder.layers.1.adapter.up"]):  # no format has a name for them
+    for tensor in (down, placed["decoder.layers.1.adapter.up"]):  # no format declares names for added tensors
         with pytest.raises(FlextronError, match=f"here: no name is declared for the tensor {tensor.name}"):
             llama.FAMILY.names.map([tensor], "here")

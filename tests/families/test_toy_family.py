@@ -1,4 +1,4 @@
-"""A family is added by one declaration: a Llama with other names, its query, key and value in one tensor, gate and up in one."""
+"""One declaration adds a family: Toy, a Llama with other names, fused QKV, and fused gate and up projections."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ TOY = replace(
 
 
 def saved(model: torch.nn.Module, folder: Path) -> Path:
-    """The directory of a Toy that computes what the Llama `model` computes; written by hand."""
+    """Write the Toy with the function of the Llama `model` to `folder`, without the package's code."""
     theirs, config, tensors = model.state_dict(), model.config, {}
     for name, new in {"model.embed_tokens": "net.words", "model.norm": "net.norm", "lm_head": "head"}.items():
         tensors[f"{new}.weight"] = theirs[f"{name}.weight"]
@@ -122,13 +122,15 @@ def test_one_declaration_imports_exports_and_goes_round(tmp_path):
     torch.testing.assert_close(hf_toy.logits(hf_toy.megatron(again)), expected, atol=hf_toy.ATOL, rtol=0)
 
 
-def test_layers_that_differ_need_a_class(tmp_path):
-    info = hf_toy.checkpoint(saved(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run")
+def test_layers_that_differ_are_exported_as_another_family_with_classes(tmp_path):
+    theirs = hf_toy.llama()
+    info = hf_toy.checkpoint(saved(theirs, tmp_path / "hf"), tmp_path / "run")
     (tmp_path / "out").mkdir()
     choices = tuple(info.space.layer_choice(info.model, *sizes) for sizes in ((4, 10), (8, 40)))
-    for name, net in (("hf", SubNetwork(48, choices)), ("hf_elastic", SubNetwork.full(info.model))):
-        with pytest.raises(FlextronError, match=f"format={name}: .*Toy has no class"):
-            get_format(name).write(Job(info, net, tmp_path / "out"))
+    net = SubNetwork(48, choices)
+    assert get_format("hf").write(Job(info, net, tmp_path / "out"))["architecture"] == "FlextronLlamaForCausalLM"
+    expected = hf_toy.logits(hf_toy.masked(theirs, info.model, net))
+    torch.testing.assert_close(hf_toy.logits(hf_toy.load(tmp_path / "out")), expected, atol=hf_toy.ATOL, rtol=0)
 
 
 def test_a_tensor_that_no_declaration_names(tmp_path, monkeypatch):

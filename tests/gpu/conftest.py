@@ -1,6 +1,6 @@
-"""Tests of one GPU (`make test-gpu`): skipped where there is none.
+"""Tests of one GPU (`make test-gpu`); skipped without one.
 
-FLEXTRON_GPU_TESTS_ON_CPU=1 runs the same code on the CPU: for work on these tests, it says nothing about a GPU.
+FLEXTRON_GPU_TESTS_ON_CPU=1 runs the same code on the CPU, for work on the tests themselves.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch
 
 from flextron_mcore.runtime import distributed
 
-# NVIDIA's containers let fp32 products run in TF32, which keeps 10 bits. This also tells the libraries under PyTorch not to.
+# NVIDIA's containers run fp32 products in TF32, with a mantissa of 10 bits. The variable also stops libraries below PyTorch.
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 
-def pytest_runtest_setup(item):  # not a fixture: pytest then tells it once, not for every test
+def pytest_runtest_setup(item):  # a hook, not a fixture: pytest then reports the reason once, not for every test
     if not torch.cuda.is_available() and os.environ.get("FLEXTRON_GPU_TESTS_ON_CPU") != "1":
         pytest.skip("no CUDA device: GPU tests not run")
 
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    """fp32 products in fp32."""
+    """Compute fp32 products in fp32, not in TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -32,5 +32,5 @@ def full_precision():
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the tested models are."""
+    """Device of the tested models."""
     return distributed.device()

@@ -1,4 +1,4 @@
-"""What test_parity.py compares. Run as a program it computes it on the CPU: `python -m tests.gpu.parity FILE`."""
+"""Values that test_parity.py compares. `python -m tests.gpu.parity FILE` computes the reference on the CPU."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ PROMPT, MICRO_BATCHES, BATCH = 7, 2, 2
 
 
 def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
-    """Everything that a device must get right, on the CPU: {"state", "logits", "decoded", "losses", "gradients", "scores"}.
+    """Compute on this process's device, and return on the CPU: {group: {name: tensor}}.
 
-    On the device of this process. state: the weights, by default random ones, which bf16 can hold too.
+    The groups are state, logits, decoded, losses, gradients and scores.
+
+    Args:
+        case: name of a model in CASES.
+        precision: fp32 or bf16.
+        state: weights by name; None: random ones that bf16 holds exactly.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.transformer.module import Float16Module
@@ -42,7 +47,7 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
     space = ElasticSpace.build(arch, attention_unit=unit, heads=[0.5, 1.0])
     networks = {"full": None, "half": space.uniform(arch, 2, 24), "mixed": toy.random_network(arch, space, 3)}
     generator, sizes = torch.Generator().manual_seed(4), (len(space.heads), len(space.ffn_hidden_size))
-    # Of every block; -1: a token that takes part in nothing.
+    # Levels of every block; -1: a token that is skipped (padding).
     levels = [torch.randint(-1, sizes[n % 2], (toy.LENGTH, BATCH), generator=generator) for n in range(2 * arch.num_layers)]
     networks |= {f"levels, {policy}": FixedLevels(torch.stack(levels).to(device()), policy) for policy in KV_POLICIES}
     if state is None:
@@ -82,7 +87,7 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
 
 
 def _decode(model: torch.nn.Module, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Logits of a prompt and of each token after it, with a KV cache."""
+    """Logits after a prompt and after each further token, with a KV cache."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
     count, length = tokens.shape
@@ -96,10 +101,10 @@ def _decode(model: torch.nn.Module, tokens: Tensor, positions: Tensor) -> Tensor
 
 
 def main(file: str) -> None:
-    """Write what all cases give in fp32."""
+    """Compute all cases in fp32 on the CPU and save them to `file`."""
     if torch.cuda.is_available():
         sys.exit("tests.gpu.parity: the reference is the CPU's: set CUDA_VISIBLE_DEVICES= (empty)")
-    sys.modules |= {"transformer_engine": None, "apex": None}  # which may not load without a GPU
+    sys.modules |= {"transformer_engine": None, "apex": None}  # they may fail to load without a GPU
     from flextron_mcore.runtime import distributed
     from flextron_mcore.runtime.environment import prepare_environment
 

@@ -1,4 +1,4 @@
-"""Latencies are the device's: work that the host only queues is in the block that queued it."""
+"""Latencies are the GPU's: work that the host only queues counts for the block that queued it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from flextron_mcore.latency.measure import Setting, device_name, measure, time_n
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 
-PAUSE = 30.0  # milliseconds; the blocks of the toy model take less than one each
+PAUSE = 30.0  # ms; each block of the toy model takes less than 1 ms
 
 
 @pytest.fixture(scope="module")
 def pause():
-    """A function that keeps the device busy for at least PAUSE milliseconds, at once or, with CUDA, after the host went on."""
+    """Function that keeps the device busy for at least PAUSE ms. With CUDA the work is queued and the host goes on."""
     if not torch.cuda.is_available():
         return lambda: time.sleep(PAUSE / 1000)
     cycles, milliseconds = 1_000_000, 0.0
@@ -28,7 +28,7 @@ def pause():
         end.record()
         torch.cuda.synchronize()
         milliseconds = start.elapsed_time(end)
-    return lambda: torch.cuda._sleep(2 * cycles)  # clocks vary
+    return lambda: torch.cuda._sleep(2 * cycles)  # GPU clocks vary
 
 
 @pytest.mark.parametrize("setting", [Setting("prefill", 2, 16), Setting("generation", 1, 5, 3)], ids=["prefill", "generation"])
@@ -42,7 +42,7 @@ def test_the_table_has_the_devices_time(pause, setting, device):
     passes = setting.generated_tokens
     timings = table.timings[arch.hidden_size]
     times = dict(zip(space.ffn_hidden_size, (timing.minimum for timing in timings.candidates["ffn_hidden_size"]), strict=True))
-    # Half: latencies are in proportion to the round's drift, which small blocks on a busy machine tell badly.
+    # Half of PAUSE: the correction for drift is inexact with small blocks on a busy machine.
     assert times.pop(24) >= passes * PAUSE / 2
     others = [*times.values(), timings.constant.minimum, *(timing.minimum for timing in timings.candidates["heads"])]
     assert 0 < min(others) and max(others) < passes * PAUSE / 2

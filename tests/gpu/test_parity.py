@@ -1,6 +1,6 @@
-"""The GPU computes what the CPU does: full and sub-networks, from the same weights.
+"""GPU and CPU give the same results from the same weights: full model and sub-networks.
 
-The reference is the CPU's in fp32, from a process of its own: Megatron-Core uses the GPU wherever it sees one.
+The reference is computed in fp32 by a process without a GPU, because Megatron-Core uses the GPU wherever it sees one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 from tests.gpu.parity import CASES, compute
 
-# Largest difference over the largest value of a tensor: devices sum in different orders.
+# Largest difference relative to a tensor's largest value: devices sum in different orders.
 FP32 = 1e-4
-# Root mean square of the differences over that of the values. bf16 keeps 8 bits: each rounding is up to 0.4 %, and there are
-# dozens between the weights, which are the same, and a gradient. These are twice what bf16 differs by on a CPU.
+# RMS of the differences relative to RMS of the values. bf16 has 8 bits: a rounding is up to 0.4 %, and there are
+# dozens between weights and a gradient. The bounds are twice the difference between bf16 and fp32 on a CPU.
 BF16 = {"logits": 0.025, "decoded": 0.025, "losses": 0.001, "gradients": 0.05, "scores": 0.006}
 
 
@@ -33,7 +33,7 @@ def reference(tmp_path_factory) -> dict:
 
 
 def compared(case: str, precision: str, reference: dict):
-    """(group, name, what the CPU found, what this device finds) of every tensor."""
+    """(group, name, CPU's tensor, this device's tensor) of every compared tensor."""
     expected = reference[case]
     found = compute(case, precision, expected["state"])
     for group in expected.keys() - {"state"}:
@@ -58,7 +58,7 @@ def test_bf16(case, reference):
 
 
 def test_sub_networks_differ(reference):
-    """What is compared is not the same network every time."""
+    """The compared networks have different logits."""
     for case, values in reference.items():
         logits = values["logits"]
         assert (logits["full"] - logits["half"]).abs().max() > 0.1 < (logits["half"] - logits["mixed"]).abs().max()

@@ -1,4 +1,4 @@
-"""The whole chain in bf16 on one GPU: text in, an export out, every step by its command."""
+"""The whole chain in bf16 on one GPU, from text to an export, each stage by its command."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WARM = ["model.optim.sched.warmup_steps=4"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A directory with data/: this package's sources, in two domains."""
+    """Run directory with data/: this package's sources, prepared as two domains."""
     out, package = tmp_path_factory.mktemp("smoke"), Path(__file__).resolve().parents[2] / "flextron_mcore"
     stage("prepare", f"input=[{package}/training,{package}/stages]", "vocab_size=512", "valid_fraction=0.1", f"out={out}/data")
     return out
@@ -84,7 +84,7 @@ def joint(run, router) -> dict:
 
 
 def log(run: Path, name: str) -> list[dict]:
-    """The training steps that a run logged; all figures in it are finite."""
+    """Rows of the training steps in a run's log. Asserts that all figures are finite."""
     rows = [json.loads(line) for line in (run / name / "log.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["event"] == "train"]
     assert [row["step"] for row in train] == list(range(1, len(train) + 1))
@@ -104,7 +104,7 @@ def test_pretrain(run, parent):
 def test_importance(run, importance):
     assert open_checkpoint(run / "sorted").sorted and all(math.isfinite(row["loss"]) for row in importance["ablation"])
     full = {row["order"]: row["loss"] for row in importance["ablation"] if row["setup"].startswith("full")}
-    assert full["sorted"] == pytest.approx(full["unsorted"], abs=0.01)  # the same network in another order
+    assert full["sorted"] == pytest.approx(full["unsorted"], abs=0.01)  # sorting changes the order of units, not the full model
 
 
 def test_elastic(run, elastic):
@@ -116,7 +116,7 @@ def test_elastic(run, elastic):
 
 
 def test_a_run_that_was_interrupted_continues(run, elastic):
-    """After its checkpoint of step 20, which was written in the background."""
+    """The run continues from its checkpoint of step 20, which was written in the background."""
     shutil.copytree(run / "elastic", run / "again")
     (run / "again" / "metrics.json").unlink()
     shutil.rmtree(list_checkpoints(run / "again")[-1])
@@ -124,7 +124,7 @@ def test_a_run_that_was_interrupted_continues(run, elastic):
     metrics = stage("elastic", *elastic_keys(run), f"out={run}/again")
     whole, continued = (log(run, name) for name in ("elastic", "again"))
     assert len(continued) == 30
-    # Sums on a GPU have no fixed order, so that bf16 drifts.
+    # Sums on a GPU have no fixed order, so bf16 losses drift.
     assert [row["loss"] for row in continued] == pytest.approx([row["loss"] for row in whole], abs=0.05)
     assert metrics["validation"]["last"]["full"] == pytest.approx(elastic["validation"]["last"]["full"], abs=0.05)
 
@@ -156,7 +156,7 @@ def test_latency_of_tokens_that_choose(run, elastic, tmp_path):
 def test_routers(run, router, joint):
     assert len(log(run, "router")) == 40 and len(log(run, "joint")) == 10
     full = {row["full"] for row in validated(run, "router")}
-    assert len(full) == 1  # frozen
+    assert len(full) == 1  # the model is frozen
     for metrics in (router, joint):
         assert len(metrics["budgets"]) == 5 and all(row["share"] <= row["target"] for row in metrics["budgets"])
         assert all(math.isfinite(loss) for loss in metrics["validation"]["last"].values())
@@ -230,7 +230,7 @@ def test_select_and_evaluate(run, selected, elastic):
     metrics = stage("evaluate", *keys, f"out={run}/evaluate")
     losses = {row["name"]: row["mean"]["loss"] for row in metrics["networks"]}
     assert all(map(math.isfinite, losses.values())) and losses["full"] < min(losses.values()) + 0.02
-    # Equal samples in equal batches: bf16 rounds both alike.
+    # Equal samples in equal batches round in bf16 to equal losses.
     assert losses["full"] == pytest.approx(elastic["validation"]["last"]["full"], abs=1e-3)
 
 
@@ -254,7 +254,7 @@ def test_the_export_is_the_network(run, selected, device, what, tmp_path):
 
 
 def test_the_command(run, router):
-    """In a process of its own, as users start it; then a report of everything."""
+    """`flextron` in a process of its own, as users start it, and then the report of the run."""
     launch = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launch}
     command = [sys.executable, "-m", "flextron_mcore", "evaluate", f"checkpoint={run}/router", f"data={run}/data"]

@@ -1,4 +1,4 @@
-"""Transformer Engine's backend computes what the local one does."""
+"""The Transformer Engine backend gives the logits of the local one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_te_is_local(kind, tmp_path, device, backend="te"):
         spec = elastic_gpt_block_spec(config, space, backend=backend)
     except FlextronError as error:
         pytest.skip(f"no such backend: {error}")
-    except Exception as error:  # a Transformer Engine without its driver or libraries raises what it likes
+    except Exception as error:  # without its driver or libraries, Transformer Engine raises errors of many types
         pytest.skip(f"transformer_engine cannot be used: {type(error).__name__}: {error}")
     local = toy.model(arch, space)
     info = CheckpointInfo(arch, space, path=toy.write(local, CheckpointInfo(arch, space), tmp_path))

@@ -1,4 +1,4 @@
-"""What is timed, with a clock that only the blocks move: the table must find exactly what each of them took."""
+"""Measuring latencies, with a simulated clock that only blocks move: the table has exactly the time of each block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has a cl
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass in blocks alone: 1 s for an embedding, 1 s a head, 0.1 s a neuron."""
+    """Function that makes a model move a simulated clock: 1 s an embedding, 1 s a head, 0.1 s a neuron."""
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
 
@@ -37,7 +37,7 @@ def clock(monkeypatch):
     return moved_by
 
 
-def test_the_process_keeps_its_memory(monkeypatch):
+def test_freed_memory_is_kept_while_measuring(monkeypatch):
     called = []
     monkeypatch.setattr(module, "keep_freed_memory", lambda: called.append(True))
     arch = toy.config()
@@ -66,7 +66,7 @@ def test_the_table_has_what_the_blocks_took(clock, setting, passes, groups, unit
     assert all(layer.state is FULL and not layer._forward_hooks for layer in model.decoder.layers)
 
 
-def test_whole_networks(clock):
+def test_whole_networks_are_timed_in_turn(clock):
     arch = toy.config(num_layers=3)
     space = ElasticSpace.build(arch)
     model = toy.model(arch, space)
@@ -81,7 +81,7 @@ def test_whole_networks(clock):
 
 
 def test_sums_that_are_wrong_are_reported(clock):
-    """Networks that take longer than their blocks together: the check sees it."""
+    """Whole networks take 20 s more than the sum of their blocks: the check reports the error."""
     arch = toy.config()
     space = ElasticSpace.build(arch)
     model = toy.model(arch, space)
@@ -106,11 +106,11 @@ def test_the_machine_is_named(tmp_path, clock):
 
 
 def test_a_slow_round_does_not_count():
-    """Machine of 1, 3, 1.5 times the time, and an interruption that meets one thing only."""
+    """Rounds at 1, 3 and 1.5 times the time, and in the last an interruption of one entry."""
     true = {"a": [1.0, 1.2], "b": [5.0], "c": [7.0], "d": [2.0, 2.0]}
     rounds = [{key: [slow * value for value in values] for key, values in true.items()} for slow in (1.0, 3.0, 1.5)]
     rounds[2]["b"] = [50.0]
     found = without_drift(rounds)
     for key in "acd":
-        assert found[key] == pytest.approx([1.5 * value for value in true[key] * 3])  # as in the median round
+        assert found[key] == pytest.approx([1.5 * value for value in true[key] * 3])  # scaled to the median round
     assert found["b"] == pytest.approx([7.5, 7.5, 50.0])

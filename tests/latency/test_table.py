@@ -1,4 +1,4 @@
-"""Latency tables: files, sums, fits, and what is refused."""
+"""Latency tables: files, sums, fits, refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(**changes) -> LatencyTable:
     return LatencyTable(**{**values, **changes})
 
 
-def test_round_trip_and_sums(tmp_path):
+def test_a_table_is_read_back_and_its_costs_are_sums(tmp_path):
     file = tmp_path / "latency.json"
     for made in (table(), table(statistic="median", check={"networks": 3, "median_error": 0.01, "p95_error": 0.02})):
         file.write_text(json.dumps(made.to_dict()))
@@ -70,7 +70,7 @@ def test_a_smaller_space_can_use_the_table(tmp_path):
         (lambda v: v.update(statistic="mean"), "statistic 'mean' is not known: use one of minimum, median"),
     ],
 )
-def test_what_is_no_table_of_this_model(tmp_path, change, message):
+def test_tables_of_another_model_or_space_are_refused(tmp_path, change, message):
     values = table().to_dict()
     change(values)
     (tmp_path / "t.json").write_text(json.dumps(values))
@@ -80,7 +80,7 @@ def test_what_is_no_table_of_this_model(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", '{"format": 1'])
-def test_what_is_no_table_at_all(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "t.json").write_text(content)
     with pytest.raises(FlextronError, match="t.json: is not a latency table"):
@@ -99,7 +99,7 @@ def test_a_fit_finds_the_sums_again():
 
 
 def test_every_hidden_size_has_its_own_entries(tmp_path):
-    """Fitted, written and read again; with a depth that varies, the smallest heads have what a layer takes."""
+    """A table over all axes is fitted, written and read back. With elastic depth, the smallest heads include a layer's cost."""
     space = ElasticSpace.build(ARCH, heads=[0.5, 1.0], hidden_size=[8, 16, 32], depth=[1, 2, 3])
     timings = {}
     for size in space.hidden_size:
@@ -120,7 +120,7 @@ def test_every_hidden_size_has_its_own_entries(tmp_path):
         fit(ARCH, space, [(net, 1.0) for net in networks[:5]], {}, {})
 
 
-def test_too_few_measurements():
+def test_too_few_measurements_are_refused():
     uniform = [(SPACE.uniform(ARCH, heads, 48), 1.0) for heads in SPACE.heads]
     with pytest.raises(FlextronError, match="2 measured networks do not determine the 5 entries of the table"):
         fit(ARCH, SPACE, uniform, {}, {})

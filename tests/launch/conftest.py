@@ -1,4 +1,4 @@
-"""What the tests of launching share."""
+"""Fixtures of the tests of launching."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flextron_mcore.settings.launch import LaunchSettings
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Callable[..., LaunchSettings]:
-    """The configuration that `flextron launch` with these arguments would run."""
+    """Function from arguments of `flextron launch` to its settings."""
 
     def composed(*arguments: str) -> LaunchSettings:
         seen: list[LaunchSettings] = []

@@ -1,4 +1,4 @@
-"""What is refused on the login node, one line each, before anything is written or submitted."""
+"""Refusals of `flextron launch` on the login node: one line, before anything is written or submitted."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from flextron_mcore.launch import follow
 from flextron_mcore.launch.check import missing
 from flextron_mcore.launch.plan import plan
 from flextron_mcore.settings.compose import to_dict, to_yaml
+from flextron_mcore.stages import launch as stage
 from tests.hf_toy import llama, save
 
 
 @pytest.fixture
 def ready(tmp_path: Path, monkeypatch) -> Path:
-    """A directory in which nothing is missing: an image, a checkpoint, sbatch on the PATH."""
+    """Directory with all that a launch needs: a container image, and sbatch on the PATH."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "sbatch").write_text("#!/bin/sh\nexit 1\n")
-    (tools / "sbatch").chmod(0o755)
+    for name, code in (("sbatch", 1), ("squeue", 0)):
+        (tools / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tools))
     (tmp_path / "image.sqsh").touch()
     return tmp_path
@@ -46,15 +48,14 @@ def test_nothing_is_missing(launch, ready):
         (["container=none.sqsh"], "container=none.sqsh: no such file"),
         (["container=null"], "container=: jobs of this cluster run in containers"),
         (["base_results_dir=/proc/flextron"], "run.results_dir=/proc/flextron/smoke: cannot be written"),
-        (["base_results_dir=a/nemo_runs"], "NeMo-Run takes /nemo_run for its own directory"),
         (["stages=[importance]"], "importance: needs the result of pretrain or import"),
         (["stages=[pretrain]", "data=nowhere"], "nowhere/data.json: cannot be read"),
         (["stages=[import]", "hf=nowhere"], "nowhere: no such directory"),
-        (["stages=[import]"], "import: needs the result of hf"),
+        (["stages=[import]"], "import: missing hf="),
         (["stages=[elastic]", "elastic.checkpoint=nowhere", "data=x"], "nowhere"),
     ],
 )
-def test_what_is_missing_is_named(launch, ready, monkeypatch, arguments, message):
+def test_missing_inputs_are_named(launch, ready, monkeypatch, arguments, message):
     monkeypatch.chdir(ready)
     found = problems(launch, ready, *arguments)
     assert any(message in line for line in found), found
@@ -66,7 +67,7 @@ def test_an_image_of_a_registry_is_not_looked_for(launch, ready):
 
 def test_without_slurm_there_is_a_line(launch, ready):
     (ready / "bin" / "sbatch").unlink()
-    assert problems(launch, ready) == ["sbatch: not found; launch on a login node of the cluster, or with cluster=local"]
+    assert problems(launch, ready) == ["sbatch: not found: launch on a login node of the cluster, or with cluster=local"]
 
 
 def test_another_model_is_not_taken_for_the_one_that_was_checked(launch, ready):
@@ -88,7 +89,7 @@ def test_a_missing_account_is_a_missing_key(tmp_path):
 
 
 def test_a_stage_reads_what_launch_wrote(launch, tmp_path, monkeypatch):
-    """--config FILE is the stage with exactly those keys; of another stage or with unknown keys it is refused."""
+    """--config FILE gives a stage exactly the keys in the file. Files of other stages or with unknown keys are refused."""
     job = plan(launch("cluster=local", "model=smoke")).jobs[3]
     file = tmp_path / "elastic.yaml"
     file.write_text(to_yaml(job.settings))
@@ -109,8 +110,8 @@ def test_a_stage_reads_what_launch_wrote(launch, tmp_path, monkeypatch):
 
 
 def test_a_local_chain_ends_at_the_first_failure(tmp_path, capfd, monkeypatch):
-    """For real: a stage that is done, one that fails, and its line; and again, which skips the first."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # those of the tests' own process group
+    """A real chain: prepare succeeds, pretrain fails with its line. Launched again, prepare is skipped."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # of the tests' own process group
         monkeypatch.delenv(name, raising=False)
     keys = [
         "launch",
@@ -134,10 +135,10 @@ def test_a_local_chain_ends_at_the_first_failure(tmp_path, capfd, monkeypatch):
 
 
 def test_nothing_is_replaced_while_jobs_run(ready):
-    """A job that is queued again reads its configuration again."""
+    """Configuration files are not replaced while a job is queued: a job that is queued again reads its file again."""
     results = ready / "results" / "smoke"
     (results / "launch").mkdir(parents=True)
-    follow.write_record(results, "x", [follow.Record("prepare", "prepare", "7", str(ready), None)])
+    follow.write_record(results, [follow.Record("prepare", "prepare", "7", str(ready), None)])
     (ready / "bin" / "squeue").write_text("#!/bin/sh\necho 7 PENDING\n")
     (ready / "bin" / "squeue").chmod(0o755)
     arguments = [
@@ -150,3 +151,27 @@ def test_nothing_is_replaced_while_jobs_run(ready):
     with pytest.raises(FlextronError, match="prepare: job 7 of an earlier launch is pending"):
         cli._main(arguments)
     assert [path.name for path in (results / "launch").iterdir()] == ["jobs.json"]
+
+
+def test_a_refused_launch_leaves_nothing(launch, ready, monkeypatch):
+    """A refused launch leaves neither results/NAME/launch nor job files."""
+    monkeypatch.setattr(stage, "missing", lambda *args: [])
+    with pytest.raises(FlextronError, match="pretrain: trainer.num_nodes=2: cluster=local is one machine"):
+        stage.run(launch("cluster=local", "model=smoke", "stages=[pretrain]", "pretrain.trainer.num_nodes=2"))
+    assert not (ready / "results").exists()
+
+    def refuse(*args):
+        assert (ready / "results" / "smoke" / "launch" / "prepare.yaml").is_file()
+        raise FlextronError("sbatch refused a job: invalid account")
+
+    monkeypatch.setattr(stage.slurm, "submit", refuse)
+    config = launch("cluster.account=a", "model=smoke", "stages=[prepare]", "prepare.input=text", f"container={ready}/image.sqsh")
+    with pytest.raises(FlextronError, match="sbatch refused"):
+        stage.run(config)
+    assert not (ready / "results").exists()
+
+
+def test_a_job_does_not_write_over_its_input(launch, ready):
+    config = launch("cluster.account=a", "model=smoke", f"hf={ready}/results/smoke", "stages=[import]")
+    with pytest.raises(FlextronError, match="out=.*/results/smoke/import: lies inside the input hf="):
+        stage.run(config)

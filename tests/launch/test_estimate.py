@@ -1,4 +1,4 @@
-"""The figures of launch/estimate.py against what the model really keeps and computes; ranks: tests/parallel/test_estimate.py."""
+"""Estimates of memory and FLOPs against measured ones on one rank; tests/parallel/test_estimate.py has several ranks."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ FAMILIES = {
     "gpt2": toy.config(**SIZE, **toy.GPT2),
     "gpt2 gqa": toy.config(**SIZE, **toy.GPT2, num_query_groups=4),
     "nemotron": dataclasses.replace(toy.config(**SIZE), activation="squared-relu", normalization="layernorm1p"),
+    "minitron": dataclasses.replace(
+        toy.config(**SIZE), activation="squared-relu", normalization="layernorm1p", rotary_percent=0.5
+    ),
+    "mistral": toy.config(**SIZE, num_query_groups=4, sliding_window=50),
+    "qwen2": toy.config(**SIZE, num_query_groups=4, add_qkv_bias=True),
+    "qwen3": toy.config(**SIZE, num_query_groups=4, qk_layernorm=True),
+    "smollm3": toy.config(**SIZE, num_query_groups=4, no_rope_freq=(0, 0, 0, 1)),
     "relu": dataclasses.replace(toy.config(**SIZE), activation="relu"),
     "tiny": toy.config(max_position_embeddings=LENGTH),
 }
@@ -72,14 +79,14 @@ def built(arch: ModelConfig, config: StageSettings, precision: str = "fp32", fro
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_autograd_keeps(family, precision):
+def test_kept_activations_are_as_estimated(family, precision):
     arch = FAMILIES[family]
     compare_kept(arch, configured("pretrain", f"trainer.precision={precision}"), precision)
 
 
 @pytest.mark.parametrize("recomputed", RECOMPUTED)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_what_autograd_keeps_with_recomputation(family, recomputed):
+def test_kept_activations_with_recomputation_are_as_estimated(family, recomputed):
     compare_kept(FAMILIES[family], configured("pretrain", *RECOMPUTED[recomputed]), "fp32")
 
 
@@ -91,14 +98,14 @@ def compare_kept(arch: ModelConfig, config: StageSettings, precision: str) -> No
     rank = Rank(arch, Layout.read(arch, ElasticSpace.build(arch), config, 1, "fp32", cuda=False), 0)
     assert rank.parameters == sum(p.numel() for p in model.parameters()) == count_parameters(arch)
     expected = saved_chunk(rank, arch.num_layers, *saved_layer(rank))[0] + saved_head(rank)
-    random_state = 10_000 * arch.num_layers if rank.layout.recompute[0] else 0  # of the CPU, which checkpoints keep
+    random_state = 10_000 * arch.num_layers if rank.layout.recompute[0] else 0  # kept for each recomputed layer
     assert expected == pytest.approx(kept.now, rel=0.01, abs=random_state)
     assert loss.requires_grad
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2 gqa", "nemotron"])
-def test_what_autograd_keeps_of_weighted_candidates(family, precision):
+def test_kept_activations_of_weighted_candidates_are_as_estimated(family, precision):
     arch, config = FAMILIES[family], configured("gumbel", f"trainer.precision={precision}")
     model = built(arch, config, precision)
     set_subnetwork(model, weighted_network(arch))
@@ -112,7 +119,7 @@ def test_what_autograd_keeps_of_weighted_candidates(family, precision):
 
 
 def weighted_network(arch: ModelConfig) -> WeightedNetwork:
-    """The full model, as one of which all candidates have weights."""
+    """The full model as a WeightedNetwork: all weight on the largest candidates."""
     space, layers = ElasticSpace.build(arch), arch.num_layers
     widths = [[[0.0] * (len(sizes) - 1) + [1.0]] * layers for sizes in (space.heads, space.ffn_hidden_size)]
     return WeightedNetwork.of([[1.0], [1.0] * layers, *widths, 1.0], torch.device("cpu"))
@@ -137,7 +144,7 @@ PEAKS = {
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", PEAKS)
 def test_the_peak_of_a_step(stage, precision):
-    """Sub-networks as large as the full model, which a step may draw: the estimate is of that."""
+    """The estimate is of the largest step, so the sub-networks measured are as large as the full model."""
     arch = dataclasses.replace(FAMILIES["llama"], vocab_size=2048)
     name, keys, options = PEAKS[stage]
     config = configured(name, f"trainer.precision={precision}", *keys)
@@ -184,7 +191,7 @@ def test_operations_are_those_that_torch_counts(family, width):
         loss = model(tokens, positions, None, labels=tokens)
     with FlopCounterMode(display=False) as backward:
         loss.sum().backward()
-    # torch does not count the CPU's attention kernel.
+    # torch's counter omits the CPU's attention kernel.
     attention = arch.num_layers * 2 * LENGTH * heads * arch.kv_channels
     products = BATCH * LENGTH * (Costs(arch, space, LENGTH).of(net) - attention)
     assert forward.get_total_flops() == pytest.approx(products, rel=1e-6)
@@ -192,11 +199,11 @@ def test_operations_are_those_that_torch_counts(family, width):
     set_subnetwork(model, None)
 
 
-def test_work_of_the_stages():
+def test_the_work_of_the_stages_is_counted():
     arch = FAMILIES["llama"]
     space = ElasticSpace.build(arch)
     costs = Costs(arch, space, LENGTH)
-    steps = ["trainer.max_steps=100", "trainer.limit_val_batches=null"]  # no validation data is known: none is counted
+    steps = ["trainer.max_steps=100", "trainer.limit_val_batches=null"]  # validation data are not known, so they are not counted
     tokens = 100 * 2 * BATCH * LENGTH
     pretrain = said(arch, configured("pretrain", *steps))
     assert (pretrain.tokens, pretrain.flops) == (tokens, 3 * tokens * costs.full)
@@ -209,7 +216,7 @@ def test_work_of_the_stages():
     assert said(arch, configured("joint", *steps, "targets_per_step=4")).flops == pytest.approx(3 * router.flops)
     again = said(arch, configured("pretrain", *steps, *RECOMPUTED["every layer"]))
     assert again.flops == pytest.approx(pretrain.flops + tokens * (costs.full - costs.head()))
-    # Validation: before, after every 50 steps; 3 batches of 4 samples, of two domains of which one has 5.
+    # Validation: at the start and every 50 steps; 3 batches of 4 samples of two domains, one of which has 5 samples.
     keys = ["trainer.max_steps=100", "trainer.val_check_interval=50", "trainer.limit_val_batches=3"]
     validated = said(arch, configured("pretrain", *keys), valid_samples=[5, 100])
     assert validated.flops - pretrain.flops == pytest.approx(3 * (5 + 12) * LENGTH * costs.full)
@@ -239,7 +246,7 @@ def four_axes(arch: ModelConfig) -> ElasticSpace:
     return ElasticSpace.build(arch, hidden_size=(0.5, 0.75, 1.0), depth=(0.5, 1.0))
 
 
-def test_work_where_hidden_size_and_depth_are_elastic():
+def test_the_work_over_all_axes_is_counted():
     arch = FAMILIES["llama"]
     space = four_axes(arch)
     costs = Costs(arch, space, LENGTH)
@@ -254,7 +261,7 @@ def test_work_where_hidden_size_and_depth_are_elastic():
     assert one.gradients and one.optimizer and networks(configured("gumbel", "targets_per_step=4")) == 5
     again = made("gumbel", *steps, "targets_per_step=4", *RECOMPUTED["every layer"])
     assert one.flops < again.flops < 4 / 3 * one.flops
-    # Each of 4 layers is left out once on 8 of 16 samples, beside the full model.
+    # Scores: the full model on 16 samples. Layers: the full model, and without each of its 4 layers, on 8 samples.
     importance = made("importance", "samples=16", "layer_samples=8", "ablation_batches=0")
     three = costs.of(space.network(arch, SubNetwork.full(arch).layers, depth=3))
     assert importance.flops == pytest.approx(LENGTH * (16 * costs.full + 8 * (costs.full + 4 * three)))
@@ -264,7 +271,7 @@ def test_work_where_hidden_size_and_depth_are_elastic():
     assert made("latency", "rounds=1", "check_networks=2").tokens == 2 * (3 * 4 + 2) * 2 * LENGTH
 
 
-def test_work_of_a_family():
+def test_the_work_of_a_family_is_counted():
     arch, costs = FAMILIES["llama"], Costs(FAMILIES["llama"], ElasticSpace.build(FAMILIES["llama"]), LENGTH)
     keys = ["checkpoint=c", "data=d", "out=o", "limit_val_batches=3", f"model.micro_batch_size={BATCH}"]
     config = compose("family", [*keys, "budgets=[0.5,0.25 parameters,25ms]"])
@@ -274,7 +281,7 @@ def test_work_of_a_family():
 
 
 @pytest.mark.parametrize("axes", ["widths", "all"])
-def test_expected_cost_of_random_networks(axes):
+def test_the_expected_cost_of_random_networks_is_their_mean(axes):
     from flextron_mcore.training.sampler import draw
 
     arch = FAMILIES["llama gqa tied"]
@@ -285,7 +292,7 @@ def test_expected_cost_of_random_networks(axes):
         assert costs.drawn(mode) == pytest.approx(sum(drawn) / len(drawn), rel=0.01)
 
 
-def test_hours():
+def test_hours_follow_from_work_and_peak():
     figures = Estimate(1, 2, 3, 4, tokens=10, flops=8 * 1e15 * 0.4 * 3600 * 2.5)
     assert figures.hours(8, 1e15, 0.4) == pytest.approx(2.5)
     assert figures.memory == 10

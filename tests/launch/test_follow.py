@@ -1,4 +1,4 @@
-"""State of jobs, from the results, a stand-in for squeue, and logs. With the real Slurm: tests/slurm."""
+"""State of jobs, read from results, logs and a stand-in for squeue. tests/slurm has the real Slurm."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import pytest
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch import follow
 from flextron_mcore.launch.follow import Record
+from flextron_mcore.settings.compose import compose
+from flextron_mcore.stages import status
 
 
 @pytest.fixture
 def squeue(tmp_path: Path, monkeypatch) -> Path:
-    """A file whose content squeue answers with."""
+    """File whose content a stand-in for squeue prints."""
     answer, tools = tmp_path / "queue.txt", tmp_path / "bin"
     tools.mkdir()
     (tools / "squeue").write_text(f"#!/bin/sh\ncat {answer}\n")
     (tools / "squeue").chmod(0o755)
+    (tools / "sacct").write_text(f"#!/bin/sh\ncat {tmp_path}/accounts.txt\n")  # fails without that file
+    (tools / "sacct").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     return answer
 
@@ -29,7 +33,7 @@ def record(tmp_path: Path, name: str, number: int, steps: int | None = None) -> 
     return Record(name, name, str(number), str(logs), steps)
 
 
-def test_states(tmp_path, squeue):
+def test_the_state_of_a_job_follows_from_result_log_and_slurm(tmp_path, squeue):
     results = tmp_path / "results"
     records = [record(tmp_path, "import", 1), record(tmp_path, "elastic", 2, 50), record(tmp_path, "router", 3, 20)]
     (results / "import").mkdir(parents=True)
@@ -44,11 +48,41 @@ def test_states(tmp_path, squeue):
         ("RUNNING", "step 7/50  loss 3.25", True),
         ("PENDING", "", True),
     ]
-    # the job is over, and its result is not there: whatever Slurm says or forgot, it is not complete
+    # an ended job without a result is not complete, whatever Slurm says or has forgotten
     squeue.write_text("2 FAILED\n")
     (tmp_path / "logs/elastic/log-x_2_0.out").write_text("[rank0]: a\n[default0]:flextron: failed: ValueError: no\nbye\n")
     found = follow.states(results, records)
     assert [(s.state, s.error) for s in found][1:] == [("FAILED", "flextron: failed: ValueError: no"), ("ENDED", "")]
+
+
+def test_the_accounting_says_what_the_queue_has_forgotten(tmp_path, squeue):
+    results = tmp_path / "results"
+    records = [record(tmp_path, "import", 1), record(tmp_path, "elastic", 2, 50), record(tmp_path, "router", 3, 20)]
+    squeue.write_text("")
+    (tmp_path / "accounts.txt").write_text(
+        "1|FAILED|00:00:09|2:0|node1|None\n"
+        "2|PREEMPTED|01:00:00|0:15|node[1-2]|None\n2|TIMEOUT|1-00:00:00|0:0|node[3-4]|None\n"
+        "3|CANCELLED by 0|00:00:00|0:0|None assigned|Dependency\n77|FAILED|0|0|x|None\n"
+    )
+    (tmp_path / "logs/import/log-x_1_0.out").write_text("flextron: error: hf=x: no such directory\n")
+    found = follow.states(results, records)
+    assert [(state.state, state.account.restarts) for state in found] == [("FAILED", 0), ("TIMEOUT", 1), ("CANCELLED", 0)]
+    assert follow.state_rows(found) == [
+        ["import", "1", "failed", "00:00:09", "0", "node1", "flextron: error: hf=x: no such directory; exit code 2:0"],
+        ["elastic", "2", "timeout", "1-00:00:00", "1", "node[3-4]", ""],
+        ["router", "3", "cancelled", "00:00:00", "0", "", "Dependency"],
+    ]
+
+
+def test_time_left_is_that_of_the_last_steps(tmp_path, squeue):
+    training = Record("elastic", "elastic", "2", str(tmp_path), 100, 1_000_000, 8)
+    (tmp_path / "elastic").mkdir()
+    rows = [{"event": "train", "step": i + 1, "loss": 2.0, "tokens_per_second": 50_000 if i else 1} for i in range(10)]
+    (tmp_path / "elastic" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    squeue.write_text("2 RUNNING\n")
+    (state,) = follow.states(tmp_path, [training])
+    # 90 steps of a million tokens at 50,000 tokens a second
+    assert state.progress == "step 10/100  loss 2  10 M tokens  0.50 h and 4.00 rank hours left"
 
 
 def test_following_ends_when_nothing_is_alive(tmp_path, squeue):
@@ -89,7 +123,7 @@ def test_the_record_is_read_back(tmp_path):
     results = tmp_path / "results"
     (results / "launch").mkdir(parents=True)
     records = [record(tmp_path, "import", 1), record(tmp_path, "elastic", 2, 50)]
-    follow.write_record(results, "x", records)
+    follow.write_record(results, records)
     assert follow.read_record(results) == records
     (results / follow.RECORD).write_text("{")
     with pytest.raises(FlextronError, match="jobs.json: cannot be read"):
@@ -98,7 +132,20 @@ def test_the_record_is_read_back(tmp_path):
         follow.read_record(tmp_path)
 
 
+def test_a_log_that_is_not_there_yet_is_said(tmp_path):
+    results = tmp_path / "results"
+    (results / "launch").mkdir(parents=True)
+    follow.write_record(results, [record(tmp_path, "elastic", 2, 50)])
+    with pytest.raises(FlextronError, match="logs=elastic: nothing was logged yet in .*: try again when the job runs"):
+        status.run(compose("status", [f"run={results}", "logs=elastic"]))
+
+
 def test_a_slurm_that_does_not_answer_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FlextronError, match="squeue: not found"):
+        follow.slurm_states(["1"])
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho the controller is away >&2\nexit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setattr(follow.time, "sleep", lambda seconds: None)
+    with pytest.raises(FlextronError, match="squeue: the controller is away"):
         follow.slurm_states(["1"])

@@ -1,4 +1,4 @@
-"""Every command of the operator's guide is run as it is written: what submits jobs as a dry run (tests/slurm submits)."""
+"""Every command of the operator's guide runs as written; launches become dry runs (tests/slurm submits jobs)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from flextron_mcore.launch import follow
 from tests.stages.conftest import stage
 
 ROOT = Path(__file__).resolve().parents[2]
-GUIDES = {"docs/operators.md": 7, "README.md": 3}  # commands of launching in each
+GUIDES = {"docs/operators.md": 8, "README.md": 3}  # number of launch and status commands in each page
 
 
 def commands(file: str) -> list[list[str]]:
-    """The `flextron` commands in the code blocks of a guide."""
+    """Arguments of the `flextron` commands in the code blocks of a page."""
     blocks = (ROOT / file).read_text().split("```")[1::2]
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("flextron ")]
     found = [shlex.split(line, comments=True)[1:] for line in lines]
@@ -30,7 +30,7 @@ def commands(file: str) -> list[list[str]]:
 
 @pytest.fixture
 def desk(text, tmp_path, monkeypatch) -> Iterator[Path]:
-    """An operator's directory: text, a tokenizer, jobs that were launched."""
+    """Working directory of an operator: a corpus, a tokenizer, and a record of launched jobs."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(text / "code", "corpus/code")
     with gzip.open("corpus/web.jsonl.gz", "wt") as file:
@@ -42,7 +42,7 @@ def desk(text, tmp_path, monkeypatch) -> Iterator[Path]:
     (results / "launch").mkdir(parents=True)
     logs.mkdir()
     (logs / "log-flextron.elastic_7_0.out").write_text("step 1\n")
-    follow.write_record(results, "x", [follow.Record("elastic", "elastic", "7", str(logs.absolute()), 80000)])
+    follow.write_record(results, [follow.Record("elastic", "elastic", "7", str(logs.absolute()), 80000)])
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "squeue").write_text("#!/bin/sh\necho 7 RUNNING\n")
@@ -54,7 +54,7 @@ def desk(text, tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("file", GUIDES)
-def test_commands(desk, file, capsys):
+def test_every_command_of_the_guide_runs(desk, file, capsys):
     found = commands(file)
     assert len(found) == GUIDES[file], found
     for words in found:
@@ -76,7 +76,7 @@ def test_a_dry_run_shows_scripts_and_figures(desk, capsys):
     out = capsys.readouterr().out
     assert out.count("#!/bin/bash") == 9 and out.count("#SBATCH --kill-on-invalid-dep=yes") == 9
     elastic = out.partition("# ---- elastic")[2].partition("# ---- latency")[0]
-    assert "#SBATCH --nodes=4" in elastic and "--nproc-per-node 8" in elastic and "scontrol requeue" in elastic
+    assert "#SBATCH --nodes=4" in elastic and "--nproc-per-node=8" in elastic and "scontrol requeue" in elastic
     assert f"--container-image {desk}/data/x.sqsh" in elastic and f"{desk}/results/llama2_7b:{desk}/results/llama2_7b" in elastic
     row = next(line for line in out.splitlines() if re.search(r"│ elastic\s", line))
     assert "83.9 B" in row

@@ -1,4 +1,4 @@
-"""From a launch's configuration to jobs."""
+"""Planning: from the settings of `flextron launch` to jobs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import pytest
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch.check import check_configuration
 from flextron_mcore.launch.plan import clock, plan, seconds
-from flextron_mcore.launch.resources import check_memory
+from flextron_mcore.launch.resources import check_memory, resources
 
 PAPER = ("gpt3/2b", "gpt3/8b", "llama2/7b", "llama3/8b")
+FAMILIES = ("mistral/7b", "qwen2/3b", "qwen3/8b", "smollm3/3b", "phi3/4b", "nemotron/8b")
 BARE = ("cluster=slurm", "cluster.account=a")
 
 
 @pytest.mark.parametrize("cluster", ["bcm", "slurm"])
 @pytest.mark.parametrize("gpus", [8, 32, 128])
-@pytest.mark.parametrize("model", PAPER)
+@pytest.mark.parametrize("model", [*PAPER, *FAMILIES])
 def test_every_configuration_is_whole_and_fits(launch, model, gpus, cluster):
     config = launch(f"cluster={cluster}", "cluster.account=a", f"model={model}", f"gpus={gpus}")
     planned = plan(config)
@@ -26,7 +27,7 @@ def test_every_configuration_is_whole_and_fits(launch, model, gpus, cluster):
     elastic = jobs["elastic"]
     assert elastic.ranks == gpus
     options = elastic.settings
-    # the paper, section 4
+    # values of the Flextron paper, section 4
     assert options.model.global_batch_size == 256 and options.model.seq_length == 4096 and options.trainer.max_steps == 80000
     assert options.num_subnetworks == 3 and jobs["importance"].settings.samples == 512
     assert all(len(axis) == 4 for axis in (planned.space.heads, planned.space.ffn_hidden_size))
@@ -38,7 +39,7 @@ def test_every_configuration_is_whole_and_fits(launch, model, gpus, cluster):
 @pytest.mark.parametrize("gpus", [8, 32, 128])
 @pytest.mark.parametrize("model", PAPER)
 def test_the_recipe_of_all_axes_is_whole_and_fits(launch, model, gpus, tmp_path):
-    # of gpt3 there is no checkpoint to import
+    # hf: for gpt3 there is no public checkpoint to import
     config = launch(*BARE, f"model={model}", f"gpus={gpus}", "recipe=llamaflex", "hf=somewhere")
     planned = plan(config)
     check_configuration(config, planned)
@@ -61,7 +62,7 @@ def test_the_recipe_of_all_axes_is_whole_and_fits(launch, model, gpus, tmp_path)
 
 
 def test_stages_take_what_was_planned_before_what_is_complete(launch, tmp_path):
-    """With elastic training first it is that model whose latency is measured and which the router is trained with."""
+    """A planned stage is preferred to a complete one on disk: with elastic planned, latency and gumbel take its checkpoint."""
     results = tmp_path / "results" / "llama2_7b"
     (results / "joint").mkdir(parents=True)
     (results / "joint" / "metrics.json").write_text("{}")
@@ -82,8 +83,13 @@ def test_stages_take_what_was_planned_before_what_is_complete(launch, tmp_path):
 
 @pytest.mark.parametrize(
     "model, parameters, beside_embeddings",
-    # Touvron et al. 2023; Grattafiori et al. 2024; the paper's section 4 for what is not an embedding
-    [("llama2/7b", 6.74e9, 6.48e9), ("llama3/8b", 8.03e9, 6.98e9), ("gpt3/2b", 2.25e9, 1.2e9), ("gpt3/8b", 8.5e9, 6.4e9)],
+    # Touvron et al. 2023; Grattafiori et al. 2024; without embeddings: the Flextron paper, section 4
+    [
+        *(("llama2/7b", 6.74e9, 6.48e9), ("llama3/8b", 8.03e9, 6.98e9), ("gpt3/2b", 2.25e9, 1.2e9), ("gpt3/8b", 8.5e9, 6.4e9)),
+        # the models' cards
+        *(("mistral/7b", 7.25e9, 6.98e9), ("qwen2/3b", 3.09e9, 2.77e9), ("qwen3/8b", 8.19e9, 6.95e9)),
+        *(("smollm3/3b", 3.08e9, 2.81e9), ("phi3/4b", 3.82e9, 3.62e9), ("nemotron/8b", 8.27e9, 6.17e9)),
+    ],
 )
 def test_models_have_their_sizes(launch, model, parameters, beside_embeddings):
     from flextron_mcore.space import count_parameters
@@ -124,12 +130,12 @@ def test_each_stage_takes_the_result_of_the_one_before(launch, tmp_path):
     assert all(config.out == str(results / name) for name, config in jobs.items())
 
 
-def test_what_is_complete_is_not_run_again_and_serves_as_input(launch, tmp_path):
+def test_complete_stages_are_not_run_again_and_serve_as_input(launch, tmp_path):
     results = tmp_path / "results" / "llama2_7b"
     (results / "importance").mkdir(parents=True)
     arguments = (*BARE, "model=llama2/7b", "stages=[importance,elastic]", f"importance.checkpoint={tmp_path}/mine")
     assert [job.name for job in plan(launch(*arguments)).to_run] == ["importance", "elastic"]
-    assert plan(launch(*BARE, "model=llama2/7b", "stages=[elastic]")).problems  # there, but not complete
+    assert plan(launch(*BARE, "model=llama2/7b", "stages=[elastic]")).problems  # importance is there but not complete
     (results / "importance" / "metrics.json").write_text("{}")
     planned = plan(launch(*arguments))
     assert [job.name for job in planned.to_run] == ["elastic"]
@@ -181,12 +187,16 @@ def test_locally_training_has_no_time_limit(launch):
         (["elastic.model.seq_length=5000"], r"elastic: model.seq_length=5000 is more than the model's 4096 positions"),
         (["elastic.trainer.devices=16"], r"elastic: trainer.devices=16 is more than cluster.gpus_per_node=8"),
         (["elastic.model.pipeline_model_parallel_size=5", "elastic.trainer.devices=5"], r"elastic: "),
+        (["import.cluster.partition=a b"], r"import: cluster.partition=a b: write it as letters"),
+        (["import.cluster.type=local"], r"import: unknown key 'cluster.type'"),
+        (["import.cluster.partitio=cpu"], r"import: unknown key 'cluster.partitio' \(did you mean 'cluster.partition'\?\)"),
+        (["elastic.cluster.gpus_per_node=4"], r"elastic: trainer.devices=8 is more than cluster.gpus_per_node=4"),
         (["overwrite=true"], r"overwrite=true: is not for launch"),
         (["cluster.account=''"], r"cluster.account: is empty"),
         (["cluster.gpu.memory=16GB"], r"elastic: needs [\d.]+ GB of each GPU \(weights .* .* it has 16 GB"),
         (
             ["importance.space.depth=[0.5,1.0]"],
-            r"router: space.depth is elastic, and it chooses heads and neurons only: use gumbel",
+            r"router: space.depth is elastic, and it chooses heads and neurons only: use gumbel in its place in stages=",
         ),
         (
             ["recipe=llamaflex", "stages=[gumbel,compare]", "compare.selectors=[sensitivity]"],
@@ -210,6 +220,26 @@ def test_bad_configurations_are_refused(launch, arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_layout_for_another_number_of_gpus_can_be_typed(launch):
+    layout = "layouts={16: {trainer: {num_nodes: 2, devices: 8}, model: {tensor_model_parallel_size: 4}}}"
+    config = launch(*BARE, "model=llama2/7b", "gpus=16", layout)
+    planned = plan(config)
+    check_configuration(config, planned)
+    assert not planned.problems
+    assert {job.ranks for job in planned.jobs if job.stage in ("elastic", "router", "joint")} == {16}
+
+
+def test_a_stage_that_does_not_fit_fits_when_the_remedy_is_typed(launch):
+    arguments = [*BARE, "model=llama3/8b", "model.max_position_embeddings=131072", "latency.setting.batch_size=8"]
+    config = launch(*arguments, "latency.setting.prompt_length=131072")
+    with pytest.raises(
+        FlextronError, match=r"latency: needs .* lower latency.setting.batch_size or latency.setting.prompt_length"
+    ):
+        check_memory(config, plan(config))
+    config = launch(*arguments, "latency.setting.prompt_length=4096")
+    check_memory(config, plan(config))
+
+
 @pytest.mark.parametrize(
     "text, value",
     [("30", 1800), ("30:15", 1815), ("04:00:00", 14400), ("1-00:00:00", 86400), ("2-12", 216000), ("1-01:30", 91800)],
@@ -218,5 +248,18 @@ def test_times_are_slurms(text, value):
     assert seconds(text, "x") == value
 
 
-def test_clock():
+def test_further_jobs_are_counted_by_the_time_that_a_training_has(launch):
+    """726 hours in jobs of a day: 31 if each trained for the whole day, but each stops before its end."""
+
+    def row(*more: str) -> list[str]:
+        config = launch(*BARE, "model=llama2/7b", *more)
+        return next(row for row in resources(config, plan(config))[1] if row[0] == "elastic")
+
+    hours, jobs = row("run.stop_before=00:00:01")[-2:]
+    assert (float(hours), jobs) == (pytest.approx(725.9, abs=1), "31")
+    assert row("run.stop_before=06:00:00")[-1] == "41"
+    assert row("elastic.trainer.max_time=00:12:00:00")[-1] == "61"
+
+
+def test_durations_are_written_as_slurm_reads_them():
     assert clock(86400 + 3 * 3600 + 61) == "01:03:01:01"

@@ -1,4 +1,4 @@
-"""A block that an axis adds to every layer: it follows the layer's state with no edit of the layers."""
+"""A block that an axis adds to every layer (tests/toy_axis.py) follows the layer's state like the built-in blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def added(monkeypatch):
 
 
 def networks(space: ElasticSpace, arch) -> list[SubNetwork]:
-    """Other ranks in every layer; the second is narrow, too, and skips a layer."""
+    """Two networks with different adapter ranks in every layer; the second has half the channels and skips a layer."""
     ranks = space.sizes[AXIS.name]
     layers = [space.layer_choice(arch, space.heads[i], space.ffn_hidden_size[-1 - i], ranks[i]) for i in range(3)]
     return [space.network(arch, layers), space.network(arch, layers[::-1], 16, 2)]
@@ -55,7 +55,7 @@ def test_sliced_is_masked_is_weighted(added):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gates_and_slices_have_their_gradients(added, recompute):
-    """Rows that a network leaves out have none; also when activations are computed again while another choice is set."""
+    """Rows that the network leaves out have no gradient, also when activations are recomputed while another choice is set."""
     arch = toy.config(num_layers=3)
     recomputed = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     options = LayoutSettings(**recomputed) if recompute else None

@@ -1,4 +1,4 @@
-"""T10 for a fixed choice: prefill and step-by-step decoding with a KV cache give what one forward pass gives."""
+"""T10 for a static sub-network: prefill and decoding with a KV cache give the logits of one forward pass."""
 
 from __future__ import annotations
 

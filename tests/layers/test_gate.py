@@ -1,4 +1,4 @@
-"""Gates: no effect on values, and gradients that are the derivative of the loss by a block's output."""
+"""Gates (a factor 1 on each block's output) change no value; their gradient is the derivative of the loss by that factor."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_gradients_are_differences(family, frozen):
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation_sees_the_gates_and_gains(recompute):
-    """With two networks in flight, as in a pipeline: the backward pass of the first comes after the forward of the second."""
+    """Two networks in flight, as in a pipeline: the first's backward pass comes after the second's forward pass."""
     arch = toy.config()
     space = ElasticSpace.build(arch, modulation=True)
     options = {"recompute_granularity": recompute}

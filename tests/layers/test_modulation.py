@@ -1,4 +1,4 @@
-"""Modulation: networks with it are dense models of other weights (T1), and the full model knows nothing of it."""
+"""Modulation (a learned gain on each block's output): equals a dense model with scaled weights (T1); the full model has none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AXES = dict(heads=[0.5, 1.0], hidden_size=[0.25, 0.5, 1.0], depth=[1, 2, 3], lay
 
 
 def case(kind: str = "gpt2") -> tuple[ModelConfig, ElasticSpace, torch.nn.Module, torch.nn.Module]:
-    """Architecture, space with modulation, a model of it, and one with the same other weights and no modulation."""
+    """Architecture, space with modulation, a model of it, and a model with the same weights but no modulation."""
     arch = toy.config(**KINDS[kind], num_layers=3, num_query_groups=2, share_embeddings_and_output_weights=kind == "gpt2")
     plain, space = ElasticSpace.build(arch, **AXES), ElasticSpace.build(arch, **AXES, modulation=True)
     model, without = toy.model(arch, space), toy.model(arch, plain)
@@ -121,7 +121,7 @@ def test_gradients_are_differences_of_the_loss():
 
 
 def test_overlapping_reduction_does_not_wait_for_what_a_network_leaves_out():
-    """It counts which parameters had a gradient in the last micro-batch, and expects the same of every step."""
+    """Overlapping reduction expects the same parameters to have gradients in the last micro-batch of every step."""
     arch, space, gpt, _ = case("llama")
     options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
     model = DistributedDataParallel(gpt.config, options, gpt)
@@ -134,7 +134,7 @@ def test_overlapping_reduction_does_not_wait_for_what_a_network_leaves_out():
         assert found == {name: f".{executed}." in name for name in found}
 
 
-def test_the_share_is_that_of_the_network_in_use():
+def test_the_gain_depends_on_the_parameter_share_of_the_network():
     arch, space, model, _ = case()
     blocks = [block for layer in model.decoder.layers for block in (layer.self_attention, layer.mlp)]
     small, smaller = space.uniform(arch, 2, 24), space.uniform(arch, 2, 12, 16, 2)
@@ -146,11 +146,11 @@ def test_the_share_is_that_of_the_network_in_use():
     assert {block.state.share for block in blocks} == {None}
 
 
-def test_what_has_no_share_is_refused():
+def test_token_routing_and_foreign_models_with_modulation_are_refused():
     arch, space, model, _ = case()
     with pytest.raises(FlextronError, match="token routing does not support modulation"):
         set_subnetwork(model, FixedLevels(torch.zeros(2 * arch.num_layers, toy.LENGTH, 2, dtype=torch.long)))
     foreign = GPTModel(transformer_config(arch), elastic_gpt_layer_spec(space), arch.vocab_size, arch.max_position_embeddings)
-    with pytest.raises(FlextronError, match="a space with modulation wants a model of flextron_mcore.model.build_model"):
+    with pytest.raises(FlextronError, match="space.modulation needs a model that was built with flextron_mcore.build_model"):
         set_subnetwork(foreign, space.uniform(arch, 2, 24))
     set_subnetwork(foreign, None)

@@ -1,6 +1,6 @@
-"""The backend of Transformer Engine, with a stand-in for it: what is passed, which modules are made, what is saved.
+"""The Transformer Engine backend with a stand-in for the library: arguments passed, modules built, tensors saved.
 
-What Transformer Engine itself computes is compared on a GPU (tests/gpu/test_te.py).
+tests/gpu/test_te.py compares the real library's results on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests import toy
 
 
 class Norm:
-    """Their constructor, and a state besides the parameters."""
+    """Stand-in for Transformer Engine's norms: their constructor, and an extra state in the state dict."""
 
     def __init__(self, hidden_size, eps, sequence_parallel, zero_centered_gamma, params_dtype, device):
         super().__init__(hidden_size, eps=eps, dtype=params_dtype, device=device)
@@ -45,7 +45,7 @@ class Layer(Norm, torch.nn.LayerNorm):
 
 
 class Attention(SDPACoreAttention):
-    """Refuses other numbers of KV groups than it was made for, and aligns `causal` to the first key."""
+    """Stand-in for TEDotProductAttention: refuses other numbers of heads than it was built for, as the library does."""
 
     def forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias=None, packed_seq_params=None):
         assert (query.shape[2], key.shape[2]) == (self.config.num_attention_heads, self.config.num_query_groups)
@@ -82,7 +82,7 @@ def test_checkpoints_and_sub_networks_are_those_of_the_local_backend(kind, tmp_p
     core = other.decoder.layers[0].self_attention.core_attention
     assert len(core.attentions) >= 2 and not list(core.children())
     assert not core.attentions[next(iter(core.attentions))].training
-    # Decoding: the last query sees all keys.
+    # Decoding: with fewer queries than keys, the last query sees all keys.
     heads = next(iter(core.attentions))
     query, key = (torch.randn(length, 1, count, config.kv_channels) for length, count in zip((2, 5), heads, strict=True))
     expected = local.decoder.layers[0].self_attention.core_attention(query, key, key)

@@ -1,4 +1,4 @@
-"""Routing token by token: dispatch = masks, one level = the static sub-network, prefill = decoding (T10)."""
+"""Token routing: dispatch = masks; all tokens at one level = the static sub-network; prefill = decoding (T10)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from flextron_mcore.choosing import set_subnetwork, use_subnetwork
+from flextron_mcore.config import FlextronError
 from flextron_mcore.layers import linear
 from flextron_mcore.layers.tokens import attention as token_attention
 from flextron_mcore.layers.tokens import levels as token_levels
@@ -20,7 +21,7 @@ from tests.layers.test_equality import ATTENTION, KINDS, case
 
 
 class Fixed:
-    """Fixed levels [blocks, S, B] of a model's tokens, of which those from `start` on are at hand."""
+    """Token routing with given levels [blocks, S, B]; a forward pass reads those from position `start` on."""
 
     def __init__(self, levels: torch.Tensor, kv_policy: str, sizes: tuple[int, int], masked: bool = False) -> None:
         self.all, self.kv_policy, self.sizes, self.masked, self.start = levels, kv_policy, sizes, masked, 0
@@ -44,7 +45,7 @@ class Fixed:
 
 
 def levels_of(space: ElasticSpace, layers: int, seed: int = 0, batch: int = 2, length: int = toy.LENGTH, least: int = 0):
-    """Random levels of every block, and how many levels there are."""
+    """Random levels [blocks, S, B], and the number of levels of attention and MLP. least: smallest level; -1 is padding."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (len(space.heads), len(space.ffn_hidden_size))
     rows = [torch.randint(least, sizes[n % 2], (length, batch), generator=generator) for n in range(2 * layers)]
@@ -52,7 +53,7 @@ def levels_of(space: ElasticSpace, layers: int, seed: int = 0, batch: int = 2, l
 
 
 def oracle(model: torch.nn.Module, levels: torch.Tensor, space: ElasticSpace, kv_policy: str, tokens, positions) -> torch.Tensor:
-    """Written down from the definition: the full model, what a token does not use times zero, and its keys hidden."""
+    """Logits by definition: the full model, unused heads and neurons of a token times zero; policy own hides unused keys."""
     arch = model.config
     for layer, (attention_SB, mlp_SB) in zip(model.decoder.layers, levels.unflatten(0, (-1, 2)), strict=True):
         widths, heads = torch.tensor(space.ffn_hidden_size), torch.tensor(space.heads)
@@ -89,7 +90,7 @@ def gradients(model: torch.nn.Module, logits: torch.Tensor) -> dict[str, torch.T
 @pytest.mark.parametrize("dense", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [name for name, keys in KINDS.items() if "sliding_window" not in keys])  # refused
 def test_dispatch_is_the_masked_oracle(kind, attention, kv_policy, dense, monkeypatch):
     for module in (token_levels, token_attention):
         monkeypatch.setattr(module, "waits_are_expensive", lambda x: dense)
@@ -113,8 +114,8 @@ def test_dispatch_is_the_masked_oracle(kind, attention, kv_policy, dense, monkey
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_queries_in_parts_and_weights_where_they_lie(batch, attention, kv_policy, monkeypatch):
-    """However many queries a part has, and whether weights are copied or not, with and without a gradient."""
+def test_queries_in_parts_and_weights_in_place(batch, attention, kv_policy, monkeypatch):
+    """Results do not depend on the number of queries computed at a time, nor on whether weights are copied."""
     arch, space = case("gpt2", attention)
     model, (tokens, positions) = toy.model(arch, space), toy.inputs(batch)
     levels, sizes = levels_of(space, arch.num_layers, 2, batch=batch, least=-1)
@@ -122,7 +123,7 @@ def test_queries_in_parts_and_weights_where_they_lie(batch, attention, kv_policy
     wanted = gradients(model, expected)
     for least, few in ((3, 0), (5, 512), (64, 0)):
         monkeypatch.setattr(token_attention, "_LEAST", least)
-        monkeypatch.setattr(linear, "_FEW", few)
+        monkeypatch.setattr(linear, "_FEW_TOKENS", few)
         with use_subnetwork(model, Fixed(levels, kv_policy, sizes)):
             with torch.no_grad():
                 torch.testing.assert_close(model(tokens, positions, None), expected, atol=1e-5, rtol=1e-5)
@@ -152,7 +153,7 @@ def test_all_tokens_at_one_level_are_the_static_sub_network(attention, kv_policy
 
 
 def decoded(model: torch.nn.Module, routing: Fixed, tokens: torch.Tensor, positions: torch.Tensor, prompt: int):
-    """Logits after a prompt and after each of the tokens that follow one by one, the same of one pass, and the cache."""
+    """Logits of a prompt and of tokens decoded one by one, those of one pass over all, and the inference context."""
     context, found = StaticInferenceContext(len(tokens), toy.LENGTH), []
     with torch.no_grad(), use_subnetwork(model, routing):
         expected = model(tokens, positions, None)
@@ -188,8 +189,8 @@ def test_decoding_is_prefill(kind, attention, kv_policy, dense, monkeypatch):
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("occurring", [(0, 3), (1, 2), (-1, 2), (1,)])
-def test_levels_that_nobody_chooses_are_no_products(occurring, kv_policy, monkeypatch):
-    """Fewer products, and no keys for heads that nobody uses; the same results, also in front of a cache and behind it."""
+def test_levels_that_no_token_chooses_cost_no_product(occurring, kv_policy, monkeypatch):
+    """Unused levels need no products, unused heads no keys. Results stay the same, with and without a KV cache."""
     arch, space = case("llama", "mha")
     model, (tokens, positions) = toy.model(arch, space), toy.inputs()
     drawn, sizes = levels_of(space, arch.num_layers, 4)
@@ -209,9 +210,9 @@ def test_levels_that_nobody_chooses_are_no_products(occurring, kv_policy, monkey
             patch.setattr(layer.mlp.linear_fc1, "forward", partial(watched, forward=layer.mlp.linear_fc1.forward, seen=neurons))
         found = model(tokens, positions, None)
     routed = [level for level in occurring if level >= 0]
-    joint = kv_policy == "full" and occurring[0] == -1  # keys and values of all, but queries of none of them
+    joint = kv_policy == "full" and occurring[0] == -1  # padded tokens have keys and values but no queries
     assert all(len(row) == len(routed) + joint for row in shapes)
-    assert len(neurons) == arch.num_layers and all(len(row) == 2 * len(routed) for row in neurons)  # gate and up
+    assert len(neurons) == arch.num_layers and all(len(row) == 2 * len(routed) for row in neurons)  # gate and up projections
     if kv_policy == "full":
         groups = routed[-1] + 1
         lowest = 0 if occurring[0] == -1 else (routed[0] + 1)
@@ -222,14 +223,14 @@ def test_levels_that_nobody_chooses_are_no_products(occurring, kv_policy, monkey
     for name, wanted in gradients(model, expected).items():
         torch.testing.assert_close(actual[name], wanted, atol=1e-5 * max(wanted.abs().max().item(), 1), rtol=1e-4, msg=name)
     if occurring[0] >= 0:
-        levels[:, 7:] = drawn[:, 7:]  # a prompt of few levels, and all levels after it
+        levels[:, 7:] = drawn[:, 7:]  # few levels in the prompt, all of them after it
         torch.testing.assert_close(*decoded(model, Fixed(levels, kv_policy, sizes), tokens, positions, 7)[:2], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("length, batch, least", [(1, 1, 0), (1, 3, -1), (5, 0, 0), (6, 2, None)])
 def test_unusual_inputs(length, batch, least, kv_policy):
-    """A sequence of one token, an empty batch, padding only."""
+    """A sequence of one token, an empty batch, and a batch of padding work."""
     arch, space = case("llama", "mha")
     model = toy.model(arch, space)
     tokens, positions = toy.inputs(batch, length=length)
@@ -241,3 +242,13 @@ def test_unusual_inputs(length, batch, least, kv_policy):
     assert found.shape[:2] == (batch, length)
     if batch:
         torch.testing.assert_close(found, oracle(model, levels, space, kv_policy, tokens, positions), atol=1e-5, rtol=0)
+
+
+def test_an_attention_mask_is_refused():
+    arch, space = case("llama", "mha")
+    model = toy.model(arch, space)
+    tokens, positions = toy.inputs(1, length=4)
+    levels, sizes = levels_of(space, arch.num_layers, 0, 1, 4, 0)
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    with use_subnetwork(model, Fixed(levels, "full", sizes)), pytest.raises(FlextronError, match="supports the causal mask only"):
+        model(tokens, positions, mask)

@@ -1,4 +1,4 @@
-"""T5 for weights of candidates: one-hot weights are the sub-network, and gradients are what the loss would change by."""
+"""Weighted candidates: one-hot weights equal the sub-network; gradients equal finite differences of the loss (T5)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def case(name: str) -> tuple[ModelConfig, ElasticSpace]:
 
 
 def one_hot(space: ElasticSpace, net: SubNetwork, heads_of_skipped: int = 0) -> list:
-    """The weights of `net`; a skipped layer has some widths, too."""
+    """One-hot weights that select `net`; a skipped layer gets some widths, which do not matter."""
     heads = [layer.num_attention_heads if layer.executed else space.heads[heads_of_skipped] for layer in net.layers]
     neurons = [layer.ffn_hidden_size if layer.executed else space.ffn_hidden_size[0] for layer in net.layers]
     pick = lambda size, axis: [float(size == candidate) for candidate in axis]  # noqa: E731
@@ -44,7 +44,7 @@ def one_hot(space: ElasticSpace, net: SubNetwork, heads_of_skipped: int = 0) -> 
 
 
 def soft(space: ElasticSpace, layers: int, seed: int = 0) -> list:
-    """Weights between, which sum to 1 where one candidate is chosen."""
+    """Random weights between 0 and 1; those of one choice sum to 1."""
     generator = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     return [
@@ -61,7 +61,7 @@ def weighted(weights: list) -> WeightedNetwork:
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_hot_weights_are_the_sliced_network(name):
-    """Logits, and gradients of parameters."""
+    """Logits and gradients of parameters are equal."""
     arch, space = case(name)
     model = toy.model(arch, space)
     tokens, positions = toy.inputs()
@@ -109,12 +109,12 @@ def test_gradients_are_differences_of_the_loss(name, frozen):
                         leaf.view(-1)[index] -= step
                 difference = (ends[0] - ends[1]) / 0.006
                 assert gradient.view(-1)[index].item() == pytest.approx(difference, rel=0.02, abs=1e-3), number
-        assert gradients[0].abs().min() > 0  # the smaller and the larger candidates have theirs, too
+        assert gradients[0].abs().min() > 0  # all candidates have a gradient, not only the chosen one
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation_sees_the_weights(recompute):
-    """Two networks in flight, as in a pipeline; layers share the channels' mask."""
+    """Two networks in flight, as in a pipeline, each with a channel mask that its layers share."""
     arch, space = case("llama")
     options = {"recompute_granularity": recompute}
     options |= {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
@@ -137,7 +137,7 @@ def test_recomputation_sees_the_weights(recompute):
         torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_masks_and_what_is_left_behind():
+def test_masks_of_weights_and_the_full_model_afterwards():
     weights = torch.tensor([0.2, 0.3, 0.5])
     torch.testing.assert_close(mask(weights, [1, 2, 4]), torch.tensor([1.0, 0.8, 0.5, 0.5]))
     arch, space = case("llama")

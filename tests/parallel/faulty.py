@@ -1,10 +1,14 @@
-"""The command, with a fault in the training of one rank or of all: FAULT=WHEN:RANKS:WHAT.
+"""`flextron` with a fault in training, given by the environment variable FAULT=WHEN:RANKS:WHAT.
 
-WHEN: a step counted from 0, or "start" for the validation before the first. RANKS: a rank, or "all". WHAT: a function below.
+WHEN is a step counted from 0, `start` for the validation before the first, or one of MOMENTS. RANKS is a rank, or `all`. WHAT is
+a function of this module.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import itertools
 import os
 import signal
 import subprocess
@@ -13,6 +17,14 @@ import time
 from flextron_mcore.cli import main
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import signals
+
+# {moment: (module, function, number of its call)} in a save, in a helper process that writes it, in an evaluation and an export.
+MOMENTS = {
+    "save": ("flextron_mcore.training.checkpointing", "TrainingCheckpointer._state", 1),
+    "writer": ("megatron.core.dist_checkpointing.strategies.filesystem_async", "FileSystemWriterAsync.write_preloaded_data", 1),
+    "evaluate": ("flextron_mcore.evaluation.perplexity", "run_networks", 2),
+    "export": ("flextron_mcore.exports.formats", "Job.__post_init__", 1),
+}
 
 
 def kill() -> None:
@@ -29,12 +41,20 @@ def terminate() -> None:
 
 def terminate_launcher() -> None:
     os.kill(os.getppid(), signal.SIGTERM)
-    while not signals.received():  # torchrun passes it on
+    while not signals.received():  # torchrun passes the signal on to its processes
         time.sleep(0.1)
 
 
+def kill_launcher() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def stop_launcher() -> None:
+    os.kill(os.getppid(), signal.SIGSTOP)
+
+
 def signal_group() -> None:
-    """SIGUSR1 for the whole process group, again and again until it has ended."""
+    """Send SIGUSR1 to the whole process group again and again until the group has ended."""
     script = f"while kill -USR1 -{os.getpgid(0)}; do sleep 0.01; done"
     subprocess.Popen(["sh", "-c", script], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not signals.received():
@@ -67,4 +87,16 @@ if __name__ == "__main__":
         return validate(self, number, log)
 
     _Run._step, _Run._validate = faulty_step, faulty_validation
+    if when in MOMENTS:
+        module, name, call = MOMENTS[when]
+        *owner, name = name.split(".")
+        place = functools.reduce(getattr, owner, importlib.import_module(module))
+        whole, calls = getattr(place, name), itertools.count(1)
+
+        def faulty(*arguments, **options):
+            if next(calls) == call:
+                fault(when)
+            return whole(*arguments, **options)
+
+        setattr(place, name, faulty)
     main()

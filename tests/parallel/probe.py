@@ -1,4 +1,4 @@
-"""What the workers compute for the tests, in whatever layout."""
+"""Functions that tests call on every rank of a layout (a job of tests/parallel/worker.py)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.stages.conftest import stage
 
 
 def logits(checkpoint: str, layout: dict[str, Any], out: str, net: str | None = None, precision: str = "fp32") -> list[int]:
-    """forward_logits of a checkpoint's (sub-)network for fixed tokens, saved as OUT.RANK. Returns the layers that ran here."""
+    """Save forward_logits of a checkpoint or its sub-network for fixed tokens to OUT.RANK. Returns the layers run here."""
     options = LayoutSettings(**layout)
     distributed.initialize(options)
     info = open_checkpoint(checkpoint)
@@ -49,7 +49,7 @@ def logits(checkpoint: str, layout: dict[str, Any], out: str, net: str | None = 
 
 
 def evaluate_as_on_a_gpu(keys: list[str]) -> None:
-    """`flextron evaluate`, in which blocks whose tokens choose are computed as they are on a GPU."""
+    """`flextron evaluate`, with token-routed blocks computed in the way that a GPU uses."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (token_levels, token_attention):
             patch.setattr(module, "waits_are_expensive", lambda x: True)
@@ -57,10 +57,10 @@ def evaluate_as_on_a_gpu(keys: list[str]) -> None:
 
 
 def weighted(checkpoint: str, layout: dict[str, Any], axes: dict[str, Any], net: str) -> dict[str, Any]:
-    """Mean losses in one training flush, and gradients of the weights of those that have some.
+    """{"losses", "gradients"} of one training flush: mean losses of four networks, gradients of the weights of two.
 
-    The networks: the full one, one of weights between, one of one-hot weights, and the sub-network that these say. All blocks
-    are modulated.
+    The networks are the full model, one with soft weights of candidates, one with one-hot weights, and the sub-network that
+    these select. All blocks are modulated.
     """
     options = LayoutSettings(**layout)
     distributed.initialize(options)
@@ -87,8 +87,27 @@ def weighted(checkpoint: str, layout: dict[str, Any], axes: dict[str, Any], net:
     }
 
 
+def chunked_loss(layout: dict[str, Any], tied: bool) -> float:
+    """Largest difference, relative to the largest value, between gradients of a loss in one piece and one in chunks."""
+    options = LayoutSettings(**layout)
+    distributed.initialize(options)
+    arch = toy.config(num_query_groups=2, share_embeddings_and_output_weights=tied)
+    space = ElasticSpace.build(arch, heads=[1.0], hidden_size=[0.5, 1.0], granularity=2)
+    networks = [None, toy.random_network(arch, space, 1)]
+    found = []
+    for chunk in (toy.LENGTH, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("flextron_mcore.config.LOGITS_AT_ONCE", 2 * -(-toy.VOCAB // 2) * chunk)
+            torch.manual_seed(1)
+            (gpt,) = build_chunks(arch, space, options)
+            total = run_networks([gpt], lambda: iter(batches(2)), 2, networks, toy.LENGTH, 2)
+            found.append([total[:, 0], *(p.grad for p in gpt.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 5
+    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*found, strict=True))
+
+
 def failing_output(out: str, ranks: list[int], fatal: bool) -> None:
-    """A stage that writes something on every rank, and then fails on `ranks`: with bad input, or `fatal` with the process."""
+    """Write a file into `out` on every rank, and then fail on `ranks`: with FlextronError, or if `fatal` with ValueError."""
     with new_output(ReportSettings(out=out, run="")) as folder:
         (Path(folder) / f"part{_rank()}").write_text("something")
         wait_for_all()

@@ -1,4 +1,4 @@
-"""What launch/estimate.py says a rank will hold, against ranks that train: every tensor counted, and the peak of a step."""
+"""Memory estimates of launch/estimate.py against ranks that train: stored tensors, and the peak of a step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KEYS += ["exp_manager.create_tensorboard_logger=false"]
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory, text):
-    """{layout: what each rank holds}."""
+    """{layout: for each rank, the bytes of tests.memory.training}."""
     root = tmp_path_factory.mktemp("estimate")
     stage("prepare", f"input=[{text}/code,{text}/prose]", "vocab_size=300", "valid_fraction=0.2", f"out={root}/data")
     found = {}
@@ -76,7 +76,7 @@ def test_memory_is_that_of_the_ranks(held, name):
     layout = Layout.read(arch, space, config, processes, "fp32", cuda=False)
     ranks = [Rank(arch, layout, index) for index in range(layout.pipeline)]
     micro_batches = config.model.global_batch_size // (layout.micro_batch * layout.data)
-    order = [0] if layout.pipeline == 1 else [0, processes // 2]  # pipeline ranks are the outermost
+    order = [0] if layout.pipeline == 1 else [0, processes // 2]  # rank order: pipeline is the outermost dimension
     totals = []
     for rank, found in zip(ranks, [held[name][i + (layout.tensor - 1)] for i in order], strict=True):
         weights, gradients, optimizer, activations = memory_of(rank, config)
@@ -84,20 +84,20 @@ def test_memory_is_that_of_the_ranks(held, name):
         assert gradients == pytest.approx(found["gradients"], rel=0.005)
         assert optimizer == pytest.approx(found["optimizer"], rel=0.005)
         assert kept(rank, micro_batches) == pytest.approx(found["kept"], rel=0.02)
-        if found["activations"] is not None:  # see memory.peak
+        if found["activations"] is not None:  # None: not measurable (memory.peak)
             assert activations == pytest.approx(found["activations"], rel=0.08)
         totals.append(weights + gradients + optimizer + activations)
     assert estimate(arch, space, config, processes, "fp32", cuda=False).memory == max(totals)
 
 
 def kept(rank: Rank, micro_batches: int) -> int:
-    """What autograd keeps at the most: of the forward passes in flight, and the loss's or what is computed again."""
+    """Estimated peak of what autograd keeps: the forward passes in flight, and the loss's part or a recomputed layer."""
     chunk, again = saved_chunk(rank, rank.layout.layers[rank.index] // rank.layout.chunks, *saved_layer(rank))
     return in_flight(rank, micro_batches) * chunk + max(again, saved_head(rank) if rank.last else 0)
 
 
-def test_what_was_compared_differs(held):
-    """Layouts hold different amounts, and the ranks of a pipeline do."""
+def test_compared_figures_differ(held):
+    """Compared figures differ between layouts, and between the ranks of a pipeline."""
     totals = [rank["weights"] + rank["kept"] for ranks in held.values() for rank in ranks]
     assert max(totals) > 2 * min(totals)
     first, last = (rank["kept"] for rank in held["PP2 uneven gpt2"])

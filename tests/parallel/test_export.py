@@ -1,4 +1,4 @@
-"""The megatron format from two ranks, and its directory in Megatron-Core's own layers on two ranks."""
+"""format=megatron: exported by two ranks, and loaded on two tensor-parallel ranks by Megatron-Core's own layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.parallel.worker import run_jobs
 
 
 def stock_logits(directory: str, out: str) -> None:
-    """By the directory's own code, two-way tensor parallel."""
+    """Save logits computed by the exported code on two tensor-parallel ranks."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from flextron_mcore.runtime import distributed
@@ -30,7 +30,7 @@ def stock_logits(directory: str, out: str) -> None:
     torch.save(logits[..., : toy.VOCAB], f"{out}.{torch.distributed.get_rank()}")
 
 
-def test_two_ranks(tmp_path):
+def test_two_ranks_export_and_load_the_network(tmp_path):
     arch = toy.config(num_attention_heads=8, num_query_groups=4)
     space = ElasticSpace.build(arch, granularity=2, heads=[0.5, 1.0])
     model = toy.model(arch, space)
@@ -43,7 +43,7 @@ def test_two_ranks(tmp_path):
     for name, net in nets.items():
         (tmp_path / f"{name}.json").write_text(net.to_json())
         keys = [f"checkpoint={tmp_path}/run", f"subnetwork={tmp_path}/{name}.json", "format=megatron", f"out={tmp_path}/{name}"]
-        verify = f"verify={str(name == 'heads').lower()}"  # the export is read by one rank, beside the two
+        verify = f"verify={str(name == 'heads').lower()}"  # verification runs on one rank, with both process groups alive
         jobs.append({"stage": "export", "keys": [*keys, layout, verify], "layout": "tp2"})
         call = {"call": "tests.parallel.test_export:stock_logits", "layout": "tp2"}
         jobs.append({**call, "arguments": {"directory": f"{tmp_path}/{name}", "out": f"{tmp_path}/{name}.logits"}})

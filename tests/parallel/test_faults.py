@@ -1,17 +1,12 @@
-"""Ranks that die, stop or fail, and signals: the job ends soon, says why, and the same command continues it."""
+"""Killed, stopped and failing ranks, and signals: the job ends soon with one line, and the same command continues it."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
-import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,57 +15,20 @@ import pytest
 import torch
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints
-from flextron_mcore.runtime.watch import LAUNCH
 from flextron_mcore.space import ElasticSpace
 from tests import toy
+from tests.parallel.jobs import Job, last_of_ours, start
 from tests.stages.conftest import stage
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 8, 3
 
 
-@dataclass
-class Job:
-    """Processes of one training run, all of which carry a mark in their environment, as do their helpers."""
-
-    out: Path
-    processes: list[subprocess.Popen]
-    mark: str
-    started: float = field(default_factory=time.monotonic)
-
-    def finish(self) -> tuple[list[int], list[str]]:
-        """Exit codes, and the lines that all processes printed."""
-        output = [process.communicate(timeout=240)[0] for process in self.processes]
-        return [process.returncode for process in self.processes], "".join(output).splitlines()
-
-    def left_behind(self, seconds: float = 10) -> list[str]:
-        """The processes of the job that have not ended after so long."""
-        deadline = time.monotonic() + seconds
-        while (found := _marked(self.mark)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return found
-
-
-def _marked(mark: str) -> list[str]:
-    found = []
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            if mark.encode() in environment.read_bytes():
-                found.append(environment.parent.name)
-    return found
-
-
 def losses(run: Path) -> list[float]:
-    """All of a run: of its steps and their sub-networks, and of validation."""
+    """All losses in a run's log: of steps, of their sub-networks, and of validations."""
     found = []
     for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
         found += [row["loss"], *row["subnetwork_losses"]] if row["event"] == "train" else list(row["losses"].values())
     return found
-
-
-def last_of_ours(lines: list[str]) -> str:
-    """The last line that is not torchrun's."""
-    return [line for line in lines if re.match("(flextron|elastic): ", line)][-1]
 
 
 @dataclass
@@ -89,38 +47,12 @@ class Runs:
         return ["elastic", *self.keys, f"out={self.folder}/{out}"]
 
     def start(self, out: str, ranks: int, fault: str = "", torchrun: bool = False) -> Job:
-        """ranks: plain processes with the environment that srun's would have, or those that torchrun starts."""
-        mark = f"JOB={uuid.uuid4()}"
-        env = {k: v for k, v in os.environ.items() if k not in LAUNCH}
-        env |= {"OMP_NUM_THREADS": "1", "FAULT": fault, "JOB": mark.removeprefix("JOB=")}
-        module = ["tests.parallel.faulty" if fault else "flextron_mcore", *self.command(out)]
-        if torchrun:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-            places: list[dict[str, str]] = [{}]
-        else:
-            command = [sys.executable, "-m"]
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            values = [(str(rank), str(ranks), str(rank), "127.0.0.1", port) for rank in range(ranks)]
-            places = [dict(zip(LAUNCH, v, strict=True)) for v in values] if ranks > 1 else [{}]
-        processes = [
-            subprocess.Popen(
-                [*command, *module],
-                env=env | place,
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-            for place in places
-        ]
-        self.jobs.append(Job(self.folder / out, processes, mark))
+        """Start `flextron elastic` on `ranks` ranks, with srun's environment or by torchrun. fault: of faulty.py."""
+        self.jobs.append(start(self.command(out), self.folder / out, ranks, fault, torchrun))
         return self.jobs[-1]
 
     def assert_continues(self, out: str) -> None:
-        """The same command, here in one process, gives the losses of the run without a fault."""
+        """Run the same command in this process; assert that the losses are those of the run without a fault."""
         stage(*self.command(out))
         self.assert_equal(out)
 
@@ -149,14 +81,12 @@ def runs(tmp_path_factory, text) -> Iterator[Runs]:
     ]
     found = Runs(folder, keys)
     try:
-        found.start("stopped", ranks=2, fault="4:1:stop")  # the longest: it runs beside the other tests
+        found.start("stopped", ranks=2, fault="4:1:stop")  # takes longest, so it runs beside the other tests
         stage(*found.command("whole"))
         yield found
     finally:
         for job in found.jobs:
-            for pid in _marked(job.mark):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+            job.kill()
 
 
 def names(job: Job) -> list[str]:
@@ -192,14 +122,14 @@ def test_all_ranks_stop_after_the_same_step(runs, fault):
 def test_torchrun_passes_the_signal_on(runs):
     job = runs.start("launcher", ranks=2, fault="4:0:terminate_launcher", torchrun=True)
     codes, lines = job.finish()
-    assert codes == [1]  # torchrun's own, whatever its workers' are
+    assert codes == [1]  # torchrun's exit code hides those of its workers
     assert last_of_ours(lines).startswith("elastic: stopped by SIGTERM after step 5; its checkpoint is written")
     assert names(job)[-1] == "iter_0000005" and not job.left_behind()
     runs.assert_continues("launcher")
 
 
 def test_a_signal_to_the_whole_group_does_not_break_the_save(runs):
-    """The helpers that write get it too, and everyone gets it many times."""
+    """Processes that write the checkpoint get the signal, too, and each process gets it many times."""
     job = runs.start("group", ranks=1, fault="1:all:signal_group")
     codes, lines = job.finish()
     assert codes == [75], lines
@@ -223,6 +153,23 @@ def test_an_error_of_one_rank_ends_all_with_its_line(runs):
     assert [line for line in lines if "flextron: " in line or "Error" in line] == ["flextron: error: rank 1: wires crossed"]
 
 
+@pytest.mark.parametrize("ranks, at_once", [(1, True), (1, False), (2, False)])
+def test_a_killed_writer_of_a_checkpoint_ends_the_job(runs, ranks, at_once):
+    """Megatron-Core would wait for ever for a writer that the kernel killed, such as for lack of memory."""
+    out = f"writer-{ranks}-{at_once}"
+    runs.keys.append(f"exp_manager.checkpoint_callback_params.async_save={not at_once}")
+    try:
+        job = runs.start(out, ranks, fault="writer:0:kill")
+    finally:
+        runs.keys.pop()
+    codes, lines = job.finish()
+    assert codes == [2] * ranks and not job.left_behind(), lines
+    ours = [line for line in lines if "flextron: " in line]
+    assert len(ours) == 1 and "a process that wrote the checkpoint was killed" in ours[0], lines
+    assert not names(job)
+    runs.assert_continues(out)
+
+
 def test_a_stopped_rank_ends_the_job(runs):
     (job,) = (job for job in runs.jobs if job.out.name == "stopped")
     codes, lines = job.finish()
@@ -233,7 +180,7 @@ def test_a_stopped_rank_ends_the_job(runs):
 
 
 def test_a_full_disk_ends_all_ranks_with_one_line(runs, make_disk):
-    """There is room for the first checkpoint and not for the second."""
+    """The disk has room for the first checkpoint but not for the second."""
     disk = make_disk("1m")
     (disk / "run").mkdir()
     (runs.folder / "full").symlink_to(disk / "run")
@@ -241,7 +188,7 @@ def test_a_full_disk_ends_all_ranks_with_one_line(runs, make_disk):
     codes, lines = job.finish()
     assert codes == [2, 2] and not job.left_behind(), lines
     ours = [line for line in lines if "flextron: " in line]
-    assert len(ours) == 1 and re.search("cannot be written: (No space left|.* GiB needed)", ours[0])
+    assert len(ours) == 1 and re.search("cannot be written: (No space left|.* needed, .* free)", ours[0])
     assert names(job) == [f"iter_{SAVE_EVERY:07}"]
     subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
     runs.assert_continues("full")

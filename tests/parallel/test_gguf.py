@@ -1,4 +1,4 @@
-"""The gguf format from two ranks: the main process writes, and the file is verified."""
+"""format=gguf from two ranks: the main process writes, and the file is verified."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests import toy
 from tests.parallel.worker import run_jobs
 
 
-def test_two_ranks(tmp_path):
+def test_two_ranks_write_one_verified_file(tmp_path):
     arch = toy.config(num_attention_heads=8, num_query_groups=4)
     space = ElasticSpace.build(arch, granularity=2, heads=[0.5, 1.0])
     toy.write(toy.model(arch, space), CheckpointInfo(arch, space), tmp_path / "run")

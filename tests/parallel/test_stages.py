@@ -1,4 +1,4 @@
-"""Every stage in several processes, at several layouts, gives what one process gives."""
+"""Every stage gives the same results at several layouts of 2 and 4 processes as in one process."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.model import build_model, loaded_model
+from flextron_mcore.runs.verification import verify
 from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import SKIPPED, ElasticSpace, SubNetwork
 from tests import toy
@@ -36,32 +37,32 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor x pipeline": (4, {TENSOR: 2, PIPELINE: 2}),
     "data x virtual": (4, {PIPELINE: 2, VIRTUAL: 2}),
 }
-IMPORTED = ("data", "data x virtual")  # import has no layout: once for each number of processes
-# Routing adds nothing to a layout but broadcasts and the gates' sums: every group of ranks once.
+IMPORTED = ("data", "data x virtual")  # import has no layout: it runs once for each number of processes
+# Routers add broadcasts and sums over ranks only: these layouts have every kind of process group once.
 WITH_ROUTERS = ("sequence", "tensor x pipeline", "data x virtual")
-DECODING = "tensor"  # no other layout decodes text
+DECODING = "tensor"  # generate supports tensor parallelism only
 ADAPTIVE = ("router adaptive", "router adaptive surrogate")
 EVALUATED = ("evaluate adaptive own", "evaluate adaptive full")
 ROUTING = ("router", "router straight through", *ADAPTIVE, *EVALUATED, "joint", "sensitivity", "compare")
-# Networks with fewer channels and, of two pipeline stages, one that has nothing to execute.
+# (hidden size, executed layers) of networks that leave one of two pipeline stages without a layer.
 SHALLOW = {"first": (8, (0, 1)), "last": (16, (3,))}
 LOGITS = {"fp32": {}, "bf16": {"precision": "bf16"}, **{name: {"net": f"{{run}}/{name}.json"} for name in ("net", *SHALLOW)}}
 AXES = dict(hidden_size=[8, 16, 32], depth=[1, 2, 4])
-WEIGHTED = {"start": "first", "gpt2": "last"}  # checkpoint: the network that is also given as weights
+WEIGHTED = {"start": "first", "gpt2": "last"}  # checkpoint: the network of SHALLOW that is also given as one-hot weights
 VOCAB = 301  # odd: tensor-parallel ranks pad it
 
 
 @dataclass
 class Start:
-    """A random checkpoint and what the stages make of it in one process."""
+    """A random checkpoint, and the stages' results from it in one process."""
 
     run: Path
-    keys: dict[str, list[str]]  # of each stage that is compared
+    keys: dict[str, list[str]]  # {result: keys of its stage}
     prepared: list[str]
     net: SubNetwork
 
     def of_layout(self, name: str) -> list[dict[str, Any]]:
-        """The jobs of a layout: every stage, and logits."""
+        """Jobs of a layout: every stage, logits, and weighted networks."""
         layout = LAYOUTS[name][1]
         options = [f"model.{key}={str(value).lower()}" for key, value in layout.items()]
         jobs: list[dict[str, Any]] = []
@@ -169,7 +170,7 @@ def start(tmp_path_factory, text) -> Start:
 
 @pytest.fixture(scope="module")
 def done(start, tmp_path_factory) -> dict[str, list[list[dict[str, Any]]]]:
-    """{layout: for each of its jobs, what each rank returned and printed}: one torchrun for each number of processes."""
+    """{layout: [jobs][ranks] results and printed text}. The jobs of a number of processes share a torchrun."""
     found = {}
     for processes in (2, 4):
         names = [name for name, (needed, _) in LAYOUTS.items() if needed == processes]
@@ -184,6 +185,7 @@ def metrics(folder: Path) -> dict[str, Any]:
 
 
 def same_tensors(first: Path, second: Path) -> None:
+    assert not verify(first).faults and not verify(second).faults
     a, b = TensorReader(open_checkpoint(first)), TensorReader(open_checkpoint(second))
     assert set(a.keys()) == set(b.keys()) and open_checkpoint(first) == open_checkpoint(second)
     for key in a.keys():
@@ -198,7 +200,7 @@ def same_files(first: Path, second: Path, but: tuple[str, ...] = ()) -> None:
 
 
 @pytest.mark.parametrize("name", IMPORTED)
-def test_import(start, done, name):
+def test_import_is_that_of_one_process(start, done, name):
     one, many = start.run / "one" / "import", start.run / "many" / name / "import"
     same_tensors(one, many)
     assert metrics(one) == metrics(many)
@@ -215,7 +217,7 @@ def test_import(start, done, name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_importance(start, done, name):
+def test_importance_is_that_of_one_process(start, done, name):
     one, many = start.run / "one" / "importance", start.run / "many" / name / "importance"
     expected, found = load_file(one / "scores.safetensors"), load_file(many / "scores.safetensors")
     assert expected.keys() == found.keys()
@@ -232,7 +234,7 @@ def test_importance(start, done, name):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("result", ["evaluate", "evaluate one sample"])
-def test_evaluate(start, done, name, result):
+def test_evaluation_is_that_of_one_process(start, done, name, result):
     one, many = start.run / "one" / result, start.run / "many" / name / result
     expected, found = metrics(one)["networks"], metrics(many)["networks"]
     assert len(expected) == (1 if "one sample" in result else 4)
@@ -244,8 +246,8 @@ def test_evaluate(start, done, name, result):
 
 @pytest.mark.parametrize("name", WITH_ROUTERS)
 @pytest.mark.parametrize("result", ["router", "router straight through", "joint"])
-def test_routers(start, done, name, result):
-    """The same losses, the same routers, the same choices (T5)."""
+def test_routers_are_those_of_one_process(start, done, name, result):
+    """Losses, routers and choices are those of one process (T5)."""
     one, many = start.run / "one" / result, start.run / "many" / name / result
     expected, found = ([json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()] for run in (one, many))
     for row, other in zip(expected, found, strict=True):
@@ -263,7 +265,7 @@ def test_routers(start, done, name, result):
 @pytest.mark.parametrize("name", WITH_ROUTERS)
 @pytest.mark.parametrize("result", ADAPTIVE)
 def test_adaptive_routers(start, done, name, result):
-    """The same levels for the same tokens, in training, calibration and evaluation, and the same routers."""
+    """Tokens get the levels that they get in one process, in training, calibration and evaluation; routers are equal, too."""
     one, many = (start.run / part / result for part in ("one", f"many/{name}"))
     expected, found = ([json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()] for run in (one, many))
     for row, other in zip(expected, found, strict=True):
@@ -286,9 +288,9 @@ def test_adaptive_routers(start, done, name, result):
 @pytest.mark.parametrize("name", WITH_ROUTERS)
 @pytest.mark.parametrize("result", EVALUATED)
 def test_tokens_that_choose(start, done, name, result):
-    """Losses and what is spent, also the way that a GPU computes them."""
+    """Losses and spent costs of token routing are those of one process, also when computed as on a GPU."""
     expected = metrics(start.run / "one" / result)
-    assert any(0 < max(block) < 1 for levels in expected["levels"].values() for block in levels)  # tokens differ
+    assert any(0 < max(block) < 1 for levels in expected["levels"].values() for block in levels)  # tokens have different levels
     for way in ("", " as on a GPU"):
         found = metrics(start.run / "many" / name / f"{result}{way}")
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -296,7 +298,7 @@ def test_tokens_that_choose(start, done, name, result):
 
 
 @pytest.mark.parametrize("name", WITH_ROUTERS)
-def test_sensitivity_and_selectors(start, done, name):
+def test_sensitivity_and_selectors_are_those_of_one_process(start, done, name):
     one, many = start.run / "one", start.run / "many" / name
     near = lambda row, *keys: row | {key: pytest.approx(row[key], rel=1e-6, abs=1e-5) for key in keys}  # noqa: E731
     for stage_, rows, keys in (("sensitivity", "blocks", ["degradation"]), ("compare", "networks", ["loss", "mean_loss"])):
@@ -305,7 +307,7 @@ def test_sensitivity_and_selectors(start, done, name):
 
 
 @pytest.mark.parametrize("result", ["generate", "generate shallow", "generate adaptive"])
-def test_generate(start, done, result):
+def test_texts_are_those_of_one_process(start, done, result):
     one, many = (json.loads((start.run / part / result).read_text()) for part in ("one", f"many/{DECODING}"))
     for key in ("texts", "tokens", "subnetwork"):
         assert many.get(key) == one.get(key)
@@ -315,17 +317,17 @@ def test_generate(start, done, result):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_export(start, done, name):
+def test_exports_are_those_of_one_process(start, done, name):
     one, many = start.run / "one" / "export", start.run / "many" / name / "export"
     assert len(list(one.glob("*.safetensors"))) > 4
-    same_files(one, many, but=("metrics.json", "config.yaml"))
+    same_files(one, many, but=("metrics.json", "config.yaml", "digests.json"))
     expected, found = metrics(one), metrics(many)
     assert found.pop("max_logit_difference") < 1e-5 and expected.pop("max_logit_difference") < 1e-5
     assert {**found, "path": None} == {**expected, "path": None}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_logits(start, done, name):
+def test_logits_are_those_of_one_process(start, done, name):
     info = open_checkpoint(start.run / "start")
     tokens, positions = toy.inputs(batch=3, vocab=VOCAB)
     (model,), (half,) = loaded_model(LayoutSettings(), info, "fp32"), loaded_model(LayoutSettings(), info, "bf16")
@@ -343,13 +345,13 @@ def test_logits(start, done, name):
         assert found["bf16"].dtype == torch.float32 and (found["bf16"] - expected["fp32"]).abs().mean() < 2 * rounding
     for job, ranks in zip(start.of_layout(name), done[name], strict=True):
         case = Path(job.get("arguments", {}).get("out", "")).name
-        if case in SHALLOW:  # a skipped layer is not run, wherever it is
+        if case in SHALLOW:  # skipped layers do not run on any rank
             assert {layer for rank in ranks for layer in rank["result"]} == set(SHALLOW[case][1])
 
 
 @pytest.fixture(scope="module")
 def weights(start) -> dict[str, Any]:
-    """The result in one process for each checkpoint."""
+    """{checkpoint: result of probe.weighted in one process}."""
     return {
         checkpoint: probe.weighted(f"{start.run}/{checkpoint}", {}, AXES, f"{start.run}/{net}.json")
         for checkpoint, net in WEIGHTED.items()
@@ -358,7 +360,7 @@ def weights(start) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_weights_of_candidates(start, done, weights, name):
-    """The same losses and gradients on every rank; one-hot weights are the sub-network (T5)."""
+    """Losses and gradients of weighted networks are equal on every rank; one-hot weights equal the sub-network (T5)."""
     jobs = zip(start.of_layout(name), done[name], strict=True)
     found = [ranks for job, ranks in jobs if job.get("call", "").endswith(":weighted")]
     for ranks, expected in zip(found, weights.values(), strict=True):
@@ -380,23 +382,23 @@ def test_only_the_main_process_prints(start, done, name):
         assert not any(rank["printed"] for rank in others)
     printed = "".join(job[0]["printed"] for job in done[name])
     tables = {"imported": name in IMPORTED, "sorting, before any training": 1, "KV MiB": 2, "exported to": 1}
-    tables |= {"what the routers choose": 3 * (name in WITH_ROUTERS), "with one smaller": name in WITH_ROUTERS}
+    tables |= {"networks that the routers choose": 3 * (name in WITH_ROUTERS), "with one smaller": name in WITH_ROUTERS}
     assert {title: printed.count(title) for title in tables} == tables
 
 
-def test_the_command_line_imports(start):
-    """The one way that starts process groups for nothing but the import, and a stage that only the main process runs."""
+def test_import_and_prepare_by_the_command(start):
+    """On two ranks: import, which starts process groups by itself, and prepare, which only the main process runs."""
     out = start.run / "command"
     finished = torchrun(2, "flextron_mcore", "import", *start.keys["import"], f"out={out}/import")
     assert finished.returncode == 0 and finished.stdout.count("imported") == 1, finished.stdout + finished.stderr
     same_tensors(start.run / "one" / "import", out / "import")
     finished = torchrun(2, "flextron_mcore", "prepare", *start.prepared, f"out={out}/data")
     assert finished.returncode == 0 and finished.stdout.count("prepared data") == 1, finished.stdout + finished.stderr
-    same_files(start.run / "data", out / "data", but=("metrics.json", "config.yaml"))
+    same_files(start.run / "data", out / "data", but=("metrics.json", "config.yaml", "digests.json"))
 
 
-def test_what_ranks_refuse_together(start, tmp_path):
-    """An `out` that is there, and a layout that does not fit: the same error on every rank, nothing written; then all goes on."""
+def test_ranks_refuse_together(start, tmp_path):
+    """Every rank has the same error (an existing `out`, a layout that does not fit); nothing is written; the next job works."""
     out = f"out={start.run}/one/evaluate"
     layout = [f"model.{TENSOR}=2", "space.granularity=1"]
     jobs = [
@@ -414,7 +416,7 @@ def test_what_ranks_refuse_together(start, tmp_path):
     assert f"model.{TENSOR}=2 does not divide space.granularity=1" in texts[2]
     assert whole[0] == whole[1] == {"result": None, "printed": ""}
     assert {p.name for p in tmp_path.iterdir()} == {"jobs", "whole"}
-    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"config.yaml", "part0", "part1"}
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"config.yaml", "digests.json", "part0", "part1"}
 
 
 def test_a_rank_that_fails_leaves_nothing_under_the_final_name(tmp_path):
@@ -425,8 +427,8 @@ def test_a_rank_that_fails_leaves_nothing_under_the_final_name(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_quickstart(start, tmp_path):
-    """The chain with a model of seconds: as many processes as there are share the batches, and the result is that of one."""
+def test_two_processes_share_a_quickstart(start, tmp_path):
+    """Two processes share the batches of a tiny quickstart, and the results are those of one process."""
     model = ["num_layers=2", "hidden_size=32", "num_attention_heads=4", "ffn_hidden_size=64", "max_position_embeddings=32"]
     training = ["trainer.max_steps=3", "trainer.val_check_interval=3", "trainer.limit_val_batches=1", "model.global_batch_size=8"]
     evaluation = ["data={out}/data", "limit_val_batches=1"]

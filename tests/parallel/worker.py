@@ -1,7 +1,7 @@
-"""Jobs in one torchrun: starting the processes costs more than what most tests compute.
+"""Many jobs in one torchrun, because starting the processes takes longer than most jobs.
 
-A job is {"stage": name, "keys": [...]}, run as the command line would, or {"call": "module:function", "arguments": {...}}. The
-jobs follow each other in the same processes, each with the layout that it asks for; those with the same "layout" share groups.
+A job is {"stage": name, "keys": [...]}, run as by the command, or {"call": "module:function", "arguments": {...}}. Jobs run one
+after another in the same processes. Consecutive jobs with the same "layout" share process groups.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# Process groups that are destroyed leave gloo's threads behind, which wake a hundred times a second: after a few layouts new
-# processes do better.
+# Destroyed process groups leave threads of gloo behind, which wake a hundred times a second: after so many layouts, new
+# processes are faster.
 LAYOUTS = 4
 
 
 def torchrun(processes: int, *arguments: str, timeout: float = 1500) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node processes -m arguments...`, finished; its output is captured."""
+    """Run `torchrun --nproc-per-node PROCESSES -m ARGUMENTS...` to its end, with captured output."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     return subprocess.run(
@@ -35,9 +35,9 @@ def torchrun(processes: int, *arguments: str, timeout: float = 1500) -> subproce
 
 
 def run_jobs(processes: int, jobs: list[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
-    """Run the jobs in `processes` processes: for each job, for each rank {"result": ...} or {"error": a FlextronError's text}.
+    """Run the jobs in `processes` processes. Returns [jobs][ranks] {"result" or "error": text of a FlextronError, "printed"}.
 
-    What a job prints is under "printed". folder: an existing directory for the workers' results.
+    folder: an existing directory for the workers' files.
     """
     found = []
     for number, part in enumerate(_parts(jobs)):
@@ -52,7 +52,7 @@ def run_jobs(processes: int, jobs: list[dict[str, Any]], folder: Path) -> list[l
 
 
 def _parts(jobs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """What runs in the same processes: jobs of at most LAYOUTS layouts."""
+    """Jobs split into lists of at most LAYOUTS layouts, each for processes of its own."""
     parts, before, count = [[]], None, 0
     for job in jobs:
         if _changes(before, job):
@@ -66,7 +66,7 @@ def _parts(jobs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _changes(before: dict[str, Any] | None, job: dict[str, Any]) -> bool:
-    """Whether a job wants process groups of its own: those without a "layout" all do."""
+    """True if a job needs new process groups: without a "layout", or with another than the job before."""
     return before is None or before.get("layout") is None or before["layout"] != job.get("layout")
 
 

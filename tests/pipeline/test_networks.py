@@ -1,4 +1,4 @@
-"""Eq. 5: the gradient of a step is that of the sum of the networks' mean losses, accumulated without zero-padded gradients."""
+"""Eq. 5: a step's gradient is that of the sum of the networks' mean losses, accumulated in slices without zero padding."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+from flextron_mcore import config
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.pipeline.networks import run_networks
 from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.space import ElasticSpace
 from tests import toy
+from tests.memory import peak
 
 
 def batches(count: int = 2, size: int = 2):
@@ -20,7 +22,7 @@ def batches(count: int = 2, size: int = 2):
     for i in range(count):
         tokens, positions = toy.inputs(size, seed=i, length=toy.LENGTH + 1)
         mask = torch.ones(size, toy.LENGTH)
-        mask[0, : 3 * i] = 0  # micro-batches with different numbers of tokens
+        mask[0, : 3 * i] = 0  # micro-batches have different numbers of counted tokens
         made.append(
             {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask, "position_ids": positions[:, :-1]}
         )  # fmt: skip
@@ -49,9 +51,12 @@ def cross_entropy(logits, batch):
     return (loss * batch["loss_mask"].flatten()).sum()
 
 
+@pytest.mark.parametrize("chunk", [None, 5, 1], ids=["one piece", "chunks of 5 positions", "chunks of 1"])
 @pytest.mark.parametrize("unit", ["kv_group", "query_head"])
 @pytest.mark.parametrize("kind", [toy.LLAMA, toy.GPT2], ids=["llama", "gpt2"])
-def test_gradient_is_that_of_the_summed_losses(kind, unit):
+def test_gradient_is_that_of_the_summed_losses(kind, unit, chunk, monkeypatch):
+    """A loss in chunks of the sequence has the same gradient."""
+    monkeypatch.setattr(config, "LOGITS_AT_ONCE", 2 * toy.VOCAB * chunk if chunk else config.LOGITS_AT_ONCE)
     arch, space, networks = case(kind, unit)
     reference, model = toy.model(arch, space), toy.model(arch, space)
     tokens = sum(batch["loss_mask"].sum() for batch in batches())
@@ -70,6 +75,22 @@ def test_gradient_is_that_of_the_summed_losses(kind, unit):
         assert q.grad is None or not q.grad.requires_grad
 
 
+def test_chunks_bound_the_memory_of_the_loss(monkeypatch):
+    """The peak of a forward and backward pass has one chunk's logits in place of all, with the same loss."""
+    arch = toy.config(vocab_size=30_000, max_position_embeddings=256)
+    model = toy.model(arch, ElasticSpace.build(arch))
+    tokens, positions = toy.inputs(2, vocab=arch.vocab_size, length=256)
+    losses, peaks = [], []
+    for chunk in (256, 16):
+        monkeypatch.setattr(config, "LOGITS_AT_ONCE", 2 * arch.vocab_size * chunk)
+        model(tokens, positions, None, labels=tokens).sum().backward()  # gradients are allocated
+        peaks.append(peak(lambda: losses.append(model(tokens, positions, None, labels=tokens).sum().backward())))
+        with torch.no_grad():
+            losses.append(model(tokens, positions, None, labels=tokens))
+    torch.testing.assert_close(losses[1], losses[3], rtol=1e-6, atol=1e-5)
+    assert peaks[0] - peaks[1] > 0.8 * 4 * 2 * 240 * arch.vocab_size
+
+
 def test_slices_accumulate_in_place_and_leave_the_rest_alone():
     arch = toy.config()
     space = ElasticSpace.build(arch)
@@ -79,7 +100,7 @@ def test_slices_accumulate_in_place_and_leave_the_rest_alone():
         p.main_grad.fill_(7.0)
     small = space.uniform(arch, 1, 12)
     run_networks([ddp], lambda: iter(batches(1)), 1, [small], toy.LENGTH, 2)
-    # finalize divides everything by the number of tokens
+    # finalize_model_grads divides all gradients by the number of tokens
     untouched = 7.0 / batches(1)[0]["loss_mask"].sum()
     fc2 = model.decoder.layers[0].mlp.linear_fc2.weight.main_grad
     assert (fc2[:, 12:] == untouched).all() and (fc2[:, :12] != untouched).all()
@@ -110,8 +131,8 @@ def test_distillation_teaches_the_subnetworks_and_not_the_full_model(size):
         torch.testing.assert_close(q.main_grad, p.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_adam_on_units_that_no_network_of_a_step_used():
-    """Zero gradients: they decay, and follow what their momentum still holds. With the full model in a step there are none."""
+def test_adam_updates_units_that_no_network_of_a_step_used():
+    """Unused units have gradient zero: Adam applies weight decay and remaining momentum. The full model uses all units."""
     arch = toy.config()
     space = ElasticSpace.build(arch)
     ddp = wrapped(toy.model(arch, space))
@@ -128,14 +149,14 @@ def test_adam_on_units_that_no_network_of_a_step_used():
 
     weight = ddp.module.decoder.layers[0].mlp.linear_fc2.weight
     small = [space.uniform(arch, 1, 12)]
-    before = step(small)  # never used so far: no momentum, weight decay alone
+    before = step(small)  # never used so far: only weight decay
     torch.testing.assert_close(weight[:, 12:], before[:, 12:] * (1 - 0.01 * 0.1))
     assert not torch.allclose(weight[:, :12], before[:, :12] * (1 - 0.01 * 0.1))
     step([None, *small])
     assert (weight.main_grad != 0).all()  # the full model reaches every unit
     state = optimizer.optimizer.state[weight]
     mean, square = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
-    before = step(small)  # used in an earlier step: the momentum fades
+    before = step(small)  # used in an earlier step: momentum remains and fades
     torch.testing.assert_close(state["exp_avg"][:, 12:], mean[:, 12:] * 0.9)
     update = (mean * 0.9 / (1 - 0.9**3)) / ((square * 0.95 / (1 - 0.95**3)).sqrt() + 1e-8)
     torch.testing.assert_close(weight[:, 12:], (before * (1 - 0.01 * 0.1) - 0.01 * update)[:, 12:], rtol=1e-5, atol=1e-6)

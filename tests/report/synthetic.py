@@ -33,7 +33,7 @@ NETWORK = {
 }
 EVALUATE = {"stage": "evaluate", "networks": [NETWORK], "model": MODEL.to_dict(), "space": None}
 ELASTIC = {"stage": "elastic", "steps": 4, "tokens": 400, "seconds": 1.5, "tokens_per_second": 266.7, "validation": {}}
-EXPORT = {"stage": "export", "format": "hf", "architecture": "A", "parameters": 1, "bytes": 2, "path": "x"}
+EXPORT = {"stage": "export", "format": "hf", "architecture": "A", "parameters": 1, "bytes": 2}
 
 
 def draw(rng: random.Random) -> SubNetwork:
@@ -225,7 +225,7 @@ def changed(metrics: dict[str, Any], path: list[str | int], value: Any) -> dict[
 
 
 def problem(run: Path, topics: Sequence[Topic] = TOPICS) -> str:
-    """The one line that says why `run` cannot be read."""
+    """Line of the error with which `run` cannot be read."""
     with pytest.raises(FlextronError) as caught:
         outputs = collect(run)
         for topic in topics:

@@ -11,8 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from flextron_mcore.report import compare
-from flextron_mcore.report.compare import STYLES, Comparison, Fit, loss_against, random_boxes
+from flextron_mcore.report.compare import MEANINGS, STYLES, Comparison, Fit, loss_against, random_boxes
 from flextron_mcore.report.drawing import DARK, LIGHT
+from flextron_mcore.report.topic import Section
+from flextron_mcore.settings.sections import ALL_SELECTORS
 from tests.report import synthetic
 
 
@@ -28,6 +30,11 @@ def comparison(tmp_path_factory) -> Comparison:
 @pytest.fixture
 def parts(comparison, undrawn):
     return {part.key: part for part in compare.sections([comparison])}
+
+
+def part_of(c: Comparison, key: str) -> Section:
+    """Part `key` of the page."""
+    return next(part for part in compare.sections([c]) if part.key == key)
 
 
 def labels(figure: Figure) -> dict[str, object]:
@@ -103,19 +110,19 @@ def test_table_of_losses(parts):
     assert table.strong == 0 and len(rows) == 1 + 5 * 4 + 2
     assert [picture.name for picture in part.pictures] == ["compare_loss_cost", "compare_loss_parameters"]
     assert part.title == "Loss against latency"
-    assert part.note.endswith("Measured on Toy GPU, bfloat16, prefill, batch size 2.") and "on 128 samples" in part.note
+    assert " Measured on Toy GPU, bfloat16, prefill, batch size 2." in part.note and "on 128 samples" in part.note
 
 
 @pytest.mark.parametrize(("cost", "column"), [("memory", "Memory (MiB)"), ("parameters", None)])
-def test_other_costs(tmp_path, undrawn, cost, column):
-    part = compare.sections([read(tmp_path, synthetic.compare(cost))])[0]
+def test_costs_other_than_latency_have_their_units(tmp_path, undrawn, cost, column):
+    part = part_of(read(tmp_path, synthetic.compare(cost)), "compare")
     head = part.tables[0].head
     assert head[3:5] == ([column, "Parameters"] if column else ["Parameters", "Non-embedding parameters"])
     assert "Measured" not in part.note
     assert column is None or part.tables[0].rows[0][3] == "17.0"
 
 
-def test_fits(parts):
+def test_fits_are_in_a_table(parts):
     rows = parts["scaling"].tables[0].rows
     assert rows[0] == [
         *("router", "non-embedding parameters", "5"),
@@ -125,7 +132,7 @@ def test_fits(parts):
     assert rows[2] == ["matformer", "latency (ms)", "3", *["not determined"] * 3]
 
 
-def test_random_networks(parts):
+def test_random_networks_are_in_a_table(parts):
     table = parts["random"].tables[0]
     row = dict(zip(table.head, table.rows[-1], strict=True))
     given = synthetic.compare()["random"][0]
@@ -136,18 +143,18 @@ def test_random_networks(parts):
     assert (row["Router"], row["Better than"]) == (f"{given['router_loss']:.3f}", f"{100 * given['better_than']:.1f}%")
 
 
-def test_random_networks_without_routers(tmp_path, undrawn):
+def test_random_networks_are_shown_without_routers(tmp_path, undrawn):
     metrics = synthetic.compare()
     metrics["random"] = [
         {"target": 0.6, "shares": [0.6, 0.6, 0.6], "mean_losses": [float("nan"), 3.5, 3.0], "router_share": None},
         {"target": 0.5, "shares": [], "mean_losses": []},
     ]
-    part = compare.sections([read(tmp_path, metrics)])[2]
+    part = part_of(read(tmp_path, metrics), "random")
     assert part.tables[0].rows == [["60.0%", "3", "3.000", "3.500", "NaN", "–", "–", "–"], ["50.0%", "0", *["–"] * 6]]
     assert len(part.pictures) == 1
 
 
-def test_equal_cost(parts):
+def test_networks_of_equal_cost_are_in_a_table(parts):
     rows = parts["equal"].tables[0].rows
     net = synthetic.SPACE.uniform(synthetic.MODEL, 4, 512)
     share, loss = f"{100 * synthetic.share(net):.1f}%", synthetic.loss(net)
@@ -155,18 +162,18 @@ def test_equal_cost(parts):
     assert [row[0] for row in rows] == ["uniform", "uniform", "matformer", "matformer"]
 
 
-def test_equal_cost_without_routers(tmp_path, undrawn):
+def test_networks_of_equal_cost_are_shown_without_routers(tmp_path, undrawn):
     metrics = synthetic.compare()
     metrics["equal"] = [{**metrics["equal"][0], "router_share": None, "router_loss": None}]
-    part = compare.sections([read(tmp_path, metrics)])[3]
+    part = part_of(read(tmp_path, metrics), "equal")
     assert part.tables[0].rows[0][-3:] == ["–", "–", "–"]
 
 
 def test_several_comparisons_have_their_labels(tmp_path, undrawn):
     both = {"compare": synthetic.compare(), "compare_memory": synthetic.compare("memory")}
     parts = compare.sections(synthetic.read(compare.TOPIC, tmp_path, **both))
-    assert [part.key for part in parts[::4]] == ["compare", "compare2"] and len({part.key for part in parts}) == 8
-    assert [part.title for part in parts[::4]] == ["Loss against latency (compare)", "Loss against memory (compare_memory)"]
+    assert [part.key for part in parts[1::4]] == ["compare", "compare2"] and len({part.key for part in parts}) == 8
+    assert [part.title for part in parts[1::4]] == ["Loss against latency (compare)", "Loss against memory (compare_memory)"]
 
 
 def test_parts_without_data_are_left_out(tmp_path, undrawn):
@@ -174,12 +181,12 @@ def test_parts_without_data_are_left_out(tmp_path, undrawn):
     assert [part.key for part in compare.sections([read(tmp_path, metrics)])] == ["compare"]
 
 
-def test_sentence(comparison):
+def test_the_summary_has_a_sentence(comparison):
     c = comparison
     text, better = compare.sentence(c), 100 * c.random[0].better_than
     assert text.startswith("Asked for 60% of the full model’s latency, the routers choose a network with a mean loss of 3.765")
-    assert f"against 3.000 of the full model and better than {better:.1f}% of random networks" in text
-    assert compare.sentence(replace(c, random=[])).endswith("against 3.000 of the full model.")
+    assert f"against 3.000 of the full model on the same 128 samples and better than {better:.1f}% of random networks" in text
+    assert compare.sentence(replace(c, random=[])).endswith("against 3.000 of the full model on the same 128 samples.")
     assert compare.sentence(replace(c, networks=[])) is None
 
 
@@ -221,11 +228,11 @@ def test_an_undetermined_fit_is_not_drawn(comparison, drawn_by):
 
 def test_colours_differ_in_both_themes():
     for theme in (LIGHT, DARK):
-        assert len({compare.colour(theme, selector) for selector in STYLES}) == 6
-    assert len(set(STYLES.values())) == 6
+        assert len({compare.colour(theme, selector) for selector in STYLES}) == len(STYLES)
+    assert len(set(STYLES.values())) == len(STYLES)
 
 
-def test_random_boxes(comparison, drawn_by):
+def test_boxes_show_the_random_networks(comparison, drawn_by):
     picture = random_boxes(comparison)
     row, losses = comparison.random[0], comparison.random[0].mean_losses
     words = f"60%: {min(losses):.3f} to {max(losses):.3f}, median {np.median(losses):.3f}, router {row.router_loss:.3f};"
@@ -241,6 +248,10 @@ def test_boxes_without_routers_and_with_diverged_networks(comparison, drawn_by):
     row = replace(comparison.random[0], router_loss=None, mean_losses=[3.9, float("nan"), 4.1], shares=[0.6] * 3)
     gone = replace(comparison.random[1], mean_losses=[float("inf")], shares=[0.7])
     alone = replace(comparison, random=[row, gone])
-    assert random_boxes(alone).alt.endswith("per token: 60%: 3.900 to 4.100, median 4.000.")
+    assert random_boxes(alone).alt.endswith("per token: 60%: 3.900 to 4.100, median 4.100.")
     axes = drawn_by(compare, random_boxes, alone).axes[0]
     assert len(axes.patches) == 1 and "router" not in [line.get_label() for line in axes.lines]
+
+
+def test_every_selector_has_a_style_and_a_meaning():
+    assert set(ALL_SELECTORS) == MEANINGS.keys() and MEANINGS.keys() < STYLES.keys()

@@ -1,4 +1,4 @@
-"""How figures are drawn: averages, scales, and that nothing leaks in from outside."""
+"""Drawing: moving averages, scales, colours, and independence of the user's matplotlib settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sub-networks are shown: in words, and as a picture of their widths."""
+"""Sub-networks in words, and as a picture of their widths."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ UNEVEN = SubNetwork(64, (layer(4, 64), layer(1), layer(), SKIPPED))
         (SubNetwork(32, (layer(),) * 4), None),
     ],
 )
-def test_percent_label(net, label):
+def test_labels_are_in_percent(net, label):
     assert percent_label(net, MODEL) == label
 
 
-def test_describe():
+def test_networks_are_described_in_words():
     uniform = synthetic.SPACE.uniform(synthetic.MODEL, 2, 768)
     assert describe(uniform, synthetic.MODEL) == "25% heads, 75% FFN"
     skipped = SubNetwork(256, (*uniform.layers[:4], *[LayerChoice(False, 8, 1, 1024)] * 4))
     assert describe(skipped, synthetic.MODEL) == "12% heads, 38% FFN (mean)"
 
 
-def test_columns():
+def test_columns_have_the_widths_of_layers():
     full = SubNetwork.full(MODEL)
     assert layer_columns([full, UNEVEN], MODEL) == [("Heads of 4", ["4", "3.0 (1–4)"]), ("FFN of 256", ["256", "192 (64–256)"])]
     assert network_columns([full, UNEVEN], MODEL) == [("Hidden of 64", ["64", "64"]), ("Layers of 4", ["4", "3"])]
@@ -51,7 +51,7 @@ def test_columns():
 def test_grid_says_what_every_layer_keeps(undrawn):
     picture = layer_grid([("uneven", UNEVEN)], MODEL, "widths", "run: ")
     assert picture.alt == "Percent of heads / percent of FFN neurons that each layer keeps. uneven: 100/25, 25/100, 100/100, 0/0."
-    assert picture.caption.startswith("run: Percent of its heads and FFN neurons that each layer keeps (as the paper’s figure 7)")
+    assert picture.caption.startswith("run: Percent of its heads and FFN neurons that each layer keeps (as Flextron, figure 7)")
     many = layer_grid([(f"uneven {i}", UNEVEN) for i in range(14)], MODEL, "widths")
     assert "2 more are in the table" in many.caption and "uneven 12" not in many.alt
 

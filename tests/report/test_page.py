@@ -99,8 +99,9 @@ def training(kind: str, steps: int = 300) -> tuple[dict[str, Any], list[dict[str
 
 
 def ablation() -> dict[str, Any]:
-    cells = (("full (baseline)", "-", 3.15), ("50% heads", "unsorted", 4.02), ("50% heads", "sorted", 3.58))
-    cells += (("50% ffn", "unsorted", 5.9), ("50% ffn", "sorted", 4.47))
+    full, heads, ffn = "full (baseline)", "4 of 8 heads", "512 of 1024 FFN neurons"
+    cells = ((full, "unsorted", 3.15), (heads, "unsorted", 4.02), (ffn, "unsorted", 5.9))
+    cells += ((full, "sorted", 3.15), (heads, "sorted", 3.58), (ffn, "sorted", 4.47))
     rows = [{"setup": s, "order": o, "loss": v, "perplexity": math.exp(v), "score": "activation"} for s, o, v in cells]
     return {"stage": "importance", "samples": 512, "score": "activation", "ablation": rows}
 
@@ -199,11 +200,11 @@ def test_summary_has_the_key_figures(built):
 
 def test_other_tables(built):
     _, _, page = built
-    assert page.sections() == ["family", "pareto", "widths", "training", "sorting", "data", "exports"]
-    assert ["50% ffn", "sorted", "activation", "4.470", "87.36"] in page.rows
+    assert page.sections() == ["data", "sorting", "training", "family", "pareto", "widths", "exports"]
+    assert ["512 of 1024 FFN neurons", "sorted", "activation", "4.470", "87.36"] in page.rows
     assert page.row("code") == ["code", "6,100,000", "61,000", "1,204", "21.00", "3.57"]
     assert page.row("elastic")[:5] == ["elastic", "300", "4,915,200", "6 min 52 s", "11,918"]
-    assert page.row("export_full")[3:] == ["export", "12,587,264", "24.01", "3.1e−6"]
+    assert page.row("export_full")[3:] == ["12,587,264", "24.01", "3.1e−6"]
     assert page.row("export_uniform")[-1] == "not measured"
     assert ["ffn_hidden_size", "256, 512, 768, 1024"] in page.rows
 
@@ -215,7 +216,10 @@ def test_page_loads_nothing_from_outside(built):
     sources = [attrs[key] for _, attrs in page.tags for key in ("src", "srcset", "href") if attrs.get(key)]
     assert sources and all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
     anchors = {source[1:] for source in sources if source.startswith("#")}
-    assert anchors == {*page.sections(), "settings"}
+    chapters = {attrs["id"] for tag, attrs in page.tags if tag == "h2"}
+    assert anchors == {*page.sections(), *chapters} and chapters == {f"chapter-{key}" for key in ("trained", "budgets", "next")}
+    ids = [attrs["id"] for _, attrs in page.tags if attrs.get("id")]
+    assert len(set(ids)) == len(ids)
 
 
 def test_figures_are_files_and_on_the_page_with_a_description(built):
@@ -290,6 +294,36 @@ def test_text_from_inputs_is_escaped(tmp_path, undrawn):
     assert Page(text).row(evil) and "Loss, <img src=x onerror=y>" in Page(text).row("Network")
 
 
+def test_a_warning_stands_once_where_the_figures_of_its_stage_are(tmp_path, undrawn):
+    metrics, log = synthetic.routing(steps=5)
+    write(tmp_path / "run" / "router", {**metrics, "warnings": ["budgets <b>only</b>"]}, log)
+    write(tmp_path / "run" / "evaluate", EVALUATE)
+    text = build_report(tmp_path / "run", tmp_path / "out", TOPICS)["index"].read_text(encoding="utf-8")
+    warning = "Warning of router: budgets &lt;b&gt;only&lt;/b&gt;"
+    budgets = text.index('<section id="budgets">')
+    assert text.count(warning) == 1 and budgets < text.index(warning) < text.index("</section>", budgets)
+    assert "budgets only" in Page(text).row("router")  # what they learned from
+
+
+def test_stages_without_a_result_are_named(tmp_path, undrawn):
+    run = tmp_path / "run"
+    write(run / "evaluate", EVALUATE)
+    assert "Not finished" not in build_report(run, tmp_path / "out", TOPICS)["index"].read_text(encoding="utf-8")
+    chain = {name: {"stage": "export"} for name in ("evaluate", "export_half", "export_full")}
+    (run / "config.yaml").write_text(json.dumps({"stage": "quickstart", "chain": {**chain, "report": {"stage": "report"}}}))
+    (run / ".export_half.tmp").mkdir()
+    (run / ".report.tmp").mkdir()
+    (run / "elastic").mkdir()
+    (run / "elastic" / "config.yaml").write_text("stage: elastic\ntrainer: {max_steps: 600}")
+    (run / "elastic" / "log.jsonl").write_text('{"step": 119}\n{"step": 120}\n{"st')
+    (run / "broken").mkdir()
+    (run / "broken" / "config.yaml").write_text("stage: [")
+    page = Page(build_report(run, run / "here", TOPICS)["index"].read_text(encoding="utf-8"))
+    lines = ["export_half: no result yet.", "export_full: not begun.", "elastic: step 120 of 600."]
+    assert [line for line in page.text.splitlines() if line.endswith(".") and ": " in line and line in lines] == lines
+    assert "broken" not in page.text and "report: no" not in page.text and "evaluate: " not in page.text
+
+
 def test_diverged_networks_are_shown_and_json_stays_strict(tmp_path):
     values = evaluation(trained=True)
     values["networks"] = values["networks"][:8]
@@ -307,7 +341,7 @@ def test_gumbel_and_family_are_parts_of_the_page(tmp_path, undrawn):
     write(tmp_path / "run" / "gumbel", *synthetic.gumbel(steps=5))
     write(tmp_path / "run" / "family", synthetic.family())
     page = Page(build_report(tmp_path / "run", tmp_path / "out", TOPICS)["index"].read_text(encoding="utf-8"))
-    assert page.sections() == ["models", "budgets", "routers"]
+    assert page.sections() == ["routers", "budgets", "models"]
     assert "Training of model and router took 5 steps" in page.text
     (rows,) = json.loads((tmp_path / "out" / "family.json").read_text(encoding="utf-8"))["budgets"].values()
     assert [(row["budget"], row["hidden_size"], row["depth"]) for row in rows][:2] == [("0.6", 128, 4), ("0.7", 192, 6)]
@@ -320,8 +354,8 @@ def test_what_routers_reach_joins_the_summary_and_its_parts_the_page(tmp_path, u
     write(run / "sensitivity", synthetic.sensitivity())
     write(run / "compare", synthetic.compare())
     page = Page(build_report(run, tmp_path / "out", TOPICS)["index"].read_text(encoding="utf-8"))
-    results = ["family", "pareto", "widths", "compare", "scaling", "random", "equal", "sensitivity", "budgets", "routers"]
-    assert page.sections() == [*results, "training", "sorting", "data", "exports"]
+    trained, budgets = ["data", "sorting", "training", "routers"], ["budgets", "family", "pareto", "widths"]
+    assert page.sections() == [*trained, *budgets, "random", "compare", "equal", "scaling", "sensitivity", "exports"]
     assert "The smallest of its 12 sub-networks" in page.text and "Asked for 60% of the full model’s latency" in page.text
     heads = [row[0] for row in page.rows]
     assert heads.count("joint") == 2 and heads.count("elastic") == 2  # in the table of their section, and among the stages
@@ -333,11 +367,11 @@ def test_what_routers_reach_joins_the_summary_and_its_parts_the_page(tmp_path, u
         (
             "router",
             synthetic.routing(),
-            ["budgets", "routers"],
+            ["routers", "budgets"],
             "Router training took 300 steps, 2.46 million tokens and 1 min 1 s.",
         ),
-        ("joint", synthetic.routing("joint", False), ["budgets", "routers"], "model’s validation loss went from 2.999 to 2.905"),
-        ("compare", (synthetic.compare(),), ["compare", "scaling", "random", "equal"], "Asked for 60% of"),
+        ("joint", synthetic.routing("joint", False), ["routers", "budgets"], "model’s validation loss went from 2.999 to 2.905"),
+        ("compare", (synthetic.compare(),), ["random", "compare", "equal", "scaling"], "Asked for 60% of"),
         ("sensitivity", (synthetic.sensitivity(),), ["sensitivity"], "this run holds the output of: sensitivity."),
     ],
 )
@@ -350,10 +384,12 @@ def test_a_run_of_one_stage_about_routers(tmp_path, undrawn, stage, made, expect
     assert ["granularity", "2"] in page.rows
 
 
-def test_equal_input_gives_equal_bytes(tmp_path):
+def test_equal_input_gives_equal_bytes(tmp_path, monkeypatch):
     made = []
     for place in ("one", "two"):
-        run, out = tmp_path / place / "run", tmp_path / place / "out"
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        run, out = Path("run"), Path("out")
         write(run / "importance", ablation())
         values = evaluation(trained=True)
         write(run / "evaluate", {**values, "networks": values["networks"][:8]})

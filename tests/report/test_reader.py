@@ -35,7 +35,7 @@ def reader(**values) -> Reader:
     return Reader(values, "m.json")
 
 
-def test_good_values():
+def test_good_values_are_read():
     values = reader(yes=True, word="b", words=["x", "y"], row=[1, 2.5], none=None, number=3, nan=math.nan)
     assert values.read("yes", bool) is True and values.read("word", Literal["a", "b"]) == "b"
     assert values.read("words", list[str]) == ["x", "y"] and values.read("row", list[float]) == [1.0, 2.5]
@@ -70,7 +70,7 @@ def test_bad_values_are_named(read, value, message):
     assert str(caught.value) == message
 
 
-def test_model_and_subnetwork():
+def test_models_and_sub_networks_are_read():
     row = reader(subnetwork=SubNetwork.full(MODEL).to_dict(), model=MODEL.to_dict())
     assert row.read("model", ModelConfig) == MODEL and row.read("subnetwork", SubNetwork) == SubNetwork.full(MODEL)
     assert row.into(Settings) == Settings(MODEL.to_dict(), None)

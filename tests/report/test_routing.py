@@ -104,10 +104,10 @@ def test_bad_log_rows_are_named(tmp_path, key, value):
     assert f"log.jsonl: line {log.index(row) + 1}: '{key}' must be " in synthetic.problem(tmp_path)
 
 
-def test_budgets(tmp_path, undrawn):
+def test_budgets_are_in_a_table(tmp_path, undrawn):
     part = sections(tmp_path, router=synthetic.routing())["budgets"]
     (table,) = part.tables
-    assert table.head == ["Budget (router)", "Share", "Share of the bare argmax", "Heads of 8", "FFN of 1,024"]
+    assert table.head == ["Budget (router)", "Share", "Share without search", "Heads of 8", "FFN of 1,024"]
     best = synthetic.best(0.7)
     heads = [layer.num_attention_heads for layer in best.layers]
     row = table.rows[2]
@@ -125,11 +125,11 @@ def test_uniform_choices_are_drawn_too(tmp_path, undrawn):
     assert "60%: 50/50, 50/50" in sections(tmp_path, router=(metrics, log))["budgets"].pictures[0].alt
 
 
-def test_training(tmp_path, undrawn):
+def test_training_is_in_a_table(tmp_path, undrawn):
     part = sections(tmp_path, router=synthetic.routing(), joint=synthetic.routing("joint", False))["routers"]
     (table,) = part.tables
     cells = [dict(zip(table.head, row, strict=True)) for row in table.rows]
-    assert [row["Routers follow"] for row in cells] == ["surrogate", "straight-through"]
+    assert [row["Routers learn from"] for row in cells] == ["surrogate", "straight-through"]
     assert [row["Validation, last"] for row in cells] == ["3.000", "2.905"]
     names = ["router_dynamics", "router_validation_router", "joint_dynamics", "joint_training", "joint_validation_router"]
     assert [picture.name for picture in part.pictures] == names
@@ -221,7 +221,7 @@ def test_what_cannot_be_drawn_on_a_log_scale_is_left_out(tmp_path):
     assert "nan" not in dynamics(read(tmp_path, metrics, log)).alt
 
 
-def test_phases(tmp_path):
+def test_phases_follow_from_the_settings(tmp_path):
     found = read(tmp_path, *synthetic.routing())
     assert found.phases() == [(1, 61), (61, 142), (142, 300)]
     assert replace(found, steps=found.steps[:61]).phases() == [(1, 61), (61, 61), (61, 61)]

@@ -49,7 +49,7 @@ def test_the_table(found, undrawn):
     ffn = [given[layer, "ffn_hidden_size", 256] for layer in range(8)]
     assert [row[-1] for row in table.rows] == [*(f"+{value:.3f}" for value in ffn), f"+{sum(ffn) / 8:.3f}"]
     assert [row[0] for row in table.rows] == [*map(str, range(1, 9)), "mean"] and table.strong == 8
-    assert part.pictures[0].name == "sensitivity_degradation" and "(3.000 nats per token, 64 samples)" in part.note
+    assert part.pictures[0].name == "sensitivity_degradation" and "3.000 nats per token on these 64 samples" in part.note
 
 
 def test_blocks_that_were_not_tried_are_blank(found, undrawn):

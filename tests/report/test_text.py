@@ -22,7 +22,7 @@ from flextron_mcore.report.text import (
 )
 
 
-def test_number_formats():
+def test_numbers_are_short_and_grouped():
     assert [loss(None), loss(2.34567), loss(math.inf)] == ["–", "2.346", "∞"]
     assert [perplexity(9.876), perplexity(12345.6)] == ["9.88", "12,346"]
     assert memory([512, 3 * 2**20]) == ("MiB", ["0.00", "3.00"])
@@ -58,7 +58,7 @@ def test_differences_have_a_sign():
         ("memory", 3 * 2**30, ("Memory (GiB)", 2.0**30)),
     ],
 )
-def test_cost_unit(cost, largest, expected):
+def test_costs_have_their_unit(cost, largest, expected):
     assert cost_unit(cost, largest) == expected
 
 

@@ -1,4 +1,4 @@
-"""Static routers."""
+"""Static routers: logits, initial choice, gradients, gates."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_gates_are_one_and_have_the_gradient_of_the_probability():
     assert torch.allclose(logits.grad, expected)
 
 
-def test_the_same_arrays():
+def test_numpy_and_torch_give_the_same_arrays():
     routers = trained(2)
     found = log_probabilities(routers)([0.2, 0.9])
     expected = routers(torch.tensor([[0.2, 0.9]])).log_softmax(-1)[0]

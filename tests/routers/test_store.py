@@ -1,4 +1,4 @@
-"""Routers in a checkpoint's directory."""
+"""Routers and their training state in a checkpoint's directory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.digests import read_description
 from flextron_mcore.routers.static import StaticRouters
 from flextron_mcore.routers.store import RouterInfo, load_state, read_routers, save_state, write_routers
 from tests.routing_toy import family
@@ -16,11 +17,11 @@ BLOCKS = family(2)
 INFO = RouterInfo(("latency", "memory"), ((0.5, 1.0), (0.4, 0.9)), 8, {"dtype": "bf16", "batch_size": 1, "length": 24})
 
 
-def test_round_trip(tmp_path):
+def test_routers_are_read_back(tmp_path):
     routers = StaticRouters(BLOCKS, 2, 8)
     write_routers(tmp_path, INFO, routers, {"a": 1})
     info, again = read_routers(tmp_path, BLOCKS)
-    assert info == INFO and json.loads((tmp_path / "latency.json").read_text()) == {"a": 1}
+    assert info == INFO and read_description(tmp_path / "latency.json") == {"a": 1}
     targets = torch.rand(3, 2)
     assert again(targets).equal(routers(targets))
 
@@ -41,7 +42,7 @@ def test_round_trip(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_read(tmp_path, damage, message):
+def test_unreadable_routers_are_refused(tmp_path, damage, message):
     write_routers(tmp_path, INFO, StaticRouters(BLOCKS, 2, 8), None)
     damage(tmp_path)
     with pytest.raises(FlextronError, match=message) as error:
@@ -49,13 +50,13 @@ def test_what_cannot_be_read(tmp_path, damage, message):
     assert "\n" not in str(error.value)
 
 
-def test_routers_of_another_space(tmp_path):
+def test_routers_of_another_space_are_refused(tmp_path):
     write_routers(tmp_path, INFO, StaticRouters(family(3), 2, 8), None)
     with pytest.raises(FlextronError, match="the routers cannot be read"):
         read_routers(tmp_path, BLOCKS)
 
 
-def test_training_state(tmp_path):
+def test_the_training_state_is_read_back(tmp_path):
     layer = torch.nn.Linear(2, 2)
     save_state(tmp_path / "s.pt", layer=layer, seen={"losses": torch.ones(3)}, error=0.5)
     state = load_state(tmp_path / "s.pt")

@@ -1,4 +1,4 @@
-"""The surrogate model."""
+"""The surrogate model of the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU's FusedAdam computes what torch's Adam and AdamW do."""
+"""The CPU's stand-in for FusedAdam equals torch's Adam and AdamW."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flextron_mcore.runtime.adam import FusedAdam
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_it_is_torchs(decoupled):
+def test_fused_adam_equals_torchs_adam(decoupled):
     settings = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     ours, theirs = ([torch.nn.Parameter(torch.randn(5, 7)), torch.nn.Parameter(torch.randn(3))] for _ in range(2))
     for a, b in zip(ours, theirs, strict=True):

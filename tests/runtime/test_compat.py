@@ -1,4 +1,4 @@
-"""What another version of Python or Megatron-Core wrote is read, and what they write is whole."""
+"""Files of other versions of Python and Megatron-Core are read, and files written here are whole for them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_paths_of_python_3_13(monkeypatch):
 
 
 def test_the_distributed_optimizer_saves_each_parameter_as_its_own():
-    """With many buckets, most of which are padded at their end."""
+    """Many buckets, most of them padded at their end, change nothing in the saved optimizer state."""
     arch = toy.config()
     gpt = toy.model(arch, ElasticSpace.build(arch, modulation=True))
     options = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, bucket_size=1)

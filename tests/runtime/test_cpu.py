@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from megatron.core import tensor_parallel
 
 from flextron_mcore.runtime import cpu
+from flextron_mcore.runtime.watch import LAUNCH
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runtime does nothing where CUDA is present")
 
@@ -27,6 +29,7 @@ def test_megatron_is_imported_without_the_compiler_which_is_there_afterwards():
     code = """
 import sys
 from flextron_mcore.runtime import cpu
+from flextron_mcore.runtime.watch import LAUNCH
 cpu.import_megatron()
 assert "megatron.core" in sys.modules and "torch._inductor.compile_fx" not in sys.modules
 import torch
@@ -60,3 +63,30 @@ def test_random_streams_are_kept_apart():
         assert not torch.equal(torch.rand(3), first)
     with pytest.raises(RuntimeError, match="random state other was not added"), tracker.fork("other"):
         pass
+
+
+ALONE = """
+import os, torch
+from flextron_mcore.runtime import distributed
+from megatron.core import parallel_state
+for _ in range(2):  # once more after an end
+    distributed.initialize()
+    groups = [parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group(),
+              parallel_state.get_data_parallel_group(), parallel_state.get_data_parallel_group_gloo(),
+              parallel_state.get_model_parallel_group(), parallel_state.get_embedding_group()]
+    values = torch.arange(3.0)
+    for group in groups:
+        torch.distributed.all_reduce(values, group=group)
+        torch.distributed.reduce_scatter_tensor(values.clone(), values, group=group)
+    assert values.tolist() == [0, 1, 2] and {group.size() for group in groups} == {1}
+    print(len(os.listdir("/proc/self/task")))
+    distributed.shutdown()
+"""
+
+
+def test_a_process_alone_has_few_threads():
+    """Two dozen gloo groups had 65 threads, which woke 1,900 times a second."""
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCH}
+    found = subprocess.run([sys.executable, "-c", ALONE], env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert max(map(int, found.stdout.split())) <= 12

@@ -1,13 +1,15 @@
-"""All or nothing: what stands at a path before and after."""
+"""Writing files and directories whole or not at all."""
 
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
 
-from flextron_mcore.runtime.disk import forget, write_aside, write_whole
+from flextron_mcore.runtime import disk
+from flextron_mcore.runtime.disk import forget, publish, recover, write_aside, write_whole
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -65,3 +67,45 @@ def test_forgetting_a_file_keeps_what_is_in_it(tmp_path):
         file.write(b", two")
     forget(tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"one, two"
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_replacement_that_a_kill_interrupted_is_undone_or_finished(tmp_path, published):
+    """`publish` is killed just after the old directory was renamed away, or before it is removed."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("old")
+    aside = tmp_path / ".out.tmp"
+    aside.mkdir()
+    (aside / "file").write_text("new")
+    out.rename(tmp_path / ".out.old")
+    if published:
+        aside.rename(out)
+    recover(out)
+    assert (out / "file").read_text() == ("new" if published else "old")
+    assert not (tmp_path / ".out.old").exists()
+
+
+def test_a_directory_that_cannot_be_published_leaves_the_old_one(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        publish(tmp_path / "missing", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_a_directory_replaces_another(tmp_path, monkeypatch, exchanged):
+    """At once where the file system exchanges names; elsewhere the old one is renamed away before."""
+    out, aside, seen = tmp_path / "out", tmp_path / ".out.tmp", []
+    for folder, text in ((out, "old"), (aside, "new")):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+    if not exchanged:
+        monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: (seen.append((path.name, path.exists())), rmtree(path, True)))
+    publish(aside, out)
+    assert (out / "file").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert seen[-1] == (".out.tmp" if exchanged else ".out.old", True)

@@ -1,4 +1,4 @@
-"""What happens to memory that is dropped, and when Python looks for garbage."""
+"""Freed memory is kept for reuse, and Python looks for garbage rarely."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(faults[-1] - faults[-11])
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own way with memory")
 def test_dropped_memory_is_used_again():
-    """Ten times 64 MiB: 16384 pages each, which the kernel clears again unless the process has kept them."""
+    """Ten allocations of 64 MiB: without kept memory, the kernel would clear 16384 pages for each."""
     faults = {}
     for what in ("keep", "usual"):
         found = subprocess.run([sys.executable, "-c", TOUCH_AGAIN, what], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What ranks do together; with several processes it is tested in tests/parallel."""
+"""Collective calls with one process; tests/parallel has several."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime import distributed, watch
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process, place, processes_on_cpu
 
 
@@ -25,6 +26,25 @@ def test_before_there_are_process_groups_the_launcher_says_who_is_who(monkeypatc
     monkeypatch.setattr(torch.distributed, "init_process_group", None)
     with processes_on_cpu():  # one process needs none
         pass
+
+
+def test_ranks_that_do_not_know_each_other_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in set(watch.LAUNCH) - {"WORLD_SIZE"}:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(FlextronError, match="WORLD_SIZE=2, but .* is not set in the environment: start the processes"):
+        distributed.initialize()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(FlextronError, match=r"process 1 of this node \(LOCAL_RANK\) sees 1 GPU\(s\): start as many processes"):
+        distributed.initialize()
 
 
 def _refuse() -> None:

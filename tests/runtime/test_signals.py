@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 
 import pytest
 
+from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import signals
+from flextron_mcore.training.checks import end_of_job
 
 
 @pytest.fixture
 def ends():
-    """The signals taken over for a test: what they ended the process with."""
+    """List of (text, code) with which signals would have ended the process; handlers are installed for a test."""
     before = [signal.getsignal(number) for number in signals.SIGNALS]
-    interrupt = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job ignores it, and its children do
+    # Background jobs of a shell, and their children, ignore SIGINT.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     calls = []
     signals.install(lambda text, code: calls.append((text, code)))
     yield calls
@@ -42,7 +44,7 @@ def test_a_deferred_signal_is_noted(ends):
     with pytest.raises(signals.Stopped, match="elastic: stopped by SIGTERM after step 3; its checkpoint is written"):
         signals.stop(signals.received(), "elastic", 3)
     signals.defer(False)
-    os.kill(os.getpid(), signal.SIGTERM)  # while it ends
+    os.kill(os.getpid(), signal.SIGTERM)  # a second signal while the process ends
     assert signals.received() == 0 and not ends
 
 
@@ -59,4 +61,27 @@ def test_helpers_of_a_save_are_deaf(ends):
     assert deaf.poll() is None
     deaf.kill()
     deaf.wait()
-    assert signals.received() == signal.SIGTERM  # what came in the meantime is not lost
+    assert signals.received() == signal.SIGTERM  # a signal that came in the meantime is not lost
+
+
+def test_the_earlier_of_two_time_limits_counts(ends):
+    signals.defer(True)
+    for seconds, until, reached in ((None, None, False), (1e6, None, False), (0.0, None, True), (None, time.time() - 1, True)):
+        signals.limit(seconds, until)
+        assert signals.received() == (signals.TIME_IS_UP if reached else 0)
+    signals.limit(1e6, time.time() - 1)
+    assert signals.received() == signals.TIME_IS_UP
+    signals.limit(0.0, time.time() + 1e6)
+    assert signals.received() == signals.TIME_IS_UP
+    signals.limit(None)
+    assert signals.received() == 0
+
+
+def test_the_end_of_a_job_is_read_from_its_script(monkeypatch):
+    monkeypatch.delenv("FLEXTRON_STOP_AT", raising=False)
+    assert end_of_job() is None
+    monkeypatch.setenv("FLEXTRON_STOP_AT", "1700000000")
+    assert end_of_job() == 1700000000.0
+    monkeypatch.setenv("FLEXTRON_STOP_AT", "soon")
+    with pytest.raises(FlextronError, match="FLEXTRON_STOP_AT=soon: is not a number of seconds since 1970: unset this variable"):
+        end_of_job()

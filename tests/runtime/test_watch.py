@@ -1,4 +1,4 @@
-"""Ranks that die, stop, fail or only take long. Each scenario is a world of processes of its own; all run at the same time."""
+"""Ranks that die, stop, fail or only take long. Each scenario has processes of its own; all run at the same time."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
+from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import watch
 from flextron_mcore.runtime.watch import Watch
 
@@ -25,7 +26,7 @@ SILENCE = 6.0
 
 
 def meet(own: Watch, place: str) -> None:
-    """Wait until all ranks of the scenario are here, and know the others as they are now."""
+    """Wait until all ranks of the scenario are here and know each other."""
     turns = own.turns + 3
     while own.turns < turns:
         time.sleep(0.05)
@@ -41,7 +42,7 @@ def run_until_ended() -> None:
 
 
 def hold_the_interpreter(seconds: float) -> None:
-    """As an import or an extension does that never lets the other threads run."""
+    """Block all threads of this process, as an import or an extension may do."""
     ctypes.PyDLL(None).usleep(ctypes.c_uint(int(seconds * 1e6)))
 
 
@@ -154,7 +155,7 @@ SCENARIOS: dict[str, Callable[[int, Watch], None]] = {
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory) -> dict[str, Outcome]:
-    """How each scenario ended."""
+    """{scenario: Outcome}."""
     folder = tmp_path_factory.mktemp("watch")
     command = [sys.executable, "-m", "tests.runtime.test_watch", str(folder)]
     subprocess.run(command, cwd=Path(__file__).resolve().parents[2], check=True, timeout=300)
@@ -184,7 +185,7 @@ def test_without_the_store_one_rank_names_its_host(outcome):
 
 def test_silence_is_death_on_another_machine(outcome):
     found = outcome["silent elsewhere"]
-    assert found.codes == [1, -signal.SIGKILL, 1]  # the test killed the second: from another machine nobody can
+    assert found.codes == [1, -signal.SIGKILL, 1]  # the test killed rank 1: no rank of another machine can
     line = f"flextron: failed: {found.name(1)} has given no sign of life for {SILENCE:.0f} s: it died, or its machine did"
     assert found.lines == [line]
 
@@ -224,11 +225,11 @@ def test_ranks_end_with_their_launcher(outcome):
 def test_a_process_is_known_by_its_start_too():
     started = int(watch._stat("self")[19])
     assert watch.process_state(os.getpid(), started) in "RS"
-    assert watch.process_state(os.getpid(), started + 1) is None  # the number belongs to another process by now
+    assert watch.process_state(os.getpid(), started + 1) is None  # another start time: the number belongs to another process
 
 
 def test_a_store_that_was_long_in_coming_is_not_gone(monkeypatch):
-    """The patience of a turn begins when the store is there: connecting has its own, which is longer."""
+    """The time limit of a look at the store starts after connecting, which has a longer limit of its own."""
     for name, value in {"PERIOD": 0.02, "SILENCE": 1.0, "START": 60.0}.items():
         monkeypatch.setattr(watch, name, value)
     own, gone = Watch.__new__(Watch), threading.Event()
@@ -237,7 +238,7 @@ def test_a_store_that_was_long_in_coming_is_not_gone(monkeypatch):
     threading.Thread(target=own._watch_store, daemon=True).start()
     assert not gone.wait(1.5)
     own.store = object()
-    assert not gone.wait(0.25)  # before, at the next look
+    assert not gone.wait(0.25)  # a limit counted from the start would run out at the next look
     assert gone.wait(10)
 
 
@@ -288,7 +289,7 @@ def _world(name: str, results: Path, ranks: int = 3) -> None:
 
 
 def _worlds(folder: Path) -> None:
-    """All scenarios at the same time, each in forked processes: importing torch takes longer than most."""
+    """Run all scenarios at the same time, each in forked processes, because importing torch takes longer than most."""
     watch.PERIOD, watch.SILENCE, watch.GRACE, watch.START = 0.1, SILENCE, 15.0, 120.0
     for name in SCENARIOS:
         if os.fork() == 0:
@@ -304,3 +305,17 @@ if __name__ == "__main__":
     from torch.distributed import TCPStore
 
     _worlds(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize("text", ["9", "soon", "-30", "1e9"])
+def test_the_time_without_heartbeats_is_whole_seconds(monkeypatch, text):
+    monkeypatch.setenv("FLEXTRON_RANK_TIMEOUT", text)
+    with pytest.raises(FlextronError, match=f"FLEXTRON_RANK_TIMEOUT={text}: set it to whole seconds, at least 10, or unset it"):
+        watch.start()
+
+
+def test_the_time_without_heartbeats_can_be_set(monkeypatch):
+    monkeypatch.setattr(watch, "SILENCE", watch.SILENCE)
+    monkeypatch.setenv("FLEXTRON_RANK_TIMEOUT", "120")
+    watch.start()
+    assert watch.SILENCE == 120 and watch.current() is None

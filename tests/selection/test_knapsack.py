@@ -1,4 +1,4 @@
-"""The knapsack is exact: against all networks of a small space."""
+"""The knapsack solver is exact: compared with all networks of a small space."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_against_all_networks(seed):
 
 
 def test_a_limit_that_is_just_met_and_one_that_is_just_not():
-    """Exactly on a network's cost; and one unit below it, although that is less than the solver's tolerance of such a sum."""
+    """A limit equal to a network's cost admits it; one unit less does not, although the solver's own tolerance is larger."""
     parameters = parameter_cost(BLOCKS.model, BLOCKS.space)
     values_NK = -BLOCKS.costs_NK(parameters)
     for net in EVERY[::7]:

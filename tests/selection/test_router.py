@@ -1,13 +1,15 @@
-"""From routers' probabilities to the network for a budget."""
+"""RouterSelector: from routers' probabilities to the network for a budget."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from flextron_mcore.choices import Choices
+from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
 from flextron_mcore.selection.knapsack import cheapest
 from flextron_mcore.selection.router import BIN, WITHIN, RouterSelector, target_of
@@ -16,7 +18,7 @@ from tests.routing_toy import family, latency
 
 
 def boltzmann(choices: Choices, cost: Cost, seed: int):
-    """Routers that know what each block is worth, with noise that depends on the target."""
+    """Log-probabilities by each block's loss, with noise that depends on the target: a stand-in for trained routers."""
     worth = np.random.default_rng(seed).uniform(0.5, 1.5, choices.count)
 
     def log_p(targets):
@@ -48,7 +50,7 @@ def test_budgets_are_used_never_exceeded_and_monotone(layers, seed):
     assert selector.select([Budget(cost, cost.full)]) == SubNetwork.full(choices.model)
     smallest = selector.select([Budget(cost, cost.smallest)])
     assert choices.indices(smallest) == [0] * choices.count
-    again = RouterSelector(choices, {"latency": cost}, boltzmann(choices, cost, seed))  # whatever was asked before
+    again = RouterSelector(choices, {"latency": cost}, boltzmann(choices, cost, seed))  # earlier budgets do not matter
     assert again.select([Budget(cost, shares[12] * cost.full)]) == selector.select([Budget(cost, shares[12] * cost.full)])
 
 
@@ -85,7 +87,19 @@ def test_several_budgets_and_costs_that_were_not_trained():
         assert cost.of(both) >= (share - 0.03) * cost.full or memory.of(both) >= 0.7 * memory.full
 
 
-def test_targets():
+def test_budgets_that_no_network_meets_together_are_refused():
+    """In this made-up latency small candidates are slow, so the smallest budgets of latency and parameters exclude each other."""
+    choices = family(2)
+    parameters = parameter_cost(choices.model, choices.space)
+    slow = replace(latency(choices), candidates={name: costs[::-1] for name, costs in latency(choices).candidates.items()})
+    selector = RouterSelector(choices, {"latency": slow}, boltzmann(choices, slow, 0))
+    budgets = [Budget(cost, cost.smallest * 1.001) for cost in (slow, parameters)]
+    assert all(selector.select([budget]) for budget in budgets)
+    with pytest.raises(FlextronError, match="no network keeps to latency <= .* and parameters <= .* together: raise one"):
+        selector.select(budgets)
+
+
+def test_a_target_is_a_share_between_the_smallest_and_the_full_cost():
     cost = latency(family(2))
     assert target_of(cost, cost.smallest) == 0 and target_of(cost, cost.full) == pytest.approx(1)
     fixed = family(2, heads=[1.0], ffn_hidden_size=[1.0])
@@ -97,7 +111,7 @@ def test_targets():
 
 @pytest.mark.parametrize("uniform", [False, True])
 def test_budgets_that_hold_nothing_near_together_are_used_as_far_as_they_go(uniform):
-    """Over all axes, against all networks: few parameters and little memory leave a lot of both unused."""
+    """Several budgets over all axes: where every fitting network leaves much unused, the one that uses most is found."""
     choices = family(2, hidden_size=[8, 32], depth=[1, 2], heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0])
     axes = Choices(choices.model, choices.space, all_axes=True, uniform=uniform)
     costs = [parameter_cost(axes.model, axes.space), memory_cost(axes.model, axes.space, "bf16", 64, 24)]

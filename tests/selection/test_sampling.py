@@ -14,7 +14,7 @@ from flextron_mcore.selection.sampling import draw_near
 from tests.routing_toy import family, latency
 
 
-def test_they_keep_to_the_budget_and_use_it():
+def test_random_networks_keep_to_the_budget_and_use_it():
     choices = family(12)
     cost = latency(choices)
     for share in np.linspace(cost.smallest / cost.full + 0.02, 0.97, 9):
@@ -26,7 +26,7 @@ def test_they_keep_to_the_budget_and_use_it():
 
 
 def test_every_network_of_that_cost_is_as_likely():
-    """Chi-square over the networks of a small space near one cost."""
+    """Networks near one cost are equally likely: chi-square test over a small space."""
     choices = family(2)
     cost = latency(choices)
     budget = [Budget(cost, 0.9 * cost.full)]
@@ -38,11 +38,11 @@ def test_every_network_of_that_cost_is_as_likely():
     assert sum((counts[net] - expected) ** 2 / expected for net in near) < len(near) + 5 * (2 * len(near)) ** 0.5
 
 
-def test_where_few_exist():
+def test_budgets_with_few_networks():
     choices = family(2, heads=[1.0], ffn_hidden_size=[0.5, 1.0])
     cost = latency(choices)
     assert draw_near(choices, [Budget(cost, cost.full)], 10, 0) == [choices.network([0, 1, 0, 1])]
-    between = [Budget(cost, 0.999 * cost.full)]  # no network within 1 % below: the bound is widened
+    between = [Budget(cost, 0.999 * cost.full)]  # no network within 1 % below the budget: the bound is widened
     assert set(draw_near(choices, between, 10, 0)) == {choices.network([0, 0, 0, 1]), choices.network([0, 1, 0, 0])}
     memory = memory_cost(choices.model, choices.space, "fp32", 1, 8)
     assert draw_near(choices, [Budget(cost, cost.full), Budget(memory, memory.smallest)], 10, 0) == [

@@ -1,4 +1,4 @@
-"""What is proposed for measuring, from losses that are known."""
+"""Search for networks worth evaluating, with known losses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def drawn(choices, count: int, seed: int = 0) -> list:
     [family(3), Choices(ARCH, SPACE, all_axes=True), Choices(ARCH, SPACE, all_axes=True, uniform=True)],
     ids=["blocks", "axes", "uniform"],
 )
-def test_moves_cost_what_they_cost(choices):
+def test_moves_have_the_difference_of_the_networks_costs(choices):
     cost = latency(choices) if not choices.all_axes else COST
     for net in drawn(choices, 12):
         moves_NK, own = choices.moves_NK(net, cost), choices.indices(net)
@@ -62,7 +62,7 @@ def test_proposals_are_new_near_and_of_the_same_size():
 
 
 def test_the_best_of_a_cost_is_found_from_few_that_were_evaluated():
-    """A loss that is nearly additive: blocks matter differently, and neighbours depend on each other."""
+    """With a nearly additive loss, the search finds the best network of a cost from few evaluations."""
     choices = family(3)
     cost, loss = latency(choices), true_loss(choices, seed=3)
     every = list(map(choices.network, itertools.product(*(range(len(sizes)) for sizes in choices.sizes))))
@@ -84,7 +84,7 @@ def test_the_best_of_a_cost_is_found_from_few_that_were_evaluated():
     assert np.mean(missed[1]) < 0.02 * np.mean(missed[0])
 
 
-def test_where_only_the_cost_counts_as_much_as_may_be_is_spent():
+def test_proposals_use_the_largest_allowed_change_of_cost():
     choices = family(3)
     cost = latency(choices)
     known = {net: 3 - cost.of(net) / cost.full for net in drawn(choices, 40)}

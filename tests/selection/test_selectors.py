@@ -1,4 +1,4 @@
-"""Selectors without training."""
+"""Selectors that need no training: uniform, matformer, random, sensitivity."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_uniform_and_matformer_take_the_largest_that_fits():
 
 
 def test_uniform_balances_all_axes():
-    """What has most of the axis that it has least of is taken, whatever the other axes would allow."""
+    """Uniform maximises the smallest share over the axes, even if other axes could be larger."""
     choices = family(4, hidden_size=[16, 24, 32], depth=[2, 3, 4], heads=[0.5, 0.75, 1.0], ffn_hidden_size=[0.5, 0.75, 1.0])
     cost = parameter_cost(choices.model, choices.space)
 

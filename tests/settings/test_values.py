@@ -1,4 +1,4 @@
-"""A value is what the user typed, for every key that holds text or a path; other values are typed, and refused in one line."""
+"""Values of keys: texts and paths are taken exactly as typed; other types are parsed, or refused in one line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TEXTS = {
     stage: [key for key in keys(schema).values() if key.literal and not key.limits.choices and not key.limits.form]
     for stage, schema in STAGES.items()
 }
-# The stages without recipes of their own, which take longer than the rest together.
+# Without the stages that compose recipes, which are slow.
 CHEAP = [(stage, key) for stage in sorted(STAGES.keys() - {"launch", "pretrain", "quickstart", "import"}) for key in TEXTS[stage]]
 
 
@@ -65,7 +65,7 @@ def test_a_text_is_what_was_typed(stage: str):
 )
 @example(("elastic", keys(STAGES["elastic"])["out"]), "\\\\${a}${b")
 def test_any_text_is_what_was_typed(case, text):
-    """Through the command line, through the file that a stage writes, and through a file that it reads."""
+    """Any text survives the command line, the file that a stage writes, and a file that it reads."""
     stage, key = case
     quoted = text[:1] in ("'", '"') and text[-1:] == text[:1]
     if quoted or text == "null" or text == "???" or (key.limits.is_path and text.startswith("~")):
@@ -150,7 +150,7 @@ def test_a_section_may_be_given_at_once():
         ("launch", "stages=[import,elastic]", ["import", "elastic"]),
     ],
 )
-def test_other_values(stage, typed, value):
+def test_values_of_other_types_are_parsed(stage, typed, value):
     name = typed.partition("=")[0]
     name = next(key for key in keys(STAGES[stage]) if name == key or name.startswith(f"{key}."))
     found = at(compose(stage, [typed], partial=True), name)
@@ -195,24 +195,25 @@ def test_other_values(stage, typed, value):
         ("launch", "training.model.optim.lrr=1", "launch: unknown key 'training.model.optim.lrr' (did you mean"),
         ("launch", "training.trainer.max_steps=-1", "training.trainer.max_steps=-1 must be at least 1"),
         ("launch", "layouts={8: {trainer: {device: 1}}}", "launch: unknown key 'layouts.8.trainer.device' (did you mean"),
+        ("launch", "layouts={8: null}", "launch: layouts.8=null must hold keys of stages, such as {model: {"),
         ("launch", "gpus=many", "launch: gpus=many must be a whole number of at least 1"),
         ("launch", "cluster.gpus=8", "launch: unknown key 'cluster.gpus' (did you mean"),
         ("launch", "evaluate.limit_val_batches=0", "evaluate: limit_val_batches=0 must be at least 1"),
     ],
 )
-def test_what_is_refused(stage, typed, message):
+def test_bad_values_and_keys_are_refused_in_one_line(stage, typed, message):
     with pytest.raises(FlextronError) as error:
         compose(stage, [typed], partial=True)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_written_configuration_is_read_back(tmp_path: Path):
-    for stage in sorted(STAGES.keys() - {"launch"}):  # which writes those of its stages
+    for stage in sorted(STAGES.keys() - {"launch"}):  # launch writes files of its stages, not of itself
         needed = missing(compose(stage, partial=True))
         before = compose(stage, [f"{name}=[0.5]" if name == "budgets" else f"{name}=x ${{y}} 1e3" for name in needed])
         file = tmp_path / f"{stage}.yaml"
         file.write_text(to_yaml(before))
-        assert list(yaml.safe_load(file.read_text()))[-1] == "seed"  # whose absence tells of a file that was cut
+        assert list(yaml.safe_load(file.read_text()))[-1] == "seed"  # the last key: a truncated file lacks it
         assert to_dict(read(stage, file)) == to_dict(before)
 
 

@@ -1,14 +1,14 @@
-"""A real Slurm on this machine: two nodes, accounting, all in one folder and on free ports of the loopback device.
+"""A real Slurm on this machine: two nodes and accounting, in one folder and on free ports of the loopback device.
 
     with Cluster(folder) as slurm:
         job = slurm.submit("script.sbatch")
         assert slurm.wait(job) == "COMPLETED"
 
-By hand, for as long as it is not interrupted: `python tests/slurm/cluster.py FOLDER`.
+`python tests/slurm/cluster.py FOLDER` runs a cluster by hand until it is interrupted.
 
-The daemons are children of a process that collects all their orphans too, jobs included, and ends them all when its standard
-input is closed: also when the process that wanted the cluster is killed. Needs the Debian packages in PACKAGES; neither systemd
-nor root (an ordinary user's cluster runs that user's jobs, and container mounts fail).
+The daemons are children of a supervisor, which adopts their orphans, jobs included, and ends all of them when its standard input
+closes, also when the process that started the cluster is killed. Needs the Debian packages in PACKAGES, but neither systemd nor
+root. Without root, jobs run as the same user, and container mounts fail.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ PACKAGES = "slurm-wlm munge slurmdbd mariadb-server libslurm-dev gcc libc6-dev"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "mariadb-install-db", "sbatch", "gcc")
 SPANK_HEADER = Path("/usr/include/slurm/spank.h")
 NODES = ("node1", "node2")
-CPUS, GPUS = 16, 8  # of a node, whatever this machine has; GPUs are plain files that are counted and never opened
-SOCKET_NAME = 107  # bytes of a Unix socket's path
-STARTED = 120.0  # seconds that everything may take to come up on a busy machine
+CPUS, GPUS = 16, 8  # declared for each node; the GPUs are plain files that Slurm counts and nobody opens
+SOCKET_NAME = 107  # longest path of a Unix socket, bytes
+STARTED = 120.0  # seconds to wait for all daemons on a busy machine
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
-# What an outer Slurm, or a process group of the tests, would tell the jobs.
+# Variables of an outer Slurm, or of the tests' process group, that jobs must not see.
 FOREIGN = ("SLURM_", "SBATCH_", "SRUN_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 SLURM_CONF = """
@@ -107,7 +107,7 @@ StorageUser=slurm
 StoragePass=slurm
 StorageLoc=slurm_acct_db
 """
-# One statement a line: it is an init file.
+# An init file of MariaDB: one statement a line.
 DATABASE = """
 CREATE DATABASE slurm_acct_db;
 CREATE USER slurm@'%' IDENTIFIED BY 'slurm';
@@ -118,7 +118,7 @@ GRANT ALL ON slurm_acct_db.* TO slurm@localhost;
 
 
 def missing() -> str | None:
-    """What this machine lacks to run a cluster, as one line that says what to install; None if nothing."""
+    """One line that names what to install to run a cluster; None if nothing is missing."""
     lacking = [name for name in PROGRAMS if not shutil.which(name, path=_search_path())]
     if not SPANK_HEADER.exists():
         lacking.append(str(SPANK_HEADER))
@@ -128,15 +128,15 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """A running cluster while the context lasts. Raises RuntimeError when it does not come up."""
+    """Context in which a cluster runs. Raises RuntimeError when it does not come up."""
 
     def __init__(self, folder: Path, spank: bool = True) -> None:
-        """folder: new; for all that is written, logs too. spank: whether srun takes pyxis' options (pyxis_standin.c)."""
+        """folder: a new directory for all files, logs too. spank: True if srun takes pyxis' options (pyxis_standin.c)."""
         self.folder, self.spank = folder.resolve(), spank
 
     def __enter__(self) -> Cluster:
         command = [sys.executable, str(Path(__file__).resolve()), str(self.folder), *([] if self.spank else ["--no-spank"])]
-        # In a session of its own: Ctrl-C in the terminal reaches pytest, which then ends the cluster.
+        # A session of its own: Ctrl-C reaches pytest only, which then ends the cluster.
         self._supervisor = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=self.environment
         )
@@ -163,7 +163,7 @@ class Cluster:
         return {**kept, "PATH": _search_path(), "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def run(self, *command: str | Path, check: bool = True, timeout: float = 60, **variables: str) -> str:
-        """What the command prints; `variables` are put into its environment. Raises RuntimeError if it fails and `check`."""
+        """Output of a command of this cluster. variables: added to its environment. RuntimeError if it fails and `check`."""
         done = subprocess.run(
             [str(word) for word in command],
             env={**self.environment, **variables},
@@ -176,20 +176,20 @@ class Cluster:
         return done.stdout
 
     def submit(self, *arguments: str | Path, **variables: str) -> int:
-        """`sbatch arguments`; the job's number."""
+        """Submit by `sbatch ARGUMENTS`; the job's number."""
         return int(self.run("sbatch", "--parsable", *arguments, **variables).split(";")[0])
 
     def show(self, job: int) -> dict[str, str]:
-        """What the controller knows of a job, also after its end: JobState, Reason, ExitCode, Restarts, ..."""
+        """Fields of a job at the controller, also after its end: JobState, Reason, ExitCode, Restarts, ..."""
         words = self.run("scontrol", "show", "job", "--oneliner", str(job)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: int, timeout: float = 300) -> str:
-        """The job's last state, once it has ended."""
+        """Wait for the end of the job; its last state."""
         return self.wait_for(job, lambda shown: shown["JobState"] in FINAL, timeout)["JobState"]
 
     def wait_for(self, job: int, reached: Callable[[dict[str, str]], bool], timeout: float = 300) -> dict[str, str]:
-        """What is known of the job as soon as `reached` holds of it. Raises TimeoutError."""
+        """Wait until `reached` holds for the fields of the job, which are returned. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while True:
             shown = self.show(job)
@@ -200,11 +200,11 @@ class Cluster:
             time.sleep(0.2)
 
     def squeue(self) -> list[dict[str, str]]:
-        """The jobs that wait or run: id, name, state, reason, nodes."""
+        """Rows of waiting and running jobs: id, name, state, reason, nodes."""
         return self._table("squeue", "--noheader", "--format=%i|%j|%T|%r|%N", names=("id", "name", "state", "reason", "nodes"))
 
     def sacct(self, job: int) -> list[dict[str, str]]:
-        """The job and its steps in the accounting, which is a second or two late: id, name, state, exit, elapsed."""
+        """Rows of the job and its steps in the accounting, a second or two late: id, name, state, exit, elapsed."""
         fields = "--format=JobID,JobName,State,ExitCode,Elapsed"
         command = ("sacct", "--noheader", "--parsable2", f"--jobs={job}", fields)
         return self._table(*command, names=("id", "name", "state", "exit", "elapsed"))
@@ -233,7 +233,7 @@ def supervise(folder: Path, spank: bool) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        # All of it is thrown away, so nothing needs a chance to put its files in order. Orphans appear until there are none.
+        # The files are thrown away, so everything is killed at once. Killed processes leave orphans: repeat until none is left.
         while processes := _descendants():
             for process in processes:
                 try:
@@ -245,7 +245,7 @@ def supervise(folder: Path, spank: bool) -> None:
 
 
 def _start(folder: Path, spank: bool) -> None:
-    # A job's step has a Unix socket among its node's files, and starts only if the kernel takes the name.
+    # A job's step has a Unix socket among its node's files: with too long a path it would not start.
     if (spare := SOCKET_NAME - len(f"{folder}/spool-{NODES[0]}/{NODES[0]}_99999.4294967291")) < 0:
         raise RuntimeError(f"{folder}: {-spare} letters too many for Slurm's sockets in it: take a shorter folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ def _start(folder: Path, spank: bool) -> None:
     files += [f"--{name}={folder}/munge.{name[:-5]}" for name in ("pid-file", "seed-file")]
     _daemon(folder, "munged", "--foreground", "--force", *files, f"--log-file={folder}/log/munged.log")
 
-    # Its temporary tables too: two databases that are installed at once would take each other's.
+    # Temporary tables, too: two databases installed at once would else use the same files.
     database_at = ["--no-defaults", f"--user={names['user']}", f"--datadir={folder}/mysql", f"--tmpdir={folder}/tmp"]
     _run("mariadb-install-db", *database_at, "--auth-root-authentication-method=normal", "--skip-test-db")
     (folder / "database.sql").write_text(DATABASE)
@@ -285,7 +285,7 @@ def _start(folder: Path, spank: bool) -> None:
     _until("slurmdbd listens", lambda: _listens(accounting))
     _run("sacctmgr", "-i", "add", "cluster", "onebox")
     _run("sacctmgr", "-i", "add", "account", "flextron", "Description=tests", "Organization=tests")
-    _run("sacctmgr", "-i", "add", "user", str(names["user"]), "Account=flextron", may_fail=True)  # root is there already
+    _run("sacctmgr", "-i", "add", "user", str(names["user"]), "Account=flextron", may_fail=True)  # user root is there already
     _daemon(folder, "slurmctld", "-D", "-c")
     for node in NODES:
         _daemon(folder, "slurmd", "-D", "-N", node)
@@ -319,7 +319,7 @@ def _listens(port: int) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Below those that the kernel gives to outgoing connections; random, for another cluster looks for some too."""
+    """Free ports below those of outgoing connections, chosen at random because another cluster may be starting."""
     found: list[int] = []
     while len(found) < count:
         port = random.SystemRandom().randrange(10000, 30000)
@@ -341,7 +341,7 @@ def _compiled_standin(folder: Path) -> Path:
 
 
 def _search_path() -> str:
-    """PATH with the directories of daemons, which ordinary users' lack."""
+    """PATH with the directories of daemons, which an ordinary user's PATH lacks."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
@@ -350,7 +350,7 @@ def _descendants() -> list[int]:
     for process in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(process.parent.name)] = int(process.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
     found = [os.getpid()]
     for process in found:

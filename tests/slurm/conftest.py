@@ -1,4 +1,4 @@
-"""One cluster for all tests of Slurm."""
+"""The Slurm cluster of these tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cluster that other tests rely on does what Slurm does."""
+"""The test cluster behaves like Slurm: jobs, dependencies, requeueing, preemption, containers."""
 
 from __future__ import annotations
 
@@ -73,9 +73,10 @@ def test_an_urgent_job_takes_the_nodes(slurm, tmp_path):
 
 
 def test_environment_is_without_ranks(slurm, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert "RANK" in os.environ  # of the tests' process group
-    assert not {"RANK", "MASTER_PORT", "SLURM_JOB_ID"} & slurm.environment.keys()
+    names = {"RANK", "MASTER_PORT", "SLURM_JOB_ID"}
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    assert not names & slurm.environment.keys()
     with pytest.raises(RuntimeError, match="ended with 1: .*Invalid job id"):
         slurm.run("scontrol", "show", "job", "999999")
 
@@ -100,7 +101,7 @@ def test_container_options_mount_and_enter(slurm, tmp_path):
                 f"PYXIS_STANDIN_MOUNTS={tmp_path}/inside:{inside},{tmp_path}:{tmp_path}",
                 f"PYXIS_STANDIN_WORKDIR={inside}",
             ]
-        assert not list(Path(inside).iterdir())  # the mount was the task's own
+        assert not list(Path(inside).iterdir())  # the mount existed only for the task
     finally:
         Path(inside).rmdir()
     with pytest.raises(RuntimeError, match="pyxis_standin: mount of /nowhere: No such file or directory"):
@@ -108,7 +109,7 @@ def test_container_options_mount_and_enter(slurm, tmp_path):
 
 
 def processes(folder: Path) -> set[int]:
-    """Those that name the folder in their command or their environment."""
+    """Ids of processes that name the folder in their command or their environment."""
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -121,7 +122,7 @@ def processes(folder: Path) -> set[int]:
 
 
 def test_a_folder_with_too_long_a_name(tmp_path):
-    """Its jobs would be held with nothing said but launch_failed."""
+    """A folder with too long a name is refused: Slurm would hold its jobs with no other word than launch_failed."""
     folder = tmp_path / ("long" * 20)
     with pytest.raises(RuntimeError, match="letters too many for Slurm's sockets"), Cluster(folder):
         pass
@@ -129,7 +130,7 @@ def test_a_folder_with_too_long_a_name(tmp_path):
 
 
 def test_a_second_cluster_and_its_end_when_the_tests_are_killed(slurm, tmp_path_factory):
-    """Both work beside each other; kill -9 of what wanted the second leaves nothing of it, not even its running job."""
+    """Two clusters run beside each other. After kill -9 of the second's owner nothing of it is left, not even its running job."""
     second = tmp_path_factory.mktemp("second")
     code = f"""
 from pathlib import Path

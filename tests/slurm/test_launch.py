@@ -1,7 +1,8 @@
-"""The operator's command on a real Slurm: two nodes, two ranks each, bare and in stand-ins of containers; and what goes wrong."""
+"""`flextron launch` on a real Slurm of two nodes with two ranks each, without containers and in stand-ins; and failures."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from flextron_mcore.launch.follow import read_record
 from tests.slurm.cluster import FINAL, Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 300  # of a training that is interrupted: enough that it is not over before
+STEPS = 300  # of an interrupted training: enough that it does not end before the interruption
 STAGES = ["prepare", "pretrain", "importance", "elastic", "latency", "router", "joint", "evaluate"]
 STAGES += ["export_0.8_parameters", "report"]
 
@@ -42,8 +43,8 @@ def launch(slurm: Cluster, base: Path, *arguments: str, timeout: float = 1200) -
 
 @pytest.fixture(scope="module")
 def bare(slurm, tmp_path_factory) -> Path:
-    """The results of the whole chain without containers."""
-    base = tmp_path_factory.mktemp("bare")
+    """Results directory of the whole chain, run without containers."""
+    base = tmp_path_factory.mktemp("bare") / "odd 'one' $(id);&é"
     code, out, err = launch(slurm, base, "cluster=slurm")
     assert code == 0, out + err
     return base / "smoke"
@@ -61,14 +62,14 @@ def test_the_whole_chain(slurm, bare):
     records = read_record(bare)
     assert [record.name for record in records] == STAGES
     shown = slurm.show(int(records[3].id))
-    assert shown["JobState"] == "COMPLETED" and shown["NumNodes"] == "2" and shown["JobName"] == "flextron.elastic"
+    assert shown["JobState"] == "COMPLETED" and shown["NumNodes"] == "2" and shown["JobName"] == "elastic.smoke"
     trainer = OmegaConf.load(bare / "elastic" / "config.yaml").trainer
-    assert (trainer.num_nodes, trainer.devices) == (2, 2)  # a stage refuses any other number of processes
+    assert (trainer.num_nodes, trainer.devices) == (2, 2)  # the stage checked that so many processes were started
     log = next(Path(records[3].logs).glob("log-*.out")).read_text()
     assert "step 20/20" in log
 
 
-def test_what_is_complete_is_not_submitted_again(slurm, bare):
+def test_complete_stages_are_not_submitted_again(slurm, bare):
     code, out, err = launch(slurm, bare.parent, "cluster=slurm", timeout=120)
     assert code == 0 and out.count(": complete in ") == len(STAGES) and "nothing is left to do" in out, out + err
 
@@ -84,7 +85,7 @@ def test_status_and_logs(slurm, bare):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 def test_the_whole_chain_in_containers(slurm, tmp_path):
-    """A job with pyxis' options runs. The stand-in mounts what it is asked to and has no image: PATH stands for what is in it."""
+    """Jobs with pyxis' options run. The stand-in for pyxis mounts directories, but has no image: PATH finds this Python."""
     code, out, err = launch(
         slurm,
         tmp_path,
@@ -95,8 +96,8 @@ def test_the_whole_chain_in_containers(slurm, tmp_path):
     )
     assert code == 0, out + err
     check_chain(tmp_path / "smoke")
-    script = next((tmp_path / "smoke/launch/jobs/experiments").rglob("*elastic_sbatch.sh")).read_text()
-    assert "--container-image nvcr.io#nvidia/pytorch:25.09-py3" in script and f"{tmp_path}/smoke:{tmp_path}/smoke" in script
+    script = (tmp_path / "smoke/launch/jobs/elastic/elastic_sbatch.sh").read_text()
+    assert "--container-image 'nvcr.io#nvidia/pytorch:25.09-py3'" in script and f"{tmp_path}/smoke:{tmp_path}/smoke" in script
 
 
 def test_a_stage_that_fails_ends_the_chain(slurm, bare, tmp_path):
@@ -117,7 +118,7 @@ def test_a_stage_that_fails_ends_the_chain(slurm, bare, tmp_path):
 
 
 def running_pretrain(slurm: Cluster, results: Path) -> int:
-    """The job of a pretraining that was launched, when it has trained for some steps."""
+    """Number of the launched pretraining's job, once it has trained for some steps."""
     job = int(read_record(results)[0].id)
     log = results / "pretrain" / "log.jsonl"
     trains = lambda shown: shown["JobState"] in FINAL or (log.exists() and '"step": 12,' in log.read_text())  # noqa: E731
@@ -126,7 +127,7 @@ def running_pretrain(slurm: Cluster, results: Path) -> int:
 
 
 def continued(results: Path) -> None:
-    """Every step once, in several goes."""
+    """Assert that the log has every step once, although several processes wrote it."""
     rows = [json.loads(line) for line in (results / "pretrain" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "train"] == list(range(1, STEPS + 1))
     logs = sorted(Path(read_record(results)[0].logs).glob("log-*.out"), key=lambda path: path.stat().st_mtime)
@@ -154,7 +155,7 @@ def test_a_cancelled_run_continues_when_it_is_launched_again(slurm, bare, tmp_pa
 
 
 def test_a_preempted_run_continues_by_itself(slurm, bare, tmp_path):
-    """A job of a partition of higher priority takes the nodes; Slurm ends the training and queues it again."""
+    """A job of a partition with higher priority takes the nodes: Slurm stops the training and queues it again."""
     code, out, err = launch(slurm, tmp_path, *pretraining(bare), "detach=true")
     assert code == 0, out + err
     job = running_pretrain(slurm, tmp_path / "smoke")
@@ -165,7 +166,7 @@ def test_a_preempted_run_continues_by_itself(slurm, bare, tmp_path):
 
 
 def test_a_stage_that_runs_out_of_time_continues_in_its_next_job(slurm, bare, tmp_path):
-    """A second of training a job: each stops after one step, with a checkpoint, and is queued again."""
+    """Each job may train for one second: it stops after one step with a checkpoint, and is queued again."""
     code, out, err = launch(
         slurm,
         tmp_path,
@@ -184,3 +185,59 @@ def test_a_stage_that_runs_out_of_time_continues_in_its_next_job(slurm, bare, tm
     assert [path.stem.rpartition("_")[2] for path in logs] == ["0", "1"]
     assert "stopped by trainer.max_time after step 1" in logs[0].read_text()
     assert "continuing after step 1" in logs[1].read_text()
+
+
+def test_a_training_whose_image_took_long_stops_before_the_end_of_its_job(slurm, bare, tmp_path):
+    """The limit is 30 s after the job's start. `setup` stands for an image that takes longer than that."""
+    keys = ["stages=[pretrain]", "gpus=2", f"data={bare}/prepare", "pretrain.trainer.max_steps=2", "cluster.setup=sleep 31"]
+    code, out, err = launch(slurm, tmp_path, "cluster=slurm", *keys, "run.time_limit=00:05:00", "run.stop_before=00:04:30")
+    assert code == 0, out + err
+    assert slurm.show(int(read_record(tmp_path / "smoke")[0].id))["Restarts"] == "1"
+    logs = sorted(Path(read_record(tmp_path / "smoke")[0].logs).glob("log-*.out"))
+    assert "stopped by trainer.max_time after step 1" in logs[0].read_text()
+
+
+# Jobs that Slurm holds: nothing of them runs.
+HELD = ["cluster=slurm", "stages=[prepare,pretrain]", "detach=true", "cluster.job_name_prefix=held-"]
+COMMENT = 'it\'s $(touch X); `touch X` \\"two\\" #3 é'
+HELD += [f'cluster.additional_parameters={{comment: "{COMMENT}", hold: true}}', "env_vars.Odd=a b;$(touch X)"]
+
+
+def held(slurm: Cluster) -> list[str]:
+    """Numbers of the held jobs in the queue."""
+    rows = slurm.run("squeue", "--noheader", "--format=%i %j").split("\n")
+    return [row.split()[0] for row in rows if " held-" in row]
+
+
+def test_slurm_gets_what_a_dry_run_prints(slurm, tmp_path):
+    """A job that is not recorded is found again, too, because Slurm knows its script."""
+    code, printed, err = launch(slurm, tmp_path / "a b", *HELD, "dry_run=true")
+    assert code == 0 and not (tmp_path / "a b").exists(), err
+    code, out, err = launch(slurm, tmp_path / "a b", *HELD)
+    assert code == 0, out + err
+    jobs = held(slurm)
+    try:
+        scripts = [part.partition("\n")[2].rstrip("\n") for part in printed.partition("estimates;")[0].split("# ---- ")[1:]]
+        assert [slurm.run("scontrol", "write", "batch_script", job, "-").rstrip("\n") for job in sorted(jobs, key=int)] == scripts
+        comments = slurm.run("squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%k").splitlines()
+        assert comments == [COMMENT.replace("\\", "")] * 2
+        assert {row.split()[1] for row in slurm.run("squeue", "--noheader", "--format=%i %j").splitlines()} >= {
+            "held-prepare.smoke",
+            "held-pretrain.smoke",
+        }
+        (tmp_path / "a b" / "smoke" / "launch" / "jobs.json").unlink()
+        code, _, err = launch(slurm, tmp_path / "a b", *HELD)
+        assert code == 2 and "of an earlier launch is pending: wait for its end, or cancel it with `scancel" in err, err
+        assert held(slurm) == jobs
+    finally:
+        slurm.run("scancel", *jobs)
+
+
+def test_of_two_launches_at_once_one_submits(slurm, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        ended = list(pool.map(lambda _: launch(slurm, tmp_path, *HELD), range(2)))
+    jobs = held(slurm)
+    slurm.run("scancel", *jobs)
+    assert sorted(code for code, _, _ in ended) == [0, 2] and len(jobs) == 2, ended
+    refused = next(err for code, _, err in ended if code == 2)
+    assert "is writing to it" in refused or "of an earlier launch is pending" in refused

@@ -1,4 +1,4 @@
-"""The batch script of examples/ as it stands: two nodes, two ranks on each."""
+"""examples/slurm/elastic.sbatch as it stands, on two nodes with two ranks each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.slurm.cluster import FINAL, Cluster
 from tests.stages.conftest import stage
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 100  # enough that a signal comes before the last
+STEPS = 100  # enough that the signal comes before the last step
 
 
 @dataclass
 class Start:
-    """What a training run needs, and the same run by one process."""
+    """Keys of a training run, and the directory of that run by one process."""
 
     keys: list[str]
     run: Path
@@ -48,7 +48,7 @@ def rows(run: Path) -> list[dict]:
 
 
 def submit(slurm: Cluster, folder: Path, keys: list[str], *options: str, **variables: str) -> int:
-    """The script, sized for this cluster, submitted from `folder`."""
+    """Submit the script, sized for this cluster, with `folder` as working directory; the job's number."""
     size = ["--nodes=2", "--account=flextron", "--time=10", f"--chdir={folder}", f"--output={folder}/job.log"]
     environment = {"VENV": sys.prefix, "RANKS_PER_NODE": "2", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **variables}
     return slurm.submit(*size, *options, ROOT / "examples" / "slurm" / "elastic.sbatch", *keys, **environment)
@@ -65,7 +65,7 @@ def same_run(run: Path, one: Path) -> None:
 
 
 def test_training_that_is_stopped_is_queued_again_and_is_the_same_run(slurm, start, tmp_path):
-    """The signal is the one that the script's --signal asks for, sent here to spare the wait. No step is lost or done twice."""
+    """The test sends the signal of the script's --signal, to save time. No step is lost or done twice."""
     run, log = tmp_path / "run", tmp_path / "job.log"
     job = submit(slurm, tmp_path, [*start.keys, f"out={run}"])
     trains = lambda shown: shown["JobState"] in FINAL or '"step": 2,' in _read(run / "log.jsonl")  # noqa: E731
@@ -80,17 +80,17 @@ def test_training_that_is_stopped_is_queued_again_and_is_the_same_run(slurm, sta
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 def test_in_a_container_and_training_that_fails_is_not_queued_again(slurm, start, tmp_path):
-    """Refused as complete: so the ranks saw the run where the container's mount has it."""
+    """The ranks refuse the run as complete, so they see it where the container mounts it."""
     shutil.copytree(start.run, tmp_path / "one")
     inside = f"/mnt/{tmp_path.name}"
     variables = {"CONTAINER": "flextron.sqsh", "CONTAINER_MOUNTS": f"{tmp_path}:{inside},{ROOT}:{ROOT}", "VENV": "/nowhere"}
-    variables |= {"PATH": f"{sys.prefix}/bin:{slurm.environment['PATH']}"}  # the image's python3; there is no image
+    variables |= {"PATH": f"{sys.prefix}/bin:{slurm.environment['PATH']}"}  # stands for the image's python3
     try:
         job = submit(slurm, tmp_path, [*start.keys, f"out={inside}/one"], RANKS_PER_NODE="1", **variables)
         assert slurm.wait(job) == "FAILED" and slurm.show(job)["Restarts"] == "0", _read(tmp_path / "job.log")
         assert _read(tmp_path / "job.log").count(f"{inside}/one: this run is complete") == 1
     finally:
-        Path(inside).rmdir()  # empty: the mount was the tasks' own
+        Path(inside).rmdir()  # empty: the mount existed only for the tasks
 
 
 def _read(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Eq. 3 and 4, sorting, and that sorting changes no function."""
+"""Importance scores of eq. 3 and 4, and sorting by them, which does not change the model's function."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def scored(model, score="activation", count=3):
 
 
 def by_hand(arch, model):
-    """The same sums from forward hooks on the modules whose inputs the equations speak of."""
+    """Scores by definition: sums of eq. 3 and 4 from forward hooks on the modules whose inputs they use."""
     sums = {}
 
     def hook(i, kind):
@@ -130,7 +130,7 @@ def test_scoring_leaves_the_model_as_it_was():
 
 
 def sort(arch, space, model, scores, tmp_path, new_space=None):
-    """Write, sort from disk to disk, load."""
+    """Write the model, sort its checkpoint from disk to disk, and load the result; new_space: for which it is sorted."""
     info = CheckpointInfo(arch, space)
     info = open_checkpoint(toy.write(model, info, tmp_path / "first"))
     space = new_space or space
@@ -167,7 +167,7 @@ def test_sorting_keeps_the_function_and_orders_by_importance(name, tmp_path):
 
 
 def test_sorted_half_keeps_the_most_important_neurons(tmp_path):
-    """The half network of the sorted model is the original with the less important half masked."""
+    """The half-width network of the sorted model has the logits of the original with its less important half masked."""
     arch, space, model = case("llama mha")
     scores = scored(model)
     after = sort(arch, space, model, scores, tmp_path)
@@ -183,7 +183,7 @@ def test_sorted_half_keeps_the_most_important_neurons(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", [toy.LLAMA, toy.GPT2], ids=["llama", "gpt2"])
 def test_sorting_channels_keeps_the_function_and_orders_them_by_importance(kind, tied, tmp_path):
-    """The same in every tensor; the narrow network has the most important channels, all norms' activations summed by hand."""
+    """Channels have one order in all tensors; the narrow network keeps the most important, by norm outputs summed here."""
     arch = toy.config(**kind, share_embeddings_and_output_weights=tied)
     space = ElasticSpace.build(arch, hidden_size=[0.5, 1.0])
     model = toy.model(arch, space)

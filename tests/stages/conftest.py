@@ -1,12 +1,15 @@
-"""A tiny chain run once for all tests of the commands: real files, real stages, seconds."""
+"""A tiny chain of real stages, run once for all tests of the commands."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from flextron_mcore.runs.start import run_stage
+from flextron_mcore.runs.verification import verify
 from flextron_mcore.settings.compose import compose
 
 TINY = [
@@ -34,9 +37,29 @@ def pretrain_keys(data: Path) -> list[str]:
     return [f"data={data}", *(f"model.{key}" for key in TINY), *TRAIN]
 
 
+def finish_again(run: Path, copy: Path, name: str, *keys: str) -> None:
+    """Let the command finish a copy of its complete run that was killed before metrics.json, and compare all files."""
+
+    def files(folder: Path) -> dict[str, object]:
+        assert not verify(folder).faults
+        found: dict[str, object] = {}
+        for path in folder.rglob("*"):
+            if path.is_file() and "tensorboard" not in path.parts:
+                found[str(path.relative_to(folder))] = path.read_bytes()
+        found["digests.json"] = set(json.loads(found["digests.json"])["files"])  # clocks decide about some of the digests
+        figures = json.loads(found["metrics.json"])
+        return found | {"metrics.json": {k: v for k, v in figures.items() if k not in ("seconds", "tokens_per_second")}}
+
+    shutil.copytree(run, copy)
+    (copy / "metrics.json").unlink()
+    stage(name, *keys, f"out={copy}")
+    before, after = files(run), files(copy)
+    assert [file for file in before.keys() | after.keys() if before.get(file) != after.get(file)] == []
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, text) -> Path:
-    """RUN with data, parent, sorted and elastic stages."""
+    """Run directory with the stages data, parent, sorted and elastic."""
     run = tmp_path_factory.mktemp("run")
     stage("prepare", f"input=[{text}/code,{text}/prose]", "vocab_size=300", "valid_fraction=0.2", f"out={run}/data")
     stage("pretrain", *pretrain_keys(run / "data"), "trainer.max_steps=6", f"out={run}/parent")

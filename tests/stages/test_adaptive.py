@@ -1,4 +1,4 @@
-"""router kind=adaptive -> evaluate selector=adaptive, joint: as commands."""
+"""Token routing by commands: `router kind=adaptive`, `evaluate selector=adaptive`, `generate`, `joint`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.training.loop import _Run
 from tests.routing_toy import write_table
-from tests.stages.conftest import TRAIN, stage
+from tests.stages.conftest import TRAIN, finish_again, stage
 
 RUN = [*(key for key in TRAIN if "optim" not in key), "model.micro_batch_size=4", "model.global_batch_size=8"]
 ADAPTIVE = ["kind=adaptive", "targets_per_step=2", "adaptive.calibration_samples=8", "validation_targets=[0.7,0.9]"]
@@ -29,15 +29,19 @@ class Interrupted(Exception):
 
 @pytest.fixture(scope="module")
 def routed(chain, tmp_path_factory) -> Path:
-    """A directory with static routers, and adaptive ones that started from them."""
+    """Run directory with static routers (static/), and adaptive ones that started from them (adaptive/)."""
     run = tmp_path_factory.mktemp("adaptive")
     table = write_table(chain / "elastic", run / "latency" / "latency.json")
     keys = [f"data={chain}/data", f"latency={table.parent}", *RUN]
     stage("router", f"checkpoint={chain}/elastic", *keys, "trainer.max_steps=6", "candidate_samples=4", f"out={run}/static")
     files = contents(run / "static")
     stage("router", *adaptive_keys(chain, run), f"out={run}/adaptive")
-    assert contents(run / "static") == files  # what the new checkpoints share is not written to
+    assert contents(run / "static") == files  # the new checkpoints share files with the old one, which stays as it was
     return run
+
+
+def test_a_run_killed_after_its_last_checkpoint_finishes(chain, routed, tmp_path):
+    finish_again(routed / "adaptive", tmp_path / "again", "router", *adaptive_keys(chain, routed))
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -69,12 +73,12 @@ def test_text_from_a_choice_for_every_token(routed):
 
 
 def calibrated(run: Path) -> tuple[float, float]:
-    """The least and the most that the adaptive routers spend."""
+    """Least and largest share of the full model's cost that the adaptive routers spend."""
     shares = [share for _, share in metrics(run / "adaptive")["calibration"]]
     return min(shares), max(shares)
 
 
-def test_what_is_written(chain, routed):
+def test_outputs_of_adaptive_routers(chain, routed):
     found = metrics(routed / "adaptive")
     assert found["routers"] == {"kind": "adaptive", "costs": ["latency"], "kv_policy": "full"}
     shares = [share for _, share in found["calibration"]]
@@ -89,7 +93,7 @@ def test_what_is_written(chain, routed):
     assert len(train) == 8 and len(train[0]["targets"]) == len(train[0]["costs"]) == 2
     validated = [row["losses"] for row in rows(routed / "adaptive") if row["event"] == "validation"]
     assert validated[0].keys() == {"full", "adaptive 0.7", "adaptive 0.9"}
-    assert len({row["full"] for row in validated}) == 1  # frozen
+    assert len({row["full"] for row in validated}) == 1  # the model is frozen
     newest = list_checkpoints(routed / "adaptive")[-1]
     assert json.loads((newest / "routers.json").read_text())["calibration"] == found["calibration"]
     first, last = (load_file(list_checkpoints(routed / "adaptive")[i] / "routers.safetensors") for i in (0, -1))
@@ -120,7 +124,7 @@ def test_evaluate_is_what_the_training_found(chain, routed, tmp_path, kv_policy)
     again = stage("evaluate", *keys, "selector=adaptive", budget, f"kv_policy={kv_policy}", f"out={tmp_path}/again")
     assert again["loss"] == found["loss"]  # T7
     stage("report", f"run={tmp_path}", f"out={tmp_path}/report")
-    assert "Tokens that choose, evaluated" in (tmp_path / "report" / "index.html").read_text()
+    assert "Token routing, evaluated" in (tmp_path / "report" / "index.html").read_text()
 
 
 @pytest.mark.parametrize("surrogate", [False, True])
@@ -169,8 +173,8 @@ def test_a_continued_run_outlives_the_checkpoint_that_it_continued_from(chain, r
 
 
 @pytest.mark.parametrize("name", ["router", "joint"])
-def test_killed_while_it_calibrates(chain, routed, tmp_path, monkeypatch, name):
-    """Which can take long: only a step is lost, and the end is the same."""
+def test_a_run_killed_while_it_calibrates_loses_one_step(chain, routed, tmp_path, monkeypatch, name):
+    """Killed during calibration, which can take long, a run loses one step and ends with the same result."""
     keys = adaptive_keys(chain, routed)
     if name == "joint":
         more = ["targets_per_step=2", "model.optim.sched.warmup_steps=1", "trainer.max_steps=2"]
@@ -178,7 +182,7 @@ def test_killed_while_it_calibrates(chain, routed, tmp_path, monkeypatch, name):
     calibrate, run, steps = Evaluator.calibrate, tmp_path / "parts", 2 if name == "joint" else 8
 
     def killed(self, model):
-        assert open_checkpoint(run).step == steps - 1  # whole by now
+        assert open_checkpoint(run).step == steps - 1  # the step's checkpoint is whole by now
         raise Interrupted
 
     whole = stage(name, *keys, f"out={tmp_path}/whole")
@@ -217,7 +221,7 @@ def test_joint_tunes_model_and_adaptive_routers(chain, routed, tmp_path):
         (["kind=gumbel"], "kind='gumbel' is not known: use one of static, adaptive"),
     ],
 )
-def test_bad_input_to_training(chain, routed, tmp_path, keys, message):
+def test_bad_input_to_training_is_refused(chain, routed, tmp_path, keys, message):
     with pytest.raises(FlextronError, match=message.replace("(", r"\(")):
         stage("router", *adaptive_keys(chain, routed), *keys, f"out={tmp_path}/out")
     assert not (tmp_path / "out").exists()
@@ -227,30 +231,30 @@ def test_bad_input_to_training(chain, routed, tmp_path, keys, message):
     "run, keys, message",
     [
         ("static", ["budget=0.9"], "its routers are static: train adaptive ones with `flextron router kind=adaptive`"),
-        ("adaptive", [], "selector=adaptive: wants a budget="),
+        ("adaptive", [], "selector=adaptive: needs a budget"),
         ("adaptive", ["budget=0.9", "kv_policy=some"], "kv_policy='some' is not known"),
         ("adaptive", ["budget=0.9 parameters"], "serve one budget, of latency"),
         ("adaptive", ["budget=[0.9,0.9 parameters]"], "serve one budget, of latency"),
     ],
 )
-def test_bad_input_to_evaluate(chain, routed, tmp_path, run, keys, message):
+def test_bad_input_to_evaluate_is_refused(chain, routed, tmp_path, run, keys, message):
     with pytest.raises(FlextronError, match=message):
         stage("evaluate", f"checkpoint={routed}/{run}", f"data={chain}/data", "selector=adaptive", *keys, f"out={tmp_path}/out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_that_counts_other_routers(chain, routed, tmp_path, capsys):
+def test_a_table_that_counts_other_routers_is_warned_of(chain, routed, tmp_path, capsys):
     table = write_table(routed / "static", tmp_path / "latency.json", routed=True)
     keys = [*adaptive_keys(chain, routed), f"latency={table}", "trainer.max_steps=1"]
     for size in (32, 16):
         stage("router", *keys, f"adaptive.hidden_size={size}", f"out={tmp_path}/{size}")
         printed = capsys.readouterr().out
-        assert ("counts routers with 32 hidden units, not adaptive.hidden_size=16" in printed) is (size == 16)
-        assert "routing is not counted" not in printed
+        assert ("measured with routers of 32 hidden units, not adaptive.hidden_size=16" in printed) is (size == 16)
+        assert "its overhead is not counted" not in printed
 
 
 @pytest.mark.parametrize("better, counted, said", [(-1.0, True, True), (1.0, True, False), (-1.0, False, False)])
-def test_where_routing_costs_more_than_it_saves_it_is_said(chain, routed, tmp_path, monkeypatch, capsys, better, counted, said):
+def test_routing_that_costs_more_than_it_saves_is_reported(chain, routed, tmp_path, monkeypatch, capsys, better, counted, said):
     table = write_table(routed / "static", tmp_path / "latency.json", routed=counted)
     monkeypatch.setattr(training, "better", lambda row, kv_policy: better)
     keys = [f"latency={table}", "trainer.max_steps=1", f"out={tmp_path}/out"]

@@ -1,4 +1,4 @@
-"""The command line: what a user sees for good and for bad input."""
+"""The command line: help, refusals, exit codes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from flextron_mcore import cli
 from flextron_mcore.cli import EXITS, STAGES, main
+from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import signals
 from flextron_mcore.settings.compose import compose, config_directory
 from flextron_mcore.settings.help import title
@@ -17,7 +18,7 @@ from flextron_mcore.settings.schema import keys
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Those of the tests' process, back after each command."""
+    """Restore the signal handlers of the tests' process after each command."""
     before = [signal.getsignal(number) for number in signals.SIGNALS]
     yield
     for number, handler in zip(signals.SIGNALS, before, strict=True):
@@ -40,7 +41,7 @@ def test_usage_lists_every_stage(capsys):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_help_and_a_configuration(capsys, stage):
     code, out, _ = call(capsys, stage, "--help")
-    printed = stage in ("select", "generate", "launch", "status")  # which need no out
+    printed = stage in ("select", "generate", "launch", "status", "verify")  # out is optional
     assert code == 0 and title(STAGES[stage]) in out and ("out=null " if printed else "out=??? ") in out
     assert all(f"\n  {key}=" in out for key in keys(STAGES[stage]))
 
@@ -91,6 +92,12 @@ def test_a_stopped_training_has_an_exit_code_of_its_own(capsys, monkeypatch):
     assert code == 75 and err == line
 
 
+def test_an_installation_without_configurations_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("flextron_mcore.settings.compose.__file__", str(tmp_path / "package" / "settings" / "compose.py"))
+    with pytest.raises(FlextronError, match="package: the configuration files are missing from this installation"):
+        config_directory()
+
+
 def test_own_configuration_directory(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("defaults: [tiny, _self_]\nnum_layers: 3\n")
@@ -105,7 +112,7 @@ def test_values_of_all_kinds(tmp_path):
 
 
 def test_every_key_of_the_configuration_is_read_somewhere():
-    """No dead options: each leaf key's name appears in the code."""
+    """No key is dead: the last part of its name appears in the code."""
     package = config_directory().parent / "flextron_mcore"
     package = package if package.is_dir() else config_directory().parent
     source = "".join(p.read_text() for p in package.rglob("*.py"))
@@ -113,7 +120,7 @@ def test_every_key_of_the_configuration_is_read_somewhere():
         for key in keys(STAGES[stage]):
             name = key.split(".")[-1]
             if stage == "quickstart" and (key.startswith("chain") or name in ("input", "model") or name.endswith("_steps")):
-                continue  # composed into the commands of the chain
+                continue  # read by the recipe, into the commands of the chain
             if stage == "launch" and name in ("base_results_dir", "data_dir"):
-                continue  # parts of other values
+                continue  # read by interpolation in other keys
             assert re.search(rf"\b{name}\b", source), f"{stage}: {key}"

@@ -1,4 +1,4 @@
-"""`flextron export` in every format: whole or not at all, refusals in one line, and the parameters that `select` counts."""
+"""`flextron export` in every format: a whole directory or none, refusals in one line, parameters as counted by `select`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.exports.formats import FORMATS
+from flextron_mcore.exports.formats import FORMATS, get_format
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
+from flextron_mcore.stages import export
 from tests import toy
 from tests.stages.conftest import stage
 
@@ -26,7 +28,7 @@ ALL = [pytest.param(name, marks=NO_GGUF if name == "gguf" else ()) for name in F
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A random Llama of 2.8 MB without a tokenizer, as a run's checkpoint."""
+    """Run directory with a random Llama of 2.8 MB, without a tokenizer."""
     arch = toy.config(num_attention_heads=8, num_query_groups=4, vocab_size=9000)
     space = ElasticSpace.build(arch, heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0])
     folder = tmp_path_factory.mktemp("export") / "run"
@@ -35,7 +37,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def by_layer(run: Path, file: Path) -> SubNetwork:
-    """A network of layers that differ, in `file`."""
+    """Write a network whose layers differ to `file`; the network."""
     info = open_checkpoint(run)
     widths = zip(info.space.heads, info.space.ffn_hidden_size, strict=True)
     net = SubNetwork(info.model.hidden_size, tuple(info.space.layer_choice(info.model, *pair) for pair in widths))
@@ -44,7 +46,7 @@ def by_layer(run: Path, file: Path) -> SubNetwork:
 
 
 def refused(folder: Path, message: str, *keys: str) -> None:
-    """The export fails with one line, and leaves `folder` as it is."""
+    """Assert in the context that the export is refused with one line, and `folder` stays as it is."""
     before = {path: path.stat().st_size for path in folder.rglob("*")}
     with pytest.raises(FlextronError, match=message) as caught:
         stage("export", "verify=false", *keys)
@@ -53,7 +55,7 @@ def refused(folder: Path, message: str, *keys: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_bad_input(name, run, tmp_path):
+def test_bad_input_is_refused_and_writes_nothing(name, run, tmp_path):
     key, out = [f"checkpoint={run}", f"format={name}"], tmp_path / "out"
     (tmp_path / "other.json").write_text(SubNetwork.full(toy.config(ffn_hidden_size=40, num_query_groups=2)).to_json())
     other = f"subnetwork={tmp_path}/other.json"
@@ -69,8 +71,8 @@ def test_bad_input(name, run, tmp_path):
     refused(tmp_path, "is a file", *key, f"out={out}/thesis.txt")
 
 
-def test_an_unknown_format(run, tmp_path):
-    message = "format='onnx' is not known: use one of hf, hf_elastic, trtllm, gguf, megatron"
+def test_an_unknown_format_is_refused(run, tmp_path):
+    message = f"format='onnx' is not known: use one of {', '.join(FORMATS)}"
     refused(tmp_path, message, f"checkpoint={run}", "format=onnx", f"out={tmp_path}/out")
 
 
@@ -79,11 +81,11 @@ def test_a_full_disk_leaves_nothing(name, run, make_disk, monkeypatch):
     disk = make_disk("1m")
     keys = [f"checkpoint={run}", f"format={name}", f"out={disk}/out"]
     if name != "gguf":
-        refused(disk, "GiB needed", *keys)
-    # It fills up while the export is written.
+        refused(disk, "iB needed", *keys)
+    # The disk fills up while the export is written.
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(2**50, 0, 2**50))
     refused(disk, "cannot be written: No space left on device", *keys)
-    # An export that is there stays.
+    # An existing export stays.
     (disk / "out").mkdir()
     (disk / "out" / "config.yaml").write_text("stage: export\n")
     refused(disk, "cannot be written: No space left on device", *keys, "overwrite=true")
@@ -95,7 +97,7 @@ def test_parameters_are_those_that_select_counts(name, run, tmp_path):
     wanted = chosen["costs"]["parameters"]["value"]
     full = count_parameters(open_checkpoint(run).model)
     keys = [f"checkpoint={run}", f"format={name}", "verify=false"]
-    if name == "hf_elastic":  # which holds the full model, and every network in it
+    if name == "hf_elastic":  # hf_elastic holds the full model
         assert stage("export", *keys, f"out={tmp_path}/out")["parameters"] == full
         return
     figures = stage("export", *keys, f"subnetwork={tmp_path}/net.json", f"out={tmp_path}/out")
@@ -121,8 +123,24 @@ def test_the_card_says_what_chose_the_network(name, run, tmp_path):
         assert said in card and "No tokenizer" in card
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda right: {"logits": lambda *given: right.logits(*given) + 1e-3}, "logits differ by 1.00e-03 from the checkpoint's"),
+        (lambda right: {"logits": lambda *given: right.logits(*given) * float("nan")}, "logits differ by nan"),
+        (lambda right: {"write": lambda job: right.write(job) | {"parameters": 7}}, "export: wrote 7 parameters, counted"),
+    ],
+)
+def test_an_export_that_is_wrong_is_refused(wrong, message, run, tmp_path, monkeypatch):
+    right = get_format("hf")
+    monkeypatch.setattr(export, "get_format", lambda name: replace(right, **wrong(right)))
+    with pytest.raises(FlextronError, match=message):
+        stage("export", f"checkpoint={run}", f"out={tmp_path}/out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_megatron_is_verified_and_comes_back(run, tmp_path):
-    """Read back by Megatron-Core's own layers; a uniform one is a checkpoint of flextron, too."""
+    """The export is read back by Megatron-Core's own layers; a uniform one opens as a flextron checkpoint, too."""
     info = open_checkpoint(run)
     net = info.space.uniform(info.model, 4, 24)
     (tmp_path / "net.json").write_text(net.to_json())
@@ -135,7 +153,7 @@ def test_megatron_is_verified_and_comes_back(run, tmp_path):
 
 
 def test_sigterm_leaves_nothing(run, tmp_path):
-    """While what was written is read back."""
+    """SIGTERM during verification leaves nothing under `out`."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
@@ -148,6 +166,6 @@ def test_sigterm_leaves_nothing(run, tmp_path):
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM and output.splitlines()[-1] == "flextron: stopped by SIGTERM", output
     assert not (tmp_path / "out").exists()
-    # The next one is not disturbed by what is left.
+    # The next export is not disturbed by temporary files of the killed one.
     stage("export", f"checkpoint={run}", "verify=false", f"out={tmp_path}/out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

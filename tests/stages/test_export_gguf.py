@@ -1,4 +1,4 @@
-"""The gguf format as a command: a trained network with its tokenizer, as text in llama.cpp."""
+"""`flextron export format=gguf`: a trained network with its tokenizer continues text in llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`flextron export format=trtllm` as a command, and what benchmarks of such exports become."""
+"""`flextron export format=trtllm`, and latency tables from benchmarks of such exports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checkpoint(folder: Path, **changes) -> tuple[CheckpointInfo, str]:
         (toy.GPT2 | {"activation": "gelu"}, ["trtllm.tensor_parallel_size=4"], "GPTForCausalLM"),
     ],
 )
-def test_export(changes, options, architecture, tmp_path):
+def test_the_export_is_verified_and_counted(changes, options, architecture, tmp_path):
     info, key = checkpoint(tmp_path / "run", **changes)
     net = toy.random_network(info.model, info.space, 3)
     assert not net.is_uniform
@@ -53,14 +53,14 @@ def test_a_tensor_parallel_size_that_does_not_fit_writes_nothing(tmp_path):
 
 
 def test_benchmarks_become_a_latency_table(tmp_path):
-    """Networks whose latency is a sum give back its terms."""
+    """Benchmarked networks with additive latencies give a table of the terms."""
     info, key = checkpoint(tmp_path / "run")
     folders = []
     for i, widths in enumerate(((4, 48), (2, 48), (4, 16), (2, 16))):
         (tmp_path / f"{i}.json").write_text(info.space.uniform(info.model, *widths).to_json())
         folders.append(tmp_path / "exports" / str(i))
         stage("export", key, "format=trtllm", f"subnetwork={tmp_path}/{i}.json", f"out={folders[-1]}", "verify=false")
-        milliseconds = 10 + 2 * (widths[0] == 4) * 0.5 + 2 * (widths[1] == 48) * 1.5  # two layers
+        milliseconds = 10 + 2 * (widths[0] == 4) * 0.5 + 2 * (widths[1] == 48) * 1.5  # the sum over two layers
         (folders[-1] / "bench.json").write_text(json.dumps({"performance": {"avg_request_latency_ms": milliseconds}}))
     out = tmp_path / "measured.json"
     command = [sys.executable, "-m", "flextron_mcore.latency.trtllm_bench", str(out), *map(str, folders)]

@@ -1,4 +1,4 @@
-"""`flextron family`: every budget chosen, evaluated, exported and reported in one go."""
+"""`flextron family`: a network for every budget, evaluated, exported and reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_family(chain, tmp_path, monkeypatch):
     monkeypatch.undo()
     first = (out / "0.6_parameters_hf" / "metrics.json").stat().st_mtime_ns
     metrics = stage("family", *keys(chain, out))
-    assert (out / "0.6_parameters_hf" / "metrics.json").stat().st_mtime_ns == first  # not made again
+    assert (out / "0.6_parameters_hf" / "metrics.json").stat().st_mtime_ns == first  # the export is not written again
     small, large = metrics["networks"]
     assert (small["budget"], large["budget"]) == ("0.6_parameters", "0.8_parameters,0.95_memory")
     for row in (small, large):
@@ -50,7 +50,7 @@ def test_a_family(chain, tmp_path, monkeypatch):
     [
         (["budgets=[]"], "must be a list such as"),
         (["budgets=[0.9parameters,0.9parameters]"], "has one twice"),
-        (["budgets=[7B]"], "7 B is not within"),
+        (["budgets=[1.2parameters]"], "is not within"),
         (["formats=[hf_elastic]"], "formats='hf_elastic' is not known: use one of hf, trtllm"),
         (["formats=[onnx]"], "onnx"),
         (["selector=random"], "selector='random' is not known: use one of router"),

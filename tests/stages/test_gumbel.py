@@ -1,4 +1,4 @@
-"""importance with all axes -> gumbel -> select, evaluate, export: as commands."""
+"""All axes by commands: importance, gumbel, then select, evaluate and export."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.training.loop import _Run
 from tests import toy
 from tests.routing_toy import write_table
-from tests.stages.conftest import TRAIN, stage
+from tests.stages.conftest import TRAIN, finish_again, stage
 from tests.stages.test_routing import Interrupted, rows
 
 AXES = ["space.hidden_size=[0.5,0.75,1.0]", "space.depth=[1,2]"]
@@ -29,7 +29,7 @@ RUN = [*TRAIN, "model.micro_batch_size=4", "model.global_batch_size=8", "candida
 
 @pytest.fixture(scope="module")
 def axes(chain, tmp_path_factory) -> Path:
-    """A directory with the outputs of importance, latency (made up) and gumbel, for every layer, and uniform with modulation."""
+    """Run directory with importance, a made-up latency table, and gumbel twice: layer by layer, and uniform with modulation."""
     run = tmp_path_factory.mktemp("axes")
     keys = [f"checkpoint={chain}/parent", f"data={chain}/data", *AXES, "samples=16", "layer_samples=8", "ablation_batches=1"]
     stage("importance", *keys, f"out={run}/sorted")
@@ -44,6 +44,10 @@ def gumbel_keys(chain: Path, run: Path) -> list[str]:
     return [*given, *RUN, "trainer.max_steps=8", "router.soft_until=0.5"]
 
 
+def test_a_run_killed_after_its_last_checkpoint_finishes(chain, axes, tmp_path):
+    finish_again(axes / "gumbel", tmp_path / "again", "gumbel", *gumbel_keys(chain, axes), "candidate_samples=8")
+
+
 def test_importance_ranks_layers_and_channels(chain, axes):
     metrics = json.loads((axes / "sorted" / "metrics.json").read_text())
     space = open_checkpoint(axes / "sorted").space
@@ -52,7 +56,7 @@ def test_importance_ranks_layers_and_channels(chain, axes):
     assert list(space.layer_ranking) == sorted(range(2), key=lambda i: -errors[i])
     assert all(0 < value for part in metrics["layers"].values() for value in part) and len(errors) == 2
     assert load_file(axes / "sorted" / "scores.safetensors")["channels"].shape == (32,)
-    assert [row["setup"] for row in metrics["ablation"]].count("50% hidden size") == 2
+    assert [row["setup"] for row in metrics["ablation"]].count("16 of 32 hidden channels") == 2
     out = axes / "by_influence"
     keys = [f"checkpoint={chain}/parent", f"data={chain}/data", *AXES, "samples=16", "ablation_batches=0"]
     stage("importance", *keys, "layer_score=block_influence", f"out={out}")
@@ -60,14 +64,14 @@ def test_importance_ranks_layers_and_channels(chain, axes):
     assert list(open_checkpoint(out).space.layer_ranking) == sorted(range(2), key=lambda i: -influence[i])
 
 
-def test_what_gumbel_writes(axes):
+def test_outputs_of_gumbel(axes):
     metrics = json.loads((axes / "gumbel" / "metrics.json").read_text())
     assert metrics["stage"] == "gumbel" and metrics["steps"] == 8
     assert all(row["share"] <= row["target"] for row in metrics["budgets"])
     train = [row for row in rows(axes / "gumbel") if row["event"] == "train"]
     assert len(train) == 8 and len(train[0]["subnetwork_losses"]) == 3
     assert [row["temperature"] for row in train] == sorted((row["temperature"] for row in train), reverse=True)
-    assert train[1]["learning_rate"] > 0  # the model learns too
+    assert train[1]["learning_rate"] > 0  # the model learns, too
     assert len({row["losses"]["full"] for row in rows(axes / "gumbel") if row["event"] == "validation"}) > 1
 
 
@@ -110,7 +114,7 @@ def modulations(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_modulation_is_learned_and_goes_on(chain, axes, tmp_path):
-    """In every block, also of training whose command does not name it."""
+    """Gains are learned in every block, also by a continued training whose command does not name modulation."""
     assert open_checkpoint(axes / "uniform").space.modulation and not open_checkpoint(axes / "gumbel").space.modulation
     before = modulations(axes / "uniform")
     assert len(before) == 4 and all(value.all() for value in before.values()) and not modulations(axes / "gumbel")
@@ -146,7 +150,7 @@ def test_training_goes_on_from_its_own_checkpoint(chain, axes, tmp_path):
         ("compare", ["selectors=[sensitivity]"], "selector=sensitivity chooses heads and neurons only"),
     ],
 )
-def test_bad_input(chain, axes, tmp_path, name, keys, message):
+def test_bad_input_is_refused(chain, axes, tmp_path, name, keys, message):
     given = [f"checkpoint={axes}/sorted", f"data={chain}/data", f"out={tmp_path}/out"]
     given += [f"latency={axes}/latency"] if name != "sensitivity" else []
     with pytest.raises(FlextronError, match=message):
@@ -165,12 +169,12 @@ def test_modulation_is_of_whole_networks_and_stays(chain, axes, tmp_path):
     shutil.copytree(chain / "sorted" / "tokenizer", tmp_path / "widths" / "tokenizer")
     given = [f"checkpoint={tmp_path}/widths", f"out={tmp_path}/out"]
     for name, *keys in (("router", f"data={chain}/data", "kind=adaptive"), ("latency", "routed.enabled=true")):
-        with pytest.raises(FlextronError, match="has modulation, gains that depend on the one network in use"):
+        with pytest.raises(FlextronError, match="was trained with modulation, which token routing does not support"):
             stage(name, *given, *keys)
     assert not (tmp_path / "out").exists()
 
 
 def test_joint_training_is_of_other_routers(chain, axes, tmp_path):
-    with pytest.raises(FlextronError, match="its router chooses on all axes: train it on with `flextron gumbel`"):
+    with pytest.raises(FlextronError, match="its router chooses on all axes: continue its training with `flextron gumbel`"):
         stage("joint", f"checkpoint={axes}/gumbel", f"data={chain}/data", f"out={tmp_path}/out")
     assert not (tmp_path / "out").exists()

@@ -1,13 +1,22 @@
-"""import and export as commands, on directories that transformers wrote and reads."""
+"""`flextron import` and `flextron export` on directories that transformers wrote, and reads."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    dynamic_module_utils,
+)
 
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
@@ -18,7 +27,7 @@ from tests.stages.conftest import stage
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory, chain) -> Path:
-    """A random Llama with grouped queries, with the tokenizer of the chain."""
+    """Directory of a random Llama with grouped queries and the chain's tokenizer."""
     folder = tmp_path_factory.mktemp("hf") / "llama"
     torch.manual_seed(5)
     config = LlamaConfig(
@@ -64,10 +73,26 @@ def test_the_trained_chain_exports(chain, tmp_path, uniform):
     assert torch.equal(
         model.generate(**prompt, **greedy, use_cache=True), model.generate(**prompt, **greedy, use_cache=False)
     )  # fmt: skip
-    # The exported directory is a Hugging Face checkpoint like any other: where it is stock it can be imported again.
+    # A stock export is a Hugging Face checkpoint like any other: it can be imported again.
     if figures["architecture"] == "LlamaForCausalLM":
         stage("import", f"hf={tmp_path}/out", f"out={tmp_path}/again", "space.heads=[1.0]")
         assert count_parameters(open_checkpoint(tmp_path / "again").model) == figures["parameters"]
+
+
+def test_an_export_leaves_nothing_elsewhere_and_names_no_place(chain, tmp_path, monkeypatch):
+    """transformers copies the code of a directory into the user's cache; metrics.json travels with the directory."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
+    modules, path = set(sys.modules), list(sys.path)
+    info = open_checkpoint(chain / "elastic")
+    (tmp_path / "net.json").write_text(toy.random_network(info.model, info.space, 3).to_json())
+    for name, keys in (("hf", [f"subnetwork={tmp_path}/net.json"]), ("hf_elastic", [])):
+        stage("export", f"checkpoint={chain}/elastic", f"format={name}", f"out={tmp_path}/{name}", *keys)
+        assert (tmp_path / name / "config.json").read_text().count("auto_map") == 1
+        metrics = (tmp_path / name / "metrics.json").read_text()
+        assert str(tmp_path) not in metrics and str(chain) not in metrics
+    assert not cache.exists() and sys.path == path
+    assert not [name for name in set(sys.modules) - modules if name.startswith("transformers_modules")]
 
 
 def test_evaluating_one_subnetwork(chain, tmp_path):

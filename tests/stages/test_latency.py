@@ -1,4 +1,4 @@
-"""The latency command: what it writes, fits and refuses."""
+"""`flextron latency`: measured tables, fitted tables, refusals."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_measurements_made_elsewhere_are_fitted(chain, tmp_path):
         (["rounds=0"], "rounds=0 must be at least 1"),
     ],
 )
-def test_what_cannot_be_measured(chain, tmp_path, keys, message):
+def test_bad_workloads_and_measurements_are_refused(chain, tmp_path, keys, message):
     with pytest.raises(FlextronError, match=message):
         stage("latency", f"checkpoint={chain}/elastic", *keys, f"out={tmp_path}/out")
     assert not (tmp_path / "out").exists()

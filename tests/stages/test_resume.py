@@ -1,12 +1,13 @@
-"""Continuing a training run: only the same one, only from what is whole, by one process at a time, and nothing is lost."""
+"""Continuing a training run: only the same run, from a whole checkpoint, by one process at a time, without losing results."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -14,24 +15,27 @@ import yaml
 
 from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
-from flextron_mcore.runs.resume import LOCK_FILE, _lock
-from tests.stages.conftest import TRAIN, pretrain_keys, stage
+from flextron_mcore.runs.verification import accept
+from tests.stages.conftest import TRAIN, finish_again, pretrain_keys, stage
 
 
 @pytest.fixture
 def tree(chain, tmp_path) -> Path:
-    """The chain's directories, copied, with both training runs unfinished: three of six steps done."""
+    """Copy of the chain's directory in which both training runs have done three of six steps."""
     root = tmp_path / "tree"
-    shutil.copytree(chain, root, ignore=shutil.ignore_patterns("tensorboard", "cache", LOCK_FILE, "metrics.json"))
+    shutil.copytree(chain, root, ignore=shutil.ignore_patterns("tensorboard", "cache", "metrics.json"))
     for run in ("parent", "elastic"):
         shutil.rmtree(root / run / "checkpoints" / "iter_0000006")
     return root
 
 
+def elastic_keys(root: Path) -> list[str]:
+    sizes = ["model.micro_batch_size=4", "model.global_batch_size=8"]
+    return [f"checkpoint={root}/sorted", f"data={root}/data", *sizes, *TRAIN]
+
+
 def elastic(root: Path, *more: str, out: Path | None = None) -> dict:
-    sizes = ["model.micro_batch_size=4", "model.global_batch_size=8", "trainer.max_steps=6"]
-    places = [f"checkpoint={root}/sorted", f"data={root}/data", f"out={out or root / 'elastic'}"]
-    return stage("elastic", *places, *sizes, *TRAIN, *more)
+    return stage("elastic", *elastic_keys(root), "trainer.max_steps=6", f"out={out or root / 'elastic'}", *more)
 
 
 def pretrain(root: Path, *more: str, out: Path | None = None) -> dict:
@@ -44,11 +48,11 @@ def losses(run: Path) -> list[list[float]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != LOCK_FILE}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def refused(run: Path, call: Callable[[], object], message: str) -> str:
-    """`call` is refused with one line, and `run` is as it was."""
+    """Assert that `call` is refused with one line that matches `message`, and leaves `run` as it was."""
     before = contents(run)
     with pytest.raises(FlextronError, match=message) as error:
         call()
@@ -57,13 +61,27 @@ def refused(run: Path, call: Callable[[], object], message: str) -> str:
     return str(error.value)
 
 
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """The lock of `out`, held by another process."""
+    code = "import pathlib, sys; from flextron_mcore.runtime.locks import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1])): print('locked', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(out)], **pipes) as other:
+        assert other.stdout.readline() == "locked\n"
+        yield
+        other.communicate("\n")
+
+
 def edit(file: Path, change: Callable[[dict], object]) -> None:
+    """Change a JSON file, and record it as it is then."""
     table = json.loads(file.read_text())
     change(table)
     file.write_text(json.dumps(table))
+    accept(file)
 
 
-# ---- what is the same run ----
+# ---- the same run, or another ----
 
 
 @pytest.mark.parametrize(
@@ -81,9 +99,10 @@ def test_another_run_is_refused(tree, change, message):
 
 
 def test_another_form_of_the_optimizer_is_refused(tree):
-    """The state on disk of the distributed optimizer is of another form."""
+    """The distributed optimizer stores its state in another form, so a run cannot continue with it."""
     file = tree / "elastic" / "config.yaml"
     file.write_text(file.read_text().replace("use_distributed_optimizer: false", "use_distributed_optimizer: true"))
+    accept(file)
     message = r"holds a run with model.ddp.use_distributed_optimizer=True, not False"
     refused(tree / "elastic", lambda: elastic(tree), message)
 
@@ -114,7 +133,7 @@ def test_another_tokenizer_under_the_same_path_is_refused(tree):
 
 @pytest.mark.parametrize("name", ["elastic", "evaluate", "importance"])
 def test_data_of_another_tokenizer_than_the_models_are_refused(tree, tmp_path, name):
-    """Of the same size, so that only the tokens tell. A tokenizer that is laid out anew is the same."""
+    """The other tokenizer is of the same size, so only its tokens differ. A tokenizer file in another layout is the same."""
     keys = [f"checkpoint={tree}/sorted", f"data={tree}/data", f"out={tmp_path}/out"]
     folder = tree / "sorted" / "tokenizer"
     edit(folder / "tokenizer.json", lambda table: None)
@@ -141,8 +160,8 @@ def test_another_source_under_the_same_path_is_refused(tree, change, message):
     refused(tree / "elastic", lambda: elastic(tree), f"holds a run with {message}: choose another out")
 
 
-def test_what_does_not_change_the_result_may_change(tree, chain):
-    """Layout, places, and the weights that the run started from: the losses are those of the uninterrupted run."""
+def test_keys_that_do_not_change_the_result_may_change(tree, chain):
+    """With another layout, other paths, or changed start weights a run continues, with the losses of the uninterrupted run."""
     moved = tree.with_name("moved")
     tree.rename(moved)
     source = open_checkpoint(moved / "sorted").path
@@ -181,13 +200,29 @@ def test_a_run_of_before_the_fingerprints_continues(tree, chain):
     assert set(values.pop("fingerprints")) == {"data", "tokenizer"}
     values.update(data=f"{tree}/data")
     file.write_text(yaml.safe_dump(values))
+    accept(file)
     shutil.copytree(tree / "data", tree / "copy")
     refused(tree / "elastic", lambda: elastic(tree, f"data={tree}/copy"), "holds a run with data=.*/data, not .*/copy")
     elastic(tree)
     assert losses(tree / "elastic") == losses(chain / "elastic")
 
 
-# ---- what is damaged ----
+@pytest.mark.parametrize("name", ["parent", "elastic"])
+def test_a_run_killed_after_its_last_checkpoint_finishes(chain, tmp_path, name):
+    """The run has no step left: its losses come from the log, or are computed again where the log has lost them."""
+    keys = pretrain_keys(chain / "data") if name == "parent" else elastic_keys(chain)
+    command = "pretrain" if name == "parent" else "elastic", *keys, "trainer.max_steps=6"
+    finish_again(chain / name, tmp_path / "again", *command)
+    run = tmp_path / "again"
+    expected = json.loads((run / "metrics.json").read_text())["validation"]
+    (run / "metrics.json").unlink()
+    log = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(row for row in log if '"step": 6, "event": "validation"' not in row))
+    assert stage(*command, f"out={run}")["validation"] == expected
+    assert sum('"step": 6, "event": "validation"' in row for row in (run / "log.jsonl").read_text().splitlines()) == 1
+
+
+# ---- damaged files ----
 
 
 def test_a_damaged_checkpoint_is_named_and_the_older_continues(tree, chain):
@@ -249,11 +284,12 @@ def test_stray_files_among_the_checkpoints_are_left_alone(tree):
 
 def test_a_run_that_is_being_written_is_left_alone(tree):
     message = r"process \d+ on \S+ is writing to it: wait for its end, or choose another out"
-    with _lock(tree / "elastic"):
+    with held(tree / "elastic"):
         refused(tree / "elastic", lambda: elastic(tree), message)
         refused(tree / "elastic", lambda: elastic(tree, "overwrite=true"), message)
-    (tree / "elastic" / LOCK_FILE).write_text("process 1 on another-node")  # one that was killed holds nothing
+    (tree / ".elastic.lock").write_text("process 1 on another-node")  # a killed process holds no lock
     elastic(tree)
+    assert not (tree / ".elastic.lock").exists()
 
 
 def test_overwrite_replaces_all_of_a_run(tree):
@@ -267,25 +303,35 @@ def test_overwrite_replaces_all_of_a_run(tree):
     assert not (run / "stray").exists() and not (run / "link").exists() and open_checkpoint(tree / "sorted")
 
 
-def test_overwrite_that_is_killed_can_be_repeated(tree, monkeypatch):
-    """At its first removal the run is no longer complete; after its last it is still known as a stage's."""
+def test_overwrite_that_fails_before_the_new_run_is_there_changes_nothing(tree, monkeypatch):
     run = tree / "elastic"
     (run / "metrics.json").write_text("{}")
+    before = contents(run)
 
-    def kill(*args, **kwargs):
+    def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for place in ("shutil.rmtree", "flextron_mcore.runs.resume.write_whole"):
+    for place in ("flextron_mcore.runs.resume.write_whole", "flextron_mcore.runtime.disk.publish"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(place, kill)
+            patch.setattr(place, fail)
             elastic(tree, "overwrite=true")
-        assert not (run / "metrics.json").exists() and (run / "config.yaml").exists()
-    assert {path.name for path in run.iterdir()} == {"config.yaml", LOCK_FILE}
+        assert contents(run) == before
     elastic(tree, "trainer.max_steps=1", "overwrite=true")
 
 
+def test_overwrite_that_is_killed_between_its_renames_loses_nothing(tree, chain):
+    """The run that is replaced is `.elastic.old` then: it comes back, and goes only when the new one has its place."""
+    run, old = tree / "elastic", tree / ".elastic.old"
+    run.rename(old)
+    elastic(tree)
+    assert losses(run) == losses(chain / "elastic") and not old.exists()
+    shutil.copytree(run, old)
+    elastic(tree, "trainer.max_steps=1", "overwrite=true")
+    assert not old.exists() and len(losses(run)) == 1
+
+
 @pytest.mark.parametrize("content", ["file", "directory", "leftover"])
-def test_what_is_at_out_before(tree, tmp_path, content):
+def test_out_that_exists_before_the_run(tree, tmp_path, content):
     out = tmp_path / "out"
     if content == "file":
         out.write_text("precious")
@@ -297,9 +343,12 @@ def test_what_is_at_out_before(tree, tmp_path, content):
     if content == "directory":
         (out / "thesis.txt").write_text("precious")
         refused(out, lambda: elastic(tree, "overwrite=true", out=out), "was not written by flextron; choose another")
-    else:  # of a process that was killed before it wrote anything else
-        (out / LOCK_FILE).write_text("process 1 on another-node")
+    else:  # left by a process killed before it wrote more
+        (tmp_path / ".out.lock").write_text("process 1 on another-node")
+        (tmp_path / ".out.tmp").mkdir()
+        (tmp_path / ".out.tmp" / ".config.yaml.tmp").write_text("half")
         elastic(tree, "trainer.max_steps=1", out=out)
+        assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_read_only_out(tree, make_disk):
@@ -322,3 +371,16 @@ def test_a_full_disk_before_the_first_file(tree, make_disk, exists):
             file.flush()
     refused(disk, lambda: elastic(tree, out=out), "cannot be written: No space left on device; nothing was changed")
     assert out.exists() == exists and not (exists and any(out.iterdir()))
+
+
+def test_a_checkpoint_is_written_when_its_time_has_come(tree):
+    """With every_minutes a checkpoint is written before every_n_train_steps, and changes no loss."""
+    keep = "exp_manager.checkpoint_callback_params.keep_last=9"
+    kept = {}
+    for name, minutes in (("steps", "null"), ("minutes", "1e-9")):
+        out = tree / name
+        callback = "exp_manager.checkpoint_callback_params"
+        pretrain(tree, keep, f"{callback}.every_n_train_steps=4", f"{callback}.every_minutes={minutes}", out=out)
+        kept[name] = [open_checkpoint(folder).step for folder in list_checkpoints(out)]
+    assert kept == {"steps": [4, 6], "minutes": [1, 2, 3, 4, 5, 6]}
+    assert losses(tree / "steps") == losses(tree / "minutes")

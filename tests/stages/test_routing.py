@@ -1,4 +1,4 @@
-"""latency table -> router -> joint -> select, sensitivity, compare, and budgets in evaluate and export: as commands."""
+"""Static routers by commands: router, joint, select, sensitivity, compare, and budgets in evaluate and export."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import memory_cost, parameter_cost
+from flextron_mcore.digests import seal
+from flextron_mcore.settings.compose import compose
 from flextron_mcore.space import SubNetwork
+from flextron_mcore.stages import select
 from flextron_mcore.training.loop import _Run
 from tests.routing_toy import write_table
-from tests.stages.conftest import TRAIN, stage
+from tests.stages.conftest import TRAIN, finish_again, stage
 
 RUN = [*(key for key in TRAIN if "optim" not in key), "model.micro_batch_size=4", "model.global_batch_size=8"]
 
@@ -29,7 +32,7 @@ def router_keys(run: Path, table: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def routed(chain, tmp_path_factory) -> Path:
-    """A directory with the outputs of latency (made up), router, joint and sensitivity."""
+    """Run directory with a made-up latency table, and the outputs of router, joint and sensitivity."""
     run = tmp_path_factory.mktemp("routed")
     table = write_table(chain / "elastic", run / "latency" / "latency.json")
     stage("router", *router_keys(chain, table.parent, "candidate_samples=8", f"out={run}/router"))
@@ -39,12 +42,20 @@ def routed(chain, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.parametrize("name", ["router", "joint"])
+def test_a_run_killed_after_its_last_checkpoint_finishes(chain, routed, tmp_path, name):
+    keys = router_keys(chain, routed / "latency", "candidate_samples=8")
+    if name == "joint":
+        keys = [f"checkpoint={routed}/router", f"data={chain}/data", *RUN, "trainer.max_steps=4", "targets_per_step=2"]
+    finish_again(routed / name, tmp_path / "again", name, *keys)
+
+
 def rows(out: Path) -> list[dict]:
     found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
 
 
-def test_what_router_writes(chain, routed):
+def test_outputs_of_router(chain, routed):
     metrics = json.loads((routed / "router" / "metrics.json").read_text())
     assert metrics["stage"] == "router" and metrics["steps"] == 8
     described = metrics["routers"]
@@ -57,12 +68,12 @@ def test_what_router_writes(chain, routed):
     assert "learning_rate" not in train[0]
     validated = [row["losses"] for row in rows(routed / "router") if row["event"] == "validation"]
     assert validated[0].keys() == {"full", *(f"router {row['target']:g}" for row in metrics["budgets"])}
-    assert len({row["full"] for row in validated}) == 1  # frozen
+    assert len({row["full"] for row in validated}) == 1  # the model is frozen
     newest = list_checkpoints(routed / "router")[-1]
     assert {"routers.json", "routers.safetensors", "latency.json", "router_training.pt"} <= {p.name for p in newest.iterdir()}
     evaluated = dict((tuple(indices), loss) for indices, loss in json.loads((newest / "routers.json").read_text())["evaluated"])
     info = open_checkpoint(newest)
-    for row in metrics["budgets"]:  # the best evaluated one within the budget, not merely the likeliest
+    for row in metrics["budgets"]:  # the best evaluated network within the budget, not only the likeliest
         assert tuple(Choices(info.model, info.space).indices(SubNetwork.from_dict(row["subnetwork"]))) in evaluated
     before, after = (TensorReader(open_checkpoint(path)) for path in (chain / "elastic", routed / "router"))
     assert all(before.read(key).equal(after.read(key)) for key in before.keys())  # noqa: SIM118
@@ -135,7 +146,7 @@ def test_joint_tunes_model_and_routers(routed):
 
 @pytest.mark.parametrize("budget", ["0.8", "0.9 parameters", "100KiB", "[0.9,25K]"])
 def test_a_selected_network_keeps_to_its_budget_everywhere(chain, routed, tmp_path, budget):
-    """select, evaluate and export take the same network; counted sizes are those of the exported files, to the byte."""
+    """select, evaluate and export take the same network, and its counted size is that of the exported files, to the byte."""
     checkpoint = f"checkpoint={routed}/router"
     kv = "kv_cache={batch_size: 2, length: 16}"
     metrics = stage("select", checkpoint, f"budget={budget}", "measure=false", kv, f"out={tmp_path}/sub/net.json")
@@ -173,7 +184,7 @@ def test_selection_measures_and_is_the_same_again(routed, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["uniform", "matformer", "sensitivity", "random"])
-def test_other_selectors(chain, routed, name):
+def test_other_selectors_keep_to_the_budget(chain, routed, name):
     keys = [f"checkpoint={chain}/elastic", f"selector={name}", f"latency={routed}/latency", "measure=false", "budget=0.85"]
     keys += [f"sensitivity={routed}/sensitivity", f"data={chain}/data", "random_networks=4", "limit_val_batches=1"]
     metrics = stage("select", *keys)
@@ -182,7 +193,7 @@ def test_other_selectors(chain, routed, name):
     info.space.check(info.model, SubNetwork.from_dict(metrics["subnetwork"]))
 
 
-def test_sensitivity(chain, routed):
+def test_sensitivity_is_the_loss_of_one_smaller_block(chain, routed):
     metrics = json.loads((routed / "sensitivity" / "metrics.json").read_text())
     assert len(metrics["blocks"]) == 2 * 2 * 3
     one = metrics["blocks"][4]
@@ -199,7 +210,7 @@ def test_sensitivity(chain, routed):
     assert evaluated["mean"]["loss"] == one["loss"]
 
 
-def test_compare(chain, routed, tmp_path):
+def test_compare_evaluates_every_selector_at_every_target(chain, routed, tmp_path):
     metrics = stage(
         *("compare", f"checkpoint={routed}/router", f"data={chain}/data", f"sensitivity={routed}/sensitivity"),
         *("selectors=[router,uniform,matformer,sensitivity,random]", "random_networks=3", "random_at_target=5"),
@@ -230,7 +241,17 @@ def test_compare(chain, routed, tmp_path):
         *("compare", f"checkpoint={routed}/router", f"data={chain}/data", "selectors=[router]", "random_at_target=0"),
         *("targets=[0.8]", "limit_val_batches=1", f"out={tmp_path}/again"),
     )
-    assert again["networks"][0] == found["router", 0.8] and again["random"] == []  # no noise in evaluation
+    assert again["networks"][0] == found["router", 0.8] and again["random"] == []  # evaluation has no noise
+
+
+def test_a_budget_above_the_full_model(routed, tmp_path, capsys):
+    keys = [f"checkpoint={routed}/router", f"out={tmp_path}/net.json"]
+    found = stage("select", *keys, "budget=8GiB")
+    info = open_checkpoint(routed / "router")
+    assert found["subnetwork"] == SubNetwork.full(info.model).to_dict()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "budget memory <= 8 GiB allows the full model, whose memory is" in said
+    assert f"memory: weights and KV cache of 1 x {info.model.max_position_embeddings} tokens in fp32" in said
 
 
 @pytest.mark.parametrize(
@@ -247,20 +268,29 @@ def test_compare(chain, routed, tmp_path):
         (["budget=0.8", "latency=/gone.json"], "/gone.json: is not a latency table"),
         (["budget=0.8", "dtype=int3"], "dtype='int3' is not known: use one of fp32, bf16, fp16"),
         (["budget=0.8", "rounds=0"], "rounds=0 must be at least 1"),
-        (["budget=0.8", "out={routed}"], "is a directory; name a file"),
+        (["budget=0.8", "out={routed}/latency"], "is a directory; name a file"),
+        (["budget=0.8", "out={routed}"], "contains the input checkpoint="),
         (["budget=0.8", "out={routed}/latency/latency.json"], "exists already; choose another, or overwrite=true"),
     ],
 )
-def test_bad_input_to_select(routed, keys, message):
+def test_bad_input_to_select_is_refused(routed, keys, message):
     with pytest.raises(FlextronError, match=message):
         stage("select", f"checkpoint={routed}/router", "measure=false", *(key.format(routed=routed) for key in keys))
 
 
-def test_select_without_routers_or_table(chain, routed):
+def test_select_is_for_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(FlextronError, match="select: is for one process: run it without torchrun"):
+        select.run(compose("select", ["checkpoint=c", "budget=0.8"]))
+
+
+def test_select_without_routers_or_table_says_what_to_give(chain, routed):
     keys = [f"checkpoint={chain}/elastic", "measure=false"]
     with pytest.raises(FlextronError, match="has no routers: train them with `flextron router`"):
         stage("select", *keys, "budget=0.8 parameters")
-    with pytest.raises(FlextronError, match="of latency, which is not known here; known: parameters, memory; give latency="):
+    with pytest.raises(
+        FlextronError, match="of latency, which is not available here; available: parameters, memory; for latency give latency="
+    ):
         stage("select", *keys, "budget=0.8", "selector=uniform")
     assert stage("select", *keys, "budget=0.8 parameters", "selector=uniform")["costs"]["parameters"]["share"] <= 0.8
 
@@ -268,7 +298,7 @@ def test_select_without_routers_or_table(chain, routed):
 @pytest.mark.parametrize(
     "name, keys, message",
     [
-        ("router", ["targets.low=0.1"], r"targets: 0.1 to 1 is no range within 0\.\d+ \(the smallest network's latency\) and 1"),
+        ("router", ["targets.low=0.1"], r"targets.low=0.1 and targets.high=1 are no range within 0\.\d+ \(the smallest"),
         ("router", ["targets.high=1.1"], "targets.high=1.1 must be above 0 and at most 1"),
         ("router", ["costs=[speed]"], "costs: 'speed' is not known here; known: latency, parameters, memory"),
         ("router", ["latency=null"], None),
@@ -280,9 +310,9 @@ def test_select_without_routers_or_table(chain, routed):
         ("joint", [], "has no routers: train them with `flextron router`"),
     ],
 )
-def test_bad_input_to_training(chain, routed, tmp_path, name, keys, message):
+def test_bad_input_to_training_is_refused(chain, routed, tmp_path, name, keys, message):
     common = [f"checkpoint={chain}/elastic", f"data={chain}/data", f"latency={routed}/latency", *RUN, "trainer.max_steps=1"]
-    if message is None:  # without a table budgets are of parameters
+    if message is None:  # without a table, budgets are shares of the parameters
         metrics = stage(name, *common, *keys, f"out={tmp_path}/out")
         assert metrics["routers"]["costs"] == ["parameters"]
         return
@@ -291,7 +321,7 @@ def test_bad_input_to_training(chain, routed, tmp_path, name, keys, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_tables_that_do_not_belong_here(chain, routed, tmp_path, capsys):
+def test_tables_that_do_not_belong_here_are_warned_of_or_refused(chain, routed, tmp_path, capsys):
     elsewhere = write_table(chain / "elastic", tmp_path / "elsewhere.json", machine={"device": "Abacus 3000"})
     keys = [f"checkpoint={routed}/router", "budget=0.8", "measure=false"]
     stage("select", *keys, f"latency={elsewhere}")
@@ -300,12 +330,12 @@ def test_tables_that_do_not_belong_here(chain, routed, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
     values = json.loads(elsewhere.read_text())
     values["model"]["hidden_size"] = 64
-    (tmp_path / "other.json").write_text(json.dumps(values))
+    (tmp_path / "other.json").write_text(json.dumps(seal(values)))
     with pytest.raises(FlextronError, match="other.json: is the latency table of another model"):
         stage("select", *keys, f"latency={tmp_path}/other.json")
     values = json.loads(elsewhere.read_text())
     values["mlp"].pop(0)
-    (tmp_path / "short.json").write_text(json.dumps(values))
+    (tmp_path / "short.json").write_text(json.dumps(seal(values)))
     with pytest.raises(FlextronError, match=r"short.json: lacks the candidates \[16\] of space.ffn_hidden_size"):
         stage("router", *router_keys(chain, tmp_path / "short.json", f"out={tmp_path}/out"))
 
@@ -318,7 +348,7 @@ def test_a_range_of_targets(chain, routed, tmp_path, capsys):
     assert all(0.8 <= target <= 0.9 for (target,) in row["targets"])
     for budget, outside in (("0.85", False), ("0.7", True), ("0.95", True)):
         stage("select", f"checkpoint={tmp_path}/out", f"budget={budget}", "measure=false")
-        warned = "is outside of what the routers were trained for, 0.8 to 0.9" in " ".join(capsys.readouterr().out.split())
+        warned = "is outside the range that the routers were trained for, 0.8 to 0.9" in " ".join(capsys.readouterr().out.split())
         assert warned == outside
 
 

@@ -1,4 +1,4 @@
-"""Losses of evaluated candidates decide what budgets get."""
+"""Evaluation of candidate networks: budgets get the network with the best measured loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.routing_toy import family, latency, true_loss
 from tests.training import test_gumbel as gumbel
 from tests.training.test_static import learner, train
 
-BIN = 0.005  # half as many as there are, for time
+BIN = 0.005  # twice the default width, so half as many bins, for speed
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def wide_bins(monkeypatch):
 
 
 def test_budgets_get_better_networks():
-    """Routers that were trained briefly, on noisy losses; evaluation gives the true loss, in the first round with noise."""
+    """After brief training on noisy losses, evaluation improves the answers. Rounds before the last have noise, too."""
     choices = family(4)
     cost, loss = latency(choices), true_loss(choices)
     taught = learner(choices, [cost], max_steps=80)
@@ -60,13 +60,13 @@ def test_budgets_get_better_networks():
         gains.append(loss(old) - loss(new))
         spent.append(cost.of(new))
     assert spent == sorted(spent)
-    # What the first round's noise, or a budget between two bins, may cost.
+    # Noise of early rounds, and budgets between two bins, may cost this much.
     assert np.mean(gains) > 0.003 and np.mean(np.array(gains) < -0.002) <= 0.05
     assert after.select([Budget(cost, cost.full)]) == before.select([Budget(cost, cost.full)])
 
 
-def test_where_networks_are_few_the_best_of_all_is_found():
-    """A small space, and routers that know nothing yet, without a surrogate."""
+def test_the_best_network_of_a_small_space_is_found():
+    """In a small space the best network of nearly every budget is found even with untrained routers and no surrogate."""
     choices = family(2)
     cost, loss = latency(choices), true_loss(choices)
     taught = learner(choices, [cost], max_steps=20, kind=StraightThroughLearner)
@@ -86,11 +86,11 @@ def test_where_networks_are_few_the_best_of_all_is_found():
     for share in np.linspace(cost.smallest / cost.full + 0.01, 1, 30):
         value = loss(taught.selector().select([Budget(cost, share * cost.full)]))
         beaten += [loss(net) < value for net in every if share - WITHIN <= cost.of(net) / cost.full <= share]
-    assert len(beaten) > 100 and np.mean(beaten) < 0.03  # a budget between two bins may miss one
+    assert len(beaten) > 100 and np.mean(beaten) < 0.03  # a budget between two bins may miss the best
 
 
-def test_what_few_samples_put_second_can_still_be_chosen():
-    """The first round takes the best network of a cost for a little worse than another: all samples have the last word."""
+def test_a_network_that_few_samples_rank_second_can_be_chosen():
+    """Few samples rank the best network of a cost second; evaluation on all samples corrects it."""
     choices = family(2)
     cost, loss = latency(choices), true_loss(choices)
     taught = learner(choices, [cost], max_steps=20, kind=StraightThroughLearner)
@@ -129,12 +129,12 @@ def test_over_all_axes_every_size_is_tried(uniform):
     after = [taught.selector().select(budget) for budget in budgets]
     assert [cost.of(net) for net in after] == sorted(cost.of(net) for net in after)
     old, new = (np.mean([gumbel.loss(axes, net) for net in found]) for found in (before, after))
-    assert new < old  # what an untrained router proposes
+    assert new < old  # better than the proposal of an untrained router
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-def test_what_is_clearly_worse_than_a_cheaper_network_is_no_answer(uniform):
-    """Many networks of half the channels are worse than cheaper ones of all channels: larger budgets keep these."""
+def test_a_network_worse_than_a_cheaper_one_is_no_answer(uniform):
+    """Networks of half the channels lose to cheaper ones of all channels: larger budgets keep the cheaper network."""
     taught = gumbel.learner(uniform)
     cost, axes = taught.costs[0], taught.choices
     every: dict[SubNetwork, float] = {}
@@ -161,5 +161,5 @@ def test_the_full_model_stays_though_a_cheaper_network_is_better():
     choices = family(2)
     cost, full = latency(choices), SubNetwork.full(choices.model)
     less, more = sorted((choices.replaced(full, block, 0) for block in (0, 1)), key=cost.of)
-    kept = candidates._answers(cost, {full: 2.2, more: 2.5, choices.least(cost): 3.0, less: 2.0})
+    kept = candidates._without_worse(cost, {full: 2.2, more: 2.5, choices.least(cost): 3.0, less: 2.0})
     assert list(kept) == [choices.least(cost), less, full]

@@ -1,4 +1,4 @@
-"""The router of all axes learns what it should, from a loss that is known: a stand-in for the language model."""
+"""The router of all axes learns from a known loss, a stand-in for the language model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flextron_mcore.training.gumbel import GumbelLearner
 from flextron_mcore.training.router import RouterTraining
 from tests import toy
 
-STEPS = 450  # at 300 the argmax is still off by 0.04 to 0.06, depending on the rounding of the CPU
+STEPS = 450  # after 300 steps the argmax misses the target by 0.04 to 0.06, depending on the CPU's rounding
 ARCH = toy.config(num_layers=4, vocab_size=11)
 SPACE = ElasticSpace.build(
     ARCH, hidden_size=[0.5, 0.75, 1.0], depth=[2, 3, 4], heads=[0.5, 1.0], layer_ranking=[3, 0, 2, 1]
@@ -24,7 +24,7 @@ WORTH = {"hidden": 1.0, "layers": (0.5, 0.1, 0.2, 0.6), "heads": (0.05, 0.4, 0.0
 
 
 def loss_of(hidden_K, layers_L, heads_LK, neurons_LK) -> torch.Tensor:
-    """Above the full model's, of a weighted network: what is missing counts, more than in proportion."""
+    """Loss of a weighted network above the full model's: a sum over missing parts, each raised to the power 1.5."""
 
     def missing(weights_K: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
         return (1 - (weights_K * torch.tensor(sizes)).sum(-1) / sizes[-1]).clamp_min(0) ** 1.5
@@ -82,7 +82,7 @@ def trained(request):
 
 
 def test_budgets_are_kept_used_monotone_and_well_spent(trained):
-    """At 20 budgets that were never drawn, against random networks of the same cost."""
+    """At 20 budgets that training never drew: kept, used, monotone, and better than random networks of the same cost."""
     taught, _ = trained
     (cost,), selector, axes = taught.costs, taught.selector(), taught.choices
     generator = np.random.default_rng(0)
@@ -94,12 +94,12 @@ def test_budgets_are_kept_used_monotone_and_well_spent(trained):
         assert net.is_uniform or not axes.uniform
         spent.append(cost.of(net) / cost.full)
         assert spent[-1] <= share + 1e-9
-        if not axes.uniform:  # uniform networks do not lie so densely
+        if not axes.uniform:  # uniform networks are sparser in cost
             assert spent[-1] > share - 0.02
         same = [other for other in every if spent[-1] - 0.02 <= cost.of(other) / cost.full <= spent[-1] and other != net]
         better += [loss(axes, other) > loss(axes, net) for other in same]
     assert spent == sorted(spent)
-    # Of uniform networks there are 72 in all, so that most budgets leave no choice; test_candidates tries all of them.
+    # There are 72 uniform networks, so most budgets leave no choice; test_candidates.py compares all.
     assert len(better) > 30 and np.mean(better) > (0.7 if axes.uniform else 0.9)
 
 
@@ -118,7 +118,7 @@ def test_noise_is_independent_on_every_axis_and_networks_differ():
     kept = flat[:, taught.routers.exists_NK.flatten()]
     correlation = torch.corrcoef(kept.T)
     assert (correlation - torch.eye(len(correlation))).abs().max() < 0.12
-    assert abs(float(kept.mean()) - 0.5772) < 0.02  # Gumbel's mean is Euler's constant
+    assert abs(float(kept.mean()) - 0.5772) < 0.02  # the mean of Gumbel noise is Euler's constant
 
 
 def test_weights_are_relaxed_first_and_hard_later():
@@ -134,7 +134,7 @@ def test_weights_are_relaxed_first_and_hard_later():
 
 @pytest.mark.parametrize("step", [0, STEPS - 1])
 def test_the_share_of_the_parameters_is_the_drawn_networks(step):
-    """Also where the weights are relaxed: of what the same draws choose as a slice."""
+    """With relaxed weights, too, the share is that of the network that the same draws choose as a slice."""
     taught, sliced = (learner(weighted_per_step=count) for count in (3, 0))
     rows = taught.networks(step)
     assert [row[4] for row in rows] == [parameter_share(ARCH, net) for net in sliced.networks(step)]

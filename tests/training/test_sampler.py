@@ -1,4 +1,4 @@
-"""T4: draws are uniform, independent, and a function of (seed, step) alone."""
+"""T4: random networks are uniform, independent, and a function of (seed, step) alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_draws_are_uniform_and_independent():
 
 
 def test_hidden_sizes_and_depths_are_uniform_and_independent_too():
-    """And the widths of a seed are those that it draws where nothing else is elastic."""
+    """Elastic hidden size and depth do not change the widths that a seed draws."""
     space = ElasticSpace.build(ARCH, hidden_size=[0.25, 0.5, 1.0], depth=[1, 2, 3], layer_ranking=[2, 0, 1])
     networks = [net for step in range(600) for net in draw(ARCH, space, 5, step, 3)]
     for net in networks[:50]:
@@ -55,7 +55,7 @@ def test_hidden_sizes_and_depths_are_uniform_and_independent_too():
         depth = sum(layer.executed for layer in net.layers)
         assert {i for i, layer in enumerate(net.layers) if layer.executed} == set(space.layer_ranking[:depth])
     pairs = [(space.hidden_size.index(net.hidden_size), sum(layer.executed for layer in net.layers) - 1) for net in networks]
-    assert chi_square(Counter(3 * hidden + depth for hidden, depth in pairs), 9) < 26.1  # 99.9 % with 8 degrees of freedom
+    assert chi_square(Counter(3 * hidden + depth for hidden, depth in pairs), 9) < 26.1  # 0.999 quantile, 8 degrees of freedom
     for net, plain in zip(networks, (net for step in range(600) for net in draw(ARCH, SPACE, 5, step, 3)), strict=True):
         assert all(ours == theirs for ours, theirs in zip(net.layers, plain.layers, strict=True) if ours.executed)
 

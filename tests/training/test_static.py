@@ -1,4 +1,4 @@
-"""Routers learn what they should, from a loss that is known: a stand-in for the language model."""
+"""Static routers learn from a known loss, a stand-in for the language model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def learner(choices, costs, max_steps=STEPS, seed=0, kind=SurrogateLearner) -> S
 
 
 def train(choices, taught: StaticLearner, first: int, last: int, noise: float = 0.005, seed: int = 0) -> list[dict]:
-    """Losses are those of the stand-in for a batch: the full model's differs from batch to batch, the others' with noise."""
+    """Train on the stand-in's losses: the full model's varies by batch, the sub-networks' have noise. Rows of the log."""
     loss, rows = true_loss(choices), []
     for step in range(first, last):
         generator = np.random.default_rng([seed, step])
@@ -53,7 +53,7 @@ def trained():
 
 
 def test_the_three_phases(trained):
-    """Fig. 12: first only the surrogate learns and the networks shrink to their budgets; then the routers follow it."""
+    """Fig. 12: first only the surrogate learns, and the constraint brings networks to their budgets; then routers follow it."""
     _, taught, rows = trained
     follows = [row["routers_follow_surrogate"] for row in rows]
     start = follows.index(True)
@@ -65,7 +65,7 @@ def test_the_three_phases(trained):
 
 
 def test_budgets_and_quality(trained):
-    """20 budgets that were never drawn: kept, used, monotone; and better than 95 % of random networks of the same cost."""
+    """20 budgets that training never drew: kept, used, monotone; better than 95 % of random networks of the same cost."""
     choices, taught, _ = trained
     (cost,), selector, loss = taught.costs, taught.selector(), true_loss(choices)
     shares = np.linspace(cost.smallest / cost.full + 0.06, 0.95, 20)
@@ -116,7 +116,7 @@ def test_targets_are_spread_over_the_range():
         taught.networks(step)
         figures = taught.learn(step, [1.0, 1.1, 1.2, 1.3, 1.4, 1.5])
         latencies, memories = np.array(figures["targets"]).T
-        for found, low, high in ((latencies, 0.8, 0.9), (memories, 0.7, 1.0)):  # one in each fifth, which are smaller at the top
+        for found, low, high in ((latencies, 0.8, 0.9), (memories, 0.7, 1.0)):  # one in each fifth of sqrt(high - target)
             assert np.histogram(np.sqrt((high - found) / (high - low)), 5, (0, 1))[0].tolist() == [1] * 5
         assert np.array(figures["costs"]).shape == (5, 2)
 
@@ -135,7 +135,7 @@ def test_several_costs_together():
 
 
 def test_straight_through_the_gates():
-    """Without a surrogate the routers know which blocks matter from the gates alone."""
+    """Without a surrogate, the gradients of gates alone teach routers which blocks matter."""
     choices = family(3)
     cost = latency(choices)
     taught = learner(choices, [cost], kind=StraightThroughLearner)

@@ -1,47 +1,45 @@
-"""Export as one GGUF file for llama.cpp, architecture `deci`: a Llama whose layers differ in heads and FFN width.
+"""Export as one GGUF file for llama.cpp, architecture `deci`: a Llama whose layers have different numbers of heads and neurons.
 
-Source: the GGUF specification, and llama.cpp's loader and graph of `deci` (src/models/deci.cpp).
+A model that normalises queries and keys is written as `qwen3`, one with Nemotron's layers as `nemotron`.
+
+Sources: the GGUF specification, and llama.cpp's loader and graph of `deci` (src/models/deci.cpp).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from flextron_mcore.config import FlextronError
+from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.exports.cut import cut
 from flextron_mcore.exports.directory import check_empty, figures
 from flextron_mcore.exports.formats import Format, Job
-from flextron_mcore.families import llama
+from flextron_mcore.families import llama, nemotron
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters
 
 FILE = "model.gguf"
-# Largest difference of logits that a type's rounding explains, in units of the logits' own size (`_logit_scale`): rounding is
-# relative, so it grows with them. The most in 46 small random networks, whose rounding averages out least: f16 0.012, q8_0 0.48.
+# Largest difference of logits that a type's rounding explains, as a share of the logits' standard deviation (`_logit_scale`),
+# because rounding is relative. The largest measured in 46 small random networks, where rounding averages out least: f16 0.012,
+# q8_0 0.48.
 _ROUNDING = {"f16": 0.04, "q8_0": 1.0}
 
 
 def write(job: Job) -> dict[str, Any]:
-    """Write job.net as model.gguf, with a README.md. Call on all ranks; the main process writes, a tensor at a time.
+    """Write job.net as model.gguf, and README.md. Call on all ranks; the main process writes one tensor at a time.
 
-    Weight matrices are f32 in an fp32 export, else f16, unless job.settings say otherwise. Vectors are always f32.
-    Returns format, architecture, parameters, bytes, files.
-    Raises FlextronError for a model that is no Llama, a tokenizer that llama.cpp lacks, weights too large for f16, a network
-    outside the space, or an `out` that is not an empty directory.
+    Weight matrices have the type of job.settings, by default f32 in an fp32 export, else f16. Vectors are always f32. Returns
+    format, architecture, parameters, bytes, files. Raises FlextronError for a model that is no Llama, a tokenizer that llama.cpp
+    lacks, weights too large for f16, a network outside of the space, or a job.out that is not an empty directory.
     """
     require_library()
-    from flextron_mcore.exports.gguf import tokenizer, writer  # import the package gguf, which is optional
+    from flextron_mcore.exports.gguf import tokenizer, writer  # late: they import the optional package gguf
 
     model, kind = job.info.model, _type(job)
-    if misfits := llama.FAMILY.misfits(model):
-        raise FlextronError(
-            f"format=gguf: llama.cpp holds layers of different widths for Llama only, which needs {', '.join(misfits)}: "
-            "use format=hf or format=trtllm"
-        )
-    job.info.space.check(model, job.net)
+    architecture = _architecture(model, job.net)
 
     file = job.out / FILE
 
@@ -49,28 +47,37 @@ def write(job: Job) -> dict[str, Any]:
         check_empty(job.out)
         vocabulary = tokenizer.read(job.tokenizer, model.vocab_size) if job.tokenizer else None
         try:
-            parameters = writer.write_file(job, file, kind, vocabulary)
+            parameters = writer.write_file(job, file, kind, architecture, vocabulary)
             (job.out / "README.md").write_text(writer.card(job, file, kind, vocabulary), encoding="utf-8")
         except BaseException:
-            file.unlink(missing_ok=True)  # never half a model
+            file.unlink(missing_ok=True)  # leave no incomplete model
             raise
         if parameters != count_parameters(model, job.net):
             raise AssertionError(f"{parameters} parameters written, {count_parameters(model, job.net)} counted")
-        return figures(job.out, "gguf", "deci", parameters)
+        return figures(job.out, "gguf", architecture, parameters)
 
     return on_main_process(written)
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits of the file, computed here as llama.cpp does in fp32."""
+    """Logits [batch, sequence, vocabulary] of the file, computed in fp32 as llama.cpp does. Call on the main process.
+
+    Args:
+        job: the export.
+        net: network of the export.
+        tokens_BS: token ids.
+    """
     require_library()
-    from flextron_mcore.exports.gguf.forward import forward  # imports the package gguf, which is optional
+    from flextron_mcore.exports.gguf.forward import forward  # late: imports the optional package gguf
 
     return forward(job.out / FILE, tokens_BS)
 
 
 def tolerance(job: Job) -> float:
-    """Rounding of the sums, and for other types than f32 that of the weights, which grows with the logits."""
+    """Largest difference between logits of the export and of the checkpoint that rounding explains.
+
+    Rounding of fp32 sums, and of the weights for types other than f32.
+    """
     scale, kind = _logit_scale(job), _type(job)
     return 1e-4 * max(1.0, scale) + _ROUNDING.get(kind, 0.0) * scale
 
@@ -79,11 +86,43 @@ FORMAT = Format(write, logits, tolerance)
 
 
 def require_library() -> None:
-    """Raises FlextronError where the package gguf is not installed."""
+    """Raise FlextronError if the package gguf is not installed."""
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise FlextronError("format=gguf needs the Python package gguf: pip install 'flextron_mcore[gguf]'") from None
+
+
+def _architecture(model: ModelConfig, net: SubNetwork) -> str:
+    """llama.cpp's architecture for a network: deci, or qwen3 or nemotron, whose layers all have the same widths.
+
+    Raises FlextronError for a model or network that llama.cpp computes in none of them.
+    """
+    scaling = dict(model.rope_scaling or {})
+    if not scaling.get("truncate", True):
+        raise FlextronError("format=gguf: llama.cpp has no YaRN that is not truncated, which this model has: use the format hf")
+    name = "qwen3" if model.qk_layernorm else "deci" if nemotron.FAMILY.misfits(model) else "nemotron"
+    heads = model.kv_channels * max(layer.num_attention_heads for layer in net.executed_layers)
+    faults = {
+        "layers of different widths": not net.is_uniform,
+        "biases": name == "qwen3" and model.qkv_bias,
+        "heads that do not fill the hidden size": name == "nemotron" and heads != net.hidden_size,
+        "tied embeddings": name == "nemotron" and model.share_embeddings_and_output_weights,
+        "rotary frequencies of Llama 3": scaling.get("type") == "llama3",
+    }
+    if name != "deci" and any(faults.values()):
+        missing = next(fault for fault, found in faults.items() if found)
+        raise FlextronError(f"format=gguf: llama.cpp's {name} has no {missing}, which this network needs: use the format hf")
+    if name == "nemotron":
+        return name
+    window = model.sliding_window if (model.sliding_window or 0) < model.max_position_embeddings else None
+    plain = replace(model, add_qkv_bias=False, qk_layernorm=False, sliding_window=window)
+    if misfits := llama.FAMILY.misfits(plain):
+        raise FlextronError(
+            f"format=gguf: llama.cpp holds layers of different widths for Llama only, which needs {', '.join(misfits)}: "
+            "use the format hf or trtllm"
+        )
+    return name
 
 
 def _type(job: Job) -> str:
@@ -91,12 +130,12 @@ def _type(job: Job) -> str:
     if kind is None:
         return "f32" if job.dtype == "fp32" else "f16"
     if job.dtype != job.info.dtype:
-        raise FlextronError(f"dtype={job.dtype} and gguf.type={kind} are two ways to say how weights are stored: give one")
+        raise FlextronError(f"dtype={job.dtype} and gguf.type={kind} both set how weights are stored: give only one of them")
     return kind
 
 
 def _logit_scale(job: Job) -> float:
-    """Standard deviation that logits have: the final norm's scale times a row of the output layer, summed over channels."""
+    """Estimated standard deviation of logits: norm over channels of the final norm's scale times the output layer's columns."""
     tensors = cut(job.info, job.net)
     rows = tensors.get("output_layer.weight") or tensors["embedding.word_embeddings.weight"]
     gain_C = tensors["decoder.final_layernorm.weight"].load().float()

@@ -1,10 +1,11 @@
-"""Logits of a GGUF file of architecture `deci`, from the file alone, in fp32: what llama.cpp's graph computes.
+"""Logits of a GGUF file, computed in fp32 from the file alone as in llama.cpp's graphs of `deci`, `qwen3` and `nemotron`.
 
-Source: llama.cpp, src/models/deci.cpp, and ggml's RoPE of neighbouring channels.
+Sources: llama.cpp, src/models/{deci,qwen3,nemotron}.cpp, and ggml's RoPE of neighbouring channels.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gguf import GGUFReader, quants
 from torch.nn import functional as F
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.exports.reference import Decoder, frequencies
+from flextron_mcore.exports.reference import Decoder, frequencies, yarn_factors
 
 _NAMES = {
     "words": "token_embd",
@@ -22,6 +23,8 @@ _NAMES = {
     "query": "attn_q",
     "key": "attn_k",
     "value": "attn_v",
+    "query_norm": "attn_q_norm",
+    "key_norm": "attn_k_norm",
     "projection": "attn_output",
     "mlp_norm": "ffn_norm",
     "gate": "ffn_gate",
@@ -32,16 +35,21 @@ _NAMES = {
 
 
 def forward(path: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, sequence, vocabulary]. Raises FlextronError for a file that is not GGUF."""
+    """Logits [batch, sequence, vocabulary] of tokens [batch, sequence]. Raises FlextronError for a file that is not GGUF."""
     try:
         reader = GGUFReader(path)
-    except (OSError, ValueError, LookupError) as error:  # what the reader and numpy raise on a damaged file
-        raise FlextronError(f"{path}: not readable as GGUF: {' '.join(str(error).split())}") from None
-    stored = {tensor.name: tensor for tensor in reader.tensors}  # the file is mapped: a tensor is in memory while it is used
+    except (OSError, ValueError, LookupError) as error:  # raised by the reader and by numpy for a damaged file
+        raise FlextronError(f"{path}: not readable as GGUF: {' '.join(str(error).split())}: export again") from None
+    stored = {tensor.name: tensor for tensor in reader.tensors}  # memory-mapped: read only when used
     names = _NAMES | {"output": "output" if "output.weight" in stored else "token_embd"}
+    gated = "blk.0.ffn_gate.weight" in stored
+    if not gated:
+        names |= {"gate": "ffn_up", "up": "ffn_gate"}
+
+    architecture = reader.fields["general.architecture"].contents()
 
     def value(key: str, default: Any = None) -> Any:
-        field = reader.fields.get(f"deci.{key}")
+        field = reader.fields.get(f"{architecture}.{key}")
         return default if field is None else field.contents()
 
     def read(name: str) -> torch.Tensor | None:
@@ -57,14 +65,26 @@ def forward(path: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     frequency_I, factors_I = frequencies(value("rope.freq_base"), value("rope.dimension_count")), read("rope_freqs.weight")
     if factors_I is not None:
         frequency_I = frequency_I / factors_I
+    factor, turn_scale = value("rope.scaling.factor", 1.0), 1.0
+    if value("rope.scaling.type") == "yarn":
+        scaling = {
+            "factor": factor,
+            "original_max_position_embeddings": value("rope.scaling.original_context_length"),
+            "beta_fast": value("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": value("rope.scaling.yarn_beta_slow", 1.0),
+        }
+        frequency_I = frequency_I / yarn_factors(scaling, frequency_I, value("rope.freq_base"))
+        turn_scale = value("rope.scaling.attn_factor", 1.0) * (1 + 0.1 * math.log(factor))
+        factor = 1.0
     decoder = Decoder(
         tensor,
         layers=value("block_count"),
         head_size=value("attention.key_length"),
-        epsilon=value("attention.layer_norm_rms_epsilon"),
-        rms_norm=True,
-        activation=F.silu,
-        frequency_I=frequency_I / value("rope.scaling.factor", 1.0),
-        neighbours=True,
+        epsilon=value("attention.layer_norm_rms_epsilon", value("attention.layer_norm_epsilon")),
+        rms_norm=gated,
+        activation=F.silu if gated else lambda x: F.relu(x).square(),
+        frequency_I=frequency_I / factor,
+        neighbours=architecture == "deci",
+        turn_scale=turn_scale,
     )
     return decoder.logits(tokens_BS)

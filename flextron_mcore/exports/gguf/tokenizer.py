@@ -1,13 +1,13 @@
-"""A Hugging Face tokenizer as the `tokenizer.ggml.*` keys of a GGUF file, where llama.cpp splits text as it does.
+"""Hugging Face tokenizer as `tokenizer.ggml.*` keys of a GGUF file, if llama.cpp splits text in the same way.
 
-llama.cpp has two kinds that a Llama uses: `gpt2`, byte-level BPE by rank of merges, with a named way to cut text into words;
-and `llama`, sentencepiece's BPE by score of pieces, where unknown characters become bytes.
+llama.cpp has two kinds of tokenizer that Llama models use. `gpt2` is byte-level BPE by rank of merges, with a named
+pre-tokenizer. `llama` is sentencepiece's BPE by score of pieces, where unknown characters become bytes.
+
 Source: llama.cpp, src/llama-vocab.cpp.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,11 @@ import gguf
 from gguf import TokenType
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.files import read_bytes, read_json, read_text
 
-_SPACE = "▁"  # sentencepiece's
+_SPACE = "▁"  # a space in sentencepiece
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# pre_tokenizer of tokenizer.json, as `_pre_tokenizer` shortens it -> (llama.cpp's name, its ignore_merges)
+# {result of `_pre_tokenizer`: (llama.cpp's name, its ignore_merges)}
 _PRE_TOKENIZERS = {
     "words": ("gpt-2", False),
     "digits, words": ("smollm", False),
@@ -30,22 +31,34 @@ _PRE_TOKENIZERS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A vocabulary in llama.cpp's terms. tokens, types (gguf.TokenType) and scores by id; merges as `left right`, best first."""
+    """Tokenizer in llama.cpp's terms, the keys `tokenizer.ggml.*` of a GGUF file.
+
+    Attributes:
+        model: kind of the tokenizer, gpt2 (byte-level BPE) or llama (sentencepiece's BPE).
+        tokens: text of each token, by id.
+        types: type of each token (gguf.TokenType), by id.
+        ids: {bos, eos, unk, pad: id}, without those that the tokenizer lacks.
+        add_bos, add_eos, add_space_prefix: True if llama.cpp is to add this token, or a space, to a text.
+        chat_template: chat template, or a list of {name, template}; None without.
+        pre: name of the pre-tokenizer; None without.
+        scores: score of each token, by id; None if merges have ranks instead.
+        merges: merges as `left right`, best first; None if tokens have scores instead.
+    """
 
     model: str
     tokens: Sequence[str]
     types: Sequence[int]
-    ids: Mapping[str, int]  # bos, eos, unk, pad: those that there are
+    ids: Mapping[str, int]
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
-    chat_template: Any  # written if it is a text
+    chat_template: Any
     pre: str | None = None
     scores: Sequence[float] | None = None
     merges: Sequence[str] | None = None
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
-        """Write the keys."""
+        """Add the keys of the tokenizer to a GGUF file."""
         writer.add_tokenizer_model(self.model)
         if self.pre:
             writer.add_tokenizer_pre(self.pre)
@@ -62,39 +75,59 @@ class Vocabulary:
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         writer.add_add_space_prefix(self.add_space_prefix)
-        if isinstance(self.chat_template, str) and self.chat_template:
+        if self.chat_template:
             writer.add_chat_template(self.chat_template)
 
 
 def read(folder: Path, vocab_size: int) -> Vocabulary:
-    """The tokenizer of a Hugging Face directory, for a model of `vocab_size` tokens; ids without a token are marked unused.
+    """Tokenizer of a Hugging Face directory, for a model of `vocab_size` tokens. Ids without a token are marked unused.
 
-    Raises FlextronError where llama.cpp would split text in another way, and for a damaged or missing file.
+    Raises FlextronError if llama.cpp would split text differently, and for a damaged or missing file.
     """
     file = next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
     if file is None:
         raise FlextronError(
-            f"tokenizer={folder}: no tokenizer in it that GGUF can hold (looked for tokenizer.json, tokenizer.model)"
+            f"tokenizer={folder}: no tokenizer in it that GGUF can hold: name a directory with tokenizer.json or tokenizer.model"
         )
     try:
         config = _json(folder / "tokenizer_config.json")
-        if (folder / "chat_template.jinja").is_file():  # where transformers 5 writes it
-            config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        config["chat_template"] = _chat_templates(folder, config)
         if file.name == "tokenizer.model":
             return _from_sentencepiece(file, config, vocab_size)
         return _from_tokenizer_json(_json(file), config, vocab_size)
     except _Unlike as error:
-        raise FlextronError(f"tokenizer={folder}: llama.cpp cannot split text as it does: {error}; use format=hf") from None
+        raise FlextronError(
+            f"tokenizer={folder}: llama.cpp cannot split text as this tokenizer does: {error}: use the format hf"
+        ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise FlextronError(f"{file}: is not a tokenizer ({type(error).__name__}: {' '.join(str(error).split())})") from None
+        raise FlextronError(
+            f"{file}: is not a tokenizer ({type(error).__name__}: {' '.join(str(error).split())}): copy it again"
+        ) from None
+
+
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> Any:
+    """Chat template of a tokenizer, a list of {name, template} if it has several, None without.
+
+    transformers 4 keeps them in tokenizer_config.json, transformers 5 in files.
+    """
+    found = config.get("chat_template")
+    if isinstance(found, dict):
+        found = [{"name": name, "template": text} for name, text in found.items()]
+    if (folder / "chat_template.jinja").is_file():
+        found = read_text(folder / "chat_template.jinja")
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if more:
+        others = [{"name": file.stem, "template": read_text(file)} for file in more]
+        found = [*([{"name": "default", "template": found}] if isinstance(found, str) else found or []), *others]
+    return found or None
 
 
 class _Unlike(Exception):
-    """A trait of a tokenizer that llama.cpp has no like of."""
+    """Error: a property of a tokenizer that llama.cpp cannot reproduce."""
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_bytes()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _from_tokenizer_json(values: dict[str, Any], config: dict[str, Any], vocab_size: int) -> Vocabulary:
@@ -138,7 +171,7 @@ def _from_tokenizer_json(values: dict[str, Any], config: dict[str, Any], vocab_s
         tokens=tokens,
         types=types,
         scores=scores,
-        # llama.cpp wants one at least: that of two characters that bytes never become meets no text
+        # llama.cpp needs at least one merge; this one matches no text, because no byte becomes its characters
         merges=None if sentencepiece else [" ".join(merge) for merge in merges or [(_SPACE, _SPACE)]],
         ids=ids,
         add_bos=before is not None,
@@ -149,7 +182,7 @@ def _from_tokenizer_json(values: dict[str, Any], config: dict[str, Any], vocab_s
 
 
 def _tokens(vocab: Mapping[str, int], special: Mapping[str, bool], size: int) -> tuple[list[str], list[int]]:
-    """Text and type by id. special: of the added tokens, whether they are control tokens."""
+    """(texts, types) of tokens by id. special: {added token: whether it is a control token}. size: number of ids."""
     if (last := max(vocab.values())) >= size:
         raise _Unlike(f"it has tokens up to {last}, the model {size}")
     if len(set(vocab.values())) < len(vocab):
@@ -160,12 +193,12 @@ def _tokens(vocab: Mapping[str, int], special: Mapping[str, bool], size: int) ->
         tokens[number] = token
         types[number] = int(TokenType.NORMAL if token not in special else
                             TokenType.CONTROL if special[token] else TokenType.USER_DEFINED)  # fmt: skip
-    names = (name for i in range(2 * size) if (name := f"[PAD{i}]") not in vocab)  # llama.cpp wants every text once
+    names = (name for i in range(2 * size) if (name := f"[PAD{i}]") not in vocab)  # llama.cpp needs different texts
     return [next(names) if token is None else token for token in tokens], types
 
 
 def _mark_bytes(tokens: Sequence[str], types: list[int], unknown: str | None) -> None:
-    """Types of the tokens that only sentencepiece has."""
+    """Set the types of byte tokens and of the unknown token, which only sentencepiece has."""
     number = {token: i for i, token in enumerate(tokens)}
     for byte in range(256):
         if (token := f"<0x{byte:02X}>") not in number:
@@ -178,12 +211,13 @@ def _mark_bytes(tokens: Sequence[str], types: list[int], unknown: str | None) ->
 def _scores(
     tokens: Sequence[str], vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], special: Mapping[str, bool]
 ) -> list[float]:
-    """Minus the rank of the merges that make a token; sentencepiece merges the neighbours whose token has the best score.
+    """Scores by id: minus the rank of the merges that make the token. sentencepiece merges the neighbours with the best score.
 
-    That is the same only where all merges that make one token are ranked together, and every pair of pieces that reads as a
-    token is a merge. Runs of one character may share a rank (Llama 2's spaces do): docs/gguf.md says what that means.
+    Scores give the same result as merges only if all merges into one token have adjacent ranks, and if every pair of pieces that
+    spells a token is a merge; else this raises _Unlike. Runs of one character may share a rank, as Llama 2's spaces do
+    (docs/gguf.md).
     """
-    spans: dict[str, list[int]] = {}  # the first and the last merge that makes a token, in the order of the first
+    spans: dict[str, list[int]] = {}  # {token: [first, last] merge into it}, in the order of the first
     for number, (left, right) in enumerate(merges):
         spans.setdefault(left + right, [number, number])[1] = number
     rank: dict[str, int] = {}
@@ -202,20 +236,20 @@ def _scores(
 
 
 def _space_prefix(values: dict[str, Any]) -> bool:
-    """True if a text is given a space in front; raises _Unlike for one that does not write spaces as sentencepiece does."""
+    """True if the tokenizer puts a space before a text. Raises _Unlike if it does not write spaces as sentencepiece does."""
     normalizer, pre = values.get("normalizer"), values.get("pre_tokenizer")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     if pre is None and steps in ([{"type": "Prepend", "prepend": _SPACE}, replace], [replace]):
         return len(steps) == 2
     if normalizer is None and pre and pre["type"] == "Metaspace" and pre["replacement"] == _SPACE and pre.get("split") is False:
-        # "first" adds none to a text that begins with a space, where llama.cpp, as sentencepiece, does: docs/gguf.md.
+        # "first" adds no space to a text that begins with one; llama.cpp and sentencepiece do (docs/gguf.md).
         return pre["prepend_scheme"] != "never"
     raise _Unlike("it does not write spaces as sentencepiece's Llama does (normalizer and pre_tokenizer of tokenizer.json)")
 
 
 def _pre_tokenizer(value: dict[str, Any] | None) -> str:
-    """A pre_tokenizer of tokenizer.json in a few words, the same for the same behaviour."""
+    """Short description of a pre_tokenizer of tokenizer.json, equal for equal behaviour."""
     if value is None:
         return "none"
     kind = value["type"]
@@ -231,7 +265,7 @@ def _pre_tokenizer(value: dict[str, Any] | None) -> str:
 
 
 def _template(value: dict[str, Any] | None) -> tuple[str | None, str | None]:
-    """The tokens that a post_processor of tokenizer.json puts before and after a text."""
+    """(token before, token after) a text, from a post_processor of tokenizer.json; None for no token."""
     if value is None or value["type"] == "ByteLevel":
         return None, None
     if value["type"] == "Sequence":
@@ -248,7 +282,7 @@ def _template(value: dict[str, Any] | None) -> tuple[str | None, str | None]:
 
 
 def _special_ids(config: dict[str, Any], vocab: Mapping[str, int], unknown: str | None) -> dict[str, int]:
-    """Ids of tokenizer_config.json. llama.cpp takes ids of its own for bos and eos where none are given."""
+    """{bos, eos, unk, pad: id} from tokenizer_config.json. bos and eos are always given, else llama.cpp uses its own defaults."""
     ids = {}
     for name in ("bos", "eos", "unk", "pad"):
         token = config.get(f"{name}_token") or (unknown if name == "unk" else None)
@@ -256,17 +290,17 @@ def _special_ids(config: dict[str, Any], vocab: Mapping[str, int], unknown: str 
         if token in vocab:
             ids[name] = vocab[token]
     if "eos" not in ids:
-        raise _Unlike("it has no end-of-text token (eos_token of tokenizer_config.json), and llama.cpp would take one of its own")
+        raise _Unlike("it has no end-of-text token (eos_token of tokenizer_config.json), and llama.cpp would use its default")
     return {"bos": ids["eos"], **ids}
 
 
 def _from_sentencepiece(file: Path, config: dict[str, Any], vocab_size: int) -> Vocabulary:
-    """A tokenizer.model alone, which llama.cpp splits text by as sentencepiece does."""
-    from transformers.convert_slow_tokenizer import import_protobuf  # slow to import
+    """Vocabulary of a tokenizer.model of sentencepiece."""
+    from transformers.convert_slow_tokenizer import import_protobuf  # late: slow to import
 
     try:
-        proto = import_protobuf().ModelProto.FromString(file.read_bytes())
-    except Exception as error:  # protobuf's own class
+        proto = import_protobuf().ModelProto.FromString(read_bytes(file))
+    except Exception as error:  # of a class of protobuf
         raise ValueError(error) from None
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != 2:
@@ -277,7 +311,7 @@ def _from_sentencepiece(file: Path, config: dict[str, Any], vocab_size: int) -> 
     tokens, types = _tokens(vocab, {}, vocab_size)
     scores = [0.0] * vocab_size
     for i, piece in enumerate(proto.pieces):
-        types[i], scores[i] = piece.type, piece.score  # the numbers of the types are the same
+        types[i], scores[i] = piece.type, piece.score  # sentencepiece and GGUF have the same numbers of types
     if types.count(TokenType.BYTE) != 256:
         raise _Unlike("it has no bytes for unknown characters")
     named = {f"{name}_token": getattr(trainer, f"{name}_piece") for name in ("bos", "eos", "unk")}

@@ -1,4 +1,4 @@
-"""Write a Llama as GGUF, one tensor in memory at a time.
+"""Writing a Llama as GGUF, one tensor in memory at a time.
 
 Shape suffixes: N heads, P the two halves of a head, I channels of a half.
 """
@@ -16,8 +16,8 @@ import torch
 
 from flextron_mcore.checkpoint.parts import split
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.exports.card import describe
-from flextron_mcore.exports.cut import cut, placed_tensors
+from flextron_mcore.exports.card import describe, title
+from flextron_mcore.exports.cut import cut, placed_tensors, plain_norms
 from flextron_mcore.exports.formats import Job
 from flextron_mcore.exports.gguf.tokenizer import Vocabulary
 from flextron_mcore.exports.reference import frequencies, llama3_factors
@@ -31,6 +31,8 @@ _NAMES = Names(
         "embedding.word_embeddings": "token_embd",
         "self_attention.linear_qkv.layer_norm": "attn_norm",
         "self_attention.linear_qkv": ("attn_q", "attn_k", "attn_v"),
+        "self_attention.q_layernorm": "attn_q_norm",
+        "self_attention.k_layernorm": "attn_k_norm",
         "self_attention.linear_proj": "attn_output",
         "mlp.linear_fc1.layer_norm": "ffn_norm",
         "mlp.linear_fc1": ("ffn_gate", "ffn_up"),
@@ -42,15 +44,23 @@ _NAMES = Names(
 )
 
 
-def write_file(job: Job, file: Path, kind: str, vocabulary: Vocabulary | None) -> int:
-    """Write job.net as `file` in job.out; returns the number of parameters.
+def write_file(job: Job, file: Path, kind: str, architecture: str, vocabulary: Vocabulary | None) -> int:
+    """Write job.net as a GGUF file, and return the number of parameters.
 
-    kind: f32, f16 or q8_0. Raises FlextronError where the disk is too small, or a weight too large.
+    Args:
+        job: the export.
+        file: file in job.out to write.
+        kind: type of the weight matrices: f32, f16 or q8_0.
+        architecture: architecture in llama.cpp: deci, qwen3 or nemotron.
+        vocabulary: tokenizer, or None for a file without one.
+
+    Raises:
+        FlextronError: the disk is too small, or a weight is too large for f16.
     """
-    model, layers, tensors = job.info.model, job.net.executed_layers, cut(job.info, job.net)
-    mapped = _NAMES.map(placed_tensors(model, job.net), "format=gguf")
-    writer = gguf.GGUFWriter(file, "deci")
-    _add_metadata(writer, model, layers, job.net.hidden_size, kind)
+    model, layers, tensors = job.info.model, job.net.executed_layers, plain_norms(job.info.model, cut(job.info, job.net))
+    mapped = _names(model).map(placed_tensors(model, job.net), "format=gguf")
+    writer = gguf.GGUFWriter(file, architecture)
+    _add_metadata(writer, model, layers, job.net.hidden_size, kind, title(job))
     if vocabulary:
         vocabulary.add_to(writer)
     else:
@@ -75,13 +85,15 @@ def write_file(job: Job, file: Path, kind: str, vocabulary: Vocabulary | None) -
             for (name, shape), tensor in zip(each.shapes.items(), split(each, whole), strict=True):
                 if tuple(tensor.shape) != shape:
                     raise AssertionError(f"{name}: {tuple(tensor.shape)} instead of {shape}")
-                data = _encode(name, _permuted(name, tensor, model.kv_channels), _stored_type(shape, kind))
+                if architecture == "deci":
+                    tensor = _permuted(name, tensor, model.kv_channels)
+                data = _encode(name, tensor, _stored_type(shape, kind))
                 writer.write_tensor_data(data)
                 parameters += tensor.numel()
                 if job.progress:
                     job.progress(data.nbytes)
     except OSError as error:
-        if error.errno is None:  # numpy's tofile gives no reason: bytes that the disk did not take
+        if error.errno is None:  # numpy's tofile raises this for a full disk
             raise FlextronError(
                 f"{job.out}: cannot be written: No space left on device; free space or choose another out="
             ) from None
@@ -91,12 +103,16 @@ def write_file(job: Job, file: Path, kind: str, vocabulary: Vocabulary | None) -
     return parameters
 
 
+def _names(model: ModelConfig) -> Names:
+    return _NAMES if model.gated else replace(_NAMES, modules={**_NAMES.modules, "mlp.linear_fc1": "ffn_up"})
+
+
 def _add_metadata(
-    writer: gguf.GGUFWriter, model: ModelConfig, layers: Sequence[LayerChoice], hidden_size: int, kind: str
+    writer: gguf.GGUFWriter, model: ModelConfig, layers: Sequence[LayerChoice], hidden_size: int, kind: str, name: str
 ) -> None:
     files = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
     writer.add_type("model")
-    writer.add_name("A Flextron sub-network")
+    writer.add_name(name)
     writer.add_file_type(files[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(model.vocab_size)
@@ -106,19 +122,29 @@ def _add_metadata(
     writer.add_feed_forward_length([layer.ffn_hidden_size for layer in layers])
     writer.add_head_count([layer.num_attention_heads for layer in layers])
     writer.add_head_count_kv([layer.kv_groups for layer in layers])
-    writer.add_key_length(model.kv_channels)  # without these, llama.cpp takes hidden size / heads of the first layer
+    writer.add_key_length(model.kv_channels)  # llama.cpp's default is hidden size / heads of the first layer
     writer.add_value_length(model.kv_channels)
-    writer.add_layer_norm_rms_eps(model.layernorm_epsilon)
-    writer.add_rope_dimension_count(model.kv_channels)
+    if model.normalization == "rmsnorm":
+        writer.add_layer_norm_rms_eps(model.layernorm_epsilon)
+    else:
+        writer.add_layer_norm_eps(model.layernorm_epsilon)
+    writer.add_rope_dimension_count(model.rotary_channels)
     writer.add_rope_freq_base(model.rotary_base)
-    linear = model.rope_scaling if (model.rope_scaling or {}).get("type") == "linear" else None
-    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if linear else gguf.RopeScalingType.NONE)
-    if linear:
-        writer.add_rope_scaling_factor(linear["factor"])
+    scaling = dict(model.rope_scaling or {"type": "none"})
+    types = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
+    writer.add_rope_scaling_type(types.get(scaling["type"], gguf.RopeScalingType.NONE))
+    if scaling["type"] in types:
+        writer.add_rope_scaling_factor(scaling["factor"])
+    if scaling["type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
+        # llama.cpp multiplies its own factor, YaRN's default, with this one.
+        writer.add_rope_scaling_attn_factors(scaling["attention_factor"] / (1 + 0.1 * math.log(scaling["factor"])))
 
 
 def _rope_factors(model: ModelConfig) -> np.ndarray | None:
-    """Divisors of the frequencies in llama3's scaling [kv_channels / 2], fp32; None for models without it."""
+    """Divisors of rotary frequencies in the scaling of Llama 3.1, fp32 [kv_channels / 2]; None for models without it."""
     scaling = model.rope_scaling or {}
     if scaling.get("type") != "llama3":
         return None
@@ -126,7 +152,7 @@ def _rope_factors(model: ModelConfig) -> np.ndarray | None:
 
 
 def _permuted(name: str, tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """llama.cpp rotates neighbouring channels of a query or key, transformers one half of the head with the other."""
+    """Query and key weights in the channel order of llama.cpp, which rotates neighbouring channels, not halves of a head."""
     if ".attn_q." not in name and ".attn_k." not in name:
         return tensor
     tensor_NPI = tensor.unflatten(0, (-1, 2, size // 2))
@@ -134,7 +160,7 @@ def _permuted(name: str, tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _stored_type(shape: tuple[int, ...], kind: str) -> gguf.GGMLQuantizationType:
-    """Vectors stay in f32, which llama.cpp wants; q8_0 has blocks of 32 along a row, so matrices of other widths are f16."""
+    """Type of a tensor: f32 for vectors, as llama.cpp needs; f16 for rows that the blocks of q8_0 do not divide."""
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
     stored = gguf.GGMLQuantizationType[kind.upper()]
@@ -147,20 +173,29 @@ def _nbytes(shape: tuple[int, ...], stored: gguf.GGMLQuantizationType) -> int:
 
 
 def _encode(name: str, tensor: torch.Tensor, stored: gguf.GGMLQuantizationType) -> np.ndarray:
-    """The bytes of a tensor. Raises FlextronError for a weight beyond f16's range, which would become infinite."""
+    """Bytes of a tensor in its type. Raises FlextronError for a weight beyond the range of f16."""
     values = np.ascontiguousarray(tensor.numpy())
     if stored is gguf.GGMLQuantizationType.F16 and (largest := max(values.max(), -values.min())) > np.finfo(np.float16).max:
-        raise FlextronError(f"gguf.type: {name} has a weight of {largest:.3g}, f16 ends at 65504: use gguf.type=f32")
+        raise FlextronError(
+            f"gguf.type: {name} has a weight of {largest:.3g}, more than f16 holds (65504): use `flextron export gguf.type=f32`"
+        )
     return gguf.quants.quantize(values, stored)
 
 
 def card(job: Job, file: Path, kind: str, vocabulary: Vocabulary | None) -> str:
-    """README.md of an export."""
+    """Text of the exported directory's README.md.
+
+    Args:
+        job: the export.
+        file: the written file.
+        kind: type of the weight matrices.
+        vocabulary: tokenizer, or None.
+    """
     parameters, full = count_parameters(job.info.model, job.net), count_parameters(job.info.model)
     costs = describe(replace(job, dtype="fp32" if kind == "f32" else "fp16")).splitlines()
-    costs = [line for line in costs if not line.startswith("| weights |")]  # which knows no q8_0
+    costs = [line for line in costs if not line.startswith("| weights |")]  # it does not know q8_0
     if vocabulary is None:
-        use = "llama.cpp loads it and takes token ids, not text (`llama_cpp.Llama.eval`)."
+        use = "Without a tokenizer, llama.cpp takes token ids, not text (`llama_cpp.Llama.eval`)."
     else:
         use = f'```bash\nllama-cli -m {file.name} -p "The" -n 20 -no-cnv\n```'
     return f"""---
@@ -170,7 +205,7 @@ tags: [flextron, gguf]
 # A Flextron sub-network
 
 GGUF of architecture `deci`, for llama.cpp: {parameters:,} parameters, {parameters / full:.1%} of the {full:,} of the elastic
-model that flextron_mcore cut it from. Weight matrices are in {kind}; the file has {file.stat().st_size:,} bytes.
+model from which flextron_mcore cut it. Weight matrices are in {kind}; the file has {file.stat().st_size:,} bytes.
 
 {chr(10).join(costs)}
 

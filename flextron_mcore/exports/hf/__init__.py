@@ -1,8 +1,7 @@
-"""Export a sub-network as a Hugging Face directory, the form that transformers, vLLM, TensorRT-LLM and SGLang load."""
+"""Export as a Hugging Face directory, which transformers, vLLM, TensorRT-LLM and SGLang load."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from flextron_mcore.checkpoint.reader import DTYPES
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.exports.cut import cut, cut_config, placed_tensors, plain_norms
-from flextron_mcore.exports.directory import begin, figures, write_json
+from flextron_mcore.exports.directory import begin, figures, load_with_own_code, write_code, write_json
 from flextron_mcore.exports.formats import Format, Job, rounding
 from flextron_mcore.exports.hf.writer import model_card, write_weights
-from flextron_mcore.families import family_of_model
+from flextron_mcore.families import coded_family, family_of_model
 from flextron_mcore.families.family import Family
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters, weight_bytes
@@ -24,28 +23,41 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write(job: Job) -> dict[str, Any]:
-    """Write job.net as a dense model. Call on all ranks, which share the weights out.
+    """Write job.net as a dense model in a Hugging Face directory. Call on all ranks, which share the files of weights.
 
-    A network that a stock class of transformers can hold is written as that class, any other as its `Flextron` subclass, whose
-    code goes along (`trust_remote_code=True`). Values that no cut changes come from the config that the model was imported from.
-    Returns format, architecture, parameters, bytes and files (of the whole directory); `reason` if no stock class was possible.
-    Raises FlextronError for a model of no family, a network outside the space, or an `out` that is not an empty directory.
+    A network that a stock class of transformers can hold is written as that class. Any other is written as a subclass named
+    `Flextron...`, whose code is in the directory and needs `trust_remote_code=True`. Keys of config.json that do not depend on
+    widths keep the values of the model that was imported.
+
+    Returns format, architecture, parameters, bytes and files; also `reason` if no stock class can hold the network. Raises
+    FlextronError for a model of no family, a network outside of the space, or a job.out that is not an empty directory.
+    """
+    family, reason = _class_for(family_of_model(job.info.model, job.info.hf_config), job.info.model, job.net)
+    return write_as(family, job, reason)
+
+
+def write_as(family: Family, job: Job, reason: str | None) -> dict[str, Any]:
+    """Write job.net as a model of a family; files, result and errors are those of `write`. Call on all ranks.
+
+    Args:
+        family: family that can represent the model.
+        job: the export.
+        reason: reason why the stock class cannot hold the network, so that the family's class in code/ must; None for the stock
+            class.
     """
     info, net, out, dtype = job.info, job.net, job.out, DTYPES[job.dtype]
-    family = family_of_model(info.model, info.hf_config)
     mapped = family.names.map(placed_tensors(info.model, net), "format=hf")
-    tensors = plain_norms(info.model, cut(info, net))
-    reason = _not_stock(family, info.model, net)
+    tensors = cut(info, net) if family.zero_centered else plain_norms(info.model, cut(info, net))
 
     def prepared() -> dict[str, Any]:
-        """Everything but the weights and config.json, which is returned."""
+        """Write everything but the weights and config.json; return config.json."""
         begin(job, weight_bytes(info.model, net, job.dtype))
         config = _config(job, family, reason) | {"torch_dtype": str(dtype).removeprefix("torch.")}
         if not (out / "generation_config.json").is_file():
             ids = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
             write_json(out / "generation_config.json", ids)
-        for name in _code_files(family) if reason else ():
-            shutil.copyfile(_CODE / f"{name}.py", out / f"{name}.py")
+        if reason:
+            write_code(out, _CODE, _code_files(family), family)
         return config
 
     config = on_main_process(prepared)
@@ -63,10 +75,14 @@ def write(job: Job) -> dict[str, Any]:
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits of the directory, in transformers."""
-    from transformers import AutoModelForCausalLM  # slow to import
+    """Logits [batch, sequence, vocabulary] in fp32 that transformers computes from the directory. Call on the main process.
 
-    exported = AutoModelForCausalLM.from_pretrained(job.out, trust_remote_code=True, dtype=torch.float32).eval()
+    Args:
+        job: the export.
+        net: network of the export.
+        tokens_BS: token ids.
+    """
+    exported = load_with_own_code(job.out)
     with torch.no_grad():
         return exported(tokens_BS).logits
 
@@ -74,22 +90,29 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 FORMAT = Format(write, logits, rounding)
 
 
-def _not_stock(family: Family, model: ModelConfig, net: SubNetwork) -> str | None:
-    """Why the stock class cannot hold `net`; None if it can. Raises FlextronError where no other class could."""
+def _class_for(family: Family, model: ModelConfig, net: SubNetwork) -> tuple[Family, str | None]:
+    """Family to write a network as, and the reason why its stock class cannot hold it; None if it can.
+
+    A family without code for layers of different widths leaves them to another that can represent the model. Raises FlextronError
+    if no class can hold the network.
+    """
     layers = net.executed_layers
     reason = "the widths differ from layer to layer" if not net.is_uniform else family.refusal(model, net.hidden_size, layers[0])
-    if reason and family.classes is None:
+    if reason is None:
+        return family, None
+    coded = coded_family(model, family)
+    if coded is None:
         raise FlextronError(f"format=hf: {reason}, and {family.name} has no class of its own for that: choose a uniform network")
-    return reason
+    return coded, reason
 
 
 def _code_files(family: Family) -> tuple[str, str]:
-    """The files of `code/` that hold the class for layers of different widths, without `.py`: configuration and model."""
+    """Names of the two files in code/ for layers of different widths, without .py: configuration and model."""
     return f"configuration_flextron_{family.model_type}", f"modeling_flextron_{family.model_type}"
 
 
 def _config(job: Job, family: Family, reason: str | None) -> dict[str, Any]:
-    """config.json: of the stock class, or with a `reason` against it of the class in `code/`."""
+    """Content of config.json, for the stock class, or for the class in code/ if there is a `reason` against the stock class."""
     info, elastic = job.info, f"Flextron{family.architecture}"
     config = {
         "architectures": [elastic if reason else family.architecture],
@@ -112,20 +135,20 @@ def _config(job: Job, family: Family, reason: str | None) -> dict[str, Any]:
         "per_layer_config": {
             str(i): {theirs: getattr(layer, ours) for theirs, ours in family.widths.items()} for i, layer in enumerate(layers)
         },
-        "num_attention_heads_per_layer": [layer.num_attention_heads for layer in layers],  # where SGLang looks
+        "num_attention_heads_per_layer": [layer.num_attention_heads for layer in layers],  # SGLang reads this key
     }
 
 
 def _token_ids(job: Job) -> dict[str, Any]:
-    """Ids of the special tokens: those the model was imported with, else the tokenizer's, else null.
+    """Ids of special tokens: the imported model's, else the tokenizer's, else null.
 
-    Null is said: the classes' defaults are ids of Llama's and GPT-2's own vocabularies.
+    Null is written because transformers' defaults are ids in the vocabularies of Llama and GPT-2.
     """
     if job.info.hf_config:
         return {name: job.info.hf_config[name] for name in _TOKEN_IDS if name in job.info.hf_config}
     if job.tokenizer is None:
         return dict.fromkeys(_TOKEN_IDS)
-    from flextron_mcore.data.tokenizer import open_tokenizer  # imports transformers, slow
+    from flextron_mcore.data.tokenizer import open_tokenizer  # late: imports transformers, which is slow
 
     opened = open_tokenizer(job.tokenizer).hf
     return {name: getattr(opened, name) for name in _TOKEN_IDS}

@@ -1,4 +1,4 @@
-"""Write a Hugging Face directory: weights in shards, and the model card."""
+"""Weights in shards, and the model card, of a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from flextron_mcore.checkpoint.parts import split
+from flextron_mcore.checkpoint.precision import converted
 from flextron_mcore.checkpoint.safetensor_files import INDEX_FILE, WEIGHTS_FILE, TensorFile
 from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.exports.card import describe
@@ -28,11 +29,21 @@ def write_weights(
     max_shard_size: int,
     progress: Callable[[int], None] | None,
 ) -> int:
-    """Write `tensors` (Megatron-Core's names) as the Hugging Face tensors of `mapped`; returns the number of parameters.
+    """Write weights as safetensors: one file, or shards with an index. Call on all ranks, which share the shards.
 
-    One file, or shards of at most max_shard_size bytes with an index. Call on all ranks: they share the shards. Each holds two
-    tensors in memory at a time, one being read while the other is written. A Megatron-Core tensor is read once: what becomes of
-    it goes into one shard. progress is called with the bytes of each, scaled to the rank's share.
+    Two tensors are in memory at a time: one is read while the other is written. Hugging Face tensors of one Megatron-Core tensor
+    go into the same shard.
+
+    Args:
+        out: directory to write into.
+        mapped: tensors in Megatron-Core's form with their Hugging Face names and shapes, in the order of the files.
+        tensors: {Megatron-Core's name: tensor}.
+        dtype: dtype of the files.
+        max_shard_size: most bytes of one shard.
+        progress: receives the bytes of each tensor that this rank writes, scaled so that one rank's calls add up to all bytes.
+
+    Returns:
+        Number of parameters of all shards.
     """
     rank, ranks = place()
     shards = _plan(mapped, dtype, max_shard_size)
@@ -47,7 +58,7 @@ def write_weights(
             with TensorFile(out / name, shapes, dtype) as file:
                 writing: Future[None] | None = None
                 for each in shard:
-                    whole = tensors[each.placed.name].load().to(dtype)
+                    whole = converted(tensors[each.placed.name].load(), dtype, f"tensor {each.placed.name}")
                     pieces = {k: part.contiguous() for k, part in zip(each.shapes, split(each, whole), strict=True)}
                     if writing:
                         writing.result()
@@ -68,7 +79,7 @@ def _numel(mapped: Mapped) -> int:
 
 
 def _plan(mapped: Sequence[Mapped], dtype: torch.dtype, max_shard_size: int) -> list[list[Mapped]]:
-    """Tensors in order, a new shard where the next does not fit."""
+    """Tensors of each shard, in order; a tensor that does not fit begins a new shard."""
     shards: list[list[Mapped]] = [[]]
     filled = 0
     for each in mapped:
@@ -82,14 +93,14 @@ def _plan(mapped: Sequence[Mapped], dtype: torch.dtype, max_shard_size: int) -> 
 
 
 def model_card(job: Job, architecture: str) -> str:
-    """README.md of an export of the class `architecture`."""
+    """Text of the exported directory's README.md. architecture: class of the exported model."""
     custom = architecture.startswith("Flextron")
     trust = ", trust_remote_code=True" if custom else ""
     parameters, full = count_parameters(job.info.model, job.net), count_parameters(job.info.model)
     code = (
-        "Its layers are transformers' own, each with the widths that `per_layer_config` gives; the Python files here only say so."
+        "Its layers are transformers' own, each with the widths in `per_layer_config`; the Python files here only build them."
         if custom
-        else "It is a stock model: no code comes with it."
+        else "It is a stock model of transformers, without code of its own."
     )
     return f"""---
 library_name: transformers
@@ -98,8 +109,8 @@ tags: [flextron]
 ---
 # A Flextron sub-network
 
-`{architecture}`: {parameters:,} parameters in {job.dtype}, {parameters / full:.1%} of the {full:,} of the elastic model that
-flextron_mcore cut it from. {code}
+`{architecture}`: {parameters:,} parameters in {job.dtype}, {parameters / full:.1%} of the {full:,} of the elastic model
+from which flextron_mcore cut it. {code}
 
 {describe(job)}
 

@@ -1,9 +1,8 @@
-"""Export the whole elastic model as one Hugging Face directory: every sub-network, chosen at run time (docs/many_in_one.md)."""
+"""Export of the whole elastic model as a Hugging Face directory: every sub-network, chosen at run time (docs/many_in_one.md)."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,10 +13,10 @@ from safetensors.torch import save_file
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.exports import hf
-from flextron_mcore.exports.directory import figures, write_json
+from flextron_mcore.exports.directory import figures, load_with_own_code, write_code, write_json
 from flextron_mcore.exports.formats import Format, Job, rounding
 from flextron_mcore.exports.hf_elastic.family import FAMILY_FILE, build_family, read_networks, write_family
-from flextron_mcore.families import family_of_model
+from flextron_mcore.families import coded_family, family_of_model
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import SubNetwork, count_parameters
 
@@ -27,35 +26,33 @@ if TYPE_CHECKING:
 ROUTERS_FILE = "flextron_routers.safetensors"
 _CODE = Path(__file__).parent / "code"
 _COMMON = ("configuration_flextron_elastic", "flextron_family", "flextron_parts", "flextron_elastic")
-_ANSWERS = 3  # of the table, that are verified
+_ANSWERS = 3  # networks of the table of budgets whose logits are verified
 
 
 def write(job: Job) -> dict[str, Any]:
-    """Write the full model with the code, routers and tables by which it becomes any of its sub-networks. Call on all ranks.
+    """Write the full model with code that runs any of its sub-networks, with routers, and with a table of networks for budgets.
 
-    Weights are those that `hf` writes for the full model, under the stock model's names. Returns format, architecture, parameters
-    (of the full model), bytes, files, selector (which answers budgets), networks (how many the table has).
-    Raises FlextronError for a network that is not the full model, a selector that cannot be tabulated, and what `hf` refuses.
+    Call on all ranks. The weights are those that format `hf` writes for the full model. Returns format, architecture, parameters
+    (of the full model), bytes, files, selector (that chose the networks for budgets) and networks (number of networks in the
+    table). Raises FlextronError for a network that is not the full model, a selector that cannot be tabulated, a model of no
+    family or without an elastic class, or a job.out that is not an empty directory.
     """
     info, out = job.info, job.out
     if job.net != SubNetwork.full(info.model):
         raise FlextronError(
-            "format=hf_elastic: holds every sub-network: write the full model, and set others on what it loads as"
+            "format=hf_elastic: holds every sub-network: export the full model, and call set_subnetwork on the loaded model"
         )
-    declared = family_of_model(info.model, info.hf_config)
-    if declared.classes is None:
-        raise FlextronError(f"format=hf_elastic: {declared.name} has no class that holds every sub-network: use format=hf")
+    own = family_of_model(info.model, info.hf_config)
+    declared = coded_family(info.model, own)
+    if declared is None:
+        raise FlextronError(f"format=hf_elastic: {own.name} has no class that holds every sub-network: use format=hf")
     family = on_main_process(lambda: build_family(job))
-    hf.write(replace(job, settings=None))
+    hf.write_as(declared, replace(job, settings=None), None)
 
     def finished() -> dict[str, Any]:
         """Turn the stock directory into an elastic one."""
-        for file in out.glob("*.py"):  # of a full model that no stock class can hold
-            file.unlink()
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         architecture, modeling = f"FlextronElastic{declared.architecture}", f"modeling_flextron_elastic_{declared.model_type}"
-        for name in ("per_layer_config", "num_attention_heads_per_layer"):
-            config.pop(name, None)
         config |= {
             "architectures": [architecture],
             "model_type": f"flextron_elastic_{declared.model_type}",
@@ -65,8 +62,7 @@ def write(job: Job) -> dict[str, Any]:
             },
             "head_dim": info.model.kv_channels,
         }
-        for name in (*_COMMON, modeling):
-            shutil.copyfile(_CODE / f"{name}.py", out / f"{name}.py")
+        write_code(out, _CODE, (*_COMMON, modeling), declared)
         write_family(out / FAMILY_FILE, family)
         if job.token_routers is not None:
             save_file(job.token_routers[1], out / ROUTERS_FILE, metadata={"format": "pt"})
@@ -79,7 +75,7 @@ def write(job: Job) -> dict[str, Any]:
 
 
 def networks(job: Job) -> list[SubNetwork]:
-    """The full model, the smallest network, some whose layers differ on all axes, and some answers of the table."""
+    """Networks to verify: the full model, the smallest, some with layers of different widths, some from the table of budgets."""
     model, space = job.info.model, job.info.space
     family = json.loads((job.out / FAMILY_FILE).read_text(encoding="utf-8"))
     sizes = [(space.heads[i % len(space.heads)], space.ffn_hidden_size[-1 - i % len(space.ffn_hidden_size)]) for i in range(99)]
@@ -93,7 +89,15 @@ def networks(job: Job) -> list[SubNetwork]:
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits of the directory, in transformers, which loads it once for all networks."""
+    """Logits [batch, sequence, vocabulary] in fp32 that transformers computes from the directory, loaded once for all networks.
+
+    Call on the main process, with networks in the order of `networks(job)`: the last one frees the model.
+
+    Args:
+        job: the export.
+        net: one of `networks(job)`.
+        tokens_BS: token ids.
+    """
     model = _loaded(job.out, (job.out / "config.json").stat().st_mtime_ns)
     model.set_subnetwork(net.to_dict())
     with torch.no_grad():
@@ -105,10 +109,8 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def _loaded(folder: Path, written: int) -> PreTrainedModel:
-    """written: when, so that a directory that is written again is loaded again."""
-    from transformers import AutoModelForCausalLM  # slow to import
-
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    """Model of a directory. written: time of writing, so that a directory written again is loaded again."""
+    return load_with_own_code(folder)
 
 
 FORMAT = Format(write, logits, rounding, networks)
@@ -116,7 +118,7 @@ FORMAT = Format(write, logits, rounding, networks)
 
 def _card(job: Job, architecture: str, family: dict[str, Any]) -> str:
     space, adaptive = job.info.space, family["adaptive"]
-    tokens = "\nmodel.set_budget(0.6, adaptive=True)   # every token chooses for itself" if adaptive else ""
+    tokens = "\nmodel.set_budget(0.6, adaptive=True)   # routers choose for every token" if adaptive else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -124,8 +126,8 @@ tags: [flextron]
 ---
 # A Flextron model: many in one
 
-`{architecture}`: {count_parameters(job.info.model):,} parameters in {job.dtype}, and all sub-networks of them, chosen at run time
-without reloading.
+`{architecture}`: {count_parameters(job.info.model):,} parameters in {job.dtype}, and all their sub-networks, which are chosen at
+run time without reloading.
 
 | | |
 |---|---|
@@ -133,8 +135,8 @@ without reloading.
 | neurons of a layer | {", ".join(map(str, space.ffn_hidden_size))} |
 | hidden size | {", ".join(map(str, space.hidden_size))} |
 | layers | {", ".join(map(str, space.depth))} |
-| budgets are of | {", ".join(family["costs"])}; a plain fraction is one of the full model's {family["fraction_of"]} |
-| they are answered by | the selector `{family["selector"]}` |
+| costs that budgets limit | {", ".join(family["costs"])}; a plain fraction is a share of the full model's
+{family["fraction_of"]} | | selector of the networks | `{family["selector"]}` |
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -145,6 +147,6 @@ prompt = tokenizer("The", return_tensors="pt")
 model.set_budget(0.6)   # or "25ms", "3.4B", "8GiB"; None: the full model{tokens}
 print(model.costs(), model.subnetwork)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
-print(model.generate_speculative(prompt.input_ids, draft_budget=0.6))  # a small network drafts for the one that is set
+print(model.generate_speculative(prompt.input_ids, draft_budget=0.6))  # a small network drafts, the current one verifies
 ```
 """

@@ -1,7 +1,8 @@
-"""flextron_family.json: the sub-networks of a directory that holds all of them, their costs, and the answers to every budget.
+"""flextron_family.json of an hf_elastic export: costs of sub-networks, and a table of the network for every budget.
 
-`selection/router.py` finds a budget's network among bins of a cost, whose contents do not depend on the budget; so a table of
-the bins answers every budget as it does, without its solver. Selectors with a handful of networks are tabulated as steps.
+`selection/router.py` looks a budget's network up in bins of a cost whose contents do not depend on the budget. A table of these
+bins therefore gives the same network for every budget, without the solver. Selectors with few networks are tabulated as steps of
+a cost.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from flextron_mcore.routers.store import kind_of_routers
 from flextron_mcore.selection.router import BIN, WITHIN, RouterSelector
 from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.selection.trained import trained_selector
+from flextron_mcore.settings.formats import HfElasticSettings
 from flextron_mcore.settings.sections import CacheSettings
-from flextron_mcore.settings.stages import HfElasticSettings
 from flextron_mcore.space import DTYPE_BYTES, SKIPPED, SubNetwork
 
 FAMILY_FILE = "flextron_family.json"
@@ -35,18 +36,20 @@ _Picks = RouterSelector | Uniform | MatFormer
 
 @dataclass
 class _Networks:
-    """Networks that the table refers to by number, each once."""
+    """Numbering of the networks in the table, each of which is stored once."""
 
     numbers: dict[SubNetwork, int] = field(default_factory=dict)
 
     def number(self, net: SubNetwork) -> int:
+        """Number of a network; a new one gets the next number."""
         return self.numbers.setdefault(net, len(self.numbers))
 
 
 def build_family(job: Job) -> dict[str, Any]:
-    """The contents of flextron_family.json. Raises FlextronError.
+    """Content of flextron_family.json: costs of sub-networks, and a table with the network for every budget.
 
-    Without settings of the format, the routers answer budgets if the checkpoint has any, else the uniform networks.
+    Without settings of the format, routers choose the networks if the checkpoint has any, else networks are uniform. Raises
+    FlextronError for a selector that cannot be tabulated, and for listed networks outside of the space.
     """
     info, dtype = job.info, job.dtype
     choices = Choices(info.model, info.space)
@@ -57,7 +60,10 @@ def build_family(job: Job) -> dict[str, Any]:
         name = "uniform"
     if name != "router" and name not in _SELECTORS:
         known = ", ".join(["router", *_SELECTORS])
-        raise FlextronError(f"selector={name}: format=hf_elastic tabulates the answers to every budget, which it can for {known}")
+        raise FlextronError(
+            f"selector={name}: format=hf_elastic needs the networks of all budgets in advance: set hf_elastic.selector to one of "
+            f"{known}"
+        )
     table = open_table(info, settings.latency)
     kv = settings.kv_cache
     memory = {"batch_size": kv.batch_size, "length": kv.length or info.model.max_position_embeddings}
@@ -89,7 +95,7 @@ def build_family(job: Job) -> dict[str, Any]:
 
 
 def write_family(file: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON that a person can read: a network, a cost bin, a layer's modulation a line."""
+    """Write flextron_family.json as readable JSON, with one network, cost bin or layer's modulation on each line."""
     text = json.dumps({k: v for k, v in values.items() if k not in ("networks", "answers", "modulation")}, indent=1)[:-2]
     tables = []
     for cost, table in values["answers"].items():
@@ -102,7 +108,12 @@ def write_family(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNetwork]:
-    """The tabulated networks."""
+    """Networks in the table of flextron_family.json, in the order of their numbers.
+
+    Args:
+        info: checkpoint of the export.
+        values: content of flextron_family.json.
+    """
     networks = []
     for row in values["networks"]:
         pairs = zip(row["heads"], row["ffn_hidden_size"], strict=True)
@@ -112,9 +123,10 @@ def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNe
 
 
 def _answers(picks: _Picks, cost: Cost, networks: _Networks, listed: list[SubNetwork]) -> dict[str, list]:
-    """The table of one cost: cost bins [score, cost, network] or null, and the least network; or rising steps [cost, network].
+    """Table of one cost; networks are numbers.
 
-    Its key `given` has [cost, network] of each of `listed`.
+    A router's table has `cells`, [score, cost, network] or null for each bin of the cost, and `least`, the cheapest network.
+    Other selectors have `steps`, [cost, network] in rising order. `given` is [cost, network] of each network in `listed`.
     """
     more = [[cost.of(net), networks.number(net)] for net in listed]
     if isinstance(picks, RouterSelector):
@@ -129,7 +141,7 @@ def _answers(picks: _Picks, cost: Cost, networks: _Networks, listed: list[SubNet
 
 
 def _modulation(info: CheckpointInfo) -> list[list[list[float]]]:
-    """Modulation of each layer's attention and MLP (layers/block.py); empty for a model without."""
+    """Modulation parameters of each layer's attention and MLP (layers/block.py); empty for a model without modulation."""
     if not info.space.modulation:
         return []
     reader, blocks = TensorReader(info), ("self_attention", "mlp")
@@ -147,7 +159,7 @@ def _sums(cost: Cost) -> dict[str, Any]:
 
 
 def _row(net: SubNetwork) -> dict[str, Any]:
-    """A network; a layer that it skips has no heads and no neurons."""
+    """Entry of a network; a skipped layer has 0 heads and 0 neurons."""
     layers = [layer if layer.executed else SKIPPED for layer in net.layers]
     return {
         "hidden_size": net.hidden_size,

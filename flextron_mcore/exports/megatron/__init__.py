@@ -1,6 +1,6 @@
-"""Export a sub-network as a checkpoint of Megatron-Core's own GPTModel, to train or serve on without flextron_mcore.
+"""Export as a checkpoint of Megatron-Core's own GPTModel, for training and serving without flextron_mcore.
 
-The directory is laid out as a run of flextron and as `--load` of Megatron-LM: `checkpoints/iter_*` and the tokenizer beside it.
+The directory has the layout of a flextron run, which Megatron-LM's `--load` accepts too: `checkpoints/iter_*` and `tokenizer/`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from flextron_mcore.axes import added_tensors
+from flextron_mcore.checkpoint.precision import converted
 from flextron_mcore.checkpoint.reader import DTYPES
 from flextron_mcore.checkpoint.store import iteration_path
 from flextron_mcore.checkpoint.writer import LazyTensor, write_streaming, write_torch_dist
@@ -26,33 +27,36 @@ from flextron_mcore.exports.directory import begin, figures, write_json
 from flextron_mcore.exports.formats import Format, Job, rounding
 from flextron_mcore.exports.megatron.arguments import LLAMA3, command_line, not_on_the_command_line
 from flextron_mcore.exports.megatron.read import read_logits
+from flextron_mcore.families.rope import yarn_frequencies
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, weight_bytes
 
 CONFIG_FILE, ARGUMENTS_FILE, CODE_FILE = "model_config.json", "args.txt", "load_model.py"
-TRACKER_FILE = "latest_checkpointed_iteration.txt"  # where Megatron-LM looks
-# Megatron-LM asks this how to load: by keys of one layer each.
+TRACKER_FILE = "latest_checkpointed_iteration.txt"  # read by Megatron-LM
+# Megatron-LM reads this to load one key a layer.
 _COMMON = {"content_metadata": {"non_homogeneous_layers": True}}
 _CODE = Path(__file__).parent / "code" / CODE_FILE
 
 
 def write(job: Job) -> dict[str, Any]:
-    """Write job.net as a dense model. Call on all ranks, which share the tensors out.
+    """Write job.net as a dense model for Megatron-Core. Call on all ranks, which share the tensors.
 
-    Returns format, architecture, parameters, bytes and files (of the whole directory); `reason` where Megatron-Core's own
-    configurations cannot say what the layers are. Raises FlextronError for a network outside the space, an `out` that is not an
-    empty directory, or a tokenizer directory without one.
+    Returns format, architecture, parameters, bytes and files; also `reason` if the layers differ, which needs a heterogeneous
+    configuration. Raises FlextronError for a network outside of the space, a job.out that is not an empty directory, or a
+    tokenizer directory without a tokenizer.
     """
     info, net, out = job.info, job.net, job.out
     if added := added_tensors():
-        raise FlextronError(f"format=megatron: Megatron-Core's own layers have no tensor {added[0].name}")
+        raise FlextronError(
+            f"format=megatron: Megatron-Core's own layers have no tensor {added[0].name}, which an added axis needs"
+        )
     model = _dense(info.model, net)
     layers = net.executed_layers
     widths = {(layer.num_attention_heads, layer.kv_groups) for layer in layers}
     architecture = "GPTModel"
     if not net.is_uniform:
         architecture += " with PerLayerConfig" if len(widths) > 1 else " with HeterogeneousTransformerConfig"
-    # Megatron-LM takes no checkpoint of iteration 0 for one to start from.
+    # Megatron-LM does not load a checkpoint of iteration 0.
     folder = iteration_path(out, max(info.step, 1))
 
     def prepared() -> None:
@@ -83,7 +87,15 @@ def write(job: Job) -> dict[str, Any]:
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits of the directory, by the code in it, in a process of its own that has one rank."""
+    """Logits [batch, sequence, vocabulary] in fp32, computed by the code in the directory, in a process with one rank.
+
+    Call on the main process. Raises FlextronError if Megatron-Core cannot load the directory.
+
+    Args:
+        job: the export.
+        net: network of the export.
+        tokens_BS: token ids.
+    """
     return read_logits(job.out, tokens_BS)
 
 
@@ -91,24 +103,24 @@ FORMAT = Format(write, logits, rounding)
 
 
 def _dense(model: ModelConfig, net: SubNetwork) -> ModelConfig:
-    """`cut_config`; "layernorm1p" is written as the layer norm that it is, since Megatron-Core's local layers lack it."""
+    """Architecture of the dense model, with LayerNorm for "layernorm1p", which Megatron-Core's local layers do not have."""
     model = cut_config(model, net)
     return replace(model, normalization="layernorm") if model.normalization == "layernorm1p" else model
 
 
 def _tensors(job: Job, space: ElasticSpace | None) -> dict[str, LazyTensor]:
-    """The tensors of `cut` in the dtype of the export."""
+    """Tensors of the dense model in the dtype of the export. space: its elastic space, None for layers that differ."""
     dtype = DTYPES[job.dtype]
 
-    def load(lazy: LazyTensor) -> torch.Tensor:
-        return lazy.load().to(dtype)
+    def load(name: str, lazy: LazyTensor) -> torch.Tensor:
+        return converted(lazy.load(), dtype, f"tensor {name}")
 
     tensors = plain_norms(job.info.model, cut(job.info, job.net, space=space))
-    return {name: replace(lazy, dtype=dtype, load=partial(load, lazy)) for name, lazy in tensors.items()}
+    return {name: replace(lazy, dtype=dtype, load=partial(load, name, lazy)) for name, lazy in tensors.items()}
 
 
 def _space(model: ModelConfig) -> ElasticSpace:
-    """The default space of a dense model, or where its sizes do not divide, the one of the whole model alone."""
+    """Default elastic space of the dense model, or the space of the full model alone if sizes do not divide."""
     try:
         return ElasticSpace.build(model)
     except FlextronError:
@@ -116,7 +128,7 @@ def _space(model: ModelConfig) -> ElasticSpace:
 
 
 def _config(model: ModelConfig, layers: list[LayerChoice], heads_differ: bool, dtype: str) -> dict[str, Any]:
-    """model_config.json: arguments of TransformerConfig and GPTModel, by their names."""
+    """Content of model_config.json: arguments of TransformerConfig and GPTModel by name."""
     scaling: Mapping[str, Any] = dict(model.rope_scaling or {"type": None})
     kind = scaling["type"]
     theirs = kind == "llama3" and all(scaling[name] == value for name, value in LLAMA3.items())
@@ -135,6 +147,11 @@ def _config(model: ModelConfig, layers: list[LayerChoice], heads_differ: bool, d
             "normalization": "RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
             "layernorm_epsilon": model.layernorm_epsilon,
             "add_bias_linear": model.bias,
+            "add_qkv_bias": model.add_qkv_bias,
+            "qk_layernorm": model.qk_layernorm,
+            "softmax_scale": model.softmax_scale,
+            "no_rope_freq": model.no_rope_freq and list(model.no_rope_freq),
+            "window_size": model.sliding_window and [model.sliding_window - 1, 0],
             "hidden_dropout": model.hidden_dropout,
             "attention_dropout": model.attention_dropout,
             "init_method_std": model.init_method_std,
@@ -144,19 +161,21 @@ def _config(model: ModelConfig, layers: list[LayerChoice], heads_differ: bool, d
             "max_sequence_length": model.max_position_embeddings,
             "position_embedding_type": model.position_embedding_type,
             "rotary_base": model.rotary_base,
+            "rotary_percent": model.rotary_percent,
             "rope_scaling": theirs,
             "rope_scaling_factor": scaling["factor"] if theirs else 8.0,
             "seq_len_interpolation_factor": scaling["factor"] if kind == "linear" else None,
             "share_embeddings_and_output_weights": model.share_embeddings_and_output_weights,
         },
         "rope_scaling": {name: scaling[name] for name in ("factor", *LLAMA3)} if kind == "llama3" and not theirs else None,
+        "rotary_frequencies": yarn_frequencies(model),
         "query_heads_differ": heads_differ,
         "block_configs": [_block(layer, heads_differ) for layer in layers] if differ else None,
     }
 
 
 def _block(layer: LayerChoice, heads_differ: bool) -> dict[str, Any]:
-    """A layer in HeterogeneousTransformerConfig's form, which ignores num_attention_heads."""
+    """Entry of a layer in block_configs of HeterogeneousTransformerConfig, which ignores num_attention_heads."""
     heads = {"num_attention_heads": layer.num_attention_heads} if heads_differ else {}
     return {"attention": {"num_query_groups": layer.kv_groups, **heads}, "mlp": {"ffn_hidden_size": layer.ffn_hidden_size}}
 
@@ -165,29 +184,29 @@ def _reason(heads_differ: bool) -> str:
     if heads_differ:
         return (
             "the query heads differ from layer to layer, which Megatron-Core's HeterogeneousTransformerConfig (KV groups and FFN "
-            f"widths) cannot say: {CODE_FILE} adds them"
+            f"widths) cannot describe: {CODE_FILE} adds them"
         )
     return "the FFN widths differ from layer to layer: HeterogeneousTransformerConfig"
 
 
 def _card(job: Job, architecture: str, refusal: str | None) -> str:
-    """README.md."""
+    """Text of the exported directory's README.md. refusal: reason why there is no args.txt; None if there is one."""
     if refusal is None:
-        line = f"`{ARGUMENTS_FILE}` has the arguments of Megatron-LM that describe it. Give them with\n"
+        line = f"`{ARGUMENTS_FILE}` has the arguments of Megatron-LM for this model. To continue its training in RUN, add\n"
         line += "`--pretrained-checkpoint PATH/checkpoints --load RUN --save RUN --tokenizer-type HuggingFaceTokenizer\n"
-        line += "--tokenizer-model PATH/tokenizer` to train on in RUN."
+        line += "--tokenizer-model PATH/tokenizer`."
     else:
         line = f"There is no `{ARGUMENTS_FILE}` with arguments of Megatron-LM: {refusal}."
     own = (
         "`flextron importance checkpoint=PATH ...` makes it elastic again."
         if job.net.is_uniform
-        else "It is no checkpoint of flextron: those have layers of one size."
+        else "flextron cannot open it as a checkpoint, because its layers have different widths."
     )
     return f"""# A Flextron sub-network for Megatron-Core
 
 A `{architecture}` in {job.dtype}, cut from an elastic model by flextron_mcore. `checkpoints/` is a torch_dist checkpoint with the
-names and shapes of Megatron-Core's own layers, `{CONFIG_FILE}` has their sizes, and `{CODE_FILE}` is a few lines that
-build and load them. All of it needs Megatron-Core only.
+names and shapes of Megatron-Core's own layers, `{CONFIG_FILE}` has their sizes, and `{CODE_FILE}` builds the
+model and loads the weights. Only Megatron-Core is needed.
 
 {line}
 {own}

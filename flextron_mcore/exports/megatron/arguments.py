@@ -1,4 +1,4 @@
-"""A dense model as arguments of Megatron-LM (its `pretrain_gpt.py`)."""
+"""Arguments of Megatron-LM's `pretrain_gpt.py` for a dense model."""
 
 from __future__ import annotations
 
@@ -10,23 +10,31 @@ LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_em
 
 
 def not_on_the_command_line(model: ModelConfig, net: SubNetwork) -> str | None:
-    """Why Megatron-LM's arguments cannot describe the dense `model` of `net`; None if they can."""
+    """Reason why Megatron-LM's arguments cannot describe `model`, a sub-network as a dense model; None if they can."""
     if not net.is_uniform:
-        return "the layers differ, and its --heterogeneous-layers-config-path takes Nemotron's configurations only"
+        return "the layers have different widths, and its --heterogeneous-layers-config-path takes Nemotron's configurations only"
     if model.activation in ("relu", "geglu") or (model.activation == "gelu_tanh" and not model.bias):
-        return f"they have no activation {model.activation}" + (" without biases" if model.activation == "gelu_tanh" else "")
+        return f"it has no argument for the activation {model.activation}" + (
+            " without biases" if model.activation == "gelu_tanh" else ""
+        )
     if model.position_embedding_type == "rope" and model.rotary_base != int(model.rotary_base):
-        return f"--rotary-base is a whole number, this one's is {model.rotary_base}"
+        return f"its --rotary-base takes whole numbers, and the model's base is {model.rotary_base}"
     scaling = dict(model.rope_scaling or {})
     if scaling.get("type") == "llama3" and any(scaling[name] != value for name, value in LLAMA3.items()):
-        return "--use-rope-scaling is Llama 3.1's, and this model's has other frequencies"
+        return "its --use-rope-scaling has the frequencies of Llama 3.1, and the model has others"
+    if scaling.get("type") == "yarn":
+        return "it has no argument for YaRN in a model with rotary positions"
+    if model.no_rope_freq is not None:
+        return "its --no-rope-freq takes every n-th layer, and the model names its layers without rotary embedding one by one"
+    if model.sliding_window is not None:
+        return f"it has no argument for a sliding window in every layer, and the model's is {model.sliding_window}"
     if scaling.get("type") == "linear" and scaling["factor"] != int(scaling["factor"]):
-        return f"--rotary-seq-len-interpolation-factor is a whole number, this one's is {scaling['factor']}"
+        return f"its --rotary-seq-len-interpolation-factor takes whole numbers, and the model's is {scaling['factor']}"
     return None
 
 
 def command_line(model: ModelConfig, dtype: str) -> str:
-    """The arguments, one a line."""
+    """Text of args.txt: the arguments of a dense model, one on each line. dtype: fp32, bf16 or fp16."""
     scaling = dict(model.rope_scaling or {})
     lines = [
         f"--num-layers {model.num_layers}",
@@ -50,14 +58,20 @@ def command_line(model: ModelConfig, dtype: str) -> str:
     ]
     if model.position_embedding_type == "rope":
         lines.append(f"--rotary-base {int(model.rotary_base)}")
+    if model.rotary_percent != 1:
+        lines.append(f"--rotary-percent {model.rotary_percent}")
     if scaling.get("type") == "llama3":
         lines += ["--use-rope-scaling", f"--rope-scaling-factor {scaling['factor']}"]
     if scaling.get("type") == "linear":
         lines.append(f"--rotary-seq-len-interpolation-factor {int(scaling['factor'])}")
     if model.activation in ("swiglu", "squared-relu"):
         lines.append(f"--{model.activation}")
-    if model.activation == "gelu":  # fused, it is the tanh approximation
+    if model.activation == "gelu":  # the fused kernel computes the tanh approximation
         lines.append("--no-bias-gelu-fusion")
+    if model.add_qkv_bias:
+        lines.append("--add-qkv-bias")
+    if model.qk_layernorm:
+        lines.append("--qk-layernorm")
     if not model.bias:
         lines.append("--disable-bias-linear")
     if not model.share_embeddings_and_output_weights:

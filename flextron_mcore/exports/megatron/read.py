@@ -1,4 +1,4 @@
-"""Read an exported directory back as its user does: in a process of its own, with the code that is in the directory."""
+"""Reading an exported directory back as its users do: in a separate process, with the code in the directory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 from flextron_mcore.config import FlextronError
 
-# What a launcher tells its ranks, of which the process is none; torchrun's own would make it wait for a server.
+# Environment variables of a launcher, removed for the process: with torchrun's it would wait for a rendezvous.
 _LAUNCH = re.compile("(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 
 
 def read_logits(directory: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits [B, S, vocabulary] in fp32. The process has one rank, whatever the layout of this one."""
+    """Logits [B, S, vocabulary] in fp32 of tokens [B, S]. Raises FlextronError if Megatron-Core cannot load the directory."""
     with tempfile.TemporaryDirectory(prefix="flextron-read-") as folder:
         tokens, found = Path(folder, "tokens.pt"), Path(folder, "logits.pt")
         torch.save(tokens_BS, tokens)
@@ -27,7 +27,9 @@ def read_logits(directory: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise FlextronError(f"{directory}: cannot be read back by Megatron-Core: {last}")
+            raise FlextronError(
+                f"{directory}: cannot be read back by Megatron-Core: {last}: do not use this export; please report it"
+            )
         return torch.load(found)
 
 

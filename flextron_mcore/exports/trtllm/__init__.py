@@ -1,6 +1,6 @@
-"""Export a sub-network as a checkpoint of TensorRT-LLM releases that build engines (up to 1.2): config.json, rank{N}.safetensors.
+"""Export as a checkpoint for TensorRT-LLM releases that build engines (up to 1.2): config.json and rank{N}.safetensors.
 
-Releases with the PyTorch backend (1.0 and newer) load the `hf` export, with the package in `runtime/`: docs/tensorrt_llm.md.
+Releases with the PyTorch backend (1.0 and newer) load the `hf` export with the package in `runtime/` (docs/tensorrt_llm.md).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from flextron_mcore.exports.trtllm.pieces import stage_pieces, write_ranks
 from flextron_mcore.exports.trtllm.plan import APPROXIMATED, Plan, config, make_plan
 from flextron_mcore.exports.trtllm.readback import checkpoint_logits
 from flextron_mcore.runtime.ranks import on_main_process
-from flextron_mcore.settings.stages import TrtllmSettings
+from flextron_mcore.settings.formats import TrtllmSettings
 from flextron_mcore.space import SubNetwork
 
-_NOTE = "TensorRT-LLM computes gelu by its tanh approximation, this model was trained with the exact one: logits differ slightly"
+_NOTE = "TensorRT-LLM computes GELU by its tanh approximation, the model was trained with exact GELU: logits differ slightly"
 
 
 def write(job: Job) -> dict[str, Any]:
-    """Write job.net. Call on all ranks, which share the files of TensorRT-LLM's ranks out.
+    """Write job.net as a TensorRT-LLM checkpoint. Call on all ranks, which share the files of TensorRT-LLM's ranks.
 
-    Returns format, architecture, parameters (of the sub-network), padded_parameters (that the engine computes with: zeros
-    included, and a tied output layer as a tensor of its own), bytes, files; `note` where the engine computes something else.
-    Raises FlextronError for what TensorRT-LLM's classes cannot hold, a tensor-parallel size that does not divide a layer, a
-    network outside the space, or an `out` that is not an empty directory.
+    Returns format, architecture, parameters (of the sub-network), padded_parameters (of the engine, with zeros, and with a tied
+    output layer counted on its own), bytes, files; also `note` if the engine computes a slightly different function. Raises
+    FlextronError for a model that TensorRT-LLM's classes cannot hold, a tensor-parallel size that does not divide a layer, a
+    network outside of the space, or a job.out that is not an empty directory.
     """
     info, out = job.info, job.out
     tensors = plain_norms(info.model, cut(info, job.net))
@@ -53,7 +53,15 @@ def write(job: Job) -> dict[str, Any]:
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits of the files, ranks merged, by a forward pass of our own: not by TensorRT-LLM, which needs a GPU."""
+    """Logits [batch, sequence, vocabulary] in fp32, computed from the files alone, because TensorRT-LLM needs a GPU.
+
+    Call on the main process.
+
+    Args:
+        job: the export.
+        net: network of the export.
+        tokens_BS: token ids.
+    """
     return checkpoint_logits(job.out, tokens_BS)
 
 
@@ -65,12 +73,19 @@ FORMAT = Format(write, logits, _tolerance)
 
 
 def _elements(plan: Plan, stage: int) -> int:
-    """Numbers in the file of one rank."""
+    """Number of elements in the file of one rank of a pipeline stage."""
     return sum(math.prod(shape) for piece in stage_pieces(plan, stage) for shape in piece.shapes.values())
 
 
 def _card(job: Job, plan: Plan, padded: int, note: str | None) -> str:
-    """README.md."""
+    """Text of the exported directory's README.md.
+
+    Args:
+        job: the export.
+        plan: layout of the checkpoint.
+        padded: number of parameters that TensorRT-LLM's engine computes with, the zeros of padding included.
+        note: how the engine's results differ from this model's; None if they do not.
+    """
     held = "\n".join(
         f"| {i} | {slot.num_attention_heads} | {slot.kv_groups} | {slot.ffn_hidden_size} |" for i, slot in enumerate(plan.slots)
     )
@@ -82,7 +97,7 @@ def _card(job: Job, plan: Plan, padded: int, note: str | None) -> str:
 
 {describe(job)}
 
-Layers that are narrower than what the class holds are filled up with zeros, which change no result. The engine computes with
+Layers that are narrower than the class allows are padded with zeros, which do not change results. The engine computes with
 {padded:,} parameters, zeros included:
 
 | layer | query heads | key-value heads | FFN width |
@@ -94,5 +109,5 @@ trtllm-build --checkpoint_dir PATH --output_dir ENGINE
 trtllm-serve ENGINE --backend tensorrt --tokenizer {"PATH/tokenizer" if job.tokenizer else "TOKENIZER"}
 ```
 
-Not run on an engine by its exporter. More: docs/tensorrt_llm.md of flextron_mcore.
+This export has not been run on an engine. See docs/tensorrt_llm.md of flextron_mcore.
 """

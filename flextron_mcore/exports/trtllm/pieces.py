@@ -1,4 +1,4 @@
-"""The tensors of a TensorRT-LLM checkpoint: the sub-network's, padded with zeros to what its class holds, for each rank."""
+"""Tensors of a TensorRT-LLM checkpoint: a sub-network's tensors, padded with zeros to the widths of its class, for each rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MODULES = {
     "self_attention.linear_qkv": "attention.qkv",
     "self_attention.linear_proj": "attention.dense",
     "mlp.linear_fc1.layer_norm": "post_layernorm",
-    "mlp.linear_fc1": ("{mlp}.fc", "{mlp}.gate"),  # the gate's projection is their `fc`, the other their `gate`
+    "mlp.linear_fc1": ("{mlp}.fc", "{mlp}.gate"),  # TensorRT-LLM calls the gate projection `fc` and the up projection `gate`
     "mlp.linear_fc2": "{mlp}.proj",
     "decoder.final_layernorm": "transformer.ln_f",
     "output_layer": "lm_head",
@@ -36,7 +36,14 @@ _MODULES = {
 
 @dataclass(frozen=True)
 class Piece:
-    """One Megatron-Core tensor, `source`, as TensorRT-LLM's, whose names and shapes on a rank are `shapes`."""
+    """One Megatron-Core tensor of a sub-network, and the TensorRT-LLM tensors that it becomes.
+
+    Attributes:
+        source: name of the Megatron-Core tensor.
+        shapes: {TensorRT-LLM's name: shape on a rank}.
+        mapped: names and shapes in TensorRT-LLM's form before the tensor is divided over ranks.
+        tp: number of tensor-parallel ranks.
+    """
 
     source: str
     shapes: dict[str, tuple[int, ...]]
@@ -44,16 +51,16 @@ class Piece:
     tp: int
 
     def split(self, tensor: torch.Tensor) -> list[Sequence[torch.Tensor]]:
-        """For each name the tensors of the ranks."""
+        """TensorRT-LLM tensors for each name in `shapes`, each a sequence with one tensor for each tensor-parallel rank."""
         return _split(self.mapped, tensor, self.tp)
 
 
 def stage_pieces(plan: Plan, stage: int) -> Iterator[Piece]:
-    """The tensors of a pipeline stage, which counts its layers from 0."""
+    """Pieces in the files of one of TensorRT-LLM's pipeline stages; the stage's layers are numbered from 0."""
     model, numbers = plan.model, plan.stage(stage)
     tied = model.share_embeddings_and_output_weights
     own, padded = (SubNetwork(plan.hidden_size, tuple(each[i] for i in numbers)) for each in (plan.layers, plan.slots))
-    # A tied output layer is written too: whether TensorRT-LLM fills a missing one in depends on its release.
+    # A tied output layer is written too, because some releases of TensorRT-LLM do not copy a missing one.
     untied = replace(model, share_embeddings_and_output_weights=False)
     placed = of_network(untied, own, padded, added_tensors())
     ends = {"before": stage == 0, "layer": True, "after": stage == plan.pp - 1}
@@ -74,10 +81,16 @@ def write_ranks(
     dtype: torch.dtype,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Write the files of all TensorRT-LLM ranks. Call on all processes: they share the files.
+    """Write the files of all TensorRT-LLM ranks. Call on all processes, which share the files.
 
-    One tensor of the checkpoint is in memory at a time, and what it was padded to. progress is called with the bytes of each,
-    scaled to the process's share.
+    One tensor of the checkpoint and its padded copy are in memory at a time.
+
+    Args:
+        out: directory to write into.
+        plan: plan of the checkpoint.
+        tensors: {Megatron-Core's name: tensor} of the sub-network.
+        dtype: dtype of the files.
+        progress: receives the bytes of each tensor written, scaled so that one process's calls add up to all bytes.
     """
     process, processes = place()
     mine = range(plan.tp * plan.pp)[process::processes]
@@ -109,7 +122,7 @@ def _names(style: str) -> Names:
 
 
 def _split(mapped: Mapped, tensor: torch.Tensor, tp: int) -> list[Sequence[torch.Tensor]]:
-    """For each name of `mapped` the tensors of `tp` ranks; under one name a rank has its share of each part, joined."""
+    """Tensors of `tp` ranks, for each name of `mapped`. Parts under one name are split by rank first, then joined."""
     placed, first = mapped.placed, mapped.placed.tensor.sides[0]
     for axis in reversed(range(tensor.dim())):
         tensor = tensor.unflatten(axis, placed.sizes[axis])
@@ -122,7 +135,15 @@ def _split(mapped: Mapped, tensor: torch.Tensor, tp: int) -> list[Sequence[torch
 
 
 def _shares(placed: Placed, part: torch.Tensor, number: int, count: int, tp: int) -> Sequence[torch.Tensor]:
-    """One part, an axis for each factor, padded to the `whole` sizes (`count` entries of what is split into parts), by rank."""
+    """Shares of all ranks of one part of a tensor (query, key or value; gate or up), padded to `placed.whole`.
+
+    Args:
+        placed: the tensor.
+        part: the part, with a dimension for each factor of the tensor's sides.
+        number: index of the part.
+        count: entries of the part along the factor that is split into parts.
+        tp: tensor-parallel ranks.
+    """
     first, sides = placed.tensor.sides[0], placed.tensor.sides
     wide = [list(sizes) for sizes in placed.whole]
     if first.parts is not None:
@@ -130,9 +151,10 @@ def _shares(placed: Placed, part: torch.Tensor, number: int, count: int, tp: int
     for axis, size in enumerate([size for sizes in wide for size in sizes]):
         missing = size - part.shape[axis]
         part = pad(part, (0, 0) * (part.dim() - 1 - axis) + (0, missing)) if missing else part
-    if first == QKV and number > 0:  # a KV head that there are fewer of than ranks goes to several
+    if first == QKV and number > 0:  # with fewer KV heads than ranks, each head goes to several ranks
         part = part.repeat_interleave(max(tp // part.shape[0], 1), 0)
     part = part.flatten(0, len(wide[0]) - 1)
     part = part.flatten(1) if len(sides) > 1 else part
     shared = [axis for axis, side in enumerate(sides) if any(factor.parallel for factor in side.factors)]
-    return part.chunk(tp, shared[0]) if shared and placed.tensor.place != "before" else [part] * tp  # not the embedding
+    # Every rank has the whole embedding.
+    return part.chunk(tp, shared[0]) if shared and placed.tensor.place != "before" else [part] * tp

@@ -1,7 +1,8 @@
-"""The plan of a TensorRT-LLM checkpoint: its class, the sizes every layer is padded to, the layers of each rank.
+"""Plan of a TensorRT-LLM checkpoint: its class, the widths that layers are padded to, the layers of each rank.
 
-Source: TensorRT-LLM's models/{gpt,llama,nemotron_nas} up to release 1.2. Its decoder layers have one size each for all layers
-(GPTForCausalLM, LlamaForCausalLM), or one number of query heads for all layers (DeciLMForCausalLM).
+In GPTForCausalLM, LlamaForCausalLM and Qwen2ForCausalLM all layers have the same widths, in DeciLMForCausalLM the same number
+of query heads.
+Source: TensorRT-LLM's models/{gpt,llama,qwen,nemotron_nas}, up to release 1.2.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.settings.stages import TrtllmSettings
+from flextron_mcore.settings.formats import TrtllmSettings
 from flextron_mcore.space import LayerChoice, SubNetwork
 
-# Its gelu is the tanh approximation; there is no other (tensorrt_llm.functional.gelu).
+# {our activation: TensorRT-LLM's}; its gelu is always the tanh approximation (tensorrt_llm.functional.gelu).
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_tanh": "gelu",
@@ -22,17 +23,24 @@ _ACTIVATIONS = {
     "swiglu": "swiglu",
     "geglu": "geglu",
 }
-_GATES = {"swiglu": "silu", "geglu": "gelu"}  # LLaMA's and DeciLM's MLP is always gated: they name the gate's function
+_GATES = {"swiglu": "silu", "geglu": "gelu"}  # the always gated MLPs of LLaMA and DeciLM name the function of the gate
 APPROXIMATED = ("gelu", "geglu")
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint to be.
+    """Layout of a checkpoint for TensorRT-LLM.
 
-    layers: those executed. numbers: what they are in the sub-network. slots: the widths that the checkpoint has room for in each.
-    tp, pp: ranks that share every layer, and stages that share the layers out.
+    Attributes:
+        model: architecture of the full model.
+        hidden_size: hidden size of the sub-network.
+        layers: sizes of the executed layers.
+        numbers: indices of these layers in the sub-network.
+        slots: widths that each of these layers is padded to with zeros.
+        style: `padded` (same widths in all layers) or `deci` (DeciLMForCausalLM), of TrtllmSettings.
+        tp: number of tensor-parallel ranks.
+        pp: number of pipeline stages.
     """
 
     model: ModelConfig
@@ -46,32 +54,45 @@ class Plan:
 
     @property
     def architecture(self) -> str:
-        """The class of TensorRT-LLM."""
+        """Name of TensorRT-LLM's class."""
         if self.style == "deci":
             return "DeciLMForCausalLM"
+        if self.model.add_qkv_bias:
+            return "Qwen2ForCausalLM"
         return "LlamaForCausalLM" if _is_llama(self.model) else "GPTForCausalLM"
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the output layer: what TensorRT-LLM makes of the vocabulary so that `tp` divides it."""
+        """Rows of the output layer: the vocabulary, padded to a multiple of `tp` as TensorRT-LLM does."""
         return -(-self.model.vocab_size // self.tp) * self.tp
 
     def stage(self, number: int) -> range:
-        """The layers of a pipeline stage; the first stages have one more where they cannot all have the same number."""
+        """Layers of a pipeline stage. If the stages do not divide the layers, the first stages get one more."""
         least, more = divmod(len(self.layers), self.pp)
         first = number * least + min(number, more)
         return range(first, first + least + (number < more))
 
 
 def make_plan(model: ModelConfig, net: SubNetwork, settings: TrtllmSettings) -> Plan:
-    """The plan for `net`. Raises FlextronError for what no class can hold."""
+    """Plan the TensorRT-LLM checkpoint of a sub-network.
+
+    Args:
+        model: architecture of the full model.
+        net: sub-network.
+        settings: style and parallel sizes.
+
+    Raises:
+        FlextronError: no class of TensorRT-LLM can hold the model, or the parallel sizes do not divide its layers.
+    """
     style, tp, pp = settings.style, settings.tensor_parallel_size, settings.pipeline_parallel_size
     if misfit := _misfit(model, style):
         raise FlextronError(f"format=trtllm: {misfit}")
     kept = [i for i, layer in enumerate(net.layers) if layer.executed]
     layers = tuple(net.layers[i] for i in kept)
     if pp > len(layers):
-        raise FlextronError(f"trtllm.pipeline_parallel_size={pp} is more than the {len(layers)} layers of the sub-network")
+        raise FlextronError(
+            f"trtllm.pipeline_parallel_size={pp} is more than the {len(layers)} layers of the sub-network: lower it"
+        )
     slots = _deci_slots(layers) if style == "deci" else _padded_slots(layers)
     plan = Plan(model, net.hidden_size, layers, tuple(kept), tuple(slots), style, tp, pp)
     _check_division(plan)
@@ -79,7 +100,7 @@ def make_plan(model: ModelConfig, net: SubNetwork, settings: TrtllmSettings) -> 
 
 
 def config(plan: Plan, dtype: str) -> dict[str, Any]:
-    """config.json, the arguments of TensorRT-LLM's PretrainedConfig."""
+    """Content of config.json: arguments of TensorRT-LLM's PretrainedConfig. dtype: fp32, bf16 or fp16."""
     model, widest = plan.model, plan.slots[0]
     llama = _is_llama(model)
     rope = model.position_embedding_type == "rope"
@@ -113,9 +134,16 @@ def config(plan: Plan, dtype: str) -> dict[str, Any]:
             "ffn": {"impl": "mlp", "intermediate_size": slot.ffn_hidden_size},
         }
         return values | {"layer_configs": [layer(slot) for slot in plan.slots]}
+    if model.add_qkv_bias:
+        return values | {"qwen_type": "qwen2", "attn_bias": True, "mlp_bias": model.bias}
     if llama:
         return values | {"attn_bias": model.bias, "mlp_bias": model.bias}
-    return values | {"bias": model.bias, "q_scaling": 1.0, "apply_query_key_layer_scaling": False, "rotary_pct": 1.0}
+    return values | {
+        "bias": model.bias,
+        "q_scaling": 1.0,
+        "apply_query_key_layer_scaling": False,
+        "rotary_pct": model.rotary_percent,
+    }
 
 
 def _is_llama(model: ModelConfig) -> bool:
@@ -123,18 +151,31 @@ def _is_llama(model: ModelConfig) -> bool:
 
 
 def _misfit(model: ModelConfig, style: str) -> str | None:
-    """Why no class of TensorRT-LLM computes `model`; None if one does."""
+    """Reason why no class of TensorRT-LLM computes the model, None if one does."""
+    if model.qk_layernorm:
+        return "none of its classes before the PyTorch backend normalises queries and keys, as this model does: use the format hf"
+    if model.no_rope_freq is not None:
+        return "its classes rotate the heads of all layers, this model not: use the format hf"
+    if model.sliding_window is not None and model.sliding_window < model.max_position_embeddings:
+        return f"its classes have no sliding window, this model has one of {model.sliding_window} tokens: use the format hf"
+    if (model.rope_scaling or {}).get("type") == "yarn":
+        return "its classes of layers like this model's have no YaRN: use the format hf"
     if _is_llama(model):
+        if model.rotary_percent != 1:
+            return f"LlamaForCausalLM rotates whole heads, this model {model.rotary_percent:g} of each: use the format megatron"
         if not model.gated:
             return (
-                f"LlamaForCausalLM has a gated MLP (swiglu or geglu); this model has rmsnorm with activation={model.activation}"
+                f"LlamaForCausalLM has a gated MLP (swiglu or geglu), this model has rmsnorm with activation={model.activation}: "
+                "use the format megatron"
             )
         if model.position_embedding_type != "rope":
-            return "LlamaForCausalLM has rotary positions; this model has rmsnorm with learned ones"
-        if style == "deci" and model.bias:
-            return "DeciLMForCausalLM has no biases and this model has: use trtllm.style=padded"
+            return "LlamaForCausalLM has rotary positions, this model has rmsnorm with learned ones: use the format megatron"
+        if model.add_qkv_bias and model.bias:
+            return "Qwen2ForCausalLM has no bias in its output projection, this model has one: use the format megatron"
+        if style == "deci" and model.qkv_bias:
+            return "DeciLMForCausalLM has no biases, this model has some: use trtllm.style=padded"
     elif style == "deci":
-        return f"DeciLMForCausalLM needs rmsnorm and this model has {model.normalization}: use trtllm.style=padded"
+        return f"DeciLMForCausalLM needs rmsnorm, this model has {model.normalization}: use trtllm.style=padded"
     return None
 
 
@@ -149,9 +190,9 @@ def _padded_slots(layers: tuple[LayerChoice, ...]) -> list[LayerChoice]:
 
 
 def _deci_slots(layers: tuple[LayerChoice, ...]) -> list[LayerChoice]:
-    """All with the query heads of the widest layer; KV heads as many as the layer has, or the next number that divides those.
+    """Widths for DeciLM: query heads of the widest layer; KV heads of the layer, rounded up to a divisor of the query heads.
 
-    These always leave room for the layer's own: a space varies the groups or the queries of a group, not both.
+    Every layer fits into its slot, because a space varies either the KV groups or the query heads of each, not both.
     """
     heads = max(layer.num_attention_heads for layer in layers)
     chosen = [next(n for n in range(layer.kv_groups, heads + 1) if heads % n == 0) for layer in layers]
@@ -159,7 +200,7 @@ def _deci_slots(layers: tuple[LayerChoice, ...]) -> list[LayerChoice]:
 
 
 def _check_division(plan: Plan) -> None:
-    """Every rank has as many heads and neurons as every other; KV heads may instead be copied to several ranks."""
+    """Raise FlextronError unless `tp` divides the heads and neurons of every layer. Fewer KV heads than ranks are copied."""
     tp = plan.tp
     complaints = []
     for number, layer, slot in zip(plan.numbers, plan.layers, plan.slots, strict=True):
@@ -171,7 +212,7 @@ def _check_division(plan: Plan) -> None:
             if size % tp and not (what == "KV heads" and tp % size == 0):
                 complaints.append((own != size, f"layers[{number}] has {size} {what}{'' if own == size else ' after padding'}"))
     if complaints:
-        _, first = min(complaints, key=lambda complaint: complaint[0])  # a layer that has them of itself, rather
+        _, first = min(complaints, key=lambda complaint: complaint[0])  # prefer a layer without padding
         raise FlextronError(
-            f"trtllm.tensor_parallel_size={tp}: {first}, which it does not divide: use a smaller one, or another sub-network"
+            f"trtllm.tensor_parallel_size={tp}: {first}, which it does not divide: use a smaller size, or another sub-network"
         )

@@ -1,4 +1,4 @@
-"""The logits of a TensorRT-LLM checkpoint, from its files alone: what its engine would compute, in fp32 on the CPU."""
+"""Logits of a TensorRT-LLM checkpoint, computed from its files alone in fp32 on the CPU, as its engine would."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ _FUNCTIONS = {
     "silu": F.silu,
     "swiglu": F.silu,
 }
-# Role -> name, and the axis along which ranks hold parts of its weight and of its bias; None: each holds all of it.
+# {role: (name, dimension in which ranks split its weight, the same of its bias)}; None: not split.
 _NAMES: dict[str, tuple[str, int | None, int | None]] = {
     "words": ("transformer.vocab_embedding", None, None),
     "positions": ("transformer.position_embedding", None, None),
     "attention_norm": ("input_layernorm", None, None),
+    "query_norm": ("attention.q_layernorm", None, None),
+    "key_norm": ("attention.k_layernorm", None, None),
     "projection": ("attention.dense", 1, None),
     "mlp_norm": ("post_layernorm", None, None),
     "gate": ("mlp.fc", 0, 0),
@@ -40,7 +42,7 @@ _PARTS = ("query", "key", "value")
 
 
 def checkpoint_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, sequence, vocabulary] of the checkpoint in `folder`."""
+    """Logits [batch, sequence, vocabulary] of the checkpoint in `folder` for tokens [batch, sequence]."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tp, pp = config["mapping"]["tp_size"], config["mapping"]["pp_size"]
     with contextlib.ExitStack() as stack:
@@ -74,7 +76,7 @@ def checkpoint_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def _read(files: Sequence[Any], start: str, role: str, kind: str, mlp: str = "mlp") -> torch.Tensor | None:
-    """A tensor of a pipeline stage, ranks merged; None if there is none."""
+    """Tensor of a pipeline stage with ranks merged, None if the stage has none."""
     theirs, *axes = _NAMES[role]
     name, axis = f"{start}{theirs.replace('mlp.', mlp + '.')}.{kind}", axes[kind == "bias"]
     if name not in files[0].keys():
@@ -88,20 +90,21 @@ def _read(files: Sequence[Any], start: str, role: str, kind: str, mlp: str = "ml
 
 
 def _read_qkv(config: Mapping[str, Any], files: Sequence[Any], layer: int, name: str) -> dict[str, torch.Tensor | None]:
-    """Query, key and value of a layer, ranks merged."""
+    """{query, key, value: tensor} of a layer, with ranks merged."""
     if name not in files[0].keys():
         return dict.fromkeys(_PARTS)
     tp, size, heads, kv_heads = len(files), *(config[key] for key in ("head_size", "num_attention_heads", "num_key_value_heads"))
     if "layer_configs" in config:
         kv_heads = config["layer_configs"][layer]["attention"]["num_key_value_heads"]
     rows = [heads // tp * size, *[max(kv_heads // tp, 1) * size] * 2]
-    copies = max(tp // kv_heads, 1)  # ranks that have the same KV head
+    copies = max(tp // kv_heads, 1)  # ranks with the same KV head
     ranks = [file.get_tensor(name).float().split(rows) for file in files]
     return {part: torch.cat([rank[i] for rank in ranks[:: copies if i else 1]]) for i, part in enumerate(_PARTS)}
 
 
 def _frequencies(config: Mapping[str, Any]) -> torch.Tensor:
-    frequency_I, scaling = frequencies(config["rotary_base"], config["head_size"]), config["rotary_scaling"]
+    channels = int(config["head_size"] * config.get("rotary_pct", 1.0))
+    frequency_I, scaling = frequencies(config["rotary_base"], channels), config["rotary_scaling"]
     if not scaling:
         return frequency_I
     return frequency_I / (scaling["factor"] if scaling["type"] == "linear" else llama3_factors(scaling, frequency_I))

@@ -1,1 +1,1 @@
-"""Blocks whose tokens have different levels, with the work really saved: every level's part is a dense product for its tokens."""
+"""Blocks with a width for every token (a level), as dense products for the tokens of each level, without padding or masks."""

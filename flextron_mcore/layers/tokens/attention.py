@@ -1,12 +1,12 @@
-"""Attention in which every token uses the heads of its own level.
+"""Self-attention in which every token uses the heads of its own level.
 
-Heads are computed in blocks: block k holds those that level k has and level k - 1 has not, and is computed for the tokens of
-level k or higher, its participants. With `kv_policy=full` all tokens write keys and values for all heads, and only queries and
-the output projection are routed. With `own`, and whole KV groups as units, the participants write keys and values too, and
-attend to each other only: causal attention over the sub-sequence that they form, at its tokens' own positions.
+Heads are computed in blocks. Block k holds the heads that level k adds to level k - 1. It is computed for its participants: the
+tokens of level k or higher. With `kv_policy=full` all tokens write keys and values of all heads, and only queries and the output
+projection are routed. With `kv_policy=own` (KV groups as units) only participants write a block's keys and values, and they
+attend to each other only: causal attention over the sub-sequence of participants, at the original positions.
 
-Shape suffixes: S sequence, B batch, N tokens (S*B), n participants of a sequence, T keys, G KV groups of this rank, g those of a
-block, h query heads of a block, H channels of a head.
+Shape suffixes: S sequence, B batch, N tokens (S*B), n participants of a sequence, T keys, G KV groups of this rank, g groups of a
+block, Q query heads of a group, h query heads of a block, H channels of a head.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from flextron_mcore.layers.rows import PrefixRows, RowIndex, put_rows, take_rows
 from flextron_mcore.layers.state import Output
 from flextron_mcore.layers.tokens.cache import OwnCache
 from flextron_mcore.layers.tokens.heads import Position, Run, head_blocks, level_of_heads, runs
-from flextron_mcore.layers.tokens.levels import BlockRouting, Participants, falling, waits_are_expensive
+from flextron_mcore.layers.tokens.levels import BlockRouting, Participants, decreasing_order, waits_are_expensive
 
-if TYPE_CHECKING:  # the core layer does not import token routing, nor the reverse at run time
+if TYPE_CHECKING:  # avoids a cycle: the elastic layers and token routing do not import each other at run time
     from flextron_mcore.layers.attention import ElasticSelfAttention
 
-_PARTS, _LEAST = 8, 64  # of the queries of a block of heads: how many parts, and how many queries in each
+_PARTS, _LEAST = 8, 64  # largest number of pieces of a run's queries, and least number of queries in each
 
 
 def routed_attention(
@@ -43,19 +43,37 @@ def routed_attention(
     inference_params: BaseInferenceContext | None = None,
     **kwargs: Any,
 ) -> Output:
-    """Self-attention with the levels of `routing`: [S, B, C] -> ([S, B, C], bias or None). Arguments as Megatron-Core's."""
+    """Self-attention with a level (index of the candidate) for every token: [S, B, C] -> ([S, B, C], bias [C] or None).
+
+    Raises FlextronError for packed sequences, attention biases, dynamic batching and fused rotary embeddings.
+
+    Args:
+        module: attention whose weights are used.
+        routing: levels of the tokens, and the KV policy.
+        hidden_states: input [S, B, C].
+        key_value_states: unused, as in Megatron-Core's self-attention.
+        inference_context: Megatron-Core's static KV cache; None to compute without.
+        rotary_pos_emb: rotary angles of all positions; a pair holds the angles of queries and of keys.
+        inference_params: older name of `inference_context`.
+    """
     context = inference_context or inference_params
     unsupported = [name for name in ("packed_seq_params", "attention_bias", "rotary_pos_cos") if kwargs.get(name) is not None]
     if unsupported or (context is not None and not context.is_static_batching()) or module.config.apply_rope_fusion:
         raise FlextronError(
-            "routing token by token does not support "
-            + (" and ".join(unsupported) or "dynamic batching and fused rotary embeddings")
+            f"token routing does not support {' and '.join(unsupported)}: pass None"
+            if unsupported
+            else "token routing does not support dynamic batching or fused rotary embeddings: use static batching and "
+            "apply_rope_fusion=False"
         )
+    if module.config.window_size is not None:
+        raise FlextronError("token routing does not support model.sliding_window: set it to null, or choose networks by budget")
     levels_SB = routing.levels(hidden_states, module.config.sequence_parallel)
     start = context.sequence_len_offset if context is not None else 0
     rotary = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+    if module.config.no_rope_freq and module.config.no_rope_freq[module.layer_number - 1]:
+        rotary = None
     position = Position(start, len(levels_SB), rotary, hidden_states.dtype)
-    # With query heads as units a token uses all KV groups.
+    # With query heads as units every token uses all KV groups, so both policies are the same.
     own = routing.kv_policy == "own" and module.space.attention_unit == "kv_group"
     if routing.masked:
         return _masked(module, routing, hidden_states, levels_SB, position, own)
@@ -67,7 +85,7 @@ def routed_attention(
 def _masked(
     module: ElasticSelfAttention, routing: BlockRouting, hidden_states: Tensor, levels_SB: Tensor, position: Position, own: bool
 ) -> Output:
-    """All heads of all tokens, times masks through which the levels get a gradient."""
+    """Attention with all heads for all tokens, multiplied with masks through which the levels get a gradient."""
     query, key, value = module.get_query_key_value_tensors(hidden_states)
     query, key = position.rotate(query, None), position.rotate(key, None)
     level_h = level_of_heads(module, levels_SB.device)
@@ -80,17 +98,24 @@ def _masked(
 
 
 def hidden_keys(levels_SB: Tensor, level_h: Tensor) -> Tensor:
-    """Mask [B, heads, S, S] of the keys that a token must not see with own keys. level_h: that adds each head."""
+    """Mask [B, heads, S, S] for kv_policy=own, True where a query must not see a key.
+
+    Hidden are later keys, and keys of tokens that do not use the head. A token always sees itself.
+
+    Args:
+        levels_SB: level of each token: index of its candidate, -1 for padding.
+        level_h: lowest level that has each head [heads].
+    """
     position = torch.arange(len(levels_SB), device=levels_SB.device)
     taken_hSB = levels_SB >= level_h[:, None, None]
-    # Every token sees itself: what does not take part is multiplied with zero afterwards, and must be a number.
+    # A query without any key would give NaN. Every token sees itself; outputs of non-participants are multiplied with 0 later.
     allowed = taken_hSB.permute(2, 0, 1)[:, :, None, :] & (position <= position[:, None]) | (position == position[:, None])
     return allowed.logical_not()
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass of the block. present: the runs of heads that any token uses. context: Megatron-Core's cache, if there is one."""
+    """Forward pass of a token-routed attention. present: runs of heads that any token uses. context: KV cache, or None."""
 
     module: ElasticSelfAttention
     hidden_states: Tensor
@@ -100,15 +125,15 @@ class _Pass:
     context: BaseInferenceContext | None
 
     def all_keys(self) -> list[Tensor]:
-        """Heads of each run [n, B, h, H], with keys and values of all tokens."""
+        """Heads' outputs [n, B, h, H] of each run, over keys and values of all tokens (kv_policy=full)."""
         module, present = self.module, self.present
         size, group_size, (length, batch) = module.layout.size, module.layout.queries, self.levels_SB.shape
         queries = [(run.block.groups, run.block.queries) for run in present]
         joint = int(bool(present) and present[0].participants.rows is None)
         groups = module.layout.groups
-        if self.context is None and present:  # no later tokens, which might want keys and values of heads that none uses here
+        if self.context is None and present:  # without a cache, keys and values of unused groups are never read
             groups = max(run.block.groups.stop for run in present)
-        # One product for what all tokens have: all keys and values, and the queries of the first run where they take part in it.
+        # All keys and values are one product for all tokens; so are the first run's queries if all tokens are its participants.
         both = (slice(groups), slice(group_size, group_size + 2))
         parts = [[both, *queries[:joint]], *([part] for part in queries[joint:])]
         rows = RowIndex([None, *(run.participants.rows for run in present[joint:])])
@@ -132,11 +157,11 @@ class _Pass:
         return out
 
     def _keys_values(self, shared_SBG2H: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens so far, each [T, B, G, H]."""
+        """Keys and values of all tokens so far (with a cache: earlier ones too), each [T, B, G, H]."""
         module, context = self.module, self.context
         partial = any(run.participants.rows is not None for run in self.present)
         if context is None and partial and not waits_are_expensive(shared_SBG2H):
-            # A head's keys next to each other in memory: every part of its queries reads them.
+            # Contiguous keys for each head, because every part of its queries reads them (_attend_up_to).
             key_BGSH, value_BGSH = shared_SBG2H.permute(3, 1, 2, 0, 4).contiguous()
             key_BGSH = self.position.rotate_per_head(_normed(module.k_layernorm, key_BGSH))
             return key_BGSH.permute(2, 0, 1, 3), value_BGSH.permute(2, 0, 1, 3)
@@ -145,7 +170,7 @@ class _Pass:
         return (key, value) if context is None else _cached(module, context, key, value)
 
     def own_keys(self) -> list[Tensor]:
-        """Heads of each run [n, B, h, H], with keys and values of its participants only."""
+        """Heads' outputs [n, B, h, H] of each run, over keys and values of its participants (kv_policy=own)."""
         module, batch = self.module, self.levels_SB.shape[1]
         size, group_size = module.layout.size, module.layout.queries
         parts = [self._rows([(run.block.groups, slice(group_size + 2))]) for run in self.present]
@@ -157,18 +182,18 @@ class _Pass:
             joined = product.view(len(found.index_nB), batch, -1, group_size + 2, size)
             index = None if found.rows is None else found.index_nB
             if waits_are_expensive(joined) and module.q_layernorm is None and module.k_layernorm is None:
-                both = self.position.rotate(joined[..., :-1, :], index)  # together: fewer kernels, but keys lie apart
+                both = self.position.rotate(joined[..., :-1, :], index)  # one call: fewer kernels, but strided keys
                 query, key = both[..., :-1, :].flatten(2, 3), both[..., -1, :]
             else:
                 parts = _normed(module.q_layernorm, joined[..., :-2, :]), _normed(module.k_layernorm, joined[..., -2:-1, :])
                 query, key = (self.position.rotate(x.flatten(2, 3), index) for x in parts)
-            # Filling follows a sequence's own participants, which therefore do not see it.
+            # Padding follows a sequence's participants, so the causal mask hides it from them.
             attend = self._attend_cached if self.context is not None else lambda _, *parts: _attend(module, *parts, None)
             out.append(attend(run, query, key, joined[..., -1, :]))
         return out
 
     def _attend_cached(self, run: Run, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Core attention of a run, each of whose levels has a cache of its own: of the tokens that ever took part in it."""
+        """Core attention of a run. Each of its levels has its own cache, with all participants of that level so far."""
         module, blocks, group_size = self.module, head_blocks(self.module), self.module.layout.queries
         nobody_B = torch.zeros(query.shape[1], dtype=torch.long, device=query.device)
         caches = self.context.key_value_memory_dict.setdefault(module.layer_number, [OwnCache(nobody_B) for _ in blocks])
@@ -181,34 +206,34 @@ class _Pass:
         return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
     def _attend_among_all(self, query: Tensor, key: Tensor, value: Tensor, participants: Participants) -> Tensor:
-        """Core attention of queries at their places among all tokens, with zeros in between: without a mask."""
+        """Core attention of the participants' queries, with zeros for all other tokens, so that the plain causal mask serves."""
         (length, batch), tokens = self.levels_SB.shape, self.levels_SB.numel()
         every_NhH = put_rows(query.flatten(0, 1), participants.rows, tokens)
         heads = _attend(self.module, every_NhH.view(length, batch, *query.shape[2:]), key, value, None)
         return take_rows(heads.flatten(0, 1), participants.rows).view(query.shape)
 
     def projected(self, heads: list[Tensor]) -> Output:
-        """Output projection of each token's own heads."""
+        """Output projection, for each token of the heads that it uses: ([S, B, C], bias [C] or None)."""
         if heads and waits_are_expensive(heads[0]):
             return self._projected_together(heads)
         project, shape = self.module.linear_proj, self.levels_SB.shape
-        if not heads:  # padding only
+        if not heads:  # all tokens are padding
             nothing, none = project.weight.new_zeros(0, 0), PrefixRows(self.levels_SB.new_empty(0), [0])
             return project([nothing], [self._columns(slice(0), slice(0))], none, shape)
-        # By falling level, so that what a run adds is added to the first tokens, where the sum lies.
+        # With tokens in the order of decreasing level, each run adds to a prefix of the sum.
         found = [run.participants for run in self.present]
-        order = None if found[-1].rows is None else falling(self.levels_SB.flatten())
+        order = None if found[-1].rows is None else decreasing_order(self.levels_SB.flatten())
         inputs = [those.ordered(values, order).flatten(1) for those, values in zip(found, heads, strict=True)]
         parts = [self._columns(run.block.groups, run.block.queries) for run in self.present]
         counts = [those.count for those in found]
         return project(inputs, parts, PrefixRows(None if order is None else order[: counts[0]], counts), shape)
 
     def _projected_together(self, heads: list[Tensor]) -> Output:
-        """Output projection as one product, with zeros for heads that a token has not."""
+        """Output projection as one product for all tokens, with zeros for heads that a token does not use."""
         joined, tokens = [], self.levels_SB.numel()
         for run, values_nBhH in zip(self.present, heads, strict=True):
             found, (groups, queries) = run.participants, (run.block.groups, run.block.queries)
-            if found.count < found.valid_nB.numel():  # those that fill up have none of these heads
+            if found.count < found.valid_nB.numel():  # padding does not use these heads
                 values_nBhH = values_nBhH.masked_fill(found.valid_nB.logical_not()[..., None, None], 0)
             values_NhH = put_rows(values_nBhH.flatten(0, 1), found.rows, tokens)
             shape = (groups.stop - (groups.start or 0), queries.stop - (queries.start or 0))
@@ -229,22 +254,28 @@ class _Pass:
 
 
 def _attend(module: ElasticSelfAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Core attention: [n, B, h, H], [T, B, g, H] x 2 -> [n, B, h, H]; mask None: causal, the last query sees all keys."""
+    """Core attention: query [n, B, h, H], key and value [T, B, g, H] -> [n, B, h, H]. mask None: causal to the last key."""
     kind = AttnMaskType.causal if mask is None else AttnMaskType.arbitrary
     return module.core_attention(query, key, value, mask, attn_mask_type=kind).view(*query.shape)
 
 
 def _attend_up_to(module: ElasticSelfAttention, query: Tensor, key: Tensor, value: Tensor, last_nB: Tensor) -> Tensor:
-    """Core attention of queries that each see the keys up to a position of their own, `last`, which rises but for filling.
+    """Core attention of queries [n, B, h, H] that see the keys up to a position of their own.
 
-    In parts, each with the keys that any of its queries sees: in one, half of the products would be useless.
+    Queries are computed in up to _PARTS pieces, each with the keys that any of its queries sees. A single piece would compute
+    twice as many products.
+
+    Args:
+        module: attention.
+        query, key, value: heads of the participants, and of all tokens.
+        last_nB: position of the last key that each query sees; increasing, except for padding.
     """
     count, length = len(query), len(key)
     step = max(-(-count // _PARTS), _LEAST)
     starts = range(0, count, step)
-    # The largest so far: what shorter sequences are filled up with may lie anywhere.
+    # A running maximum, because positions of padding are arbitrary.
     limits = last_nB.amax(1).cummax(0).values[[min(start + step, count) - 1 for start in starts]] + 1
-    # A query's row of the mask is a window of this: nothing hidden up to its position, then everything.
+    # Each query's row of the mask is a window of this vector: visible up to its position, hidden after.
     hidden = module.core_attention.as_mask(torch.arange(2 * length, device=last_nB.device) >= length)
     first_Bn = length - 1 - last_nB.T
     out = []
@@ -257,7 +288,7 @@ def _attend_up_to(module: ElasticSelfAttention, query: Tensor, key: Tensor, valu
 
 
 def _cached(module: ElasticSelfAttention, context: BaseInferenceContext, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Add to Megatron-Core's cache of the layer; its keys and values up to now."""
+    """Append to Megatron-Core's KV cache of the layer, and return all its keys and values so far."""
     memories, start = context.key_value_memory_dict, context.sequence_len_offset
     if module.layer_number not in memories:
         shape = context.max_sequence_length, context.max_batch_size, key.shape[-1], key.dtype

@@ -1,4 +1,4 @@
-"""KV cache of a block of heads with `kv_policy=own`: only used keys and values are kept.
+"""KV cache of a block of heads with `kv_policy=own`, which keeps the participants' keys and values only.
 
 Shape suffixes: B batch, n participants of a sequence, T keys, g KV groups of the block, H channels of a head.
 """
@@ -15,9 +15,14 @@ from flextron_mcore.layers.tokens.levels import Participants
 
 @dataclass
 class OwnCache:
-    """Keys and values of one block of heads, of the tokens that take part in it only.
+    """KV cache of one block of heads with kv_policy=own: keys and values of the tokens that use these heads (participants).
 
-    counts_B: how many each sequence has. same: that number where all sequences have it. The room grows with the longest.
+    Memory grows in steps of ROOM tokens.
+
+    Attributes:
+        counts_B: number of cached tokens of each sequence.
+        same: number of cached tokens if it is the same in all sequences, else None.
+        keys, values: [room, B, g, H]; None while empty.
     """
 
     counts_B: Tensor
@@ -28,9 +33,13 @@ class OwnCache:
     ROOM = 32
 
     def append(self, participants: Participants, key_nBgH: Tensor, value_nBgH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add the participants' keys and values; all keys and values [T, B, g, H], and the mask [B, 1, n, T] of hidden ones.
+        """Append keys and values; return all keys, all values [T, B, g, H] and a mask [B, 1, n, T], True where a key is hidden.
 
-        No mask where the causal one will do: sequences of the same length, all of whose tokens at hand were appended.
+        The mask is None where the causal mask suffices: all sequences have the same length, and all new tokens are participants.
+
+        Args:
+            participants: new tokens that use the heads of this cache.
+            key_nBgH, value_nBgH: keys and values of these tokens.
         """
         before_B, valid_nB = self.counts_B, participants.valid_nB
         if self.same is not None and (participants.rows is None or valid_nB.shape[1] == 1):

@@ -1,7 +1,7 @@
-"""Heads by level, and positions of the tokens that use them, for attention with a level for every token.
+"""Blocks of heads by level, and rotary embeddings at given positions, for attention with a level for every token.
 
-Shape suffixes: S sequence, B batch, n participants of a sequence, G KV groups of this rank, Q query heads of a group, X
-anything, H channels of a head.
+Shape suffixes: S sequence, B batch, n participants of a sequence, G KV groups of this rank, Q query heads of a group, H channels
+of a head, X anything.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from flextron_mcore.layers.tokens.levels import Participants
 
-if TYPE_CHECKING:  # the core layer does not import token routing, nor the reverse at run time
+if TYPE_CHECKING:  # avoids a cycle: the elastic layers and token routing do not import each other at run time
     from flextron_mcore.layers.attention import ElasticSelfAttention
 
 
 @dataclass(frozen=True)
 class HeadBlock:
-    """Heads that a level adds, on this rank: query heads `queries` of each of the KV groups `groups`."""
+    """Heads of this rank that a level adds to the level below: the query heads `queries` of each KV group in `groups`."""
 
     groups: slice
     queries: slice
@@ -29,7 +29,13 @@ class HeadBlock:
 
 @dataclass
 class Run:
-    """Neighbouring blocks of heads with the same participants, computed together: `levels`, which `block` joins."""
+    """Neighbouring levels that the same tokens use, so that their heads are computed together.
+
+    Attributes:
+        block: all heads that these levels add.
+        levels: the levels, lowest first.
+        participants: tokens that use the heads.
+    """
 
     block: HeadBlock
     levels: list[int]
@@ -37,7 +43,7 @@ class Run:
 
 
 def head_blocks(attention: ElasticSelfAttention) -> list[HeadBlock]:
-    """One block for each candidate of the space, smallest first."""
+    """Heads that each candidate adds to the next smaller one, smallest candidate first."""
     sizes, layout = attention.space.heads, attention.layout
     if attention.space.attention_unit == "kv_group":
         counts = [0, *(size // layout.queries // attention.world_size for size in sizes)]
@@ -47,7 +53,7 @@ def head_blocks(attention: ElasticSelfAttention) -> list[HeadBlock]:
 
 
 def level_of_heads(attention: ElasticSelfAttention, device: torch.device) -> Tensor:
-    """Level that adds each query head of this rank: [G*Q]."""
+    """Lowest level (index of the candidate) that has each query head of this rank [G*Q]."""
     level_GQ = torch.zeros(attention.layout.groups, attention.layout.queries, dtype=torch.long, device=device)
     for level, block in enumerate(head_blocks(attention)):
         level_GQ[block.groups, block.queries] = level
@@ -55,7 +61,12 @@ def level_of_heads(attention: ElasticSelfAttention, device: torch.device) -> Ten
 
 
 def runs(blocks: list[HeadBlock], participants: list[Participants | None]) -> list[Run]:
-    """Runs of the blocks that have participants."""
+    """Group neighbouring levels with the same participants into runs; levels without participants (None) are left out.
+
+    Args:
+        blocks: heads that each level adds.
+        participants: tokens that use the heads of each level.
+    """
     found: list[Run] = []
     for level, (block, those) in enumerate(zip(blocks, participants, strict=True)):
         if those is None:
@@ -72,10 +83,17 @@ def runs(blocks: list[HeadBlock], participants: list[Participants | None]) -> li
 
 
 class Position:
-    """Place of the tokens at hand in the sequence, and the rotary embedding of their queries and keys."""
+    """Positions of the current tokens in the sequence, and the rotary embedding of their queries and keys.
+
+    Args:
+        start: position of the first token.
+        length: number of tokens.
+        rotary: rotary angles of all positions [T, 1, 1, channels], where the second half of the channels repeats the first; None
+            for a model without rotary embedding.
+        dtype: dtype of the cosines and sines.
+    """
 
     def __init__(self, start: int, length: int, rotary: Tensor | None, dtype: torch.dtype) -> None:
-        """Tokens from `start` on, `length` of them. rotary: angles of all positions, twice next to each other; or None."""
         self.start = start
         self.turn_S = None
         if rotary is not None:  # once for all blocks of heads
@@ -83,19 +101,19 @@ class Position:
             self.turn_S = torch.cat([angles_S.cos(), angles_S.sin()], -1).to(dtype).flatten(1)
 
     def rotate(self, x_nBXH: Tensor, index_nB: Tensor | None) -> Tensor:
-        """Rotary embedding at positions start + index (None: at start, start + 1, ...)."""
+        """Rotary embedding of queries or keys [n, B, ..., H] at the positions start + index_nB; None for start, start + 1, ..."""
         if self.turn_S is None:
             return x_nBXH
         turn = self.turn_S[:, None] if index_nB is None else self.turn_S[index_nB]
-        return _turned(x_nBXH, turn.view(*turn.shape[:2], *(1 for _ in x_nBXH.shape[2:-1]), -1))
+        return _rotated(x_nBXH, turn.view(*turn.shape[:2], *(1 for _ in x_nBXH.shape[2:-1]), -1))
 
     def rotate_per_head(self, x_BGSH: Tensor) -> Tensor:
-        """Rotary embedding at start, start + 1, ...; the result lies in memory in the order of its name."""
-        return x_BGSH if self.turn_S is None else _turned(x_BGSH, self.turn_S)
+        """Rotary embedding at positions start, start + 1, ... of [B, G, S, H]; the result is contiguous."""
+        return x_BGSH if self.turn_S is None else _rotated(x_BGSH, self.turn_S)
 
 
-def _turned(x_XH: Tensor, turn_XH: Tensor) -> Tensor:
-    """Pairs of channels turned by an angle; turn: cosines and sines."""
+def _rotated(x_XH: Tensor, turn_XH: Tensor) -> Tensor:
+    """Rotate channel pairs (i, i + half) of the last dimension. turn: cosines, then sines."""
     cos, sin = turn_XH.chunk(2, -1)
     half = cos.shape[-1]
     first, second, rest = x_XH.split([half, half, x_XH.shape[-1] - 2 * half], dim=-1)

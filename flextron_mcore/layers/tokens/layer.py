@@ -1,4 +1,4 @@
-"""Token routing of a layer: its blocks computed with a level for every token.
+"""Token routing of a layer: attention and MLP computed with a level for every token.
 
 Shape suffixes: S sequence, B batch, C hidden channels, N blocks, K candidates.
 """
@@ -20,33 +20,51 @@ from flextron_mcore.layers.state import Output
 from flextron_mcore.layers.tokens.attention import routed_attention
 from flextron_mcore.layers.tokens.levels import BlockRouting, by_level
 
-if TYPE_CHECKING:  # the core layers do not import token routing, nor the reverse at run time
+if TYPE_CHECKING:  # avoids a cycle: the elastic layers and token routing do not import each other at run time
     from flextron_mcore.layers.attention import ElasticSelfAttention
     from flextron_mcore.layers.mlp import ElasticMLP
 
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """The LayerRouting (layers/state.py) of blocks' routings, by axis."""
+    """Token routing of one layer, which computes its blocks with a level (index of the candidate) for every token.
+
+    It follows the protocol LayerRouting (layers/state.py). blocks: {layer axis: BlockRouting of the axis's block}.
+    """
 
     blocks: Mapping[str, BlockRouting]
 
     @classmethod
     def of(cls, index: int, block: Callable[[int], BlockRouting]) -> RoutedLayer:
-        """Routing of a layer. block: makes that of a block, numbered as in Choices: by layer, then by axis."""
+        """Routing of one layer, from a function that gives the routing of any block.
+
+        Args:
+            index: index of the layer, from 0.
+            block: function from the number of a block to its BlockRouting. Blocks are numbered by layer, then by axis, as in
+                `Choices`.
+        """
         axes = layer_axes()
         return cls({axis.name: block(index * len(axes) + i) for i, axis in enumerate(axes)})
 
     def attention(
         self, module: ElasticSelfAttention, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Output:
-        """Each token with the heads of its own level."""
+        """Self-attention in which every token uses the heads of its own level: [S, B, C] -> ([S, B, C], bias [C] or None).
+
+        Attention is causal. Raises FlextronError for an attention mask, and for arguments that `routed_attention` refuses.
+
+        Args:
+            module: attention whose weights are used.
+            hidden_states: input [S, B, C].
+            attention_mask: must be None.
+            args, kwargs: remaining arguments of Megatron-Core's attention, such as the KV cache and rotary angles.
+        """
         if attention_mask is not None:
-            raise FlextronError("routing token by token knows the causal mask only: attention_mask must be None")
+            raise FlextronError("token routing supports the causal mask only: attention_mask must be None")
         return routed_attention(module, self.blocks[module.axis], hidden_states, *args, **kwargs)
 
     def mlp(self, module: ElasticMLP, hidden_states: Tensor) -> Output:
-        """Each token with the neurons of its own level."""
+        """MLP in which every token uses the neurons of its own level: [S, B, C] -> ([S, B, C], bias [C] or None)."""
         routing = self.blocks[module.axis]
         levels_SB = routing.levels(hidden_states, module.config.sequence_parallel)
         widths, channels = [module.local(size) for size in module.space.ffn_hidden_size], hidden_states.shape[-1]
@@ -66,9 +84,13 @@ class RoutedLayer:
 
 
 class FixedLevels:
-    """TokenRouting by fixed levels [N, S, B] of all tokens of a micro-batch, of which a pass takes the next ones.
+    """Token routing with given levels, for timing and tests. Each forward pass takes the levels of the next positions.
 
-    For timing and tests. router: called with a block's number and input, for the work of the routers that would find the levels.
+    Args:
+        levels_NSB: level of each token in each block: index of the candidate, -1 for padding.
+        kv_policy: `full` or `own` (BlockRouting).
+        router: function that is called with the number of each block and its input [S, B, C], so that timing includes a router's
+            cost; None without.
     """
 
     def __init__(
@@ -78,11 +100,11 @@ class FixedLevels:
         self.begin()
 
     def begin(self, number: int = 0, counted_BS: Tensor | None = None) -> None:
-        """Start from the first token."""
+        """Start again at the first position: the next forward pass takes its levels from there. Both arguments are unused."""
         self.position = [0] * len(self.levels_NSB)
 
     def layer(self, index: int) -> RoutedLayer:
-        """Routing of a layer."""
+        """Routing of the layer `index`, from 0."""
         return RoutedLayer.of(index, lambda block: _FixedBlock(self, block))
 
 

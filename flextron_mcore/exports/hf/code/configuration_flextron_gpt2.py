@@ -1,7 +1,7 @@
-"""Configuration of a GPT-2 whose layers differ in width: an exported Flextron sub-network.
+"""Configuration of a GPT-2 whose layers have different widths: an exported Flextron sub-network.
 
-`per_layer_config` is {"<layer>": {"num_attention_heads", "n_inner"}}, the convention of transformers 5.15 and newer; the global
-values of these keys are the largest of any layer. `head_dim`, which GPT-2 does not have, is the same everywhere.
+`per_layer_config` is {"<layer>": {"num_attention_heads": n, "n_inner": n}}, as in transformers 5.15 and newer. The same keys at
+the top level hold the largest value of any layer. `head_dim` is the size of a head in all layers; GPT-2 itself has no such key.
 """
 
 import copy
@@ -10,13 +10,15 @@ from transformers import GPT2Config
 
 
 class FlextronGPT2Config(GPT2Config):
+    """GPT2Config with `per_layer_config` and `head_dim`."""
+
     model_type = "flextron_gpt2"
 
     def validate(self):
-        """Nothing: checks of GPT2Config (transformers 5) read widths as if they were the same in every layer."""
+        """Skip the checks of GPT2Config (transformers 5), which assume the same widths in every layer."""
 
     def layer_config(self, layer_idx):
-        """A GPT2Config-like object with the widths of one layer."""
+        """Configuration of one layer: a copy with that layer's widths."""
         if hasattr(type(self), "is_heterogeneous"):  # transformers >= 5.15
             return self.per_layer_config[layer_idx]
         config = copy.copy(self)

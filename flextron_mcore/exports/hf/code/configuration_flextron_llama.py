@@ -1,7 +1,8 @@
-"""Configuration of a Llama whose layers differ in width: an exported Flextron sub-network.
+"""Configuration of a Llama whose layers have different widths: an exported Flextron sub-network.
 
-`per_layer_config` is {"<layer>": {"num_attention_heads", "num_key_value_heads", "intermediate_size"}}, the convention of
-transformers 5.15 and newer; the global values of these keys are the largest of any layer. `head_dim` is the same everywhere.
+`per_layer_config` is {"<layer>": {"num_attention_heads": n, "num_key_value_heads": n, "intermediate_size": n}}, as in
+transformers 5.15 and newer. The same keys at the top level hold the largest value of any layer. `head_dim` is the same in all
+layers.
 """
 
 import copy
@@ -10,13 +11,15 @@ from transformers import LlamaConfig
 
 
 class FlextronLlamaConfig(LlamaConfig):
+    """LlamaConfig with `per_layer_config`."""
+
     model_type = "flextron_llama"
 
     def validate(self):
-        """Nothing: LlamaConfig's own checks (transformers 5) want hidden_size divisible by the number of heads."""
+        """Skip the checks of LlamaConfig (transformers 5), which want hidden_size divisible by the number of heads."""
 
     def layer_config(self, layer_idx):
-        """A LlamaConfig-like object with the widths of one layer."""
+        """Configuration of one layer: a copy with that layer's widths."""
         if hasattr(type(self), "is_heterogeneous"):  # transformers >= 5.15
             return self.per_layer_config[layer_idx]
         config = copy.copy(self)

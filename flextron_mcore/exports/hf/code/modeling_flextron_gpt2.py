@@ -1,4 +1,4 @@
-"""GPT-2 whose layers differ in width: transformers' classes, each layer built with its own configuration. No forward code."""
+"""GPT-2 whose layers have different widths: transformers' classes, with a configuration for each layer and no forward code."""
 
 import copy
 
@@ -10,13 +10,15 @@ from .configuration_flextron_gpt2 import FlextronGPT2Config
 
 
 class FlextronGPT2Block(GPT2Block):
+    """Layer with the widths of `config.layer_config(layer_idx)`."""
+
     def __init__(self, config, layer_idx):
         layer = copy.copy(config.layer_config(layer_idx))
         heads, size = layer.num_attention_heads, config.head_dim
-        layer.num_attention_heads = 1  # GPT2Attention derives the size of a head from it; set right below
+        layer.num_attention_heads = 1  # GPT2Attention derives the size of a head from it; corrected below
         super().__init__(layer, layer_idx)
         attention = self.attn
-        attention.config = config  # where the attention implementation is looked up, and may be changed later
+        attention.config = config  # the shared one, in which set_attn_implementation changes the attention implementation
         attention.num_heads, attention.head_dim, attention.split_size = heads, size, heads * size
         attention.scaling = size**-0.5
         attention.c_attn = Conv1D(3 * heads * size, config.hidden_size)
@@ -24,6 +26,8 @@ class FlextronGPT2Block(GPT2Block):
 
 
 class FlextronGPT2Model(GPT2Model):
+    """GPT2Model with a `FlextronGPT2Block` for each layer."""
+
     config_class = FlextronGPT2Config
     _no_split_modules = ["FlextronGPT2Block"]
 
@@ -42,6 +46,8 @@ class FlextronGPT2Model(GPT2Model):
 
 
 class FlextronGPT2LMHeadModel(GPT2LMHeadModel):
+    """GPT2LMHeadModel with layers of different widths."""
+
     config_class = FlextronGPT2Config
     _no_split_modules = ["FlextronGPT2Block"]
 

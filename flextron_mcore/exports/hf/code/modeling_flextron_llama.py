@@ -1,4 +1,6 @@
-"""Llama whose layers differ in width: transformers' classes, each layer built with its own configuration. No forward code."""
+"""Llama whose layers have different widths: transformers' classes, with a configuration for each layer and no forward code."""
+
+import copy
 
 from torch import nn
 from transformers.models.llama.modeling_llama import (
@@ -6,7 +8,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaForCausalLM,
     LlamaModel,
     LlamaPreTrainedModel,
-    LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
 
@@ -14,12 +15,16 @@ from .configuration_flextron_llama import FlextronLlamaConfig
 
 
 class FlextronLlamaDecoderLayer(LlamaDecoderLayer):
+    """Layer with the widths of `config.layer_config(layer_idx)`."""
+
     def __init__(self, config, layer_idx):
         super().__init__(config.layer_config(layer_idx), layer_idx)
-        self.self_attn.config = config  # where the attention implementation is looked up, and may be changed later
+        self.self_attn.config = config  # the shared one, in which set_attn_implementation changes the attention implementation
 
 
 class FlextronLlamaModel(LlamaModel):
+    """LlamaModel with a `FlextronLlamaDecoderLayer` for each layer."""
+
     config_class = FlextronLlamaConfig
     _no_split_modules = ["FlextronLlamaDecoderLayer"]
 
@@ -28,13 +33,16 @@ class FlextronLlamaModel(LlamaModel):
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(FlextronLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = copy.deepcopy(self.layers[0].input_layernorm)
         self.rotary_emb = LlamaRotaryEmbedding(config=config.layer_config(0))
+        self.has_sliding_layers = False  # Qwen2 and Qwen3, of which no layer has a window here
         self.gradient_checkpointing = False
         self.post_init()
 
 
 class FlextronLlamaForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM with layers of different widths."""
+
     config_class = FlextronLlamaConfig
     _no_split_modules = ["FlextronLlamaDecoderLayer"]
 

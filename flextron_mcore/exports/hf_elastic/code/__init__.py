@@ -1,3 +1,5 @@
-"""Code that travels inside exported directories (`auto_map`). It needs torch and transformers only, 4.57 or newer, and is loaded
-from there with trust_remote_code=True; nothing in flextron_mcore imports it. What it repeats of the package (the parameter
-counter, units of budgets and how costs are shown), of exports/hf/code and of the other family is therefore meant."""
+"""Model code that is copied into exported elastic directories. Nothing in flextron_mcore imports it.
+
+transformers (4.57 or newer) loads it from there with trust_remote_code=True (`auto_map` of config.json). It needs torch and
+transformers only. So it repeats parts of the package (parameter counter, units and display of costs) and of the other family.
+"""

@@ -1,19 +1,21 @@
-"""Configurations of elastic models: those of the stock classes, under names of their own."""
+"""Configurations of elastic models: the stock configurations with their own model_type."""
 
 from transformers import GPT2Config, LlamaConfig
 
 
 class FlextronElasticLlamaConfig(LlamaConfig):
+    """LlamaConfig of an elastic model."""
+
     model_type = "flextron_elastic_llama"
 
     def validate(self):
-        """Nothing: LlamaConfig's own checks (transformers 5) want hidden_size divisible by the number of heads."""
+        """Skip the checks of LlamaConfig (transformers 5), which want hidden_size divisible by the number of heads."""
 
 
 class FlextronElasticGPT2Config(GPT2Config):
-    """With `head_dim`, which GPT-2 does not have."""
+    """GPT2Config of an elastic model, with `head_dim`, the size of a head, which GPT-2 itself does not have."""
 
     model_type = "flextron_elastic_gpt2"
 
     def validate(self):
-        """Nothing: GPT2Config's own checks (transformers 5) want hidden_size divisible by the number of heads."""
+        """Skip the checks of GPT2Config (transformers 5), which want hidden_size divisible by the number of heads."""

@@ -1,4 +1,4 @@
-"""An elastic causal language model: one copy of the weights, and every sub-network of it by budget, at run time."""
+"""Elastic causal language model: one copy of the weights, of which every sub-network can be chosen at run time."""
 
 import contextlib
 import copy
@@ -22,22 +22,22 @@ _BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
 class ElasticForCausalLM:
-    """Methods that a family's class of transformers gains. Bad input raises ValueError with one line.
+    """Methods of an elastic model, added to a family's class of transformers. They raise ValueError, one line, for bad input.
 
-    kv_policy of a choice: with "full", every network writes keys and values of all KV groups (also of layers that it skips), and
-    one that is switched to later finds them all. With "own", a network writes those that it uses only, and layers that it skips
-    are not executed: less work and a smaller cache; positions that lack a group which is used later are not seen by it.
+    A `kv_policy` says which keys and values a network writes into the KV cache. "full": of all KV groups, also in skipped layers,
+    so that any network can continue the text. "own": of the KV groups that the network uses; skipped layers write none. This
+    saves time and memory, but a network set later does not see positions that lack one of its groups.
     """
 
-    family = None  # what flextron_family.json holds
-    _choice = None  # what is computed: a Static, a TokenChoice, or None for the full model
+    family = None  # content of flextron_family.json, a Family
+    _choice = None  # Static, TokenChoice, or None for the full model
     _budget = None
-    _calls = None  # if a list, gets the number of tokens of each forward pass
-    _drafts = False  # whether this handle drafts, for a sequence without padding
+    _calls = None  # list that gets the number of tokens of each forward pass, or None
+    _drafts = False  # True for a handle that drafts in generate_speculative
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load as transformers does, and read the directory's sub-networks."""
+        """Load an exported directory: arguments and result as in transformers."""
         hub = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -49,7 +49,7 @@ class ElasticForCausalLM:
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save as transformers does: the full model, and the files of its sub-networks."""
+        """Save the full model and the files of its sub-networks: arguments as in transformers."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.family is not None:
             shutil.copyfile(self.family_file, Path(save_directory) / FAMILY_FILE)
@@ -58,37 +58,53 @@ class ElasticForCausalLM:
 
     def _known(self):
         if self.family is None:
-            raise ValueError("this model was not loaded from an exported directory: it knows of no sub-networks")
+            raise ValueError(
+                "this model was not loaded from an exported directory, so it has no sub-networks: use from_pretrained"
+            )
         return self.family
 
-    # The choice in use.
+    # Choice of the network.
 
     def set_budget(self, budget, adaptive=False, kv_policy=None):
-        """Compute, from now on, the network that `flextron select` takes for a budget.
+        """Set the network that `flextron select` chooses for a budget; later calls compute it.
 
-        budget: 0.6 (of the full model), "25ms", "3.4B", "8GiB"; None: the full model. adaptive: every token chooses for itself,
-        and the budget is kept on average; for directories with adaptive routers. kv_policy: "full", or "own"; default: the
-        adaptive routers' own, else "full".
+        Args:
+            budget: 0.6 (share of the full model's cost, see README.md of the directory), "25ms", "3.4B" (parameters), "8GiB"
+                (memory); None: the full model.
+            adaptive: True lets routers choose for every token, so that the average cost meets the budget; needs adaptive routers.
+            kv_policy: "full" or "own", see the class; None: the policy of the adaptive routers, else "full".
         """
         family = self._known()
         if budget is None:
             if adaptive:
-                raise ValueError("budget=None is the full model, which leaves tokens nothing to choose")
+                raise ValueError(
+                    "budget=None is the full model, in which routers choose nothing: give a budget, or adaptive=False"
+                )
             self._choice = self._static(None, "full", kv_policy)
         elif adaptive:
             self._choice = self._token_choice(budget, kv_policy)
         else:
             name, limit = family.parse(budget)
+            if family.exceeds(name, limit):
+                logger.warning_once(f"budget={budget} allows the full model, whose {name} is less")
+                self._choice, self._budget = self._static(None, "full", kv_policy), budget
+                return
             if outside := family.untrained(name, limit):
                 logger.warning_once(
-                    f"budget={budget} is outside of what the routers were trained for, {outside[0]:.3g} to {outside[1]:.3g}"
+                    f"budget={budget} is outside of the range that the routers were trained for, {outside[0]:.3g} to "
+                    f"{outside[1]:.3g} of the full model"
                 )
             index = family.answer(name, limit)
             self._choice = self._static(family.network, index, kv_policy)
         self._budget = budget
 
     def set_subnetwork(self, network, kv_policy=None):
-        """Compute a given network of the space, from now on: a dict as in a sub-network's JSON; None: the full model."""
+        """Set a sub-network; later calls compute it.
+
+        Args:
+            network: dict as in a sub-network's JSON (`flextron select out=FILE` writes one); None: the full model.
+            kv_policy: "full" or "own", see the class; None: "full".
+        """
         family = self._known()
         if network is not None:
             family.check(network)
@@ -98,9 +114,12 @@ class ElasticForCausalLM:
         self._budget = None
 
     def at(self, budget=None, network=None, **options):
-        """Another handle on the same weights with a choice of its own: as `set_budget`, or given a `network` as `set_subnetwork`.
+        """Second handle on the same weights, with its own network. Both can be used in turn, each with its own KV cache.
 
-        It costs no memory to speak of. Both may be used at a time, each with its own cache.
+        Args:
+            budget: budget as for `set_budget`.
+            network: sub-network as for `set_subnetwork`, instead of a budget.
+            options: further arguments of `set_budget` or `set_subnetwork`.
         """
         view = copy.copy(self)
         view.generation_config = copy.deepcopy(self.generation_config)
@@ -112,26 +131,30 @@ class ElasticForCausalLM:
 
     @property
     def budget(self):
-        """The budget that was set, as it was given; None for none."""
+        """Budget that was set, as it was given; None without one."""
         return self._budget
 
     @property
     def adaptive(self):
-        """True if tokens choose for themselves."""
+        """True if routers choose for every token."""
         return isinstance(self._choice, TokenChoice)
 
     @property
     def subnetwork(self):
-        """The network that is computed, as plain types; None where tokens choose for themselves."""
+        """Current sub-network, a dict as for `set_subnetwork`; None if routers choose for every token."""
         if self.adaptive:
             return None
         return copy.deepcopy(self._choice.network) if self._choice else self._known().full()
 
     def costs(self):
-        """Costs of the choice in use: "parameters", "bytes" of these, "memory" with the KV cache of budgets, "latency" in ms.
+        """Costs of the current network.
 
-        "share": of each the share of the full model's. Where tokens choose for themselves, their average since the budget was
-        set (the full model's before any).
+        If routers choose for every token, costs are averages over the tokens since the budget was set; before the first token
+        they are the full model's costs.
+
+        Returns:
+            {"parameters", "bytes" (of the parameters), "memory" (bytes with the KV cache that budgets count), "latency" (ms, if
+            the directory has a latency table), "share": {cost: share of the full model's cost}}.
         """
         family, dtype = self._known(), self.dtype
         if self.adaptive:
@@ -156,7 +179,13 @@ class ElasticForCausalLM:
         return policy == "own" and (space["attention_unit"] == "kv_group" or len(space["depth"]) > 1)
 
     def _static(self, read, index, kv_policy):
-        """A tabulated network, or the full one, made when it is first wanted."""
+        """Static choice that makes the layers compute one network; built once, then reused.
+
+        Args:
+            read: function that returns the network for `index`; None for the full model.
+            index: number of the network in the table; "full" for the full model.
+            kv_policy: "full" or "own"; None for "full".
+        """
         own, family = self._own(kv_policy), self.family
         if (index, own) not in self._made:
             network = family.full() if read is None else read(index)
@@ -166,11 +195,11 @@ class ElasticForCausalLM:
     def _token_choice(self, budget, kv_policy):
         family = self.family
         if family.adaptive is None:
-            raise ValueError("adaptive=True: this directory has no adaptive routers")
+            raise ValueError("adaptive=True: this directory has no adaptive routers: use adaptive=False")
         name, limit = family.parse(budget)
         if name != (first := family.adaptive["cost"]):
-            raise ValueError(f"budget={budget}: the adaptive routers serve a budget of {first}")
-        target = family.target(limit / family.costs[name]["full"])
+            raise ValueError(f"budget={budget}: the adaptive routers were trained for budgets of {first}: give one of that cost")
+        target = family.target(min(limit / family.costs[name]["full"], 1.0))
         space = family.space
         heads = [tuple(family.layer(size, 0).values())[1:3] for size in space["heads"]]
         own = self._own(kv_policy, family.adaptive["kv_policy"])
@@ -178,7 +207,7 @@ class ElasticForCausalLM:
 
     @contextlib.contextmanager
     def chosen(self, args, kwargs):
-        """Inside the context layers compute this handle's choice."""
+        """Context in which layers compute this handle's network. args, kwargs: arguments of the model's forward."""
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if self._calls is not None and tokens is not None:
             self._calls.append(tokens.shape[1])
@@ -192,13 +221,22 @@ class ElasticForCausalLM:
     # Self-speculative decoding.
 
     def generate_speculative(self, input_ids, draft_budget=0.5, draft_length=4, max_new_tokens=64, **kwargs):
-        """Generate with a small network of the same weights that drafts, and this one that verifies: a SpeculativeOutput.
+        """Generate by speculative decoding: a small sub-network drafts tokens, the current network verifies them together.
 
-        input_ids: [1, S]. draft_budget: as for `set_budget`, or a network as for `set_subnetwork`. draft_length: tokens drafted
-        before they are verified together. The draft keeps a cache of its own. kwargs: of `generate`; do_sample defaults to False.
+        Args:
+            input_ids: prompt, [1, S].
+            draft_budget: budget of the drafting network as for `set_budget`, or a network as for `set_subnetwork`.
+            draft_length: tokens drafted before they are verified.
+            max_new_tokens: most tokens to generate.
+            kwargs: further arguments of `generate`; do_sample is False by default.
+
+        Returns:
+            A SpeculativeOutput.
         """
         if input_ids.shape[0] != 1:
-            raise ValueError(f"generate_speculative: decodes one sequence, not {input_ids.shape[0]}")
+            raise ValueError(
+                f"generate_speculative: decodes one sequence, not {input_ids.shape[0]}: pass input_ids of shape [1, S]"
+            )
         draft = self.at(network=draft_budget) if isinstance(draft_budget, dict) else self.at(draft_budget)
         draft._drafts, settings = True, draft.generation_config
         settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = draft_length, "constant"
@@ -210,20 +248,25 @@ class ElasticForCausalLM:
         out = verifier.generate(input_ids, assistant_model=draft, **options)
         seconds = time.perf_counter() - begun
         sequences = out if isinstance(out, torch.Tensor) else out.sequences
-        # Of what a pass verifies, one token comes from the pass before (in the first one, the prompt does).
+        # Each pass also reads one token of the pass before; the first pass reads the prompt.
         drafted = sum(verifier._calls) - input_ids.shape[1] - (len(verifier._calls) - 1)
         accepted = sequences.shape[1] - input_ids.shape[1] - len(verifier._calls)
         return SpeculativeOutput(sequences, drafted, max(accepted, 0), len(verifier._calls), seconds, input_ids.shape[1])
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, *args, **kwargs):
-        # transformers 5 loses a mask of ones before it asks the draft, which then takes tokens with the padding's id for padding.
+        # transformers 5 drops a mask of ones before it calls the draft, which then takes tokens with the padding id for padding.
         if self._drafts:
             return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
         return super()._prepare_attention_mask_for_generation(inputs_tensor, *args, **kwargs)
 
 
 class SpeculativeOutput:
-    """sequences [1, T]; tokens drafted and accepted; passes of the verifying network; seconds; prompt: tokens before."""
+    """Result of `generate_speculative`.
+
+    sequences: token ids with the prompt, [1, T]. drafted: number of drafted tokens. accepted: number of drafted tokens that were
+    kept. passes: forward passes of the verifying network. seconds: time of the whole generation. new_tokens: number of tokens
+    after the prompt.
+    """
 
     def __init__(self, sequences, drafted, accepted, passes, seconds, prompt):
         self.sequences, self.drafted, self.accepted, self.passes = sequences, drafted, accepted, passes
@@ -231,11 +274,12 @@ class SpeculativeOutput:
 
     @property
     def acceptance_rate(self):
-        """The share of drafted tokens that the verifying network would have written too."""
+        """Share of drafted tokens that the verifying network kept."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def tokens_per_second(self):
+        """Generated tokens a second."""
         return self.new_tokens / self.seconds
 
     def __repr__(self):

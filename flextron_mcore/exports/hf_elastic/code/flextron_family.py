@@ -1,6 +1,6 @@
-"""The sub-networks of an elastic model: the space they are from, their costs, and which one answers a budget.
+"""Sub-networks of an elastic model: their space, their costs, and the network for a budget, read from flextron_family.json.
 
-All of it comes from flextron_family.json. No solver is here: `flextron export` tabulated the answers to every budget.
+The network for every budget is in a table that `flextron export` wrote, so no solver is needed here.
 """
 
 import json
@@ -9,23 +9,25 @@ import re
 
 FAMILY_FILE = "flextron_family.json"
 FORMAT_VERSION = 2
-# unit as a user writes it: cost, and how many of the cost's own unit it is
+# {unit of a budget: (cost, factor to the cost's own unit)}
 UNITS = {"us": ("latency", 1e-3), "ms": ("latency", 1.0), "s": ("latency", 1e3)}
 UNITS.update({name: ("parameters", size) for name, size in (("K", 1e3), ("M", 1e6), ("B", 1e9))})
 UNITS.update({f"{name}iB": ("memory", 2.0**power) for name, power in (("K", 10), ("M", 20), ("G", 30), ("T", 40))})
 UNITS.update({f"{name}B": ("memory", 10.0**power) for name, power in (("k", 3), ("M", 6), ("G", 9), ("T", 12))})
 OWN_UNITS = {"latency": "ms", "parameters": "parameters", "memory": "bytes"}
-# Of a calibration's points: how near targets may come to each other, and by how much then the share still changes at a step.
+# A pair of calibration points is a step if their targets are within NARROW and their shares differ by more than STEP.
 NARROW, STEP = 1 / 1024, 0.015
 LAYER_KEYS = ("executed", "kv_groups", "query_heads_per_group", "ffn_hidden_size")
 
 
 class Family:
-    """The contents of flextron_family.json, `values`. Bad input raises ValueError with one line."""
+    """Content of flextron_family.json. Methods raise ValueError, one line, for bad input."""
 
     def __init__(self, values):
         if values.get("format") != FORMAT_VERSION:
-            raise ValueError(f"{FAMILY_FILE}: format {values.get('format')} is not known here: use the code beside it")
+            raise ValueError(
+                f"{FAMILY_FILE}: format {values.get('format')} is not known here: use the code in the same directory"
+            )
         self.values = values
         self.model, self.space, self.costs = values["model"], values["space"], values["costs"]
         self.selector, self.adaptive = values["selector"], values["adaptive"]
@@ -33,13 +35,14 @@ class Family:
 
     @classmethod
     def from_file(cls, file):
+        """Read flextron_family.json."""
         with open(file, encoding="utf-8") as stream:
             return cls(json.load(stream))
 
     # Networks: {"hidden_size", "layers": [{"executed", "kv_groups", "query_heads_per_group", "ffn_hidden_size"}]}.
 
     def layer(self, heads, neurons):
-        """One layer of a network, by its query heads in total and its neurons."""
+        """Executed layer of a network, as in its JSON, with `heads` query heads in total and `neurons` neurons."""
         if self.space["attention_unit"] == "kv_group":
             groups, queries = heads // self.group_size, self.group_size
         else:
@@ -47,13 +50,16 @@ class Family:
         return dict(zip(LAYER_KEYS, (True, groups, queries, neurons), strict=True))
 
     def full(self):
-        """The whole model."""
+        """Full model as a network, a dict as in a sub-network's JSON."""
         sizes = self.model["num_attention_heads"], self.model["ffn_hidden_size"]
         layers = [self.layer(*sizes) for _ in range(self.model["num_layers"])]
         return {"hidden_size": self.model["hidden_size"], "layers": layers}
 
     def network(self, index):
-        """One of the tabulated networks; a layer without heads is skipped."""
+        """Network with the number `index` in the table of networks, a dict as in a sub-network's JSON.
+
+        A layer that has no heads in the table is skipped.
+        """
         row = self.values["networks"][index]
         skipped = dict(zip(LAYER_KEYS, (False, 0, 0, 0), strict=True))
         pairs = zip(row["heads"], row["ffn_hidden_size"], strict=True)
@@ -61,14 +67,14 @@ class Family:
         return {"hidden_size": row["hidden_size"], "layers": layers}
 
     def gains(self, network):
-        """Gains of each layer's attention and MLP outputs; None for a model without modulation."""
+        """Modulation gains of a network, [attention, MLP] of each layer, which multiply the outputs; None without modulation."""
         if not self.values.get("modulation"):
             return None
         share = self.parameters(network) / self.parameters(self.full())
         return [[1 + (1 - share) * (first + second * share) for first, second in layer] for layer in self.values["modulation"]]
 
     def check(self, network, where="sub-network"):
-        """Raise ValueError unless `network` is a member of the space."""
+        """Raise ValueError unless the space contains `network`. where: beginning of the message."""
         model, space = self.model, self.space
         try:
             hidden, layers = network["hidden_size"], [tuple(layer[key] for key in LAYER_KEYS) for layer in network["layers"]]
@@ -87,7 +93,7 @@ class Family:
         allowed = [tuple(self.layer(heads, 0).values())[1:3] for heads in space["heads"]]
         for i, (runs, groups, queries, neurons) in enumerate(layers):
             if not runs:
-                continue  # it has no widths
+                continue  # widths of a skipped layer do not matter
             if neurons not in space["ffn_hidden_size"]:
                 raise ValueError(
                     f"{where}: layers[{i}].ffn_hidden_size {neurons} is not a candidate {space['ffn_hidden_size']} of this space"
@@ -101,15 +107,8 @@ class Family:
     # Costs.
 
     def cost(self, name, network):
-        """Cost of a network, in the cost's own unit."""
+        """Cost of a network: "latency" in ms, "parameters", or "memory" in bytes."""
         layers = [layer for layer in network["layers"] if layer["executed"]]
-        if name == "parameters":
-            return self.parameters(network)
-        if name == "memory":
-            memory = self.values["memory"]
-            numbers = sum(layer["kv_groups"] for layer in layers) * 2 * self.model["kv_channels"]
-            numbers *= memory["batch_size"] * memory["length"]
-            return (self.parameters(network) + numbers) * memory["bytes_a_number"]
         cost = self.costs[name]
         if network["hidden_size"] != self.model["hidden_size"]:
             cost = cost["narrow"][str(network["hidden_size"])]
@@ -121,28 +120,18 @@ class Family:
         return cost["heads"][heads] + cost["ffn_hidden_size"][space["ffn_hidden_size"].index(layer["ffn_hidden_size"])]
 
     def parameters(self, network):
-        """Exact number of parameters of a network cut out of the model."""
-        model, hidden, size = self.model, network["hidden_size"], self.model["kv_channels"]
-        norm = hidden if model["normalization"] == "rmsnorm" else 2 * hidden
-        gated = 2 if model["activation"] in ("swiglu", "geglu") else 1
-        total = norm
-        for layer in network["layers"]:
-            if not layer["executed"]:
-                continue
-            keys = layer["kv_groups"] * size
-            queries, neurons = keys * layer["query_heads_per_group"], layer["ffn_hidden_size"]
-            total += hidden * (2 * queries + 2 * keys + gated * neurons + neurons) + 2 * norm
-            if model["bias"]:
-                total += queries + 2 * keys + gated * neurons + 2 * hidden
-        total += model["vocab_size"] * hidden * (1 if model["share_embeddings_and_output_weights"] else 2)
-        if model["position_embedding_type"] == "learned_absolute":
-            total += model["max_position_embeddings"] * hidden
-        return total
+        """Exact number of parameters of a network as a dense model."""
+        return self.cost("parameters", network)
 
     def average(self, name, shares, kv_policy):
-        """Average cost of tokens that choose for themselves; shares: for each block, of tokens at each of its levels.
+        """Average cost of token routing: constant, cost of the levels by their shares of tokens, and routing overhead.
 
-        As TokenCost of flextron_mcore/adaptive/usage.py, with the routing overhead where it was measured.
+        A level is the index of a block's candidate, 0 the smallest.
+
+        Args:
+            name: "latency" (ms), "parameters" or "memory" (bytes).
+            shares: for each block, the share of tokens at each of its levels.
+            kv_policy: "full" (a token writes keys and values of all KV groups) or "own" (of the groups that it uses).
         """
         cost = self.costs[name]
         if name == self.adaptive["cost"]:
@@ -150,7 +139,7 @@ class Family:
         total = cost["constant"]
         for i, row in enumerate(shares):
             axis = ("heads", "ffn_hidden_size")[i % 2]
-            row = row[: len(cost[axis])]  # rows are padded
+            row = row[: len(cost[axis])]  # without padding to the most levels of any block
             total += sum(share * value for share, value in zip(row, cost[axis], strict=True))
             if overhead := cost.get("overhead"):
                 amounts = _overheads(row, self.space[axis], cost["tokens"])
@@ -160,9 +149,12 @@ class Family:
     # Budgets.
 
     def parse(self, budget):
-        """(cost, limit in its own unit) of a budget as `flextron select` takes it: 0.6, "25ms", "3.4B", "0.6 parameters"."""
+        """(name of the cost, limit in the cost's unit) of a budget: 0.6, "25ms", "3.4B", "8GiB", "0.6 parameters".
+
+        A limit with a unit may be above the full model's cost, a fraction may not.
+        """
         if isinstance(budget, (list, tuple)) or (isinstance(budget, str) and "," in budget):
-            raise ValueError(f"budget={budget}: several budgets at once want a solver: use `flextron select`, and set_subnetwork")
+            raise ValueError(f"budget={budget}: several budgets at once need a solver: use `flextron select`, and set_subnetwork")
         match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([A-Za-z]*)\s*", str(budget))
         try:
             number, unit = float(match[1]), match[2]
@@ -175,9 +167,11 @@ class Family:
         name, scale = UNITS.get(unit, (unit or self.values["fraction_of"], None))
         if name not in self.costs:
             known = ", ".join(self.costs)
-            raise ValueError(f"budget={budget}: is of {name}, which this directory does not know; known: {known}")
+            raise ValueError(f"budget={budget}: is of {name}, which this directory does not know: use one of {known}")
         cost = self.costs[name]
         limit = number * (cost["full"] if scale is None else scale)
+        if scale is not None and self.exceeds(name, limit):
+            return name, limit
         if not cost["smallest"] * (1 - 1e-9) <= limit <= cost["full"] * (1 + 1e-9):
             low, high, found = (show(name, value) for value in (cost["smallest"], cost["full"], limit))
             share = f"{cost['smallest'] / cost['full']:.3f} of the full model"
@@ -186,13 +180,20 @@ class Family:
             )
         return name, limit
 
+    def exceeds(self, name, limit):
+        """True if the limit of a cost is above the full model's cost."""
+        return limit > self.costs[name]["full"] * (1 + 1e-9)
+
     def untrained(self, name, limit):
-        """The range of shares that the routers were trained for, if a budget is outside of it."""
+        """(least, largest) share of the full model's cost that the routers were trained for, if a limit is outside; else None."""
         low, high = self.values["ranges"].get(name, (0.0, 1.0))
         return None if low - 1e-9 <= limit / self.costs[name]["full"] <= high + 1e-9 else (low, high)
 
     def answer(self, name, limit):
-        """The index of the network for a budget: the one that `flextron select` takes, unless a given one uses more of it."""
+        """Number in the table of the network for a limit of a cost.
+
+        It is the network of `flextron select`, or a network listed in the export's settings that uses more of the budget.
+        """
         table, most = self.values["answers"][name], limit * (1 + 1e-12)
         if "cells" in table:  # cost bins
             found = self._best_bin(table, name, most)
@@ -204,11 +205,14 @@ class Family:
             return max(given)[1]
         if found is None:
             share = f"{limit / self.costs[name]['full']:.3f} of the full model"
-            raise ValueError(f"budget: no network of selector {self.selector} keeps to {name} <= {show(name, limit)} ({share})")
+            raise ValueError(
+                f"budget: no network of selector {self.selector} keeps to {name} <= {show(name, limit)} ({share}): give a larger "
+                "one"
+            )
         return found
 
     def _best_bin(self, table, name, limit):
-        """The best scored network of the cost bins just below the limit: [score, cost, network] (selection/router.py)."""
+        """Number of the network with the best score in the cost bins just below the limit, as selection/router.py chooses."""
         bins, cost, width, within = table["cells"], self.costs[name], self.values["cell"], self.values["within"]
         full, smallest = cost["full"], cost["smallest"]
         top = min(max(math.floor((limit - smallest) / (width * full)), 0), len(bins) - 1)
@@ -226,21 +230,30 @@ class Family:
         return best[2] if best else table["least"][0]
 
     def target(self, share):
-        """The target at which the adaptive routers spend `share` of the full model's cost on average, by their calibration."""
+        """Target at which the adaptive routers spend `share` of the full model's cost on average, from their calibration.
+
+        A target is 0 for the smallest network's cost, 1 for the full model's.
+        """
         points = sorted(self.adaptive["calibration"])
         low, high = (pick(spent for _, spent in points) for pick in (min, max))
         if not low - 0.005 <= share <= high + 0.005:
-            raise ValueError(f"budget: the adaptive routers spend {low:.3f} to {high:.3f} of the full model's, not {share:.3f}")
+            raise ValueError(
+                f"budget: the adaptive routers spend {low:.3f} to {high:.3f} of the full model's cost, not {share:.3f}: give a "
+                "budget in that range"
+            )
         for (first, below), (second, above) in zip(points[:-1], points[1:], strict=True):
             if below < above and below <= share <= above:
-                if second - first <= NARROW and above - below > STEP:  # a step: its nearer end
+                if second - first <= NARROW and above - below > STEP:  # a step: take its nearer end
                     return first if share - below < above - share else second
                 return first + (second - first) * (share - below) / (above - below)
         return min(points, key=lambda point: abs(point[1] - share))[0]
 
 
 def _overheads(row, sizes, tokens):
-    """Amounts of routing overhead of a block, as in flextron_mcore/adaptive/usage.py. row: share of tokens at each level."""
+    """Amounts of a block's routing overheads: (tokens differ, levels that occur less one, units computed above a token's level).
+
+    row: share of tokens at each level. sizes: size of each level. tokens: number of tokens of a pass.
+    """
     occurs = lambda share: 1 - (1 - share) ** tokens  # noqa: E731
     above, before = 0.0, 0
     for level, size in enumerate(sizes):
@@ -250,7 +263,7 @@ def _overheads(row, sizes, tokens):
 
 
 def show(name, value):
-    """A cost for people."""
+    """Text of a cost with a unit, such as `3.4 B` parameters or `25 ms`."""
     if name == "latency":
         return f"{value:.4g} ms"
     units = ((1e9, "B"), (1e6, "M"), (1e3, "K")) if name == "parameters" else ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))

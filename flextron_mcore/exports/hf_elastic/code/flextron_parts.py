@@ -1,9 +1,9 @@
-"""Tools of layers that compute a part of themselves: the choice in use, tokens by level, keys and values of some groups.
+"""Parts of elastic layers: current choice (one network, or token routing), tokens by level, keys and values of some KV groups.
 
-Weights are never copied: every product is with a view of them.
+Weights are never copied: products use views of them.
 
-Shape suffixes: B batch, S tokens at hand, T tokens so far, N = B * S, n some of N, C hidden channels, G KV groups, Q query heads
-of a group, H channels of a head, F neurons, K candidates, U hidden units of a router; small letters for the part in use.
+Shape suffixes: B batch, S tokens of this call, T tokens so far, N = B * S, n some of N, C hidden channels, G KV groups, Q query
+heads of a group, H channels of a head, F neurons, K candidates, U hidden units of a router; small letters for the part in use.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _ACTIVE = contextvars.ContextVar("flextron_active", default=None)
 
 @contextlib.contextmanager
 def computing(choice):
-    """Inside the context (and in this thread) layers compute `choice`: a Static, a TokenChoice, or None for all of it."""
+    """Context in which the layers compute `choice`, in this thread: a Static, a TokenChoice, or None for the full model."""
     token = _ACTIVE.set(choice)
     try:
         yield
@@ -30,9 +30,12 @@ def computing(choice):
 
 
 class Static:
-    """One sub-network for all tokens: `layers` holds (KV groups, query heads of each, neurons); zeros where one is skipped.
+    """One sub-network for all tokens. `layers` holds (KV groups, query heads of each, neurons), zeros for a skipped layer.
 
-    gains: for each layer what the outputs of its attention and its MLP are multiplied with; None for nothing.
+    Args:
+        network: sub-network, as in its JSON.
+        own: True if only keys and values of the KV groups in use are written.
+        gains: [attention, MLP] that each layer's outputs are multiplied with; None: nothing.
     """
 
     def __init__(self, network, own, gains=None):
@@ -41,22 +44,27 @@ class Static:
         self.layers = [tuple(row[name] * bool(row["executed"]) for name in names) for row in network["layers"]]
 
     def executes(self, layer):
-        """True for a layer that is computed at all."""
+        """False for a skipped layer."""
         return bool(self.network["layers"][layer]["executed"])
 
     def heads(self, layer, x_BSC):
-        """[(rows of the N tokens, KV groups, query heads of each)]; rows None: all."""
+        """[(rows, KV groups, query heads of each group)] that a layer computes for rows of the N tokens; rows None: all."""
         return [(None, *self.layers[layer][:2])]
 
     def neurons(self, layer, x_BSC):
-        """[(rows, neurons)]."""
+        """[(rows, neurons)] that the layer computes for rows of the N tokens; rows None: all tokens."""
         return [(None, self.layers[layer][2])]
 
 
 class TokenChoice:
-    """Every token chooses for itself, by routers of flextron_mcore/adaptive/routers.py.
+    """Choice of a candidate of each block for every token, by the routers of flextron_mcore/adaptive/routers.py.
 
-    tensors: theirs, in fp32. target: between 0, the smallest network's cost, and 1. heads_of, neurons_of: sizes of each level.
+    Args:
+        tensors: tensors of the routers, fp32.
+        target: target of the routers, 0 (smallest network) to 1 (full model).
+        heads_of: (KV groups, query heads of each group) of each level (index of a candidate, 0 the smallest).
+        neurons_of: neurons of each level.
+        own: True if a token writes only keys and values of the KV groups that it uses.
     """
 
     # Equal to flextron_mcore/adaptive/routers.py: part of the static routers' log-probabilities that is kept, and its bound.
@@ -76,21 +84,24 @@ class TokenChoice:
         start_NK = (logits_NK.masked_fill(missing_NK, -torch.inf).log_softmax(-1) * self.KEPT).clamp_min(-self.MOST)
         self.bias_NK = tensors["bias_NK"] + start_NK.masked_fill(missing_NK, -torch.inf)
         self.bias_NU = tensors["target_NUC"] @ target_C
-        self.counts_NK = torch.zeros(len(out_NKU), width, dtype=torch.float64)  # how many tokens chose what
-        self.counted_BS = None  # which tokens are counted, None for all
+        self.counts_NK = torch.zeros(len(out_NKU), width, dtype=torch.float64)  # number of tokens that chose each candidate
+        self.counted_BS = None  # mask of the tokens to count; None: all
         self._placed = {}
 
     def executes(self, layer):
+        """True: token routing skips no layer."""
         return True
 
     def heads(self, layer, x_BSC):
+        """[(rows, KV groups, query heads of each group)] that a layer computes for rows of the N tokens; rows None: all."""
         return [(rows, *self.sizes[0][level]) for level, rows in self._by_level(2 * layer, x_BSC)]
 
     def neurons(self, layer, x_BSC):
+        """[(rows, neurons)] that the layer computes for rows of the N tokens; rows None: all tokens."""
         return [(rows, self.sizes[1][level]) for level, rows in self._by_level(2 * layer + 1, x_BSC)]
 
     def levels(self, block, x_BSC):
-        """The candidate [B, S] that each token takes in a block, by what enters it."""
+        """Level that each token takes in a block, [B, S], from the block's input: index of the candidate, 0 the smallest."""
         place = (block, x_BSC.device, x_BSC.dtype)
         if place not in self._placed:
             first = [tensor[block].to(x_BSC) for tensor in (self.tensors["token_NUD"], self.bias_NU)]
@@ -100,7 +111,7 @@ class TokenChoice:
         return F.linear(units_BSU.float().tanh(), out_KU, bias_K).argmax(-1)
 
     def _by_level(self, block, x_BSC):
-        """[(level, rows)]; waits for the device."""
+        """[(level, rows)] of the levels that occur; the host waits for the device."""
         levels_BS = self.levels(block, x_BSC)
         counted = levels_BS if self.counted_BS is None else levels_BS[self.counted_BS.to(levels_BS.device)]
         self.counts_NK[block] += torch.bincount(counted.flatten(), minlength=self.counts_NK.shape[1]).cpu()
@@ -110,16 +121,26 @@ class TokenChoice:
 
 
 class ElasticAttention:
-    """Self-attention of a part of the heads: what both families share.
+    """Self-attention of a part of the heads, shared by both families.
 
-    A family's class has `extent` (G, Q, H), `eager` (the attention function of its modelling file), queries(x_NC, g, q) -> [N, g,
-    q, H], keys(x_NC, g) and values(x_NC, g) -> [N, g, H], and projected(heads_NgqH) -> [N, C].
+    A family's class defines `extent`, (G, Q, H); `eager`, the attention function of its modeling file; queries(x_NC, g, q) ->
+    [N, g, q, H]; keys(x_NC, g) and values(x_NC, g) -> [N, g, H]; projected(heads_NgqH, channels) -> [N, channels].
     """
 
     def attend(self, x_BSC, rotate, mask, cache, cache_kwargs, dropout, **kwargs):
-        """[B, S, C] -> ([B, S, C], attention weights or None). rotate: (query, key) [B, heads, S, H] -> the same with positions.
+        """(output [B, S, C], attention weights or None) of the current choice for hidden states [B, S, C].
 
-        Unless a choice has keys of its `own`, keys and values of all groups are written. In a skipped layer that is all.
+        Keys and values of all KV groups are written into the cache, or with `own` those in use. A skipped layer does nothing
+        else.
+
+        Args:
+            x_BSC: input, after the norm.
+            rotate: function that applies positions to (query, key), [B, heads, S, H] each.
+            mask: attention mask of transformers.
+            cache: KV cache, or None.
+            cache_kwargs: further arguments of its update.
+            dropout: probability of dropout on attention weights.
+            kwargs: further arguments of the attention function.
         """
         choice, (G, Q, H) = _ACTIVE.get(), self.extent
         parts = choice.heads(self.layer_idx, x_BSC) if choice else [(None, G, Q)]
@@ -139,14 +160,16 @@ class ElasticAttention:
         elif cache is not None:
             key, value = cache.update(key, value, self.layer_idx, cache_kwargs)
         if not g:
-            return x_BSC, None  # what a skipped layer returns is looked at by nobody
+            return x_BSC, None  # a skipped layer only writes the cache; its output is not used
         name, module = self.config._attn_implementation, self
-        if q != Q:  # attention functions ask the module how many query heads share a key
+        if q != Q:  # attention functions read num_key_value_groups of the module
             module = copy.copy(self)
             module.num_key_value_groups = q
         function = self.eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         key, value = key[:, :g], value[:, :g]
-        heads, weights = function(module, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        # Flash attention reads the window; other implementations have it in the mask.
+        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": getattr(self.config, "sliding_window", None)}
+        heads, weights = function(module, query, key, value, mask, **options, **kwargs)
         heads = heads.reshape(len(x_NC), g, q, H)
         if parts[0][0] is None:
             return modulated(self.projected(heads, x_NC.shape[1]).view_as(x_BSC), self.layer_idx, 0), weights
@@ -157,18 +180,19 @@ class ElasticAttention:
 
 
 class ElasticLayer:
-    """A decoder layer that may be skipped: what both families share.
+    """Decoder layer that may be skipped, shared by both families.
 
-    A family's class has `signature`, that of the stock layer's forward, entry(): (the norm before its attention, its attention),
-    and unchanged(x_BSC): what the stock layer would return for that.
+    A family's class defines `signature`, the inspect.Signature of the stock layer's forward; entry(), which returns (norm before
+    attention, attention); and unchanged(x_BSC), the stock layer's return value for an output equal to its input.
     """
 
     def forward(self, *args, **kwargs):
+        """Layer's output; a skipped layer returns its input, and writes the KV cache if the choice asks for it."""
         choice, (norm, attention) = _ACTIVE.get(), self.entry()
         if choice is None or choice.executes(attention.layer_idx):
             return super().forward(*args, **kwargs)
         given = self.signature.bind(self, *args, **kwargs).arguments
-        x_BSC, cache = given["hidden_states"], given.get("past_key_values")
+        x_BSC, cache = given["hidden_states"], given.get("cache", given.get("past_key_values"))  # transformers 5.24: cache
         if cache is not None and (not choice.own or has_counts(cache, attention.layer_idx)):
             named = {name: value for name, value in given.items() if name not in ("self", "hidden_states", "kwargs")}
             attention(norm(x_BSC), **named, **given.get("kwargs", {}))
@@ -176,7 +200,14 @@ class ElasticLayer:
 
 
 def gathered(parts, x_NC, shape, compute):
-    """[N, *shape]: for each (rows, sizes...) of `parts` what `compute(x_nC, *sizes)` gives, in the first places; else zeros."""
+    """Results of `compute(x_nC, *sizes)` for each (rows, *sizes) of `parts`, padded with zeros to `shape`: [N, *shape].
+
+    Args:
+        parts: [(rows, *sizes)]; rows None: all rows.
+        x_NC: input.
+        shape: shape of a row of the result.
+        compute: function of the input's rows and their sizes.
+    """
     if parts[0][0] is None:
         return compute(x_NC, *parts[0][1:])
     out = x_NC.new_zeros(len(x_NC), *shape)
@@ -187,7 +218,14 @@ def gathered(parts, x_NC, shape, compute):
 
 
 def neurons_of_each(layer, x_BSC, full, compute):
-    """An MLP: `compute(x_nC, neurons)` for the tokens of each width."""
+    """Output of an MLP in the current choice, with the layer's gain: [B, S, C].
+
+    Args:
+        layer: index of the layer.
+        x_BSC: input.
+        full: neurons of the full MLP.
+        compute: function (x_nC, neurons) -> output [n, C] of the first neurons.
+    """
     choice = _ACTIVE.get()
     parts = choice.neurons(layer, x_BSC) if choice else [(None, full)]
     if parts[0][0] is None:
@@ -200,19 +238,24 @@ def neurons_of_each(layer, x_BSC, full, compute):
 
 
 def modulated(out_BSC, layer, block):
-    """The output of a layer's attention (block 0) or MLP (1), with the choice's gain."""
+    """Output of a layer's attention (block 0) or MLP (block 1) times the gain of the current choice."""
     choice = _ACTIVE.get()
     return out_BSC * choice.gains[layer][block] if choice and choice.gains else out_BSC
 
 
-# Keys and values of some groups only (kv_policy "own"). A layer of the cache then holds one more "group" of keys, the first,
-# whose first channel says how many groups a position has; so it is cropped, reordered and moved with the rest. A layer that was
-# skipped from the start has nothing there: when it is executed first, the positions so far get a count of 0. Only the first layer
-# counts always: transformers asks it how many positions there are.
+# KV cache of some groups (kv_policy "own"). Keys get an additional first group, whose first channel is the number of groups at
+# that position. A layer skipped from the start has no entries: at its first execution the earlier positions get a count of 0. The
+# first layer always has entries, because transformers asks it for the number of positions.
 
 
 def groups_written(written, count, device):
-    """Number of groups [N] that each of the N tokens writes."""
+    """Number of KV groups whose keys and values each of the N tokens writes into the cache: [N].
+
+    Args:
+        written: [(rows, groups)]: number of groups for rows of the tokens; rows None: all.
+        count: number of tokens, N.
+        device: device of the result.
+    """
     counts_N = torch.empty(count, dtype=torch.long, device=device)
     for rows, groups in written:
         counts_N[slice(None) if rows is None else rows] = groups
@@ -220,7 +263,7 @@ def groups_written(written, count, device):
 
 
 def holds_own(cache, index):
-    """True if a layer of the cache holds counts."""
+    """True if a layer of the cache was written with kv_policy "own": it also holds the number of groups at each position."""
     if cache is None or index >= len(cache.layers):
         return False
     layer = cache.layers[index]
@@ -228,22 +271,33 @@ def holds_own(cache, index):
 
 
 def has_counts(cache, index):
-    """True if a layer that a network skips has to count its positions."""
+    """True if a skipped layer must still enter its positions into the cache."""
     return index == 0 or (index < len(cache.layers) and cache.layers[index].is_initialized)
 
 
 def unseen(cache, index, length):
-    """Number of positions before the `length` at hand that a layer of the cache lacks, as it was skipped from the start."""
+    """Number of earlier positions that a layer of the cache lacks because it was skipped. length: tokens of this call."""
     if cache is None or index == 0 or type(cache.layers[0]) is not DynamicLayer or has_counts(cache, index):
         return 0
-    return cache.layers[0].get_seq_length() - length  # the first layer has those at hand already
+    return cache.layers[0].get_seq_length() - length  # the first layer already has the tokens of this call
 
 
 def update_own(cache, index, key_BgSH, value_BgSH, counts_BS, cache_kwargs):
-    """Add keys and values to the cache: all keys and values [B, G, T, H], zeros where there are none, and the counts [B, T]."""
+    """Add keys and values to the cache, and return all that it holds: keys and values [B, G, T, H], and counts [B, T].
+
+    Keys and values are zero for groups that a token lacks. ValueError for a cache that is no DynamicCache.
+
+    Args:
+        cache: KV cache.
+        index: index of the layer.
+        key_BgSH: keys of this call.
+        value_BgSH: values of this call.
+        counts_BS: number of groups of each token of this call.
+        cache_kwargs: further arguments of the cache's update.
+    """
     layer = cache.layers[index] if index < len(cache.layers) else None
     if layer is not None and type(layer) is not DynamicLayer:
-        raise ValueError('kv_policy="own" wants a DynamicCache, the default')
+        raise ValueError('kv_policy="own" works with a DynamicCache only: leave past_key_values and cache_implementation out')
     started = layer is not None and layer.is_initialized and layer.keys.dim() == 4
     if started and not holds_own(cache, index):  # until now all groups were written
         layer.keys = _counted(layer.keys, layer.keys.shape[1])
@@ -271,11 +325,20 @@ def _with_groups(x_BGSH, more):
 
 
 def hide_missing(mask, counts_BT, g, q, query_BhSH, implementation):
-    """`mask` with what positions lack hidden: the same mask where the first `g` groups of all are there."""
+    """Attention mask that also hides positions without the group that a head reads; unchanged if none lacks one.
+
+    Args:
+        mask: mask of transformers: bool, additive, or None for causal.
+        counts_BT: number of groups at each position.
+        g: KV groups in use.
+        q: query heads of each.
+        query_BhSH: queries.
+        implementation: attention implementation, "eager" or "sdpa".
+    """
     if not g or bool((counts_BT >= g).all()):
         return mask
     if implementation not in ("eager", "sdpa"):
-        raise ValueError('kv_policy="own" wants attn_implementation "sdpa" or "eager" where networks were switched')
+        raise ValueError('kv_policy="own" needs attn_implementation "sdpa" or "eager" after the network was changed')
     length, total = query_BhSH.shape[2], counts_BT.shape[1]
     seen_BgT = counts_BT[:, None] > torch.arange(g, device=counts_BT.device)[:, None]
     seen_BhsT = seen_BgT.repeat_interleave(q, 1)[:, :, None]
@@ -286,21 +349,54 @@ def hide_missing(mask, counts_BT, g, q, query_BhSH, implementation):
     return mask.masked_fill(~seen_BhsT, torch.finfo(mask.dtype).min)
 
 
-# Modules that compute with the first channels only, as many as come in or are wanted.
+# Modules that compute with the first channels, as many as their input or the current choice has.
 
 
 class ElasticLinear(nn.Linear):
+    """Linear layer that uses the first input channels."""
+
     def forward(self, x):
+        """Output for an input with all or only the first channels: [..., c] -> [..., outputs]."""
         return F.linear(x, self.weight[:, : x.shape[-1]], self.bias)
 
 
 class ElasticEmbedding(nn.Embedding):
+    """Embedding that returns the first channels, as many as the current choice has."""
+
     def forward(self, ids):
+        """Embeddings of token or position ids."""
         choice = _ACTIVE.get()
         return F.embedding(ids, self.weight[:, : choice.hidden_size] if choice and choice.hidden_size else self.weight)
 
 
 class ElasticLayerNorm(nn.LayerNorm):
+    """LayerNorm over the first channels, as many as its input has."""
+
+    shift = 0.0  # added to the weights: 1 for Nemotron's norm
+
     def forward(self, x):
+        """Normalized input, [..., c] -> [..., c]."""
         size = x.shape[-1]
-        return F.layer_norm(x, (size,), self.weight[:size], self.bias[:size], self.eps)
+        return F.layer_norm(x, (size,), self.weight[:size] + self.shift, self.bias[:size], self.eps)
+
+
+class ElasticRMSNorm(nn.Module):
+    """RMSNorm over the first channels, as many as its input has."""
+
+    def __init__(self, weight, eps):
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x):
+        """Normalized input, [..., c] -> [..., c]."""
+        x32 = x.float()
+        return self.weight[: x.shape[-1]] * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def elastic_norm(norm):
+    """Norm over the first channels, with the parameters of a stock one: an RMSNorm, a LayerNorm, or Nemotron's LayerNorm."""
+    if not isinstance(norm, nn.LayerNorm):
+        return ElasticRMSNorm(norm.weight, norm.variance_epsilon)
+    found = ElasticLayerNorm(norm.normalized_shape, eps=norm.eps)
+    found.weight, found.bias, found.shift = norm.weight, norm.bias, float(type(norm) is not nn.LayerNorm)
+    return found

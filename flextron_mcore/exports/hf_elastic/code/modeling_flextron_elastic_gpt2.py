@@ -1,7 +1,8 @@
-"""GPT-2 whose layers compute a part of their heads and neurons, on a part of the channels, or are skipped.
+"""GPT-2 whose layers compute the first heads, neurons and channels of the current choice, or are skipped.
 
-Positions, masks and generation are transformers' own.
-Its Conv1D stores weights [in, out]; c_attn's outputs are all queries, all keys, all values. Every head is a group of its own.
+Positions, masks and generation are transformers'.
+
+Conv1D stores weights [in, out]. The outputs of c_attn are all queries, all keys, all values. Each head is a KV group.
 """
 
 import copy
@@ -23,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .configuration_flextron_elastic import FlextronElasticGPT2Config
 from .flextron_elastic import ElasticForCausalLM
-from .flextron_family import Family  # noqa: F401  (transformers 4 fetches only what this file itself imports)
+from .flextron_family import Family  # noqa: F401  (transformers 4 copies only files that this file imports itself)
 from .flextron_parts import (
     ElasticAttention,
     ElasticEmbedding,
@@ -35,19 +36,21 @@ from .flextron_parts import (
 
 
 def conv(x, layer, first, count):
-    """Outputs first, first + 1, ... of a Conv1D, `count` of them, from its first inputs, as many as come in."""
+    """Outputs `first` to `first + count - 1` of a Conv1D, from its first inputs, as many as `x` has."""
     weight, bias = layer.weight[: x.shape[-1], first : first + count], layer.bias[first : first + count]
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], count)
 
 
 class ElasticGPT2Attention(ElasticAttention, GPT2Attention):
+    """GPT-2 attention that computes the first KV groups and query heads."""
+
     eager = staticmethod(eager_attention_forward)
 
     def __init__(self, config, layer_idx):
         one_head = copy.copy(config)
-        one_head.num_attention_heads = 1  # GPT2Attention derives the size of a head from it; set right below
+        one_head.num_attention_heads = 1  # GPT2Attention derives the size of a head from it; corrected below
         super().__init__(one_head, layer_idx=layer_idx)
-        self.config = config  # where the attention implementation is looked up, and may be changed later
+        self.config = config  # the shared one, in which set_attn_implementation changes the attention implementation
         heads, size = config.num_attention_heads, config.head_dim
         self.num_heads, self.head_dim, self.split_size, self.scaling = heads, size, heads * size, size**-0.5
         self.c_attn = Conv1D(3 * heads * size, config.hidden_size)
@@ -72,14 +75,22 @@ class ElasticGPT2Attention(ElasticAttention, GPT2Attention):
     def projected(self, heads_NgqH, channels):
         return conv(heads_NgqH.flatten(1), self.c_proj, 0, channels)
 
-    def forward(self, hidden_states, past_key_values=None, cache_position=None, attention_mask=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        past_key_values=None,
+        cache_position=None,
+        attention_mask=None,
+        cache=None,  # name of past_key_values since transformers 5.24
+        **kwargs,
+    ):
         for name in ("head_mask", "encoder_hidden_states", "encoder_attention_mask"):  # transformers 4 passes None
             kwargs.pop(name, None)
         out, weights = self.attend(
             hidden_states,
             lambda query, key: (query, key),
             attention_mask,
-            past_key_values,
+            past_key_values if cache is None else cache,
             {"cache_position": cache_position},
             self.attn_dropout.p if self.training else 0.0,
             **kwargs,
@@ -88,6 +99,8 @@ class ElasticGPT2Attention(ElasticAttention, GPT2Attention):
 
 
 class ElasticGPT2MLP(GPT2MLP):
+    """GPT-2 MLP that computes the first neurons."""
+
     def __init__(self, neurons, config, layer_idx):
         super().__init__(neurons, config)
         self.neurons, self.layer_idx = neurons, layer_idx
@@ -100,11 +113,13 @@ class ElasticGPT2MLP(GPT2MLP):
 
 
 class ElasticGPT2Block(ElasticLayer, GPT2Block):
+    """GPT-2 layer with elastic parts."""
+
     signature = inspect.signature(GPT2Block.forward)
 
     def __init__(self, config, layer_idx):
         one_head = copy.copy(config)
-        one_head.num_attention_heads = 1  # as above: the attention is replaced
+        one_head.num_attention_heads = 1  # for GPT2Attention, which is replaced below
         super().__init__(one_head, layer_idx)
         self.ln_1 = ElasticLayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attn = ElasticGPT2Attention(config, layer_idx)
@@ -120,6 +135,8 @@ class ElasticGPT2Block(ElasticLayer, GPT2Block):
 
 
 class FlextronElasticGPT2Model(GPT2Model):
+    """GPT-2 model with elastic layers."""
+
     config_class = FlextronElasticGPT2Config
     _no_split_modules = ["ElasticGPT2Block"]
 
@@ -138,6 +155,8 @@ class FlextronElasticGPT2Model(GPT2Model):
 
 
 class FlextronElasticGPT2LMHeadModel(ElasticForCausalLM, GPT2LMHeadModel):
+    """GPT-2 causal language model, elastic (see `ElasticForCausalLM`)."""
+
     config_class = FlextronElasticGPT2Config
     _no_split_modules = ["ElasticGPT2Block"]
 
@@ -148,7 +167,7 @@ class FlextronElasticGPT2LMHeadModel(ElasticForCausalLM, GPT2LMHeadModel):
         self.model_parallel, self.device_map = False, None  # transformers 4
         self.post_init()
 
-    @functools.wraps(GPT2LMHeadModel.forward)  # generate() looks at the names of the arguments
+    @functools.wraps(GPT2LMHeadModel.forward)  # generate() inspects the names of the arguments
     def forward(self, *args, **kwargs):
         with self.chosen(args, kwargs):
             return super().forward(*args, **kwargs)

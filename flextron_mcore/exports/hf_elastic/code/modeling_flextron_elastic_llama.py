@@ -1,8 +1,9 @@
-"""Llama whose layers compute a part of their heads and neurons, on a part of the channels, or are skipped.
+"""Llama whose layers compute the first heads, neurons and channels of the current choice, or are skipped.
 
-Positions, masks and generation are transformers' own.
+Positions, masks and generation are transformers'.
 """
 
+import copy
 import functools
 import inspect
 
@@ -16,7 +17,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaModel,
     LlamaPreTrainedModel,
-    LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
@@ -24,23 +24,25 @@ from transformers.models.llama.modeling_llama import (
 
 from .configuration_flextron_elastic import FlextronElasticLlamaConfig
 from .flextron_elastic import ElasticForCausalLM
-from .flextron_family import Family  # noqa: F401  (transformers 4 fetches only what this file itself imports)
-from .flextron_parts import ElasticAttention, ElasticEmbedding, ElasticLayer, ElasticLinear, neurons_of_each
+from .flextron_family import Family  # noqa: F401  (transformers 4 copies only files that this file imports itself)
+from .flextron_parts import ElasticAttention, ElasticEmbedding, ElasticLayer, ElasticLinear, elastic_norm, neurons_of_each
 
 
 def rows(x, linear, count):
-    """The first `count` outputs of a linear layer, of the channels that come in."""
+    """First `count` outputs of a linear layer, from the first inputs, as many as `x` has."""
     bias = None if linear.bias is None else linear.bias[:count]
     return F.linear(x, linear.weight[:count, : x.shape[-1]], bias)
 
 
 def columns(x, linear, channels):
-    """The first `channels` outputs from the first inputs of a linear layer, as many as come in."""
+    """First `channels` outputs of a linear layer, from the first inputs, as many as `x` has."""
     bias = None if linear.bias is None else linear.bias[:channels]
     return F.linear(x, linear.weight[:channels, : x.shape[-1]], bias)
 
 
 class ElasticLlamaAttention(ElasticAttention, LlamaAttention):
+    """Llama attention that computes the first KV groups and query heads."""
+
     eager = staticmethod(eager_attention_forward)
 
     @property
@@ -48,8 +50,12 @@ class ElasticLlamaAttention(ElasticAttention, LlamaAttention):
         return self.k_proj.weight.shape[0] // self.head_dim, self.num_key_value_groups, self.head_dim
 
     def queries(self, x_NC, g, q):
+        query_NgqH = self._queries(x_NC, g, q)
+        return self.q_norm(query_NgqH) if hasattr(self, "q_norm") else query_NgqH  # Qwen3
+
+    def _queries(self, x_NC, g, q):
         G, Q, H = self.extent
-        if q == Q:  # whole groups: the first rows
+        if q == Q:  # whole groups are the first rows
             return rows(x_NC, self.q_proj, g * q * H).view(len(x_NC), g, q, H)
         weight_GhC = self.q_proj.weight.view(G, Q * H, -1)[:g, : q * H, : x_NC.shape[1]]
         query_GNh = torch.bmm(x_NC.expand(g, -1, -1), weight_GhC.transpose(1, 2))
@@ -58,7 +64,8 @@ class ElasticLlamaAttention(ElasticAttention, LlamaAttention):
         return query_GNh.transpose(0, 1).unflatten(-1, (q, H))
 
     def keys(self, x_NC, g):
-        return rows(x_NC, self.k_proj, g * self.head_dim).view(len(x_NC), g, self.head_dim)
+        key_NgH = rows(x_NC, self.k_proj, g * self.head_dim).view(len(x_NC), g, self.head_dim)
+        return self.k_norm(key_NgH) if hasattr(self, "k_norm") else key_NgH
 
     def values(self, x_NC, g):
         return rows(x_NC, self.v_proj, g * self.head_dim).view(len(x_NC), g, self.head_dim)
@@ -79,14 +86,16 @@ class ElasticLlamaAttention(ElasticAttention, LlamaAttention):
         attention_mask=None,
         past_key_values=None,
         cache_position=None,
+        cache=None,  # name of past_key_values since transformers 5.24
         **kwargs,
     ):
         cos, sin = position_embeddings
+        turned = getattr(self, "use_rope", True)  # false in some layers of SmolLM3
         return self.attend(
             hidden_states,
-            lambda query, key: apply_rotary_pos_emb(query, key, cos, sin),
+            lambda query, key: apply_rotary_pos_emb(query, key, cos, sin) if turned else (query, key),
             attention_mask,
-            past_key_values,
+            past_key_values if cache is None else cache,
             {"sin": sin, "cos": cos, "cache_position": cache_position},
             self.attention_dropout if self.training else 0.0,
             **kwargs,
@@ -94,6 +103,8 @@ class ElasticLlamaAttention(ElasticAttention, LlamaAttention):
 
 
 class ElasticLlamaMLP(LlamaMLP):
+    """Llama MLP that computes the first neurons."""
+
     def __init__(self, config, layer_idx):
         super().__init__(config)
         self.layer_idx = layer_idx
@@ -102,26 +113,25 @@ class ElasticLlamaMLP(LlamaMLP):
         return neurons_of_each(self.layer_idx, x, self.intermediate_size, self.part)
 
     def part(self, x, neurons):
-        hidden = self.act_fn(rows(x, self.gate_proj, neurons)) * rows(x, self.up_proj, neurons)
+        hidden = rows(x, self.up_proj, neurons)
+        if hasattr(self, "gate_proj"):  # Nemotron's has none
+            hidden = self.act_fn(rows(x, self.gate_proj, neurons)) * hidden
+        else:
+            hidden = self.act_fn(hidden)
         return columns(hidden, self.down_proj, x.shape[-1])
 
 
-class ElasticLlamaRMSNorm(LlamaRMSNorm):
-    def forward(self, hidden_states):
-        dtype, x = hidden_states.dtype, hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight[: x.shape[-1]] * x.to(dtype)
-
-
 class ElasticLlamaDecoderLayer(ElasticLayer, LlamaDecoderLayer):
+    """Llama layer with elastic parts."""
+
     signature = inspect.signature(LlamaDecoderLayer.forward)
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
         self.self_attn = ElasticLlamaAttention(config, layer_idx)
         self.mlp = ElasticLlamaMLP(config, layer_idx)
-        self.input_layernorm = ElasticLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = ElasticLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = elastic_norm(self.input_layernorm)
+        self.post_attention_layernorm = elastic_norm(self.post_attention_layernorm)
 
     def entry(self):
         return self.input_layernorm, self.self_attn
@@ -131,6 +141,8 @@ class ElasticLlamaDecoderLayer(ElasticLayer, LlamaDecoderLayer):
 
 
 class FlextronElasticLlamaModel(LlamaModel):
+    """Llama model with elastic layers."""
+
     config_class = FlextronElasticLlamaConfig
     _no_split_modules = ["ElasticLlamaDecoderLayer"]
 
@@ -139,13 +151,16 @@ class FlextronElasticLlamaModel(LlamaModel):
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = ElasticEmbedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(ElasticLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = ElasticLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = copy.deepcopy(self.layers[0].input_layernorm)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.has_sliding_layers = False  # Qwen2 and Qwen3, of which no layer has a window here
         self.gradient_checkpointing = False
         self.post_init()
 
 
 class FlextronElasticLlamaForCausalLM(ElasticForCausalLM, LlamaForCausalLM):
+    """Llama causal language model, elastic (see `ElasticForCausalLM`)."""
+
     config_class = FlextronElasticLlamaConfig
     _no_split_modules = ["ElasticLlamaDecoderLayer"]
 
@@ -156,7 +171,7 @@ class FlextronElasticLlamaForCausalLM(ElasticForCausalLM, LlamaForCausalLM):
         self.lm_head = ElasticLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @functools.wraps(LlamaForCausalLM.forward)  # generate() looks at the names of the arguments
+    @functools.wraps(LlamaForCausalLM.forward)  # generate() inspects the names of the arguments
     def forward(self, *args, **kwargs):
         with self.chosen(args, kwargs):
             return super().forward(*args, **kwargs)

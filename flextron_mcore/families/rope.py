@@ -1,0 +1,33 @@
+"""Rotary frequencies of YaRN (Peng et al., 2023), by the formula of transformers. No torch import."""
+
+from __future__ import annotations
+
+import math
+
+from flextron_mcore.config import ModelConfig
+
+
+def yarn_frequencies(model: ModelConfig) -> list[float] | None:
+    """Rotary frequencies [rotary_channels / 2], in radians a position; None for a model without YaRN.
+
+    Channel pairs that turn more than beta_fast times within the original context keep their frequency. Pairs that turn less than
+    beta_slow times get their frequency divided by `factor`. Frequencies between the two are interpolated linearly.
+    """
+    scaling, base, size = model.rope_scaling or {}, model.rotary_base, model.rotary_channels
+    if scaling.get("type") != "yarn":
+        return None
+
+    def channel(turns: float) -> float:
+        """Index, as a real number, of the channel pair that makes `turns` full turns within the original context."""
+        return size * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = channel(scaling["beta_fast"]), channel(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    high += 0.001 * (low == high)
+    found = []
+    for i in range(size // 2):
+        slowed = min(max((i - low) / (high - low), 0), 1)
+        found.append(base ** (-2 * i / size) * (slowed / scaling["factor"] + 1 - slowed))
+    return found

@@ -1,0 +1,223 @@
+"""Reading of files that come with an input: regular files only, of bounded size, depth and link targets. No torch import.
+
+An input may be made by somebody else. A FIFO would block a reader for ever, a link could lead to any file of the user, and a
+small text can describe a value that fills the memory. All of these become a FlextronError that names the file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flextron_mcore.config import FlextronError
+
+LARGEST_TEXT = 64 * 2**20  # bytes; JSON takes up to 22 times as much in memory
+_LARGEST_YAML = 2**20  # bytes, which take 3 seconds
+LARGEST_LOG = 2**30  # bytes; logs are parsed a line at a time
+_DEEPEST, _MOST = 64, 20_000_000  # levels and values of a JSON text
+_DIGITS = 40  # of a whole number; tokenizers write 10**30 for "no limit"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a directory",
+}
+
+
+def open_file(file: str | os.PathLike, given: bool = False) -> io.BufferedReader:
+    """Open a regular file for reading. Raises FlextronError for anything else, and OSError as `open` does.
+
+    Args:
+        file: path of the file.
+        given: True for a file that the user named, which may be a link to anywhere; False for one that came with a directory.
+    """
+    file = Path(file)
+    if not given:
+        check_link(file)
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: opening a FIFO would wait for a writer
+    try:
+        _check_kind(file, os.fstat(descriptor).st_mode)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_file(file: str | os.PathLike, given: bool = False) -> None:
+    """Raise FlextronError unless `file` is a regular file, or missing. given: as for `open_file`."""
+    file = Path(file)
+    if not given:
+        check_link(file)
+    try:
+        _check_kind(file, file.stat().st_mode)
+    except FileNotFoundError:
+        return
+
+
+def check_folder(folder: Path) -> None:
+    """Raise FlextronError for a link to a file out of a directory, and for an entry that is no regular file or directory."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                check_file(entry.path)
+
+
+def check_link(file: Path) -> None:
+    """Raise FlextronError if `file` is a link that leads out of its directory, except within a Hugging Face cache.
+
+    A snapshot in that cache, models--NAME/snapshots/REVISION, consists of links to models--NAME/blobs.
+    """
+    if not file.is_symlink():
+        return
+    folder, found = file.parent.resolve(), file.resolve()
+    caches = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    if not any(found.is_relative_to(place) for place in (folder, *caches)):
+        raise FlextronError(
+            f"{file}: is a link out of its directory, to {found}, which is not followed: if you trust it, copy the directory "
+            "with `cp -rL`"
+        )
+
+
+def child(folder: Path, name: object, named_by: Path) -> Path:
+    """Path of a file in `folder` that another file names. Raises FlextronError if the name leads out of the directory.
+
+    Args:
+        folder: directory of both files.
+        name: name as the other file gives it.
+        named_by: that file, for the message.
+    """
+    parts = Path(name).parts if isinstance(name, str) and "\0" not in name else ()
+    inside = bool(parts) and not Path(name).is_absolute() and ".." not in parts
+    try:
+        if inside:
+            (folder / name).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the caller says what is missing
+    except (OSError, ValueError):  # no file can have this name: too long, or half of a surrogate pair
+        inside = False
+    if not inside:
+        raise FlextronError(
+            f"{named_by}: names the file {str(name)[:100]!r}, which is not inside its directory: use an unchanged copy"
+        )
+    return folder / name
+
+
+def read_bytes(file: str | os.PathLike, given: bool = False, largest: int = LARGEST_TEXT) -> bytes:
+    """Content of a regular file. Raises FlextronError for another kind of file or a larger one, and OSError.
+
+    Args:
+        file: path of the file.
+        given: as for `open_file`.
+        largest: most bytes.
+    """
+    with open_file(file, given) as stream:
+        data = stream.read(largest + 1)
+    if len(data) > largest:
+        raise FlextronError(f"{file}: is larger than {largest >> 20} MiB, more than such a file needs: use an unchanged copy")
+    return data
+
+
+def read_text(file: str | os.PathLike, given: bool = False, largest: int = LARGEST_TEXT) -> str:
+    """Content of a regular file as UTF-8. Raises as `read_bytes` does, and UnicodeDecodeError (a ValueError).
+
+    Args:
+        file: path of the file.
+        given: as for `open_file`.
+        largest: most bytes.
+    """
+    return read_bytes(file, given, largest).decode("utf-8")
+
+
+def read_json(file: str | os.PathLike, given: bool = False) -> Any:
+    """Value of a JSON file. Raises as `read_text` does, and ValueError as `parse_json` does. given: as for `open_file`."""
+    return parse_json(read_bytes(file, given))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Value of a JSON text. Raises ValueError for a text that is not JSON, is nested too deeply or has a huge integer."""
+    try:
+        value = json.loads(text, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    escaped = _SURROGATE.search(text if isinstance(text, bytes) else text.encode(errors="surrogatepass"))
+    for each in _containers(value):
+        if escaped:
+            for item in each if isinstance(each, list) else [*each, *each.values()]:
+                if isinstance(item, str) and not _encodes(item):
+                    raise ValueError("a text holds half of a surrogate pair")
+    if escaped and isinstance(value, str) and not _encodes(value):
+        raise ValueError("a text holds half of a surrogate pair")
+    return value
+
+
+def read_yaml(file: str | os.PathLike, given: bool = False) -> Any:
+    """Value of a YAML file of plain values. Raises as `read_text` does, and ValueError as `parse_yaml` does.
+
+    given: as for `open_file`.
+    """
+    return parse_yaml(read_text(file, given, _LARGEST_YAML))
+
+
+def parse_yaml(text: str) -> Any:
+    """Value of a YAML text. Raises ValueError unless it is YAML of texts, numbers, lists and mappings, of bounded size."""
+    try:
+        value = yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except Exception as error:  # beside YAMLError, tags and dates raise many types, such as IndexError for `!!int ''`
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(reason[:200]) from None
+    # Without aliases a text has fewer values than characters; aliases of aliases stand for any number.
+    for each in _containers([value], len(text) + 10_000):
+        for item in each if isinstance(each, list) else [*each, *each.values()]:
+            if not isinstance(item, str | int | float | list | dict | None):
+                raise ValueError(f"a value of type {type(item).__name__}, not a text, number, list or mapping")
+    return value
+
+
+def _check_kind(file: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise FlextronError(f"{file}: is {_KINDS.get(stat.S_IFMT(mode), 'special')}, not a regular file: remove it")
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _containers(value: Any, most: int = _MOST) -> Iterator[list | dict]:
+    """All lists and mappings of a value, level by level. Raises ValueError for more than `most` values, or too many levels."""
+    level, count = [value] if isinstance(value, list | dict) else [], 0
+    for _ in range(_DEEPEST):
+        count += sum(map(len, level))
+        if count > most:
+            raise ValueError("too many values")
+        yield from level
+        level = [
+            item
+            for each in level
+            for item in (each if isinstance(each, list) else each.values())
+            if isinstance(item, list | dict)
+        ]
+        if not level:
+            return
+    raise ValueError("nested too deeply")

@@ -1,0 +1,96 @@
+"""Check that a command does not write over what it reads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.files import read_yaml
+from flextron_mcore.runs.output import CONFIG_FILE
+from flextron_mcore.settings.schema import Key, keys, value_of
+from flextron_mcore.settings.training import StageSettings
+
+_LEVELS = 3  # directories below an input in which links are followed: RUN/checkpoints/iter_0000100/FILE
+
+
+def check_inputs(settings: StageSettings) -> None:
+    """Raise FlextronError where `settings.out` is, contains or lies inside an input of the stage.
+
+    Inputs are the paths that the schema declares, unless their role is `output`. Real paths are compared, and files by their
+    identity on disk. Links inside an input directory are followed. `out` may be a directory of its own inside a `collection`, the
+    directory of a run's stages that a report reads.
+    """
+    if not settings.out:
+        return
+    out = Path(settings.out).resolve()
+    for key, text in input_paths(settings):
+        if relation := _relation(out, Path(text), key, settings.stage):
+            raise FlextronError(f"out={settings.out}: {relation} the input {key.name}={text}: choose another out")
+
+
+def input_paths(settings: StageSettings) -> Iterator[tuple[Key, str]]:
+    """(key, path) of every input that the settings name."""
+    for key in keys(type(settings)).values():
+        if key.limits.role in ("input", "collection"):
+            for text in _texts(value_of(settings, key)):
+                if text != "builtin" or key.name != "input":  # no path: text of this Python
+                    yield key, text
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts of a path, a list of paths or a mapping to them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+def _relation(out: Path, given: Path, key: Key, stage: str) -> str | None:
+    """Words for how `out` and an input meet; None where they do not."""
+    found = given.expanduser().resolve()
+    for place in (found, *_linked(found)):
+        if place == out or _same(place, out):
+            return "is"
+        if any(parent == out or _same(parent, out) for parent in place.parents):
+            return "contains"
+    inside = [parent for parent in out.parents if parent == found or _same(parent, found)]
+    if not inside:
+        return None
+    if key.limits.role == "collection":
+        between = out.parents[: out.parents.index(inside[0])]
+        if _stage_of(out) in (None, stage) and not any(map(_stage_of, between)):
+            return None
+        return "would replace or lie in a stage's directory of"
+    return "lies inside"
+
+
+def _linked(folder: Path, levels: int = _LEVELS) -> Iterator[Path]:
+    """Real paths of the symbolic links in a directory and, `levels` deep, in its subdirectories."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield Path(entry.path).resolve()
+            elif levels > 1 and entry.is_dir():
+                yield from _linked(Path(entry.path), levels - 1)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """True if both exist and are one file or directory, by whatever name."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _stage_of(folder: Path) -> str | None:
+    """Name of the stage that wrote a directory; None where no stage did."""
+    try:
+        values = read_yaml(folder / CONFIG_FILE)
+    except (OSError, ValueError):
+        return None
+    return values.get("stage") if isinstance(values, dict) else None

@@ -1,0 +1,209 @@
+"""Comparison of files with their digests: of all that lies below a path, and of what a command opens."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flextron_mcore import digests
+from flextron_mcore.checkpoint.store import INFO_FILE, list_checkpoints
+from flextron_mcore.config import FlextronError
+from flextron_mcore.digests import CONFIG_FILE, DATA_FILE, DIGESTS_FILE, Entry
+from flextron_mcore.files import read_json
+from flextron_mcore.runs.inputs import input_paths
+from flextron_mcore.runs.output import METRICS_FILE
+from flextron_mcore.runs.terminal import warn
+from flextron_mcore.runtime.disk import write_whole
+from flextron_mcore.runtime.ranks import gather, place
+from flextron_mcore.settings.training import StageSettings
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Result of a comparison.
+
+    Attributes:
+        files: number of compared files.
+        bytes: their size.
+        faults: a message for each file that is not as it was written.
+        unlisted: files without a digest in a directory whose other files have one.
+    """
+
+    files: int
+    bytes: int
+    faults: Sequence[str]
+    unlisted: Sequence[str]
+
+
+def verify(path: Path) -> Verified:
+    """Compare the files below `path` with their digests. Raises FlextronError if none of them has one.
+
+    path: directory, of any depth above or within the output of a stage, or a file.
+    """
+    path = _existing(path)
+    faults: list[str] = []
+    entries: dict[Path, Entry] = {}
+    unlisted: list[str] = []
+    descriptions = _descriptions(path)
+    for file in descriptions:
+        try:
+            found = _entries(file)
+        except FlextronError as error:
+            faults.append(_without_remedy(error))
+            continue
+        entries |= {each: entry for each, entry in found.items() if each == path or path in each.parents}
+        if path in file.parents:
+            unlisted += [str(file.parent / name) for name in digests.listed(file.parent)]
+        if not digests.is_sealed(_json(file)):
+            faults.append(f"{file} is of an earlier version, which recorded no digests")
+    unlisted = [name for name in unlisted if Path(name) not in entries and Path(name).name != INFO_FILE]
+    loose = [path] if path.is_file() else [file for folder in _folders(path) for file in folder.glob("*.json")]
+    for file in loose:  # such as the network that `flextron select` writes
+        if (path.is_file() or file not in (*entries, *descriptions)) and digests.is_sealed(values := _json(file)):
+            entries.setdefault(file, {"bytes": file.stat().st_size})
+            try:
+                digests.unseal(values, file)
+            except FlextronError as error:
+                faults.append(_without_remedy(error))
+    if path.is_dir():
+        faults += [f"{folder} is of an earlier version, which recorded no digests" for folder in _undescribed(path)]
+    if not entries and not faults:
+        raise FlextronError(
+            f"path={path}: nothing in it has a digest, so it cannot be verified: name the out of a stage, or a file in one"
+        )
+    faults += _faults(entries)
+    return Verified(len(entries), sum(entry["bytes"] for entry in entries.values()), list(dict.fromkeys(faults)), unlisted)
+
+
+def accept(path: Path) -> list[str]:
+    """Record the files below `path` as they are now; return what was not as recorded. Raises FlextronError as `verify` does."""
+    path = _existing(path)
+    before = verify(path)
+    descriptions = _descriptions(path)
+    for file in [each for folder in _folders(path) for each in folder.glob("*.json")] if path.is_dir() else [path]:
+        if file.suffix == ".json" and digests.is_sealed(values := _json(file)) and digests.seal(values) != values:
+            write_whole(file, json.dumps(digests.seal(values), indent=1) + "\n")
+    for file in [*descriptions, *(folder / DIGESTS_FILE for folder in (_undescribed(path) if path.is_dir() else ()))]:
+        _describe_again(file, path)
+    return list(before.faults)
+
+
+def _describe_again(file: Path, path: Path) -> None:
+    """Write a description with the digests of files at or below `path` as they are now."""
+    folder = file.parent
+    values = _json(file)
+    if file.name == DIGESTS_FILE and not isinstance(values, dict):
+        values = {}
+    if not isinstance(values, dict):
+        raise FlextronError(f"{file}: is damaged, and holds what nothing else holds: bring it back from a copy")
+    names = [name for name in digests.listed(folder) if name != INFO_FILE]
+    if path != folder and path not in folder.parents:
+        names = [name for name in names if folder / name == path or path in (folder / name).parents]
+        now = dict(values.get("files", {}))
+    else:
+        now = {}
+        if file.name == DIGESTS_FILE and (folder / CONFIG_FILE).is_file() and not (folder / METRICS_FILE).is_file():
+            names = [name for name in names if name.partition("/")[0] in (CONFIG_FILE, "tokenizer")]  # the run goes on
+    now |= {name: digests.entry_of(folder / name) for name in names}
+    write_whole(file, json.dumps(digests.seal({**values, "files": now}), indent=1) + "\n")
+
+
+def verify_inputs(settings: StageSettings) -> None:
+    """Compare what the settings name with its digests, if they say verify_weights=true. Call on all ranks, which share the files.
+
+    A checkpoint or dataset of an earlier version, which has no digests, gives a warning. Raises FlextronError on every rank,
+    naming the first file that is not as it was written.
+    """
+    paths = [Path(text) for key, text in input_paths(settings) if key.limits.role == "input"]
+    for path in paths:
+        if _is_early(path):
+            warn(
+                f"{path} is of an earlier version, which recorded no digests, so changed files cannot be found: record them with "
+                f"`flextron verify path={path} accept=true`"
+            )
+    if not getattr(settings, "verify_weights", False):
+        return
+    entries: dict[Path, Entry] = {}
+    for path in [*paths, *([Path(settings.out)] if settings.out else [])]:
+        for file in _opened(path):
+            entries |= _entries(file)
+    rank, ranks = place()
+    mine = dict(sorted(entries.items())[rank::ranks])
+    if faults := [fault for each in gather(_faults(mine)) for fault in each]:
+        raise FlextronError(f"{faults[0]}: bring it back from a copy, or make it again")
+
+
+def _opened(path: Path) -> list[Path]:
+    """Descriptions of what a command opens of an input: the newest checkpoint of a run, or a dataset or table."""
+    checkpoints = list_checkpoints(path)
+    files = [checkpoints[-1] / INFO_FILE] if checkpoints else [path / INFO_FILE, path / DIGESTS_FILE]
+    return [file for file in files if file.is_file()]
+
+
+def _is_early(path: Path) -> bool:
+    """True for a checkpoint, run or dataset without digests."""
+    if not path.is_dir():
+        return False
+    if (path / DATA_FILE).is_file():
+        return not (path / DIGESTS_FILE).is_file()
+    described = [file for file in _opened(path) if file.name == INFO_FILE]
+    return bool(described) and isinstance(values := _json(described[0]), dict) and not digests.is_sealed(values)
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise FlextronError(f"path={path}: no such file or directory: name the out of a stage")
+    return path.resolve()
+
+
+def _entries(file: Path) -> dict[Path, Entry]:
+    """{file: size and digest} in a description. Raises FlextronError if it is damaged."""
+    found = digests.files_of(digests.read_description(file), file)
+    return {file.parent / name: entry for name, entry in found.items()}
+
+
+def _faults(entries: Mapping[Path, Entry]) -> list[str]:
+    """Messages about files that are not as their entries say."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [found for found in pool.map(digests.damage, entries, entries.values()) if found]
+
+
+def _descriptions(path: Path) -> list[Path]:
+    """Descriptions in a directory and below it; where there is none, that which lists it or the file `path`."""
+    below = [folder / name for folder in _folders(path) for name in (DIGESTS_FILE, INFO_FILE)] if path.is_dir() else []
+    above = [folder / name for folder in path.parents[:4] for name in (INFO_FILE, DIGESTS_FILE)]  # RUN/checkpoints/iter_N/FILE
+    for files in (below, above):
+        if found := [file for file in files if file.is_file() and file != path]:
+            return found if files is below else found[:1]
+    return []
+
+
+def _undescribed(path: Path) -> list[Path]:
+    """Complete outputs of stages, and datasets, without digests.json, in a directory and below it."""
+    marks = (METRICS_FILE, DATA_FILE)
+    return [each for each in _folders(path) if not (each / DIGESTS_FILE).is_file() and any((each / m).is_file() for m in marks)]
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    """Directory, and those below it, without hidden ones and links."""
+    yield path
+    for each in sorted(path.iterdir()):
+        if each.is_dir() and not each.is_symlink() and not each.name.startswith("."):
+            yield from _folders(each)
+
+
+def _json(file: Path) -> Any:
+    """Value of a JSON file; None for another file."""
+    try:
+        return read_json(file) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _without_remedy(error: FlextronError) -> str:
+    return str(error).partition(": bring it")[0]

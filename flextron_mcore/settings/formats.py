@@ -1,0 +1,44 @@
+"""Sections of `flextron export` for single formats: `trtllm`, `gguf`, `hf_elastic`. No torch import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flextron_mcore.settings.schema import path, section, setting
+from flextron_mcore.settings.sections import SELECTORS, CacheSettings
+
+
+@dataclass
+class TrtllmSettings:
+    """Section `trtllm` of an export: a checkpoint for TensorRT-LLM releases that build engines (up to 1.2)."""
+
+    style: str = setting(
+        "padded",
+        "padded: every layer is zero-padded to the widest layer; deci: each layer keeps its KV heads and MLP size (Llama only)",
+        choices=("padded", "deci"),
+    )
+    tensor_parallel_size: int = setting(1, "tensor-parallel ranks of the engine", at_least=1)
+    pipeline_parallel_size: int = setting(1, "pipeline-parallel ranks of the engine", at_least=1)
+
+
+@dataclass
+class GgufSettings:
+    """Section `gguf` of an export: a GGUF file for llama.cpp."""
+
+    type: str | None = setting(
+        None, "GGUF type of the weight matrices; null: f32 if dtype is fp32, else f16", choices=("f32", "f16", "q8_0")
+    )
+
+
+@dataclass
+class HfElasticSettings:
+    """Section `hf_elastic` of an export: one transformers directory from which any sub-network is chosen at run time."""
+
+    networks: list[str] = path([], "JSON files of more sub-networks that may be chosen for a budget, besides the selector's")
+    selector: str = setting(
+        "${selector}",
+        "selector that chooses the networks for budgets; uniform if the checkpoint has no routers",
+        choices=SELECTORS,
+    )
+    latency: str | None = path("${latency}", "latency table (the out of `flextron latency`)")
+    kv_cache: CacheSettings = section(CacheSettings, batch_size="${kv_cache.batch_size}", length="${kv_cache.length}")

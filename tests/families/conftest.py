@@ -1,0 +1,3 @@
+"""llama.cpp for the tests of families."""
+
+from tests.exports.conftest import engine  # noqa: F401  (a fixture)

@@ -1,0 +1,113 @@
+"""Random models of every family, as transformers builds them, and random sub-networks."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.space import SubNetwork
+from tests import hf_toy
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
+SCALINGS = (None, None, hf_toy.LINEAR, hf_toy.LLAMA3, YARN, {**YARN, "beta_fast": 20.0, "attention_factor": 1.3})
+
+
+def llama_like(draw: random.Random, **more: Any) -> dict[str, Any]:
+    """Arguments of a configuration in odd shapes: heads that do not fill the hidden size, one group, one layer, tied or not."""
+    groups, queries, layers = draw.randint(1, 4), draw.randint(1, 4), draw.randint(1, 4)
+    return {
+        "vocab_size": hf_toy.VOCAB,
+        "hidden_size": 2 * groups * queries * draw.randint(2, 4),
+        "intermediate_size": draw.choice([24, 40, 63]),
+        "num_hidden_layers": layers,
+        "num_attention_heads": groups * queries,
+        "num_key_value_heads": groups,
+        "head_dim": draw.choice([4, 6, 8, 16]),
+        "max_position_embeddings": hf_toy.LENGTH,
+        "tie_word_embeddings": draw.random() < 0.5,
+        "rope_theta": draw.choice([500.0, 10000.0]),
+        "rope_scaling": copy.deepcopy(draw.choice(SCALINGS)),
+        "bos_token_id": 3,
+        "eos_token_id": 5,
+        "pad_token_id": None,
+        **more,
+    }
+
+
+def _biased(draw: random.Random) -> dict[str, Any]:
+    biased = draw.random() < 0.5
+    return {"attention_bias": biased, "mlp_bias": biased}
+
+
+def _unlike_yarn(draw: random.Random) -> dict[str, Any] | None:
+    return copy.deepcopy(draw.choice(SCALINGS[:4]))
+
+
+def smollm3(draw: random.Random) -> dict[str, Any]:
+    """Arguments of a SmolLM3, some of whose layers do not rotate queries and keys."""
+    values = llama_like(draw, rope_scaling=_unlike_yarn(draw), **_biased(draw))
+    return values | {"no_rope_layers": [draw.randint(0, 1) for _ in range(values["num_hidden_layers"])]}
+
+
+# {family: function from a random state to the arguments of its configuration}
+FAMILIES: dict[str, Callable[[random.Random], dict[str, Any]]] = {
+    "Llama": lambda draw: llama_like(draw, **_biased(draw)),
+    "Mistral": lambda draw: llama_like(draw, sliding_window=draw.choice([None, None, 1, 7, 50])),
+    "Qwen2": lambda draw: llama_like(draw),
+    "Qwen3": lambda draw: llama_like(draw),
+    "SmolLM3": lambda draw: smollm3(draw),
+    "Phi3": lambda draw: llama_like(
+        draw, rope_scaling=None, sliding_window=draw.choice([None, 7]), partial_rotary_factor=draw.choice([1.0, 1.0, 0.5])
+    ),
+    "Nemotron": lambda draw: llama_like(draw, head_dim=draw.choice([4, 8, 16]), rope_scaling=_unlike_yarn(draw), **_biased(draw)),
+}
+
+
+def random_model(family: str, seed: int) -> PreTrainedModel:
+    """Model of a family with random sizes, options and weights."""
+    draw = random.Random(f"{family} {seed}")
+    torch.manual_seed(draw.randrange(2**31))
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family](draw))
+    model = hf_toy._random(getattr(transformers, f"{family}ForCausalLM")(config))
+    with torch.no_grad():  # std 0.2 at most, or 1 / sqrt(channels): logits of wide models would else round by more than ATOL
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(min(1, 5 / model.config.hidden_size**0.5))
+    return model
+
+
+def random_space(model: PreTrainedModel, seed: int) -> dict[str, Any]:
+    """Space with every number of groups or of query heads, four FFN widths, three hidden sizes and every depth."""
+    draw, config = random.Random(seed), model.config
+    heads, groups, neurons, hidden = (
+        getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size")
+    )
+    unit = draw.choice(["kv_group", "query_head"])
+    step = heads // groups if unit == "kv_group" else groups
+    return {
+        "granularity": 1,
+        "attention_unit": unit,
+        "heads": list(range(step, heads + 1, step)),
+        "ffn_hidden_size": [1, 7, neurons // 2, neurons],
+        "hidden_size": [hidden // 4, hidden // 2, hidden],
+        "depth": list(range(1, config.num_hidden_layers + 1)),
+        "layer_ranking": draw.sample(range(config.num_hidden_layers), config.num_hidden_layers),
+    }
+
+
+def random_networks(info: CheckpointInfo, count: int, seed: int) -> list[SubNetwork]:
+    """Networks of the space: half of them with the same widths in all layers, which stock classes need."""
+    draw, space, model = random.Random(seed), info.space, info.model
+    networks = []
+    for number in range(count):
+        sizes = [(draw.choice(space.heads), draw.choice(space.ffn_hidden_size)) for _ in range(model.num_layers)]
+        layers = tuple(space.layer_choice(model, *(sizes[0] if number % 2 else size)) for size in sizes)
+        networks.append(space.network(model, layers, draw.choice(space.hidden_size), draw.choice(space.depth)))
+    return networks

@@ -1,0 +1,36 @@
+"""Models of no family are refused by name, with what they have that no family has."""
+
+from __future__ import annotations
+
+import pytest
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.families import FAMILIES, family_of_config
+
+
+@pytest.mark.parametrize(
+    "architecture, words",
+    [
+        ("MixtralForCausalLM", "it has experts"),
+        ("Qwen3MoeForCausalLM", "it has experts"),
+        ("DeepseekForCausalLM", "it has experts"),
+        ("Gemma2ForCausalLM", "it has norms after its blocks, or soft caps"),
+        ("Gemma3ForConditionalGeneration", "it has norms after its blocks"),
+        ("Olmo2ForCausalLM", "it has norms after its blocks"),
+        ("GemmaForCausalLM", "it has factors on embeddings"),
+        ("GraniteForCausalLM", "it has factors"),
+        ("PhiForCausalLM", "it has attention and MLP side by side"),
+        ("NemotronHForCausalLM", "it has layers that are not attention"),
+        ("NeverHeardOfForCausalLM", "is not supported: only Llama"),
+    ],
+)
+def test_architectures_are_refused_by_name(architecture, words):
+    with pytest.raises(FlextronError, match=f"architecture {architecture} is not supported") as caught:
+        family_of_config({"architectures": [architecture]})
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert all(family.architecture in str(caught.value) for family in FAMILIES)
+
+
+def test_experts_are_seen_in_the_keys():
+    with pytest.raises(FlextronError, match="model_type 'new' is not supported: it has experts"):
+        family_of_config({"model_type": "new", "num_local_experts": 8})

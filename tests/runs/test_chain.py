@@ -1,0 +1,15 @@
+"""Chains of commands: values in printed commands are read back as they are."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flextron_mcore.runs.chain import quoted
+from flextron_mcore.settings.compose import compose
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("ab \\'\",[]{}:=$"), max_size=8))
+def test_a_quoted_value_is_read_back(value):
+    assert compose("evaluate", [f"checkpoint={quoted(value)}"], partial=True).checkpoint == value

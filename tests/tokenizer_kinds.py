@@ -1,0 +1,146 @@
+"""Small tokenizers, each with the exact pipeline of a well-known one, and texts that are hard to split."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from flextron_mcore.exports.gguf import tokenizer
+
+SOURCE = Path(tokenizer.__file__).read_text()
+TEXTS = [
+    "",
+    " ",
+    "Hello, world!",
+    "two  spaces   three\n\n\nlines\r\n\tand tabs \n",
+    "  led by spaces",
+    "I'll say it's WE'VE y'all they'd 'tis",
+    "1 22 333 4444 1234567 3.14 x86_64",
+    "naïve café Straße Ελληνικά Привет 你好，世界 こんにちは",
+    "emoji 🙂🙂 👩‍👩‍👧 ∑∞≠",
+    "def main(argv: list[str]) -> int:\n    return len(argv) # end\n",
+    "aaaaaaa bbbbbbb ababab   ",
+    "a\u00a0b\u2003c\u3000d",
+]
+ALPHABET = "ab Eet'19\n\t .,(_é你🙂-s"
+
+
+def texts(seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return TEXTS + ["".join(draw.choices(ALPHABET, k=draw.randint(1, 40))) for _ in range(200)] + [SOURCE[:3000]]
+
+
+def save(backend: tokenizers.Tokenizer, folder: Path, **config) -> Path:
+    folder.mkdir(parents=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>", **config}))
+    return folder
+
+
+def trained(backend: tokenizers.Tokenizer, size: int, **options) -> tokenizers.Tokenizer:
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False, **options)
+    backend.train_from_iterator([SOURCE, *TEXTS], trainer)
+    return backend
+
+
+def byte_level(pre: pre_tokenizers.PreTokenizer, ignore_merges: bool = False) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    backend.pre_tokenizer, backend.decoder = pre, decoders.ByteLevel()
+    return trained(backend, 500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+
+def with_bos(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+    return backend
+
+
+def gpt2() -> tokenizers.Tokenizer:
+    return byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+def smollm() -> tokenizers.Tokenizer:
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    return byte_level(pre_tokenizers.Sequence(steps))
+
+
+def llama3() -> tokenizers.Tokenizer:
+    words = pre_tokenizers.Split(Regex(tokenizer._LLAMA3), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return with_bos(byte_level(pre_tokenizers.Sequence([words, bytes_]), ignore_merges=True))
+
+
+def llama2(prefix: str = "normalizer") -> tokenizers.Tokenizer:
+    """Tokenizer like Llama 2's: pieces learnt by BPE, and merges as transformers derives them from sentencepiece."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    learnt = json.loads(trained(backend, 400).to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ["".join(merge) for merge in learnt["merges"] if "▁▁" not in "".join(merge)]
+    runs = ["▁" * length for length in (2, 4, 8, 5, 6, 3, 7)]  # runs of spaces, which merge last and independently
+    singles = [piece for piece in learnt["vocab"] if len(piece) == 1 and piece != "🙂"]  # no emoji: bytes spell it
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *runs, *words, *singles]))}
+    halves = lambda piece: [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]  # noqa: E731
+    merges = [pair for piece in dict.fromkeys(words) for pair in halves(piece) if vocab.keys() >= set(pair)]
+    merges += sorted((pair for piece in runs for pair in halves(piece)), key=lambda pair: [-len(half) for half in pair])
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    if prefix == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
+    return with_bos(backend)
+
+
+_QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def qwen() -> tokenizers.Tokenizer:
+    words = pre_tokenizers.Split(Regex(_QWEN), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = byte_level(pre_tokenizers.Sequence([words, bytes_]))
+    backend.normalizer, backend.post_processor = normalizers.NFC(), processors.ByteLevel(trim_offsets=False)
+    return backend
+
+
+HARD = [
+    *(" a", "a ", "\n", "\r\n", "\t\t", "a\n\nb", ".\n\n", "x.\n y", "  \n  ", "\u200b", "\ufeffa", "\x00", "a\x00b", "\x7f"),
+    *("<s>", "</s>", "a</s>b", " <s> a", "<unk>", "<s></s>", "<s>a\n</s>\n", "</s", "<|endoftext|>", "<0x41>", "▁", " ▁ a"),
+    *(
+        "e\u0301",
+        "\u212b",
+        "ﬁ",
+        "𝔘𝔫𝔦",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "🇩🇪🇫🇷",
+        "안녕",
+        "ก็",
+        "שלום",
+        "مرحبا",
+        "नमस्ते",
+    ),
+    *("I'M", "we'Ve", "'S", "1,000,000.00", "12345678901234567890", "١٢٣", "½²", "0x1F", "a1b2c3", "____", "--------", "=" * 70),
+    *(
+        "http://a.b/c?d=e&f",
+        "<html>&nbsp;</html>",
+        "{'a': [1, 2]}",
+        "f(x)=x^2",
+        "// x\n\t\treturn",
+        "日本語 テキスト",
+        "　全角　",
+        "ß ẞ İ ı",
+    ),
+    *(" " * 50, "\n" * 50, "\t" * 50, "a" * 300, "ab" * 200, "é" * 200, "🙂" * 60, "a " * 200, " a" * 200, "!" * 200),
+]
+
+
+def hard_texts() -> list[str]:
+    """200 texts or more."""
+    draw = random.Random(1)
+    alphabet = [*ALPHABET, *HARD[:40], "<s>", "</s>", "  ", "\r\n"]
+    return [*TEXTS, *HARD, *("".join(draw.choices(alphabet, k=draw.randint(1, 30))) for _ in range(200 - len(HARD)))]

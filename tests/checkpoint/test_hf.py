@@ -157,7 +157,7 @@ def test_a_directory_without_config_is_refused(tmp_path):
         ({"architectures": [], "model_type": "mamba"}, ["GPT2LMHeadModel"]),
         ({"architectures": None, "model_type": "mamba"}, ["model_type 'mamba'", "LlamaForCausalLM"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantized"]),
-        ({"model_type": "gpt2"}, ["architectures ['LlamaForCausalLM'] and model_type 'gpt2' disagree"]),
+        ({"model_type": "gpt2"}, ["architectures ['LlamaForCausalLM'] and model_type 'gpt2' name different models"]),
     ],
 )
 def test_unsupported_models_are_refused(single, changes, words):

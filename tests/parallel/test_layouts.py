@@ -241,7 +241,8 @@ def test_a_run_continued_at_another_layout_is_the_uninterrupted_run(runs, name):
 def test_compared_losses_differ_by_run_and_by_step(runs):
     losses = {model: trained(runs.path(f"one {model}"))[0] for model in ("llama", "gpt2", "distilled")}
     assert (losses["llama"] - losses["distilled"])[-10:].abs().max() > 1e-3
-    assert len({round(loss, 3) for values in losses.values() for loss in values.tolist()}) > 100
+    every = [round(loss, 3) for values in losses.values() for loss in values.tolist()]
+    assert len(set(every)) > 0.7 * len(every)
     for model in ("llama", "gpt2"):
         info = open_checkpoint(runs.path(f"one {model}"))
         drawn = [net for step in range(STEPS) for net in draw(info.model, info.space, 1234, step, 3)]

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from flextron_mcore.choices import Choices
 from flextron_mcore.cost import Cost
@@ -104,6 +102,10 @@ def _solve(
     limits: Sequence[Limit],
 ) -> SubNetwork | None:
     """Solve one integer program. costs: (cost of each candidate [N, K], the Cost, its least and its largest value)."""
+    # Every stage imports this module for its estimate of memory; the solver takes a tenth of a process's start.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     exists = np.flatnonzero(exists_NK)
     count, width = exists_NK.shape
     one_each = csr_array((np.ones(len(exists)), (exists // width, np.arange(len(exists)))), shape=(count, len(exists)))

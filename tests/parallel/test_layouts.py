@@ -177,7 +177,7 @@ class Runs:
             "model.global_batch_size=8",
             f"trainer.max_steps={STEPS}",
             f"trainer.val_check_interval={STEPS}",
-            "trainer.limit_val_batches=3",
+            "trainer.limit_val_batches=1",
             "model.optim.sched.warmup_steps=0",
             "exp_manager.create_tensorboard_logger=false",
             f"exp_manager.checkpoint_callback_params.every_n_train_steps={STEPS // 2}",

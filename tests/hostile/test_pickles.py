@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flextron_mcore.checkpoint.reader import TensorReader
+from flextron_mcore.checkpoint.store import open_checkpoint, write_info
 from flextron_mcore.checkpoint.unpickling import read_metadata
 from flextron_mcore.config import FlextronError
 from flextron_mcore.exports.formats import FORMATS
@@ -55,6 +56,20 @@ def test_objects(copy, name):
     spoil_objects(copy.checkpoint, calls(copy.marker)["os.system"])
     copy.describe()
     assert "cannot be loaded, damaged or of another model (an object in it is not plain data)" in refusal(*keys(copy, name))
+    assert not copy.marker.exists()
+
+
+@pytest.mark.parametrize("spoil", [spoil_metadata, spoil_objects])
+def test_a_checkpoint_with_routers(copy, spoil):
+    """`joint` continues from routers, which the others do not read."""
+    stage(*keys(copy, "router"))
+    routed = open_checkpoint(copy.root / "out")
+    assert routed.path
+    spoil(routed.path, calls(copy.marker)["os.system"])
+    (routed.path / "flextron.json").unlink()
+    write_info(routed.path, routed)
+    said = refusal("joint", f"checkpoint={copy.root}/out", f"data={copy.root}/data", *TRAIN, f"out={copy.root}/joint")
+    assert re.search(r"it asks for \w+.system|an object in it is not plain data", said)
     assert not copy.marker.exists()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.cost import Budget, memory_cost
+from flextron_mcore.cost import Budget, Cost, memory_cost
 from flextron_mcore.selection.sampling import draw_near
 from tests.routing_toy import family, latency
 
@@ -36,6 +36,15 @@ def test_every_network_of_that_cost_is_as_likely():
     assert counts.keys() == set(near) and len(near) > 5
     expected = 2000 / len(near)
     assert sum((counts[net] - expected) ** 2 / expected for net in near) < len(near) + 5 * (2 * len(near)) ** 0.5
+
+
+def test_the_cheapest_network_where_a_table_has_an_outlier():
+    """One candidate of 900 ms: probabilities that tell it apart do not tell 1.000 from 1.001 ms."""
+    choices = family(12)
+    candidates = {"heads": (900.0, 1.0, 1.001, 1.002), "ffn_hidden_size": (1.002, 1.001, 1.0, 1.003)}
+    cost = Cost("latency", choices.model, choices.space, 5.0, candidates)
+    (cheapest,) = draw_near(choices, [Budget(cost, cost.smallest + 1e-6)], 10, seed=0)
+    assert cost.of(cheapest) == pytest.approx(cost.smallest, rel=1e-12) and choices.indices(cheapest) == [1, 2] * 12
 
 
 def test_budgets_with_few_networks():

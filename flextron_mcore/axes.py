@@ -19,10 +19,13 @@ ATTENTION_UNITS = ("kv_group", "query_head")
 
 @dataclass(frozen=True)
 class Axis:
-    """Dimension of the model that may vary. Layer axes have a choice in every layer, network axes have one choice.
+    """Dimension of the model that may vary.
+
+    Each layer chooses its own size of a layer axis (heads, FFN neurons). The whole network has one size of a network axis (hidden
+    size, depth).
 
     Attributes:
-        name: key in a space, a cost and a table.
+        name: key in an elastic space, a cost and a latency table.
         unit: plural name of the units, such as "heads".
         title, short: names in figures and tables.
         block: name of the layer's block (attention, mlp) that has the units; None for a network axis.
@@ -31,15 +34,16 @@ class Axis:
             families' tensor table cuts dimensions of a field's name to its value.
         split: function (model, attention unit, size) that returns the fields of a size.
         step: function (model, granularity, attention unit) that returns (divisor of every candidate, reason as text).
-        default: candidates of a space that names none.
-        starts: module of a layer with which the block begins, for timing it; empty for the block itself.
-        observed: module whose `observe` sees the activations that score the units. Their last dimension holds the fields' units,
-            then each unit's channels.
-        followed_by: weight whose columns these activations are multiplied with.
-        parallel: units are divided over tensor-parallel ranks, in dealt order (checkpoint/sharding.py).
-        module: for an added axis the path of its ElasticBlock (layers/block.py), such as "flextron_mcore.layers.adapter.Adapter".
-            It is built as Adapter(config, space=space), and becomes the attribute of the layer that `block` names.
-        tensors: for an added axis {name within the layer: dimensions} of its tensors.
+        default: candidates, as fractions of the full size, of a space that names none.
+        starts: module of a layer at which timing of the block begins (the norm before it); empty for the block itself.
+        observed: module whose method `observe` gets the activations from which importance of the units is scored. Their last
+            dimension holds the units of all fields, and within them each unit's channels.
+        followed_by: weight whose columns are multiplied with these activations.
+        parallel: True if the units are divided over tensor-parallel ranks, dealt into buckets (checkpoint/sharding.py).
+        module: for an axis that an extension adds the dotted path of its ElasticBlock (layers/block.py), such as
+            "flextron_mcore.layers.adapter.Adapter". It is built as Adapter(config, space=space), and becomes the attribute of the
+            layer that `block` names. None for a built-in axis.
+        tensors: for such an axis {name within the layer: field that gives the size of each dimension} of its tensors.
     """
 
     name: str
@@ -69,11 +73,14 @@ class Axis:
         return math.prod(getattr(chosen, name) for name in self.fields)
 
     def whole(self, model: ModelConfig) -> tuple[int, ...]:
-        """Values of the fields of this axis in the full model."""
+        """Values of the axis's fields in the full model; for heads (KV groups, query heads of a group)."""
         return self.split(model, "kv_group", self.full(model))
 
     def unit_field(self, model: ModelConfig, attention_unit: str) -> str:
-        """Field in which candidates differ: its units are sorted and dropped. For heads it depends on the attention unit."""
+        """Name of the field in which candidates differ, whose units are sorted and dropped.
+
+        For heads it is "kv_groups" or "query_heads_per_group", depending on the attention unit.
+        """
         smaller = self.full(model) - self.step(model, 1, attention_unit)[0]
         pairs = zip(self.fields, self.split(model, attention_unit, smaller), self.whole(model), strict=True)
         return next(name for name, some, whole in pairs if some != whole)
@@ -118,7 +125,7 @@ class Axis:
         return tuple(sorted(sizes))
 
     def reason(self, model: ModelConfig, granularity: int, attention_unit: str, values: Sequence[float] | None) -> str:
-        """Words for how candidates came from `values`: as given, or the default, with what it was rounded to.
+        """Text that says where candidates come from: "as given", or the default fractions, with what they were rounded to.
 
         Args:
             model: architecture of the full model.
@@ -133,7 +140,7 @@ class Axis:
         return f"default {shown} of {full}" + (f", rounded to multiples of {step} ({why})" if rounded else "")
 
     def _possible(self, model: ModelConfig, granularity: int, attention_unit: str) -> str:
-        """Words for all possible sizes, with the other attention unit too where they are others."""
+        """Text for a message that lists all possible sizes, and those of the other attention unit if they differ."""
         full = self.full(model)
         steps = {unit: self.step(model, granularity, unit)[0] for unit in (attention_unit, *ATTENTION_UNITS)}
         listed = {}
@@ -148,13 +155,17 @@ class Axis:
 
 
 def _split_heads(model: ModelConfig, attention_unit: str, heads: int) -> tuple[int, int]:
-    """Split query heads into (KV groups, query heads of a group): kv_group drops whole groups, query_head drops heads of all."""
+    """Split a number of query heads into (KV groups, query heads of each).
+
+    Attention unit kv_group: groups are whole, and some are dropped. query_head: all groups stay, each with fewer query heads.
+    """
     if attention_unit == "kv_group":
         return heads // model.query_heads_per_group, model.query_heads_per_group
     return model.num_query_groups, heads // model.num_query_groups
 
 
 def _step_of_heads(model: ModelConfig, granularity: int, attention_unit: str) -> tuple[int, str]:
+    """(divisor of every number of query heads that is a candidate, reason as text)."""
     if attention_unit != "kv_group":
         return model.num_query_groups, f"the number of KV groups, {model.num_query_groups}"
     more = f" x {model.query_heads_per_group} query heads per KV group" if model.query_heads_per_group > 1 else ""
@@ -212,25 +223,25 @@ DEPTH = Axis(
     parallel=False,
 )
 
-# The order is that of positional sizes (ElasticSpace.build) and, for layer axes, of the layer's blocks.
+# Order of the positional arguments of ElasticSpace.build; of layer axes also the order of blocks in a layer.
 AXES: dict[str, Axis] = {axis.name: axis for axis in (HEADS, FFN_HIDDEN_SIZE, HIDDEN_SIZE, DEPTH)}
 
 
 def layer_axes() -> list[Axis]:
-    """Axes with a choice in every layer."""
+    """Axes of which every layer chooses its own size (heads, FFN neurons), in the order of the layer's blocks."""
     return [axis for axis in AXES.values() if axis.of_layer]
 
 
 def network_axes() -> list[Axis]:
-    """Axes with one choice for the network."""
+    """Axes of which the whole network has one size: hidden size and depth (number of executed layers)."""
     return [axis for axis in AXES.values() if not axis.of_layer]
 
 
 def layer_fields() -> list[str]:
-    """Names of the fields of LayerChoice that are sizes."""
+    """Names of the fields of LayerChoice that are numbers of units, such as "kv_groups" and "ffn_hidden_size"."""
     return [name for axis in layer_axes() for name in axis.fields]
 
 
 def added_tensors() -> tuple[Tensor, ...]:
-    """Tensors that axes declare in `Axis.tensors`, in addition to families.tensors.TENSORS. The built-in axes declare none."""
+    """Declarations of the tensors in `Axis.tensors` of all axes, beyond families.tensors.TENSORS; () with built-in axes only."""
     return tuple(t for axis in layer_axes() for t in declare(axis.tensors, tuple(axis.fields) if axis.parallel else ()))

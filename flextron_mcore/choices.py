@@ -1,4 +1,4 @@
-"""Space as a list of choices, for routers, selectors and tables. No torch import.
+"""Elastic space as a list of choices, for routers, selectors and tables. No torch import.
 
 A choice picks one candidate of an axis. Every layer has a choice for each layer axis, ordered by layer, then by axis; such a
 choice is also called a block (attention, MLP). With all axes, the choices of the network (hidden size, depth) come first. A
@@ -22,13 +22,13 @@ from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 
 @dataclass(frozen=True)
 class Choices:
-    """Space as a list of choices, each of which picks one candidate of an axis. Candidates are smallest first.
+    """Elastic space as a list of choices, each of which picks one candidate (size) of an axis. Candidates are smallest first.
 
     Attributes:
         model: architecture of the full model.
         space: candidates of every axis.
-        all_axes: hidden size and depth are choices too; else networks have all channels and layers.
-        uniform: each layer axis has one choice for all layers.
+        all_axes: True if hidden size and depth are choices, too; else networks have all channels and layers.
+        uniform: True if all layers share one choice for each layer axis, so that networks have the same widths in every layer.
     """
 
     model: ModelConfig
@@ -38,17 +38,17 @@ class Choices:
 
     @property
     def network_axes(self) -> list[Axis]:
-        """Axes of the network that are choices: hidden size and depth, or none."""
+        """Axes with one size for the whole network that are choices: hidden size and depth, or without `all_axes` none."""
         return network_axes() if self.all_axes else []
 
     @property
     def axes(self) -> list[Axis]:
-        """Axis of each choice, N in all."""
+        """Axis of each of the N choices."""
         return self.network_axes + self.space.layer_axes * (1 if self.uniform else self.model.num_layers)
 
     @property
     def sizes(self) -> list[tuple[int, ...]]:
-        """Candidates of each choice."""
+        """Candidates (sizes) of each choice, smallest first."""
         return [self.space.sizes[axis.name] for axis in self.axes]
 
     @property
@@ -58,11 +58,11 @@ class Choices:
 
     @property
     def exists_NK(self) -> np.ndarray:
-        """[N, K] array, True for candidates that exist: a choice may have fewer than K, the largest number."""
+        """[N, K] array, True for candidates that exist: a choice may have fewer than K candidates."""
         return table([[True] * len(sizes) for sizes in self.sizes], False)
 
     def rows(self, layers: Iterable[int]) -> list[int]:
-        """Indices of the choices of these layers."""
+        """Indices of the choices that belong to these layers, layer by layer."""
         first, count = len(self.network_axes), len(self.space.layer_axes)
         return [first + (0 if self.uniform else layer) * count + i for layer in layers for i in range(count)]
 
@@ -80,7 +80,7 @@ class Choices:
         return table([costs[axis.name] for axis in self.axes], 0.0, self.exists_NK.shape[1])
 
     def network(self, indices_N: Sequence[int]) -> SubNetwork:
-        """Sub-network of these candidate indices. Indices of skipped layers are ignored."""
+        """Sub-network in which choice n takes its candidate number indices_N[n]. Indices of skipped layers are ignored."""
         space, count = self.space, len(self.space.layer_axes)
         sizes = [candidates[index] for candidates, index in zip(self.sizes, indices_N, strict=True)]
         chosen = dict(zip((axis.name for axis in self.network_axes), sizes, strict=False))
@@ -89,7 +89,7 @@ class Choices:
         return space.network(self.model, layers, **chosen)
 
     def indices(self, net: SubNetwork) -> list[int]:
-        """Candidate indices of a member of the space, the reverse of `network`; the largest candidates for skipped layers."""
+        """Candidate index of each choice in a network of the space, the inverse of `network`; the largest for skipped layers."""
         largest = self.space.layer_choice(self.model)
         layers = net.executed_layers[:1] if self.uniform else [layer if layer.executed else largest for layer in net.layers]
         chosen: list[SubNetwork | LayerChoice] = [net] * len(self.network_axes)
@@ -122,7 +122,7 @@ class Choices:
         return float(values_N[self.counted_N(net)].sum())
 
     def least(self, cost: Cost) -> SubNetwork:
-        """Cheapest sub-network of these choices."""
+        """Cheapest sub-network that the choices can give, with the same widths in every layer."""
 
         def smallest(hidden_size: int) -> SubNetwork:
             costs = cost.at(hidden_size).candidates

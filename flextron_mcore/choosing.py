@@ -1,4 +1,4 @@
-"""Choice of the network that a built model computes: one `LayerState` a layer is set, read and restored here."""
+"""Choice of the network that a built model computes. Only this file sets the `LayerState` of layers (layers/state.py)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def set_subnetwork(model: torch.nn.Module, net: Network, gates: Sequence[torch.T
 def use_subnetwork(model: torch.nn.Module, net: Network) -> Iterator[None]:
     """Make `model` compute `net` inside the context. The previous network is restored afterwards.
 
-    `net` is None for the full model, a SubNetwork, or a TokenRouting. Raises FlextronError if it does not fit the model.
+    `net` is None for the full model, a SubNetwork, a TokenRouting (a width for every token) or a WeightedNetwork (masks). Raises
+    FlextronError if it does not fit the model.
 
     >>> import torch
     >>> initialize()
@@ -100,18 +101,20 @@ def keep_states(decoder: torch.nn.Module, args: tuple, hidden_states: torch.Tens
 
 
 def _set(readers: Sequence[StateReader], states: Sequence[LayerState]) -> None:
+    """Give each module, and all modules that share its holder, a state."""
     for reader, state in zip(readers, states, strict=True):
         reader.holder.state = state
 
 
 def _ends(gpt: GPTModel) -> list[StateReader]:
-    """Embeddings and final norm of this pipeline stage. They use the number of channels of its first layer."""
+    """Embeddings and final norm of this pipeline stage, which compute with as many channels as its first layer."""
     embedding = getattr(gpt, "embedding", None)
     ends = [getattr(embedding, name, None) for name in ("word_embeddings", "position_embeddings")]
     return [end for end in (*ends, gpt.decoder.final_layernorm) if isinstance(end, StateReader)]
 
 
 def _sliced(gpt: GPTModel, net: SubNetwork) -> list[LayerState]:
+    """State of each layer on this rank for a sub-network. Raises FlextronError if the sub-network does not fit the model."""
     full = gpt.config.hidden_size
     if len(net.layers) != gpt.config.num_layers:
         raise FlextronError(f"sub-network has {len(net.layers)} layers, the model has {gpt.config.num_layers}")
@@ -135,6 +138,7 @@ def _sliced(gpt: GPTModel, net: SubNetwork) -> list[LayerState]:
 
 
 def _weighted(layers: Sequence[ElasticTransformerLayer], net: WeightedNetwork) -> list[LayerState]:
+    """State of each of `layers` for a weighted network: masks of units, and the weight of executing the layer as a gate."""
     channels = mask(net.hidden_K, layers[0].mlp.space.hidden_size)  # one for all layers
     states = []
     for layer in layers:
@@ -146,10 +150,12 @@ def _weighted(layers: Sequence[ElasticTransformerLayer], net: WeightedNetwork) -
 
 
 def _gates(layer: ElasticTransformerLayer, gates: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """{axis: gate} of one layer's blocks, from the gates of all blocks of the model, ordered by layer, then by axis."""
     names = [axis.name for axis in layer_axes()]
     first = len(names) * (layer.layer_number - 1)
     return dict(zip(names, gates[first : first + len(names)], strict=True))
 
 
 def _modulated(gpt: GPTModel) -> bool:
+    """True if blocks of the model have learned gains (layers/block.py)."""
     return any(block.modulation is not None for layer in gpt.decoder.layers for block in layer.blocks)

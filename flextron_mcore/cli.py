@@ -56,9 +56,9 @@ USAGE += "\nexit codes:\n" + "".join(f"  {code:<12}{text}\n" for code, text in E
 
 
 class _Failure(NamedTuple):
-    """End of a command that failed: a line on standard error (head + text), and an exit code.
+    """Failure of a command on this rank: a line on standard error (head + text), and an exit code.
 
-    wait: seconds to wait for an error of another rank, of which this rank's error may be a consequence.
+    wait: seconds to wait for an error of another rank, which may have caused this rank's error.
     """
 
     head: str
@@ -68,7 +68,9 @@ class _Failure(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit with one of EXITS. Unless that is 0, one rank prints one line on standard error.
+    """Run a command and exit with a code of EXITS, 130 for Ctrl-C, or 128 plus a signal's number.
+
+    Unless the code is 0, one rank prints one line on standard error.
 
     argv: arguments without the program's name; None for the process's own.
     """
@@ -107,7 +109,7 @@ def _mark_stopped() -> None:
 
 
 def _stopped(text: str, code: int) -> NoReturn:
-    """End this process at once because of a signal, with its text and exit code."""
+    """End this process at once because of a signal, with a line on standard error (`text`) and an exit code."""
     with contextlib.suppress(RuntimeError):  # the signal interrupted a write to stdout
         sys.stdout.flush()
     if ranks := watch.current():
@@ -119,7 +121,7 @@ def _stopped(text: str, code: int) -> NoReturn:
 
 
 def _attempt(argv: list[str]) -> _Failure | None:
-    """Run the command; return None if it succeeds."""
+    """Run a command; return None if it succeeds, else its failure. argv: arguments without the program's name."""
     debug = "debug=true" in argv
     try:
         watch.start()
@@ -141,7 +143,7 @@ def _attempt(argv: list[str]) -> _Failure | None:
 
 
 def _wait_for_cause(error: BaseException | None) -> float:
-    """Seconds in which another rank may turn out to be the cause of an error; long for errors of communication."""
+    """Seconds to wait for another rank to report the cause of an error: some for an error of communication, else 0."""
     while error:
         if re.search("gloo|NCCL", str(error)) or type(error).__module__.startswith("torch.distributed"):
             return watch.SILENCE + 3 * watch.PERIOD
@@ -150,6 +152,7 @@ def _wait_for_cause(error: BaseException | None) -> float:
 
 
 def _main(argv: list[str]) -> None:
+    """Parse the arguments, and run the stage or print help. Raises FlextronError for a wrong argument."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return

@@ -38,12 +38,12 @@ ROPE_SCALING_KEYS = {
 }
 
 
-LOGITS_AT_ONCE = 1 << 26  # 256 MiB in fp32; more are computed in chunks of the sequence
-DEFAULT_LENGTH = 4096  # tokens; a model of 131,072 positions would else need hundreds of GB for a micro-batch
+LOGITS_AT_ONCE = 1 << 26  # 256 MiB in fp32; a loss with more logits is computed in chunks of the sequence
+DEFAULT_LENGTH = 4096  # tokens; all positions of a model with 131,072 would take hundreds of GB for a micro-batch
 
 
 def loss_chunk(length: int, batch: int, vocabulary: int) -> int:
-    """Positions of a sequence whose logits exist at the same time when a loss is computed: all, or some of a large model's.
+    """Number of positions of a sequence whose logits are in memory at once in a loss: at most LOGITS_AT_ONCE logits of a rank.
 
     Args:
         length: tokens of a sample.
@@ -190,7 +190,7 @@ class ModelConfig:
 
     @property
     def default_length(self) -> int:
-        """Tokens of a sample, a prompt or a KV cache where no key says it: the positions, at most DEFAULT_LENGTH."""
+        """Length in tokens of a sample, prompt or KV cache that no key sets: max_position_embeddings, at most DEFAULT_LENGTH."""
         return min(self.max_position_embeddings, DEFAULT_LENGTH)
 
     @property
@@ -210,7 +210,10 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float | None:
-        """Factor of the attention scores; None for 1 / sqrt(kv_channels). YaRN multiplies queries and keys by a factor each."""
+        """Factor of the attention scores, which YaRN changes; None stands for 1 / sqrt(kv_channels).
+
+        YaRN multiplies queries and keys by attention_factor each, so scores by its square.
+        """
         if self.rope_scaling is None or self.rope_scaling["type"] != "yarn":
             return None
         return self.rope_scaling["attention_factor"] ** 2 / math.sqrt(self.kv_channels)
@@ -221,7 +224,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Build from plain types. Raises FlextronError for an unknown or missing key."""
+        """Build from the plain types of `to_dict`. Raises FlextronError for an unknown or missing key, and for a wrong value."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
@@ -241,6 +244,7 @@ def _yarn_defaults(scaling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_positive_int(name: str, value: object) -> None:
+    """Raise FlextronError unless a field is a positive whole number of a possible size."""
     most = _MOST_LAYERS if name == "num_layers" else 2**31 - 1
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise FlextronError(f"model.{name} must be a whole number of at least 1, not {value!r}")
@@ -265,5 +269,6 @@ def _check_number(name: str, value: object, least: float, below: float = math.in
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise FlextronError unless a field has one of the values in `choices`."""
     if value not in choices:
         raise FlextronError(f"model.{name}={value!r} is not known: use one of {', '.join(choices)}")

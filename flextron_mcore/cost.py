@@ -1,7 +1,7 @@
 """Costs of sub-networks, and budgets for them. No torch import.
 
-Latency, parameters and memory are sums over the blocks of a sub-network: Latency(M) = constant + sum_blocks cost(candidate), with
-its own terms for every hidden size. It stands in the constraint Latency(M) <= T of Flextron, eq. 6. `Cost` describes all three.
+Latency, parameters and memory are sums over the blocks of a sub-network: Cost(M) = constant + sum_blocks cost(candidate), with
+other terms for every hidden size. A budget T demands Cost(M) <= T (Flextron, eq. 6, for the latency).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ OWN_UNITS = {"latency": "ms", "parameters": "parameters", "memory": "bytes"}
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost that is a sum: a constant, plus the cost of each executed layer's candidate of every layer axis.
+    """Cost of sub-networks that is a sum: a constant, plus a term for each block (layer and layer axis) of executed layers.
 
     Attributes:
         name: latency, parameters or memory; its unit is in OWN_UNITS.
         model: architecture of the full model.
         space: space of the candidates.
-        constant: cost of everything outside of the layers.
-        candidates: {layer axis: cost of each candidate, smallest first}, with all hidden channels.
-        narrow: (hidden size, Cost) for every smaller hidden size of the space.
+        constant: cost of everything outside of the layers, with all hidden channels.
+        candidates: {layer axis: cost of a block with each candidate, smallest first}, with all hidden channels.
+        narrow: (hidden size, Cost with the terms for this hidden size) of every smaller hidden size of the space.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Cost:
         return self if hidden_size == self.model.hidden_size else dict(self.narrow)[hidden_size]
 
     def of(self, net: SubNetwork) -> float:
-        """Cost of a member of the space, in the unit of OWN_UNITS."""
+        """Cost of a network of the space, in the cost's own unit (OWN_UNITS)."""
         cost = self.at(net.hidden_size)
         return cost.constant + sum(cost.layer(layer) for layer in net.layers if layer.executed)
 
     def layer(self, choice: LayerChoice) -> float:
-        """Cost of an executed layer with all hidden channels."""
+        """Cost of one executed layer with the widths `choice`, with all hidden channels."""
         sizes = self.space.sizes
         return sum(self.candidates[axis.name][sizes[axis.name].index(axis.size(choice))] for axis in self.space.layer_axes)
 
@@ -112,9 +112,15 @@ def memory_cost(model: ModelConfig, space: ElasticSpace, dtype: str, batch_size:
 
 
 def _additive(name: str, model: ModelConfig, space: ElasticSpace, measure: Callable[[SubNetwork], float]) -> Cost:
-    """Cost from a function that is a sum over blocks, evaluated on networks of one layer.
+    """Make a Cost from a function that is a sum over blocks, by evaluating it on networks with one executed layer.
 
-    The cost of a layer that depends on no axis (such as norms) is added to the candidates of the first axis.
+    The part of a layer's cost that depends on no axis (such as norms) is added to the candidates of the first layer axis.
+
+    Args:
+        name: name of the cost.
+        model: architecture of the full model.
+        space: space of the candidates.
+        measure: function that returns the cost of a network.
     """
     first, *others = space.layer_axes
 
@@ -136,9 +142,12 @@ def _additive(name: str, model: ModelConfig, space: ElasticSpace, measure: Calla
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limit of a cost, in the cost's unit.
+    """Upper limit of a cost.
 
-    asked: the limit that the user gave, if it is above the full model's cost; `limit` is that cost then.
+    Attributes:
+        cost: cost that is limited.
+        limit: largest value, in the cost's own unit (OWN_UNITS).
+        asked: limit that the user gave if it is above the full model's cost, which `limit` then is; None otherwise.
     """
 
     cost: Cost
@@ -154,10 +163,11 @@ class Budget:
 
 
 def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> list[Budget]:
-    """Parse budgets as a user writes them. Several must be met together.
+    """Parse budgets as a user writes them: one network must meet all of them.
 
-    An absolute budget above the full model's cost is that cost. Raises FlextronError for an unknown unit, a cost that is not
-    available, a budget below the smallest sub-network's cost, and a fraction above 1.
+    A budget with a unit that is above the full model's cost is lowered to this cost, and `Budget.asked` keeps what the user gave.
+    Raises FlextronError for an unknown unit, a cost that is not available, a budget below the smallest sub-network's cost, and a
+    fraction above 1.
 
     Args:
         text: a number with a unit of UNITS (`25ms`, `3.4B`, `8GiB`), or a fraction of the full model's latency (`0.6`) or other

@@ -22,21 +22,22 @@ DIGESTS_FILE = "digests.json"
 CHECKPOINT_FILE = "flextron.json"  # description of a checkpoint (checkpoint/store.py)
 DATA_FILE = "data.json"  # description of a dataset (data/prepare.py)
 CONFIG_FILE = "config.yaml"  # mark of a stage's output
-_LOGS = ("tensorboard", "cache")  # directories of a run that no description lists: event files, and indices with their own one
+_LOGS = ("tensorboard", "cache")  # directories of a run that no description lists: event files; indices, which have their own
 _SEAL = "digest"
 _CHUNK = 1 << 20
 
 Entry = dict[str, Any]  # {"bytes": size, "xxh128": hash, or {first byte: hash} of parts}
-_known: dict[tuple[int, int], tuple[int, int, Entry]] = {}  # of files that this process wrote: {file: (size, time, entry)}
+# {(device, inode) of a file that this process wrote: (its size, its modification time in ns, its entry)}
+_known: dict[tuple[int, int], tuple[int, int, Entry]] = {}
 
 
 def hash_of(data: bytes) -> str:
-    """Hash of bytes, 32 hexadecimal digits. It finds changes by accident; it proves nothing against a forger."""
+    """Hash (XXH3, 128 bits) of bytes as 32 hexadecimal digits. It finds accidental changes, not deliberate ones."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON object with the key `digest` added, or brought up to date."""
+    """JSON object with the key `digest`, the hash of its other keys, added or brought up to date."""
     kept = {key: value for key, value in values.items() if key != _SEAL}
     return {**kept, _SEAL: _digest_of(kept)}
 
@@ -47,9 +48,9 @@ def is_sealed(values: Any) -> bool:
 
 
 def unseal(values: Any, file: Path) -> Any:
-    """JSON object without its key `digest`; other values, and objects without that key, as they are.
+    """JSON object without its key `digest`, after a check; a value that has no such key is returned as it is.
 
-    Raises FlextronError naming `file` if the digest is not that of the other keys.
+    Raises FlextronError naming `file` if the digest is not the hash of the other keys.
     """
     if not is_sealed(values):
         return values
@@ -60,22 +61,23 @@ def unseal(values: Any, file: Path) -> Any:
 
 
 def changed(file: Path) -> str:
-    """Message about a file whose content is not what was written, with the remedy."""
+    """Message about a file whose content changed since it was written, with advice."""
     return f"{file}: changed since it was written: {remedy(file)}"
 
 
 def remedy(file: Path) -> str:
-    """Advice about a file that is not as it was written."""
+    """Advice for a message about a file that is missing or changed: two remedies, one of them a command."""
     return f"bring it back from a copy, or take it as it is now with `flextron verify path={file} accept=true`"
 
 
 def _digest_of(values: Mapping[str, Any]) -> str:
+    """Hash of a JSON object, whatever the order of its keys."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hash_of(text.encode())
 
 
 class HashingFile:
-    """Binary file that is hashed while it is written, in any order. Closing it remembers its digest for `entry_of`."""
+    """Binary file for writing, in any order, that is hashed meanwhile. Closing it keeps its digest in memory for `entry_of`."""
 
     def __init__(self, path: str | os.PathLike, mode: str = "wb") -> None:
         self._path, self._file = Path(path), open(path, mode)
@@ -130,17 +132,20 @@ def remember(file: Path, entry: Entry) -> None:
 
 
 def remembered() -> dict[tuple[int, int], tuple[int, int, Entry]]:
-    """Digests that this process remembers, for `learn` in another one."""
+    """Digests of the files that this process wrote, to be sent to another rank and given to `learn` there.
+
+    {(device, inode): (size, modification time in ns, entry)} of each file, as in os.stat.
+    """
     return _known
 
 
 def learn(others: Mapping[tuple[int, int], tuple[int, int, Entry]]) -> None:
-    """Take over the digests that another process remembers."""
+    """Keep digests of files that other processes wrote, so that `entry_of` need not read them. others: their `remembered()`."""
     _known.update(others)
 
 
 def entry_of(file: Path) -> Entry:
-    """Size and digest of a file: as remembered, if it is the same file since, or read from it."""
+    """Size and digest of a file: kept from its writing if size and modification time are unchanged since, else read from it."""
     found = file.stat()
     size, time, entry = _known.get((found.st_dev, found.st_ino), (-1, -1, {}))
     if (size, time) == (found.st_size, found.st_mtime_ns) and entry["bytes"] == size:
@@ -160,9 +165,9 @@ def _read(file: Path, start: int, end: int) -> str:
 
 
 def listed(folder: Path) -> Iterator[str]:
-    """Names of the files that the description of a directory lists, from that directory, sorted.
+    """Paths, relative to `folder` and sorted, of the files that its description is to list.
 
-    Hidden files and directories, logs, and what lies in directories with a description of their own are left out.
+    Left out are hidden files and directories, event files and indices, and directories with a description of their own.
     """
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
@@ -173,17 +178,17 @@ def listed(folder: Path) -> Iterator[str]:
 
 
 def described(folder: Path) -> bool:
-    """True for a directory that is, or will be, described by itself: a checkpoint or the output of a stage."""
+    """True for a directory that has, or will have, a description of its own: a checkpoint or the output of a stage."""
     return any((folder / name).is_file() for name in (DIGESTS_FILE, CHECKPOINT_FILE, CONFIG_FILE))
 
 
 def write_digests(folder: Path, upcoming: Mapping[str, str] | None = None, only: tuple[str, ...] | None = None) -> None:
-    """Write digests.json, the description of a directory's files sorted by name, whole or not at all.
+    """Write digests.json in a directory: size and digest of each of its files, sorted by name; whole or not at all.
 
     Args:
         folder: directory.
-        upcoming: {name: text} of files that are written after it.
-        only: files and directories to describe; None for all.
+        upcoming: {name: text} of files that the caller writes afterwards, which are listed, too.
+        only: names of the files and directories in `folder` to list; None for all.
     """
     entries = {name: entry_of(folder / name) for name in listed(folder) if only is None or name.partition("/")[0] in only}
     for name, text in (upcoming or {}).items():
@@ -198,22 +203,27 @@ def write_digests(folder: Path, upcoming: Mapping[str, str] | None = None, only:
 
 
 def read_description(file: Path) -> dict[str, Any]:
-    """JSON object of a description, checked against its own digest. Raises FlextronError if it is damaged."""
+    """JSON object in a description (digests.json or flextron.json), checked against its digest, which is left out.
+
+    Raises FlextronError if the file is missing or damaged.
+    """
     try:
         values = read_json(file)
     except (OSError, ValueError, RecursionError) as error:
         raise FlextronError(f"{file}: is damaged ({type(error).__name__}): {remedy(file)}") from None
     if not isinstance(values, dict):
         raise FlextronError(f"{file}: is damaged (not a JSON object): {remedy(file)}")
-    if file.name == DIGESTS_FILE and not is_sealed(values):  # no version wrote it so
+    if file.name == DIGESTS_FILE and not is_sealed(values):  # no version wrote digests.json without a digest
         raise FlextronError(changed(file))
     return unseal(values, file)
 
 
 def files_of(values: Mapping[str, Any], file: Path) -> dict[str, Entry]:
-    """{name: size and digest} in a description. Raises FlextronError for another form, and for names outside its directory.
+    """{name: size and digest} of the files that a description lists.
 
-    values: the description. file: its file.
+    Raises FlextronError for a list of another form, and for a name outside of the directory.
+
+    values: content of the description, from `read_description`. file: path of the description, for the message.
     """
     entries = values.get("files", {})
     good = isinstance(entries, Mapping) and all(_is_entry(name, entry) for name, entry in entries.items())
@@ -223,7 +233,7 @@ def files_of(values: Mapping[str, Any], file: Path) -> dict[str, Entry]:
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    """True for an entry of a description; a mere size is that of an earlier version."""
+    """True for a valid entry of a description. Earlier versions wrote a size in bytes instead of size and digest."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         return False
@@ -236,12 +246,12 @@ def _is_entry(name: str, entry: Any) -> bool:
 
 
 def damage(file: Path, entry: Entry, content: bool = True) -> str | None:
-    """Message about a file that is not as its entry says, without a remedy; None if it is.
+    """Message, without advice, about a file that is missing or changed; None if it is as its entry says.
 
     Args:
-        file: the file.
-        entry: its size and digest.
-        content: compare the digest, which reads the whole file, not only the size.
+        file: path of the file.
+        entry: size and digest from a description.
+        content: True: compare the digest, which reads the whole file; False: compare the size only.
     """
     if not file.is_file():
         return f"{file} is missing"
@@ -257,7 +267,7 @@ def damage(file: Path, entry: Entry, content: bool = True) -> str | None:
 
 
 def check_files(folder: Path, *inside: str) -> bool:
-    """Compare the files of a directory with the sizes and digests in its digests.json; False if there is no digests.json.
+    """Compare the files of a directory with the sizes and digests in its digests.json: True if they agree, False without one.
 
     Raises FlextronError naming the first file that is missing or changed.
 

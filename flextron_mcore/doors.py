@@ -28,7 +28,7 @@ from flextron_mcore.training.sampler import draw
 
 
 def adapt(config: TransformerConfig) -> None:
-    """Set the options of a TransformerConfig that elastic training needs, in place. Call before the model is built."""
+    """Set the two options of a TransformerConfig that elastic training needs, in place. Call before the model is built."""
     config.calculate_per_token_loss = True  # the loss is divided by the full model's tokens, which `loss_function` counts
     config.hetereogenous_dist_checkpoint = True  # Megatron-Core's spelling; one key a layer, as `flextron` writes checkpoints
 
@@ -55,7 +55,7 @@ class ElasticTraining:
         return [None, *self._draw(step)]
 
     def watch(self, chunk: torch.nn.Module) -> None:
-        """Make activation recomputation use the network of its forward pass, for a model that `build_model` did not build.
+        """Make activation recomputation compute the network of its forward pass; `build_model` does this for its own models.
 
         Call once for each model chunk.
         """
@@ -69,7 +69,7 @@ class ElasticTraining:
         Args:
             chunk: this rank's model chunk.
             step: number of the step.
-            micro_batches: micro-batches of a step on this rank, those of all networks.
+            micro_batches: number of this rank's micro-batches of a step, over all networks.
         """
         if not chunk.training:
             set_subnetwork(chunk, None)
@@ -101,8 +101,8 @@ class ElasticTraining:
             losses: per-token losses, [B, S] of one network or [N, B, S].
 
         Returns:
-            Sum of the losses; tokens to divide it by; {name: (sum of a network's losses, its tokens)}, zero for networks that
-            other micro-batches run.
+            (sum of the losses; number of tokens to divide it by, 0 without the full model; {name: [sum of a network's losses, its
+            number of tokens]}, zeros for networks that the step did not run).
         """
         tokens = loss_mask_BS.sum()
         sums = [masked_sum(loss_BS, loss_mask_BS) for loss_BS in losses.view(-1, *loss_mask_BS.shape)]

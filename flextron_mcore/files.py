@@ -35,11 +35,15 @@ _KINDS = {
 
 
 def open_file(file: str | os.PathLike, given: bool = False) -> io.BufferedReader:
-    """Open a regular file for reading. Raises FlextronError for anything else, and OSError as `open` does.
+    """Open a regular file for reading bytes.
+
+    Raises FlextronError for anything else, such as a FIFO, and without `given` also for a link out of its directory. Raises
+    OSError if the file is missing or cannot be opened.
 
     Args:
         file: path of the file.
-        given: True for a file that the user named, which may be a link to anywhere; False for one that came with a directory.
+        given: True for a file that the user named, which may be a link to anywhere; False for a file in a directory that somebody
+            else may have made.
     """
     file = Path(file)
     if not given:
@@ -54,7 +58,10 @@ def open_file(file: str | os.PathLike, given: bool = False) -> io.BufferedReader
 
 
 def check_file(file: str | os.PathLike, given: bool = False) -> None:
-    """Raise FlextronError unless `file` is a regular file, or missing. given: as for `open_file`."""
+    """Raise FlextronError if `file` exists and is not a regular file; without `given`, also for a link out of its directory.
+
+    given: True for a file that the user named, which may be a link to anywhere.
+    """
     file = Path(file)
     if not given:
         check_link(file)
@@ -65,7 +72,7 @@ def check_file(file: str | os.PathLike, given: bool = False) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise FlextronError for a link to a file out of a directory, and for an entry that is no regular file or directory."""
+    """Raise FlextronError if an entry of a directory is a link to a file elsewhere, or neither a regular file nor a directory."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir():
@@ -93,8 +100,8 @@ def child(folder: Path, name: object, named_by: Path) -> Path:
 
     Args:
         folder: directory of both files.
-        name: name as the other file gives it.
-        named_by: that file, for the message.
+        name: name as the other file gives it, of any type.
+        named_by: path of the other file, for the message.
     """
     parts = Path(name).parts if isinstance(name, str) and "\0" not in name else ()
     inside = bool(parts) and not Path(name).is_absolute() and ".." not in parts
@@ -113,11 +120,14 @@ def child(folder: Path, name: object, named_by: Path) -> Path:
 
 
 def read_bytes(file: str | os.PathLike, given: bool = False, largest: int = LARGEST_TEXT) -> bytes:
-    """Content of a regular file. Raises FlextronError for another kind of file or a larger one, and OSError.
+    """Content of a regular file.
+
+    Raises FlextronError for another kind of file, for one of more than `largest` bytes, and without `given` for a link out of its
+    directory; OSError for a file that is missing or cannot be read.
 
     Args:
         file: path of the file.
-        given: as for `open_file`.
+        given: True for a file that the user named, which may be a link to anywhere.
         largest: most bytes.
     """
     with open_file(file, given) as stream:
@@ -128,18 +138,21 @@ def read_bytes(file: str | os.PathLike, given: bool = False, largest: int = LARG
 
 
 def read_text(file: str | os.PathLike, given: bool = False, largest: int = LARGEST_TEXT) -> str:
-    """Content of a regular file as UTF-8. Raises as `read_bytes` does, and UnicodeDecodeError (a ValueError).
+    """Text of a regular file in UTF-8. Raises the errors of `read_bytes`, and UnicodeDecodeError (a ValueError).
 
     Args:
         file: path of the file.
-        given: as for `open_file`.
+        given: True for a file that the user named, which may be a link to anywhere.
         largest: most bytes.
     """
     return read_bytes(file, given, largest).decode("utf-8")
 
 
 def read_json(file: str | os.PathLike, given: bool = False) -> Any:
-    """Value of a JSON file. Raises as `read_text` does, and ValueError as `parse_json` does. given: as for `open_file`."""
+    """Value in a JSON file. Raises the errors of `read_bytes`, and ValueError for a text that `parse_json` refuses.
+
+    given: True for a file that the user named, which may be a link to anywhere.
+    """
     return parse_json(read_bytes(file, given))
 
 
@@ -161,9 +174,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_yaml(file: str | os.PathLike, given: bool = False) -> Any:
-    """Value of a YAML file of plain values. Raises as `read_text` does, and ValueError as `parse_yaml` does.
+    """Value in a YAML file. Raises the errors of `read_text`, and ValueError for a text that `parse_yaml` refuses.
 
-    given: as for `open_file`.
+    given: True for a file that the user named, which may be a link to anywhere.
     """
     return parse_yaml(read_text(file, given, _LARGEST_YAML))
 
@@ -186,17 +199,20 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_kind(file: Path, mode: int) -> None:
+    """Raise FlextronError naming `file` unless `mode` (os.stat) is a regular file's."""
     if not stat.S_ISREG(mode):
         raise FlextronError(f"{file}: is {_KINDS.get(stat.S_IFMT(mode), 'special')}, not a regular file: remove it")
 
 
 def _whole_number(digits: str) -> int:
+    """Convert the digits of a JSON integer. Raises ValueError for more than _DIGITS digits."""
     if len(digits) > _DIGITS:
         raise ValueError(f"a whole number of {len(digits)} digits")
     return int(digits)
 
 
 def _encodes(text: str) -> bool:
+    """True unless the text holds half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -56,13 +56,13 @@ def transformer_config(
     initialize: bool = True,
     **overrides: Any,
 ) -> TransformerConfig:
-    """TransformerConfig of a model. Raises FlextronError for combinations that Megatron-Core refuses.
+    """TransformerConfig of a model in a parallel layout. Raises FlextronError for combinations that Megatron-Core refuses.
 
     Args:
         model: architecture.
         options: parallel layout and recomputation; None for one rank.
         precision: fp32 or bf16.
-        initialize: give weights random values; false if a checkpoint is loaded.
+        initialize: True to draw random weights; False if a checkpoint is loaded afterwards.
         overrides: fields of TransformerConfig that replace the values from the other arguments.
     """
     if precision not in PRECISIONS:
@@ -151,7 +151,7 @@ def build_model(
 
 
 def check_layout(model: ModelConfig, space: ElasticSpace, options: LayoutSettings, precision: str = "fp32") -> None:
-    """Raise FlextronError, naming the key, unless a model can be built in a parallel layout.
+    """Raise FlextronError naming the key to change unless a model can be built in a parallel layout.
 
     Args:
         model: architecture of the full model.
@@ -194,7 +194,7 @@ def check_layout(model: ModelConfig, space: ElasticSpace, options: LayoutSetting
 def build_chunks(
     model: ModelConfig, space: ElasticSpace, options: LayoutSettings, precision: str = "fp32", **overrides: Any
 ) -> list[GPTModel]:
-    """Build this rank's model chunks, one for each virtual pipeline stage (usually one).
+    """Build this rank's model chunks with random weights, one for each virtual pipeline stage (usually one).
 
     Args:
         model: architecture of the full model.
@@ -214,6 +214,8 @@ def build_chunks(
 def loaded_model(options: LayoutSettings, info: CheckpointInfo, precision: str) -> list[torch.nn.Module]:
     """Load this rank's part of a checkpoint's model for evaluation: one chunk for each virtual pipeline stage, without gradients.
 
+    Call on all ranks. Raises FlextronError for a damaged checkpoint, and for a layout that does not fit.
+
     Args:
         options: parallel layout.
         info: checkpoint.
@@ -228,11 +230,11 @@ def loaded_model(options: LayoutSettings, info: CheckpointInfo, precision: str) 
 def gpt_model(
     model: ModelConfig, config: TransformerConfig, spec: ModuleSpec | TransformerBlockSubmodules, vp_stage: int | None = None
 ) -> GPTModel:
-    """Build a GPTModel from any layer or block spec.
+    """Build this rank's part of a GPTModel from any layer or block spec, elastic or not, with random weights.
 
     Args:
         model: architecture.
-        config: its TransformerConfig.
+        config: TransformerConfig of the architecture.
         spec: spec of a layer or of this pipeline stage's block.
         vp_stage: virtual pipeline stage; None without virtual stages.
     """

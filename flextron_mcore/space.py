@@ -43,7 +43,7 @@ class LayerChoice:
 
     @classmethod
     def of(cls, fields: Mapping[str, int]) -> LayerChoice:
-        """Executed layer with these fields; missing ones are 0."""
+        """Executed layer with these {field: value}; missing fields are 0."""
         own = {name: fields.get(name, 0) for name in _OWN_FIELDS}
         return cls(True, **own, added=tuple((name, value) for name, value in fields.items() if name not in own))
 
@@ -109,7 +109,7 @@ class SubNetwork:
         return {"hidden_size": self.hidden_size, "layers": [layer.to_dict() for layer in self.layers]}
 
     def to_json(self) -> str:
-        """Convert to JSON text, one layer a line, with a digest (digests.py)."""
+        """Convert to JSON text: the keys of `to_dict`, a layer a line, and `digest`, a hash of them that shows later changes."""
         rows = ",\n".join("  " + json.dumps(layer.to_dict()) for layer in self.layers)
         return f'{{"hidden_size": {self.hidden_size}, "layers": [\n{rows}\n], "digest": "{seal(self.to_dict())["digest"]}"}}\n'
 
@@ -236,7 +236,7 @@ class ElasticSpace:
         modulation: bool,
         rounded: bool,
     ) -> ElasticSpace:
-        """Build with a known granularity and unit. rounded: default fractions are rounded to what divides."""
+        """Build with a given granularity and attention unit. rounded: round default fractions to sizes that divide."""
         if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1:
             raise FlextronError(f"space.granularity must be a whole number of at least 1, not {granularity!r}")
         if attention_unit not in ATTENTION_UNITS:
@@ -261,7 +261,7 @@ class ElasticSpace:
 
     @property
     def layer_axes(self) -> list[Axis]:
-        """Axes with a choice in every layer, in the order of the layer's blocks."""
+        """Axes of which every layer chooses its own size (heads, FFN neurons), in the order of the layer's blocks."""
         return [AXES[name] for name in self.sizes if AXES[name].of_layer]
 
     def elastic(self, axis: Axis) -> bool:

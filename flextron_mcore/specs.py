@@ -90,9 +90,9 @@ def elastic_gpt_block_spec(
 
 
 def backend_classes(normalization: str, backend: str = "local") -> tuple[type, type]:
-    """Classes (norm, core attention) of a backend, the norm for TransformerConfig.normalization.
+    """(class of norms, class of core attention) of a backend. normalization: RMSNorm or LayerNorm, as in TransformerConfig.
 
-    Raises FlextronError where the backend is not known or cannot be used.
+    Raises FlextronError if the backend is unknown, or if it needs Transformer Engine and that cannot be imported.
     """
     if backend not in BACKENDS:
         raise FlextronError(f"backend={backend!r} is not known: use one of {', '.join(BACKENDS)}")
@@ -107,7 +107,7 @@ def backend_classes(normalization: str, backend: str = "local") -> tuple[type, t
 
 
 def default_space(config: TransformerConfig) -> ElasticSpace:
-    """Default space of a TransformerConfig: 25, 50, 75 and 100 % of heads and neurons, with the largest granularity that fits."""
+    """Default elastic space for a TransformerConfig: 25, 50, 75, 100 % of heads and neurons, largest granularity that fits."""
     return ElasticSpace.build(architecture(config))
 
 
@@ -115,9 +115,9 @@ def architecture(config: TransformerConfig, vocab_size: int = 1, max_position_em
     """ModelConfig with the layer sizes of a TransformerConfig. Spaces and sub-networks depend on nothing else.
 
     Args:
-        config: TransformerConfig, which does not hold the other two.
-        vocab_size: size of the vocabulary.
-        max_position_embeddings: longest sequence, in tokens.
+        config: TransformerConfig of the model.
+        vocab_size: size of the vocabulary, which a TransformerConfig does not hold.
+        max_position_embeddings: longest sequence in tokens, which a TransformerConfig does not hold.
     """
     return ModelConfig(
         num_layers=config.num_layers,

@@ -1,1 +1,1 @@
-"""Checkpoints: storage in dealt order, reading, writing, and import from Hugging Face."""
+"""Checkpoints: storage that fits every tensor-parallel size (sharding.py), reading, writing, and import from Hugging Face."""

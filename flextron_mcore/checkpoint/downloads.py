@@ -30,7 +30,7 @@ def check_download(files: Iterable[Path]) -> int:
 
 
 def _recorded(file: Path) -> str | None:
-    """Checksum that the download recorded; None without one."""
+    """Checksum that the Hub's download recorded for a file, SHA-256 or git's SHA-1 in hexadecimal; None without one."""
     real = file.resolve()
     if file.is_symlink() and real.parent.name == "blobs":
         found = real.name
@@ -44,6 +44,7 @@ def _recorded(file: Path) -> str | None:
 
 
 def _is_same(file: Path, checksum: str) -> bool:
+    """True if the file has this checksum: SHA-256 if it has 64 digits, else git's SHA-1 of a blob."""
     with file.open("rb") as stream:
         if len(checksum) == 64:
             return hashlib.file_digest(stream, "sha256").hexdigest() == checksum

@@ -41,8 +41,8 @@ class HFCheckpoint:
         tensors: tensors in Megatron-Core's form, each with names and shapes of the Hugging Face tensors that it is made of.
         sources: {Hugging Face name: tensor in a file}.
         dtype: precision of most weights: fp32, bf16 or fp16.
-        tied: False if config.json ties the output layer to the embedding, but the files hold another output layer, which the
-            model then has.
+        tied: False if config.json ties the output layer to the embedding, but the files hold an output layer that differs from
+            the embedding; `model` then has an output layer of its own.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class HFCheckpoint:
     tied: bool = True
 
     def resized(self, vocab_size: int) -> HFCheckpoint:
-        """Checkpoint with a larger vocabulary. New rows of embedding and output layer are the mean of the old rows.
+        """Checkpoint with a vocabulary of `vocab_size` tokens. New rows of embedding and output layer are the mean of the old.
 
         transformers' resize_token_embeddings instead draws new rows from a normal distribution around this mean, with 1e-9 times
         the covariance of the old rows.
@@ -66,19 +66,20 @@ class HFCheckpoint:
         return replace(self, model=model, tensors=tuple(tensors))
 
     def stored_otherwise(self, dtype: str) -> list[str]:
-        """Hugging Face names of the tensors whose values change by rounding when they are converted to `dtype`."""
+        """Hugging Face names of the tensors whose values conversion to `dtype` rounds. dtype: fp32, bf16 or fp16."""
         kept = DTYPES[dtype]
         return [name for name, tensor in self.sources.items() if torch.promote_types(tensor.torch_dtype, kept) != kept]
 
 
 def open_hf(path: str | Path) -> HFCheckpoint:
-    """Open a Hugging Face directory: read config.json and the headers of the weights.
+    """Open a Hugging Face directory: read config.json and the headers of the weights, and check them against each other.
 
-    Files are compared with the checksums that their download left, if it left some (downloads.py). Only one tensor is read: an
-    output layer that is stored although config.json ties it to the embedding; if it differs from the embedding the model is
-    untied, as in transformers. Raises FlextronError for a directory, file, architecture, option or tensor that is missing,
-    damaged or unsupported, and for a stored tensor that the family does not declare, because without it the model would compute
-    something else.
+    Files are compared with the checksums that their download left, if it left some (downloads.py), and files that `flextron
+    export` wrote with its digests. Of the tensors only one is read: an output layer that is stored although config.json ties it
+    to the embedding. If it differs from the embedding, the model is untied, as in transformers.
+
+    Raises FlextronError for a directory, file, architecture, option or tensor that is missing, damaged or unsupported, and for a
+    stored tensor that the family does not declare, because without it the model would compute something else.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -126,7 +127,7 @@ def open_hf(path: str | Path) -> HFCheckpoint:
 def import_hf(
     source: str | Path | HFCheckpoint, space: Mapping[str, Any] | None = None, dtype: str | None = None
 ) -> tuple[CheckpointInfo, dict[str, LazyTensor]]:
-    """Convert a Hugging Face checkpoint to an elastic checkpoint; neurons, heads and channels keep their order.
+    """Describe a Hugging Face checkpoint as an elastic one, with tensors to write. Neurons, heads and channels keep their order.
 
     Args:
         source: Hugging Face directory, or the result of `open_hf`.
@@ -137,8 +138,8 @@ def import_hf(
         Description of the checkpoint, and {name: tensor} for `write_streaming`, which reads each tensor when it writes it.
 
     Raises:
-        FlextronError: the directory is missing, damaged or of an unsupported model, the dtype is unknown, or the model cannot
-            have the space. Loading a tensor raises it for weights that are not finite in the dtype.
+        FlextronError: the directory is missing, damaged or of an unsupported model, the dtype is unknown, or candidates of the
+            space do not fit the model. Reading a tensor raises it for weights that are not finite in the dtype.
     """
     hf = source if isinstance(source, HFCheckpoint) else open_hf(source)
     dtype = dtype or hf.dtype
@@ -154,6 +155,7 @@ def import_hf(
 
 
 def _load(hf: HFCheckpoint, mapped: Mapped, dtype: torch.dtype) -> torch.Tensor:
+    """Read a tensor in Megatron-Core's form, made of the Hugging Face tensors that `mapped` names, in `dtype`."""
     sources = {name: hf.sources[name] for name in mapped.shapes}
     read = (converted(tensor.read(), dtype, f"{tensor.file}: tensor {name}") for name, tensor in sources.items())
     tensor = join(mapped, *read)
@@ -165,12 +167,14 @@ def _load(hf: HFCheckpoint, mapped: Mapped, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _tied(family: Family, model: ModelConfig, stored: dict[str, StoredTensor]) -> ModelConfig:
-    """Model tied or untied as transformers loads it, with one tensor in `stored` for what it shares.
+    """Architecture with embedding and output layer tied or untied as transformers loads them.
+
+    A tied model keeps one of the two tensors in `stored`, under the embedding's name.
 
     Args:
         family: family of the model.
         model: architecture in config.json.
-        stored: {name without the family's prefix: tensor}; changed.
+        stored: {name without the family's prefix: tensor}; changed in place.
     """
     if not model.share_embeddings_and_output_weights:
         return model
@@ -188,7 +192,7 @@ def _tied(family: Family, model: ModelConfig, stored: dict[str, StoredTensor]) -
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    """True if two tensors have the same shape and values. Reads them in parts, until one differs."""
+    """True if two stored tensors have the same shape and values. Reads them part by part, until a part differs."""
     if one.shape != other.shape:
         return False
     pairs = zip(one.read_parts(), other.read_parts(), strict=True)

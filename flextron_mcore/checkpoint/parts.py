@@ -1,4 +1,7 @@
-"""Conversion of a Megatron-Core tensor to and from the tensors of another format (mappings: families/family.py)."""
+"""Conversion of a Megatron-Core tensor to and from the tensors of another format.
+
+A `Mapped` (families/family.py) says which tensors of the other format one Megatron-Core tensor consists of.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ def split(mapped: Mapped, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def split_parts(mapped: Mapped, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Parts of a Megatron-Core tensor along its first dimension: [query, key, value], [gate, up], or [the whole]."""
+    """Parts of a Megatron-Core tensor along its first dimension: [query, key, value], [gate, up], or the tensor itself in a list.
+
+    Each part has its heads or neurons in order; in the fused QKV they alternate by KV group.
+    """
     sizes, where = mapped.placed.sizes[0], mapped.placed.tensor.sides[0].parts
     if where is None:
         return [tensor]

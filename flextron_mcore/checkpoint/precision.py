@@ -1,4 +1,4 @@
-"""Change of a tensor's precision, without infinite weights that its values did not have."""
+"""Conversion of weights to another precision, which refuses values that the new dtype cannot hold."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from flextron_mcore.config import FlextronError
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype, where: str, key: str = "dtype") -> torch.Tensor:
-    """Convert a tensor to a dtype, and refuse values that are not finite in it.
+    """Convert weights to a dtype.
 
     Args:
         tensor: weights.
         dtype: dtype to convert to.
-        where: file and name of the tensor, for the message.
-        key: setting that chose the dtype, for the message.
+        where: file and name of the tensor, with which the message begins.
+        key: settings key that chose the dtype, for the advice in the message.
 
     Raises:
         FlextronError: a value is NaN, infinite, or too large for the dtype.
@@ -37,5 +37,6 @@ def converted(tensor: torch.Tensor, dtype: torch.dtype, where: str, key: str = "
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    # The smallest and the largest value are NaN if any value is; twenty times as fast as torch.isfinite.
+    """True if no value is NaN or infinite."""
+    # aminmax returns NaN if any value is NaN. It is twenty times as fast as torch.isfinite.
     return not tensor.numel() or all(math.isfinite(end.item()) for end in torch.aminmax(tensor))

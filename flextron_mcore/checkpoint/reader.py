@@ -21,14 +21,16 @@ from flextron_mcore.runtime.unwrap import unwrap
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-know_paths()
+know_paths()  # before the first .metadata is read
 
 
 class TensorReader:
     """Reader of a checkpoint's tensors, whole and one at a time, without process groups.
 
-    On disk, heads and neurons are dealt into buckets for tensor parallelism (checkpoint/sharding.py); `read` undoes that. Raises
-    FlextronError if the checkpoint's .metadata is missing or damaged.
+    On disk, heads and neurons are dealt into buckets for tensor parallelism (checkpoint/sharding.py); `read` restores their
+    order. Raises FlextronError if the checkpoint's .metadata is missing or damaged.
+
+    info: description of an opened checkpoint.
     """
 
     def __init__(self, info: CheckpointInfo) -> None:
@@ -51,9 +53,10 @@ class TensorReader:
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, units: int | None = None) -> torch.Tensor:
-        """Read a tensor to the CPU, in its stored dtype, heads and neurons in the order before dealing (checkpoint/sharding.py).
+        """Read a tensor to the CPU in its stored dtype, with heads and neurons in order instead of dealt into buckets.
 
-        That order is decreasing importance if the checkpoint is sorted. Raises FlextronError for a damaged file.
+        The order is by decreasing importance if the checkpoint is sorted (`flextron importance`). Raises FlextronError for a
+        damaged file.
 
         Args:
             key: name of the tensor.
@@ -66,9 +69,10 @@ class TensorReader:
         return tensor[: self.shape(key)[0]] if dealt is None else to_sorted_order(tensor, *dealt, first=units)
 
     def stored(self, key: str) -> torch.Tensor:
-        """Read a whole tensor in the order of the disk: heads and neurons dealt into buckets (checkpoint/sharding.py).
+        """Read a whole tensor as it lies on disk: heads and neurons dealt into buckets, the vocabulary with its padding.
 
-        A tensor stored in one piece is a view of the memory-mapped file: only parts that are used are read.
+        A tensor that is the only content of one file is a view of the memory-mapped file, of which only parts that are used are
+        read. Raises FlextronError for a damaged file.
         """
         try:
             with plain_errors():
@@ -85,7 +89,7 @@ class TensorReader:
         return tensor
 
     def _mapped(self, key: str) -> torch.Tensor | None:
-        """Tensor in the order of the disk as a view of its file; None if it is not the only content of one file."""
+        """Tensor as it lies on disk, as a view of its memory-mapped file; None if it is not the only content of one file."""
         stored = self._tensors[key]
         if len(stored.chunks) != 1:
             return None
@@ -100,6 +104,8 @@ class TensorReader:
 
 
 class _CachedReader(dcp.FileSystemReader):
+    """Reader of torch.distributed.checkpoint that takes .metadata as read and checked before, instead of unpickling it."""
+
     def __init__(self, path: Path, metadata: Metadata) -> None:
         super().__init__(path)
         self._metadata = metadata
@@ -111,8 +117,12 @@ class _CachedReader(dcp.FileSystemReader):
 def load_model(model: torch.nn.Module, info: CheckpointInfo) -> None:
     """Load this rank's weights of a checkpoint into a built model, a layer at a time to bound memory. Call on all ranks.
 
-    If `info` has modulation and the checkpoint does not, modulation keeps its initial value. Raises FlextronError for a
-    checkpoint that is damaged or of another architecture.
+    If the space of `info` has modulation and the checkpoint's tensors do not, the parameters of modulation keep their initial
+    values. Raises FlextronError for a checkpoint that is damaged or of another architecture.
+
+    Args:
+        model: this rank's model chunk, wrapped or not.
+        info: description of an opened checkpoint.
     """
     gpt = unwrap(model)
     groups: dict[str, dict[str, Any]] = {}

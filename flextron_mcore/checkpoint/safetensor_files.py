@@ -26,7 +26,7 @@ from flextron_mcore.runtime.disk import forget
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_LONGEST_HEADER = files.LARGEST_TEXT  # bytes; the library's limit is 100 MB
+_LONGEST_HEADER = files.LARGEST_TEXT  # bytes; the safetensors library allows 100 MB
 _PART = 2**20  # elements of a part of a tensor
 _MOST_CACHED = 32 * 2**20  # bytes written between two flushes, to bound the page cache
 
@@ -57,11 +57,11 @@ class StoredTensor:
         return _DTYPES[self.dtype]
 
     def read(self) -> torch.Tensor:
-        """Read the tensor. Raises FlextronError if the file ends before it."""
+        """Read the tensor to the CPU. Raises FlextronError if the file ends before the tensor does."""
         return self._read(0, math.prod(self.shape)).view(self.shape)
 
     def read_parts(self) -> Iterator[torch.Tensor]:
-        """Read the tensor in parts of about a million elements. Raises FlextronError if the file ends before it."""
+        """Read the tensor in flat parts of about a million elements each. Raises FlextronError if the file ends too early."""
         count = math.prod(self.shape)
         for first in range(0, count, _PART):
             yield self._read(first, min(_PART, count - first))
@@ -128,7 +128,7 @@ def open_weights(directory: Path) -> dict[str, StoredTensor]:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """{name: tensor} of one safetensors file; only the header is read.
 
-    Raises FlextronError for a file that is damaged or of the wrong size.
+    Raises FlextronError for a file that is damaged or of the wrong size, and FileNotFoundError.
     """
     size = file.stat().st_size
     damaged = FlextronError(f"{file}: not a safetensors file, or damaged ({size} bytes): download it again")
@@ -166,7 +166,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 class TensorFile:
     """Context manager that writes a safetensors file, tensors in any order, with the same bytes as the safetensors library.
 
-    Raises AssertionError for a tensor of another shape than announced, and at the end of the context if a tensor is missing.
+    At the end of the context it raises AssertionError if a tensor is missing.
 
     Args:
         path: file to write.

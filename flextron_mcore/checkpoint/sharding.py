@@ -21,7 +21,11 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 
 
 def _parallel_axes(field: str) -> dict[str, int]:
-    """{last two words of a tensor's name: its dimension that counts `field`}, for tensors split over tensor-parallel ranks."""
+    """{end of a tensor's name, such as "linear_fc1.weight": dimension that is split over tensor-parallel ranks}.
+
+    Tensors without such a dimension are left out. field: name of the factor of the dimension's size (families/tensors.py) that is
+    split, ffn_hidden_size or kv_groups.
+    """
     return {
         ".".join(tensor.name.split(".")[-2:]): axis
         for tensor in TENSORS
@@ -36,8 +40,9 @@ MLP_AXES, ATTENTION_AXES = _parallel_axes("ffn_hidden_size"), _parallel_axes("kv
 def dealt_axis(model: ModelConfig, space: ElasticSpace, key: str) -> tuple[int, int, int, int] | None:
     """(axis, units, granularity, blocks) of a tensor whose heads or neurons are stored in dealt order; None for other tensors.
 
-    axis: dimension of the units. units: number of units (heads, neurons) along it. granularity: number of buckets. blocks: equal
-    blocks stacked along the dimension, 2 for the gate and up projection of a gated MLP.
+    They are the last arguments of `to_disk_order`. axis: dimension of the units. units: number of units (KV groups, neurons)
+    along it. granularity: number of buckets. blocks: equal blocks stacked along the dimension, 2 for the gate and up projection
+    of a gated MLP.
 
     Args:
         model: architecture of the full model.
@@ -64,13 +69,13 @@ def deal(
     Args:
         sharded: this rank's part of the tensor, in the order of memory.
         axis: dimension that is split over tensor-parallel ranks.
-        units: number of elastic units along it in the full model: neurons, KV groups or query heads.
+        units: number of elastic units along it in the full model, such as neurons or KV groups.
         granularity: number of buckets, G.
         tensor_parallel_size: number of ranks, T.
         blocks: equal blocks stacked along the dimension: 2 for the gate and up projection of a gated MLP.
 
     Raises:
-        FlextronError: T does not divide G, or G does not divide the units.
+        FlextronError: T does not divide G, or G does not divide the number of units.
     """
     check_granularity(granularity, tensor_parallel_size)
     if units % granularity:
@@ -122,7 +127,7 @@ def deal(
 
 
 def check_granularity(granularity: int, tensor_parallel_size: int) -> None:
-    """Raise FlextronError unless `tensor_parallel_size` divides the granularity."""
+    """Raise FlextronError unless the tensor-parallel size divides the granularity, the number of buckets on disk."""
     if granularity % tensor_parallel_size:
         raise FlextronError(
             f"model.tensor_model_parallel_size={tensor_parallel_size} does not divide space.granularity={granularity} "
@@ -132,12 +137,10 @@ def check_granularity(granularity: int, tensor_parallel_size: int) -> None:
 
 
 def to_disk_order(tensor: torch.Tensor, axis: int, units: int, granularity: int, blocks: int = 1) -> torch.Tensor:
-    """Deal the units of a whole tensor into buckets: from the order before dealing to the order of the disk, bucket after bucket.
-
-    Unit i goes to bucket i mod granularity.
+    """Deal the units of a whole tensor into buckets: unit i goes to bucket i mod granularity, and buckets follow each other.
 
     Args:
-        tensor: whole tensor, units in the order before dealing.
+        tensor: whole tensor with its units in order, not dealt.
         axis: dimension of the units (heads, neurons).
         units: number of units along it.
         granularity: number of buckets.
@@ -149,7 +152,7 @@ def to_disk_order(tensor: torch.Tensor, axis: int, units: int, granularity: int,
 def to_sorted_order(
     tensor: torch.Tensor, axis: int, units: int, granularity: int, blocks: int = 1, first: int | None = None
 ) -> torch.Tensor:
-    """Whole tensor with its units in the order before dealing, from the order of the disk: the inverse of `to_disk_order`.
+    """Whole tensor with its units in order, from the buckets on disk: the inverse of `to_disk_order`.
 
     Args:
         tensor: whole tensor, units bucket after bucket.
@@ -164,7 +167,15 @@ def to_sorted_order(
 
 
 def _reorder(tensor: torch.Tensor, axis: int, blocks: int, shape: tuple[int, int], first: int | None = None) -> torch.Tensor:
-    """Swap the two dimensions of `shape` within each block of `axis`, and keep the first `first` of the then outer one."""
+    """Transpose the units of each block of `axis`, seen as a matrix of `shape`, and keep the first `first` rows of the result.
+
+    Args:
+        tensor: whole tensor.
+        axis: dimension of the units.
+        blocks: equal blocks stacked along it.
+        shape: (rows, columns) of the matrix of units.
+        first: rows of the transposed matrix to keep; None: all.
+    """
     rows = tensor.shape[axis] // (blocks * shape[0] * shape[1])
     swapped = tensor.unflatten(axis, (blocks, *shape, rows)).transpose(axis + 1, axis + 2)
     return swapped.narrow(axis + 1, 0, first or shape[1]).flatten(axis, axis + 3)

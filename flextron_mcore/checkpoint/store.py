@@ -35,10 +35,10 @@ class CheckpointInfo:
         space: elastic space.
         dtype: precision of the weights, fp32, bf16 or fp16.
         step: training step after which the checkpoint was written.
-        sorted: True if heads and neurons are in decreasing importance (`flextron importance`).
+        sorted: True if heads and neurons are in the order of decreasing importance (`flextron importance`).
         hf_config: content of config.json of the Hugging Face model that the checkpoint was imported from; None if it was not.
-        path: directory of an opened checkpoint.
-        verifiable: False for an opened checkpoint of an earlier version, which has no digests.
+        path: directory of an opened checkpoint; None for a checkpoint that is not written yet, or a random initialisation.
+        verifiable: False for an opened checkpoint that an earlier version wrote without digests.
     """
 
     model: ModelConfig
@@ -52,7 +52,7 @@ class CheckpointInfo:
 
     @property
     def tokenizer(self) -> Path | None:
-        """Tokenizer directory of the checkpoint's run, None without one."""
+        """Tokenizer directory of the run that the checkpoint lies in; None without one."""
         folder = self.path.parent.parent / "tokenizer" if self.path else None
         return folder if folder and folder.is_dir() else None
 
@@ -61,13 +61,13 @@ class CheckpointInfo:
         return replace(self, step=step, path=None, **changes)
 
     def network(self, file: str | Path) -> SubNetwork:
-        """Read a sub-network from a JSON file. Raises FlextronError if the checkpoint's space does not contain it."""
+        """Read a sub-network from a JSON file. Raises FlextronError for a bad file, and for a network outside of the space."""
         net = SubNetwork.from_file(file)
         self.space.check(self.model, net, str(file))
         return net
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dict of plain types, for flextron.json."""
+        """Convert to plain types, for flextron.json. `path` and `verifiable` are left out."""
         return {
             "format": FORMAT_VERSION,
             "step": self.step,
@@ -138,7 +138,7 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
 
 
 def files_of(info: CheckpointInfo) -> dict[str, digests.Entry]:
-    """{name: size and digest} of the files of an opened checkpoint."""
+    """{name: size and digest} of the files of an opened checkpoint, from its flextron.json."""
     file = info.path / INFO_FILE
     return digests.files_of(digests.read_description(file), file)
 
@@ -149,7 +149,10 @@ def is_weights(name: str) -> bool:
 
 
 def _damage(path: Path) -> str | None:
-    """Message about a file of the checkpoint that is not as it was written; None if there is none."""
+    """Message about the first file of a checkpoint that is missing or changed; None if all are as they were written.
+
+    Of weights only the size is compared.
+    """
     file = path / INFO_FILE
     if not file.is_file():
         return f"{file} is missing"
@@ -166,7 +169,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _remedy(path: Path) -> str:
-    """Advice for the message about a damaged checkpoint: the older one to continue from, if one is complete."""
+    """Advice about a damaged checkpoint: remove it to continue from an older complete one; if there is none, restore it."""
     path = path.resolve()
     every = list_checkpoints(path.parent.parent)
     older = every[: every.index(path)] if path in every else []
@@ -177,7 +180,10 @@ def _remedy(path: Path) -> str:
 
 
 def write_info(directory: Path, info: CheckpointInfo) -> None:
-    """Write flextron.json, with sizes and digests of all other files. Call on the main process, after all ranks have written."""
+    """Write a checkpoint's flextron.json, with sizes and digests of all other files in its directory.
+
+    Call on the main process, after all ranks have written.
+    """
     files = {name: digests.entry_of(directory / name) for name in digests.listed(directory) if name != INFO_FILE}
     text = json.dumps(digests.seal({**info.to_dict(), "files": files}), indent=1)
     (directory / INFO_FILE).write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Restricted reading of what torch pickles in a checkpoint, so that opening one runs nothing that its files say.
+"""Restricted reading of the pickles in a torch checkpoint, so that opening one executes nothing that its files contain.
 
 `.metadata` is a pickle: only the classes that torch writes there are allowed in it. Other objects (extra states, the optimizer's
 hyper-parameters, common.pt) are pickles that torch reads with `weights_only`.
@@ -55,9 +55,10 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """Unpickler of .metadata that knows `_ALLOWED` only.
+    """Unpickler of .metadata that builds objects of the classes in `_ALLOWED` only.
 
-    The one in Python, because the one in C allocates a table as large as the largest number in the file.
+    It derives from pickle's unpickler in Python, because the one in C allocates a table as large as the largest number in the
+    file.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
@@ -83,7 +84,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Metadata of a checkpoint in torch's format; nothing in the file is executed.
+    """Content of the file .metadata in the directory of a checkpoint; nothing in the file is executed.
 
     Raises FlextronError if .metadata is missing, damaged or holds anything but torch's own classes, names a file outside of the
     checkpoint, or describes more data than the files hold.
@@ -104,7 +105,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _check(folder: Path, found: Any) -> None:
-    """Raise ValueError unless a Metadata describes tensors and objects in files of `folder` that hold them."""
+    """Raise ValueError or FlextronError unless `found` is a Metadata whose tensors and objects lie in files of `folder`."""
     if (
         not isinstance(found, Metadata)
         or not isinstance(found.state_dict_metadata, dict)
@@ -171,11 +172,11 @@ def only_data() -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """Text that says why loading failed: the first line of the error, or a fixed text for an object that is not plain data.
 
-    torch's own text for such an object advises to execute the file.
+    torch's own text for such an object advises the user to load the file without this protection.
     """
     return "an object in it is not plain data" if isinstance(error, pickle.UnpicklingError) else first_line(error)
 
 
 def without_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """State dict with None for every `_extra_state`, which Transformer Engine would unpickle; it holds FP8 statistics only."""
+    """State dict with None for every `_extra_state`: Transformer Engine would unpickle it, and it holds FP8 statistics only."""
     return {key: None if key.endswith("_extra_state") else value for key, value in state.items()}

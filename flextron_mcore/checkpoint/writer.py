@@ -35,8 +35,8 @@ class LazyTensor:
 
     Attributes:
         shape, dtype: shape and dtype of the whole tensor.
-        load: function that computes the tensor.
-        buckets: number of buckets that `load` has dealt the heads or neurons into; 1: not dealt, heads and neurons by index.
+        load: function that computes the tensor, on the CPU.
+        buckets: number of buckets that `load` has dealt the heads or neurons into; 1: not dealt, heads and neurons in order.
     """
 
     shape: tuple[int, ...]
@@ -56,18 +56,17 @@ def write_streaming(
     """Write a model's checkpoint, a tensor at a time, while a thread computes the next ones.
 
     The result has the keys, shapes and order of Megatron-Core's own save of the model, and loads in any layout. Call on all ranks
-    with the same arguments: each computes and writes a share of the tensors. Raises FlextronError if space on the disk is too
-    small, and for a tensor of another shape or dtype than announced.
+    with the same arguments: each computes and writes a share of the tensors. Raises FlextronError if the disk has too little
+    space, and for a tensor whose shape or dtype is not the one that its LazyTensor has.
 
     Args:
         directory: empty directory to write into.
         info: description of the checkpoint.
-        tensors: {name: tensor}, heads and neurons by index, in whatever order the model has them. They are dealt into
-            info.space.granularity buckets when they are written (checkpoint/sharding.py), unless `LazyTensor.buckets` says that
-            they already are.
+        tensors: {name: tensor} with heads and neurons in order. They are dealt into info.space.granularity buckets when they are
+            written (checkpoint/sharding.py), unless `LazyTensor.buckets` says that they already are.
         progress: receives the bytes of each tensor that this rank writes, scaled so that one rank's calls add up to all bytes.
         common: plain values that Megatron-Core stores beside the tensors (common.pt).
-        elsewhere: True if no stage on this machine will read the checkpoint: its files leave the page cache.
+        elsewhere: True if no stage on this machine will read the checkpoint soon: its files are dropped from the page cache.
     """
 
     def dealt(key: str, lazy: LazyTensor) -> LazyTensor:
@@ -89,16 +88,17 @@ def write_torch_dist(
     common: Mapping[str, Any] | None = None,
     elsewhere: bool = False,
 ) -> None:
-    """Write tensors in Megatron-Core's torch_dist format, in the order that `load` returns and without flextron.json.
+    """Write tensors in Megatron-Core's torch_dist format: heads and neurons as `load` returns them, and no flextron.json.
 
-    Call on all ranks with the same arguments. Raises FlextronError if the disk has too little space.
+    Call on all ranks with the same arguments. Raises FlextronError if the disk has too little space, and for a tensor whose shape
+    or dtype is not the one that its LazyTensor has.
 
     Args:
         directory: empty directory to write into.
         tensors: {name: tensor}.
         progress: receives the bytes of each tensor that this rank writes, scaled so that one rank's calls add up to all bytes.
         common: plain values that Megatron-Core stores beside the tensors (common.pt).
-        elsewhere: True if no stage on this machine will read the files: they leave the page cache.
+        elsewhere: True if no stage on this machine will read the files soon: they are dropped from the page cache.
     """
     rank, ranks = place()
     sizes = {key: t.dtype.itemsize * torch.Size(t.shape).numel() for key, t in tensors.items()}
@@ -130,7 +130,7 @@ def write_torch_dist(
 
 
 def canonical_metadata(directory: Path) -> None:
-    """Write .metadata of a finished save again: entries in order, and without the identity of the save.
+    """Write .metadata of a finished save again, with sorted entries and without the random id that torch gives each save.
 
     Equal checkpoints then have equal files, and equal digests. Call on the main process.
     """
@@ -139,7 +139,8 @@ def canonical_metadata(directory: Path) -> None:
     for name in ("state_dict_metadata", "storage_data", "planner_data"):
         if isinstance(part := getattr(found, name), dict):
             setattr(found, name, dict(sorted(part.items(), key=lambda entry: repr(entry[0]))))
-    # Without references between equal objects, which depend on how they came about; then with those to classes, which save space.
+    # pickle writes a reference for an object that it has written before. Whether equal values are one object depends on how they
+    # were made, so the first pickle has no references; the second one has them again for classes, which saves space.
     unshared = io.BytesIO()
     pickler = pickle.Pickler(unshared)
     pickler.fast = True
@@ -148,7 +149,7 @@ def canonical_metadata(directory: Path) -> None:
 
 
 def _checked(key: str, lazy: LazyTensor) -> torch.Tensor:
-    """Compute a tensor. Raises FlextronError if its shape or dtype is not the announced one."""
+    """Compute a tensor. Raises FlextronError if its shape or dtype is not the one that its LazyTensor has."""
     tensor = lazy.load()
     if tuple(tensor.shape) != tuple(lazy.shape) or tensor.dtype != lazy.dtype:
         raise FlextronError(f"tensor {key}: {tuple(tensor.shape)} {tensor.dtype} instead of {tuple(lazy.shape)} {lazy.dtype}")
@@ -170,7 +171,12 @@ def share_out(sizes: Mapping[str, int], ranks: int) -> list[set[str]]:
 
 
 class _HashedFiles(FileSystem):
-    """File system of torch's writer that hashes each file as it is written. forgotten: drop it from the page cache, too."""
+    """File system for torch.distributed.checkpoint's writer that hashes each file while it is written.
+
+    `digests.entry_of` then has the file's digest without reading it again.
+
+    forgotten: True drops each finished file from the page cache (`runtime.disk.forget`).
+    """
 
     def __init__(self, forgotten: bool) -> None:
         self._forgotten = forgotten
@@ -189,7 +195,7 @@ class _HashedFiles(FileSystem):
 
 @contextlib.contextmanager
 def _without_crc() -> Iterator[None]:
-    """Switch off torch.save's zip checksums, which cost as much time as the writing and which torch.load does not check."""
+    """Context in which torch.save writes no zip checksums: they take as long as the writing, and torch.load checks none."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -201,8 +207,12 @@ def _without_crc() -> Iterator[None]:
 class _StreamingPlanner(dcp.DefaultSavePlanner):
     """Save planner for torch.distributed.checkpoint that computes the next two tensors in a thread while one is written.
 
-    Two tensors, because a model's large and small ones alternate. Use it in `with planner.ahead:`, which ends the thread.
-    Loading a tensor raises FlextronError if it does not have its declared shape and dtype.
+    Two tensors, because large and small tensors of a model alternate. Use it in `with planner.ahead:`, which ends the thread.
+    Computing a tensor raises FlextronError if its shape or dtype is not the one that its LazyTensor has.
+
+    Args:
+        tensors: {name: tensor}.
+        progress: receives the bytes of each tensor when it is written; None: none.
     """
 
     def __init__(self, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None) -> None:

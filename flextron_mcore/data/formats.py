@@ -137,7 +137,10 @@ class _Bounded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill a buffer and return the number of bytes, 0 at the end of the file."""
+        """Read decompressed bytes into a buffer, which they may not fill; return their number, 0 at the end of the file.
+
+        Raises Broken for a compression ratio above _RATIO, and the errors of the decompressor for damaged data.
+        """
         count = self.stream.readinto(buffer)
         self.made += count
         if self.made > max(_UNCHECKED, _RATIO * self.file.tell()):
@@ -169,7 +172,10 @@ class _Zstandard(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill a buffer and return the number of bytes, 0 at the end of the file."""
+        """Read decompressed bytes into a buffer, which they may not fill; return their number, 0 at the end of the file.
+
+        Raises EOFError for damaged data, and for a file that ends within a frame.
+        """
         while not self.made:
             data = self.left or self.file.read(_CHUNK)
             if not data:
@@ -194,6 +200,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def _package(name: str, path: Path, what: str) -> Any:
+    """Import an optional package. Raises FlextronError with the text `what`, the reason why `path` needs it."""
     try:
         return __import__(name)
     except ImportError:
@@ -241,6 +248,7 @@ def _lines(stream: BinaryIO, first: Iterable[bytes], key: str) -> Iterator[Entry
 
 
 def _of_json(line: Entry, key: str) -> Entry:
+    """Document in a line of JSON: the text at `key`, or the reason why it cannot be read."""
     try:
         return _of_row(_parse(line.text), key, line.place)
     except json.JSONDecodeError as error:
@@ -280,6 +288,7 @@ def _json_rows(data: bytes | bytearray, key: str) -> list[Any] | None:
 
 
 def _of_row(row: Any, key: str, place: str) -> Entry:
+    """Document in a JSON value: the text at `key` of an object, or the reason why it cannot be read."""
     if not isinstance(row, dict):
         return Entry("", place, f"is not a JSON object but {_kind(row)}")
     if key not in row:
@@ -288,6 +297,7 @@ def _of_row(row: Any, key: str, place: str) -> Entry:
 
 
 def _of_value(text: Any, key: str, place: str) -> Entry:
+    """Document of a value found at `key`: empty for None, with a fault for anything that UTF-8 text cannot be."""
     if text is None:
         return Entry("", place)
     if not isinstance(text, str):
@@ -300,10 +310,12 @@ def _of_value(text: Any, key: str, place: str) -> Entry:
 
 
 def _kind(value: Any) -> str:
+    """Name of the type of a JSON or Parquet value, with its article, for a message."""
     return _KINDS.get(type(value), "null" if value is None else "a number")
 
 
 def _parquet(path: Path, key: str) -> Iterator[Entry]:
+    """Documents in the column `key` of a Parquet file. Raises Broken for a damaged file, and without this column."""
     # Imported here, because this optional dependency is needed for Parquet files only.
     _package("pyarrow", path, "is a Parquet file")
     import pyarrow
@@ -326,6 +338,7 @@ def _parquet(path: Path, key: str) -> Iterator[Entry]:
 
 
 def _of_cell(value: Any, key: str, place: str) -> Entry:
+    """Document in a cell of a Parquet column, or the reason why it cannot be read."""
     try:
         return _of_value(value.as_py(), key, place)
     except UnicodeDecodeError as error:

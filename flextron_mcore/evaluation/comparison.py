@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def network_row(net: SubNetwork, cost: Cost, losses: Evaluator) -> Row:
-    """Row of metrics.json with the size, cost and losses of a network. Call on all ranks.
+    """Row of metrics.json with the numbers of parameters, the cost and the losses of a network. Call on all ranks.
 
     Args:
         net: the network.
@@ -39,9 +39,10 @@ def network_row(net: SubNetwork, cost: Cost, losses: Evaluator) -> Row:
 
 
 def selected_rows(selectors: Mapping[str, Selector], cost: Cost, targets: Sequence[float], losses: Evaluator) -> list[Row]:
-    """Rows of metrics.json with the network that each selector chooses for each target. Call on all ranks.
+    """Rows of metrics.json, one for each selector and target, with the network that the selector chooses. Call on all ranks.
 
-    Uniform and MatFormer skip targets below their smallest network. Raises FlextronError if another selector finds no network.
+    Targets below the smallest network of Uniform or MatFormer have no row for this selector. Raises FlextronError if another
+    selector finds no network.
 
     Args:
         selectors: {name: selector}.
@@ -63,12 +64,12 @@ def selected_rows(selectors: Mapping[str, Selector], cost: Cost, targets: Sequen
 
 
 def equal_rows(selectors: Mapping[str, Selector], cost: Cost, losses: Evaluator) -> list[Row]:
-    """Rows of metrics.json, one for each network of Uniform and MatFormer, with the network that the router chooses for its cost.
+    """Rows of metrics.json, one for each network of Uniform and MatFormer beside the router's network of equal cost.
 
-    Call on all ranks.
+    The router's network is the one that it chooses for a budget equal to the other network's cost. Call on all ranks.
 
     Args:
-        selectors: {name: selector}; the columns of the router are None without a selector "router".
+        selectors: {name: selector}; without a selector "router" its columns are None.
         cost: cost that is compared.
         losses: evaluator of the model.
     """
@@ -90,16 +91,16 @@ def equal_rows(selectors: Mapping[str, Selector], cost: Cost, losses: Evaluator)
 
 
 def random_row(target: float, drawn: Sequence[SubNetwork], cost: Cost, losses: Evaluator, rows: Sequence[Row]) -> Row:
-    """Row of metrics.json with the losses of random networks at a budget, and the share of them that the router's network beats.
+    """Row of metrics.json with the losses of random networks at one budget, beside the loss of the router's network.
 
-    Call on all ranks.
+    `better_than` is the fraction of the random networks with a higher loss than the router's network. Call on all ranks.
 
     Args:
         target: budget, as a share of the full model's cost.
         drawn: random networks within the budget.
         cost: cost that the budget limits.
         losses: evaluator of the model.
-        rows: result of `selected_rows`, with the router's network for the same budget.
+        rows: result of `selected_rows`. Without a row of the router for `target`, the router's entries are None.
     """
     found = [losses.mean(net) for net in drawn]
     router = next((row for row in rows if (row["selector"], row["target"]) == ("router", target)), None)
@@ -116,15 +117,15 @@ def random_row(target: float, drawn: Sequence[SubNetwork], cost: Cost, losses: E
 
 
 def dense_row(name: str, arch: ModelConfig, cost: Cost, found: dict[str, float]) -> Row:
-    """Row of metrics.json with the size, cost and losses of a separately trained dense model.
+    """Row of metrics.json with the numbers of parameters, the cost and the losses of a separately trained dense model.
 
-    The cost is None unless the space has a network of the model's shape.
+    The cost is that of the sub-network with the model's shape; None if the elastic space has none.
 
     Args:
         name: name of the model.
-        arch: its architecture.
+        arch: architecture of the dense model.
         cost: cost to report.
-        found: {domain: loss}.
+        found: {domain: loss in nats per token}.
     """
     same = SubNetwork.full(arch)
     try:
@@ -143,9 +144,10 @@ def dense_row(name: str, arch: ModelConfig, cost: Cost, found: dict[str, float])
 
 
 def scaling_laws(selectors: Sequence[str], rows: Sequence[Row], full: Row) -> list[Row]:
-    """Rows of metrics.json with scaling laws (Flextron, eq. 12), over parameters and over cost.
+    """Rows of metrics.json with scaling laws L(N) (Flextron, eq. 12), two for each selector.
 
-    Each law is fitted to the networks of one selector and the full model.
+    N is the number of non-embedding parameters in one and the cost in the other. A law is fitted to the networks of its selector
+    and the full model.
 
     Args:
         selectors: names of the selectors.

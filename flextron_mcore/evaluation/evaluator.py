@@ -11,17 +11,17 @@ from flextron_mcore.space import SubNetwork
 
 
 class Evaluator:
-    """Losses of networks by domain. A network is evaluated when its loss is first requested.
+    """Validation losses of a model's networks, by domain. A network is evaluated when its loss is first requested.
 
     Call the methods on all ranks, for the same networks.
 
     Args:
-        model: this rank's chunks.
+        model: this rank's virtual-pipeline chunks (usually one).
         datasets: {domain: dataset}.
         seq_length: tokens of a sample.
         micro_batch_size: samples of a micro-batch.
-        batches: largest number of micro-batches of each domain; None for all.
-        progress: called with a line for each network and domain.
+        batches: largest number of micro-batches of each domain, all ranks together; None for all.
+        progress: called with "DOMAIN: NETWORK" after each evaluation of a network on a domain.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Evaluator:
         return sum(min(len(dataset), self.limit or len(dataset)) for dataset in self.datasets.values())
 
     def losses(self, networks: Sequence[SubNetwork]) -> list[dict[str, float]]:
-        """Losses {domain: loss} of each network, in nats per token. Call on all ranks, for the same networks."""
+        """{domain: loss in nats per token} of each network. Call on all ranks, for the same networks."""
         new = {str(i): net for i, net in enumerate(dict.fromkeys(networks)) if net not in self._found}
         found = evaluate(self.model, self.datasets, new, self.seq_length, self.micro_batch_size, self.limit, self.progress)
         self._found |= {net: found[name] for name, net in new.items()}

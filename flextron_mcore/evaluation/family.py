@@ -8,7 +8,11 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 
 
 def uniform_family(model: ModelConfig, space: ElasticSpace) -> dict[str, SubNetwork]:
-    """Sub-networks of uniform width by name, all axes growing together; the last is the full model, named "full"."""
+    """{name: sub-network} of networks with the same widths in every layer, from the smallest to the full model, named "full".
+
+    From one network to the next, all axes of the space grow together. There are as many networks as the axis with the most
+    candidates has; other axes repeat some of theirs.
+    """
     steps = max(map(len, space.sizes.values()))
     family = {}
     for step in range(steps):

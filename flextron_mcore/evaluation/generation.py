@@ -24,9 +24,9 @@ class Generated:
     """Continuations of prompts, and the time that they took.
 
     Attributes:
-        ids: tokens added to each prompt, with the token that ends it.
-        prompt_seconds: time of the first pass, over as many tokens as the shortest prompt has.
-        decode_seconds: time of all further passes.
+        ids: token ids added to each prompt, the one that ended the text included.
+        prompt_seconds: seconds of the first forward pass, over as many tokens as the shortest prompt has.
+        decode_seconds: seconds of all further passes, of one token each.
     """
 
     ids: list[list[int]]
@@ -36,7 +36,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Rule by which the next token is chosen.
+    """Rule by which the next token is chosen from the logits.
 
     Attributes:
         temperature: 0 for the likeliest token; else tokens are drawn from softmax(logits / temperature).
@@ -58,14 +58,14 @@ def generate(
     sampling: Sampling | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> Generated:
-    """Continue prompts. Call on all ranks with the same arguments; all return the same tokens.
+    """Continue prompts with generated tokens. Call on all ranks with the same arguments; all return the same tokens.
 
-    Sequences are computed together, and each gets the tokens that it would get alone. The first pass has as many tokens as the
-    shortest prompt; the rest of longer prompts follows token by token. Token routing does not count tokens after a sequence's
-    end.
+    The prompts are one batch without padding: the first pass has as many tokens as the shortest prompt, and the rest of longer
+    prompts follows token by token. Without sampling, each sequence gets the tokens that it would get alone. Token routing does
+    not count tokens after a sequence's end in its statistics.
 
     Args:
-        model: the model on this rank, or its tensor-parallel part; no pipeline parallelism.
+        model: this rank's tensor-parallel part of the model, which is whole on a single rank; no pipeline parallelism.
         prompts: token ids of each prompt, at least one each.
         network: sub-network or token routing; None for the full model.
         max_new_tokens: largest number of tokens added to a prompt.
@@ -115,7 +115,10 @@ def _next(
     stop: int,
     done: Sequence[bool],
 ) -> Tensor:
-    """Add tokens[:, start:stop] to the cache, and return the logits of the next token: [B, V] on the CPU."""
+    """Run tokens[:, start:stop], which adds them to the KV cache `context`, and return the next token's logits [B, V] on the CPU.
+
+    done: for each sequence, True after its end; token routing does not count its tokens.
+    """
     part = slice(start, stop)
     if network is not None and not isinstance(network, SubNetwork):
         network.begin(0, (~torch.tensor(done))[:, None].expand(-1, stop - start).to(device()))
@@ -133,6 +136,7 @@ def _next(
 
 
 def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> list[int]:
+    """Next token id of each sequence, by the rule `sampling`; `generator` is the source of random numbers."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).tolist()
     scaled_BV = logits_BV / sampling.temperature

@@ -29,26 +29,30 @@ from flextron_mcore.space import weight_bytes
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_TOLERANCE = 1e-4  # of the largest value: rounding of fp32 in other orders of summation
-_LENGTH = 64
-_USABLE = 0.6  # share of the free memory
+_TOLERANCE = 1e-4  # share of the largest value: fp32 rounds differently in another order of summation
+_LENGTH = 64  # tokens of a sample
+_USABLE = 0.6  # share of the free memory that models may take
 
 
 def compare_with_transformers(info: CheckpointInfo, source: Path, seed: int = 0, layerwise: bool | None = None) -> dict[str, Any]:
-    """Compare a checkpoint with the Hugging Face directory that it was imported from, in fp32. Call after `initialize`.
+    """Compare a checkpoint with the Hugging Face directory that it was imported from, in fp32 on random tokens.
+
+    Call after `initialize`, on a single rank.
 
     Args:
         info: checkpoint.
-        source: directory that it was imported from. transformers reads it, without code from it.
+        source: Hugging Face directory, which transformers reads without running code in it.
         seed: seed of the random tokens.
-        layerwise: compare each layer alone, given Megatron-Core's input of it, with one of transformers' layers in memory; None:
-            if both models do not fit into memory.
+        layerwise: True: compare layer by layer. Each layer of transformers gets the input that Megatron-Core's layer got, and one
+            of them is in memory at a time. False: compare logits of whole models. None: True if both models do not fit in memory.
 
     Returns:
-        {max_logit_difference, and with layerwise max_layer_difference, of the largest value of a layer's output}.
+        {"max_logit_difference": largest difference of the logits}, and if layerwise {"max_layer_difference": largest difference
+        of a layer's output or of the embeddings}. Each is a share of the largest value of transformers, if that is above 1.
 
     Raises:
-        FlextronError: the two differ by more than rounding, or transformers cannot load the directory, or memory is too small.
+        FlextronError: a difference is larger than rounding explains, transformers cannot load the directory, or memory is too
+            small.
     """
     size, free = weight_bytes(info.model, dtype="fp32"), psutil.virtual_memory().available * _USABLE
     if size > free:
@@ -75,14 +79,14 @@ def compare_with_transformers(info: CheckpointInfo, source: Path, seed: int = 0,
 def _by_layer(
     info: CheckpointInfo, source: Path, tokens_BS: torch.Tensor, states: list[torch.Tensor], ours: torch.Tensor
 ) -> dict[str, Any]:
-    """Figures of the comparison of each layer, and of embeddings, final norm and output layer.
+    """Compare embeddings, each layer, and final norm with output layer; returns what `compare_with_transformers` returns.
 
     Args:
         info: checkpoint.
         source: Hugging Face directory.
         tokens_BS: token ids.
-        states: inputs of the layers and output of the last one, [B, S, C] each.
-        ours: logits.
+        states: Megatron-Core's inputs of the layers and output of the last one, [B, S, C] each.
+        ours: Megatron-Core's logits [B, S, vocabulary].
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -110,7 +114,10 @@ def _by_layer(
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor, source: Path, what: str) -> float:
-    """Largest difference, as a share of the largest value where that is above 1. Raises FlextronError if it is no rounding."""
+    """Largest difference between two tensors, as a share of the largest value of `theirs` if that is above 1.
+
+    Raises FlextronError naming `source` and `what` if it is more than _TOLERANCE.
+    """
     scale = max(1.0, theirs.abs().max().item())
     found = (ours - theirs).abs().max().item() / scale
     if not found <= _TOLERANCE:
@@ -122,6 +129,7 @@ def _close(ours: torch.Tensor, theirs: torch.Tensor, source: Path, what: str) ->
 
 
 def _load(source: Path, dtype: str) -> torch.nn.Module:
+    """Load a directory's model in transformers, with weights rounded to `dtype` and computing in fp32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False)
@@ -130,7 +138,7 @@ def _load(source: Path, dtype: str) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def _refusals(source: Path) -> Iterator[None]:
-    """Turn an error of transformers into a FlextronError."""
+    """Context without gradients that turns an error of transformers into a FlextronError naming `source`."""
     with torch.no_grad():
         try:
             yield
@@ -143,7 +151,10 @@ def _refusals(source: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recorded(gpt: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """List that gets the input of every layer of a GPTModel and the output of the last one, [B, S, C], in a forward pass."""
+    """Context with a list that a forward pass of a GPTModel fills: input of every layer, then output of the last one.
+
+    At the end of the context they are converted to [B, S, C] in fp32 on the CPU.
+    """
     states: list[torch.Tensor] = []
 
     def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -165,7 +176,10 @@ def _recorded(gpt: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 @contextlib.contextmanager
 def _recorded_layer(base: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """{input, output} of the only layer of a transformers model without its head, in a forward pass."""
+    """Context with a dictionary that a forward pass fills: "input" and "output" [B, S, C] of the first layer of `base`.
+
+    base: transformers model without its output layer.
+    """
     seen: dict[str, torch.Tensor] = {}
     layer = (base.layers if hasattr(base, "layers") else base.h)[0]
 
@@ -181,7 +195,7 @@ def _recorded_layer(base: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _one_layer(config: PretrainedConfig, number: int) -> PretrainedConfig:
-    """Configuration of a model with one layer, the one of this number. Lists with an entry for each layer get one entry."""
+    """Copy of a configuration, for a model that has layer `number` only. Lists with an entry for each layer keep this one's."""
     small, layers = copy.deepcopy(config), config.num_hidden_layers
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == layers and name != "architectures":
@@ -191,18 +205,20 @@ def _one_layer(config: PretrainedConfig, number: int) -> PretrainedConfig:
 
 
 def _fill(model: torch.nn.Module, source: Path, number: int, dtype: torch.dtype, ends: bool) -> None:
-    """Copy weights of the directory into a transformers model with one layer, rounded to `dtype`; positions get zeros.
+    """Copy one layer's weights from a Hugging Face directory, rounded to `dtype`, into a transformers model with one layer.
+
+    Position embeddings that get no weights are set to zero: the layer's recorded input contains them already.
 
     Args:
-        model: model with or without its head.
+        model: model with or without its output layer.
         source: Hugging Face directory.
-        number: layer to take.
+        number: index of the layer to copy.
         dtype: dtype of the checkpoint.
-        ends: take embeddings, final norm and output layer too.
+        ends: True: copy embeddings, final norm and output layer, too.
     """
     wanted = dict(model.named_parameters())
     if ends:
-        wanted["lm_head.weight"] = model.get_output_embeddings().weight  # named_parameters leaves out a tied one
+        wanted["lm_head.weight"] = model.get_output_embeddings().weight  # named_parameters leaves out a tied weight
     prefixes = ("", f"{model.base_model_prefix}.")
     filled = set()
     for file in sorted(source.glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""Best, median and worst of the losses of random networks, for `flextron compare` and the report. No torch import."""
+"""Order and median of the losses of random networks, some of which may be NaN. No torch import."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def rising(losses: Sequence[float]) -> list[float]:
-    """Losses from the lowest to the highest; NaN, of a network that diverged, counts as the highest."""
+    """Losses sorted from the lowest to the highest; NaN (of a network that diverged) counts as the highest."""
     return sorted(losses, key=lambda loss: (math.isnan(loss), loss))
 
 

@@ -1,4 +1,4 @@
-"""Loss of networks on data, in nats per token: deterministic, summed in float64."""
+"""Loss of networks on data, in nats per token, summed in float64, and its perplexity."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ def evaluate(
     max_samples: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Mean loss of a token for each network and domain: {network: {domain: loss}}, in nats. Call on all ranks.
+    """Evaluate networks: {name of the network: {domain: mean loss in nats per token}}, the same on all ranks.
+
+    Call on all ranks.
 
     Args:
-        model: this rank's chunks; their mode (training or evaluation) is restored.
+        model: this rank's virtual-pipeline chunks (usually one); their mode (training or evaluation) is restored.
         datasets: {domain: dataset}. Samples are distributed over the data-parallel ranks.
-        networks: {name: network}.
+        networks: {name: network}; None is the full model.
         seq_length: tokens of a sample.
         micro_batch_size: samples of a micro-batch.
         max_samples: number of samples of each domain, the first ones; None for all.
-        progress: called with a line for each network and domain.
+        progress: called with "DOMAIN: NETWORK" after each evaluation of a network on a domain.
     """
     training = [chunk.training for chunk in model]
     for chunk in model:
@@ -58,10 +60,10 @@ def evaluate(
 
 
 def perplexity(loss: float) -> float:
-    """Perplexity exp(loss); infinite if it overflows."""
+    """Perplexity exp(loss) of a loss in nats per token; infinite above 700."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def mean(losses: Mapping[str, float]) -> float:
-    """Mean of {domain: loss} over domains."""
+    """Mean loss over domains, each with the same weight. losses: {domain: loss}."""
     return sum(losses.values()) / len(losses)

@@ -14,9 +14,10 @@ NAMES = ("Nc", "alpha", "E")
 
 
 def fit(sizes: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:
-    """Fit the scaling law to points (N, L) by least squares: {"Nc", "alpha", "E", and "<name>_ci": 95 % confidence interval}.
+    """Fit L(N) = (N / Nc)^-alpha + E by least squares to networks of sizes N (`sizes`) and losses L (`losses`).
 
-    All values are None if the points do not determine them: fewer than four sizes, or an interval that is not finite.
+    Returns {"Nc", "alpha", "E"} and the 95 % confidence interval [low, high] of each: {"Nc_ci", "alpha_ci", "E_ci"}. All values
+    are None if the points do not determine them: fewer than four sizes, no decreasing law, or an interval that is not finite.
     """
     unknown = {**dict.fromkeys(NAMES), **{f"{name}_ci": None for name in NAMES}}
     n, loss = np.array(sizes, float), np.array(losses, float)
@@ -56,7 +57,10 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:
 
 
 def _start(x: np.ndarray, loss: np.ndarray) -> tuple[float, float, float]:
-    """Start values (amplitude, alpha, E): for each of a grid of alphas the other two are a linear fit; the best is taken."""
+    """Start values (amplitude, alpha, E) for the fit of amplitude * x^-alpha + E.
+
+    For each alpha of a grid, amplitude and E follow from a linear fit; the alpha with the least squared error is taken.
+    """
     best = (np.inf, (1.0, 1.0, float(loss.min())))
     for alpha in np.geomspace(0.05, 30, 60):
         basis = np.stack([x**-alpha, np.ones_like(x)], 1)

@@ -62,7 +62,9 @@ def write_code(out: Path, source: Path, names: Iterable[str], family: Family) ->
 
 
 def figures(out: Path, name: str, architecture: str, parameters: int) -> dict[str, Any]:
-    """Figures of a written export for metrics.json: format, architecture, parameters, bytes, files. Call on the main process.
+    """Figures of a written export for metrics.json. Call on the main process.
+
+    Returns {"format", "architecture", "parameters": number of parameters, "bytes": size of all files, "files": number of files}.
 
     Args:
         out: directory of the export.
@@ -136,6 +138,7 @@ def take_tokenizer(source: Path, target: Path) -> None:
 
 
 def _check(file: Path) -> None:
+    """Raise FlextronError unless a file of a tokenizer holds a JSON object."""
     try:
         found = read_json(file)
     except (ValueError, OSError) as error:

@@ -70,7 +70,7 @@ class Format:
             Raises FlextronError for a model or network that the format cannot hold.
         logits: function (job, one of `networks`, tokens [batch, sequence]) that returns logits [batch, sequence, vocabulary] in
             fp32, computed from the written files only; called on the main process.
-        tolerance: function that returns the largest difference from the checkpoint's logits that rounding explains.
+        tolerance: function that returns the largest absolute difference from the checkpoint's logits that rounding explains.
         networks: function that returns the networks whose logits are verified.
     """
 
@@ -93,7 +93,7 @@ def get_format(name: str) -> Format:
 
 
 def rounding(job: Job) -> float:
-    """Largest difference between logits of the export and of the checkpoint that rounding explains.
+    """Largest absolute difference between logits of the export and of the checkpoint that rounding explains.
 
     1e-4 for fp32 computation with the stored weights; 0.25 if weights are rounded to the export's 16-bit dtype, which happens
     when it differs from the checkpoint's, or when modulation was multiplied into the weights.

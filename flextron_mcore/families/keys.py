@@ -18,9 +18,9 @@ class ConfigKey(Protocol):
     """Translator of one key of config.json, or of several that belong together, to fields of ModelConfig and back."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """{field of ModelConfig: value}, with transformers' default for an absent key.
+        """{field of ModelConfig: value}, with transformers' default for an absent key that is not required; {} if it sets none.
 
-        Raises FlextronError for an unsupported value.
+        Raises FlextronError for an unsupported value, a wrong type, and a required key that is absent.
         """
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,10 @@ class Key:
     aliases: tuple[str, ...] = ()
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """{field of ModelConfig: value}; {} for a kept key. Raises FlextronError for a wrong type or an unsupported value."""
+        """{field of ModelConfig: value}; {} for a kept key.
+
+        Raises FlextronError for an unsupported value, a wrong type, and a required key that is absent.
+        """
         if self.kept:
             value(config, self.theirs, self.kind, None)  # checked, because an export writes it
             return {}
@@ -148,6 +151,7 @@ class Rope:
         return found | {"rope_scaling": self._yarn(config, rope) if kind == "yarn" else self._scaling(config, rope, kind, name)}
 
     def _scaling(self, config: Mapping[str, Any], rope: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
+        """Value of ModelConfig.rope_scaling for a type other than yarn. Raises FlextronError if a key of the type is absent."""
         scaling: dict[str, Any] = {"type": kind}
         for key in sorted(ROPE_SCALING_KEYS[kind]):
             if key == "original_max_position_embeddings":

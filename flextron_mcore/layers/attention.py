@@ -1,6 +1,6 @@
-"""Elastic self-attention, which uses its first KV groups, or the first query heads of every group (Flextron, eq. 2).
+"""Elastic self-attention, which computes its first KV groups, or the first query heads of every group (Flextron, eq. 2).
 
-    MHA_d(x) = concat(head_1, ..., head_d) W_O[:, :d*H].T        with W_O [C, heads*H] of the output projection
+    MHA_d(x) = concat(head_1, ..., head_d) W_O[:, :d*H].T        with the weight W_O [C, heads*H] of the output projection
 
 Shape suffixes: S queries, T keys, B batch, C hidden channels in use, G KV groups of this rank, Q query heads of a group, H
 channels of a head; g and q are the groups and query heads in use.
@@ -33,7 +33,7 @@ from flextron_mcore.space import ElasticSpace, LayerChoice
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Numbers of attention heads on one tensor-parallel rank, which give the rows and columns of heads in the weights.
+    """Numbers of attention heads on one tensor-parallel rank, from which rows and columns of heads in the weights follow.
 
     Attributes:
         groups: KV groups (G) of the rank.
@@ -59,7 +59,7 @@ class HeadLayout:
         return cls(groups // ranks, config.num_attention_heads // groups, config.kv_channels, ranks)
 
     def used(self, widths: LayerChoice | None) -> tuple[int, int]:
-        """(number of KV groups, number of query heads in each) that `widths` use on this rank; None stands for all heads."""
+        """(number of KV groups, number of query heads in each) that a layer computes on this rank. widths: None for all heads."""
         return (self.groups, self.queries) if widths is None else (widths.kv_groups // self.ranks, widths.query_heads_per_group)
 
     def rows(self, heads: Sequence[tuple[slice, slice]], channels: int, hidden: int, dim: int = 0) -> tuple[Selection, Selection]:
@@ -91,6 +91,7 @@ class HeadLayout:
 
 
 def _length(part: slice, size: int) -> int:
+    """Number of entries that a slice takes of a dimension of `size` entries."""
     return len(range(*part.indices(size)))
 
 
@@ -99,6 +100,13 @@ class ElasticSelfAttention(ElasticBlock, SelfAttention):
 
     Rotary embedding, KV cache, core attention and recomputation are Megatron-Core's. With token routing (a width for every token)
     the layer's `LayerState.routing` computes the whole attention instead.
+
+    Args:
+        config: TransformerConfig.
+        submodules: specs of projections, core attention and norms.
+        layer_number: number of the layer, from 1.
+        space: elastic space, whose attention unit, granularity and modulation apply.
+        kwargs: remaining arguments of Megatron-Core's SelfAttention.
     """
 
     axis = "heads"
@@ -233,7 +241,8 @@ class ElasticOutputProjection(StateReader, ElasticRowParallelLinear):
 class SDPACoreAttention(MegatronModule):
     """Core attention by torch.nn.functional.scaled_dot_product_attention, for any number of heads.
 
-    The constructor and `forward` have the interface of Megatron-Core's DotProductAttention.
+    The constructor and `forward` take the arguments of Megatron-Core's DotProductAttention. Raises FlextronError for context
+    parallelism.
 
     Args:
         config: TransformerConfig.
@@ -268,7 +277,7 @@ class SDPACoreAttention(MegatronModule):
 
     @staticmethod
     def as_mask(hidden: torch.Tensor) -> torch.Tensor:
-        """Additive mask from a boolean one: minus infinity where a key is hidden, else 0. `forward` accepts both."""
+        """Additive mask: minus infinity where the boolean mask `hidden` is True, else 0. `forward` accepts both kinds."""
         return torch.where(hidden, -torch.inf, 0.0)
 
     def forward(
@@ -284,12 +293,14 @@ class SDPACoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attention: query [S, B, heads, H], key and value [T, B, groups, H] -> [S, B, heads*H].
 
+        With a sliding window a query sees the last keys up to its own, whatever the mask is.
+
         Args:
             query, key, value: projections of the heads.
             attention_mask: broadcastable to [B, heads, S, T]: boolean, True where a key is hidden, or additive, minus infinity
                 there and 0 elsewhere. None for the mask of `attn_mask_type`.
             attn_mask_type: causal (the last query sees all keys) or no mask; None for the type given to the constructor.
-            attention_bias, packed_seq_params: not supported; must be None.
+            attention_bias, packed_seq_params: must be None; anything else raises FlextronError.
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise FlextronError("packed sequences and attention biases are not supported by the local backend: pass None")
@@ -320,7 +331,7 @@ class SDPACoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(length, out.shape[0], -1)
 
     def _seen(self, query_BhSH: torch.Tensor, source: int) -> torch.Tensor:
-        """Mask [S, T], true where a query sees a key: the last query sees all, or with a window the last `window` ones."""
+        """Boolean mask [S, T], True where a query sees a key: the last query sees all keys, with a window the last ones only."""
         length = query_BhSH.shape[2]
         seen = torch.ones(length, source, dtype=torch.bool, device=query_BhSH.device).tril(source - length)
         return seen if self.window is None else seen.triu(source - length - self.window + 1)

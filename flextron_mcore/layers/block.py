@@ -1,9 +1,9 @@
-"""Base class of a layer's blocks (attention, MLP), with gates and policy-aware modulation of their outputs.
+"""Base class of a layer's blocks (attention, MLP), whose outputs router gates and modulation multiply.
 
-A gate is a scalar of value 1: its gradient tells a router how much the block matters to the loss. Modulation (LLaMaFlex) is a
-learned gain that corrects the scale of the output when the network is smaller. The gain depends on the sub-network's share of
-the parameters only. So a sub-network is the same function whichever budget or router chose it, and an export folds the gains
-into the weights (exports/cut.py).
+A router gate is a scalar of value 1: its gradient tells a router how much the block matters to the loss. Modulation
+("policy-aware modulation", LLaMaFlex) is a learned gain that corrects the scale of the output when the network is smaller. The
+gain depends only on the sub-network's parameters as a share of the full model's. So a sub-network is the same function whichever
+budget or router chose it, and an export folds the gains into the weights (exports/cut.py).
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ from flextron_mcore.space import ElasticSpace
 
 
 class ElasticBlock(StateReader):
-    """Block (attention, MLP) of a layer that computes with the first units of its weights, as many as a candidate has.
+    """Block (attention, MLP) of a layer that computes with the first units of its weights, as many as the chosen candidate has.
 
-    `axis` names the axis of the candidates. With space.modulation the block has a parameter `modulation` [2], initially zero,
-    from which `gain` makes a factor of its output.
+    With space.modulation the block has a parameter `modulation` [2], initially zero, from which `gain` computes a factor of the
+    block's output.
+
+    Attributes:
+        axis: name of the layer axis (axes.py) whose units the block has.
+        space: elastic space.
+        modulation: parameter of the gain; None without space.modulation.
     """
 
     axis: ClassVar[str]
@@ -43,7 +48,10 @@ class ElasticBlock(StateReader):
         raise NotImplementedError
 
     def scaled(self, output: Output) -> Output:
-        """Multiply a block's output (value and bias) with the router gate and the modulation gain in the layer's state."""
+        """Multiply the block's output, value and bias, with the router gate and the gain of modulation, if there are any.
+
+        The gate and the share of parameters, from which the gain is computed, are in the layer's state.
+        """
         state, (value, bias) = self.state, output
         gate = state.gates.get(self.axis)
         if self.modulation is not None and state.share is None:
@@ -68,8 +76,8 @@ def gain(modulation: Tensor, share: float) -> Tensor:
 def new_gates(networks: int, blocks: int, device: torch.device) -> list[list[Tensor]]:
     """Router gates of value 1, one for each block of each network: scalars that multiply the block's output.
 
-    They are leaf tensors; the gradient of a gate, summed over micro-batches, tells a router how much the block matters to the
-    loss.
+    The gates are leaf tensors. The gradient of a gate, summed over micro-batches, tells a router how much the block matters to
+    the loss.
 
     Args:
         networks: number of networks, the length of the outer list.

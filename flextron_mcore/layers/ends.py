@@ -40,7 +40,12 @@ def make_ends_elastic(gpt: GPTModel) -> None:
 
 
 class ElasticEmbedding(StateReader, VocabParallelEmbedding):
-    """Word embedding of the first c hidden channels. Look-up and gradient cost in proportion to the tokens and to c."""
+    """Word embedding of the first c hidden channels; the cost of look-up and gradient is proportional to tokens times c.
+
+    Args:
+        stock: embedding to replace, whose weight is taken over.
+        config: TransformerConfig.
+    """
 
     def __init__(self, stock: VocabParallelEmbedding, config: TransformerConfig) -> None:
         super().__init__(
@@ -66,7 +71,7 @@ class ElasticEmbedding(StateReader, VocabParallelEmbedding):
 
 
 class ElasticPositions(StateReader, torch.nn.Embedding):
-    """Learned position embedding of the first c hidden channels."""
+    """Learned position embedding of the first c hidden channels. stock: embedding to replace, whose weight is taken over."""
 
     def __init__(self, stock: torch.nn.Embedding) -> None:
         super().__init__(stock.num_embeddings, stock.embedding_dim, _weight=stock.weight.detach())  # draws no random numbers
@@ -78,10 +83,13 @@ class ElasticPositions(StateReader, torch.nn.Embedding):
 
 
 class ElasticOutputLayer(ColumnParallelLinear):
-    """Output layer for the first c hidden channels, as many as its input has. A tied weight must be that of an ElasticEmbedding.
+    """Output layer that uses the first c columns of its weight, c being the number of channels of its input.
 
-    If the attribute `deferred` is True, `forward` returns hidden states instead of logits, for a loss that calls `prepared` and
-    `project`.
+    A tied weight must belong to an ElasticEmbedding. stock: output layer to replace, whose weight is taken over.
+
+    Attributes:
+        deferred: True makes `forward` return hidden states instead of logits, for a loss that computes the logits in chunks with
+            `prepared` and `project`.
     """
 
     def __init__(self, stock: ColumnParallelLinear) -> None:
@@ -118,20 +126,23 @@ class ElasticOutputLayer(ColumnParallelLinear):
         return gather_from_tensor_model_parallel_region(logits_SBV, group=self.tp_group) if gather else logits_SBV, None
 
     def _used(self, weight: torch.Tensor | None, channels: int) -> torch.Tensor:
-        """Part of the weight [V, c] for these channels. weight: the embedding's if it is tied."""
+        """First `channels` columns of the weight, [V, c]. weight: the embedding's weight if it is tied, else None."""
         weight = self.weight if weight is None else weight
         part = Selection(tuple(weight.shape), ((slice(None), slice(channels)),), (len(weight), channels))
         return take(weight, part, embedded=self.weight is None)
 
     def prepared(self, states_SBc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of all positions [S, B, c], ready for `project`, and the weight [V, c] of a deferred `forward`."""
+        """(hidden states of all positions [S, B, c], weight [V, c]), the arguments of `project`, after a deferred `forward`.
+
+        states_SBc: result of that `forward`; with sequence parallelism this rank's positions, which are gathered here.
+        """
         weight, self._tied = self._used(self._tied, states_SBc.shape[-1]), None
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(states_SBc, tensor_parallel_output_grad=True, group=self.tp_group), weight
         return copy_to_tensor_model_parallel_region(states_SBc, group=self.tp_group), weight
 
     def project(self, states_SBc: torch.Tensor, weight_Vc: torch.Tensor) -> torch.Tensor:
-        """Logits [s, B, V] of some of the positions.
+        """Logits [s, B, V] of s of the positions.
 
         Args:
             states_SBc: hidden states of these positions [s, B, c], from `prepared`.
@@ -146,15 +157,17 @@ def _channels(state: LayerState) -> int | None:
 
 
 def _uninitialised(config: TransformerConfig) -> TransformerConfig:
+    """Copy of a configuration with which Megatron-Core draws no random weights."""
     config = copy.copy(config)
     config.perform_initialization = False
     return config
 
 
 class _Rows(torch.autograd.Function):
-    """First `channels` channels of embedding rows, whose gradient is added to DDP's `main_grad` (`linear.accumulated`).
+    """Look-up of embedding rows, first `channels` channels only, whose gradient is added to DDP's `main_grad`.
 
-    Autograd's own gradient would have the full size. The output layer may share the weight, and adds its gradient there, too.
+    Autograd's own gradient would have the size of the whole weight (`linear.accumulated`). An output layer that shares the weight
+    adds its gradient to the same `main_grad`.
     """
 
     @staticmethod

@@ -20,7 +20,11 @@ from flextron_mcore.layers.ends import ElasticOutputLayer
 class ArchitectureGPTModel(GPTModel):
     """GPTModel whose loss ignores the vocabulary's padding, because the size of the padding depends on the tensor-parallel size.
 
-    A loss of many logits is computed in chunks of the sequence. Each chunk's logits are computed again in the backward pass.
+    If the logits of a micro-batch are many, the loss is computed in chunks of the sequence, and the backward pass computes each
+    chunk's logits again.
+
+    Attributes:
+        architecture: architecture of the full model.
     """
 
     architecture: ModelConfig
@@ -50,7 +54,8 @@ class ArchitectureGPTModel(GPTModel):
 
         Args:
             labels: [B, S].
-            logits: [S, B, V]; or hidden states [S, B, C], if the output layer left the logits to this function.
+            logits: [S, B, V]; or hidden states [S, B, C] after a deferred `ElasticOutputLayer.forward`, whose logits are then
+                computed here in chunks of the sequence.
         """
         layer = getattr(self, "output_layer", None)
         if not getattr(layer, "deferred", False):
@@ -74,7 +79,10 @@ class ArchitectureGPTModel(GPTModel):
 
 
 def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
-    """Give padded vocabulary entries a probability of zero: logits [..., V] -> [..., V], V of this tensor-parallel rank."""
+    """Set the logits of the vocabulary's padding to -1e9, so that its probability is zero: [..., V] -> [..., V].
+
+    logits: logits of this tensor-parallel rank's part of the vocabulary. vocab_size: size without padding, over all ranks.
+    """
     part = logits.shape[-1]
     real = vocab_size - parallel_state.get_tensor_model_parallel_rank() * part
     if real >= part:

@@ -1,4 +1,4 @@
-"""Matrix products with a slice of a weight, on Megatron-Core's column- and row-parallel functions.
+"""Matrix products with a slice of a weight, built on Megatron-Core's column- and row-parallel functions.
 
 Shape suffixes: S sequence, B batch, C hidden channels, c channels in use, D output rows of this rank, d output rows in use, n
 tokens of one product, g KV groups, V vocabulary of this rank.
@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
 from flextron_mcore.layers.norm import first_channels
 from flextron_mcore.layers.rows import PrefixRows, RowIndex
 
-# Largest number of tokens for which products with each piece of a strided slice are faster than one product with a copy of it.
+# Up to this many tokens, a product with each piece of a strided slice is faster than one product with a copy of the slice.
 _FEW_TOKENS = 512
 
 
@@ -40,7 +40,7 @@ class Selection:
 
     Attributes:
         shape: view of the weight that the indices refer to.
-        indices: one tuple of basic slices for each piece.
+        indices: index of each piece, a tuple of slices.
         result: shape of the slice.
         dim: dimension of `shape` along which pieces are concatenated. With 0 each piece is flattened first.
     """
@@ -104,12 +104,14 @@ class _Take(torch.autograd.Function):
 
 
 def accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], another: bool = False) -> torch.Tensor | None:
-    """Accumulate a parameter's gradient in DDP's `main_grad` if there is one; return the gradient that autograd expects.
+    """Accumulate a parameter's gradient in DDP's `main_grad` if there is one; return what `backward` has to return for it.
+
+    That is the gradient itself without `main_grad`; with it, an uninitialised tensor whose values nobody reads, or None.
 
     Args:
         weight: the parameter.
         add: function that adds the gradient to a tensor of the parameter's shape.
-        another: True if another use of the parameter in the same backward pass also returns a gradient (tied embeddings).
+        another: True if another use of the parameter in the same backward pass returns a tensor, too (tied embeddings).
     """
     if not hasattr(weight, "grad_added_to_main_grad") or getattr(weight, "main_grad", None) is None:
         full = torch.zeros_like(weight)
@@ -150,7 +152,7 @@ def take_all(weight: torch.Tensor | None, *selections: Selection, embedded: bool
 
 
 class ElasticColumnParallelLinear(ColumnParallelLinear):
-    """Megatron-Core's column-parallel layer, which multiplies with slices of its weight.
+    """Column-parallel layer of Megatron-Core that multiplies with slices of its weight.
 
     The slices are arguments of `forward`, because DDP waits for gathered parameters in a module's forward pre-hook: a weight may
     only be used inside the `forward` of the module that owns it.
@@ -183,7 +185,7 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
 
 
 class ElasticRowParallelLinear(RowParallelLinear):
-    """Megatron-Core's row-parallel layer, which multiplies with slices of its weight."""
+    """Row-parallel layer of Megatron-Core that multiplies with slices of its weight."""
 
     def forward(  # type: ignore[override]
         self,
@@ -216,7 +218,7 @@ class ElasticRowParallelLinear(RowParallelLinear):
         return self._reduce(rows.add(products, shape.numel()).view(*shape, len(self.weight)))
 
     def _reduce(self, out_SBc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Sum of `out_SBc` over tensor-parallel ranks, and the bias [c]."""
+        """(sum of `out_SBc` over tensor-parallel ranks, bias [c] or None)."""
         bias = first_channels(self.bias, out_SBc.shape[-1])
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out_SBc, group=self.tp_group), bias

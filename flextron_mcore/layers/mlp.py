@@ -1,4 +1,4 @@
-"""Elastic MLP, which uses its first d neurons (Flextron, eq. 1).
+"""Elastic MLP, which computes its first d neurons (Flextron, eq. 1).
 
     MLP_d(x) = act(x W1[:d].T) W2[:, :d].T        with W1 [D, C] of fc1 and W2 [C, D] of fc2
 
@@ -24,8 +24,8 @@ from flextron_mcore.space import ElasticSpace, LayerChoice
 class ElasticMLP(ElasticBlock, MLP):
     """Megatron-Core's MLP, computed with its first neurons.
 
-    Each of T tensor-parallel ranks computes the first `ffn_hidden_size / T` of its own neurons. They are the most important ones
-    if the checkpoint is sorted (`flextron importance`).
+    For a candidate of d neurons, each of T tensor-parallel ranks computes the first d / T of its own neurons. They are the most
+    important ones if the checkpoint is sorted (`flextron importance`).
 
     Args:
         config: TransformerConfig.
@@ -44,11 +44,11 @@ class ElasticMLP(ElasticBlock, MLP):
         self.tensor_parallel_size = self.linear_fc1.tp_group.size()
 
     def local(self, neurons: int | None) -> int:
-        """Number of neurons on this rank if all tensor-parallel ranks have `neurons` together; None for the full width."""
+        """Number of this rank's neurons out of `neurons` of all tensor-parallel ranks together. neurons: None for all."""
         return (self.config.ffn_hidden_size if neurons is None else neurons) // self.tensor_parallel_size
 
     def used(self, widths: LayerChoice | None) -> int:
-        """Number of neurons that a layer's sizes use on this rank. widths: None for all neurons."""
+        """Number of neurons that the layer computes on this rank. widths: sizes of the layer; None for all neurons."""
         return self.local(None if widths is None else widths.ffn_hidden_size)
 
     def unit_mask(self, weights_K: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ class ElasticMLP(ElasticBlock, MLP):
 
     @property
     def parts(self) -> int:
-        """Number of projections in fc1: 2 for a gated MLP (gate, up), whose prefixes are apart in memory, else 1."""
+        """Number of projections stacked in fc1's weight: 2 for a gated MLP (gate, then up), else 1."""
         return 2 if self.config.gated_linear_unit else 1
 
     def rows(self, high: int, channels: int, low: int = 0) -> list[tuple[Selection, Selection]]:

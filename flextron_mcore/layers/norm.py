@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm of the local backend. Statistics are taken over the channels of the input, which may be a prefix.
+"""LayerNorm and RMSNorm of the backend "local", over all channels of the input, which may be the first ones of the model's.
 
 Megatron-Core's torch wrapper refuses sequence parallelism and zero-centred scales. These classes support both.
 
@@ -19,7 +19,7 @@ class ElasticNorm(StateReader):
     """Base of the norms: LayerNorm if the module has a bias, else RMSNorm. With `zero_centered` the scale is 1 + weight."""
 
     zero_centered = False
-    of_channels = True  # false for norms of single heads, which no mask of channels concerns
+    of_channels = True  # False for norms of single heads, which a mask of the hidden channels does not concern
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise over the last dimension: [..., c] -> [..., c], with the first c scales and shifts.

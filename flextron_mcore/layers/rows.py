@@ -1,6 +1,6 @@
-"""Rows of a token matrix, for several matrix products that are each computed for some of the tokens.
+"""Selection of rows of a matrix of tokens, for several matrix products that are each computed for some of the tokens.
 
-Shape suffixes: N tokens, n tokens of one product, X anything.
+Shape suffixes: N tokens, n tokens of one product, X remaining dimensions.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Tokens that take part in each of several matrix products with slices of a weight, one entry for each product.
+    """Tokens of each of several matrix products with slices of a weight, as indices.
 
-    An entry of `rows` is a tensor of indices [n] into the N tokens, or None for all tokens. No index may repeat within an entry:
-    the backward pass copies each token's gradient back to its row and does not add.
+    Attributes:
+        rows: for each product indices [n] into the N tokens, or None for all tokens. No index may repeat within an entry, because
+            the backward pass copies each token's gradient back to its row and does not add.
     """
 
     rows: Sequence[Tensor | None]
@@ -29,10 +30,10 @@ class RowIndex:
 
 @dataclass(frozen=True)
 class PrefixRows:
-    """Tokens that take part in each of several matrix products: prefixes of one order of the tokens.
+    """Tokens of each of several matrix products, as prefixes of one order of the tokens.
 
     Attributes:
-        order: token indices without repetition; None for all tokens in their own order.
+        order: indices of tokens without repetition; None for all tokens in their own order.
         counts: number of tokens of each product, never larger than the one before.
     """
 
@@ -45,7 +46,10 @@ class PrefixRows:
         return [ordered[:count] for count in self.counts]
 
     def add(self, parts_nX: Sequence[Tensor], count: int) -> Tensor:
-        """Sum of the products' results [n, ...] for each of all `count` tokens: [N, ...]; zero for tokens of no product."""
+        """Sum over products of each token's results: [N, ...], zero for a token of no product.
+
+        parts_nX: result [n, ...] of each product. count: number N of all tokens.
+        """
         summed = parts_nX[0] if len(parts_nX) == 1 else _AddPrefixes.apply(*parts_nX)
         return put_rows(summed, self.order, count)
 

@@ -19,7 +19,7 @@ Output = tuple[Tensor, Tensor | None]  # a block's output [S, B, C], and the bia
 
 
 class LayerRouting(Protocol):
-    """Token routing of one layer: a protocol that computes the layer's blocks with a width for every token."""
+    """Protocol of token routing in one layer, which computes the layer's blocks with a width for every token."""
 
     def attention(self, module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Output:
         """Output of the ElasticSelfAttention `module` for the input [S, B, C].
@@ -33,7 +33,7 @@ class LayerRouting(Protocol):
 
 
 class TokenRouting(Protocol):
-    """Token routing of a whole model: a protocol that gives every layer its routing."""
+    """Protocol of token routing in a whole model, which gives every layer its LayerRouting."""
 
     def begin(self, number: int, counted_BS: Tensor | None) -> None:
         """Start a micro-batch: later calls of `layer` route its tokens.
@@ -49,15 +49,15 @@ class TokenRouting(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
-    """Part of its weights that one layer computes with, and factors of the outputs of its blocks. The default is the full layer.
+    """Part of its weights that one layer computes with, and factors of its blocks' outputs. The default is the full layer.
 
     Attributes:
-        widths: sizes in use; None for all units.
+        widths: numbers of heads, neurons and other units in use; None for all units.
         channels: (number of channels of the residual stream that the blocks see, number that the layer returns); None for all.
         masks: {axis: weight of each unit [U]}, in a weighted network (layers/weighted.py).
         gates: {axis: router gate, a scalar that multiplies the output of the axis's block} (layers/block.py).
-        share: parameters of the sub-network / parameters of the full model, on which the gain of modulated blocks depends; None
-            for the full model.
+        share: parameters of the sub-network / parameters of the full model, from which blocks with modulation compute their gain;
+            None for the full model.
         routing: token routing, which replaces `widths`; None for the same widths for all tokens.
     """
 
@@ -73,7 +73,7 @@ FULL = LayerState()
 
 
 class StateHolder:
-    """Mutable cell with the state of a layer. All modules of the layer share it, so one assignment sets all of them."""
+    """Holder of a layer's state. All modules of the layer share one holder, so one assignment changes the state of all."""
 
     def __init__(self) -> None:
         self.state = FULL

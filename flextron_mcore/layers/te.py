@@ -29,9 +29,10 @@ def _options(config) -> dict[str, Any]:
 
 
 class _TENorm(ElasticNorm):
-    """Transformer Engine's norm for the full hidden size, torch's for a prefix of the channels.
+    """Transformer Engine's norm for the full hidden size, torch's for the first channels only.
 
-    Transformer Engine's norms support one size only. Its extra state (fp8) is left out: checkpoints equal the local backend's.
+    Transformer Engine's norms support one size. Their extra state (FP8) is left out, so that checkpoints have the same keys as
+    with the backend "local".
     """
 
     get_extra_state = torch.nn.Module.get_extra_state
@@ -77,6 +78,10 @@ class TECoreAttention(MegatronModule):
     each number of heads that occurs. They are not registered as submodules, which keeps their extra state out of checkpoints.
 
     Raises FlextronError for a softmax_type other than "vanilla", and for context parallelism.
+
+    Args:
+        config: TransformerConfig.
+        kwargs: remaining arguments of TEDotProductAttention.
     """
 
     def __init__(self, config, **kwargs: Any) -> None:
@@ -89,6 +94,7 @@ class TECoreAttention(MegatronModule):
         self.arguments = kwargs
 
     def _attention(self, heads: int, groups: int) -> TEDotProductAttention:
+        """Attention for these numbers of query heads and KV groups on this rank, built when they first occur."""
         if (heads, groups) not in self.attentions:
             config, ranks = copy.copy(self.config), self.config.tensor_model_parallel_size
             config.num_attention_heads, config.num_query_groups = heads * ranks, groups * ranks
@@ -97,7 +103,7 @@ class TECoreAttention(MegatronModule):
 
     @staticmethod
     def as_mask(hidden: torch.Tensor) -> torch.Tensor:
-        """Return the boolean mask `hidden`, true where a key is hidden: Transformer Engine takes boolean masks."""
+        """Return the boolean mask `hidden`, True where a key is hidden, unchanged: Transformer Engine takes boolean masks."""
         return hidden
 
     def forward(

@@ -1,4 +1,4 @@
-"""Transformer layer with an elastic hidden size, which may be skipped (LLaMaFlex).
+"""Transformer layer that computes with the first hidden channels, or is skipped (LLaMaFlex).
 
 Hidden channels are not divided over tensor-parallel ranks: the first c channels are the same on all ranks.
 
@@ -24,9 +24,9 @@ from flextron_mcore.space import ElasticSpace
 class ElasticTransformerLayer(StateReader, TransformerLayer):
     """Megatron-Core's TransformerLayer on the first c channels of the residual stream, or the identity if it is skipped.
 
-    All modules of the layer share its state. Blocks of added axes (`Axis.module`) follow the MLP; each returns its residual
-    update [S, B, c]. Megatron-Core's pipeline schedules send tensors of one shape, so a stage's first layer receives all C
-    channels and its last layer returns all C, padded with zeros.
+    All modules of the layer share its state (layers/state.py). Blocks of axes that an extension adds (`Axis.module`) follow the
+    MLP; the output [S, B, c] of each is added to the residual stream. Megatron-Core's pipeline schedules send tensors of one
+    shape, so a stage's first layer receives all C channels, and its last layer returns all C, padded with zeros.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,7 +47,11 @@ class ElasticTransformerLayer(StateReader, TransformerLayer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any):  # type: ignore[override]
         """(output [S, B, c], context) for the residual stream [S, B, C or c]. A pipeline stage's last layer pads to C with zeros.
 
-        context: context of cross-attention, or None. args, kwargs: remaining arguments of Megatron-Core's layer.
+        context: the argument `context` of cross-attention, or None.
+
+        Args:
+            hidden_states: residual stream; channels beyond the first c are ignored.
+            args, kwargs: remaining arguments of Megatron-Core's layer.
         """
         state = self.state
         if state.channels and hidden_states.shape[-1] > state.channels[0]:
@@ -65,6 +69,6 @@ class ElasticTransformerLayer(StateReader, TransformerLayer):
 
 
 def _built(path: str, config: TransformerConfig, space: ElasticSpace) -> ElasticBlock:
-    """Block of an added axis, of the class that a dotted path names."""
+    """Build the block of an added axis. path: dotted path of its class, `Axis.module`."""
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)(config, space=space)

@@ -1,4 +1,4 @@
-"""Parameters that a sub-network does not use, reported to Megatron-Core's DDP."""
+"""Zero gradients for parameters that a sub-network does not use, which Megatron-Core's DDP waits for."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def report_unused(hidden_states: Tensor, parameters: Iterable[Tensor]) -> Tensor
     """Return `hidden_states` unchanged; the backward pass also reports a zero gradient for each of `parameters` to DDP.
 
     With overlap_grad_reduce, Megatron-Core's DDP starts to reduce a bucket of gradients when all its parameters had a gradient in
-    the last micro-batch; a parameter without one would stall it. For matrices the gradient returned is an uninitialised tensor,
-    which costs no memory as long as nobody touches it: DDP ignores the value, because slices of matrices add their gradients
-    themselves (layers/linear.py).
+    the last micro-batch; a parameter without one would stall it. For a matrix the returned gradient is an uninitialised tensor,
+    whose memory is never touched: DDP ignores its values, because slices of matrices add their gradients themselves
+    (layers/linear.py).
     """
     if not torch.is_grad_enabled():
         return hidden_states
@@ -33,6 +33,7 @@ class _Unused(torch.autograd.Function):
 
 
 def _no_gradient(parameter: Tensor) -> Tensor | None:
+    """Gradient to return for an unused parameter: zeros, for a matrix an uninitialised tensor, None without DDP."""
     if getattr(parameter, "main_grad", None) is None:
         return None
     if parameter.dim() < 2:

@@ -1,7 +1,8 @@
 """Network with a weight for every candidate, for training a Gumbel-softmax router (LLaMaFlex).
 
 All units are computed and multiplied with masks made of the weights, so every candidate's weight gets a gradient, chosen or not.
-One-hot weights give that sub-network's function at the full model's cost. Only router training uses it.
+With one-hot weights it computes the same function as the chosen sub-network, at the full model's cost. Only router training uses
+it.
 
 Shape suffixes: L layers, K candidates of an axis, U units of this rank, C hidden channels.
 """
@@ -28,8 +29,8 @@ class WeightedNetwork:
         hidden_K: weight of each candidate of the hidden size, smallest first.
         layers_L: weight of executing each layer.
         widths_LK: {layer axis: weight of each candidate in each layer, smallest first}.
-        share: parameters of the drawn sub-network / parameters of the full model, for the gain of modulated blocks
-            (layers/block.py). It stays fixed while weights lie between candidates.
+        share: parameters of the drawn sub-network / parameters of the full model, for the gain of modulation (layers/block.py).
+            It is the drawn sub-network's even if weights are relaxed, between candidates. None: no gain.
     """
 
     hidden_K: Tensor
@@ -58,7 +59,7 @@ class WeightedNetwork:
         return [self.hidden_K, self.layers_L, *self.widths_LK.values()]
 
     def gradients(self, tokens: float, sequence_parallel: bool) -> list[Tensor]:
-        """Gradients of the mean loss by each of `leaves`, after `run_networks`: float64 on the CPU, equal on all ranks.
+        """Gradients of the mean loss with respect to each of `leaves`, after `run_networks`: float64, CPU, same on all ranks.
 
         Gradients are summed over data-, pipeline- and tensor-parallel ranks; a gradient that every tensor-parallel rank holds
         whole counts once. Call on all ranks.

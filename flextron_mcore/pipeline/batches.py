@@ -12,9 +12,9 @@ from flextron_mcore.pipeline.networks import Batch
 
 
 def count_batches(samples: int, micro_batch_size: int) -> int:
-    """Number of micro-batches of each data-parallel rank for `samples` samples of all ranks; the same on all ranks.
+    """Number of micro-batches that each data-parallel rank runs, so that all ranks together see `samples` samples.
 
-    Rounded up, with the interleaved schedule to a multiple of the pipeline size.
+    Rounded up to a whole number, which the interleaved schedule needs to be a multiple of the pipeline size.
     """
     count = -(-samples // (micro_batch_size * parallel_state.get_data_parallel_world_size()))
     if parallel_state.get_virtual_pipeline_model_parallel_world_size():
@@ -24,11 +24,13 @@ def count_batches(samples: int, micro_batch_size: int) -> int:
 
 
 def share(dataset: Dataset, samples: int, micro_batch_size: int) -> Iterator[Batch]:
-    """Micro-batches of this data-parallel rank, all of the same size, filled up with repeated samples whose loss mask is 0.
+    """Micro-batches of this data-parallel rank, all of the same size.
+
+    The last ones are filled up with repeated samples whose loss mask is 0.
 
     Args:
-        dataset: samples in order.
-        samples: number of samples of all ranks together, the first ones.
+        dataset: dataset whose first samples are used.
+        samples: number of samples of all ranks together.
         micro_batch_size: samples of a micro-batch.
     """
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()

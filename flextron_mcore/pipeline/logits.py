@@ -1,4 +1,4 @@
-"""Logits of a network, in any parallel layout.
+"""Logits of a network, computed in any parallel layout.
 
 Shape suffixes: B batch, S sequence, V vocabulary (of this rank, before it is gathered).
 """
@@ -23,12 +23,12 @@ from flextron_mcore.space import SubNetwork
 
 @torch.no_grad()
 def forward_logits(chunks: Sequence[torch.nn.Module], net: SubNetwork | None, tokens_BS: Tensor) -> Tensor:
-    """Compute logits [B, S, vocabulary] in float32, the same on every rank. Call on all ranks, with the same tokens.
+    """Compute logits [B, S, vocabulary] in float32, on the device and the same on every rank. Call on all ranks, same tokens.
 
     Args:
         chunks: this rank's virtual-pipeline chunks (usually one), wrapped or not.
         net: sub-network, None for the full model.
-        tokens_BS: token ids.
+        tokens_BS: token ids, on any device.
     """
     gpt = unwrap(chunks[0])
     batch, length = tokens_BS.shape

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def masked_sum(loss_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Sum of per-token losses, weighted by the mask, in float32."""
+    """Sum [] of per-token losses, each multiplied by its entry of the loss mask, in float32."""
     return (loss_BS.float() * mask_BS).sum()
 
 
@@ -22,8 +22,8 @@ def distillation(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float) -
     Logits stay split over tensor-parallel ranks; only sums over the vocabulary are exchanged. No gradient reaches the teacher.
 
     Args:
-        student_BSV, teacher_BSV: logits.
-        temperature: divides both logits.
+        student_BSV, teacher_BSV: logits of this rank's part of the vocabulary.
+        temperature: number that divides the logits of both.
     """
     teacher_BSV, teacher_sum_BS = _shifted(teacher_BSV.detach(), temperature)
     student_BSV, student_sum_BS = _shifted(student_BSV, temperature)
@@ -34,7 +34,10 @@ def distillation(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float) -
 
 
 def _shifted(logits_BSV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(logits / temperature - maximum, sum of their exponentials [B, S]), both over the whole vocabulary."""
+    """(logits / temperature - m [B, S, V], sum of their exponentials [B, S]).
+
+    The maximum m of each token and the sum are over the whole vocabulary, not this rank's part only.
+    """
     logits_BSV = logits_BSV.float() / temperature
     largest_BS = logits_BSV.detach().amax(-1)
     group = parallel_state.get_tensor_model_parallel_group()

@@ -21,7 +21,7 @@ from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.space import SubNetwork
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Tensor]  # tokens, labels, loss_mask and position_ids, [B, S] each
 # Arguments: index of the network, number of the micro-batch, its losses [B, S], this rank's final hidden states [S, B, C].
 Watch = Callable[[int, int, Tensor, Tensor], None]
 
@@ -51,13 +51,14 @@ def run_networks(
         seq_length: tokens of a sample.
         micro_batch_size: samples of a micro-batch.
         forward_only: evaluate without gradients.
-        teach: settings of the distillation from the first network to the others; None without.
-        gates: for each network a router gate (layers/block.py) for each block, or None; `gate_gradients` gets their gradients.
-        watch: called with every micro-batch of every network on the last pipeline stage.
+        teach: settings of the distillation from the first network to the others; None: no distillation.
+        gates: for each network a router gate (layers/block.py) for each block, or None for a network without gates; None: no
+            gates. `gate_gradients` gets their gradients afterwards.
+        watch: function called on the last pipeline stage after every micro-batch of every network (`Watch`); None: none.
 
     Returns:
-        [networks, 2] in float64, the same on all ranks: sum of the language-model loss, and number of tokens, over the
-        data-parallel group.
+        [networks, 2] in float64 on the CPU, the same on all ranks: sum of the language-model loss in nats, and number of tokens,
+        over all micro-batches of all data-parallel ranks.
     """
     per_batch = len(networks)
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
@@ -136,7 +137,7 @@ def from_last_stage(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _final_states(gpt: GPTModel) -> Iterator[list[Tensor]]:
-    """Context that collects the final hidden states of forward passes in a list."""
+    """Context with a list that gets the decoder's output [S, B, C] of each forward pass, detached."""
     found: list[Tensor] = []
     handle = gpt.decoder.register_forward_hook(lambda module, args, output: found.append(output.detach()))
     try:
@@ -146,7 +147,7 @@ def _final_states(gpt: GPTModel) -> Iterator[list[Tensor]]:
 
 
 def gate_gradients(gates: Sequence[Sequence[Tensor]], tokens: float, sequence_parallel: bool) -> Tensor:
-    """Gradients of each network's mean loss by its router gates, after `run_networks`: float64 [networks, blocks].
+    """Gradients of each network's mean loss with respect to its router gates, after `run_networks`: float64 [networks, blocks].
 
     The result is on the CPU and the same on all ranks: gradients are summed over data- and pipeline-parallel ranks. Call on all
     ranks.
@@ -154,7 +155,7 @@ def gate_gradients(gates: Sequence[Sequence[Tensor]], tokens: float, sequence_pa
     Args:
         gates: for each network a router gate for each block.
         tokens: number of tokens in the mean loss.
-        sequence_parallel: true if tensor-parallel ranks hold different positions, whose gradients are summed, too.
+        sequence_parallel: True if tensor-parallel ranks hold different positions, whose gradients are then summed, too.
     """
     zero = torch.zeros((), device=device())
     found = torch.stack([torch.stack([zero if gate.grad is None else gate.grad for gate in row]) for row in gates]).double()

@@ -1,6 +1,7 @@
 """The report: one self-contained HTML page, its figures as PNG, and family.json, from the outputs of the stages.
 
-A file for each topic reads stages and makes sections of the page (topic.py). A new topic is a file and an entry in TOPICS.
+Each topic (topic.py) is a file that reads the output of some stages and makes sections of the page. A new topic needs a file and
+an entry in TOPICS.
 """
 
 from flextron_mcore.report import compare, data, evaluation, exports, family, routing, sensitivity, sorting, training

@@ -1,4 +1,4 @@
-"""Commands to type after a run, for the last part of the report. No torch import."""
+"""Commands that may follow a run, for the last chapter of the report. No torch import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MODELS = ("pretrain", "import", "importance", "elastic", "gumbel", "router", "jo
 
 
 def next_commands(outputs: Sequence[StageOutput]) -> list[tuple[str, str]]:
-    """(purpose, command line) of the steps that follow the stages of a run; empty without a checkpoint."""
+    """(purpose, command line) of the stages that may follow those of a run; [] if no stage of it wrote a checkpoint."""
     found = {output.kind: output.directory for output in outputs if not _of_tokens(output)}
     model = next((kind for kind in MODELS[::-1] if kind in found), None)
     if model is None:
@@ -41,15 +41,16 @@ def next_commands(outputs: Sequence[StageOutput]) -> list[tuple[str, str]]:
 
 
 def _targets(output: StageOutput) -> list[float]:
-    """Budgets that routers were validated at, as shares of the full model's cost; empty for another stage."""
+    """Budgets at which routers were validated, as shares of the full model's cost; [] for a stage without routers."""
     return [row.read("target", float) for row in output.metrics.rows("budgets")] if output.metrics.has("budgets") else []
 
 
 def _of_tokens(output: StageOutput) -> bool:
-    """True if a stage trained adaptive routers, which choose for every token. Commands need selector=adaptive for them."""
+    """True if a stage trained adaptive routers, which choose for every token: the commands here would need selector=adaptive."""
     routers = output.metrics.values.get("routers")
     return isinstance(routers, dict) and routers.get("kind") is not None
 
 
 def _line(purpose: str, *words: str) -> tuple[str, str]:
+    """(purpose, command line of `flextron` with these words, quoted for a shell)."""
     return purpose, shlex.join(["flextron", *words])

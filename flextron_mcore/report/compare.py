@@ -1,4 +1,4 @@
-"""Routers against other selectors, from `compare` (Flextron, figures 5 and 13, eq. 12). No torch import.
+"""Topic of `compare`: routers against other selectors (Flextron, figures 5 and 13, eq. 12). No torch import.
 
 Losses are in nats per token, costs in the unit of their kind (ms, parameters, bytes). Targets and shares are fractions of the
 full model's cost.
@@ -42,7 +42,7 @@ NAMES = {"dense": "dense, from scratch"}
 class Compared:
     """Network that `flextron compare` evaluated. cost: in the unit of the compared cost (ms, parameters, bytes).
 
-    mean_loss: nats per token, mean over domains. loss: {domain: nats per token}; None if only the mean is known.
+    mean_loss: mean of the losses over domains, nats per token. loss: {domain: loss}; None if only the mean is known.
     """
 
     cost: float
@@ -196,13 +196,13 @@ def sections(results: list[Comparison]) -> list[Section]:
 
 
 def highlights(results: list[Comparison]) -> Highlights:
-    """Sentence on the routers of the first directory that has any, and the architecture and space of every directory."""
+    """Sentence on the routers of the first directory that compared any; architecture and elastic space of every directory."""
     sentences = [text for text in map(sentence, results) if text]
     return Highlights(sentences[:1], settings=[c.settings for c in results])
 
 
 def sentence(c: Comparison) -> str | None:
-    """Sentence on the loss of the network that the router chooses for the smallest budget; None without a router."""
+    """Sentence on the loss of the network that the routers choose for the smallest budget; None without routers."""
     by_router = [net for net in c.of("router") if net.target is not None]
     if not by_router:
         return None
@@ -245,7 +245,7 @@ def _loss_section(c: Comparison, key: str, label: str) -> Section:
 
 
 def _latency_note(c: Comparison) -> str:
-    """Machine and setting of a latency, as a sentence after a space; empty for another cost."""
+    """Sentence, after a space, on the machine and workload that the latency was measured with; empty for another cost."""
     if c.cost != "latency":
         return ""
     machine, setting = c.machine or {}, c.setting or {}
@@ -316,7 +316,7 @@ def colour(theme: Theme, selector: str) -> str:
 
 
 def loss_against(c: Comparison, by: str) -> Picture:
-    """Mean loss of each selector's networks against "cost" or "non_embedding_parameters" (`by`; Flextron, figure 5)."""
+    """Chart of each selector's mean loss against "cost" or "non_embedding_parameters" (`by`), as Flextron, figure 5."""
     title, unit = cost_unit(c.cost, c.full_cost)
     if by == "cost":
         place = lambda net: (100 * c.share(net), net.mean_loss)  # noqa: E731

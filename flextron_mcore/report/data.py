@@ -1,4 +1,4 @@
-"""Start of a run: data sets of `prepare`, and the settings of an imported model. No torch import."""
+"""Topics of `prepare` (sizes of data sets) and `import` (architecture of the imported model). No torch import."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ class Domain:
 
 @dataclass(frozen=True)
 class Data:
-    """Result of one directory that `flextron prepare` wrote. domains: {name: domain}."""
+    """Result of one directory that `flextron prepare` wrote.
+
+    Attributes:
+        label: name of the directory.
+        vocab_size: number of tokens of the tokenizer's vocabulary.
+        domains: {name: sizes of the domain}.
+    """
 
     label: str
     vocab_size: int
@@ -34,7 +40,7 @@ def sections(results: list[Data]) -> list[Section]:
 
 
 def highlights(results: list[Data]) -> Highlights:
-    """Vocabulary size of each data set, for the settings on the page."""
+    """Vocabulary size of each data set, for the tables of settings on the page."""
     return Highlights(details=[(f"Tokenizer ({d.label})", [("vocab_size", f"{d.vocab_size:,}")]) for d in results])
 
 

@@ -1,7 +1,7 @@
-"""Style of the figures. Each is two PNGs: on white (also written as a file), and on transparent for dark pages.
+"""Style and drawing of figures, each as two PNGs: on white (also written as a file), and on transparent for dark pages.
 
-Drawn with matplotlib's Agg canvas and no pyplot, so no global state; equal input gives equal bytes. Colours are Okabe and Ito's,
-which colour-blind readers can tell apart; lines also differ in marker or dash.
+Figures are drawn on matplotlib's Agg canvas without pyplot, so there is no global state, and equal input gives equal bytes.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; lines also differ in marker or dash.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Picture:
     """Finished figure, for light and dark pages.
 
     Attributes:
-        name: stem of the file name.
-        alt: description in words.
+        name: file name without its ending.
+        alt: description in words, for readers who do not see the figure.
         caption: text below the figure.
         light, dark: PNG bytes.
     """
@@ -114,11 +114,11 @@ def moving_average(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def chart(figure: Figure, xlabel: str, ylabel: str = "Mean loss (nats per token)") -> Axes:
-    """Axes of a figure of one panel.
+    """Make the axes of a figure with one panel, in the style of the report.
 
     Args:
-        figure: to draw into.
-        xlabel, ylabel: labels.
+        figure: figure to draw into.
+        xlabel, ylabel: labels of the axes.
     """
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -127,7 +127,10 @@ def chart(figure: Figure, xlabel: str, ylabel: str = "Mean loss (nats per token)
 
 
 def panels(figure: Figure, titles: Sequence[str], **options: bool) -> list[Axes]:
-    """Panels above each other that share the x axis, one for each title. options: further arguments of Figure.subplots."""
+    """Make panels above each other that share the x axis, one for each title.
+
+    options: further arguments of matplotlib's Figure.subplots.
+    """
     made = list(figure.subplots(len(titles), 1, sharex=True, squeeze=False, **options)[:, 0])
     for axes, title in zip(made, titles, strict=True):
         axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
@@ -135,7 +138,10 @@ def panels(figure: Figure, titles: Sequence[str], **options: bool) -> list[Axes]
 
 
 def tidy(axes: Axes, x_numbers: bool = True) -> None:
-    """Give axes a grid behind the data, no frame above and on the right, and round ticks where x is a number."""
+    """Give axes a grid behind the data and no frame above and on the right.
+
+    x_numbers: True for numbers on the x axis, which get round ticks; False for names.
+    """
     axes.grid(axis="y" if not x_numbers else "both")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -159,11 +165,11 @@ def label_points(
     obstacles: Sequence[tuple[float, float]],
     theme: Theme,
 ) -> None:
-    """Write names beside points where there is room, clear of other labels, the obstacles and the legend.
+    """Write names beside points, clear of other names, obstacles and the legend; a name without room is left out.
 
     Args:
-        figure, axes: to draw into.
-        labels: (text, point, bold), the most important first.
+        figure, axes: figure and axes to draw into.
+        labels: (text, coordinates of the point, bold), the most important first.
         obstacles: points that labels keep away from.
         theme: colours.
     """
@@ -209,8 +215,8 @@ def picture(
     """Draw a picture twice, for light and for dark pages.
 
     Args:
-        name: stem of the file.
-        alt: description in words.
+        name: file name without its ending.
+        alt: description in words, for readers who do not see the picture.
         caption: text below the picture.
         draw: function that draws into a figure with the colours of a theme.
         size: width and height in inches.
@@ -219,7 +225,10 @@ def picture(
 
 
 def _render(draw: Callable[[Figure, Theme], None], size: tuple[float, float], theme: Theme) -> bytes:
-    """PNG bytes. Ignores the user's matplotlibrc, and takes text from the inputs literally (`$` is not mathematics)."""
+    """Draw a figure in the colours of a theme, and return it as the bytes of a PNG file.
+
+    The user's matplotlibrc is ignored, and text is drawn literally (`$` begins no formula).
+    """
     style: dict[str, object] = {
         "font.family": "DejaVu Sans",
         "font.size": 9.5,

@@ -1,4 +1,4 @@
-"""Networks of every size, from `evaluate`: sizes, losses, and the gain of training. Losses are in nats per token."""
+"""Topic of `evaluate`: networks of every size, their losses, and the gain of elastic training. Losses are in nats per token."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Mean:
-    """Loss of a network, averaged over domains, and its perplexity."""
+    """Loss of a network in nats per token, averaged over domains, and the perplexity exp(loss) of this average."""
 
     loss: float
     perplexity: float
@@ -49,7 +49,7 @@ class Network:
         weight_bytes, kv_cache_bytes: bytes of the weights and of the KV cache.
         loss: {domain: loss in nats per token}.
         perplexity: {domain: perplexity}.
-        mean: loss and perplexity, averaged over domains.
+        mean: loss averaged over domains, and the perplexity of this average.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Evaluation:
 
     @property
     def says_before(self) -> bool:
-        """True if a word in the directory's name (BEFORE_WORDS) tells that elastic training came after the evaluation."""
+        """True if the directory's name has a word of BEFORE_WORDS, for an evaluation from before elastic training."""
         return any(word in self.label.lower() for word in BEFORE_WORDS)
 
     def share(self, net: Network) -> float:
@@ -119,13 +119,16 @@ def read(output: StageOutput) -> Evaluation | None:
 
 
 def find_before(results: Sequence[Evaluation]) -> Evaluation | None:
-    """First evaluation from before elastic training, by its directory's name; None if all names say so, or none does."""
+    """First evaluation from before elastic training (`says_before`); None if all are, or none is."""
     marked = [found for found in results if found.says_before]
     return marked[0] if marked and len(marked) < len(results) else None
 
 
 def find_family(results: Sequence[Evaluation]) -> Evaluation | None:
-    """Evaluation that the report is about: directory `evaluate`, else the last one after elastic training; None without any."""
+    """Evaluation that the report's summary is about: directory `evaluate`, else the last one after elastic training.
+
+    None if there is no evaluation.
+    """
     after = [found for found in results if not found.says_before] or results
     return next((found for found in after if found.label == "evaluate"), after[-1] if after else None)
 
@@ -272,7 +275,7 @@ def pareto_front(networks: Sequence[Network]) -> list[Network]:
 
 
 def _along(line: list[Point], parts: int = 12) -> list[Point]:
-    """Points along a polyline, which labels keep away from."""
+    """Points along a polyline, `parts` on each segment, for labels to keep away from."""
     ends = zip(line, line[1:], strict=False)
     return [(a[0] + (b[0] - a[0]) * t / parts, a[1] + (b[1] - a[1]) * t / parts) for a, b in ends for t in range(parts)]
 
@@ -283,7 +286,7 @@ def name_networks(
     """Write the names of networks beside their points where there is room: full model first, then smallest, then down in size.
 
     Args:
-        figure, axes: to draw into.
+        figure, axes: figure and axes to draw into.
         found: evaluation whose networks are named.
         place: function that returns the coordinates of a network.
         obstacles: points that labels keep away from.

@@ -1,4 +1,4 @@
-"""Networks cut out as dense models by `export`. No torch import."""
+"""Topic of `export`: networks written as dense models. No torch import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network for every budget, from `family`: costs, losses and widths. Losses are in nats per token. No torch import.
+"""Topic of `family`: a network for every budget, with costs, losses and widths. Losses are in nats per token. No torch import.
 
 Costs are in their own units (cost.py) and as fractions of the full model's.
 """

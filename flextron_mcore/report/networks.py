@@ -16,7 +16,7 @@ from flextron_mcore.report.topic import Column
 from flextron_mcore.space import SubNetwork
 
 MOST_ROWS = 12  # networks in one picture
-MOST_NUMBERS = 12  # layers up to which the picture has a number in every cell; above, a colour scale
+MOST_NUMBERS = 12  # up to this many layers the picture has a number in every cell, above it a colour scale
 
 
 def layer_columns(networks: Sequence[SubNetwork], model: ModelConfig) -> list[Column]:
@@ -83,7 +83,7 @@ def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, n
         networks: (name, sub-network) of each row; the first MOST_ROWS are shown.
         model: architecture of the full model.
         name: name of the picture.
-        before: start of the caption.
+        before: text that the caption begins with.
     """
     rows, left_out, axes_shown = networks[:MOST_ROWS], len(networks) - MOST_ROWS, layer_axes()
     narrow = any(net.hidden_size != model.hidden_size for _, net in rows)

@@ -25,7 +25,9 @@ from flextron_mcore.space import count_parameters
 
 
 def build_report(run: Path, out: Path, topics: Sequence[Topic]) -> dict[str, Any]:
-    """Write the report of a run. Returns {"index": path of the page, "figures": paths of the PNGs, "family": number of networks}.
+    """Write the report of a run.
+
+    Returns {"index": path of the page, "figures": paths of the PNGs, "family": number of evaluated networks in family.json}.
 
     Args:
         run: directory of the run, or of one stage.
@@ -77,11 +79,12 @@ def build_report(run: Path, out: Path, topics: Sequence[Topic]) -> dict[str, Any
 
 
 def _warnings(output: StageOutput) -> list[str]:
+    """Warnings that a stage printed, each after the name of its directory."""
     return [f"{output.label}: {text}" for text in output.warnings]
 
 
 def _unfinished(stage: Unfinished) -> str:
-    """A line of the list of stages without a result."""
+    """Line on a stage without a result: how far it came."""
     if not stage.begun:
         return f"{stage.label}: not begun."
     if stage.step is None:
@@ -104,7 +107,7 @@ def _chapters(sections: Parts, commands: Sequence) -> list[tuple[str, str, str, 
 
 
 def _model(chosen: Settings) -> str | None:
-    """The trained model in words; None if it is not known."""
+    """Sentence on the sizes of the trained model; None if its architecture is not known."""
     try:
         model = ModelConfig.from_dict(chosen.model or {})
     except FlextronError:
@@ -114,7 +117,10 @@ def _model(chosen: Settings) -> str | None:
 
 
 def summary(highlights: Sequence[Highlights], stages: Sequence[tuple[str, str]]) -> list[str]:
-    """Sentences at the head of the page: on evaluated networks, or if none was evaluated on the last two training stages."""
+    """Sentences at the head of the page, on the evaluated networks. If there are none: on the last two training stages.
+
+    stages: (name of the directory, name of the stage) of each finished stage.
+    """
     sentences = [sentence for each in highlights for sentence in each.sentences]
     if not any(each.cards for each in highlights):
         sentences = [made.sentence for each in highlights for made in each.progress][-2:] + sentences
@@ -123,14 +129,14 @@ def summary(highlights: Sequence[Highlights], stages: Sequence[tuple[str, str]])
 
 
 def cards(highlights: Sequence[Highlights]) -> list[Card]:
-    """Up to four key figures at the head of the page: of evaluated networks, then of elastic (or without it, other) training."""
+    """Up to four key figures at the head of the page: of evaluated networks, then of elastic training, else of other training."""
     progress = [made for each in highlights for made in each.progress]
     trained = [made.card for made in progress if made.elastic] or [made.card for made in progress]
     return [*(card for each in highlights for card in each.cards), *trained][:4]
 
 
 def chosen_settings(highlights: Sequence[Highlights]) -> Settings:
-    """Architecture and elastic space for the page, each from the latest stage that wrote it."""
+    """Architecture and elastic space for the page, each from the latest stage that wrote one; None for one that none wrote."""
     found = [settings for each in reversed(highlights) for settings in each.settings]
     return Settings(
         next((settings.model for settings in found if settings.model is not None), None),
@@ -146,7 +152,7 @@ def settings_tables(chosen: Settings) -> list[tuple[str, list[tuple[str, str]]]]
 
 
 def _finite(value: Any) -> Any:
-    """`value` with NaN and infinities as None, so that strict JSON readers accept it."""
+    """Copy of nested plain values with None in place of NaN and infinities, which strict JSON readers refuse."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

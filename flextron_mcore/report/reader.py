@@ -38,7 +38,7 @@ _hints = cache(get_type_hints)
 
 @dataclass(frozen=True)
 class Reader:
-    """JSON object of a stage's output, read with checks; an error names file and key.
+    """Reader of a JSON object in a stage's output, which checks types; its errors name file and key.
 
     Attributes:
         values: the object.
@@ -132,7 +132,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Settings:
-    """Architecture of the full model and elastic space in a stage's metrics.json; None for one that the stage did not write."""
+    """Architecture (`model`) and elastic space from a stage's metrics.json; None for one that the stage did not write."""
 
     model: dict | None = None
     space: dict | None = None
@@ -187,12 +187,12 @@ class StageOutput:
 
 
 def collect(run: Path) -> list[StageOutput]:
-    """Finished stages of a run, in the order of STAGES: `run` itself and its direct children, where they have a metrics.json.
+    """Finished stages of a run, in the order of STAGES: `run` itself and its direct children that have a metrics.json.
 
-    Raises FlextronError for a file that cannot be read (naming file and key), and when there is no stage.
+    Raises FlextronError for a file that cannot be read (naming file and key), and if there is no finished stage.
     """
     if not run.is_dir():
-        raise FlextronError(f"{run}: no such directory; report needs a directory of stage outputs")
+        raise FlextronError(f"{run}: no such directory: name one that holds outputs of stages")
     found, known = [], ", ".join(STAGES)
     for directory in (run, *(child for child in run.iterdir() if child.is_dir() and not child.name.startswith("."))):
         path = directory / "metrics.json"
@@ -225,7 +225,10 @@ class Unfinished:
 
 
 def unfinished(run: Path, out: Path) -> list[Unfinished]:
-    """Stages of `run` without metrics.json: interrupted, running, or not begun in a quickstart. out: directory to pass over."""
+    """Stages of `run` without metrics.json: interrupted, running, or not begun yet in a chain (`flextron quickstart`).
+
+    out: directory of the report, which is passed over.
+    """
     chain = _config(run).get("chain") or {}
     names = [name for name, step in chain.items() if step.get("stage") != "report"]
     for child in sorted(run.iterdir()):
@@ -243,6 +246,7 @@ def unfinished(run: Path, out: Path) -> list[Unfinished]:
 
 
 def _unfinished(run: Path, name: str) -> Unfinished:
+    """State of a stage without metrics.json, from its directory, its log and its configuration."""
     if not (run / name).is_dir():
         return Unfinished(name, begun=(run / f".{name}.tmp").is_dir())
     log, steps = run / name / "log.jsonl", (_config(run / name).get("trainer") or {}).get("max_steps")

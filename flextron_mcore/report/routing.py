@@ -1,4 +1,4 @@
-"""Routers: the networks that they choose, their training (Flextron, figure 12), and the gain of the surrogate. No torch import.
+"""Topic of `router`, `joint`, `gumbel`: networks that routers choose, and training (Flextron, figure 12). No torch import.
 
 Losses are in nats per token. Budgets and shares are fractions of the full model's cost.
 """
@@ -44,7 +44,7 @@ class BudgetChoice:
     Attributes:
         target: budget, as a share of the full model's cost.
         share: cost of the chosen network, as a share of the full model's cost.
-        argmax_share: cost of the network with the likeliest size of every block, as a share of the full model's cost.
+        argmax_share: cost of the network with the likeliest size of every block, which may miss the budget, as the same share.
         subnetwork: sizes of the chosen network.
     """
 
@@ -98,7 +98,7 @@ class Routers:
     Attributes:
         costs: names of the costs that budgets limit.
         surrogate: True if routers learn through a surrogate model of the loss.
-        threshold: error of the surrogate below which the routers follow it.
+        threshold: error of the surrogate below which the routers learn from it.
         kind: "adaptive" for routers that choose for every token; None for routers that choose one network for all tokens.
     """
 
@@ -149,9 +149,9 @@ class TrainedRouters:
         return next((row.step for row in self.steps if row.routers_follow_surrogate), None)
 
     def steady_from(self) -> int | None:
-        """First step whose routers follow a surrogate with a steady error; None without.
+        """First step at which the routers follow the surrogate and its error is steady; None if there is none.
 
-        Steady: at most 1.5 times the median error of the last quarter of steps.
+        Steady: at most 1.5 times the median error of the last quarter of the logged steps.
         """
         known = [row for row in self.steps if row.surrogate_error is not None and math.isfinite(row.surrogate_error)]
         if not known:
@@ -250,13 +250,13 @@ class _Curve:
     averaged: bool = False
 
     def points(self, steps: Sequence[RouterStep]) -> tuple[list[int], list[float]]:
-        """Steps and values that can be drawn."""
+        """(steps, values) that can be drawn: values that are known, finite and, on a log scale, positive."""
         pairs = [(row.step, value) for row, value in zip(steps, self.values, strict=True)]
         kept = [(x, y) for x, y in pairs if y is not None and np.isfinite(y) and (y > 0 or not self.log)]
         return [x for x, _ in kept], [y for _, y in kept]
 
     def smooth(self, values: Sequence[float], window: int) -> np.ndarray:
-        """Moving average; on a log scale, of the logarithms."""
+        """Moving average of some of the curve's values, on a log scale of their logarithms. window: steps in a mean."""
         if self.averaged:
             return np.asarray(values)
         return np.exp(moving_average(np.log(values), window)) if self.log else moving_average(values, window)

@@ -1,4 +1,4 @@
-"""Loss of replacing one block alone, from `sensitivity` (Flextron, figure 6). Losses are in nats per token."""
+"""Topic of `sensitivity`: loss if one block alone is made smaller (Flextron, figure 6). Losses are in nats per token."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Sensitivity:
         model: architecture of the full model.
         samples: evaluated samples, all domains together.
         full_loss: loss of the full model in nats per token.
-        blocks: loss of each replaced block.
+        blocks: loss with each block at each of its smaller candidates.
         settings: architecture and elastic space, for the page.
     """
 
@@ -104,7 +104,7 @@ def highlights(results: list[Sensitivity]) -> Highlights:
 
 
 def degradation(s: Sensitivity) -> Picture:
-    """Chart of the loss above the full model's if one block is replaced, by layer (Flextron, figure 6).
+    """Chart of the loss above the full model's if one block is made smaller, by layer (Flextron, figure 6).
 
     There is a panel for each axis and a line for each candidate.
     """

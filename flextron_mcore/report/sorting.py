@@ -1,4 +1,4 @@
-"""Gain of sorting by importance, from `importance` (Flextron, Table 5). Losses are in nats per token."""
+"""Topic of `importance`: gain of sorting by importance (Flextron, Table 5). Losses are in nats per token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flextron_mcore.report.drawing import Picture, Theme, picture, tidy
 from flextron_mcore.report.text import loss, perplexity, short
 from flextron_mcore.report.topic import Section, Table, Topic
 
-FULL = "full (baseline)"  # whose loss sorting does not change
+FULL = "full (baseline)"  # name of the full model's row; sorting does not change its loss
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,13 @@ class AblationRow:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Result of one directory that `flextron importance` wrote. samples: number of calibration samples."""
+    """Result of one directory that `flextron importance` wrote.
+
+    Attributes:
+        samples: number of calibration samples.
+        score: importance score that heads, neurons and channels are sorted by.
+        ablation: losses of the full model and of networks with half of one axis, unsorted and sorted.
+    """
 
     samples: int
     score: str
@@ -43,7 +49,7 @@ class Ablation:
 
 
 def sections(results: list[Ablation]) -> list[Section]:
-    """Section of the page for each directory, with a table and a bar chart."""
+    """Section of the page with a table and a bar chart for each directory."""
     tables, pictures = [], []
     for i, result in enumerate(results):
         rows = [[r.setup, r.order, r.score, loss(r.loss), perplexity(r.perplexity)] for r in result.ablation]
@@ -58,7 +64,10 @@ def sections(results: list[Ablation]) -> list[Section]:
 
 
 def ablation_bars(rows: Sequence[AblationRow], name: str) -> Picture:
-    """Bar chart of the losses of networks with half of one axis, unsorted and sorted, named `name` (Flextron, Table 5)."""
+    """Bar chart of the losses of networks with half of one axis, unsorted and sorted (Flextron, Table 5).
+
+    name: file name without its ending.
+    """
     base = next((row for row in rows if row.setup == FULL), None)
     cut = [row for row in rows if row.setup != FULL]
     setups = list(dict.fromkeys(row.setup for row in cut))

@@ -1,4 +1,4 @@
-"""Numbers as text. Losses are in nats per token."""
+"""Numbers as text for the page: losses (nats per token), shares, counts, sizes and durations."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ NONE = "–"
 
 
 def loss(value: float | None) -> str:
-    """Loss with three decimals; – for None."""
+    """Text of a loss with three decimals; – for None."""
     return NONE if value is None else f"{value:,.3f}" if math.isfinite(value) else _not_finite(value)
 
 
 def perplexity(value: float) -> str:
-    """Perplexity with two decimals below 1,000, none above."""
+    """Text of a perplexity, with two decimals below 1,000 and none above."""
     return _not_finite(value) if not math.isfinite(value) else f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def percent(share: float | None) -> str:
-    """Share in 0..1 as percent with one decimal, such as 62.5%; – for None."""
+    """Text of a share in 0..1 as percent with one decimal, such as 62.5%; – for None."""
     return NONE if share is None else f"{100 * share:.1f}%"
 
 
 def small(value: float) -> str:
-    """Text of a small difference with two digits: 3.1e−6."""
+    """Text of a small number with two digits and a power of ten, such as 3.1e−6."""
     return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+").replace("e-", f"e{MINUS}")
 
 
 def big(count: int) -> str:
-    """Text of a count with three digits and thousand, million or billion."""
+    """Text of a count with three digits and thousand, million, billion or trillion, such as 3.42 million."""
     for size, word in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
         if count >= size:
             return f"{count / size:.3g} {word}"
@@ -47,7 +47,12 @@ def memory(sizes: Sequence[int]) -> tuple[str, list[str]]:
 
 
 def cost_unit(cost: str, largest: float) -> tuple[str, float]:
-    """(name of a cost with the unit that suits `largest`, that unit's value in the cost's own unit of OWN_UNITS)."""
+    """(label of a cost with a unit that suits `largest`, such as "Memory (GiB)"; that unit's size in the cost's own unit).
+
+    Args:
+        cost: name of the cost: latency, parameters or memory.
+        largest: largest value to show, in the cost's own unit (cost.OWN_UNITS: ms, parameters, bytes).
+    """
     if cost == "parameters":
         return ("Parameters (billions)", 1e9) if largest >= 1e9 else ("Parameters (millions)", 1e6)
     if cost == "memory":
@@ -56,7 +61,7 @@ def cost_unit(cost: str, largest: float) -> tuple[str, float]:
 
 
 def significant(value: float) -> str:
-    """Number with four significant digits; very large and small numbers with a power of ten: 1.234e6."""
+    """Text of a number with four significant digits; very large and small ones with a power of ten, such as 1.234e6."""
     if not math.isfinite(value):
         return _not_finite(value)
     mantissa, _, power = f"{value:.4g}".replace("-", MINUS).partition("e")
@@ -87,21 +92,22 @@ def spread(widths: Sequence[int]) -> str:
 
 
 def lower(label: str) -> str:
-    """`label` with a small first letter, for use within a sentence."""
+    """Label with a small first letter, for use within a sentence."""
     return label[0].lower() + label[1:]
 
 
 def short(text: str, most: int = 26) -> str:
-    """`text`, cut in the middle to `most` characters for a legend or label."""
+    """Text cut in the middle to at most `most` characters, for a legend or label."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"
 
 
 def stem(label: str) -> str:
-    """`label` as a safe part of a file name."""
+    """Label as part of a file name: ASCII letters, digits, - and _ stay, others become _; "run" for an empty label."""
     return "".join(c if c.isalnum() and c.isascii() or c in "-_" else "_" for c in label) or "run"
 
 
 def _power(largest: float) -> int:
+    """Index in UNITS of the unit that suits a number of bytes."""
     return max(power for power in range(len(UNITS)) if power == 0 or largest >= 1024**power)
 
 

@@ -1,4 +1,4 @@
-"""A topic of the report: the stages that it reads, and its contribution to the page. No torch import."""
+"""Topic of the report: the stages that it reads, and the parts of the page that it makes of them. No torch import."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ CHAPTERS: dict[Chapter, tuple[str, str]] = {  # in the order of the page: title 
 
 @dataclass(frozen=True)
 class Table:
-    """Table of the page, as text. The first `left` columns are aligned left, the others right; `strong` is the row to stress."""
+    """Table of the page, as text.
+
+    Attributes:
+        head: header of each column.
+        rows: cells of each row.
+        left: number of columns, the first ones, that are aligned left; the others are aligned right.
+        strong: index of the row to stress; None for none.
+    """
 
     head: list[str]
     rows: list[list[str]]
@@ -53,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """Key figure at the head of the page: label, value, and a note on it."""
+    """Key figure at the head of the page: label, value as text, and a note below it."""
 
     label: str
     value: str
@@ -99,12 +106,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Highlights:
-    """Contribution of a topic to the head of the page, to its settings, and to family.json.
+    """Contribution of a topic to the head of the page, to its tables of settings, and to family.json.
 
     Attributes:
         sentences, cards: sentences and key figures of the summary, about evaluated networks.
         progress: training stages, which the summary is about if no topic has cards.
-        settings: model and space of each stage, the latest first.
+        settings: architecture and elastic space of each stage, the latest first.
         details: tables of further settings, each (title, rows of (name, value)).
         values: {key of family.json: value}.
     """
@@ -121,13 +128,11 @@ class Highlights:
 class Topic(Generic[R]):
     """Topic of the page: the stages that it reads, and the sections that it makes of them.
 
-    Topics follow each other in the order of a run.
-
     Attributes:
         stages: names of the stages that the topic reads.
-        read: function that returns the result of one stage directory, or None where another topic shows it.
-        sections: function that returns the sections of the page for at least one result.
-        highlights: function that returns the highlights of any number of results, also none.
+        read: function that returns the result of one stage's directory, or None if another topic shows it.
+        sections: function that returns the sections of the page for one or more results.
+        highlights: function that returns the highlights of any number of results, also of none.
     """
 
     stages: tuple[str, ...]
@@ -146,9 +151,9 @@ class Topic(Generic[R]):
 
 
 def numbered(results: Sequence[R]) -> Iterator[tuple[R, str, str]]:
-    """(result, end of the section keys, end of the section titles) of each of a topic's results.
+    """(result, end of its section's key, end of its section's title) of each of a topic's results.
 
-    Keys end with nothing, 2, 3, ...; titles with the result's label in brackets if there are several results.
+    Keys end with nothing, "2", "3", ...; titles with " (LABEL)" if there are several results, else with nothing.
     """
     for i, result in enumerate(results, start=1):
         yield result, str(i) if i > 1 else "", f" ({result.label})" if len(results) > 1 else ""

@@ -1,4 +1,7 @@
-"""Pretraining and elastic training: numbers and curves, also of the stages that train routers. Losses are in nats per token."""
+"""Topic of `pretrain` and `elastic`: figures and curves of a training, which stages that train routers use, too.
+
+Losses are in nats per token.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ GROUPS = {  # of validated networks by the beginning of their names, each with i
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One logged training step: losses in nats per token.
+    """One logged training step, with losses in nats per token.
 
     Attributes:
         step: number of the step.
@@ -104,7 +107,13 @@ def read(output: StageOutput) -> Training:
 
 
 def _end(output: StageOutput, end: str, logged: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """`first` or `last` validation loss of each network: from metrics.json, else from `logged`, which begins at that end."""
+    """{network: loss} of the first or last validation, from metrics.json; networks that it lacks are taken from the log.
+
+    Args:
+        output: output of the stage.
+        end: "first" or "last".
+        logged: (step, {network: loss}) of each logged validation, beginning at this end.
+    """
     given = output.metrics.values.get("validation")
     row = given.get(end) if isinstance(given, Mapping) else None
     losses = row.get("losses", row) if isinstance(row, Mapping) else None
@@ -131,7 +140,11 @@ def highlights(results: Sequence[Training]) -> Highlights:
 
 
 def training_table(results: Sequence[Training], more: Sequence[Column] = ()) -> Table:
-    """Table with a row for each training stage: steps, tokens, time, first and last validation loss. more: columns at its end."""
+    """Table with a row for each training stage.
+
+    Columns are its directory, steps, tokens, wall time, tokens per second, and the full model's first and last validation loss
+    (nats per token, mean over domains). more: further columns, (header, cells), added on the right.
+    """
     columns = [
         ("Stage", [t.label for t in results]),
         ("Steps", [f"{t.steps:,}" for t in results]),
@@ -145,7 +158,7 @@ def training_table(results: Sequence[Training], more: Sequence[Column] = ()) -> 
 
 
 def train_curve(training: Training) -> Picture:
-    """Picture of the training loss by step, smoothed by a moving average; the full model also as it is, in pale.
+    """Picture of the training loss by step, smoothed by a moving average; the full model's loss itself is a pale line.
 
     Sub-networks are a line (mean of the step's sub-networks) in a band (lowest to highest loss of them). A stage without
     sub-networks shows the validation loss of the full model instead.

@@ -1,4 +1,4 @@
-"""Chains: a command that runs other commands in order, each in a directory of its own, and continues where it stopped."""
+"""Chain: stages that one command runs in order, each in a directory of its own; run again, it continues where it stopped."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ def run_chain(
     same: Sequence[str] = (),
     prepare: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, float]:
-    """Run the commands of a chain into settings.out/NAME, except those that are complete there.
+    """Run the stages of a chain in order, each into settings.out/NAME, except those that already have their result there.
 
-    Under torchrun the processes share the batches of every command. All keys are checked before the first command starts.
+    Under torchrun the processes share the batches of every stage. The keys of all stages are checked before the first one starts.
+    Raises FlextronError for a wrong key, and if settings.out holds something else.
 
     Args:
         settings: settings of the command that runs the chain.
-        chain: {name: (stage, keys as the user would type them)}, in order.
-        same: keys of `settings` that must be as before when an interrupted chain continues; none to add commands to a chain
-            whose directory exists.
-        prepare: called with the stage's name on the main process before each command.
+        chain: {directory below settings.out: (stage, keys as a user would type them)}, in order.
+        same: keys of `settings` that must be as before when an interrupted chain continues. Empty to add stages to a chain that
+            ran before, in a settings.out that exists.
+        prepare: called with the stage's name on the main process before each stage.
 
     Returns:
-        Seconds of each command that ran, by name.
+        {directory: seconds} of the stages that ran now.
     """
     out = Path(settings.out)
     for stage, keys in chain.values():
@@ -64,7 +65,8 @@ def run_chain(
         on_main_process(lambda stage=stage: prepare(stage))
         begun = time.perf_counter()
         composed = compose(stage, keys, values=[{"out": str(folder), "seed": settings.seed, "debug": settings.debug}])
-        if ranks > 1 and hasattr(getattr(composed, "model", None), "global_batch_size"):  # the chain is written for one process
+        # The keys of a chain are chosen for one process, whose micro-batches may be too large for a share of the batch.
+        if ranks > 1 and hasattr(getattr(composed, "model", None), "global_batch_size"):
             model = composed.model
             model.micro_batch_size = math.gcd(model.micro_batch_size, model.global_batch_size // ranks)
         # Half-written directories exist only for training, which continues them.
@@ -77,19 +79,22 @@ def run_chain(
 
 
 def _make_output(settings: StageSettings, same: Sequence[str]) -> None:
-    """Make the directory of a chain, or check that it holds the same chain. Raises FlextronError when it holds another one."""
+    """Make the directory of a chain, or check that it holds this chain. Raises FlextronError if it holds anything else.
+
+    same: keys of `settings` that must equal those in the directory's config.yaml.
+    """
     out, stage = Path(settings.out), settings.stage
     known = (out / CONFIG_FILE).is_file()
     if not is_empty(out):
         if not known:
-            raise FlextronError(f"out={out}: exists and is not a {stage}; choose another")
+            raise FlextronError(f"out={out}: exists and was not written by `flextron {stage}`; choose another")
         if not settings.overwrite:
             before = _before(out / CONFIG_FILE)
             if any(before.get(key) != getattr(settings, key) for key in same):
-                raise FlextronError(f"out={out}: holds a {stage} with other settings; choose another, or overwrite=true")
+                raise FlextronError(f"out={out}: holds a `flextron {stage}` of other keys; choose another, or overwrite=true")
     with disk_errors(out):
         if known and not settings.overwrite:
-            (out / DIGESTS_FILE).unlink(missing_ok=True)  # it is written anew at the end of the chain
+            (out / DIGESTS_FILE).unlink(missing_ok=True)  # stale now; written again at the end of the chain
             write_config(out, settings)
             return
         with new_directory(out) as folder:
@@ -97,7 +102,7 @@ def _make_output(settings: StageSettings, same: Sequence[str]) -> None:
 
 
 def _before(file: Path) -> dict[str, Any]:
-    """Configuration of the chain that a directory holds."""
+    """Content of config.yaml of an earlier call. Raises FlextronError if it is damaged."""
     try:
         values = read_yaml(file)
         if isinstance(values, dict):

@@ -30,12 +30,15 @@ Losses = Callable[[Sequence[SubNetwork]], Sequence[float]]
 
 
 def latency_table(settings: StageSettings, info: CheckpointInfo) -> LatencyTable | None:
-    """Latency table of settings.latency, or the one beside the routers; None where there is neither."""
+    """Latency table that settings.latency names, else the one stored with the checkpoint's routers; None without either.
+
+    Raises FlextronError for a damaged table, or one of another model or space.
+    """
     return open_table(info, settings.latency)
 
 
 def check_table(table: LatencyTable | None) -> None:
-    """Print a warning for a table with large errors, and for a table of another device."""
+    """Print a warning if a latency table predicts networks badly, and if it was measured on another device than this one."""
     if table is None:
         return
     if warning := table.warning():
@@ -45,12 +48,12 @@ def check_table(table: LatencyTable | None) -> None:
 
 
 def available_costs(settings: StageSettings, info: CheckpointInfo, table: LatencyTable | None) -> dict[str, Cost]:
-    """Costs by name: `latency` (where there is a table), `parameters` and `memory`.
+    """{name: cost} of the costs that budgets can limit: `latency` (if there is a table), `parameters` and `memory`.
 
     Args:
-        settings: settings of the stage; `kv_cache` and `dtype` say what a memory cost counts.
-        info: checkpoint whose networks are counted.
-        table: latency table; None: no latency.
+        settings: settings of the stage; `kv_cache` and `dtype` give the KV cache and the precision that `memory` counts.
+        info: checkpoint whose networks have the costs.
+        table: latency table; None: no cost `latency`.
     """
     memory = memory_setting(settings, info)
     costs = {"latency": table.cost()} if table else {}
@@ -60,7 +63,7 @@ def available_costs(settings: StageSettings, info: CheckpointInfo, table: Latenc
 
 
 def memory_setting(settings: StageSettings, info: CheckpointInfo) -> dict[str, Any]:
-    """Keyword arguments of `memory_cost`: `dtype` of the weights, `batch_size` and `length` (tokens) of the KV cache."""
+    """Keyword arguments of `memory_cost`: `dtype` of weights and KV cache, `batch_size` and `length` (tokens) of the KV cache."""
     trainer = getattr(settings, "trainer", None)
     dtype = getattr(settings, "dtype", None) or getattr(trainer, "precision", None) or info.dtype
     kv = settings.kv_cache
@@ -69,9 +72,10 @@ def memory_setting(settings: StageSettings, info: CheckpointInfo) -> dict[str, A
 
 
 def budgets(wanted: float | str | Sequence, costs: dict[str, Cost]) -> list[Budget]:
-    """Budgets that a network must meet together, parsed from what a user typed.
+    """Parse budgets as a user types them (`0.6`, `25ms`, a list): one network must meet all of them.
 
-    Raises FlextronError for no budget, and for one that cannot be parsed or that no network of the costs meets.
+    Raises FlextronError for an empty list, and for a budget that cannot be parsed, is of a cost that is not in `costs`, or is
+    below the cost of every network. costs: {name: cost}.
     """
     found = parse_budget(wanted, costs)
     if not found:
@@ -80,16 +84,18 @@ def budgets(wanted: float | str | Sequence, costs: dict[str, Cost]) -> list[Budg
 
 
 def selector(settings: StageSettings, info: CheckpointInfo, name: str, losses: Losses | None = None) -> Selector:
-    """Make a selector.
+    """Make the selector of a name: an object whose `select` chooses a network for budgets.
 
     Args:
-        settings: settings of the stage, with what the selector needs: `sensitivity`, `random_networks`, `seed`.
-        info: checkpoint from whose space the networks are chosen.
+        settings: settings of the stage. `latency`, `sensitivity`, `random_networks` and `seed` are read if the selector needs
+            them.
+        info: checkpoint from whose elastic space the networks are chosen.
         name: one of ALL_SELECTORS.
-        losses: function that evaluates networks, for `random`.
+        losses: function that returns the loss of each of some networks; needed by `random` only.
 
     Raises:
-        FlextronError: for an unknown name, or where the selector lacks routers, data or a result that it needs.
+        FlextronError: the name is unknown, or what the selector needs is missing or damaged: trained routers, `losses`, or the
+            result of `flextron sensitivity`.
     """
     choices = Choices(info.model, info.space)
     if name == "router":
@@ -104,9 +110,10 @@ def selector(settings: StageSettings, info: CheckpointInfo, name: str, losses: L
     if name == "random":
         if losses is None:
             if settings.stage == "select":
-                raise FlextronError("selector=random: evaluates networks: give data=")
+                raise FlextronError("selector=random: evaluates networks on data: give data=, which `flextron prepare` wrote")
             raise FlextronError(
-                "selector=random: evaluates networks: write one with `flextron select selector=random`, and give subnetwork="
+                "selector=random: evaluates networks on data, which this stage does not read: write a network with "
+                "`flextron select selector=random`, and give that file as subnetwork="
             )
         return selectors.Random(choices, settings.random_networks, settings.seed, losses)
     raise FlextronError(f"selector={name!r} is not known: use one of {', '.join(ALL_SELECTORS)}")
@@ -115,16 +122,23 @@ def selector(settings: StageSettings, info: CheckpointInfo, name: str, losses: L
 def select(
     settings: StageSettings, info: CheckpointInfo, losses: Losses | None = None, budget: float | str | Sequence | None = None
 ) -> tuple[SubNetwork, list[Budget]]:
-    """Choose the network of settings.selector for a budget. Deterministic: every rank finds the same network without messages.
+    """Choose a network for a budget with the selector that settings.selector names.
+
+    Deterministic: every rank finds the same network without communication. Prints warnings about a doubtful latency table, a
+    budget above the full model's cost, and a budget outside of the range that the routers were trained for.
 
     Args:
         settings: settings of the stage.
-        info: checkpoint from whose space the network is chosen.
-        losses: function that evaluates networks, for selector `random`.
+        info: checkpoint from whose elastic space the network is chosen.
+        losses: function that returns the loss of each of some networks; needed by selector `random` only.
         budget: budget as a user types it; None: settings.budget.
 
     Returns:
-        The network, and the parsed budgets that it meets. If all of them allow the full model, it is the full model.
+        The network, and the parsed budgets, all of which it meets. If each of them is above the full model's cost, the network is
+        the full model, and no selector runs.
+
+    Raises:
+        FlextronError: a budget or the selector cannot be used, or no network meets all budgets together.
     """
     table = latency_table(settings, info)
     costs = available_costs(settings, info, table)
@@ -146,9 +160,12 @@ def select(
 
 @dataclass(frozen=True)
 class Chosen:
-    """A chosen network of a checkpoint.
+    """Network that a stage exports or runs, and how it was chosen.
 
-    origin: words for how it was chosen, for a model card. budgets: budgets that it was chosen for, if any.
+    Attributes:
+        network: the network.
+        origin: how it was chosen, in words for a model card, such as "selector router for latency <= 25 ms".
+        budgets: budgets that it was chosen for; empty for the full model and for a network from a file.
     """
 
     network: SubNetwork
@@ -157,13 +174,13 @@ class Chosen:
 
 
 def chosen_network(settings: StageSettings, info: CheckpointInfo) -> Chosen:
-    """Choose the network for settings.budget, read it from settings.subnetwork, or take the full model.
+    """Network that a stage is to take: chosen for settings.budget, read from the file settings.subnetwork, or the full model.
 
-    Raises FlextronError when both keys are set.
+    Raises FlextronError if both keys are set, if no network meets the budget, and for a file of another space or model.
     """
     if settings.budget is not None:
         if settings.subnetwork is not None:
-            raise FlextronError("subnetwork= and budget= are two ways to say which network: give one")
+            raise FlextronError("subnetwork= and budget= are two ways to say which network to take: give only one")
         net, wanted = select(settings, info)
         return Chosen(net, f"selector {settings.selector} for {' and '.join(map(str, wanted))}", wanted)
     if settings.subnetwork is not None:
@@ -176,7 +193,11 @@ def _router_selector(settings: StageSettings, info: CheckpointInfo, choices: Cho
 
 
 def _degradations(settings: StageSettings, choices: Choices) -> np.ndarray:
-    """Loss above the full model's with one smaller block, [blocks, candidates], from the result of `flextron sensitivity`."""
+    """Degradations [blocks, candidates], read from the result of `flextron sensitivity` that settings.sensitivity names.
+
+    A degradation is the loss of the full model with one block at a smaller candidate, minus the full model's own loss, in nats
+    per token. Raises FlextronError for a result that is missing, damaged, incomplete or of another model or space.
+    """
     if not settings.sensitivity:
         raise FlextronError("selector=sensitivity: give sensitivity=, the directory that `flextron sensitivity` wrote")
     file = Path(settings.sensitivity)
@@ -187,16 +208,18 @@ def _degradations(settings: StageSettings, choices: Choices) -> np.ndarray:
         values = read_json(file, given=True)
         model = ModelConfig.from_dict(values["model"])
         if model != choices.model or ElasticSpace.from_dict(model, values["space"]) != choices.space:
-            raise FlextronError(f"{file}: is of another model or space: measure it with `flextron sensitivity`")
+            raise FlextronError(f"{file}: is of another model or space than checkpoint=: run `flextron sensitivity` for this one")
         for row in values["blocks"]:
             block = choices.blocks.index((row["layer"], row["axis"]))
             table[block, choices.sizes[block].index(row["size"])] = float(row["degradation"])
     except FlextronError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise FlextronError(f"{file}: is not what `flextron sensitivity` writes ({type(error).__name__}: {error})") from None
+        raise FlextronError(
+            f"{file}: is not what `flextron sensitivity` writes ({type(error).__name__}: {error}): run it again"
+        ) from None
     for block, sizes in enumerate(choices.sizes):
         table[block, len(sizes) - 1] = 0.0
     if missing := np.argwhere(np.isnan(table) & choices.exists_NK).tolist():
-        raise FlextronError(f"{file}: lacks candidate {missing[0][1]} of block {missing[0][0]}: measure it again")
+        raise FlextronError(f"{file}: lacks candidate {missing[0][1]} of block {missing[0][0]}: run `flextron sensitivity` again")
     return np.nan_to_num(table)

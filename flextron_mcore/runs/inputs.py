@@ -18,11 +18,11 @@ _LEVELS = 3  # directories below an input in which links are followed: RUN/check
 
 
 def check_inputs(settings: StageSettings) -> None:
-    """Raise FlextronError where `settings.out` is, contains or lies inside an input of the stage.
+    """Raise FlextronError if `settings.out` is, contains or lies inside an input of the stage, so that no input is overwritten.
 
-    Inputs are the paths that the schema declares, unless their role is `output`. Real paths are compared, and files by their
-    identity on disk. Links inside an input directory are followed. `out` may be a directory of its own inside a `collection`, the
-    directory of a run's stages that a report reads.
+    Inputs are the values of keys whose role in the schema is `input` or `collection` (the directory of a run's stages, which a
+    report reads). Links are resolved, also those inside an input directory, and files are compared by their identity on disk.
+    `out` may lie in a `collection`, as a new directory or in place of an earlier output of the same stage.
     """
     if not settings.out:
         return
@@ -33,16 +33,16 @@ def check_inputs(settings: StageSettings) -> None:
 
 
 def input_paths(settings: StageSettings) -> Iterator[tuple[Key, str]]:
-    """(key, path) of every input that the settings name."""
+    """(key, path as the user typed it) of every input that the settings name."""
     for key in keys(type(settings)).values():
         if key.limits.role in ("input", "collection"):
             for text in _texts(value_of(settings, key)):
-                if text != "builtin" or key.name != "input":  # no path: text of this Python
+                if text != "builtin" or key.name != "input":  # no path: `prepare input=builtin`
                     yield key, text
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts of a path, a list of paths or a mapping to them."""
+    """Paths in the value of a key: one path, a list of paths, or a mapping whose values are paths or lists of them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
@@ -51,7 +51,14 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _relation(out: Path, given: Path, key: Key, stage: str) -> str | None:
-    """Words for how `out` and an input meet; None where they do not."""
+    """Verb for the message "out ... the input": "is", "contains", "lies inside" or longer; None if `out` may be written.
+
+    Args:
+        out: real path of the output.
+        given: path of the input.
+        key: key that names the input.
+        stage: name of the stage that writes `out`.
+    """
     found = given.expanduser().resolve()
     for place in (found, *_linked(found)):
         if place == out or _same(place, out):
@@ -70,7 +77,7 @@ def _relation(out: Path, given: Path, key: Key, stage: str) -> str | None:
 
 
 def _linked(folder: Path, levels: int = _LEVELS) -> Iterator[Path]:
-    """Real paths of the symbolic links in a directory and, `levels` deep, in its subdirectories."""
+    """Targets (real paths) of the symbolic links in a directory and in its subdirectories, `levels` levels in all."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_symlink():
@@ -80,7 +87,7 @@ def _linked(folder: Path, levels: int = _LEVELS) -> Iterator[Path]:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """True if both exist and are one file or directory, by whatever name."""
+    """True if both paths exist and lead to the same file or directory."""
     try:
         return os.path.samefile(one, other)
     except OSError:
@@ -88,7 +95,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _stage_of(folder: Path) -> str | None:
-    """Name of the stage that wrote a directory; None where no stage did."""
+    """Name of the stage that wrote a directory, from its config.yaml; None if no stage did."""
     try:
         values = read_yaml(folder / CONFIG_FILE)
     except (OSError, ValueError):

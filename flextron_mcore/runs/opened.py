@@ -1,4 +1,4 @@
-"""Checkpoint and data of a command: opened, and checked against each other and the settings."""
+"""Checkpoint and data that a stage reads: opened, and checked against each other and against the settings."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ class Opened:
     """Checkpoint and data that fit each other.
 
     Attributes:
-        precision: precision of the computation.
+        info: description of the checkpoint.
+        data: prepared data.
+        precision: precision of the computation, fp32 or bf16.
         seq_length: tokens of a sample.
-        memory: line about the memory that is needed.
+        memory: line to print about the memory that the stage needs.
     """
 
     info: CheckpointInfo
@@ -44,7 +46,7 @@ class Opened:
             data: prepared data.
 
         Raises:
-            FlextronError: where they do not fit.
+            FlextronError: the tokenizers, the sequence length or the parallel layout do not fit, or memory is too small.
         """
         computed = precision(settings, info)
         check_layout(info.model, info.space, settings.model, computed)
@@ -53,7 +55,10 @@ class Opened:
 
 
 def open_evaluation(settings: StageSettings) -> Opened:
-    """Open settings.checkpoint and settings.data. Raises FlextronError where they do not fit each other or the settings."""
+    """Open settings.checkpoint and settings.data.
+
+    Raises FlextronError if one is missing or damaged, or if they do not fit each other or the settings.
+    """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)
     return Opened.of(settings, info, data)
@@ -63,10 +68,10 @@ def evaluator(settings: StageSettings, opened: Opened, cache: Path, progress: Ca
     """Load the model and make an evaluator of networks on the validation split. Call on all ranks.
 
     Args:
-        settings: settings of the stage; `limit_val_batches` is how much of the split is used.
+        settings: settings of the stage; `limit_val_batches` limits the number of micro-batches of each domain.
         opened: checkpoint and data.
-        cache: directory for the sample indices.
-        progress: function called after each evaluation of a network on a domain.
+        cache: directory for the indices of the samples.
+        progress: function called with "DOMAIN: NETWORK" after each evaluation of a network on a domain.
     """
     say(opened.memory)
     datasets = valid_datasets(opened.data, opened.seq_length, settings.seed, cache)
@@ -75,12 +80,12 @@ def evaluator(settings: StageSettings, opened: Opened, cache: Path, progress: Ca
 
 
 def precision(settings: StageSettings, info: CheckpointInfo) -> str:
-    """Precision of the computation: trainer.precision, by default that of the checkpoint, or fp32 where no GPU computes in it."""
+    """Precision of the computation: trainer.precision, by default the checkpoint's, or fp32 for one that is stored in fp16."""
     return settings.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
 
 
 def check_space(settings: StageSettings, info: CheckpointInfo) -> None:
-    """Raise FlextronError when the settings ask for another elastic space than the checkpoint has."""
+    """Raise FlextronError if a key of settings.space differs from the checkpoint's elastic space; null keys fit any space."""
     have = info.space.to_dict()
     wanted = {k: v for k, v in asdict(settings.space).items() if v is not None}
     for name in ("granularity", "attention_unit", *have):
@@ -97,7 +102,10 @@ def check_space(settings: StageSettings, info: CheckpointInfo) -> None:
 
 
 def check_widths_only(info: CheckpointInfo, what: str) -> None:
-    """Raise FlextronError where hidden size or depth is elastic. what: the command or selector that knows heads and FFN only."""
+    """Raise FlextronError if hidden size or depth is elastic in the checkpoint's space.
+
+    what: command or selector that chooses heads and FFN neurons only, for the message.
+    """
     for axis in ("hidden_size", "depth"):
         if len(sizes := getattr(info.space, axis)) > 1:
             raise FlextronError(
@@ -107,7 +115,10 @@ def check_widths_only(info: CheckpointInfo, what: str) -> None:
 
 
 def check_not_modulated(info: CheckpointInfo) -> None:
-    """Raise FlextronError for a checkpoint with modulation, whose gains depend on one network for all tokens."""
+    """Raise FlextronError for a checkpoint with modulation (layers/block.py), which token routing does not support.
+
+    The gains of modulation depend on the size of one network for all tokens.
+    """
     if info.space.modulation:
         raise FlextronError(
             f"checkpoint={info.path}: was trained with modulation, which token routing does not support: use "

@@ -1,4 +1,4 @@
-"""Output of a stage: its lock, its directory or file, config.yaml and metrics.json."""
+"""Output of a stage: lock, directory or file, config.yaml, metrics.json and digests."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ METRICS_FILE = "metrics.json"
 
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Keep other commands from writing to `out`, a directory or file, within the block. The main process holds the lock.
+    """Context in which no other command writes to `out`, a directory or file; the main process holds a lock on it.
 
-    A replacement of `out` by overwrite=true that a kill interrupted is undone or finished first. Call on all ranks. Raises
-    FlextronError naming the process that writes there.
+    If an earlier command was killed while it replaced `out` (overwrite=true), the replacement is first finished or undone. Call
+    on all ranks. Raises FlextronError naming the process that holds the lock.
     """
     with contextlib.ExitStack() as main_process:
 
         def take() -> None:
-            if is_main_process():  # before there are process groups, every rank is asked
+            if is_main_process():  # without process groups, `on_main_process` runs this on every rank
                 with disk_errors(out):
                     main_process.enter_context(locked(out))
                     recover(out)
@@ -44,9 +44,10 @@ def claimed(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def serial_output(settings: StageSettings) -> Iterator[Path]:
-    """Directory to write results into, which becomes `settings.out` when the stage succeeds and is removed when it fails.
+    """Context with a hidden directory to write results into, for a stage that the main process runs alone.
 
-    For a stage that the main process runs alone. Raises FlextronError when `out` exists and overwrite=true is not given.
+    At the end config.yaml and digests.json are added, and the directory is renamed to settings.out; after an error it is
+    removed. Raises FlextronError if settings.out exists and overwrite=true is not given.
     """
     out = Path(settings.out)
     check_output(out, settings.overwrite)
@@ -58,10 +59,10 @@ def serial_output(settings: StageSettings) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_output(settings: StageSettings) -> Iterator[Path]:
-    """Directory to write results into, for a stage that all ranks run. Call on all ranks.
+    """Context with a hidden directory to write results into, for a stage that all ranks run. Call on all ranks.
 
-    It becomes `settings.out` when every rank has left the block, and is removed if the stage fails. Raises FlextronError on every
-    rank when `out` exists and overwrite=true is not given.
+    When every rank has left the block, config.yaml and digests.json are added and the directory is renamed to settings.out; after
+    an error it is removed. Raises FlextronError on every rank if settings.out exists and overwrite=true is not given.
     """
     with disk_errors(Path(settings.out)), contextlib.ExitStack() as main_process:
         folder = on_main_process(lambda: main_process.enter_context(serial_output(settings)))
@@ -73,9 +74,9 @@ def new_output(settings: StageSettings) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yield a directory that becomes `out` at the end, for stages that go on to write into it.
+    """Context with an empty directory that is renamed to `out` at its end, for a stage that writes more into it later.
 
-    It is `out` itself, emptied, where that cannot be renamed: a mount, or a directory whose parent cannot be written.
+    If `out` cannot be renamed (a mount, or a directory whose parent cannot be written), it is `out` itself, emptied.
     """
     if not (out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK))):
         with write_aside(out) as folder:
@@ -96,12 +97,12 @@ def is_empty(out: Path) -> bool:
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raise FlextronError when `out` is a file, or a directory with content that may not be replaced.
+    """Raise FlextronError if `out` is a file, or a directory with content that may not be replaced.
 
-    overwrite: allow replacing the directory of a stage, which has a config.yaml; another directory is never replaced.
+    overwrite: True if the output of a stage, a directory with config.yaml, may be replaced; any other directory never may.
     """
     if out.is_file():
-        raise FlextronError(f"out={out}: is a file, not a directory")
+        raise FlextronError(f"out={out}: is a file, not a directory; choose another")
     if not is_empty(out):
         if not (out / CONFIG_FILE).is_file():
             raise FlextronError(f"out={out}: exists already and was not written by flextron; choose another")
@@ -110,7 +111,10 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def check_file(out: Path | None, overwrite: bool) -> None:
-    """Raise FlextronError when the result file `out` is a directory, or exists without overwrite. None: nothing is written."""
+    """Raise FlextronError if the result file `out` cannot be written: it is a directory, or exists and `overwrite` is false.
+
+    out: file; None if the stage writes no file.
+    """
     if out and (out.is_dir() or (out.exists() and not overwrite)):
         reason = "is a directory; name a file" if out.is_dir() else "exists already; choose another, or overwrite=true"
         raise FlextronError(f"out={out}: {reason}")
@@ -119,7 +123,7 @@ def check_file(out: Path | None, overwrite: bool) -> None:
 def write_file(out: Path | None, text: str) -> None:
     """Write a result file on the main process, whole or not at all; nothing if `out` is None.
 
-    Raises FlextronError for an error of the disk.
+    Raises FlextronError if the disk is full or refuses to write.
     """
     if out and is_main_process():
         with disk_errors(out):
@@ -127,7 +131,7 @@ def write_file(out: Path | None, text: str) -> None:
 
 
 def write_config(folder: Path, settings: StageSettings) -> None:
-    """Write the resolved settings as config.yaml."""
+    """Write settings, with the values of all keys, as config.yaml in a directory, whole or not at all."""
     write_whole(folder / CONFIG_FILE, to_yaml(settings))
 
 
@@ -135,18 +139,18 @@ def write_metrics(folder: Path, stage: str, figures: Mapping[str, Any]) -> dict[
     """Write metrics.json, which marks the stage as complete, on the main process.
 
     Args:
-        folder: directory to write into.
+        folder: directory to write into. If it has a config.yaml, its digests.json is written too.
         stage: name of the stage.
         figures: results of the stage, plain types.
 
     Returns:
-        Content of the file; with the key `warnings` if the stage printed any (`warn`).
+        Content of the file: `stage`, the results, and `warnings`, a list of texts, if the stage printed any.
     """
     warnings = warnings_so_far()
     metrics = {"stage": stage, **figures, **({"warnings": warnings} if warnings else {})}
     if is_main_process():
         text = json.dumps(metrics, indent=1) + "\n"
-        if (folder / CONFIG_FILE).is_file():  # a directory that the stage wrote in place; others get theirs at their end
+        if (folder / CONFIG_FILE).is_file():  # a training wrote in place; `serial_output` writes the others' digests
             digests.write_digests(folder, upcoming={METRICS_FILE: text})
         write_whole(folder / METRICS_FILE, text)
     return metrics

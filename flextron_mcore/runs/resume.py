@@ -1,4 +1,4 @@
-"""Directory of a training run: made by its command, and continued by the same command."""
+"""Directory of a training run: made by a command, and continued by the same command after an interruption."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.compose import as_yaml, to_dict
 from flextron_mcore.settings.training import LoopSettings
 
-# Keys, and groups of keys, that may differ between a run and its continuation: they do not change what is computed.
-# model.ddp.use_distributed_optimizer is none of them: the form of the optimizer's state on disk depends on it.
+# Keys, and sections of keys, that may differ between a run and its continuation: they do not change what is computed.
+# model.ddp.use_distributed_optimizer may not: the form of the optimizer's state on disk depends on it.
 _FREE_KEYS = (
     *("out", "overwrite", "debug", "exp_manager", "verify_weights"),
     *("trainer.num_nodes", "trainer.devices", "trainer.log_every_n_steps", "trainer.max_time", "trainer.val_at_start"),
@@ -39,23 +39,24 @@ _FREE_KEYS = (
 
 @contextlib.contextmanager
 def resumable_output(settings: LoopSettings, info: CheckpointInfo, data: PreparedData) -> Iterator[Path]:
-    """Yield settings.out, made for a new run, or with the unfinished run that it holds; no other process writes to it meanwhile.
+    """Context with the directory settings.out of a training run, which no other process writes to within the block.
 
-    Only the same run is continued: of the same configuration except for speed and layout, on the same tokens of the same
-    tokenizer (config.yaml keeps their fingerprints), from a checkpoint of the same model, space and order of units. The step,
-    dtype and weights of that checkpoint may have changed: a continuation takes its weights from the run's own newest checkpoint,
-    and a run that has none yet starts anew.
+    The directory is new, or it holds this run, unfinished. It is this run if all of these are the same: the configuration, except
+    for keys of speed, logging and parallel layout; the training tokens and the tokenizer (config.yaml keeps their fingerprints);
+    and model, elastic space and order of heads and neurons of the checkpoint that the run starts from. Step, dtype and weights of
+    that checkpoint may have changed: a continuation takes its weights from the run's own newest checkpoint, and a run that has
+    none yet starts from the beginning.
 
-    With overwrite=true the new run replaces what any stage wrote to `out`. Call on all ranks.
+    With overwrite=true a new run replaces any output of a stage in settings.out. Call on all ranks.
 
     Args:
         settings: settings of the training stage.
-        info: checkpoint that the run starts from; its `path` is None for a fresh initialisation.
+        info: checkpoint that the run starts from; its `path` is None for a random initialisation.
         data: training data.
 
     Raises:
-        FlextronError: on every rank, when `out` holds another run, a complete or damaged one, or something else, or another
-            process writes to it.
+        FlextronError: on every rank, if `out` holds another run, a complete or damaged run, or something else, if another
+            process writes to it, or if this machine has too little memory.
     """
     out = Path(settings.out)
     memory = memory_line(settings, info)
@@ -68,7 +69,16 @@ def resumable_output(settings: LoopSettings, info: CheckpointInfo, data: Prepare
 
 
 def _open_run(out: Path, settings: LoopSettings, info: CheckpointInfo, data: PreparedData) -> None:
-    """Make the directory of a run, or check that it holds this run."""
+    """Make the directory of a new run with config.yaml and the tokenizer, or check that it holds this run, unfinished.
+
+    Raises FlextronError if it holds anything else. Call on the main process.
+
+    Args:
+        out: directory of the run.
+        settings: settings of the training stage.
+        info: checkpoint that the run starts from.
+        data: training data.
+    """
     vocabulary = read_vocabulary(data.tokenizer)
     values = to_dict(settings)
     values["fingerprints"] = {"data": data.fingerprint, "tokenizer": vocabulary and vocabulary.fingerprint}
@@ -82,14 +92,20 @@ def _open_run(out: Path, settings: LoopSettings, info: CheckpointInfo, data: Pre
                 digests.write_digests(folder)
             return
         _check_same(out, values, info)
-        if tokenizer and not (out / "tokenizer").is_dir():  # a run of an earlier version, or removed by hand
+        if tokenizer and not (out / "tokenizer").is_dir():  # removed by hand, or never written by an earlier version
             with write_aside(out / "tokenizer") as folder:
                 copy_tokenizer(info, data, folder)
-        digests.write_digests(out, only=(CONFIG_FILE, "tokenizer"))  # the log goes on
+        digests.write_digests(out, only=(CONFIG_FILE, "tokenizer"))  # others still change
 
 
 def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> None:
-    """Raise FlextronError unless `out` holds the unfinished run of these values and of a source like `info`."""
+    """Raise FlextronError unless `out` holds the unfinished run of this configuration, started from a checkpoint like `info`.
+
+    Args:
+        out: directory of the run.
+        values: configuration of the run that is to continue, with the fingerprints of data and tokenizer.
+        info: checkpoint that it starts from; model, space, order of units and origin are compared.
+    """
     before, now = _read_config(out / CONFIG_FILE), _flat(values)
     advice = "choose another out, or overwrite=true"
     for name, what in (("tokenizer", "data of another tokenizer than that of"), ("data", "other data than is now in")):
@@ -97,10 +113,10 @@ def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> N
         if before.get(f"fingerprints.{name}", found) != found:
             raise FlextronError(f"out={out}: holds a run on {what} data={now['data']}: {advice}")
     if before.pop("fingerprints.data", None):
-        before["data"] = now["data"]  # the same data, wherever they are
+        before["data"] = now["data"]  # equal fingerprints: the data may have moved
     before.pop("fingerprints.tokenizer", None)
     if _beside(before) == _beside(now):
-        before["checkpoint"] = now.get("checkpoint")  # moved together
+        before["checkpoint"] = now.get("checkpoint")  # run and checkpoint moved together
     if list_checkpoints(out):
         before |= _source(open_checkpoint(out))
         now |= _source(info)
@@ -112,7 +128,7 @@ def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> N
 
 
 def _source(info: CheckpointInfo) -> dict[str, Any]:
-    """Facts that every checkpoint of a run shares with the one that it started from."""
+    """{"checkpoint.KEY": value} of what every checkpoint of a run has in common with the checkpoint that the run started from."""
     values = info.to_dict()
     return _flat({"checkpoint": {name: values[name] for name in ("model", "space", "sorted", "hf_config")}})
 
@@ -123,7 +139,7 @@ def _beside(values: Mapping[str, Any]) -> str:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """config.yaml as {"a.b": value}."""
+    """Content of a run's config.yaml as {"a.b": value}. Raises FlextronError if the file is damaged."""
     try:
         values = read_yaml(file)
         if isinstance(values, dict) and "seed" in values:  # the last key of every stage
@@ -136,11 +152,12 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _is_free(key: str) -> bool:
+    """True for a key, such as "model.micro_batch_size", that may differ between a run and its continuation (_FREE_KEYS)."""
     return any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} of nested mappings."""
+    """Convert nested mappings {"a": {"b": value}} to {"a.b": value}. prefix: start of every key."""
     values: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

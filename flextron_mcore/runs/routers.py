@@ -33,19 +33,19 @@ from flextron_mcore.training.static import SurrogateLearner
 def described_routers(
     settings: NewRouterSettings, info: CheckpointInfo, table: LatencyTable | None, hidden_size: int
 ) -> tuple[RouterInfo, list[Cost]]:
-    """Describe new routers.
+    """Describe routers that are to be trained: the costs that their budgets limit, and the range of budgets of each cost.
 
     Args:
-        settings: settings of the stage; `costs` and `targets` are read.
-        info: checkpoint that the routers choose from.
+        settings: settings of the stage; `costs`, `targets`, `kv_cache` and `dtype` are read.
+        info: checkpoint with the elastic space from which the routers choose.
         table: latency table; None: no cost `latency`.
         hidden_size: hidden units of the routers.
 
     Returns:
-        The description, and the costs that budgets of the routers limit.
+        Description to store beside the routers, and the costs in the same order.
 
     Raises:
-        FlextronError: for an unknown cost, or a range of budgets that networks cannot have.
+        FlextronError: an unknown cost, or a range of budgets that is not within the costs of the smallest and the full network.
     """
     available = available_costs(settings, info, table)
     names = settings.costs or (["latency"] if table else ["parameters"])
@@ -53,7 +53,7 @@ def described_routers(
     for name in names:
         if name not in available:
             hint = ": give latency=, a table of `flextron latency`" if name == "latency" else ""
-            raise FlextronError(f"costs: {name!r} is not known here{hint}; known: {', '.join(available)}")
+            raise FlextronError(f"costs: {name!r} is not available here{hint}; available: {', '.join(available)}")
     costs = [available[name] for name in names]
     ranges = [_range(settings.targets, cost) for cost in costs]
     return RouterInfo(tuple(names), tuple(ranges), hidden_size, memory_setting(settings, info)), costs
@@ -62,12 +62,12 @@ def described_routers(
 def router_training(
     settings: CostSettings, choices: Choices, costs: Sequence[Cost], described: RouterInfo, table: LatencyTable | None
 ) -> RouterTraining:
-    """Description of a training of routers, from settings and checkpoint.
+    """Parameters of the training of static routers: choices, costs, seed, steps and targets of a step.
 
     Args:
         settings: settings of the stage.
-        choices: choices that the routers make.
-        costs: costs that budgets of the routers limit.
+        choices: choices that the routers make, one candidate each.
+        costs: costs that budgets limit.
         described: description of the routers, stored in checkpoints.
         table: latency table, stored in checkpoints; None without.
     """
@@ -90,13 +90,17 @@ def train_routers(
         settings: settings of the stage.
         info: checkpoint to start from.
         data: training data.
-        learner: routers and how they learn.
+        learner: routers in training.
         seq_length: tokens of a sample.
-        frozen: leave the model's weights as they are.
-        teach: distillation of the sub-networks by the full model; None: none.
+        frozen: True if the model's weights stay as they are, and only the routers learn.
+        teach: distillation from the full model to the sub-networks of a step; None: none.
 
     Returns:
-        The content of metrics.json.
+        Content of metrics.json.
+
+    Raises:
+        FlextronError: settings.out holds something else than this run, a validation target is out of range, or a loss is not
+            finite.
     """
     cost = learner.costs[0]
     targets = validation_targets(settings.validation_targets, cost, learner.info.ranges[0])
@@ -142,9 +146,18 @@ def train_routers(
 def _evaluate_candidates(
     settings: CostSettings, out: Path, data: PreparedData, learner: RouterLearner, seq_length: int, model: Chunks
 ) -> None:
-    """Find good networks of every cost by their losses on training data, and store these losses in `learner.info.evaluated`.
+    """Find good networks for budgets of the routers' first cost, and store their losses in `learner.info.evaluated`.
 
-    A budget of the first cost then gets one of these networks. Call on all ranks.
+    Losses are evaluated on training samples (training/candidates.py). A budget of this cost then gets one of these networks. Call
+    on all ranks.
+
+    Args:
+        settings: settings of the stage; `candidate_samples` is the number of samples.
+        out: directory of the run.
+        data: training data.
+        learner: trained routers.
+        seq_length: tokens of a sample.
+        model: this rank's virtual-pipeline chunks in evaluation mode.
     """
     samples = settings.candidate_samples
     dataset = train_dataset(data, seq_length, samples, settings.seed, out / "cache", settings.data_weights)
@@ -162,12 +175,12 @@ def _evaluate_candidates(
 
 
 def validation_targets(wanted: Sequence[float] | None, cost: Cost, allowed: tuple[float, float]) -> list[float]:
-    """Budgets to validate at, as shares of the full model's cost.
+    """Budgets for which a validation evaluates the routers' networks, as shares of the full model's cost.
 
     Args:
-        wanted: budgets that the user gave; None: five, spread over `allowed`.
+        wanted: budgets that the user gave; None: five, at 10, 30, 50, 70 and 90 % of the range `allowed`.
         cost: cost that the budgets limit.
-        allowed: lowest and highest budget that the routers are trained for.
+        allowed: (lowest, highest) budget that the routers are trained for.
 
     Raises:
         FlextronError: for a budget below the smallest network's cost, or above 1.
@@ -184,6 +197,7 @@ def validation_targets(wanted: Sequence[float] | None, cost: Cost, allowed: tupl
 
 
 def _budget(learner: RouterLearner, target: float) -> dict[str, Any]:
+    """Row of metrics.json with the network that the routers choose for a budget, the share `target` of the full model's cost."""
     cost, net = learner.costs[0], learner.choose(target)
     return {
         "target": target,
@@ -194,13 +208,16 @@ def _budget(learner: RouterLearner, target: float) -> dict[str, Any]:
 
 
 def _range(targets: TargetSettings, cost: Cost) -> tuple[float, float]:
-    """Lowest and highest target, as shares of the full model's cost. Raises FlextronError where no network has such costs."""
+    """(lowest, highest) budget that routers are trained for, as shares of the full model's cost.
+
+    Raises FlextronError if it is no range within the costs of the smallest network and the full model.
+    """
     least = cost.smallest / cost.full
     low = least if targets.low is None else float(targets.low)
     high = float(targets.high)
     if not least - 1e-9 <= low < high <= 1:
         raise FlextronError(
             f"targets.low={low:.4g} and targets.high={high:.4g} are no range within {least:.4f} "
-            f"(the smallest network's {cost.name}) and 1"
+            f"(the smallest network's {cost.name}) and 1: change them"
         )
     return low, high

@@ -1,6 +1,6 @@
-"""Start of a command: checks of `out`, then runtime and process groups, then the stage's module.
+"""Start of a stage: check `out`, start the CPU runtime (runtime/cpu.py) or process groups, then run the stage's module.
 
-Imports no torch, because the command line imports this and has to answer `--help` at once.
+Imports no torch at the top, because the command line imports this module and has to answer `--help` at once.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from flextron_mcore.runs.inputs import check_inputs
 from flextron_mcore.runs.output import claimed
 from flextron_mcore.settings.training import StageSettings
 
-# Stages that compute at a parallel layout; that compute in one process; that start process groups themselves, if they need any.
+# Stages that compute on all ranks of a parallel layout, in a single process, or that start process groups themselves if needed.
 _PARALLEL = (
     *("pretrain", "importance", "elastic", "router", "joint", "gumbel"),
     *("sensitivity", "compare", "evaluate", "generate", "export"),
 )
 _SINGLE = ("latency", "select")
 _IMPORTING = ("import", "launch", "family", "quickstart")
-_WITHOUT_OUT = ("launch", "status", "verify")  # their key `out` is not used
+_WITHOUT_OUT = ("launch", "status", "verify")  # these write nothing to their key `out`
 
 
 def run_stage(settings: StageSettings) -> dict[str, Any]:
-    """Run the stage that `settings` are of and return its figures, the content of metrics.json.
+    """Run the stage whose settings are given, and return the content of its metrics.json.
 
-    Raises FlextronError before anything is written where `out` meets an input, or another process writes to it.
+    Raises FlextronError, before anything is written, if `out` is, contains or lies in an input, or another process writes to it.
     """
     writes = bool(settings.out) and settings.stage not in _WITHOUT_OUT
     if writes:
@@ -41,13 +41,17 @@ def run_stage(settings: StageSettings) -> dict[str, Any]:
 
     with claimed(Path(settings.out)) if writes else contextlib.nullcontext(), own_warnings():
         verify_inputs(settings)
-        # A stage is found by its name, so that nothing below the commands imports them.
+        # Imported by name, because no room below stages/ may import it.
         name = "import_" if settings.stage == "import" else settings.stage
         return importlib.import_module(f"flextron_mcore.stages.{name}").run(settings)
 
 
 def _start(settings: StageSettings) -> None:
-    """Start runtime and process groups. On a CPU the runtime must start before a stage imports Megatron-Core's modules."""
+    """Start what the stage computes with: torch.distributed and Megatron-Core's process groups, or the CPU runtime alone.
+
+    Without CUDA the CPU runtime (runtime/cpu.py) patches Megatron-Core, so it must start before a stage imports Megatron-Core's
+    modules. Stages that compute nothing, such as `report`, need neither.
+    """
     if settings.stage not in (*_PARALLEL, *_SINGLE, *_IMPORTING):
         return
     # Late: torch takes a second to import.
@@ -63,7 +67,10 @@ def _start(settings: StageSettings) -> None:
 
 
 def check_processes(settings: StageSettings) -> None:
-    """Raise FlextronError where the number of processes, or the stage, does not fit the layout of `settings`."""
+    """Raise FlextronError if the stage cannot run in the parallel layout, or the number of processes is not the one that is set.
+
+    settings: settings of a stage with the sections `model` and `trainer`.
+    """
     if settings.model.context_parallel_size > 1:
         raise FlextronError(
             f"model.context_parallel_size={settings.model.context_parallel_size}: the elastic attention is not "

@@ -22,7 +22,7 @@ def say(text: str) -> None:
 
 
 def say_next(stage: str, **values: object) -> None:
-    """Print a command that can be pasted into a shell.
+    """Print "next: " and a command that can be pasted into a shell.
 
     Args:
         stage: name of a stage.
@@ -33,28 +33,28 @@ def say_next(stage: str, **values: object) -> None:
 
 
 def _as_typed(value: str) -> str:
-    """A value as `key=value` takes it: in quotes unless it is a plain word."""
+    """Value as the command line's `key=value` reads it: in single quotes unless it is a plain word or path."""
     return value if re.fullmatch(r"[\w./+-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", r"\'") + "'"
 
 
-_warnings: list[str] = []  # of the command that is running
+_warnings: list[str] = []  # warnings of the stage that is running
 
 
 def warn(text: str) -> None:
-    """Print a warning, once for all ranks. `write_metrics` adds it to the stage's metrics.json, where the report finds it."""
+    """Print a warning on the main process, and keep it for the stage's metrics.json, from which a report takes it."""
     say(f"warning: {text}")
     if text not in _warnings:
         _warnings.append(text)
 
 
 def warnings_so_far() -> list[str]:
-    """Warnings of the command that is running."""
+    """Warnings that the running stage has printed so far, each text once."""
     return list(_warnings)
 
 
 @contextlib.contextmanager
 def own_warnings() -> Iterator[None]:
-    """Keep the warnings of a command apart from those of the command that runs it."""
+    """Context for running a stage, which begins without warnings; at its end those of the outer stage are restored."""
     outer = _warnings[:]
     _warnings.clear()
     try:
@@ -64,7 +64,7 @@ def own_warnings() -> Iterator[None]:
 
 
 def progress_bar(**options: Any) -> Progress:
-    """Make a bar, or without a terminal lines once a minute, shown by the main process. options: tqdm's."""
+    """Make a progress bar on the main process; without a terminal it prints a line once a minute. options: arguments of tqdm."""
     return Progress(**options)
 
 
@@ -72,7 +72,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     """Print a table on standard output.
 
     Args:
-        title: line above it.
+        title: line above the table.
         columns: headings. A column of numbers is aligned to the right.
         rows: cells of each row. A float is shown with four decimals, an int with thousands separators.
     """
@@ -91,5 +91,5 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         )
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # a log has no width to fit into
+        console = Console(width=200)  # a log file has no width that rows must fit into
     console.print(table)

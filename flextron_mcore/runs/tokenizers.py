@@ -1,4 +1,4 @@
-"""Tokenizer of a run: the model's, with the choices that the data were prepared with; and the tokens that end its texts."""
+"""Tokenizer that a run stores: the checkpoint's, overlaid with the data's; and the token ids that end a generated text."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _GENERATION_FILE = "generation_config.json"
 
 
 def tokenizer_directories(info: CheckpointInfo, data: PreparedData) -> list[Path]:
-    """Directories whose files, the later over the earlier, are the tokenizer of a run from `info` on `data`; may be empty.
+    """Directories whose files make up the tokenizer of a run; a file of a later directory replaces one of an earlier directory.
 
-    The model's has chat templates and generation_config.json. Where `prepare` was told how to add BOS or parse special tokens,
-    the data's goes over it, so that prompts and exports agree with the training text.
+    Empty if the checkpoint has no tokenizer. The checkpoint's tokenizer comes first, with chat templates and
+    generation_config.json. If `flextron prepare` was told how to add BOS or parse special tokens, the data's tokenizer follows,
+    so that prompts and exports agree with the training text. A model without a checkpoint (`info.path` None) takes the data's.
     """
     if info.path is None:
         return [data.tokenizer]
@@ -27,19 +28,21 @@ def tokenizer_directories(info: CheckpointInfo, data: PreparedData) -> list[Path
 
 
 def copy_tokenizer(info: CheckpointInfo, data: PreparedData, target: Path) -> None:
-    """Write the tokenizer of a run from `info` on `data` to the directory `target`; nothing if there is none.
+    """Copy the files of a run's tokenizer (`tokenizer_directories`) into the directory `target`; nothing if there is none.
 
     Args:
         info: checkpoint that the run starts from.
         data: prepared data.
-        target: directory, which may exist.
+        target: directory, created if it does not exist.
     """
     for folder in tokenizer_directories(info, data):
         tokenizer_files.copy_tokenizer(folder, target)
 
 
 def end_tokens(folder: Path, info: CheckpointInfo, eod: int) -> frozenset[int]:
-    """Ids that end a generated text, as in transformers: of generation_config.json, else of the imported config.json, else `eod`.
+    """Token ids that end a generated text: eos_token_id of generation_config.json, else of the imported config.json, else `eod`.
+
+    transformers takes them from the same places.
 
     Args:
         folder: tokenizer directory.
@@ -47,7 +50,7 @@ def end_tokens(folder: Path, info: CheckpointInfo, eod: int) -> frozenset[int]:
         eod: end-of-document token of the tokenizer.
 
     Raises:
-        FlextronError: generation_config.json is damaged.
+        FlextronError: generation_config.json is damaged, or eos_token_id is neither an id nor a list of ids.
     """
     file = folder / _GENERATION_FILE
     values = {}

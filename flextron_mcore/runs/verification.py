@@ -1,4 +1,8 @@
-"""Comparison of files with their digests: of all that lies below a path, and of what a command opens."""
+"""Comparison of files with the digests recorded when they were written (digests.py).
+
+`verify` and `accept` are for all files below a path, `verify_inputs` for the files that a stage opens. A description is a JSON
+file that lists the files of its directory with their sizes and digests: digests.json, or flextron.json of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +29,13 @@ from flextron_mcore.settings.training import StageSettings
 
 @dataclass(frozen=True)
 class Verified:
-    """Result of a comparison.
+    """Result of comparing files with the digests recorded when they were written.
 
     Attributes:
-        files: number of compared files.
-        bytes: their size.
-        faults: a message for each file that is not as it was written.
-        unlisted: files without a digest in a directory whose other files have one.
+        files: number of files that have a digest.
+        bytes: total size of these files when they were written.
+        faults: a message for each file that is missing or changed, and for each directory without digests.
+        unlisted: paths of files without a digest, in directories whose other files have one.
     """
 
     files: int
@@ -41,9 +45,11 @@ class Verified:
 
 
 def verify(path: Path) -> Verified:
-    """Compare the files below `path` with their digests. Raises FlextronError if none of them has one.
+    """Compare the files at or below `path` with their digests.
 
-    path: directory, of any depth above or within the output of a stage, or a file.
+    Raises FlextronError if `path` does not exist, or no file there has a digest.
+
+    path: a file, or a directory: the output of a stage, a directory within one, or one that holds several.
     """
     path = _existing(path)
     faults: list[str] = []
@@ -60,7 +66,7 @@ def verify(path: Path) -> Verified:
         if path in file.parents:
             unlisted += [str(file.parent / name) for name in digests.listed(file.parent)]
         if not digests.is_sealed(_json(file)):
-            faults.append(f"{file} is of an earlier version, which recorded no digests")
+            faults.append(f"{file} was written by an earlier version, which recorded no digests")
     unlisted = [name for name in unlisted if Path(name) not in entries and Path(name).name != INFO_FILE]
     loose = [path] if path.is_file() else [file for folder in _folders(path) for file in folder.glob("*.json")]
     for file in loose:  # such as the network that `flextron select` writes
@@ -71,7 +77,7 @@ def verify(path: Path) -> Verified:
             except FlextronError as error:
                 faults.append(_without_remedy(error))
     if path.is_dir():
-        faults += [f"{folder} is of an earlier version, which recorded no digests" for folder in _undescribed(path)]
+        faults += [f"{folder} was written by an earlier version, which recorded no digests" for folder in _undescribed(path)]
     if not entries and not faults:
         raise FlextronError(
             f"path={path}: nothing in it has a digest, so it cannot be verified: name the out of a stage, or a file in one"
@@ -81,7 +87,11 @@ def verify(path: Path) -> Verified:
 
 
 def accept(path: Path) -> list[str]:
-    """Record the files below `path` as they are now; return what was not as recorded. Raises FlextronError as `verify` does."""
+    """Record the digests of the files at or below `path` as they are now, and return the faults that `verify` found before.
+
+    Raises FlextronError if `path` does not exist, if no file there has a digest, and for a damaged flextron.json, which cannot be
+    made again from other files.
+    """
     path = _existing(path)
     before = verify(path)
     descriptions = _descriptions(path)
@@ -94,13 +104,18 @@ def accept(path: Path) -> list[str]:
 
 
 def _describe_again(file: Path, path: Path) -> None:
-    """Write a description with the digests of files at or below `path` as they are now."""
+    """Write a description again, with the digests of the files at or below `path` as they are now; other entries stay.
+
+    Args:
+        file: digests.json or flextron.json.
+        path: path whose files are recorded.
+    """
     folder = file.parent
     values = _json(file)
     if file.name == DIGESTS_FILE and not isinstance(values, dict):
         values = {}
     if not isinstance(values, dict):
-        raise FlextronError(f"{file}: is damaged, and holds what nothing else holds: bring it back from a copy")
+        raise FlextronError(f"{file}: is damaged, and cannot be made again from other files: bring it back from a copy")
     names = [name for name in digests.listed(folder) if name != INFO_FILE]
     if path != folder and path not in folder.parents:
         names = [name for name in names if folder / name == path or path in (folder / name).parents]
@@ -108,23 +123,25 @@ def _describe_again(file: Path, path: Path) -> None:
     else:
         now = {}
         if file.name == DIGESTS_FILE and (folder / CONFIG_FILE).is_file() and not (folder / METRICS_FILE).is_file():
-            names = [name for name in names if name.partition("/")[0] in (CONFIG_FILE, "tokenizer")]  # the run goes on
+            # Other files of an unfinished run still change.
+            names = [name for name in names if name.partition("/")[0] in (CONFIG_FILE, "tokenizer")]
     now |= {name: digests.entry_of(folder / name) for name in names}
     write_whole(file, json.dumps(digests.seal({**values, "files": now}), indent=1) + "\n")
 
 
 def verify_inputs(settings: StageSettings) -> None:
-    """Compare what the settings name with its digests, if they say verify_weights=true. Call on all ranks, which share the files.
+    """Compare the input files of a stage with their digests if verify_weights is true; ranks share the files. Call on all ranks.
 
-    A checkpoint or dataset of an earlier version, which has no digests, gives a warning. Raises FlextronError on every rank,
-    naming the first file that is not as it was written.
+    Compared are all files of the newest checkpoint, dataset or table that an input path holds, and of a run in `out`. Whatever
+    verify_weights is, an input that an earlier version wrote without digests gives a warning. Raises FlextronError on every rank,
+    naming the first file that is missing or changed.
     """
     paths = [Path(text) for key, text in input_paths(settings) if key.limits.role == "input"]
     for path in paths:
         if _is_early(path):
             warn(
-                f"{path} is of an earlier version, which recorded no digests, so changed files cannot be found: record them with "
-                f"`flextron verify path={path} accept=true`"
+                f"{path} was written by an earlier version, which recorded no digests, so changed files cannot be found: record "
+                f"them with `flextron verify path={path} accept=true`"
             )
     if not getattr(settings, "verify_weights", False):
         return
@@ -139,14 +156,14 @@ def verify_inputs(settings: StageSettings) -> None:
 
 
 def _opened(path: Path) -> list[Path]:
-    """Descriptions of what a command opens of an input: the newest checkpoint of a run, or a dataset or table."""
+    """Descriptions that cover what a stage opens of an input: of a run's newest checkpoint, else of the directory itself."""
     checkpoints = list_checkpoints(path)
     files = [checkpoints[-1] / INFO_FILE] if checkpoints else [path / INFO_FILE, path / DIGESTS_FILE]
     return [file for file in files if file.is_file()]
 
 
 def _is_early(path: Path) -> bool:
-    """True for a checkpoint, run or dataset without digests."""
+    """True for a checkpoint, run or dataset that an earlier version wrote, without digests."""
     if not path.is_dir():
         return False
     if (path / DATA_FILE).is_file():
@@ -156,6 +173,7 @@ def _is_early(path: Path) -> bool:
 
 
 def _existing(path: Path) -> Path:
+    """Real path of a file or directory. Raises FlextronError if it does not exist."""
     if not path.exists():
         raise FlextronError(f"path={path}: no such file or directory: name the out of a stage")
     return path.resolve()
@@ -168,13 +186,13 @@ def _entries(file: Path) -> dict[Path, Entry]:
 
 
 def _faults(entries: Mapping[Path, Entry]) -> list[str]:
-    """Messages about files that are not as their entries say."""
+    """Messages about files that are missing or changed. entries: {file: recorded size and digest}."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [found for found in pool.map(digests.damage, entries, entries.values()) if found]
 
 
 def _descriptions(path: Path) -> list[Path]:
-    """Descriptions in a directory and below it; where there is none, that which lists it or the file `path`."""
+    """Descriptions in the directory `path` and below it; if there are none, the nearest one above that may list `path`."""
     below = [folder / name for folder in _folders(path) for name in (DIGESTS_FILE, INFO_FILE)] if path.is_dir() else []
     above = [folder / name for folder in path.parents[:4] for name in (INFO_FILE, DIGESTS_FILE)]  # RUN/checkpoints/iter_N/FILE
     for files in (below, above):
@@ -184,13 +202,13 @@ def _descriptions(path: Path) -> list[Path]:
 
 
 def _undescribed(path: Path) -> list[Path]:
-    """Complete outputs of stages, and datasets, without digests.json, in a directory and below it."""
+    """Directories at or below `path` that have metrics.json (a complete stage) or data.json (a dataset), but no digests.json."""
     marks = (METRICS_FILE, DATA_FILE)
     return [each for each in _folders(path) if not (each / DIGESTS_FILE).is_file() and any((each / m).is_file() for m in marks)]
 
 
 def _folders(path: Path) -> Iterator[Path]:
-    """Directory, and those below it, without hidden ones and links."""
+    """Directory `path` and all directories below it, except hidden ones and links."""
     yield path
     for each in sorted(path.iterdir()):
         if each.is_dir() and not each.is_symlink() and not each.name.startswith("."):
@@ -198,7 +216,7 @@ def _folders(path: Path) -> Iterator[Path]:
 
 
 def _json(file: Path) -> Any:
-    """Value of a JSON file; None for another file."""
+    """Value of a JSON file; None for a file that is missing or is not JSON."""
     try:
         return read_json(file) if file.is_file() else None
     except (OSError, ValueError, RecursionError):
@@ -206,4 +224,5 @@ def _json(file: Path) -> Any:
 
 
 def _without_remedy(error: FlextronError) -> str:
+    """Message of an error without its advice, which `flextron verify` gives once for all faults."""
     return str(error).partition(": bring it")[0]

@@ -61,9 +61,10 @@ class _Event:
 
 
 def import_megatron() -> None:
-    """Import Megatron-Core; without CUDA with torch.compile disabled, which halves the time of the import.
+    """Import Megatron-Core with torch.compile disabled, which halves the time of the import. Does nothing with CUDA.
 
-    Megatron-Core passes its fused functions to torch.compile at import. A run on a CPU calls none of these functions.
+    Megatron-Core passes its fused functions to torch.compile at import. A run on a CPU calls none of these functions. With CUDA,
+    or if Megatron-Core is imported already, a later import statement does what it always does.
     """
     if torch.cuda.is_available() or "megatron.core" in sys.modules:
         return
@@ -128,12 +129,15 @@ def shared_groups() -> Iterator[None]:
 
 
 def _is_cuda(device: Any) -> bool:
+    """True for a device argument, of any type, that names a CUDA device."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.startswith("cuda")
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a tensor factory such as torch.empty, so that the device "cuda" means the CPU."""
+
     @functools.wraps(factory)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):

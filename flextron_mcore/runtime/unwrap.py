@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def unwrap(model: nn.Module) -> GPTModel:
-    """Return the GPTModel inside Megatron-Core's wrappers (DistributedDataParallel, Float16Module)."""
+    """GPTModel inside Megatron-Core's wrappers (DistributedDataParallel, Float16Module); a model without wrapper is returned."""
     while hasattr(model, "module"):
         model = model.module
     return model

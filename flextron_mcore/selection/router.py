@@ -23,8 +23,8 @@ from flextron_mcore.selection.knapsack import Limit, cheapest, every_size
 from flextron_mcore.space import SubNetwork
 
 BIN = 0.0025  # width of a cost bin, as a share of the full model's cost
-# Share of the full model's cost that may stay unused if networks are that near to the budget. Over all axes good networks are
-# less dense.
+# Share of the full model's cost that a network may leave unused of a budget, if any network is that near to it. With hidden size
+# and depth as choices (WITHIN_AXES) good networks lie further apart.
 WITHIN, WITHIN_AXES = 0.01, 0.019
 # Bonus of the score for using the budget: log-probability per full cost.
 WORTH = 150.0
@@ -41,8 +41,8 @@ class RouterSelector:
     Attributes:
         choices: choices that the routers make.
         costs: {name: cost} that the routers were trained for, in the order of training.
-        log_p: function from targets [C] to log-probabilities [N, K]. A target is 0 at the smallest network's cost and 1 at the
-            full model's.
+        log_p: function from targets [C] to log-probabilities [N, K]. A target is a budget scaled to 0 at the smallest network's
+            cost and 1 at the full model's.
         ranges: {name of a cost: (least, largest) budget of the training, as shares of the full model's cost}.
         evaluated: {network: loss} of networks whose loss was evaluated, used for budgets of the first cost.
     """
@@ -74,7 +74,14 @@ class RouterSelector:
         return max(found, key=lambda pick: pick[:2])[-1]
 
     def _near(self, budgets: Sequence[Budget], which: int) -> _Found | None:
-        """Best network that uses budget number `which`; for a single budget that no network uses, the nearest one below."""
+        """Best network that leaves at most `within` of one of the budgets unused, as (score, cost, network).
+
+        If no network is that near: for a single budget the one of the nearest bin below it; for several budgets it may be None.
+
+        Args:
+            budgets: budgets that the network must meet together.
+            which: index of the budget that it is to use.
+        """
         cost, limit = budgets[which].cost, budgets[which].limit * (1 + 1e-12)
         others = [budget for i, budget in enumerate(budgets) if i != which]
         width = BIN * cost.full
@@ -129,11 +136,14 @@ class RouterSelector:
 
     @staticmethod
     def _last_bin(cost: Cost) -> int:
-        """Index of the bin with the full model."""
+        """Index of the bin that contains the full model; the smallest network is in bin 0."""
         return int(np.ceil((cost.full - cost.smallest) / (BIN * cost.full) - 1e-9))
 
     def _bin(self, cost: Cost, others: Sequence[Budget], low: float, high: float) -> _Found | None:
-        """Best network that costs between `low` and `high`, within the other budgets; None for an empty bin."""
+        """Best network that costs between `low` and `high` and meets the budgets `others`, as (score, cost, network).
+
+        None if there is no such network. Bounds are in the cost's unit.
+        """
         key = (cost.name, tuple((other.cost.name, other.limit) for other in others), high)
         if self.evaluated and not others and cost.name == next(iter(self.costs)):
             inside = [(-loss, cost.of(net), net) for net, loss in self.evaluated.items()]
@@ -166,6 +176,10 @@ class RouterSelector:
         return self.choices.network(self.log_p(targets).argmax(-1).tolist())
 
     def _targets(self, budgets: Sequence[Budget]) -> list[float]:
+        """Targets [C] of the routers for some budgets: of each trained cost its budget's, 1 (full model) without one.
+
+        For budgets of other costs than the trained ones: equal targets whose likeliest network comes nearest to the first budget.
+        """
         given = {budget.cost.name: target_of(budget.cost, budget.limit) for budget in budgets}
         if given.keys() & self.costs.keys():
             return [given.get(name, 1.0) for name in self.costs]
@@ -176,9 +190,10 @@ class RouterSelector:
         return min(self._bins["scan"], key=lambda pair: abs(first.cost.of(pair[1]) - first.limit))[0]
 
     def _score(self, values_NK: np.ndarray, net: SubNetwork, cost: Cost) -> float:
+        """Score of a network: its log-probability, plus WORTH times its cost as a share of the full model's cost."""
         return WORTH * cost.of(net) / cost.full - self.choices.total(values_NK, net)
 
 
 def target_of(cost: Cost, value: float) -> float:
-    """Convert a value of a cost into a router's target: 0 at the smallest network's cost, 1 at the full model's."""
+    """Convert a cost or budget, in the cost's unit, to a target: 0 at the smallest network's cost, 1 at the full model's."""
     return (value - cost.smallest) / (cost.full - cost.smallest) if cost.full > cost.smallest else 1.0

@@ -172,7 +172,7 @@ class CompareSettings(EvaluationSettings):
     selectors: list[str] = setting(list(SELECTORS), "selectors to compare", choices=ALL_SELECTORS)
     random_at_target: int = setting(
         40,
-        "random networks evaluated for each target; their costs are at most 1 % of the full model's cost below it; 0: none",
+        "random networks for each target, at most 1 % of the full model's cost below it, further if none is that near; 0: none",
         at_least=0,
     )
     random_networks: int = setting(

@@ -112,7 +112,7 @@ def _candidate_samples(default: int) -> int:
 
 @dataclass
 class CostSettings(LoopSettings):
-    """Keys of every stage that trains routers: the costs that budgets limit."""
+    """Keys of every stage that trains routers: checkpoint, what the costs count, and the budgets of steps and validations."""
 
     checkpoint: str = path(MISSING, "checkpoint directory to start from: the out of another stage")
     latency: str | None = path(
@@ -122,8 +122,8 @@ class CostSettings(LoopSettings):
     candidate_samples: int = _candidate_samples(64)
     validation_targets: list[float] | None = setting(
         None,
-        "budgets of the networks that a validation evaluates, as shares of the full model's first cost; null: five, spread over "
-        "the range of training",
+        "budgets of the networks that a validation evaluates, as shares of the full model's cost (the first of costs); null: "
+        "five, spread over the range of training",
         above=0,
         at_most=1,
     )

@@ -1,4 +1,4 @@
-"""Model in training: Megatron-Core's DDP, optimizer and learning-rate schedule around this rank's part of it."""
+"""Model in training: this rank's chunks in Megatron-Core's DDP, with its optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class TrainedModel:
     Build it and call its methods on all ranks.
 
     Args:
-        model: layout, optimizer and DDP settings.
-        trainer: precision and number of steps.
+        model: settings of parallel layout, optimizer and DDP.
+        trainer: settings of precision and number of steps.
         info: architecture and elastic space. Its `path` is the checkpoint with the weights; None for a random initialisation.
     """
 
@@ -72,7 +72,7 @@ class TrainedModel:
 
 
 def _loaded(model: TrainingModelSettings, precision: str, info: CheckpointInfo) -> list[torch.nn.Module]:
-    """Build this rank's chunks and load their weights."""
+    """Build this rank's chunks, with the weights of the checkpoint `info.path`, or random ones if that is None."""
     chunks = build_chunks(info.model, info.space, model, precision, initialize=info.path is None)
     if info.path is not None:
         for gpt in chunks:

@@ -1,9 +1,9 @@
 """Candidate evaluation: losses of the networks that trained routers may choose, on the same training samples.
 
-Routers alone cannot separate the best networks of one cost: their losses differ by less than the surrogate's error. Evaluated
-are the networks that the routers find likeliest, all networks of costs that few networks have, and for some rounds variations of
-the best ones (selection/search.py), on a part of the samples. Then the best networks of each cost bin are evaluated on all
-samples. `selection/router.py` chooses among these.
+Routers alone cannot separate the best networks of one cost: their losses differ by less than the surrogate model's error. So
+networks are evaluated on a part of the samples: those that the routers find likeliest, all networks of costs that few networks
+have, and for some rounds variations of the best ones (selection/search.py). Then the best networks of each cost bin (a narrow
+range of the cost, selection/router.py) are evaluated on all samples, and the selector `router` chooses among these.
 """
 
 from __future__ import annotations
@@ -57,7 +57,14 @@ def evaluate_candidates(learner: RouterLearner, evaluate: Evaluate, samples: int
 
 
 def _best(cost: Cost, losses: Mapping[SubNetwork, float], within: float, count: int) -> list[SubNetwork]:
-    """The `count` networks of least loss for each budget, a bin apart, among those that cost up to `within` less."""
+    """Best networks for each budget of a grid, BIN apart, from the smallest network's cost to the full model's; no duplicates.
+
+    Args:
+        cost: cost that budgets limit.
+        losses: {network: loss} of the evaluated networks.
+        within: share of the full model's cost that a network may leave unused of its budget.
+        count: number of networks for a budget, those of least loss.
+    """
     found: dict[SubNetwork, None] = {}
     costs = {net: cost.of(net) for net in losses}
     budgets = int(np.ceil((cost.full - cost.smallest) / (BIN * cost.full))) + 1
@@ -68,7 +75,7 @@ def _best(cost: Cost, losses: Mapping[SubNetwork, float], within: float, count: 
 
 
 def _without_worse(cost: Cost, losses: Mapping[SubNetwork, float]) -> dict[SubNetwork, float]:
-    """Entries of `losses` without networks that are clearly worse than a cheaper one; the full model stays."""
+    """Entries of `losses` without networks whose loss exceeds a cheaper network's by more than _WORSE; the full model stays."""
     kept: dict[SubNetwork, float] = {}
     for net in sorted(losses, key=cost.of):
         if losses[net] <= (1 + _WORSE) * min(kept.values(), default=np.inf) or cost.of(net) >= cost.full * (1 - 1e-12):
@@ -77,7 +84,11 @@ def _without_worse(cost: Cost, losses: Mapping[SubNetwork, float]) -> dict[SubNe
 
 
 def _at_rare_costs(learner: RouterLearner) -> list[SubNetwork]:
-    """All networks of costs that few networks have (near the smallest and the full one), so that none is missed there."""
+    """All networks of costs that at most _RARE networks have, near the smallest and the full network: none is missed there.
+
+    If the routers choose one width for all layers (`Choices.uniform`), all uniform networks are taken, unless there are more than
+    _RARE_UNIFORM.
+    """
     choices, cost = learner.choices, learner.costs[0]
     whole = Choices(choices.model, choices.space)
     if choices.uniform:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: model, optimizer and schedule, saved in the background, and resumed at any layout.
+"""Checkpoints of a training run: model, optimizer, schedule and routers, saved in the background, resumed in any layout.
 
 No other state is needed: samples, sub-networks and random numbers of a step depend on (seed, step) only.
 """
@@ -34,12 +34,12 @@ from flextron_mcore.training.build import TrainedModel
 from flextron_mcore.training.learner import Learner
 
 KEPT = "the last whole checkpoint is kept"
-# One key a layer; optimizer state stored so that any layout can read it.
+# One key a layer instead of stacked layers; optimizer state in a form that any parallel layout can read.
 _METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class Checkpointer:
-    """Base class: checkpoints RUN/checkpoints/iter_<step> of a run. Call all methods on all ranks.
+    """Base class for writing and reading the checkpoints RUN/checkpoints/iter_<step> of a run. Call all methods on all ranks.
 
     Args:
         run: directory of the run.
@@ -81,7 +81,10 @@ class Checkpointer:
             self._remove_old()
 
     def _remove_old(self) -> None:
-        """Remove all but the last `keep_last` checkpoints. Each is renamed first: its final name stands for a complete one."""
+        """Remove all but the last `keep_last` checkpoints.
+
+        Each is renamed to a hidden name first, so that a kill leaves no incomplete checkpoint under a final name.
+        """
         for old in list_checkpoints(self.run)[: -self.keep_last]:
             aside = old.with_name(f".{old.name}.old")
             with contextlib.suppress(OSError):
@@ -90,7 +93,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _aside(self, target: Path) -> Iterator[Path]:
-        """Empty hidden directory beside `target` to write to; removed on an error."""
+        """Context with an empty hidden directory beside the checkpoint's final path `target`; removed after an error."""
         aside = target.parent / f".{target.name}.tmp"
         with disk_errors(target, KEPT):
             if is_main_process():
@@ -107,7 +110,10 @@ class Checkpointer:
             self.learner.write(aside)
 
     def _publish(self, aside: Path, target: Path, info: CheckpointInfo) -> None:
-        """Rename the directory `aside` to `target`, and remove the oldest checkpoints beyond `keep_last`."""
+        """Write flextron.json, rename the directory `aside` to `target`, and remove the oldest checkpoints beyond `keep_last`.
+
+        Ranks other than the main process do nothing.
+        """
         if not is_main_process():
             return
         with disk_errors(target, KEPT):
@@ -174,7 +180,7 @@ class TrainingCheckpointer(Checkpointer):
         super().load(info)
 
     def _finish_save(self, aside: Path, target: Path, info: CheckpointInfo) -> None:
-        """Publish a checkpoint that all ranks have written."""
+        """Rename a checkpoint that all ranks have written from `aside` to its final path `target`, with digests of its files."""
         if is_main_process():
             with disk_errors(target, KEPT):
                 _take_digests(aside)
@@ -189,6 +195,7 @@ class TrainingCheckpointer(Checkpointer):
             self._finalize(blocking=True)
 
     def _finalize(self, blocking: bool) -> None:
+        """Finish background saves that are complete, or with `blocking` wait for them. Raises FlextronError if one failed."""
         try:
             with plain_errors():
                 self.queue.maybe_finalize_async_calls(blocking=blocking)
@@ -205,11 +212,15 @@ class TrainingCheckpointer(Checkpointer):
             super().close()
 
     def _bytes(self) -> int:
-        """Estimated size of a checkpoint: weights, and in fp32 Adam's two moments and, with bf16, a copy of the weights."""
+        """Estimated bytes of this rank's part of a checkpoint.
+
+        It has the weights, Adam's two moments in fp32 and, with bf16, an fp32 copy of the weights.
+        """
         parameters = [parameter for gpt in self.chunks.values() for parameter in gpt.parameters()]
         return sum(p.numel() * (8 if p.dtype == torch.float32 else 12) + p.nbytes for p in parameters)
 
     def _state(self, is_loading: bool) -> dict[str, Any]:
+        """Sharded state dict of model, optimizer and schedule. is_loading: True to read a checkpoint into it."""
         state: dict[str, Any] = {name: gpt.sharded_state_dict(metadata=dict(_METADATA)) for name, gpt in self.chunks.items()}
         # The optimizer looks its parameters up in the state dict it is given.
         optimizer = self.trained.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=dict(_METADATA))
@@ -217,10 +228,10 @@ class TrainingCheckpointer(Checkpointer):
 
 
 def _interned(value: Any) -> Any:
-    """Copy of nested dictionaries and lists with one object for each key.
+    """Copy of nested dictionaries and lists in which equal keys are one string object.
 
-    pickle writes a reference where it meets a string object again. Loaded keys are objects of their own: without this, the files
-    of a resumed run would differ from those of an undisturbed run.
+    pickle writes a reference for a string object that it has written before. Keys loaded from a checkpoint are separate objects,
+    so without this function the files of a resumed run would differ from those of an undisturbed run.
     """
     if isinstance(value, dict):
         return {sys.intern(key) if type(key) is str else key: _interned(inner) for key, inner in value.items()}
@@ -254,7 +265,7 @@ class FrozenCheckpointer(Checkpointer):
                             digests.remember(aside / file.name, entry)  # reading all weights would take longer than the linking
             self._publish(aside, target, info)
             torch.distributed.barrier()
-        self.source = replace(info, path=target)  # older checkpoints of this run will be removed
+        self.source = replace(info, path=target)  # the former source may be removed as an old checkpoint
 
     def load(self, info: CheckpointInfo) -> None:
         super().load(info)
@@ -262,20 +273,34 @@ class FrozenCheckpointer(Checkpointer):
 
 
 def _write_and_digest(write: Callable[..., None], aside: Path, rank: int, *arguments: Any, **options: Any) -> None:
-    """Write a rank's files of a checkpoint in the background, and then their digests."""
+    """Write a rank's files of a checkpoint, then their digests, in a background process.
+
+    Args:
+        write: Megatron-Core's function that writes the files.
+        aside: directory that the files are written to.
+        rank: rank whose files are written.
+        arguments, options: further arguments of `write`.
+    """
     write(rank, *arguments, **options)
-    with contextlib.suppress(OSError):  # a full disk is told by the main process; digests that are missing are made there
+    with contextlib.suppress(OSError):  # the main process reports a full disk, and computes digests that are missing
         _write_digests(aside, rank)
 
 
 def _write_digests(aside: Path, rank: int) -> None:
-    """Write the digests of the files that a rank has written, for `_take_digests`; they come from the page cache."""
+    """Compute the digests of a rank's files in the directory `aside`, and write them to .digests_RANK.json there.
+
+    `_take_digests` reads this file on the main process. Right after the write the files are still in the page cache, so reading
+    them costs no disk access.
+    """
     found = {file.name: digests.entry_of(file) for file in aside.glob(f"__{rank}_*.distcp")}
     write_whole(aside / f".digests_{rank}.json", json.dumps(found))
 
 
 def _take_digests(aside: Path) -> None:
-    """Read the digests that the ranks have written, and remove their files. Call on the main process."""
+    """Remember the digests in the files .digests_RANK.json of the directory `aside`, and remove these files.
+
+    `digests.entry_of` then returns them without reading the checkpoint's files. Call on the main process.
+    """
     for file in aside.glob(".digests_*.json"):
         for name, entry in json.loads(file.read_text(encoding="utf-8")).items():
             digests.remember(aside / name, entry)
@@ -283,7 +308,7 @@ def _take_digests(aside: Path) -> None:
 
 
 def _link(file: Path, target: Path) -> None:
-    """Hard-link `file` as `target`, or copy it if the file system refuses. Safe: checkpoints are never changed in place."""
+    """Hard-link `file` as `target`, or copy it if the file system refuses. A link is safe: no checkpoint is changed in place."""
     with contextlib.suppress(OSError):
         os.link(file, target)
         return
@@ -291,6 +316,6 @@ def _link(file: Path, target: Path) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove incomplete checkpoints of a killed run. Call on the main process."""
+    """Remove the hidden directories that a killed run left beside its checkpoints in `run`. Call on the main process."""
     for folder in (run / "checkpoints").glob(".iter_*"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Checks before a training run writes anything: do settings, model, layout and data fit each other."""
+"""Checks that settings, model, parallel layout and data of a training fit each other, made before it writes anything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check(settings: LoopSettings, info: CheckpointInfo, data: PreparedData, netw
         settings: settings of the stage.
         info: architecture, elastic space and tokenizer of the checkpoint.
         data: prepared data set.
-        networks: number of networks that a step runs.
+        networks: number of networks that a step runs every micro-batch through.
     """
     model = settings.model
     length = sequence_length(model, info, data)
@@ -91,9 +91,10 @@ def duration(max_time: str | None) -> float | None:
 
 
 def end_of_job() -> float | None:
-    """Time at which training must stop for the time limit of its job, in seconds since 1970; None outside of a job of `launch`.
+    """Time at which training must stop, in seconds since 1970, because its job ends; None outside of a `flextron launch` job.
 
-    The job's script sets $FLEXTRON_STOP_AT: a process cannot know how long the job ran before it, for example to pull an image.
+    The job's script sets it as $FLEXTRON_STOP_AT, because a process cannot know how long its job ran before it, for example to
+    pull an image. Raises FlextronError for another value than a whole number.
     """
     text = os.environ.get("FLEXTRON_STOP_AT")
     if not text:
@@ -104,6 +105,7 @@ def end_of_job() -> float | None:
 
 
 def _check_ddp(ddp: DataParallelSettings) -> None:
+    """Raise FlextronError for options of Megatron-Core's DDP that need others, or an optimizer that is not installed."""
     if ddp.overlap_param_gather and not (ddp.use_distributed_optimizer and ddp.overlap_grad_reduce):
         raise FlextronError(
             "model.ddp.overlap_param_gather=true needs model.ddp.use_distributed_optimizer=true and "

@@ -1,6 +1,7 @@
 """Constraint loss (Flextron, eq. 8), and the targets that routers are trained for.
 
-Costs s_c and targets t_c are shares of the span from the smallest network's cost (0) to the full model's (1).
+A target is a budget in the routers' unit. Costs s_c and targets t_c are 0 at the smallest network's cost and 1 at the full
+model's.
 
 Shape suffixes: T targets, C constrained costs.
 """
@@ -34,11 +35,11 @@ class Constraint:
     two_sided_from: float = 0.0
 
     def loss(self, over: Tensor, step: int, dim: int) -> Tensor:
-        """Constraint loss (Flextron, eq. 8), with the dimension of the costs reduced: [..., C] -> [...].
+        """Constraint loss of each network, with the dimension of the costs reduced: [..., C] -> [...].
 
         Args:
             over: s_c - t_c, cost minus target of each cost c, scaled to 0 for the smallest network and 1 for the full model.
-            step: number of the step.
+            step: number of the step, from 0.
             dim: dimension of the costs in `over`.
         """
         above = over.clamp_min(0).sum(dim)
@@ -60,11 +61,15 @@ class Constraint:
 class Targets:
     """Ranges of budgets, from which targets for routers are drawn.
 
-    A target is 0 for the smallest network's cost and 1 for the full model's.
+    A target is a budget scaled to 0 at the smallest network's cost and 1 at the full model's.
 
     Args:
-        costs: costs with a target.
+        costs: costs that budgets limit.
         ranges: (least, largest) budget of each cost, as shares of the full model's cost.
+
+    Attributes:
+        spans: full model's cost minus the smallest network's, in each cost's unit; 1 if they are equal.
+        low_C, high_C: least and largest target of each cost.
     """
 
     def __init__(self, costs: Sequence[Cost], ranges: Sequence[tuple[float, float]]) -> None:
@@ -74,7 +79,7 @@ class Targets:
         self._ends_C2 = torch.tensor([[cost.smallest / cost.full, 1.0] for cost in costs])
 
     def draw(self, count: int, generator: torch.Generator, power: float = 1.0) -> Tensor:
-        """Draw random targets [T, C], stratified over each cost's range: one from each of T equally likely parts of the range.
+        """Draw random targets [T, C]. Each cost's targets are stratified: one from each of T equally likely parts of its range.
 
         Args:
             count: number T of targets.
@@ -88,9 +93,6 @@ class Targets:
         return torch.stack(columns, -1)
 
     def shares(self, targets_TC: Tensor) -> list[list[float]]:
-        """Convert targets [T, C], 0 (smallest network) to 1 (full model), into shares of the full model's costs, T lists of C.
-
-        Costs on the same scale are converted in the same way.
-        """
+        """Convert targets [T, C] into budgets as shares of the full model's costs: T lists of C numbers."""
         low_C, high_C = self._ends_C2.to(targets_TC.device).T
         return (low_C + targets_TC * (high_C - low_C)).tolist()

@@ -1,4 +1,4 @@
-"""Gumbel-softmax router over all axes, trained together with the model (LLaMaFlex): from a budget to hidden size, depth, widths.
+"""Gumbel-softmax router, trained together with the model (LLaMaFlex): for a budget it chooses hidden size, depth and widths.
 
 A choice is argmax(logits + Gumbel noise), with independent noise for every choice and network. Most networks of a step are
 computed with real slices and train the model only. The first few are weighted networks, computed with masks (layers/weighted.py),
@@ -57,9 +57,10 @@ class GumbelLearner(RouterLearner, WeightLearner):
         self.has_LK = torch.tensor(has_LK, dtype=torch.float32)
 
     def networks(self, step: int) -> list[SubNetwork | Weights]:
-        """Draw targets, and a network for each: the first `weighted_per_step` as weighted networks, the others as sub-networks.
+        """Draw `targets_per_step` budgets at random, and for each a network by Gumbel-softmax, without the full model.
 
-        A weighted network is given by a weight for every candidate (`WeightedNetwork.of`). Call once a step, on the main process.
+        The first `weighted_per_step` are returned as a weight for every candidate (`WeightedNetwork.of`), because their gradients
+        train the router; the others are sub-networks. Call once a step, on the main process.
         """
         generator = self._generator(step, DRAW)
         with torch.no_grad():
@@ -100,15 +101,21 @@ class GumbelLearner(RouterLearner, WeightLearner):
         }
 
     def _relaxed(self, targets_TC: Tensor, noise_TNK: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Choices for each target, both [T, N, K]: relaxed, softmax((logits + noise) / temperature), and one-hot, its argmax.
+        """(relaxed, one-hot) choices for each target, [T, N, K] each: softmax((logits + noise) / temperature), and its argmax.
 
-        step: sets the temperature.
+        Args:
+            targets_TC: targets of the networks.
+            noise_TNK: Gumbel noise.
+            step: number of the step, which gives the temperature.
         """
         soft_TNK = ((self.routers(targets_TC) + noise_TNK) / self._annealed(self.settings.temperature, step)).softmax(-1)
         return soft_TNK, torch.nn.functional.one_hot(soft_TNK.argmax(-1), soft_TNK.shape[-1]).float()
 
     def _weights(self, choice_NK: Tensor) -> tuple[Tensor, ...]:
-        """One network's choices as fields of a WeightedNetwork: hidden sizes [H], layers [L], and each layer axis [L, K]."""
+        """Choices of one network as weights of a WeightedNetwork: of hidden sizes [H], layers [L], and each layer axis [L, K].
+
+        choice_NK: relaxed or one-hot choices.
+        """
         space, layers = self.choices.space, self.choices.model.num_layers
         columns = zip(*(self.choices.rows([layer]) for layer in range(layers)), strict=True)
         widths = [
@@ -117,7 +124,7 @@ class GumbelLearner(RouterLearner, WeightLearner):
         return choice_NK[0, : len(space.hidden_size)], self.has_LK @ choice_NK[1, : len(space.depth)], *widths
 
     def _spent(self, choice_TNK: Tensor) -> Tensor:
-        """Costs [T, C] of weighted choices, as shares of the span from the smallest network's cost to the full model's."""
+        """Costs [T, C] of relaxed or one-hot choices, scaled to 0 at the smallest network's cost and 1 at the full model's."""
         spent = []
         for choice_NK in choice_TNK:
             hidden_H, layers_L, *widths = self._weights(choice_NK)
@@ -126,6 +133,7 @@ class GumbelLearner(RouterLearner, WeightLearner):
         return torch.stack(spent)
 
     def _noise(self, count: int, generator: torch.Generator) -> Tensor:
+        """Independent Gumbel noise [T, N, K] for `count` networks."""
         shape = (count, *self.routers.exists_NK.shape)
         return -torch.log(-torch.log(torch.rand(shape, generator=generator).clamp(1e-9, 1 - 1e-7)))
 

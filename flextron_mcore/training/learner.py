@@ -31,7 +31,7 @@ class Learner(ABC):
         needs_backward: True if the training signal is a gradient, so that a step needs backward passes.
     """
 
-    needs_backward: bool = True  # True if the signal is a gradient: the backward pass then runs on a frozen model too
+    needs_backward: bool = True  # the loop runs backward passes then even if the model is frozen
 
     @abstractmethod
     def write(self, folder: Path) -> None:
@@ -46,7 +46,7 @@ class Learner(ABC):
 
 
 class LossLearner(Learner):
-    """Learner whose only training signal is losses, through a surrogate model of them (Flextron, eq. 10).
+    """Learner whose only training signal is the losses of networks, which a surrogate model is fitted to (Flextron, eq. 10).
 
     `learn` runs on the main process.
     """
@@ -64,7 +64,7 @@ class LossLearner(Learner):
 
 
 class GateLearner(Learner):
-    """Learner whose training signal is gradients of router gates: scalars of value 1 that multiply the outputs of blocks.
+    """Learner whose training signal is gradients of router gates: scalars of value 1 that multiply blocks' outputs.
 
     `learn` runs on the main process.
     """

@@ -1,4 +1,4 @@
-"""Log of a training run: log.jsonl, TensorBoard, and the progress bar."""
+"""Log of a training run: log.jsonl, TensorBoard events, and lines or a progress bar on the terminal."""
 
 from __future__ import annotations
 
@@ -28,11 +28,15 @@ class Log:
         out: directory of the run.
         step: step of the checkpoint that the run continues from, 0 for a new run. Later rows of an old log are dropped.
         settings: settings of the run.
+
+    Attributes:
+        first_validation: {network: loss in nats per token} of the validation before the first step; {} if there was none.
+        last_validation: {network: loss in nats per token} of the validation after `step`; {} if there was none.
     """
 
     def __init__(self, out: Path, step: int, settings: LoopSettings) -> None:
         self.first_validation: dict[str, float] = {}
-        self.last_validation: dict[str, float] = {}  # after `step`, if that step was validated
+        self.last_validation: dict[str, float] = {}
         self.active, self.stage = is_main_process(), settings.stage
         if not self.active:
             return
@@ -60,7 +64,10 @@ class Log:
             self._say(f"{self.stage}: continuing after step {step}")
 
     def train(self, row: dict[str, Any]) -> None:
-        """Write the figures of a training step to log.jsonl, TensorBoard and the terminal."""
+        """Write a training step to log.jsonl, TensorBoard and the terminal.
+
+        row: {"step", "event": "train", "loss", "tokens_per_second"} and further figures of the step; losses in nats per token.
+        """
         if not self.active:
             return
         self._write(row)
@@ -94,7 +101,7 @@ class Log:
                     self.board.add_scalar(f"train/{name}", row[name], row["step"])
 
     def validating(self, step: int, passes: int) -> Progress:
-        """Progress bar of a validation.
+        """Make a progress bar for a validation.
 
         Args:
             step: training step after which the validation runs.
@@ -103,11 +110,15 @@ class Log:
         return Progress(total=passes, desc=f"{self.stage}: validation after step {step}", unit="evaluation", leave=False)
 
     def validation(self, row: dict[str, Any]) -> None:
-        """Write the losses of a validation to log.jsonl, TensorBoard and the terminal."""
+        """Write a validation to log.jsonl, TensorBoard and the terminal.
+
+        row: {"step", "event": "validation", "losses": {network: mean over domains}, "domains": {network: {domain: loss}}}, losses
+        in nats per token.
+        """
         if not self.active:
             return
         if row["step"] == self.first:
-            self.begun = time.monotonic()  # the time left is that of steps
+            self.begun = time.monotonic()  # the remaining time is estimated from steps only
         self._write(row)
         text = "  ".join(f"{name} {loss:.3f}" for name, loss in row["losses"].items())
         self._say(f"{self.stage}: validation after step {row['step']}: {text}")
@@ -136,7 +147,7 @@ class Log:
 
 
 def _whole_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log, without damaged lines: a killed run may leave its last line cut short."""
+    """Rows of a log file, without damaged lines (a killed run may leave half a line); [] if there is no file."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

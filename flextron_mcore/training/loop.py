@@ -1,8 +1,8 @@
-"""Training loop of all phases.
+"""Training loop, shared by all stages that train. A stage describes with a `Phase` which networks a step runs and what learns.
 
-A step runs every micro-batch through the full model and the sub-networks of the phase. Unless the phase freezes them, the weights
+A step runs every micro-batch through the full model and the sub-networks of the step. Unless the phase freezes them, the weights
 minimise the sum over networks of their mean losses: sum_j L(M_j(x), y) (Flextron, eq. 5). A learner trains routers beside the
-model, from its own signal.
+model, from losses, gradients or traces.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ Chunks = list[torch.nn.Module]
 
 @dataclass
 class Phase:
-    """Training phase: the networks that a step runs, and the parts that learn from them.
+    """Description of a training: the networks that a step runs, and the parts that learn from them.
 
-    Its functions are called on all ranks and return the same there.
+    The functions are called on all ranks and return the same networks on each.
 
     Attributes:
         networks: function from a step to the networks that it runs, the full model (None) first.
         validation: function from a step to {name: network} to validate after it.
-        teach: settings of the distillation from the full model to the sub-networks of the same step; none at weight 0.
+        teach: settings of the distillation from the full model to the sub-networks of the same step; weight 0: no distillation.
         learner: routers in training, None without.
         frozen: True if the weights stay as they are and only `learner` learns.
         after: {step: function of the model in evaluation mode}, called before the validation and the checkpoint of that step. A
@@ -72,9 +72,10 @@ class Phase:
 def train(
     settings: LoopSettings, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int
 ) -> dict[str, Any]:
-    """Train until trainer.max_steps and return the content of metrics.json. Call on all ranks.
+    """Train until trainer.max_steps and return the results for metrics.json. Call on all ranks.
 
-    An interrupted run continues from its newest complete checkpoint in `out`. Raises FlextronError if a loss is not finite.
+    An interrupted run continues from its newest complete checkpoint in `out`. Raises FlextronError if a loss is not finite, for a
+    damaged checkpoint and for a full disk; raises signals.Stopped, with a checkpoint written, at a signal or trainer.max_time.
 
     Args:
         settings: settings of the stage.
@@ -89,7 +90,7 @@ def train(
 
 
 class _Run:
-    """Training run on this rank."""
+    """One training run, as this rank sees it: model, data, checkpoints and log."""
 
     def __init__(
         self, settings: LoopSettings, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int
@@ -118,7 +119,7 @@ class _Run:
             self.checkpointer = TrainingCheckpointer(out, saving.keep_last, phase.learner, self.trained, saving.async_save)
 
     def train(self) -> dict[str, Any]:
-        """Run the remaining steps, and return the figures of metrics.json."""
+        """Run the remaining steps, and return the results for metrics.json."""
         if is_main_process():
             remove_unfinished(self.out)
         step, done = 0, list_checkpoints(self.out)
@@ -131,7 +132,7 @@ class _Run:
         validation: dict[str, Any] = {"first": log.first_validation, "last": {}}
         if step == 0 and self.trainer.val_at_start:
             validation["first"] = self._validate(0, log)
-        if step == self.trainer.max_steps:  # killed after its last checkpoint
+        if step == self.trainer.max_steps:  # complete but for metrics.json: killed after its last checkpoint
             logged = on_main_process(lambda: log.last_validation)
             validation["last"] = logged or self._validate(step, log)
         self._training_mode()
@@ -182,7 +183,10 @@ class _Run:
         }
 
     def _step(self, step: int, log: Log) -> None:
-        """Run one step: forward and backward passes, the weights' update, the learner's update, and a row of the log."""
+        """Run one step: forward and backward passes, update of weights and learner, and a row of the log.
+
+        step: number of steps before this one.
+        """
         begun = time.perf_counter()
         seed_step(self.settings.seed, step)
         networks, learner = self.phase.networks(step), self.phase.learner
@@ -219,7 +223,17 @@ class _Run:
     def _learn(
         self, step: int, losses: list[float], networks: list[Network], gates: list[list[Tensor] | None] | None, tokens: float
     ) -> Figures:
-        """Gather the learner's signal on all ranks, update the learner, and return its figures (on the main process)."""
+        """Sum the learner's training signal over ranks, update the learner, and return its figures for the log.
+
+        Learners of static routers run on the main process; other ranks get {}.
+
+        Args:
+            step: number of steps before this one.
+            losses: loss of each network in nats per token, the full model first.
+            networks: networks of the step.
+            gates: router gates of each network, for a GateLearner; else None.
+            tokens: number of tokens of the step.
+        """
         learner, parallel, here = self.phase.learner, self.options.sequence_parallel, is_main_process()
         match learner:
             case LossLearner():
@@ -235,7 +249,7 @@ class _Run:
         return {}
 
     def _batches(self, step: int) -> Iterator[Batch]:
-        """Micro-batches of this rank. They depend on the step only."""
+        """Micro-batches of this rank in a step. They depend on the step only."""
         size = self.options.micro_batch_size
         first = step * self.options.global_batch_size
         for m in range(self.micro_batches):
@@ -243,6 +257,7 @@ class _Run:
             yield batch(self.train_data, range(start, start + size))
 
     def _validate(self, step: int, log: Log) -> dict[str, float]:
+        """Evaluate the phase's validation networks after a step: {network: loss in nats per token, mean over domains}."""
         size, limit = self.options.micro_batch_size, self.trainer.limit_val_batches
         samples = limit and limit * self.options.global_batch_size
         with self._gathered():
@@ -254,6 +269,7 @@ class _Run:
         return losses
 
     def _gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which all parameters are whole on this rank (`TrainedModel.gathered`); a frozen model's always are."""
         return self.trained.gathered() if self.trained else contextlib.nullcontext()
 
     def _training_mode(self) -> None:

@@ -1,4 +1,4 @@
-"""Base class of static routers in training: targets, choices of a step, entropy, optimizer, and state on disk.
+"""Base class for training static routers: targets and networks of a step, entropy, optimizer, and state on disk.
 
 Shape suffixes: T targets, C constrained costs, N choices, K candidates.
 """
@@ -42,7 +42,7 @@ DRAW, LEARN = 0, 1  # streams of random numbers of a step
 
 @dataclass(frozen=True)
 class RouterTraining:
-    """Description of a training of static routers: choices, costs, seed and length.
+    """Parameters of a training of static routers: choices, costs, seed and number of steps.
 
     Attributes:
         choices: choices that the routers make.
@@ -63,7 +63,7 @@ class RouterTraining:
     table: Mapping[str, Any] | None = None
 
     def new_routers(self) -> StaticRouters:
-        """Untrained routers, initialised from torch's current random state."""
+        """Make untrained routers with random weights from torch's current random state."""
         return StaticRouters(self.choices, len(self.costs), self.info.hidden_size)
 
 
@@ -90,7 +90,7 @@ class RouterLearner(Learner):
         self.optimizer = torch.optim.Adam(self.routers.parameters(), lr=settings.lr, betas=(0.9, 0.99))
 
     def _seeded(self) -> None:
-        """Build a subclass's own modules with random weights. The constructor calls it after seeding torch."""
+        """Build a subclass's further modules with random weights. The constructor calls it after torch got the run's seed."""
 
     # Choices of the current routers, without noise.
 
@@ -136,26 +136,33 @@ class RouterLearner(Learner):
         return torch.Generator().manual_seed(int(value))
 
     def _entropy(self, logits_TNK: Tensor, step: int) -> Tensor:
-        """Entropy of the routers' probabilities, averaged over targets, summed over choices, times a decreasing weight.
+        """Entropy of the routers' probabilities, summed over choices, averaged over targets, times a weight that falls by step.
 
-        With it the optimal probabilities are proportional to exp(-loss / weight), so second-best candidates keep an order.
+        Subtracted from the loss, it makes the optimal probabilities proportional to exp(-loss / weight), so that candidates that
+        are not the best keep an order, too.
         """
         weight = self._annealed(self.settings.entropy, step)
         log_p_TNK = logits_TNK.log_softmax(-1).masked_fill(~self.routers.exists_NK, 0.0)
         return -weight * (log_p_TNK.exp() * log_p_TNK * self.routers.exists_NK).sum((-1, -2)).mean()
 
     def _annealed(self, ends: tuple[float, float], step: int) -> float:
-        """Value at `step` of a geometric schedule from the first to the last of `ends`."""
+        """Value at `step` of a schedule that falls geometrically from ends[0] at the first step to ends[1] at the last."""
         first, last = ends
         return first * (last / first) ** (step / self.training.max_steps)
 
     def _update(self, loss: Tensor) -> None:
+        """Take one optimizer step of the routers on `loss`."""
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
     def _figures(self, targets_TC: Tensor, indices_TN: Tensor) -> Figures:
-        """Targets and costs of the step's networks, as shares of the full model's."""
+        """{"targets": budgets, "costs": costs} of a step's networks, a list of shares of the full model's costs for each network.
+
+        Args:
+            targets_TC: targets of the networks, 0 (smallest network's cost) to 1 (full model's).
+            indices_TN: candidate that each choice takes.
+        """
         networks = map(self.choices.network, indices_TN.tolist())
         return {
             "targets": self.targets.shares(targets_TC),
@@ -175,7 +182,7 @@ class RouterLearner(Learner):
         self._restore(load_state(folder / STATE_FILE))
 
     def _state(self) -> dict[str, Any]:
-        """State needed to continue training: {name: module, optimizer or plain value}."""
+        """State that a continued training needs: {name: module, optimizer, tensor or plain value}."""
         return {"routers": self.routers, "optimizer": self.optimizer}
 
     def _restore(self, state: Mapping[str, Any]) -> None:

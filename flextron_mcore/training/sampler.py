@@ -17,7 +17,7 @@ MODES = ("flextron", "matformer")
 def draw(
     model: ModelConfig, space: ElasticSpace, seed: int, step: int, count: int, mode: str = "flextron", stream: int = 0
 ) -> list[SubNetwork]:
-    """Draw the random sub-networks of a step. Raises FlextronError for an unknown mode.
+    """Draw the random sub-networks of a step, `count` of them. Raises FlextronError for an unknown mode.
 
     Args:
         model: architecture of the full model.

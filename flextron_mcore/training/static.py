@@ -31,10 +31,10 @@ LARGE = 2.0
 
 
 class StaticLearner(RouterLearner):
-    """Base class of learners for static routers, which choose a candidate of each block for all tokens.
+    """Base class of learners of static routers, which choose one candidate of each block for all tokens.
 
-    For each block the routers minimise the expected loss over the block's candidates, while all other blocks keep their drawn
-    candidates.
+    Candidates are drawn from the routers' probabilities. For each block the routers then minimise the expected loss over the
+    block's candidates, while all other blocks keep the drawn ones.
 
     Args:
         training: choices, costs with a target, seed and length of the training.
@@ -52,7 +52,10 @@ class StaticLearner(RouterLearner):
         self.drawn: tuple[Tensor, Tensor] | None = None
 
     def networks(self, step: int) -> list[SubNetwork]:
-        """Draw targets, and for each a sub-network from the routers' probabilities. Call once a step, on the main process."""
+        """Draw `targets_per_step` budgets at random, and for each a sub-network from the routers' probabilities.
+
+        Call once a step, on the main process.
+        """
         generator = self._generator(step, DRAW)
         with torch.no_grad():
             targets_TC = self.targets.draw(self.training.targets_per_step, generator, LARGE)
@@ -61,13 +64,13 @@ class StaticLearner(RouterLearner):
         return [self.choices.network(row) for row in indices_TN.tolist()]
 
     def _add(self, losses: Sequence[float]) -> Tensor:
-        """Store and return the degradations [T] of the drawn networks. losses: the full model's first."""
+        """Store and return the degradations [T] of the drawn networks. losses: nats per token, the full model's first."""
         degradation_T = (torch.tensor(losses[1:], dtype=torch.float64) - losses[0]).float()
         self.losses.append(degradation_T)
         return degradation_T
 
     def _scale(self) -> float:
-        """Mean degradation of all steps so far."""
+        """Mean degradation of the networks of all steps so far, in nats per token, at least 1e-6."""
         return float(torch.cat(self.losses).mean().clamp_min(1e-6))
 
     def _choose(self, logits_TNK: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,7 +79,13 @@ class StaticLearner(RouterLearner):
         return (logits_TNK - torch.log(-torch.log(uniform_TNK))).argmax(-1)
 
     def _constraint(self, indices_TN: Tensor, targets_TC: Tensor, step: int) -> Tensor:
-        """Constraint loss [T, N, K] (Flextron, eq. 8) of each candidate of each block, if all other blocks keep `indices_TN`."""
+        """Constraint loss [T, N, K] (Flextron, eq. 8) of the network with candidate k in block n, the other blocks as drawn.
+
+        Args:
+            indices_TN: drawn candidate of each block.
+            targets_TC: targets of the networks.
+            step: number of the step.
+        """
         spent_TCNK = self.spent_CNK.expand(len(indices_TN), -1, -1, -1)
         now_TCN1 = spent_TCNK.gather(-1, indices_TN[:, None, :, None].expand(-1, len(self.costs), -1, -1))
         over_TC = now_TCN1.sum((-1, -2)) + self.start_C - targets_TC
@@ -94,7 +103,15 @@ class StaticLearner(RouterLearner):
 
     @staticmethod
     def _mean_constraint(constraint_TNK: Tensor, indices_TN: Tensor) -> float:
-        """Constraint loss of the drawn choices; equal for every block's chosen candidate."""
+        """Mean over targets of the drawn networks' constraint loss.
+
+        The entries [t, n, k] of the drawn candidates k are equal for all blocks n, because each is the loss of the network as it
+        was drawn; so block 0 is read.
+
+        Args:
+            constraint_TNK: result of `_constraint`.
+            indices_TN: drawn candidate of each block.
+        """
         return float(constraint_TNK[:, 0].gather(-1, indices_TN[:, :1]).mean())
 
     def _state(self) -> dict[str, Any]:
@@ -131,7 +148,7 @@ class SurrogateLearner(StaticLearner, LossLearner):
     Args:
         training: choices, costs with a target, seed and length of the training.
         settings: learning rate, entropy and constraint weight.
-        surrogate: size and training of the surrogate model, and the error below which routers follow it.
+        surrogate: size and training of the surrogate model, and the error below which the routers learn from it.
     """
 
     def __init__(self, training: RouterTraining, settings: RouterSettings, surrogate: SurrogateSettings) -> None:
@@ -161,7 +178,19 @@ class SurrogateLearner(StaticLearner, LossLearner):
         return {**self._figures(targets_TC, indices_TN), **figures, "constraint_loss": constraint}
 
     def _fit(self, step: int, indices_TN: Tensor, degradation_T: Tensor, scale: float, generator: torch.Generator) -> Figures:
-        """Measure the surrogate's error on the new pairs, then update it on pairs drawn from all steps."""
+        """Measure the surrogate's error on the networks of this step, then train it on networks drawn from all steps.
+
+        Returns for the log {"surrogate_loss": mean squared error on this step's networks, in nats squared, "surrogate_error":
+        running mean of this divided by the variance of all degradations, "routers_follow_surrogate": True if the error is below
+        the threshold and enough networks were evaluated}.
+
+        Args:
+            step: number of the step.
+            indices_TN: candidates of this step's networks.
+            degradation_T: their degradations.
+            scale: mean degradation so far.
+            generator: source of random numbers.
+        """
         settings, indices_BN, losses_B = self.surrogate_settings, torch.cat(self.indices), torch.cat(self.losses)
         with torch.no_grad():
             l2 = float(((self.surrogate(self._one_hot(indices_TN)) - degradation_T) ** 2).mean())
@@ -180,7 +209,17 @@ class SurrogateLearner(StaticLearner, LossLearner):
         return {"surrogate_loss": l2, "surrogate_error": self.error, "routers_follow_surrogate": follow}
 
     def _follow(self, step: int, scale: float, follow: bool, generator: torch.Generator) -> float:
-        """Update the routers once, on new targets. Without `follow` they get the constraint loss only. Returns that loss."""
+        """Take one optimizer step of the routers, on newly drawn budgets and networks, which are not run through the model.
+
+        The loss is the constraint loss, minus the entropy term, and with `follow` plus the degradation that the surrogate model
+        predicts. Returns the mean constraint loss of the drawn networks.
+
+        Args:
+            step: number of the step.
+            scale: mean degradation so far, which sets the unit of predicted degradations.
+            follow: True if the surrogate's error is small enough for the routers to learn from it.
+            generator: source of random numbers.
+        """
         targets_TC = self.targets.draw(self.settings.batch_size, generator)
         logits_TNK = self.routers(targets_TC)
         indices_TN = self._choose(logits_TNK.detach(), generator)
@@ -195,11 +234,15 @@ class SurrogateLearner(StaticLearner, LossLearner):
         return self._mean_constraint(constraint_TNK, indices_TN)
 
     def _one_hot(self, indices_BN: Tensor) -> Tensor:
+        """Convert candidate indices [B, N] to one-hot rows [B, N, K], the surrogate's input."""
         return torch.nn.functional.one_hot(indices_BN, self.routers.exists_NK.shape[1]).float()
 
     @staticmethod
     def _typical(losses_B: Tensor, scale: float) -> Tensor:
-        """Unit of degradations: small differences between large networks then count like large ones between small networks."""
+        """Size [B] that degradations are divided by in losses: |degradation| + 0.3 * scale, without a gradient.
+
+        Large networks differ less from each other than small ones; divided by this, both count about the same.
+        """
         return losses_B.detach().abs() + 0.3 * scale
 
     def _state(self) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_training_goes_on_from_its_own_checkpoint(chain, axes, tmp_path):
     [
         ("gumbel", ["router.weighted_per_step=4"], "router.weighted_per_step=4 is not within 1 and targets_per_step=3"),
         ("gumbel", ["router.temperature=[1,0]"], "must be a list of 2 numbers, each above 0"),
-        ("gumbel", ["costs=latency", "latency=null"], "costs: 'latency' is not known here: give latency="),
+        ("gumbel", ["costs=latency", "latency=null"], "costs: 'latency' is not available here: give latency="),
         ("router", [], r"space.hidden_size is elastic, \[16, 24, 32\], and `flextron router` chooses heads and neurons only"),
         ("sensitivity", [], "`flextron sensitivity` chooses heads and neurons only"),
         ("compare", ["selectors=[sensitivity]"], "selector=sensitivity chooses heads and neurons only"),

@@ -199,7 +199,7 @@ def test_what_an_earlier_version_wrote_opens_with_a_warning_and_is_recorded(run,
     keys = [f"checkpoint={root}/elastic", f"data={root}/data", "limit_val_batches=1"]
     warnings = stage("evaluate", *keys, f"out={tmp_path}/one")["warnings"]
     assert [text.split(" ")[0] for text in warnings] == [f"{root}/elastic", f"{root}/data"]
-    assert "is of an earlier version, which recorded no digests" in capsys.readouterr().out
+    assert "was written by an earlier version, which recorded no digests" in capsys.readouterr().out
     with pytest.raises(FlextronError, match="which recorded no digests"):
         stage("verify", f"path={root}")
     stage("verify", f"path={root}", "accept=true")
@@ -235,5 +235,7 @@ def test_a_broken_description_of_a_checkpoint_cannot_be_accepted(run, tmp_path):
     shutil.copytree(run / "parent", tmp_path / "parent")
     file = open_checkpoint(tmp_path / "parent").path / "flextron.json"
     file.write_text("{")
-    with pytest.raises(FlextronError, match="flextron.json: is damaged, and holds what nothing else holds: bring it back"):
+    with pytest.raises(
+        FlextronError, match="flextron.json: is damaged, and cannot be made again from other files: bring it back"
+    ):
         stage("verify", f"path={tmp_path}/parent", "accept=true")

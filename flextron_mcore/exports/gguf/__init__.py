@@ -74,9 +74,10 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def tolerance(job: Job) -> float:
-    """Largest difference between logits of the export and of the checkpoint that rounding explains.
+    """Largest absolute difference between logits of the export and of the checkpoint that rounding explains.
 
-    Rounding of fp32 sums, and of the weights for types other than f32.
+    Sums in fp32 are rounded, and for types other than f32 the weights, too. Both parts grow with the estimated standard deviation
+    of the logits (_ROUNDING).
     """
     scale, kind = _logit_scale(job), _type(job)
     return 1e-4 * max(1.0, scale) + _ROUNDING.get(kind, 0.0) * scale
@@ -126,6 +127,10 @@ def _architecture(model: ModelConfig, net: SubNetwork) -> str:
 
 
 def _type(job: Job) -> str:
+    """GGUF type of the weight matrices: gguf.type, by default f32 in an fp32 export, else f16.
+
+    Raises FlextronError if gguf.type and dtype are both set.
+    """
     kind = job.settings.type if job.settings else None
     if kind is None:
         return "f32" if job.dtype == "fp32" else "f16"

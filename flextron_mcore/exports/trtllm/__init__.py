@@ -66,6 +66,7 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def _tolerance(job: Job) -> float:
+    """Largest absolute difference of logits that rounding, or an activation that TensorRT-LLM approximates, explains."""
     return max(rounding(job), 0.05) if job.info.model.activation in APPROXIMATED else rounding(job)
 
 

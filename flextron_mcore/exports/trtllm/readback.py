@@ -76,7 +76,15 @@ def checkpoint_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def _read(files: Sequence[Any], start: str, role: str, kind: str, mlp: str = "mlp") -> torch.Tensor | None:
-    """Tensor of a pipeline stage with ranks merged, None if the stage has none."""
+    """Tensor in fp32, with the parts of tensor-parallel ranks joined; None if the files do not have it.
+
+    Args:
+        files: opened safetensors file of each tensor-parallel rank of a pipeline stage.
+        start: start of the tensor's name, such as "transformer.layers.0."; "" outside of layers.
+        role: key of _NAMES.
+        kind: "weight" or "bias".
+        mlp: name of the MLP module in the files.
+    """
     theirs, *axes = _NAMES[role]
     name, axis = f"{start}{theirs.replace('mlp.', mlp + '.')}.{kind}", axes[kind == "bias"]
     if name not in files[0].keys():
@@ -90,7 +98,16 @@ def _read(files: Sequence[Any], start: str, role: str, kind: str, mlp: str = "ml
 
 
 def _read_qkv(config: Mapping[str, Any], files: Sequence[Any], layer: int, name: str) -> dict[str, torch.Tensor | None]:
-    """{query, key, value: tensor} of a layer, with ranks merged."""
+    """{"query", "key", "value": tensor} of one layer in fp32, with the parts of tensor-parallel ranks joined.
+
+    Each is None if the files have no tensor `name`, such as the bias of a model without biases.
+
+    Args:
+        config: content of config.json.
+        files: opened safetensors file of each tensor-parallel rank of the layer's pipeline stage.
+        layer: index of the layer in the model.
+        name: name of the fused QKV weight or bias in the files.
+    """
     if name not in files[0].keys():
         return dict.fromkeys(_PARTS)
     tp, size, heads, kv_heads = len(files), *(config[key] for key in ("head_size", "num_attention_heads", "num_key_value_heads"))
@@ -103,6 +120,7 @@ def _read_qkv(config: Mapping[str, Any], files: Sequence[Any], layer: int, name:
 
 
 def _frequencies(config: Mapping[str, Any]) -> torch.Tensor:
+    """Rotary frequencies [channels / 2] with the scaling in config.json. config: content of config.json."""
     channels = int(config["head_size"] * config.get("rotary_pct", 1.0))
     frequency_I, scaling = frequencies(config["rotary_base"], channels), config["rotary_scaling"]
     if not scaling:

@@ -115,7 +115,16 @@ def hidden_keys(levels_SB: Tensor, level_h: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Forward pass of a token-routed attention. present: runs of heads that any token uses. context: KV cache, or None."""
+    """Forward pass of an attention with a level for every token.
+
+    Attributes:
+        module: attention whose weights are used.
+        hidden_states: input [S, B, C].
+        levels_SB: level of each token: index of its candidate, -1 for padding.
+        position: positions of the tokens and their rotary embedding.
+        present: runs of heads that any token uses.
+        context: Megatron-Core's static KV cache; None to compute without.
+    """
 
     module: ElasticSelfAttention
     hidden_states: Tensor
@@ -245,10 +254,12 @@ class _Pass:
         return self.module.linear_proj([values_NGQH.flatten(1)], [part], PrefixRows(None, [tokens]), self.levels_SB.shape)
 
     def _rows(self, heads: list[tuple[slice, slice]]) -> tuple[Selection, Selection]:
+        """Slices of linear_qkv's weight and bias for some heads (`HeadLayout.rows`), with all hidden channels."""
         channels = self.module.linear_qkv.weight.shape[1]
         return self.module.layout.rows(heads, channels, channels)
 
     def _columns(self, groups: slice, queries: slice) -> Selection:
+        """Slice of linear_proj's weight for some heads (`HeadLayout.columns`), with all hidden channels."""
         channels = self.module.linear_proj.weight.shape[0]
         return self.module.layout.columns(groups, queries, channels, channels)
 
@@ -288,7 +299,7 @@ def _attend_up_to(module: ElasticSelfAttention, query: Tensor, key: Tensor, valu
 
 
 def _cached(module: ElasticSelfAttention, context: BaseInferenceContext, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Append to Megatron-Core's KV cache of the layer, and return all its keys and values so far."""
+    """Append keys and values to Megatron-Core's KV cache of the layer, and return all of them so far, [T, B, G, H] each."""
     memories, start = context.key_value_memory_dict, context.sequence_len_offset
     if module.layer_number not in memories:
         shape = context.max_sequence_length, context.max_batch_size, key.shape[-1], key.dtype

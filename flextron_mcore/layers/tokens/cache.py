@@ -22,7 +22,7 @@ class OwnCache:
     Attributes:
         counts_B: number of cached tokens of each sequence.
         same: number of cached tokens if it is the same in all sequences, else None.
-        keys, values: [room, B, g, H]; None while empty.
+        keys, values: [room, B, g, H], with room for more tokens than are cached; None while the cache is empty.
     """
 
     counts_B: Tensor
@@ -59,12 +59,14 @@ class OwnCache:
         return self.keys[:needed], self.values[:needed], hidden
 
     def _make_room(self, needed: int, key: Tensor, value: Tensor) -> None:
+        """Enlarge keys and values to room for `needed` tokens. key, value: tensors with the other dimensions and the dtype."""
         if self.keys is None or needed > len(self.keys):
             room = -(-needed // self.ROOM) * self.ROOM
             self.keys, self.values = (_grown(old, room, new) for old, new in ((self.keys, key), (self.values, value)))
 
 
 def _grown(old: Tensor | None, room: int, like: Tensor) -> Tensor:
+    """Tensor with `room` rows, which begins with the rows of `old`; other dimensions and dtype are those of `like`."""
     new = like.new_zeros(room, *like.shape[1:])
     if old is not None:
         new[: len(old)] = old

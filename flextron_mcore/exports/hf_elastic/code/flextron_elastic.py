@@ -37,7 +37,7 @@ class ElasticForCausalLM:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load an exported directory: arguments and result as in transformers."""
+        """Load an exported directory as transformers does, with its tables of sub-networks and its routers, if it has any."""
         hub = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -49,7 +49,14 @@ class ElasticForCausalLM:
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the full model and the files of its sub-networks: arguments as in transformers."""
+        """Save the full model as transformers does, whatever network is set, and the tables of sub-networks and routers.
+
+        The directory can be loaded again with `from_pretrained`.
+
+        Args:
+            save_directory: directory to write to.
+            args, kwargs: further arguments of transformers' save_pretrained.
+        """
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.family is not None:
             shutil.copyfile(self.family_file, Path(save_directory) / FAMILY_FILE)
@@ -57,6 +64,7 @@ class ElasticForCausalLM:
                 shutil.copyfile(self.routers_file, Path(save_directory) / ROUTERS_FILE)
 
     def _known(self):
+        """Family of sub-networks of the exported directory. ValueError for a model that was not loaded from one."""
         if self.family is None:
             raise ValueError(
                 "this model was not loaded from an exported directory, so it has no sub-networks: use from_pretrained"
@@ -117,8 +125,8 @@ class ElasticForCausalLM:
         """Second handle on the same weights, with its own network. Both can be used in turn, each with its own KV cache.
 
         Args:
-            budget: budget as for `set_budget`.
-            network: sub-network as for `set_subnetwork`, instead of a budget.
+            budget: budget, such as 0.6 or "25ms" (see `set_budget`); None: the full model.
+            network: sub-network as a dict (see `set_subnetwork`), instead of a budget.
             options: further arguments of `set_budget` or `set_subnetwork`.
         """
         view = copy.copy(self)
@@ -141,7 +149,7 @@ class ElasticForCausalLM:
 
     @property
     def subnetwork(self):
-        """Current sub-network, a dict as for `set_subnetwork`; None if routers choose for every token."""
+        """Current sub-network as a dict that `set_subnetwork` takes; None if routers choose for every token."""
         if self.adaptive:
             return None
         return copy.deepcopy(self._choice.network) if self._choice else self._known().full()
@@ -172,6 +180,7 @@ class ElasticForCausalLM:
         return {**found, "bytes": found["parameters"] * _BYTES.get(dtype, dtype.itemsize), "share": share}
 
     def _own(self, kv_policy, default="full"):
+        """True if only keys and values of the KV groups in use are written. ValueError for an unknown `kv_policy`."""
         policy = kv_policy or default
         if policy not in KV_POLICIES:
             raise ValueError(f"kv_policy={policy!r} is not known: use one of {', '.join(KV_POLICIES)}")
@@ -193,6 +202,7 @@ class ElasticForCausalLM:
         return self._made[index, own]
 
     def _token_choice(self, budget, kv_policy):
+        """TokenChoice whose average cost is the budget. ValueError without adaptive routers, or for a budget of another cost."""
         family = self.family
         if family.adaptive is None:
             raise ValueError("adaptive=True: this directory has no adaptive routers: use adaptive=False")
@@ -225,7 +235,7 @@ class ElasticForCausalLM:
 
         Args:
             input_ids: prompt, [1, S].
-            draft_budget: budget of the drafting network as for `set_budget`, or a network as for `set_subnetwork`.
+            draft_budget: budget (see `set_budget`) or dict (see `set_subnetwork`) of the network that drafts.
             draft_length: tokens drafted before they are verified.
             max_new_tokens: most tokens to generate.
             kwargs: further arguments of `generate`; do_sample is False by default.

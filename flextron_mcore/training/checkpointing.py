@@ -30,6 +30,7 @@ from flextron_mcore.runtime.compat import save_options
 from flextron_mcore.runtime.disk import check_space, disk_errors, plain_errors, publish, write_whole
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.runtime.unwrap import unwrap
+from flextron_mcore.space import count_parameters
 from flextron_mcore.training.build import TrainedModel
 from flextron_mcore.training.learner import Learner
 
@@ -145,7 +146,7 @@ class TrainingCheckpointer(Checkpointer):
         target = iteration_path(self.run, info.step)
         with self._aside(target) as aside:
             if is_main_process():
-                check_space(aside, self._bytes())
+                check_space(aside, self._bytes(info))
             torch.distributed.barrier()
             request = dist_checkpointing.save(
                 self._state(is_loading=False), str(aside), async_sharded_save=self.async_save, **save_options()
@@ -211,13 +212,13 @@ class TrainingCheckpointer(Checkpointer):
             self.queue.close()
             super().close()
 
-    def _bytes(self) -> int:
-        """Estimated bytes of this rank's part of a checkpoint.
+    def _bytes(self, info: CheckpointInfo) -> int:
+        """Estimated bytes of a checkpoint, which all ranks write together.
 
         It has the weights, Adam's two moments in fp32 and, with bf16, an fp32 copy of the weights.
         """
-        parameters = [parameter for gpt in self.chunks.values() for parameter in gpt.parameters()]
-        return sum(p.numel() * (8 if p.dtype == torch.float32 else 12) + p.nbytes for p in parameters)
+        weight = next(parameter for gpt in self.chunks.values() for parameter in gpt.parameters())
+        return count_parameters(info.model) * (12 if weight.dtype == torch.float32 else 14)
 
     def _state(self, is_loading: bool) -> dict[str, Any]:
         """Sharded state dict of model, optimizer and schedule. is_loading: True to read a checkpoint into it."""

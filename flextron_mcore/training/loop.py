@@ -215,7 +215,9 @@ class _Run:
             row |= self.trained.step()
         if not all(map(math.isfinite, losses)):
             cause = "training diverged, lower model.optim.lr" if self.trained else "the checkpoint's weights are not finite"
-            raise FlextronError(f"step {step + 1}: the loss is {losses[0]}: {cause}")
+            number, loss = next((i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss))
+            of = f"sub-network {number} of {len(losses) - 1}" if number else "the full model"
+            raise FlextronError(f"step {step + 1}: the loss of {of} is {loss}: {cause}")
         row |= self._learn(step, losses, networks, gates, total[0, 1].item())
         row["tokens_per_second"] = self.options.global_batch_size * self.seq_length / (time.perf_counter() - begun)
         log.train(row)

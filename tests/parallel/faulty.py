@@ -47,10 +47,12 @@ def terminate_launcher() -> None:
 
 def kill_launcher() -> None:
     os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(120)  # the watch ends this process: a training of a few steps would be complete before the watch looks
 
 
 def stop_launcher() -> None:
     os.kill(os.getppid(), signal.SIGSTOP)
+    time.sleep(120)
 
 
 def signal_group() -> None:

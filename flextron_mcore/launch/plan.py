@@ -79,6 +79,11 @@ class Job:
         return self.nodes * self.devices
 
     @property
+    def gpus(self) -> int:
+        """GPUs that the job holds, used or not: those that it asks for on each node, else one for each of its processes."""
+        return self.nodes * (self.cluster.gpus_per_node or self.devices)
+
+    @property
     def usable(self) -> int:
         """Seconds in which the job works: its time limit, or for a training the smaller of time limit and trainer.max_time."""
         limit = self.settings.trainer.max_time if self.trains else None

@@ -40,7 +40,7 @@ class RunSettings:
 
 @dataclass
 class GpuSettings:
-    """Section `cluster.gpu`: memory and speed of one GPU, for the estimates of memory and time."""
+    """Section `cluster.gpu`: memory, speed and price of one GPU, for the estimates (recipes: conf/gpu)."""
 
     memory: str | None = setting(
         None,
@@ -50,6 +50,9 @@ class GpuSettings:
     )
     peak_tflops: float | None = setting(
         None, "peak bf16 throughput of one GPU, for the estimate of hours; null: no estimate", unit="TFLOP/s", above=0
+    )
+    price: float | None = setting(
+        None, "price of one GPU, for the estimate of costs; null: no estimate", unit="dollars an hour", above=0
     )
 
 
@@ -118,7 +121,7 @@ class ClusterSettings:
 
 
 # Keys of `run` and `cluster` that cannot be set for one stage.
-OF_ALL_STAGES = ("name", "results_dir", "type", "use_container", "gpu.memory", "gpu.peak_tflops", "utilisation")
+OF_ALL_STAGES = ("name", "results_dir", "type", "use_container", "gpu.memory", "gpu.peak_tflops", "gpu.price", "utilisation")
 
 
 @dataclass
@@ -127,7 +130,13 @@ class LaunchSettings(StageSettings):
 
     stage: ClassVar[str] = "launch"
     # Without launch=NAME, the recipe of conf/launch with the name of the recipe in conf/model is used.
-    recipes: ClassVar[dict[str, str | None]] = {"cluster": "bcm", "model": "llama2/7b", "launch": "${model}", "recipe": None}
+    recipes: ClassVar[dict[str, str | None]] = {
+        "cluster": "bcm",
+        "gpu": None,
+        "model": "llama2/7b",
+        "launch": "${model}",
+        "recipe": None,
+    }
 
     out: str | None = path(None, "not used: results are in run.results_dir", role="output")
     stages: list[str] = setting(

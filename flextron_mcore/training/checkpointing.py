@@ -30,7 +30,7 @@ from flextron_mcore.runtime.compat import save_options
 from flextron_mcore.runtime.disk import check_space, disk_errors, plain_errors, publish, write_whole
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.runtime.unwrap import unwrap
-from flextron_mcore.space import count_parameters
+from flextron_mcore.space import ADAM_BYTES, count_parameters
 from flextron_mcore.training.build import TrainedModel
 from flextron_mcore.training.learner import Learner
 
@@ -217,8 +217,8 @@ class TrainingCheckpointer(Checkpointer):
 
         It has the weights, Adam's two moments in fp32 and, with bf16, an fp32 copy of the weights.
         """
-        weight = next(parameter for gpt in self.chunks.values() for parameter in gpt.parameters())
-        return count_parameters(info.model) * (12 if weight.dtype == torch.float32 else 14)
+        size = next(parameter for gpt in self.chunks.values() for parameter in gpt.parameters()).element_size()
+        return count_parameters(info.model) * (size + ADAM_BYTES[size])
 
     def _state(self, is_loading: bool) -> dict[str, Any]:
         """Sharded state dict of model, optimizer and schedule. is_loading: True to read a checkpoint into it."""

@@ -7,7 +7,8 @@ import pytest
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch.check import check_configuration
 from flextron_mcore.launch.plan import clock, plan, seconds
-from flextron_mcore.launch.resources import check_memory, resources
+from flextron_mcore.launch.resources import COLUMNS, check_memory, gpu_memory, resources
+from flextron_mcore.settings.launch import LaunchSettings
 
 PAPER = ("gpt3/2b", "gpt3/8b", "llama2/7b", "llama3/8b")
 FAMILIES = ("mistral/7b", "qwen2/3b", "qwen3/8b", "smollm3/3b", "phi3/4b", "nemotron/8b")
@@ -251,14 +252,41 @@ def test_times_are_slurms(text, value):
 def test_further_jobs_are_counted_by_the_time_that_a_training_has(launch):
     """726 hours in jobs of a day: 31 if each trained for the whole day, but each stops before its end."""
 
-    def row(*more: str) -> list[str]:
-        config = launch(*BARE, "model=llama2/7b", *more)
-        return next(row for row in resources(config, plan(config))[1] if row[0] == "elastic")
+    def row(*more: str) -> dict[str, str]:
+        return rows(launch(*BARE, "model=llama2/7b", *more))["elastic"]
 
-    hours, jobs = row("run.stop_before=00:00:01")[-2:]
-    assert (float(hours), jobs) == (pytest.approx(725.9, abs=1), "31")
-    assert row("run.stop_before=06:00:00")[-1] == "41"
-    assert row("elastic.trainer.max_time=00:12:00:00")[-1] == "61"
+    whole = row("run.stop_before=00:00:01")
+    assert (float(whole["hours"]), whole["jobs"]) == (pytest.approx(725.9, abs=1), "31")
+    assert row("run.stop_before=06:00:00")["jobs"] == "41"
+    assert row("elastic.trainer.max_time=00:12:00:00")["jobs"] == "61"
+
+
+def rows(config: LaunchSettings) -> dict[str, dict[str, str]]:
+    """{job: {column: cell}} of the table of estimates."""
+    return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in resources(config, plan(config))[1]}
+
+
+def test_a_job_costs_the_gpus_that_it_holds(launch):
+    """`latency` is one process, but its job holds a whole node."""
+    config = launch(*BARE, "model=llama2/7b", "gpu=h200", "cluster.gpu.price=2.5")
+    found = rows(config)
+    hours = {name: float(found[name]["hours"]) for name in ("elastic", "latency")}
+    assert hours["elastic"] == pytest.approx(725.9 * 312 * 0.4 / (989 * 0.27), rel=0.01)
+    cost = {name: float(found[name]["cost"].lstrip("$").replace(",", "")) for name in hours}
+    assert cost["elastic"] == pytest.approx(hours["elastic"] * 32 * 2.5, abs=1)
+    assert cost["latency"] == pytest.approx(hours["latency"] * 8 * 2.5, abs=0.6)
+    assert {row["cost"] for row in rows(launch(*BARE, "model=llama2/7b")).values()} == {"-"}
+
+
+@pytest.mark.parametrize(
+    "gpu, figures", [("a100", (80, 312, 0.4)), ("h100", (80, 989, 0.27)), ("h200", (141, 989, 0.27)), ("b200", (180, 2250, 0.2))]
+)
+def test_a_gpu_has_figures_of_its_own(launch, gpu, figures):
+    for cluster in ("bcm", "slurm", "local"):
+        config = launch(f"cluster={cluster}", "cluster.account=a", f"gpu={gpu}")
+        assert (gpu_memory(config) / 1e9, config.cluster.gpu.peak_tflops, config.cluster.utilisation) == figures
+    assert launch("cluster.account=a").cluster.gpu.peak_tflops == 312
+    assert launch("cluster.account=a", f"gpu={gpu}", "cluster.utilisation=0.5").cluster.utilisation == 0.5
 
 
 def test_durations_are_written_as_slurm_reads_them():

@@ -52,7 +52,7 @@ trap requeue_if_stopped EXIT"""
 # A training stops before the job's end, which no process of it knows: the job may have pulled an image first.
 STOP_AT = """
 end=${{SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)}}
-if [ -n "$end" ]; then export FLEXTRON_STOP_AT=$((end - {reserve})); fi"""
+if [ -n "$end" ]; then export FLEXTRON_JOB_END=$end FLEXTRON_STOP_AT=$((end - {reserve})); fi"""
 # Runs on each node: the first hosts the rendezvous, whether or not it recognises its own address.
 TORCHRUN = 'exec "$0" -m torch.distributed.run --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"'
 

@@ -33,7 +33,8 @@ class RunSettings:
     )
     stop_before: str = setting(
         "00:20:00",
-        "time before run.time_limit at which training writes a checkpoint and stops; its job is queued again",
+        "time before the job's end at which training writes a checkpoint and stops, to be queued again; earlier where its "
+        "slowest step and save take longer",
         unit="hours:minutes:seconds",
     )
 

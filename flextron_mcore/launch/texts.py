@@ -49,6 +49,7 @@ OF_SCRIPT = {
     "head_node",
     "head_node_ip",
     "exitcode",
+    "begun",
     "end",
     "FLEXTRON_STOPPED",
     "FLEXTRON_STOP_AT",

@@ -15,7 +15,7 @@ NAME = "[A-Za-z0-9._-]+"
 
 @dataclass
 class RunSettings:
-    """Section `run`: name, result directory and time limits of a launch; `STAGE.run.time_limit` sets a limit for one stage."""
+    """Section `run`: name, result directory, time limits and retries of a launch; `STAGE.run.KEY` sets a key for one stage."""
 
     name: str = setting(
         MISSING,
@@ -36,6 +36,9 @@ class RunSettings:
         "time before the job's end at which training writes a checkpoint and stops, to be queued again; earlier where its "
         "slowest step and save take longer",
         unit="hours:minutes:seconds",
+    )
+    retries: int = setting(
+        3, "failures in a row without a new checkpoint after which a job is queued again; not after refused input", at_least=0
     )
 
 

@@ -21,6 +21,7 @@ from flextron_mcore.files import read_json
 
 AUTOMATIC_GRANULARITIES = (8, 4, 2, 1)
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ADAM_BYTES = {4: 8, 2: 12}  # {bytes of a weight: bytes of its optimizer state}: two moments, for bf16 also a main weight, in fp32
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ HOLE = "\0"  # text that only a run knows
 FOREIGN = {
     "WORLD_SIZE": "environment variable of torchrun",
     "FLEXTRON_STOP_AT": "environment variable that a job's script sets",
+    "FLEXTRON_JOB_END": "environment variable that a job's script sets",
     "FLEXTRON_RANK_TIMEOUT": "environment variable of the watch",
     "safe_serialization": "argument of transformers' save_pretrained",
     "apply_rope_fusion": "field of Megatron-Core's TransformerConfig",

@@ -13,7 +13,7 @@ from flextron_mcore.launch.activations import activations
 from flextron_mcore.launch.flops import work
 from flextron_mcore.launch.layout import TRAINED, Layout, Rank
 from flextron_mcore.settings.training import StageSettings
-from flextron_mcore.space import ElasticSpace
+from flextron_mcore.space import ADAM_BYTES, ElasticSpace
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,6 @@ def memory_of(rank: Rank, settings: StageSettings) -> tuple[int, int, int, int]:
     gradients = optimizer = 0
     if settings.stage in TRAINED:
         gradients = 4 * count  # main_grad
-        state = count * (8 if layout.dtype == 4 else 12)  # two moments; for bf16 weights a main copy
+        state = count * ADAM_BYTES[layout.dtype]
         optimizer = -(-state // layout.data) if settings.model.ddp.use_distributed_optimizer else state
     return count * layout.dtype, gradients, optimizer, activations(rank, settings)

@@ -56,6 +56,7 @@ class Job:
         complete: True if the job's result is already on disk.
         cluster: cluster keys of the job.
         reserve: seconds before the time limit at which training stops.
+        retries: failures in a row after which the job is queued again.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Job:
     complete: bool
     cluster: ClusterSettings
     reserve: int
+    retries: int
 
     @property
     def out(self) -> Path:
@@ -77,6 +79,11 @@ class Job:
     def ranks(self) -> int:
         """Processes of the job."""
         return self.nodes * self.devices
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the job holds, used or not: those that it asks for on each node, else one for each of its processes."""
+        return self.nodes * (self.cluster.gpus_per_node or self.devices)
 
     @property
     def usable(self) -> int:
@@ -267,7 +274,7 @@ def _job(
         composed.trainer.num_nodes, composed.trainer.devices = nodes, devices
     if lacking := [key for key in missing(composed) if key not in INPUTS[stage]]:
         problems.append(f"{stage}: missing {', '.join(f'{stage}.{key}=' for key in lacking)}")
-    return Job(name, stage, composed, nodes, devices, limit, is_complete(results / name), cluster, reserve)
+    return Job(name, stage, composed, nodes, devices, limit, is_complete(results / name), cluster, reserve, run["retries"])
 
 
 def _layout(settings: LaunchSettings) -> dict[str, Any]:

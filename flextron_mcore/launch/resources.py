@@ -19,7 +19,7 @@ def check_memory(settings: LaunchSettings, plan: Plan) -> None:
     """Raise FlextronError for the first stage that needs more than cluster.gpu.memory; check nothing if that key is not set."""
     size = gpu_memory(settings)
     for job in plan.to_run:
-        found = _estimate(plan, job)
+        found = job_estimate(plan, job)
         if size is None or found is None or found.memory * (1 + RESERVED_SHARE) + RESERVE <= size:
             continue
         parts = ", ".join(
@@ -59,39 +59,57 @@ def gpu_memory(settings: LaunchSettings) -> int | None:
 
 COLUMNS = (
     *("job", "nodes", "ranks", "tokens", "weights", "gradients", "optimizer", "activations", "together"),
-    *("FLOPs", "hours", "jobs"),
+    *("FLOPs", "hours", "jobs", "cost"),
 )
 
 
 def resources(settings: LaunchSettings, plan: Plan) -> tuple[str, list[list[str]]]:
     """Title and rows of the table of estimates: a row of COLUMNS for each job that is to run; `-` where nothing is estimated."""
-    peak, utilisation = settings.cluster.gpu.peak_tflops, settings.cluster.utilisation
-    rows = []
-    total = 0.0
+    gpu, rows = settings.cluster.gpu, []
+    gpu_hours = 0.0
     for job in plan.to_run:
         row = [job.name, str(job.nodes), str(job.ranks)]
-        found = _estimate(plan, job)
+        found = job_estimate(plan, job)
         if found is None:
-            rows.append([*row, *["-"] * 9])
+            rows.append([*row, *["-"] * (len(COLUMNS) - len(row))])
             continue
         memory = [found.weights, found.gradients, found.optimizer, found.activations, found.memory]
         # An evaluation without limit_val_batches has 0 tokens here: it reads all data, whose size is not known.
         tokens = count(found.tokens) if found.tokens else "all"
         flops = f"{found.flops:.2e}" if found.tokens else "-"
         row += [tokens, *(f"{value / 1e9:.1f}" for value in memory), flops]
-        if not peak or not found.tokens:
-            rows.append([*row, "-", "-"])
+        hours = job_hours(settings, plan, job)
+        if hours is None:
+            rows.append([*row, "-", "-", "-"])
             continue
-        hours = found.hours(job.ranks, peak * 1e12, utilisation)
-        total += hours * job.ranks
-        rows.append([*row, f"{hours:.2f}", str(max(1, math.ceil(hours * 3600 / max(1, job.usable))))])
+        taken = hours * job.gpus
+        gpu_hours += taken
+        jobs = max(1, math.ceil(hours * 3600 / max(1, job.usable)))
+        rows.append([*row, f"{hours:.2f}", str(jobs), f"${taken * gpu.price:,.0f}" if gpu.price else "-"])
     title = "estimates; memory in GB of the fullest rank, without the CUDA context"
-    if peak:
-        title += f"; hours at {utilisation:.0%} of {peak:g} TFLOP/s a GPU: {total:,.0f} GPU hours"
+    if gpu.peak_tflops:
+        speed = f"{settings.cluster.utilisation:.0%} of {gpu.peak_tflops:g} TFLOP/s a GPU"
+        title += f"; hours at {speed}: {gpu_hours:,.0f} GPU hours"
+        title += f", ${gpu_hours * gpu.price:,.0f}" if gpu.price else ""
     return title, rows
 
 
-def _estimate(plan: Plan, job: Job) -> Estimate | None:
+def job_hours(settings: LaunchSettings, plan: Plan, job: Job) -> float | None:
+    """Estimated hours of a job; None where nothing is estimated.
+
+    Args:
+        settings: settings of the launch, with the speed of a GPU.
+        plan: plan of the launch.
+        job: job of that plan.
+    """
+    found, peak = job_estimate(plan, job), settings.cluster.gpu.peak_tflops
+    if found is None or not peak or not found.tokens:
+        return None
+    return found.hours(job.ranks, peak * 1e12, settings.cluster.utilisation)
+
+
+def job_estimate(plan: Plan, job: Job) -> Estimate | None:
+    """Estimate of a job; None for a stage that has none."""
     measured_elsewhere = job.stage == "latency" and job.settings.measurements
     unknown = job.stage == "family" and (job.settings.data is None or job.settings.budgets == MISSING)
     if job.stage not in ESTIMATED or measured_elsewhere or unknown:

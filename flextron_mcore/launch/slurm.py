@@ -4,8 +4,8 @@ NeMo-Run's SlurmExecutor writes the scripts. It quotes the values of #SBATCH lin
 command is quoted here; environment variables are exported here too, because it would change their names to capitals. sbatch is
 called here, because NeMo-Run's own submission passes paths through a shell unquoted.
 
-A training that reaches trainer.max_time writes a checkpoint and the file $FLEXTRON_STOPPED; the job's script then queues the job
-again, and the training continues. Slurm itself queues a preempted job again.
+A training that runs out of time writes a checkpoint and the file $FLEXTRON_STOPPED; the job's script then queues the job again
+(requeue.py), and the training continues.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.launch import follow
+from flextron_mcore.launch import follow, requeue
 from flextron_mcore.launch.check import import_nemo_run, is_file_of_image
 from flextron_mcore.launch.plan import Job, Plan
 from flextron_mcore.launch.texts import mounted, quoted
@@ -41,18 +41,10 @@ if [ "$SLURM_NNODES" -gt 1 ]; then
         grep -E '^[0-9]+([.][0-9]+){3}$' | grep -v '^127[.]' | head -n 1)
     head_node_ip=${head_node_ip:-$head_node}
 fi"""
-REQUEUE = """
-requeue_if_stopped() {
-    [ -e "$FLEXTRON_STOPPED" ] || return 0
-    rm -f "$FLEXTRON_STOPPED"
-    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-}
-rm -f "$FLEXTRON_STOPPED"
-trap requeue_if_stopped EXIT"""
 # A training stops before the job's end, which no process of it knows: the job may have pulled an image first.
 STOP_AT = """
 end=${{SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)}}
-if [ -n "$end" ]; then export FLEXTRON_STOP_AT=$((end - {reserve})); fi"""
+if [ -n "$end" ]; then export FLEXTRON_JOB_END=$end FLEXTRON_STOP_AT=$((end - {reserve})); fi"""
 # Runs on each node: the first hosts the rendezvous, whether or not it recognises its own address.
 TORCHRUN = 'exec "$0" -m torch.distributed.run --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"'
 
@@ -180,7 +172,8 @@ def _executor(settings: LaunchSettings, plan: Plan, job: Job) -> SlurmExecutor:
         HEAD,
         *exports,
         f"{cluster.setup}\n" if cluster.setup else "",
-        *([REQUEUE, STOP_AT.format(reserve=job.reserve)] if job.trains else []),
+        requeue.lines(job, plan.results, folder),
+        STOP_AT.format(reserve=job.reserve) if job.trains else "",
     ]
     executor = run.SlurmExecutor(
         account=cluster.account,
@@ -254,7 +247,7 @@ def _environment(settings: LaunchSettings, plan: Plan, job: Job) -> dict[str, st
         values["PATH"] = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"  # commands of this environment
     values |= {name: shlex.quote(str(value)) for name, value in settings.env_vars.items() if value is not None}
     if job.trains:
-        values["FLEXTRON_STOPPED"] = shlex.quote(str(plan.results / "launch" / f"{job.name}.stopped"))
+        values["FLEXTRON_STOPPED"] = shlex.quote(str(requeue.stopped(job, plan.results)))
     return values
 
 

@@ -49,9 +49,11 @@ OF_SCRIPT = {
     "head_node",
     "head_node_ip",
     "exitcode",
+    "begun",
     "end",
     "FLEXTRON_STOPPED",
     "FLEXTRON_STOP_AT",
+    "FLEXTRON_JOB_END",
     "TORCHX_MAX_RETRIES",
 }
 OF_SCRIPT |= {"SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_NNODES", "SLURM_NODEID", "SLURM_RESTART_COUNT", "SLURM_JOB_END_TIME"}

@@ -87,13 +87,16 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
-def stop_agreed(save: bool = False) -> tuple[int, bool]:
+def stop_agreed(save: bool = False, needed: float = 0.0) -> tuple[int, bool]:
     """(reason to stop training, True to save a checkpoint), equal on all ranks. Collective: call on every rank.
 
-    The reason is the largest `signals.received` of all ranks, 0 for none. save: True if this rank wants a checkpoint; the result
-    is True if any rank does.
+    The reason is the largest `signals.received` of all ranks, 0 for none.
+
+    Args:
+        save: True if this rank wants a checkpoint; the result is True if any rank does.
+        needed: seconds that this rank needs for another step and for saving it.
     """
-    number = torch.tensor([signals.received(), save], dtype=torch.int32, device=device())
+    number = torch.tensor([signals.received(needed), save], dtype=torch.int32, device=device())
     torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
     watch.all_train()
     stop, agreed = number.tolist()

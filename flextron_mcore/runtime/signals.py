@@ -23,6 +23,7 @@ TIME_IS_UP = 1000  # result of `received` for the time limit: larger than any si
 _deferred = False
 _received = 0
 _deadline: float | None = None
+_end: float | None = None
 
 
 HELPER_KILLED = (
@@ -66,23 +67,31 @@ def defer(wanted: bool) -> None:
     _deferred, _received = wanted, 0
 
 
-def limit(seconds: float | None, until: float | None = None) -> None:
-    """Set the time limit of training; the earlier of the two limits counts.
+def limit(seconds: float | None, until: float | None = None, end: float | None = None) -> None:
+    """Set the time limits of training; the earliest counts.
 
     Args:
         seconds: seconds from the start of this process; None: no limit.
         until: time in seconds since 1970 (`time.time`); None: no limit.
+        end: time in seconds since 1970 at which the process will be killed, whose work must be saved before; None: no limit.
     """
-    global _deadline
+    global _deadline, _end
     import psutil
 
     limits = [] if seconds is None else [psutil.Process().create_time() + seconds]
-    _deadline = min([*limits, *([] if until is None else [until])], default=None)
+    _deadline, _end = min([*limits, *([] if until is None else [until])], default=None), end
 
 
-def received() -> int:
-    """Reason to stop: number of the first signal since `defer`, else TIME_IS_UP after the time limit of training, else 0."""
-    return _received or (TIME_IS_UP if _deadline is not None and time.time() >= _deadline else 0)
+def received(needed: float = 0.0) -> int:
+    """Reason to stop: number of the first signal since `defer`, else TIME_IS_UP after a time limit of training, else 0.
+
+    needed: seconds that the process still needs, if it goes on, until its work is saved.
+    """
+    if _received:
+        return _received
+    now = time.time()
+    up = (_deadline is not None and now >= _deadline) or (_end is not None and now + needed >= _end)
+    return TIME_IS_UP if up else 0
 
 
 def stop(number: int, stage: str, step: int) -> NoReturn:

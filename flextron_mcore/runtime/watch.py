@@ -283,7 +283,9 @@ def _identity() -> dict[str, Any]:
 
     Processes with equal `machine` (boot id and pid namespace) see each other in /proc; "" without /proc.
     """
-    values = {"host": socket.gethostname(), "pid": os.getpid(), "started": 0, "machine": ""}
+    # Slurm's name of the node, if there is one: a job's script excludes the node by it.
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    values = {"host": host, "pid": os.getpid(), "started": 0, "machine": ""}
     with contextlib.suppress(OSError):
         values["machine"] = (_PROC / "sys/kernel/random/boot_id").read_text() + os.readlink(_PROC / "self/ns/pid")
         values["started"] = int(_stat("self")[19])

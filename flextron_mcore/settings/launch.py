@@ -15,7 +15,7 @@ NAME = "[A-Za-z0-9._-]+"
 
 @dataclass
 class RunSettings:
-    """Section `run`: name, result directory and time limits of a launch; `STAGE.run.time_limit` sets a limit for one stage."""
+    """Section `run`: name, result directory, time limits and retries of a launch; `STAGE.run.KEY` sets a key for one stage."""
 
     name: str = setting(
         MISSING,
@@ -33,14 +33,18 @@ class RunSettings:
     )
     stop_before: str = setting(
         "00:20:00",
-        "time before run.time_limit at which training writes a checkpoint and stops; its job is queued again",
+        "time before the job's end at which training writes a checkpoint and stops, to be queued again; earlier where its "
+        "slowest step and save take longer",
         unit="hours:minutes:seconds",
+    )
+    retries: int = setting(
+        3, "failures in a row without a new checkpoint after which a job is queued again; not after refused input", at_least=0
     )
 
 
 @dataclass
 class GpuSettings:
-    """Section `cluster.gpu`: memory and speed of one GPU, for the estimates of memory and time."""
+    """Section `cluster.gpu`: memory, speed and price of one GPU, for the estimates (recipes: conf/gpu)."""
 
     memory: str | None = setting(
         None,
@@ -50,6 +54,9 @@ class GpuSettings:
     )
     peak_tflops: float | None = setting(
         None, "peak bf16 throughput of one GPU, for the estimate of hours; null: no estimate", unit="TFLOP/s", above=0
+    )
+    price: float | None = setting(
+        None, "price of one GPU, for the estimate of costs; null: no estimate", unit="dollars an hour", above=0
     )
 
 
@@ -118,7 +125,7 @@ class ClusterSettings:
 
 
 # Keys of `run` and `cluster` that cannot be set for one stage.
-OF_ALL_STAGES = ("name", "results_dir", "type", "use_container", "gpu.memory", "gpu.peak_tflops", "utilisation")
+OF_ALL_STAGES = ("name", "results_dir", "type", "use_container", "gpu.memory", "gpu.peak_tflops", "gpu.price", "utilisation")
 
 
 @dataclass
@@ -127,7 +134,13 @@ class LaunchSettings(StageSettings):
 
     stage: ClassVar[str] = "launch"
     # Without launch=NAME, the recipe of conf/launch with the name of the recipe in conf/model is used.
-    recipes: ClassVar[dict[str, str | None]] = {"cluster": "bcm", "model": "llama2/7b", "launch": "${model}", "recipe": None}
+    recipes: ClassVar[dict[str, str | None]] = {
+        "cluster": "bcm",
+        "gpu": None,
+        "model": "llama2/7b",
+        "launch": "${model}",
+        "recipe": None,
+    }
 
     out: str | None = path(None, "not used: results are in run.results_dir", role="output")
     stages: list[str] = setting(

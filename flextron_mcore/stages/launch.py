@@ -14,6 +14,8 @@ from flextron_mcore.launch import follow, local, slurm
 from flextron_mcore.launch.check import check_configuration, missing
 from flextron_mcore.launch.plan import Job, Plan, plan
 from flextron_mcore.launch.resources import COLUMNS, check_memory, resources
+from flextron_mcore.launch.storage import COLUMNS as DISK_COLUMNS
+from flextron_mcore.launch.storage import repeats, storage
 from flextron_mcore.launch.texts import check_texts
 from flextron_mcore.runs.inputs import check_inputs
 from flextron_mcore.runs.output import claimed
@@ -62,6 +64,10 @@ def run(settings: LaunchSettings) -> dict[str, Any]:
 def _print_resources(settings: LaunchSettings, planned: Plan) -> None:
     title, rows = resources(settings, planned)
     print_table(title, COLUMNS, rows)
+    title, rows = storage(settings, planned)
+    print_table(title, DISK_COLUMNS, rows)
+    for line in repeats(planned):
+        print(line)
 
 
 def _dry_run(settings: LaunchSettings, planned: Plan, configs: dict[str, Path], wanting: list[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -30,7 +31,7 @@ from flextron_mcore.runtime.compat import save_options
 from flextron_mcore.runtime.disk import check_space, disk_errors, plain_errors, publish, write_whole
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.runtime.unwrap import unwrap
-from flextron_mcore.space import count_parameters
+from flextron_mcore.space import ADAM_BYTES, count_parameters
 from flextron_mcore.training.build import TrainedModel
 from flextron_mcore.training.learner import Learner
 
@@ -46,10 +47,14 @@ class Checkpointer:
         run: directory of the run.
         keep_last: number of checkpoints to keep, at least 1.
         learner: routers whose state is saved with the model, None without.
+
+    Attributes:
+        seconds: longest time from the start of a save until its checkpoint was complete; 0 before the first one.
     """
 
     def __init__(self, run: Path, keep_last: int, learner: Learner | None) -> None:
         self.run, self.keep_last, self.learner = run, max(1, keep_last), learner
+        self.seconds = 0.0
 
     def save(self, info: CheckpointInfo) -> None:
         """Write the checkpoint of step `info.step`, or start writing it in the background. Call on all ranks.
@@ -110,17 +115,19 @@ class Checkpointer:
         if self.learner and is_main_process():
             self.learner.write(aside)
 
-    def _publish(self, aside: Path, target: Path, info: CheckpointInfo) -> None:
+    def _publish(self, aside: Path, target: Path, info: CheckpointInfo, begun: float) -> None:
         """Write flextron.json, rename the directory `aside` to `target`, and remove the oldest checkpoints beyond `keep_last`.
 
-        Ranks other than the main process do nothing.
+        Only the main process does this; all ranks note how long the save took. Call on all ranks.
+
+        begun: `time.monotonic` at the start of the save.
         """
-        if not is_main_process():
-            return
-        with disk_errors(target, KEPT):
-            write_info(aside, info)
-            publish(aside, target)
-        self._remove_old()
+        if is_main_process():
+            with disk_errors(target, KEPT):
+                write_info(aside, info)
+                publish(aside, target)
+            self._remove_old()
+        self.seconds = max(self.seconds, time.monotonic() - begun)
 
 
 class TrainingCheckpointer(Checkpointer):
@@ -142,6 +149,7 @@ class TrainingCheckpointer(Checkpointer):
         self.queue = AsyncCallsQueue()
 
     def save(self, info: CheckpointInfo) -> None:
+        begun = time.monotonic()
         self.finish()
         target = iteration_path(self.run, info.step)
         with self._aside(target) as aside:
@@ -156,9 +164,9 @@ class TrainingCheckpointer(Checkpointer):
                 _write_digests(aside, torch.distributed.get_rank())
                 torch.distributed.barrier()
         if request is None:
-            self._finish_save(aside, target, info)
+            self._finish_save(aside, target, info, begun)
         else:
-            request.add_finalize_fn(lambda: self._finish_save(aside, target, info))
+            request.add_finalize_fn(lambda: self._finish_save(aside, target, info, begun))
             if request.async_fn:
                 request = request._replace(async_fn=partial(_write_and_digest, request.async_fn, aside))
             self.queue.schedule_async_request(request)
@@ -180,13 +188,16 @@ class TrainingCheckpointer(Checkpointer):
         self.trained.scheduler.load_state_dict(state["scheduler"])
         super().load(info)
 
-    def _finish_save(self, aside: Path, target: Path, info: CheckpointInfo) -> None:
-        """Rename a checkpoint that all ranks have written from `aside` to its final path `target`, with digests of its files."""
+    def _finish_save(self, aside: Path, target: Path, info: CheckpointInfo, begun: float) -> None:
+        """Rename a checkpoint that all ranks have written from `aside` to its final path `target`, with digests of its files.
+
+        begun: `time.monotonic` at the start of the save.
+        """
         if is_main_process():
             with disk_errors(target, KEPT):
                 _take_digests(aside)
                 canonical_metadata(aside)
-        self._publish(aside, target, info)
+        self._publish(aside, target, info, begun)
 
     def poll(self) -> None:
         self._finalize(blocking=False)
@@ -217,8 +228,8 @@ class TrainingCheckpointer(Checkpointer):
 
         It has the weights, Adam's two moments in fp32 and, with bf16, an fp32 copy of the weights.
         """
-        weight = next(parameter for gpt in self.chunks.values() for parameter in gpt.parameters())
-        return count_parameters(info.model) * (12 if weight.dtype == torch.float32 else 14)
+        size = next(parameter for gpt in self.chunks.values() for parameter in gpt.parameters()).element_size()
+        return count_parameters(info.model) * (size + ADAM_BYTES[size])
 
     def _state(self, is_loading: bool) -> dict[str, Any]:
         """Sharded state dict of model, optimizer and schedule. is_loading: True to read a checkpoint into it."""
@@ -254,7 +265,7 @@ class FrozenCheckpointer(Checkpointer):
         self.source = source
 
     def save(self, info: CheckpointInfo) -> None:
-        target = iteration_path(self.run, info.step)
+        begun, target = time.monotonic(), iteration_path(self.run, info.step)
         with self._aside(target) as aside:
             self._write_learner(aside)  # before linking: writing over a link would change the source's file
             if is_main_process():
@@ -264,7 +275,7 @@ class FrozenCheckpointer(Checkpointer):
                         _link(file, aside / file.name)
                         if "xxh128" in (entry := known.get(file.name, {})):
                             digests.remember(aside / file.name, entry)  # reading all weights would take longer than the linking
-            self._publish(aside, target, info)
+            self._publish(aside, target, info, begun)
             torch.distributed.barrier()
         self.source = replace(info, path=target)  # the former source may be removed as an old checkpoint
 

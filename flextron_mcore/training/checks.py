@@ -90,18 +90,21 @@ def duration(max_time: str | None) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
-def end_of_job() -> float | None:
-    """Time at which training must stop, in seconds since 1970, because its job ends; None outside of a `flextron launch` job.
+def end_of_job() -> tuple[float | None, float | None]:
+    """(time at which training stops, time at which its job ends), in seconds since 1970; None outside of a job of `launch`.
 
-    The job's script sets it as $FLEXTRON_STOP_AT, because a process cannot know how long its job ran before it, for example to
-    pull an image. Raises FlextronError for another value than a whole number.
+    The job's script sets $FLEXTRON_STOP_AT and $FLEXTRON_JOB_END: a process cannot know how long the job ran before it, for
+    example to pull an image. Raises FlextronError for another value than a whole number.
     """
-    text = os.environ.get("FLEXTRON_STOP_AT")
-    if not text:
-        return None
-    if not text.isdecimal():
-        raise FlextronError(f"FLEXTRON_STOP_AT={text}: is not a number of seconds since 1970: unset this variable")
-    return float(text)
+    return _time("FLEXTRON_STOP_AT"), _time("FLEXTRON_JOB_END")
+
+
+def _time(name: str) -> float | None:
+    """Time in an environment variable, seconds since 1970; None if it is not set."""
+    text = os.environ.get(name)
+    if text and not text.isdecimal():
+        raise FlextronError(f"{name}={text}: is not a number of seconds since 1970: unset this variable")
+    return float(text) if text else None
 
 
 def _check_ddp(ddp: DataParallelSettings) -> None:

@@ -43,6 +43,8 @@ from flextron_mcore.training.learner import Figures, GateLearner, Learner, LossL
 from flextron_mcore.training.log import Log
 
 Chunks = list[torch.nn.Module]
+# A training stops when its job has less time left than this times its slowest step and save: the next ones may be slower.
+MARGIN = 1.5
 
 
 @dataclass
@@ -137,7 +139,8 @@ class _Run:
             validation["last"] = logged or self._validate(step, log)
         self._training_mode()
         signals.defer(True)
-        signals.limit(duration(self.trainer.max_time), end_of_job())
+        signals.limit(duration(self.trainer.max_time), *end_of_job())
+        checked, longest = time.monotonic(), 0.0
         try:
             while step < self.trainer.max_steps:
                 self._step(step, log)
@@ -150,7 +153,10 @@ class _Run:
                     self._training_mode()
                 if last or step % self.trainer.val_check_interval == 0:
                     validation["last"] = self._validate(step, log)
-                stop, due = (0, False) if last else stop_agreed(time.monotonic() - saved >= self.save_seconds)
+                now = time.monotonic()
+                checked, longest = now, max(longest, now - checked)
+                needed = MARGIN * (longest + self.checkpointer.seconds)
+                stop, due = (0, False) if last else stop_agreed(now - saved >= self.save_seconds, needed)
                 if stop or last or due or step % self.save_interval == 0 or step + 1 in self.phase.after:
                     with self._gathered(), signals.deaf_helpers():
                         dtype = self.info.dtype if self.phase.frozen else self.trainer.precision

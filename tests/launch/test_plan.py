@@ -7,10 +7,11 @@ import pytest
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch.check import check_configuration
 from flextron_mcore.launch.plan import clock, plan, seconds
-from flextron_mcore.launch.resources import check_memory, resources
+from flextron_mcore.launch.resources import COLUMNS, check_memory, gpu_memory, job_estimate, resources
+from flextron_mcore.settings.launch import LaunchSettings
 
 PAPER = ("gpt3/2b", "gpt3/8b", "llama2/7b", "llama3/8b")
-FAMILIES = ("mistral/7b", "qwen2/3b", "qwen3/8b", "smollm3/3b", "phi3/4b", "nemotron/8b")
+FAMILIES = ("llama3.1/8b", "mistral/7b", "qwen2/3b", "qwen3/8b", "smollm3/3b", "phi3/4b", "nemotron/8b")
 BARE = ("cluster=slurm", "cluster.account=a")
 
 
@@ -61,6 +62,28 @@ def test_the_recipe_of_all_axes_is_whole_and_fits(launch, model, gpus, tmp_path)
     assert jobs["family"].budgets == [0.4, 0.6, 0.8] and jobs["family"].model.micro_batch_size == 1
 
 
+@pytest.mark.parametrize("model", [*PAPER, *FAMILIES])
+def test_the_short_recipe_is_a_tenth_of_the_paper(launch, model):
+    configs = [launch(*BARE, f"model={model}", f"recipe={recipe}", "hf=somewhere") for recipe in ("null", "short")]
+    whole, short = (
+        {job.name: job.settings for job in planned.jobs if job.trains} for planned in (plan(config) for config in configs)
+    )
+    check_configuration(configs[1], plan(configs[1]))
+    check_memory(configs[1], plan(configs[1]))
+    steps = {name: (whole[name].trainer.max_steps, short[name].trainer.max_steps) for name in whole if name != "pretrain"}
+    assert steps == {"elastic": (80000, 8000), "router": (1000, 500), "joint": (2500, 250)}
+    assert all(job.model.optim.sched.warmup_steps <= job.trainer.max_steps / 10 for job in (short["elastic"], short["joint"]))
+    assert configs[1].run.results_dir == f"{configs[0].run.results_dir}_short"
+
+
+def test_a_model_of_long_sequences_is_planned_as_it_is_shipped(launch):
+    """Llama 3.1 differs from Llama 3 in positions and rotary frequencies; its stages take 4096 tokens like those of Llama 3."""
+    old, new = (plan(launch(*BARE, f"model={name}/8b")) for name in ("llama3", "llama3.1"))
+    differing = {name for name, value in new.model.to_dict().items() if value != old.model.to_dict()[name]}
+    assert differing == {"max_position_embeddings", "rope_scaling"} and new.model.max_position_embeddings == 131072
+    assert {job.name: job_estimate(old, job) for job in old.jobs} == {job.name: job_estimate(new, job) for job in new.jobs}
+
+
 def test_stages_take_what_was_planned_before_what_is_complete(launch, tmp_path):
     """A planned stage is preferred to a complete one on disk: with elastic planned, latency and gumbel take its checkpoint."""
     results = tmp_path / "results" / "llama2_7b"
@@ -87,8 +110,9 @@ def test_stages_take_what_was_planned_before_what_is_complete(launch, tmp_path):
     [
         *(("llama2/7b", 6.74e9, 6.48e9), ("llama3/8b", 8.03e9, 6.98e9), ("gpt3/2b", 2.25e9, 1.2e9), ("gpt3/8b", 8.5e9, 6.4e9)),
         # the models' cards
-        *(("mistral/7b", 7.25e9, 6.98e9), ("qwen2/3b", 3.09e9, 2.77e9), ("qwen3/8b", 8.19e9, 6.95e9)),
-        *(("smollm3/3b", 3.08e9, 2.81e9), ("phi3/4b", 3.82e9, 3.62e9), ("nemotron/8b", 8.27e9, 6.17e9)),
+        *(("llama3.1/8b", 8.03e9, 6.98e9), ("mistral/7b", 7.25e9, 6.98e9), ("qwen2/3b", 3.09e9, 2.77e9)),
+        *(("qwen3/8b", 8.19e9, 6.95e9), ("smollm3/3b", 3.08e9, 2.81e9), ("phi3/4b", 3.82e9, 3.62e9)),
+        ("nemotron/8b", 8.27e9, 6.17e9),
     ],
 )
 def test_models_have_their_sizes(launch, model, parameters, beside_embeddings):
@@ -251,14 +275,41 @@ def test_times_are_slurms(text, value):
 def test_further_jobs_are_counted_by_the_time_that_a_training_has(launch):
     """726 hours in jobs of a day: 31 if each trained for the whole day, but each stops before its end."""
 
-    def row(*more: str) -> list[str]:
-        config = launch(*BARE, "model=llama2/7b", *more)
-        return next(row for row in resources(config, plan(config))[1] if row[0] == "elastic")
+    def row(*more: str) -> dict[str, str]:
+        return rows(launch(*BARE, "model=llama2/7b", *more))["elastic"]
 
-    hours, jobs = row("run.stop_before=00:00:01")[-2:]
-    assert (float(hours), jobs) == (pytest.approx(725.9, abs=1), "31")
-    assert row("run.stop_before=06:00:00")[-1] == "41"
-    assert row("elastic.trainer.max_time=00:12:00:00")[-1] == "61"
+    whole = row("run.stop_before=00:00:01")
+    assert (float(whole["hours"]), whole["jobs"]) == (pytest.approx(725.9, abs=1), "31")
+    assert row("run.stop_before=06:00:00")["jobs"] == "41"
+    assert row("elastic.trainer.max_time=00:12:00:00")["jobs"] == "61"
+
+
+def rows(config: LaunchSettings) -> dict[str, dict[str, str]]:
+    """{job: {column: cell}} of the table of estimates."""
+    return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in resources(config, plan(config))[1]}
+
+
+def test_a_job_costs_the_gpus_that_it_holds(launch):
+    """`latency` is one process, but its job holds a whole node."""
+    config = launch(*BARE, "model=llama2/7b", "gpu=h200", "cluster.gpu.price=2.5")
+    found = rows(config)
+    hours = {name: float(found[name]["hours"]) for name in ("elastic", "latency")}
+    assert hours["elastic"] == pytest.approx(725.9 * 312 * 0.4 / (989 * 0.27), rel=0.01)
+    cost = {name: float(found[name]["cost"].lstrip("$").replace(",", "")) for name in hours}
+    assert cost["elastic"] == pytest.approx(hours["elastic"] * 32 * 2.5, abs=1)
+    assert cost["latency"] == pytest.approx(hours["latency"] * 8 * 2.5, abs=0.6)
+    assert {row["cost"] for row in rows(launch(*BARE, "model=llama2/7b")).values()} == {"-"}
+
+
+@pytest.mark.parametrize(
+    "gpu, figures", [("a100", (80, 312, 0.4)), ("h100", (80, 989, 0.27)), ("h200", (141, 989, 0.27)), ("b200", (180, 2250, 0.2))]
+)
+def test_a_gpu_has_figures_of_its_own(launch, gpu, figures):
+    for cluster in ("bcm", "slurm", "local"):
+        config = launch(f"cluster={cluster}", "cluster.account=a", f"gpu={gpu}")
+        assert (gpu_memory(config) / 1e9, config.cluster.gpu.peak_tflops, config.cluster.utilisation) == figures
+    assert launch("cluster.account=a").cluster.gpu.peak_tflops == 312
+    assert launch("cluster.account=a", f"gpu={gpu}", "cluster.utilisation=0.5").cluster.utilisation == 0.5
 
 
 def test_durations_are_written_as_slurm_reads_them():

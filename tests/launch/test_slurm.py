@@ -310,6 +310,7 @@ def test_training_stops_before_the_end_of_its_job(fake, tmp_path, launch, monkey
         (tmp_path / "tools" / "squeue").write_text(f"#!/bin/sh\necho {said}\n")
     _, environment, _ = run_script(script, fake)
     assert environment.get("FLEXTRON_STOP_AT") == (None if given == "neither" else "1700000000")
+    assert environment.get("FLEXTRON_JOB_END") == (None if given == "neither" else "1700000200")
 
 
 def test_secrets_are_not_printed(fake, tmp_path, launch):

@@ -77,11 +77,28 @@ def test_the_earlier_of_two_time_limits_counts(ends):
     assert signals.received() == 0
 
 
+def test_a_process_stops_while_it_has_time_to_save(ends):
+    signals.defer(True)
+    signals.limit(None, None, time.time() + 1000)
+    assert signals.received() == signals.received(900.0) == 0
+    assert signals.received(1001.0) == signals.TIME_IS_UP
+    signals.limit(None, time.time() + 1e6, time.time() - 1)
+    assert signals.received() == signals.TIME_IS_UP
+    signals.limit(None)
+    assert signals.received(1e9) == 0
+
+
 def test_the_end_of_a_job_is_read_from_its_script(monkeypatch):
-    monkeypatch.delenv("FLEXTRON_STOP_AT", raising=False)
-    assert end_of_job() is None
+    names = ("FLEXTRON_STOP_AT", "FLEXTRON_JOB_END")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert end_of_job() == (None, None)
     monkeypatch.setenv("FLEXTRON_STOP_AT", "1700000000")
-    assert end_of_job() == 1700000000.0
-    monkeypatch.setenv("FLEXTRON_STOP_AT", "soon")
-    with pytest.raises(FlextronError, match="FLEXTRON_STOP_AT=soon: is not a number of seconds since 1970: unset this variable"):
-        end_of_job()
+    assert end_of_job() == (1700000000.0, None)
+    monkeypatch.setenv("FLEXTRON_JOB_END", "1700000200")
+    assert end_of_job() == (1700000000.0, 1700000200.0)
+    for name in names:
+        monkeypatch.setenv(name, "soon")
+        with pytest.raises(FlextronError, match=f"{name}=soon: is not a number of seconds since 1970: unset this variable"):
+            end_of_job()
+        monkeypatch.delenv(name)

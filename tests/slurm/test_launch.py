@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
@@ -120,7 +122,7 @@ def test_a_stage_that_fails_ends_the_chain(slurm, bare, tmp_path):
 
 def running_pretrain(slurm: Cluster, results: Path) -> int:
     """Number of the launched pretraining's job, once it has trained for some steps."""
-    job = int(read_record(results)[0].id)
+    job = int(read_record(results)[-1].id)
     log = results / "pretrain" / "log.jsonl"
     trains = lambda shown: shown["JobState"] in FINAL or (log.exists() and '"step": 12,' in log.read_text())  # noqa: E731
     assert slurm.wait_for(job, trains, timeout=240)["JobState"] == "RUNNING"
@@ -131,7 +133,7 @@ def continued(results: Path) -> None:
     """Assert that the log has every step once, although several processes wrote it."""
     rows = [json.loads(line) for line in (results / "pretrain" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "train"] == list(range(1, STEPS + 1))
-    logs = sorted(Path(read_record(results)[0].logs).glob("log-*.out"), key=lambda path: path.stat().st_mtime)
+    logs = sorted(Path(read_record(results)[-1].logs).glob("log-*.out"), key=lambda path: path.stat().st_mtime)
     printed = logs[-1].read_text()
     assert "continuing after step" in printed and "continuing after step 0" not in printed
 
@@ -163,6 +165,27 @@ def test_a_preempted_run_continues_by_itself(slurm, bare, tmp_path):
     urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap=true")
     assert slurm.wait(urgent) == "COMPLETED"
     assert slurm.wait_for(job, lambda shown: shown["JobState"] == "COMPLETED", timeout=240)["Restarts"] == "1"
+    continued(tmp_path / "smoke")
+
+
+def kill_rank(results: Path, rank: int) -> None:
+    """Kill a rank of the pretraining, as a broken GPU would."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if f"{results}/launch/pretrain.yaml" in process.cmdline() and process.environ().get("RANK") == str(rank):
+                process.kill()
+
+
+def test_a_training_that_loses_a_rank_continues_on_another_node(slurm, tmp_path):
+    keys = ["cluster=slurm", "stages=[prepare,pretrain]", "gpus=2", f"pretrain.trainer.max_steps={STEPS}", "detach=true"]
+    code, out, err = launch(slurm, tmp_path, *keys)
+    assert code == 0, out + err
+    job = running_pretrain(slurm, tmp_path / "smoke")
+    node = slurm.show(job)["NodeList"]
+    kill_rank(tmp_path / "smoke", 1)
+    shown = slurm.wait_for(job, lambda shown: shown["JobState"] in FINAL, timeout=240)
+    assert (shown["JobState"], shown["Restarts"], shown["ExcNodeList"]) == ("COMPLETED", "1", node)
+    assert shown["NodeList"] not in (node, "(null)")
     continued(tmp_path / "smoke")
 
 

@@ -1,0 +1,100 @@
+"""Disk that the jobs of a launch need, how often they save, and how often they read the data again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.data.blend import PreparedData, check_weights, open_data
+from flextron_mcore.launch.layout import TRAINED
+from flextron_mcore.launch.plan import TRAINS, Job, Plan, count
+from flextron_mcore.launch.resources import job_hours
+from flextron_mcore.settings.launch import LaunchSettings
+from flextron_mcore.settings.schema import MISSING
+from flextron_mcore.space import ADAM_BYTES, DTYPE_BYTES, count_parameters
+
+COLUMNS = ("job", "checkpoint", "saved every", "kept", "disk")
+
+
+def storage(settings: LaunchSettings, plan: Plan) -> tuple[str, list[list[str]]]:
+    """Title and rows of the table of disk: a row of COLUMNS for each job that is to run; `-` where nothing large is written.
+
+    Disk of a training counts the checkpoints that it keeps and the one that it is writing. An export counts as the full model.
+    """
+    rows, total = [], 0
+    for job in plan.to_run:
+        size, number = checkpoint_bytes(plan, job), _kept(job)
+        needed = size * (number + job.trains)
+        total += needed
+        sizes = [f"{value / 1e9:.1f}" if size else "-" for value in (size, needed)]
+        saves = _interval(settings, plan, job) if job.trains else "-"
+        rows.append([job.name, sizes[0], saves, str(number) if size else "-", sizes[1]])
+    return f"checkpoints and exports; GB of disk: {total / 1e9:,.0f}", rows
+
+
+def checkpoint_bytes(plan: Plan, job: Job) -> int:
+    """Bytes of one checkpoint or export of a job; 0 for a stage that writes none, and for `router`, which links the weights."""
+    options, stage = job.settings, job.stage
+    parameters = count_parameters(plan.model)
+    if stage in TRAINED:
+        element = DTYPE_BYTES[options.trainer.precision]
+        return parameters * (element + ADAM_BYTES[element])
+    if stage in ("import", "export", "importance", "family"):
+        precision = options.trainer.precision if stage == "importance" else getattr(options, "dtype", None)
+        return parameters * DTYPE_BYTES[precision or "bf16"]
+    return 0
+
+
+def _kept(job: Job) -> int:
+    """Checkpoints or exports of a job that stay on disk."""
+    if job.trains:
+        return job.settings.exp_manager.checkpoint_callback_params.keep_last
+    if job.stage == "family":
+        return len(job.settings.budgets) * len(job.settings.formats) if job.settings.budgets != MISSING else 0
+    return 1
+
+
+def _interval(settings: LaunchSettings, plan: Plan, job: Job) -> str:
+    """Time from one checkpoint of a training to the next, as text; both limits where the time of a step is not known."""
+    saving, hours = job.settings.exp_manager.checkpoint_callback_params, job_hours(settings, plan, job)
+    steps, minutes = f"{saving.every_n_train_steps:,} steps", saving.every_minutes
+    if minutes is None:
+        return steps
+    if hours is None:
+        return f"{steps} or {minutes:g} min"
+    of_steps = saving.every_n_train_steps * hours * 60 / job.settings.trainer.max_steps
+    return f"{minutes:g} min" if minutes < of_steps else steps
+
+
+def repeats(plan: Plan) -> Iterator[str]:
+    """Line for each training whose data exist: the tokens that it needs, those that there are, and how often each is read."""
+    opened: dict[str, PreparedData] = {}
+    planned = {str(job.out) for job in plan.jobs}
+    for job in plan.to_run:
+        if job.stage not in TRAINS or job.settings.data in planned:
+            continue
+        path = job.settings.data
+        try:
+            if path not in opened:
+                opened[path] = open_data(Path(path))
+            yield _repeats(job, opened[path], plan)
+        except FlextronError:  # a line of `missing` says what is wrong with the data
+            continue
+
+
+def _repeats(job: Job, data: PreparedData, plan: Plan) -> str:
+    options = job.settings.model
+    weights = check_weights(data, job.settings.data_weights)
+    length = options.seq_length or plan.model.default_length
+    needed = job.settings.trainer.max_steps * options.global_batch_size * length
+    there = sum(data.domains[name].train_tokens for name in weights)
+    times = {
+        name: needed * weight / sum(weights.values()) / max(1, data.domains[name].train_tokens)
+        for name, weight in weights.items()
+    }
+    most = max(times, key=lambda name: times[name])
+    text = f"{job.name}: {count(needed)} tokens of training from {count(there)} of data"
+    if times[most] <= 1:
+        return f"{text}: none is read twice"
+    return f"{text}: those of '{most}' are read {times[most]:.3g} times"

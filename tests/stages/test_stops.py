@@ -1,0 +1,47 @@
+"""Training in a job that ends: it stops while a further step and its checkpoint would no longer fit."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
+from flextron_mcore.runtime import signals
+from flextron_mcore.training import checkpointing
+from tests.stages.conftest import pretrain_keys, stage
+
+SAVING = "exp_manager.checkpoint_callback_params"
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"]) for row in rows if row["event"] == "train"]
+
+
+@pytest.mark.parametrize("seconds, steps", [(2e6, [3, 4]), (0.0, [3, 6])])
+def test_a_training_stops_early_where_saving_takes_long(chain, tmp_path, monkeypatch, seconds, steps):
+    """A million seconds are left. A save that took two million shows after step 3, and the training stops after step 4."""
+    publish = checkpointing.Checkpointer._publish
+
+    def slow(self, *arguments) -> None:
+        publish(self, *arguments)
+        assert self.seconds > 0
+        self.seconds = max(self.seconds, seconds)
+
+    monkeypatch.setattr(checkpointing.Checkpointer, "_publish", slow)
+    monkeypatch.setattr(signals, "ignore", lambda: None)  # signals of this process
+    monkeypatch.setenv("FLEXTRON_JOB_END", str(int(time.time() + 1e6)))
+    keys = [*pretrain_keys(chain / "data"), "trainer.max_steps=6", f"{SAVING}.async_save=false", f"out={tmp_path}/run"]
+    if seconds:
+        with pytest.raises(signals.Stopped, match="pretrain: stopped by trainer.max_time after step 4; its checkpoint"):
+            stage("pretrain", *keys)
+    else:
+        stage("pretrain", *keys)
+    assert [open_checkpoint(folder).step for folder in list_checkpoints(tmp_path / "run")] == steps
+    monkeypatch.undo()
+    if seconds:
+        stage("pretrain", *keys)
+    assert losses(tmp_path / "run") == losses(chain / "parent")

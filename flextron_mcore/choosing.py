@@ -138,7 +138,11 @@ def _sliced(gpt: GPTModel, net: SubNetwork) -> list[LayerState]:
 
 
 def _weighted(layers: Sequence[ElasticTransformerLayer], net: WeightedNetwork) -> list[LayerState]:
-    """State of each of `layers` for a weighted network: masks of units, and the weight of executing the layer as a gate."""
+    """State of each of `layers` for a network with a weight for every candidate (layers/weighted.py).
+
+    A unit's mask is the sum of the weights of the candidates that include the unit. The output of each block of a layer is
+    multiplied with the weight of executing the layer.
+    """
     channels = mask(net.hidden_K, layers[0].mlp.space.hidden_size)  # one for all layers
     states = []
     for layer in layers:

@@ -109,7 +109,14 @@ def open_documents(path: Path, text_key: str) -> tuple[str, Iterator[Entry]]:
 
 
 def _opener(head: bytes, path: Path) -> Callable[[BinaryIO], BinaryIO]:
-    """Function that turns an opened binary file into a decompressed stream. head: first bytes, which show the compression."""
+    """Function from an opened file to the stream of its decompressed bytes; the file itself if it is not compressed.
+
+    Raises FlextronError if the package that a Zstandard file needs is not installed.
+
+    Args:
+        head: first 16 bytes of the file, which show the compression (gzip, bzip2, xz or Zstandard).
+        path: path of the file, for the message.
+    """
     if head.startswith(b"\x1f\x8b"):
         return gzip.open
     if head.startswith(b"BZh") and head[4:10] == b"1AY&SY":

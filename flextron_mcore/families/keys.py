@@ -75,7 +75,11 @@ class Key:
         return given[0]
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        """{key of config.json: value}. If several of `names` have the field's value, prefers the name in `source`."""
+        """{key of config.json: value}. source: config.json that the model was imported from, or {}.
+
+        If several values in config.json mean the field's value (`names`), the value in `source` is kept if it is one of them,
+        else the first is written. A `kept` key has the value in `source`, if there is one.
+        """
         ours, given = getattr(model, self.ours), source.get(self.theirs)
         if self.names is None:
             return {self.theirs: given if self.kept and given is not None else ours}

@@ -156,7 +156,17 @@ def _valid(limit: int | None, samples: Sequence[int] | None) -> int:
 
 
 def _importance(costs: Costs, settings: StageSettings, valid: int) -> Work:
-    """Work of `importance`: a pass of the full model, passes without each layer if depth is elastic, and the table of sorting."""
+    """Work of `importance`: scores, layer scores, and the table of losses with and without sorting.
+
+    Scores take a forward pass of the full model over the calibration samples. If depth is elastic, layer scores take a pass of
+    the full model and one without each layer. The table evaluates the full model and a network with about half of each elastic
+    width, twice each.
+
+    Args:
+        costs: FLOPs of a token in each network.
+        settings: settings of the stage.
+        valid: validation tokens of each evaluation of the table; 0 without the table.
+    """
     model, space, tokens = costs.model, costs.space, settings.samples * costs.length
     flops = tokens * costs.full
     if len(space.depth) > 1:

@@ -125,7 +125,7 @@ def _end(output: StageOutput, end: str, logged: list[tuple[int, dict[str, float]
 
 
 def sections(results: list[Training]) -> list[Section]:
-    """Section of the page for pretraining and elastic training: a table and curves."""
+    """List of one section of the page: a table of all pretraining and elastic training runs, and their loss curves."""
     pictures = []
     for training in results:
         pictures += [train_curve(training)] if training.train else []

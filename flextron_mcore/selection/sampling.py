@@ -32,7 +32,7 @@ def draw_near(choices: Choices, budgets: Sequence[Budget], count: int, seed: int
         count: largest number of networks; fewer are returned if fewer exist.
         seed: seed of the draws.
         within: share of the full model's cost by which a network may stay below the first budget; doubled while none is found.
-            Where none is found at last, the cheapest network is returned.
+            If none is found even at 1, the cheapest network is the only one returned.
     """
     while within <= 1:
         if found := _draw(choices, budgets, count, seed, within):

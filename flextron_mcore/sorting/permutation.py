@@ -67,9 +67,16 @@ def permute(model: ModelConfig, key: str, tensor: Tensor, orders: Orders) -> Ten
 
 
 def _select(view: Tensor, axis: int, units: Tensor, size: int) -> Tensor:
-    """Permute the units along one dimension of `view`, for units [V, U] separately in each row of the dimension before it.
+    """Permute the first entries of one dimension: entry i of the result is entry units[i] of `view`. The others keep their place.
 
-    Entries beyond the permuted ones (key and value after the query heads) stay in place.
+    Other entries are key and value, which follow the query heads of a KV group in a fused QKV weight.
+
+    Args:
+        view: tensor with a dimension for each factor of its size (families/tensors.py).
+        axis: dimension of the units.
+        units: old index of each unit [U]; or [V, U], a permutation for each of the V entries of the dimension before `axis`, such
+            as the KV groups that hold the query heads.
+        size: length of the dimension `axis`, at least U.
     """
     rest = torch.arange(units.shape[-1], size).expand(*units.shape[:-1], -1)
     units = torch.cat([units, rest], -1)

@@ -133,7 +133,7 @@ class GumbelLearner(RouterLearner, WeightLearner):
         return torch.stack(spent)
 
     def _noise(self, count: int, generator: torch.Generator) -> Tensor:
-        """Independent Gumbel noise [T, N, K] for `count` networks."""
+        """Independent Gumbel noise of T = `count` networks, for each candidate k of each choice n: [T, N, K]."""
         shape = (count, *self.routers.exists_NK.shape)
         return -torch.log(-torch.log(torch.rand(shape, generator=generator).clamp(1e-9, 1 - 1e-7)))
 

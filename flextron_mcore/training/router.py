@@ -131,7 +131,7 @@ class RouterLearner(Learner):
         return [None, *(WeightedNetwork.of(net, device()) if isinstance(net, list) else net for net in drawn)]
 
     def _generator(self, step: int, stream: int) -> torch.Generator:
-        """Random number generator that depends on (seed, step, stream) only."""
+        """Random number generator on the CPU that depends on (seed, step, stream) only. stream: DRAW or LEARN."""
         value = np.random.SeedSequence([self.training.seed, 6, stream, step]).generate_state(1)[0]
         return torch.Generator().manual_seed(int(value))
 

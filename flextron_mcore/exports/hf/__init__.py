@@ -140,9 +140,9 @@ def _config(job: Job, family: Family, reason: str | None) -> dict[str, Any]:
 
 
 def _token_ids(job: Job) -> dict[str, Any]:
-    """Ids of special tokens: the imported model's, else the tokenizer's, else null.
+    """{key of config.json: id of a special token, or None}: of the imported config.json, if there is one, else of the tokenizer.
 
-    Null is written because transformers' defaults are ids in the vocabularies of Llama and GPT-2.
+    Without both, null is written for every key, because transformers' defaults are ids in the vocabularies of Llama and GPT-2.
     """
     if job.info.hf_config:
         return {name: job.info.hf_config[name] for name in _TOKEN_IDS if name in job.info.hf_config}

@@ -139,7 +139,7 @@ class ElasticForCausalLM:
 
     @property
     def budget(self):
-        """Budget that was set, as it was given; None without one."""
+        """Budget of the last `set_budget`, as it was given; None for the full model, or after `set_subnetwork`."""
         return self._budget
 
     @property
@@ -202,7 +202,14 @@ class ElasticForCausalLM:
         return self._made[index, own]
 
     def _token_choice(self, budget, kv_policy):
-        """TokenChoice whose average cost is the budget. ValueError without adaptive routers, or for a budget of another cost."""
+        """Routing by the adaptive routers, set so that the average cost of a token is the budget, by their calibration.
+
+        ValueError without adaptive routers, and for a budget of another cost or outside of the routers' calibration.
+
+        Args:
+            budget: 0.6 (share of the full model's cost), "25ms", "3.4B" (parameters) or "8GiB" (memory).
+            kv_policy: "full" or "own", see the class; None: the policy of the routers' training.
+        """
         family = self.family
         if family.adaptive is None:
             raise ValueError("adaptive=True: this directory has no adaptive routers: use adaptive=False")

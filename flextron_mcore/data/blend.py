@@ -48,7 +48,7 @@ class Domain:
         train_tokens: number of training tokens.
         valid_tokens: number of validation tokens.
         documents: number of documents of both splits; a document that is cut between the splits counts once.
-        bytes: size of the text of all documents in UTF-8.
+        bytes: UTF-8 bytes of the text of all documents.
     """
 
     train: str
@@ -214,7 +214,17 @@ class _TokenizerFacts:
 def _build(
     data: PreparedData, seq_length: int, seed: int, cache_dir: str | Path, blends: list, sizes: list, surplus: float
 ) -> Dataset:
-    """Dataset of the one split (training or validation) that `blends` and `sizes` describe, from cached indices if complete."""
+    """Dataset of one split (training or validation), from cached sample indices if they are complete. Call on all ranks.
+
+    Args:
+        data: prepared data.
+        seq_length: tokens of a sample.
+        seed: seed of the order of samples.
+        cache_dir: directory of the caches, one for each set of arguments.
+        blends: blend_per_split of Megatron's GPTDatasetConfig: (path prefixes, weights) of the split; None for the other splits.
+        sizes: minimum number of samples of each split: None for one epoch, 0 for the other splits.
+        surplus: mid_level_dataset_surplus of GPTDatasetConfig, the share of samples built beyond a domain's share.
+    """
     asked = [
         data.fingerprint,
         seq_length,

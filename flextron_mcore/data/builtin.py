@@ -117,6 +117,7 @@ def _entities(root: Path) -> Path:
 
 
 def _read(path: Path) -> str:
+    """Text of a UTF-8 file; "" if it cannot be read or is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError):

@@ -76,6 +76,7 @@ class Corpus:
         return "; ".join(parts)
 
     def _documents(self, path: Path) -> Iterator[str]:
+        """Documents of one file; counts it in `read`, and its empty texts in `empty`."""
         texts = 0
         try:
             name, entries = open_documents(path, self.text_key)
@@ -94,6 +95,7 @@ class Corpus:
             self.empty += not texts  # a file of JSON lines that has no line counts as one empty text
 
     def _bad(self, place: str, reason: str) -> None:
+        """Record an unreadable file or entry in `skipped`; without skip_bad raise FlextronError instead."""
         if not self.skip_bad:
             raise FlextronError(f"{place}: {reason} (skip_bad=true skips such input)")
         self.skipped[place] = reason
@@ -163,6 +165,7 @@ def _walk(root: Path, left_out: Counter[str]) -> list[Path]:
 
 
 def _is_known(name: str) -> bool:
+    """True if a file of this name is read in a directory: known text or JSON lines suffix, Parquet, or .gz without another."""
     suffix = inner_suffix(name)
     compressed = name.lower().endswith(COMPRESSED_SUFFIXES)
     return (

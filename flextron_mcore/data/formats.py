@@ -133,7 +133,7 @@ def _opener(head: bytes, path: Path) -> Callable[[BinaryIO], BinaryIO]:
 class _Bounded(io.RawIOBase):
     """Decompressed byte stream of a file. Reading raises Broken for a compression ratio above _RATIO (a decompression bomb).
 
-    opener: result of `_opener`. file: opened compressed file; closing the stream closes it.
+    opener: function from an opened file to the stream of its decompressed bytes. file: opened file, which `close` closes.
     """
 
     def __init__(self, opener: Callable[[BinaryIO], BinaryIO], file: BinaryIO) -> None:
@@ -304,7 +304,7 @@ def _of_row(row: Any, key: str, place: str) -> Entry:
 
 
 def _of_value(text: Any, key: str, place: str) -> Entry:
-    """Document of a value found at `key`: empty for None, with a fault for anything that UTF-8 text cannot be."""
+    """Document of the value at `key`: empty for None; a fault for another type than str, and for what UTF-8 cannot encode."""
     if text is None:
         return Entry("", place)
     if not isinstance(text, str):

@@ -237,6 +237,7 @@ def _write_domain(part: _Part, tokens: Tokenizer, out: Path, say: Callable[[str]
 
 
 def _paths(value: object, name: str) -> list[str]:
+    """List of paths from a path or a list of paths. name: key for the message. Raises FlextronError for another type."""
     values = [value] if isinstance(value, str | os.PathLike) else value
     if (
         not isinstance(values, Sequence)
@@ -248,11 +249,13 @@ def _paths(value: object, name: str) -> list[str]:
 
 
 def _stem(path: str) -> str:
+    """Name of a directory, or name of a file without its suffixes: the domain of a path without a given domain."""
     name = Path(os.path.abspath(Path(path).expanduser())).name
     return name if Path(path).expanduser().is_dir() else stem(name)
 
 
 def _check_domain(name: object, path: str | None = None) -> str:
+    """Return a domain's name if it can be part of a file name, else raise FlextronError. path: source of the name, or None."""
     if not isinstance(name, str) or not _DOMAIN_NAME.fullmatch(name):
         where = f"input={path!r}: the domain's name" if path else "input: the domain's name"
         remedy = ": give it another, input={NAME: PATH}" if path else ""

@@ -73,7 +73,7 @@ def split(domains: Sequence[Documents], fraction: float) -> list[np.ndarray]:
     A text with a draw below `fraction` is validation text, so that copies stay together and documents added later change
     nothing. If this misses a domain's fraction by more than a factor of two (few documents, or one that outweighs the rest), the
     texts are instead added to validation in the order of their draws while they fit. If too few fit, the largest text is cut. A
-    text that occurs in an earlier domain keeps that domain's decision, unless it is cut, which then counts in all domains.
+    text of an earlier domain is split as there, unless a later domain has to cut it: the cut then holds in all domains.
 
     Args:
         domains: documents of each domain, at least one each.

@@ -50,7 +50,7 @@ class Tokenizer:
     suffix: tuple[int, ...] = ()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each document, int64 [tokens]: ids of the Hugging Face tokenizer, then `eod` unless they end with it."""
+        """Token ids of each document, int64 [tokens]: `prefix`, ids of the text, `suffix`, and `eod` unless it ends `suffix`."""
         end = self.suffix if self.suffix[-1:] == (self.eod,) else (*self.suffix, self.eod)
         return [np.array([*self.prefix, *ids, *end], dtype=np.int64) for ids in self._plain(texts)]
 
@@ -297,7 +297,10 @@ def read_vocabulary(directory: Path) -> Vocabulary | None:
 
 
 def groups(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
-    """Batches of entries: lists with about 2 million characters of text, at least one entry each. An entry ends with its text."""
+    """Batches of entries: lists with about 2 million characters of text, at least one entry each.
+
+    entries: tuples whose last item is a text.
+    """
     group: list[_Entry] = []
     letters = 0
     for entry in entries:

@@ -84,6 +84,7 @@ def code_keys(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
+    """Tokenizer files of a Hugging Face directory. Raises FlextronError for one that is not a regular file of the directory."""
     for pattern in _FILES:
         for file in sorted(folder.glob(pattern)):
             check_file(file)

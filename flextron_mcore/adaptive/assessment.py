@@ -138,6 +138,7 @@ class Evaluator:
         return found
 
     def _row(self, model: Model, target: float, kv_policy: str) -> dict[str, Any]:
+        """Result of token routing at a target on the validation data, as plain types for metrics.json. Call on all ranks."""
         make = lambda: self.learner.routing(target, kv_policy)  # noqa: E731
         sizes = self.seq_length, self.micro_batch_size, self.validation_samples
         found = evaluate_routed(model, self.validation, make, *sizes)

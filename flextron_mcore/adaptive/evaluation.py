@@ -82,7 +82,7 @@ def levels_of_text(model: Sequence[torch.nn.Module], routing: AdaptiveRouting, t
     training = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
-    # The interleaved schedule needs a multiple of the pipeline stages.
+    # The number of micro-batches must be a multiple of the pipeline stages in Megatron-Core's interleaved schedule.
     interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     count = parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1
     with torch.no_grad():

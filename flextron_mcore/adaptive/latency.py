@@ -27,7 +27,7 @@ from flextron_mcore.latency.measure import Setting, runner, time_blocks, time_ru
 from flextron_mcore.layers.tokens.layer import FixedLevels
 from flextron_mcore.runtime.distributed import device
 
-# Mixes for the fit, for each candidate; and mixes for the check.
+# Number of timed mixes of levels: for the fit, times the largest number of candidates; for the check, in all.
 _MIXES, _CHECKS = 6, 8
 
 
@@ -109,11 +109,14 @@ def measure_routed(
     return RoutedTable(hidden_size, levels, overhead, check)
 
 
-_PARTS = slice(None, -len(OVERHEADS)), slice(-len(OVERHEADS), None)  # of a row
+_PARTS = slice(None, -len(OVERHEADS)), slice(-len(OVERHEADS), None)  # costs of levels and of overheads, in the order of `_rows`
 
 
 def _mixes(choices: Choices, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Random shares of tokens at each level [M, N, K]: every level occurs in many mixes, nearly alone or evenly mixed."""
+    """Random shares of tokens at each level [M, N, K], M = count: mixes vary from nearly one level to all levels evenly.
+
+    In mix m, level m modulo a block's number of levels occurs in every block, so that each level occurs in many mixes.
+    """
     mixes_MNK = np.zeros((count, *choices.exists_NK.shape))
     for m in range(count):
         for n, sizes in enumerate(choices.sizes):
@@ -124,7 +127,13 @@ def _mixes(choices: Choices, count: int, generator: np.random.Generator) -> np.n
 
 
 def _rows(choices: Choices, levels_NSB: torch.Tensor, prompt_length: int) -> list[list[float]]:
-    """Regressors of each block's time: share of tokens at each of its levels, then amount of each of OVERHEADS."""
+    """Regressors of each block's time: share of tokens at each of its levels, then amount of each of OVERHEADS.
+
+    Args:
+        choices: blocks of the model and candidates of each.
+        levels_NSB: level of each token in each block.
+        prompt_length: tokens of a prompt, the first of S; the tokens after it are generated.
+    """
     hot_NSBK = torch.nn.functional.one_hot(levels_NSB, choices.exists_NK.shape[1]).double()
     # Overheads are of the prompt's pass only: decoding passes have one token a sequence, whose levels hardly differ.
     prompt_NK = hot_NSBK[:, :prompt_length].mean((1, 2)).numpy()

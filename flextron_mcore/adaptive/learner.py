@@ -36,7 +36,7 @@ from flextron_mcore.settings.sections import JointAdaptiveSettings, SurrogateSet
 from flextron_mcore.training.constraint import Constraint, Targets
 from flextron_mcore.training.learner import Figures, TraceLearner
 
-# Share of a block's tokens at which a level occurs by half in training (a step function would have no gradient).
+# Share of a block's tokens at which `smooth_occurrence` is about 0.5.
 _HALF = 0.05
 
 
@@ -197,6 +197,7 @@ class AdaptiveLearner(TraceLearner):
         return spent_C
 
     def _logits(self, trace: Trace, routing: AdaptiveRouting) -> Tensor:
+        """Logits [S, B, K] of a trace's block for its hidden states, with gradients to the routers."""
         return self.routers(trace.block, trace.hidden_SBD, routing.target_C, routing.start_NK)
 
     def _straight_through(self, trace: Trace) -> Tensor:
@@ -212,9 +213,9 @@ class AdaptiveLearner(TraceLearner):
         return (amount_N3 * self.overhead_CN3).sum((-1, -2))
 
     def _overhead_slope_NK(self, slope_C: Tensor, traces: Sequence[Trace], routing: AdaptiveRouting) -> Tensor:
-        """Derivative [N, K] of the priced overhead with respect to each level's share of tokens.
+        """Derivative [N, K] of sum_c slope_c * overhead_c with respect to each level's share of tokens.
 
-        Taken at the mean probabilities of the routers, because counts of tokens are too coarse.
+        The shares are the mean probabilities of the routers, because counts of tokens are too coarse.
         """
         total_NK = torch.zeros_like(routing.counts_NK)
         if not self.overhead_CN3.any():
@@ -234,6 +235,7 @@ class AdaptiveLearner(TraceLearner):
         return slope_NK
 
     def _sum_gradients(self) -> None:
+        """Sum the routers' gradients over all ranks that computed different blocks or tokens, in place. Call on all ranks."""
         groups = [parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()]
         if self.sequence_parallel:
             groups.append(parallel_state.get_tensor_model_parallel_group())
@@ -271,6 +273,7 @@ class AdaptiveLearner(TraceLearner):
 def smooth_occurrence(share: Tensor) -> Tensor:
     """Differentiable approximation of "a token of this level occurs", from the share of tokens at the level.
 
-    It is share * (1 + h) / (share + h) with h = 0.05: 0 for a share of 0, 1 for a share of 1.
+    It is share * (1 + h) / (share + h) with h = 0.05: 0 for a share of 0, 1 for a share of 1. A step function would have no
+    gradient.
     """
     return share * (1 + _HALF) / (share + _HALF)

@@ -214,7 +214,7 @@ def evaluated_sections(results: list[Evaluated]) -> list[Section]:
         ("Mean loss", [loss(found.outcome.mean_loss) for found in results]),
         ("Share", [percent(found.outcome.share) for found in results]),
     ]
-    note = "Adaptive routers at one budget: validation loss, and the average share of the full model’s cost that tokens spent."
+    note = "Adaptive routers at one budget: validation loss, and average cost of a token as a share of the full model’s cost."
     table = Table.of_columns(columns, left=2)
     return [Section("adaptive_evaluated", "Token routing, evaluated", note, [table], [], "budgets")]
 
@@ -242,7 +242,7 @@ def loss_against_share(found: Trained, name: str) -> Picture:
         _lines(figure, across, colours, label, "Mean loss (nats per token)")
 
     words = "; ".join(f"{text} {', '.join(f'{y:.3f} at {x:.1f}%' for x, y in points)}" for text, points in series.items())
-    caption = f"{found.label}: mean loss against what tokens spend on average. Lower and further left is better."
+    caption = f"{found.label}: mean loss against the average cost of a token. Lower and further left is better."
     return picture(name, f"Mean loss against the average share of {found.costs}: {words}.", caption, draw)
 
 
@@ -261,7 +261,7 @@ def degradation(found: Trained, name: str) -> Picture:
         _lines(figure, series, list(ramp(theme, len(series))), label, "Loss above the full model’s (nats)")
 
     words = "; ".join(f"{domain} {', '.join(f'{y:.3f} at {x:.0f}%' for x, y in points)}" for domain, points in series.items())
-    caption = f"{found.label}: what each domain loses at a budget (as the paper’s figure 8)."
+    caption = f"{found.label}: loss above the full model’s in each domain, at each budget (as the paper’s figure 8)."
     return picture(name, f"Loss above the full model’s, by domain: {words}.", caption, draw)
 
 
@@ -293,7 +293,7 @@ def allocation(found: Trained, name: str) -> Picture:
 
 
 def _mean_level(shares: list[float]) -> float:
-    """Mean level, scaled to 0 (all tokens at the smallest) .. 1 (all at the largest)."""
+    """Mean level, scaled to 0 (all tokens at the smallest) .. 1 (all at the largest). shares: share of tokens at each level."""
     return sum(level * share for level, share in enumerate(shares)) / max(len(shares) - 1, 1)
 
 
@@ -328,8 +328,8 @@ def heat(tokens: TokenCosts, name: str, costs: str) -> Picture:
         bar.ax.set_xticklabels([percent(low), percent(high)])
 
     order = [text for _, text in sorted(zip(tokens.shares, tokens.texts, strict=True), reverse=True)]
-    words = f"What the first {len(order)} tokens of a text of {tokens.domain} spend, {percent(low)} to {percent(high)} of the"
-    words += f" full model’s {costs}; most: {', '.join(map(repr, order[:5]))}; least: {', '.join(map(repr, order[-5:]))}."
+    words = f"Cost of the first {len(order)} tokens of a text of {tokens.domain}, {percent(low)} to {percent(high)} of the full"
+    words += f" model’s {costs}; most: {', '.join(map(repr, order[:5]))}; least: {', '.join(map(repr, order[-5:]))}."
     caption = f"{tokens.domain}: the share of the full model’s {costs} that each token spends, at a budget of"
     return picture(name, words, f"{caption} {percent(tokens.budget)}.", draw, (SIZE[0], 0.8 + 0.17 * len(lines)))
 

@@ -188,7 +188,15 @@ class AdaptiveBlock:
 
 
 def _sent_to_all_ranks(levels_SB: Tensor, ranks: int, sequence_parallel: bool) -> Tensor:
-    """Levels of the whole sequence, equal on all tensor-parallel ranks. They are sent, as ranks may round logits differently."""
+    """Levels [S, B] of the whole sequence, equal on all tensor-parallel ranks, from the levels that this rank computed.
+
+    Levels are sent, not computed on each rank, because ranks may round logits differently. Call on all tensor-parallel ranks.
+
+    Args:
+        levels_SB: levels of the whole sequence, or with sequence parallelism of this rank's positions.
+        ranks: number of tensor-parallel ranks.
+        sequence_parallel: True if each rank has a part of the sequence.
+    """
     group, levels_SB = parallel_state.get_tensor_model_parallel_group(), levels_SB.contiguous()
     if not sequence_parallel:
         torch.distributed.broadcast(levels_SB, torch.distributed.get_global_rank(group, 0), group=group)

@@ -31,7 +31,7 @@ class AdaptiveInfo(RouterInfo):
     calibration: tuple[tuple[float, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to plain types, for routers.json."""
+        """Convert to plain types, the content of routers.json."""
         return {**super().to_dict(), "kv_policy": self.kv_policy, "calibration": [list(pair) for pair in self.calibration]}
 
     @classmethod

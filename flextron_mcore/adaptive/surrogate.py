@@ -147,7 +147,7 @@ class TokenSurrogate:
         return choices_MNK, final_SBD[counted_SB], own_part(loss_SB, self.sequence_parallel)[counted_SB]
 
     def _summed(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks that have different tokens of the step, in place."""
+        """Sum a tensor over all ranks that have different tokens of the step, in place; returns it. Call on all ranks."""
         groups = [parallel_state.get_data_parallel_group()]
         if self.sequence_parallel:
             groups.append(parallel_state.get_tensor_model_parallel_group())

@@ -43,7 +43,7 @@ class RoutedTable:
             levels, overhead = ({axis: tuple(map(float, row[name][axis])) for axis in sizes} for name in ("levels", "overhead"))
             for axis, candidates in sizes.items():
                 if (len(levels[axis]), len(overhead[axis])) != (len(candidates), len(OVERHEADS)):
-                    raise ValueError("it is of another space")
+                    raise ValueError("it was measured for another elastic space")
             return cls(int(row["hidden_size"]), levels, overhead, dict(row["check"]))
         except (KeyError, TypeError, ValueError) as error:
             raise FlextronError(

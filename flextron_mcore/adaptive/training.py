@@ -98,6 +98,7 @@ def better(row: Mapping[str, Any], kv_policy: str) -> float:
 
 
 def _print(rows: list[dict[str, Any]], cost: str) -> None:
+    """Print a table of the results at each budget (`Evaluator.budgets`). cost: name of the cost that budgets limit."""
     kinds = ["static", *rows[0]["adaptive"]]
     print_table(
         f"validation loss (nats per token), and the average share of the full model's {cost} that was spent",
@@ -111,6 +112,7 @@ def _print(rows: list[dict[str, Any]], cost: str) -> None:
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[float, float]:
+    """(mean loss in nats per token, average cost as a share of the full model's) of a result in metrics.json."""
     return row["mean_loss"], row["share"]
 
 
@@ -157,6 +159,7 @@ def _learner(settings: RouterStageSettings | JointSettings, info: CheckpointInfo
 def _new_routers(
     settings: RouterStageSettings | JointSettings, info: CheckpointInfo, choices: Choices
 ) -> tuple[AdaptiveInfo, AdaptiveRouters]:
+    """Description and new adaptive routers, which start from the checkpoint's static ones. settings.seed draws their weights."""
     hidden_size = settings.adaptive.hidden_size
     static, start = read_routers(info.path, choices)
     described = AdaptiveInfo(

@@ -54,7 +54,7 @@ class RouterInfo:
     uniform: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to plain types, for routers.json."""
+        """Convert to plain types, the content of routers.json."""
         return {
             "format": FORMAT_VERSION,
             "kind": self.kind,
@@ -108,9 +108,13 @@ def write_routers(folder: Path, info: RouterInfo, routers: torch.nn.Module, tabl
 
 
 def read_routers(folder: Path, choices: Choices) -> tuple[RouterInfo, StaticRouters]:
-    """Read a checkpoint's routers that choose sub-networks; for adaptive routers, the static routers that they started from.
+    """Read a checkpoint's routers of kind static or gumbel; of adaptive routers, the static routers that they started from.
 
-    Raises FlextronError if there are none or they are damaged. choices: choices of the layers.
+    Raises FlextronError if there are no routers or they are damaged.
+
+    Args:
+        folder: directory of the checkpoint.
+        choices: choices of the layers (without `all_axes`).
     """
     with opened_routers(folder) as (values, weights):
         if values["kind"] not in ("static", "gumbel"):

@@ -48,10 +48,12 @@ class Surrogate(torch.nn.Module):
         return self._second(hidden_BP[:, None, None] - now_BNP[:, :, None] + columns_NKP)
 
     def _first(self, choices_BNK: Tensor, final_BD: Tensor | None) -> Tensor:
+        """Hidden units [B, P] before the activation; W_1 r, plus W_h times the layer-normalised `final_BD` if there is one."""
         hidden_BP = self.first(choices_BNK.flatten(1))
         if final_BD is None:
             return hidden_BP
         return hidden_BP + self.project(F.layer_norm(final_BD.float(), final_BD.shape[-1:]))
 
     def _second(self, hidden_P: Tensor) -> Tensor:
+        """Degradation [...] from hidden units before the activation [..., P]."""
         return self.second(torch.nn.functional.gelu(hidden_P)).squeeze(-1) * self.scale

@@ -221,6 +221,7 @@ class _Clock:
         self.marks: dict[Hashable, list] = defaultdict(list)
 
     def mark(self, key: Hashable) -> None:
+        """Record the current time under a key; a key may have several marks."""
         if torch.cuda.is_available():
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -249,7 +250,13 @@ def time_run(run: Callable[[], None]) -> float:
 
 
 def _time_candidates(model: torch.nn.Module, net: SubNetwork, run: Callable[[], None]) -> Mapping[Any, list[float]]:
-    """Milliseconds of a run: {(hidden size, axis, candidate): times of blocks}, and (hidden size, "constant") for the rest."""
+    """Milliseconds of a run: {(hidden size, axis, candidate): time of each block}, and (hidden size, "constant") for the rest.
+
+    Args:
+        model: elastic model, set to `net`.
+        net: network that the model computes.
+        run: function that runs the workload once.
+    """
     found: dict[Any, list[float]] = defaultdict(list)
     parts, rest = time_blocks(model, run)
     blocks = [(axis, choice) for choice in net.layers for axis in layer_axes()]
@@ -290,7 +297,7 @@ def _marked(layers: Sequence[torch.nn.Module], clock: _Clock) -> Iterator[None]:
 
 
 def machine(dtype: torch.dtype) -> dict[str, Any]:
-    """Description of this machine for a measurement: device, dtype, versions, load and date."""
+    """Description of this machine for a latency table: device, dtype, versions, date, and on a CPU threads and load."""
     import megatron.core
 
     cuda = torch.cuda.is_available()

@@ -100,7 +100,7 @@ class LatencyTable:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Table as plain types, a row for every candidate. Hidden sizes below the full one follow in the list `narrow`."""
+        """Table as plain types, a row for every candidate, for latency.json; smaller hidden sizes are in the list `narrow`."""
         narrow = [{"hidden_size": size, **self._rows(size)} for size in self.space.hidden_size[:-1]]
         return {
             "format": FORMAT_VERSION,
@@ -118,6 +118,7 @@ class LatencyTable:
         }
 
     def _rows(self, hidden_size: int) -> dict[str, Any]:
+        """Rows of the table for one hidden size: the constant, and for each block a row for every candidate, in milliseconds."""
         timings = self.timings[hidden_size]
         rows: dict[str, Any] = {"constant": _milliseconds(timings.constant)}
         for axis in self.space.layer_axes:
@@ -229,6 +230,7 @@ def check_errors(cost: Cost, latencies: Sequence[tuple[SubNetwork, float]]) -> d
 
 
 def _timings(path: str | Path, part: Mapping[str, Any], space: ElasticSpace) -> Timings:
+    """Timings of one hidden size from its rows in a table's file. Raises FlextronError if a candidate of `space` is missing."""
     candidates = {}
     for axis in space.layer_axes:
         known = {math.prod(row[name] for name in axis.fields): _timing(row) for row in part[axis.block]}
@@ -238,6 +240,7 @@ def _timings(path: str | Path, part: Mapping[str, Any], space: ElasticSpace) -> 
 
 
 def _check_candidates(path: str | Path, axis: str, known: Mapping[int, Any], wanted: Sequence[int]) -> None:
+    """Raise FlextronError if one of the `wanted` candidates of an axis is not in `known`, the candidates of a table."""
     if missing := [size for size in wanted if size not in known]:
         raise FlextronError(
             f"{path}: lacks the candidates {missing} of space.{axis}: measure a table of this checkpoint with `flextron latency`"
@@ -245,10 +248,12 @@ def _check_candidates(path: str | Path, axis: str, known: Mapping[int, Any], wan
 
 
 def _milliseconds(timing: Timing) -> dict[str, float]:
+    """Timing as plain types: {minimum_ms, median_ms}."""
     return {f"{name}_ms": value for name, value in asdict(timing).items()}
 
 
 def _timing(row: Mapping[str, Any]) -> Timing:
+    """Timing from plain types, {minimum_ms, median_ms}. Raises ValueError for a number that is not finite."""
     values = [float(row[f"{name}_ms"]) for name in STATISTICS]
     if not all(map(math.isfinite, values)):
         raise ValueError(f"a latency of {values} ms")

@@ -21,9 +21,11 @@ REPORT = "bench.json"
 
 
 def measurements(exports: Sequence[Path]) -> list[dict[str, Any]]:
-    """Entries for `flextron latency measurements=FILE` from exports: [{"subnetwork": ..., "ms": mean latency of a request}].
+    """Entries for `flextron latency measurements=FILE`: [{"subnetwork": ..., "ms": mean latency of a request in milliseconds}].
 
-    Raises FlextronError that names an invalid file.
+    Raises FlextronError that names a missing or invalid file.
+
+    exports: directories of exports, each with the report of its benchmark in bench.json.
     """
     found = []
     for folder in exports:
@@ -33,9 +35,11 @@ def measurements(exports: Sequence[Path]) -> list[dict[str, Any]]:
             file = folder / REPORT
             milliseconds = float(read_json(file)["performance"]["avg_request_latency_ms"])
         except FileNotFoundError:
-            raise FlextronError(f"{file}: no such file") from None
+            raise FlextronError(f"{file}: no such file: name exports that were benchmarked, each with its {REPORT}") from None
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise FlextronError(f"{file}: not a report as expected ({type(error).__name__}: {error})") from None
+            raise FlextronError(
+                f"{file}: is damaged, or of another program ({type(error).__name__}: {error}): write it again"
+            ) from None
         found.append({"subnetwork": net, "ms": milliseconds})
     return found
 

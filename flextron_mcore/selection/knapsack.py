@@ -61,18 +61,26 @@ def every_size(choices: Choices, values_NK: np.ndarray, limits: Sequence[Limit])
 
 
 def _network_sizes(choices: Choices) -> list[tuple[int, ...]]:
+    """Candidates of the hidden size and of the depth; empty if `choices` are only those of the layers."""
     return choices.sizes[: len(choices.network_axes)]
 
 
 def _network_combinations(choices: Choices) -> list[tuple[int, ...]]:
-    """All combinations of candidates of the network axes; one empty combination if `choices` has none of these axes."""
+    """Candidate indices of all pairs of hidden size and depth; one empty tuple if these are no choices."""
     return list(itertools.product(*(range(len(sizes)) for sizes in _network_sizes(choices))))
 
 
 def _cheapest_of_size(
     choices: Choices, values_NK: np.ndarray, limits: Sequence[Limit], of_network: tuple[int, ...]
 ) -> SubNetwork | None:
-    """Network of least value with given candidates of the network axes."""
+    """Network of least value within the limits with a given hidden size and depth; None if there is none.
+
+    Args:
+        choices: choices of the network.
+        values_NK: value of each candidate.
+        limits: (cost, least, largest) of each bounded cost, in the cost's unit.
+        of_network: candidate indices of the hidden size and depth; empty if these are no choices.
+    """
     first = len(of_network)
     if choices.uniform:
         every = itertools.product(*(range(len(sizes)) for sizes in choices.sizes[first:]))
@@ -101,7 +109,15 @@ def _solve(
     network: Callable[[Sequence[int]], SubNetwork],
     limits: Sequence[Limit],
 ) -> SubNetwork | None:
-    """Solve one integer program. costs: (cost of each candidate [N, K], the Cost, its least and its largest value)."""
+    """Network of least value within the limits, by one integer program; None if there is none.
+
+    Args:
+        values_NK: value of each candidate.
+        exists_NK: True for candidates that exist.
+        costs: (cost of each candidate [N, K], the Cost, its least and its largest value) of each bounded cost.
+        network: function from the candidate index of each of the N choices to the network.
+        limits: (cost, least, largest) of each bounded cost, which the network found is checked against.
+    """
     # Every stage imports this module for its estimate of memory; the solver takes a tenth of a process's start.
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array

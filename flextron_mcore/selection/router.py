@@ -26,7 +26,7 @@ BIN = 0.0025  # width of a cost bin, as a share of the full model's cost
 # Share of the full model's cost that a network may leave unused of a budget, if any network is that near to it. With hidden size
 # and depth as choices (WITHIN_AXES) good networks lie further apart.
 WITHIN, WITHIN_AXES = 0.01, 0.019
-# Bonus of the score for using the budget: log-probability per full cost.
+# Bonus for using the budget: log-probability that the full model's cost adds to a network's score.
 WORTH = 150.0
 _Found = tuple[float, float, SubNetwork]  # score, cost, network
 

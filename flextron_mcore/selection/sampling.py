@@ -15,7 +15,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget, Cost
 from flextron_mcore.space import SubNetwork
 
-_DRAWS, _IDLE_ROUNDS = 4096, 5
+_DRAWS, _IDLE_ROUNDS = 4096, 5  # draws of a round, and rounds without a new network after which drawing ends
 
 
 def draw_near(choices: Choices, budgets: Sequence[Budget], count: int, seed: int, within: float = 0.01) -> list[SubNetwork]:
@@ -38,7 +38,8 @@ def draw_near(choices: Choices, budgets: Sequence[Budget], count: int, seed: int
         if found := _draw(choices, budgets, count, seed, within):
             return found
         within *= 2
-    # Where a measured table has outliers, the probabilities hardly tell the other candidates apart.
+    # Probabilities depend on a candidate's cost relative to the largest one: beside an outlier of a measured table, all other
+    # candidates are about equally likely, so that a small budget may never be met.
     cheapest = Choices(choices.model, choices.space, all_axes=True).least(budgets[0].cost)
     if all(budget.allows(cheapest) for budget in budgets):
         return [cheapest]
@@ -46,6 +47,7 @@ def draw_near(choices: Choices, budgets: Sequence[Budget], count: int, seed: int
 
 
 def _draw(choices: Choices, budgets: Sequence[Budget], count: int, seed: int, within: float) -> list[SubNetwork]:
+    """Different random networks within all budgets, at most `within` of the full cost below the first; [] if none is found."""
     first = budgets[0]
     least = first.limit - within * first.cost.full
     generator = np.random.default_rng(np.random.SeedSequence([seed, 5]))
@@ -68,7 +70,14 @@ def _draw(choices: Choices, budgets: Sequence[Budget], count: int, seed: int, wi
 
 
 class _Size:
-    """Networks of one hidden size and depth."""
+    """Random networks of one hidden size and depth.
+
+    Args:
+        choices: choices of the layers.
+        cost: cost that draws aim at.
+        hidden_size: hidden size of the networks.
+        depth: number of executed layers.
+    """
 
     def __init__(self, choices: Choices, cost: Cost, hidden_size: int, depth: int) -> None:
         self.choices, self.hidden_size, self.depth, self.cost = choices, hidden_size, depth, cost.at(hidden_size)
@@ -76,7 +85,7 @@ class _Size:
         self.costs_NK, self.exists_NK = choices.costs_NK(self.cost)[self.rows], choices.exists_NK[self.rows]
 
     def draw(self, least: float, most: float, generator: np.random.Generator) -> list[SubNetwork]:
-        """Draw _DRAWS networks, and return the different ones that cost between `least` and `most`."""
+        """Draw _DRAWS networks, and return the different ones that cost between `least` and `most`, in the cost's unit."""
         p_NK = _exponential_probabilities(self.costs_NK, self.exists_NK, (least + most) / 2 - self.cost.constant)
         u_MN = generator.random((_DRAWS, len(self.rows)))
         indices_MN = (u_MN[..., None] > p_NK.cumsum(-1)[:, :-1]).sum(-1)
@@ -86,6 +95,7 @@ class _Size:
         return [self._network(fitting[row].tolist()) for row in np.sort(firsts)]
 
     def _network(self, indices: Sequence[int]) -> SubNetwork:
+        """Network with these candidate indices in its executed layers."""
         choices, whole = self.choices, np.zeros(self.choices.count, dtype=int)
         whole[self.rows] = indices
         layers = choices.network(whole.tolist()).layers

@@ -54,7 +54,13 @@ def worth_evaluating(
 
 
 class _Fit:
-    """Fit of the losses of networks of one hidden size and depth."""
+    """Fit of the losses of networks of one hidden size and depth, by a polynomial of the cost plus an effect of each candidate.
+
+    Args:
+        choices: choices of the networks.
+        cost: cost that the polynomial depends on.
+        losses: {network: loss} of evaluated networks of this hidden size and depth.
+    """
 
     def __init__(self, choices: Choices, cost: Cost, losses: Mapping[SubNetwork, float]) -> None:
         self.choices, self.cost = choices, cost
@@ -71,7 +77,13 @@ class _Fit:
         self.trend_D = np.linalg.lstsq(trend_SD, loss_S - has_SM @ effect_M, rcond=None)[0]
 
     def best_near(self, net: SubNetwork, low: float, high: float, known: Container[SubNetwork]) -> SubNetwork | None:
-        """Network of least predicted loss, not in `known`, at most two blocks and a cost of `low`..`high` away from `net`."""
+        """Neighbour of `net` with the least predicted loss, which differs in at most two blocks; None if there is none.
+
+        Args:
+            net: network whose neighbours are searched.
+            low, high: bounds of the neighbour's cost minus the cost of `net`, in the cost's unit.
+            known: networks that are not returned.
+        """
         own_N = np.array(self.choices.indices(net))
         costs_NK = self.choices.moves_NK(net, self.cost)
         changes_NK = self.effect_NK - np.take_along_axis(self.effect_NK, own_N[:, None], 1)

@@ -16,7 +16,11 @@ from flextron_mcore.space import ElasticSpace
 
 
 def ablation_networks(model: ModelConfig, space: ElasticSpace) -> dict[str, Network]:
-    """{name: network}: the full model (None), and for each elastic width the network in which only this width is halved."""
+    """{name: network}: the full model (None), and for each width the network in which only this width is about half.
+
+    Widths are heads and neurons, and the hidden size if it is elastic. About half is the candidate nearest to half of the full
+    size.
+    """
     networks: dict[str, Network] = {"full (baseline)": None}
     for axis in space.layer_axes:
         size = _half(space.sizes[axis.name])

@@ -1,7 +1,8 @@
 """Importance scores, accumulated over calibration samples in one pass of the full model.
 
 Heads: F_i = sum_X |Attn_i(X)|_1 (Flextron, eq. 3). Neurons: F_i = sum_X |X W1_i|_1 (eq. 4; for a gated MLP the product of gate
-and up). Channels and layers as in LLaMaFlex.
+and up). Channels: |activation|_1 after each norm, summed over norms. Layers: block influence 1 - cos(input, output), or the error
+of the final hidden states without the layer. Channels and layers follow LLaMaFlex.
 
 Shape suffixes: S sequence (of this rank's tokens), B batch, C hidden channels, U units of an axis times the channels of each, L
 layers.
@@ -236,6 +237,7 @@ def removal_errors(
 
 
 def _weigh(layer: torch.nn.Module, sums: LayerScores) -> None:
+    """Multiply each unit's score with the norm of the weight columns that the unit enters (output projection, fc2), in place."""
     for axis in layer_axes():
         units = sums.units[axis.name]
         columns = layer.get_parameter(axis.followed_by).double().unflatten(1, (*units.shape, -1))

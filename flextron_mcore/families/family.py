@@ -83,6 +83,7 @@ class Names:
         return [mapped for _, mapped in sorted(found, key=lambda pair: pair[0])]
 
     def _mapped(self, placed: Placed, module: str, kind: str) -> Mapped:
+        """Names and shapes of one tensor in the format. module, kind: Megatron-Core's module name, and weight or bias."""
         theirs = self.modules[module]
         theirs = (theirs,) if isinstance(theirs, str) else theirs
         start = "" if placed.number is None else self.layers.format(placed.number)
@@ -193,4 +194,5 @@ class Family:
 
 
 def _holds(key: ConfigKey, name: str) -> bool:
+    """True if an import sets the field `name` of ModelConfig from the key."""
     return isinstance(key, Key) and key.ours == name and not key.kept

@@ -102,12 +102,14 @@ def refuse_unread(config: ReadKeys, harmless: frozenset[str], architecture: str)
 
 
 def _neutral(key: str, value: Any) -> bool:
+    """True if this value of a key of config.json cannot change the model's output."""
     if key == "layer_types":
         return isinstance(value, list) and set(map(str, value)) <= {"full_attention", "attention"}
     return value is None or (key in NEUTRAL and value == NEUTRAL[key])
 
 
 def _short(value: Any) -> str:
+    """Text of a value for a message, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -167,6 +169,7 @@ def original_positions(config: Mapping[str, Any], rope: Mapping[str, Any]) -> in
 
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the scaling under the names of transformers 5, for comparison: without keys that may be at the top level."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     return {"rope_type": kind, **{k: v for k, v in rope.items() if k not in ("rope_type", "type", *_ONCE)}}
 

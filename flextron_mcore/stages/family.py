@@ -61,6 +61,7 @@ def _name(budget: float | str | list) -> str:
 
 
 def _chain(settings: FamilySettings, names: list[str], out: Path) -> dict[str, tuple[str, list[str]]]:
+    """{name: (stage, keys as typed)} of the stages to run: an evaluation of all networks if data is given, then their exports."""
     checkpoint = f"checkpoint={quoted(settings.checkpoint)}"
     files = {name: quoted(out / "networks" / f"{name}.json") for name in names}
     chain: dict[str, tuple[str, list[str]]] = {}
@@ -76,6 +77,7 @@ def _chain(settings: FamilySettings, names: list[str], out: Path) -> dict[str, t
 
 
 def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, settings: FamilySettings) -> dict[str, Any]:
+    """Entry of metrics.json for the network of one budget, with its validation loss if it was evaluated. name: of the budget."""
     means = {f"mean_{axis.name}": sum(map(axis.size, net.executed_layers)) / net.depth for axis in layer_axes()}
     row = {
         "budget": name,

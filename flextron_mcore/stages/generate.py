@@ -77,7 +77,7 @@ def run(settings: GenerateSettings) -> dict[str, Any]:
     cost = f"; {figures['share']:.3f} of the full model's {figures['cost']}" if "share" in figures else ""
     say(f"generate: {count} tokens, prompts in {figures['prompt_ms']:.3g} ms{speed}{cost}")
     write_file(out, json.dumps(figures, indent=1) + "\n")
-    if settings.selector != "adaptive":  # which no export can hold
+    if settings.selector != "adaptive":  # token routing has no sub-network to export
         chosen = {key: getattr(settings, key) for key in ("subnetwork", "budget", "latency", "sensitivity")}
         chosen["selector"] = settings.selector if settings.budget is not None else None
         say_next("export", checkpoint=settings.checkpoint, **chosen, out="exported")

@@ -50,7 +50,10 @@ def run(settings: GumbelStageSettings) -> dict[str, Any]:
 
 
 def _modulated(settings: GumbelStageSettings, info: CheckpointInfo) -> CheckpointInfo:
-    """Description of the checkpoint, with modulation added if settings ask for it. Raises FlextronError if it were removed."""
+    """Description of the checkpoint, with modulation added if settings.modulation is true.
+
+    Raises FlextronError for modulation=false if the checkpoint has modulation, which cannot be removed.
+    """
     if settings.modulation is False and info.space.modulation:
         raise FlextronError(f"checkpoint={info.path}: has modulation, which its networks need: leave modulation=false out")
     return replace(info, space=replace(info.space, modulation=True)) if settings.modulation else info

@@ -72,7 +72,7 @@ def run(settings: ImportSettings) -> dict[str, Any]:
 
 
 def _why(settings: SpaceSettings, model: ModelConfig, space: ElasticSpace, name: str) -> str:
-    """One line of why a key of the space has its value.
+    """Reason why a key of the space has its value, for the table of the import.
 
     Args:
         settings: space section of the settings.
@@ -93,7 +93,11 @@ def _why(settings: SpaceSettings, model: ModelConfig, space: ElasticSpace, name:
 
 
 def _with_vocabulary(source: HFCheckpoint, resize: bool) -> HFCheckpoint:
-    """Checkpoint with a row for each token of its tokenizer if `resize`; else a warning names the first token without one."""
+    """Checkpoint whose vocabulary has a row for each token of its tokenizer if `resize`, else the checkpoint as it is.
+
+    Without `resize`, prints a warning that names the first token without a row. With it, raises FlextronError if no file lists
+    the tokens.
+    """
     vocabulary = read_vocabulary(source.path)
     if vocabulary is None and resize:
         raise FlextronError(
@@ -124,7 +128,7 @@ def _verified(settings: ImportSettings, info: CheckpointInfo) -> dict[str, Any]:
 
 
 def _warn(source: HFCheckpoint, info: CheckpointInfo) -> None:
-    """Say where the imported model is not what config.json and the files say."""
+    """Warn of an output layer that config.json ties and the files do not, and of tensors that are rounded to info.dtype."""
     if not source.tied:
         warn(
             f"{source.path / 'config.json'}: ties the output layer to the embedding (tie_word_embeddings), but another one is "

@@ -111,6 +111,7 @@ def _counted(dataset: torch.utils.data.Dataset, samples: int, size: int, bar: Pr
 
 
 def _write_scores(out: Path, scores: Scores) -> None:
+    """Write the scores of all units to scores.safetensors in the directory `out`, fp32."""
     tensors = {"channels": scores.channels.to(torch.float32)}
     for i, layer in scores.layers.items():
         tensors |= {f"layers.{i}.{AXES[name].unit}": units.to(torch.float32) for name, units in layer.units.items()}

@@ -76,6 +76,7 @@ def run(settings: LatencySettings) -> dict[str, Any]:
 
 
 def _measure(settings: LatencySettings, info: CheckpointInfo) -> LatencyTable:
+    """Latency table measured on this device, with token routing if settings.routed asks for it. Call on all ranks."""
     if settings.routed.enabled:
         check_not_modulated(info)
     asked, positions = settings.setting, info.model.max_position_embeddings
@@ -110,6 +111,7 @@ def _measure(settings: LatencySettings, info: CheckpointInfo) -> LatencyTable:
 
 
 def _fitted(settings: LatencySettings, info: CheckpointInfo) -> LatencyTable:
+    """Latency table fitted to the file settings.measurements."""
     file = Path(settings.measurements)
     found = read_measurements(file, info.model, info.space)
     setting = {**asdict(settings.setting), "kind": "fitted", "measurements": len(found)}

@@ -29,6 +29,7 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
 
 
 def _key(key: str, out: Path) -> str:
+    """Key of a stage as typed, with {out} in its value replaced by the directory `out`."""
     name, _, value = key.partition("=")
     return f"{name}={quoted(Path(value.format(out=out)))}" if "{out}" in value else key
 

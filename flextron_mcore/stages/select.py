@@ -76,7 +76,7 @@ def run(settings: SelectSettings) -> dict[str, Any]:
 def _latencies(
     settings: SelectSettings, info: CheckpointInfo, net: SubNetwork, table: LatencyTable
 ) -> tuple[float, float] | None:
-    """Milliseconds of the network and of the full model on this device, timed in turn; None for a fitted table."""
+    """Milliseconds of the network and of the full model, timed on this device as for the table; None for a fitted table."""
     precision = _PRECISIONS.get(table.machine.get("dtype"))
     if precision is None:
         return None

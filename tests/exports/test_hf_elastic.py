@@ -324,7 +324,7 @@ def test_written_files_and_figures(cases):
             "time",
         }
         assert {name.split(".")[0] for name in imports if not name.startswith(".")} <= {"torch", "transformers"} | standard
-    assert "uniform" in (case.folder / "README.md").read_text()
+    assert "\n| selector of the networks | `uniform` |\n" in (case.folder / "README.md").read_text()
 
 
 def test_bad_networks_and_budgets_are_refused(cases, tmp_path):

@@ -117,6 +117,7 @@ FORMAT = Format(write, logits, rounding, networks)
 
 
 def _card(job: Job, architecture: str, family: dict[str, Any]) -> str:
+    """Text of the exported directory's README.md. family: content of flextron_family.json."""
     space, adaptive = job.info.space, family["adaptive"]
     tokens = "\nmodel.set_budget(0.6, adaptive=True)   # routers choose for every token" if adaptive else ""
     return f"""---
@@ -135,8 +136,9 @@ run time without reloading.
 | neurons of a layer | {", ".join(map(str, space.ffn_hidden_size))} |
 | hidden size | {", ".join(map(str, space.hidden_size))} |
 | layers | {", ".join(map(str, space.depth))} |
-| costs that budgets limit | {", ".join(family["costs"])}; a plain fraction is a share of the full model's
-{family["fraction_of"]} | | selector of the networks | `{family["selector"]}` |
+| costs that budgets limit | {", ".join(family["costs"])} |
+| cost of which a plain fraction is a share | {family["fraction_of"]} |
+| selector of the networks | `{family["selector"]}` |
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -109,6 +109,7 @@ def _check_names(info: CheckpointInfo, stored: set[str]) -> None:
 
 
 def _load(reader: TensorReader, placed: Placed, buckets: int) -> torch.Tensor:
+    """Read the tensor of a dense model from the full model's tensor in a checkpoint. buckets: as in `_take`."""
     if buckets > 1:
         stored = reader.stored(placed.source)
     else:
@@ -119,10 +120,15 @@ def _load(reader: TensorReader, placed: Placed, buckets: int) -> torch.Tensor:
 
 
 def _take(tensor: torch.Tensor, placed: Placed, buckets: int) -> torch.Tensor:
-    """Entries of a tensor that the sub-network uses, with a dimension for each factor.
+    """Entries of a tensor that the sub-network uses, with a dimension for each factor of its size.
 
-    They are the first entries, of parallel units the same number of first ones from each of `buckets`, and those that every
-    network keeps.
+    Of each factor these are the first entries, and its last ones that every sub-network keeps (`Factor.last`).
+
+    Args:
+        tensor: tensor of the full model.
+        placed: the tensor's place and size in the dense model.
+        buckets: number of buckets into which heads or neurons are dealt (checkpoint/sharding.py), each of which gives the same
+            number of its first units; 1 for units in order.
     """
     for axis in reversed(range(tensor.dim())):
         side = zip(placed.tensor.sides[axis].factors, placed.whole[axis], strict=True)
@@ -148,4 +154,5 @@ def _modulation(source: str) -> str | None:
 
 
 def _modulated(load: Callable[[], torch.Tensor], reader: TensorReader, modulation: str, share: float) -> torch.Tensor:
+    """Weight or bias of a block in fp32, times the gain of its modulation. share: parameters of the sub-network / full model."""
     return load().float() * gain(reader.read(modulation), share)

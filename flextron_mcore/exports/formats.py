@@ -28,7 +28,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One run of `flextron export`: network, format and directory. FlextronError for a network outside of the space.
+    """One run of `flextron export`: network, directory and settings. Raises FlextronError for a network outside of the space.
 
     Attributes:
         info: opened checkpoint.
@@ -87,7 +87,7 @@ def check_format(name: str) -> None:
 
 
 def get_format(name: str) -> Format:
-    """Format of a name. Raises FlextronError for an unknown one."""
+    """Import the module of the format `name`, a key of FORMATS, and return its FORMAT. Raises FlextronError for another name."""
     check_format(name)
     return importlib.import_module(FORMATS[name]).FORMAT
 

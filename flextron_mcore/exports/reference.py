@@ -70,6 +70,7 @@ class Decoder:
         return self.linear(self.norm(x_BSC, "final_norm"), "output")
 
     def _attention(self, x_BSC: torch.Tensor, layer: int) -> torch.Tensor:
+        """Self-attention of a layer, without the residual connection: [B, S, C] -> [B, S, C]."""
         query, key, value = (
             self.linear(x_BSC, f"{layer}.{part}").unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for part in ("query", "key", "value")
@@ -82,6 +83,7 @@ class Decoder:
         return self.linear(context_BNSH.transpose(1, 2).flatten(2), f"{layer}.projection")
 
     def _rotated(self, x_BNSH: torch.Tensor) -> torch.Tensor:
+        """Queries or keys after the rotary embedding of their positions 0 to S - 1; unchanged with learned positions."""
         if self.frequency_I is None:
             return x_BNSH
         x_BNSH, rest = x_BNSH.tensor_split([2 * len(self.frequency_I)], -1)  # some models rotate the first channels only

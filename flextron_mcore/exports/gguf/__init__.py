@@ -32,8 +32,8 @@ def write(job: Job) -> dict[str, Any]:
     """Write job.net as model.gguf, and README.md. Call on all ranks; the main process writes one tensor at a time.
 
     Weight matrices have the type of job.settings, by default f32 in an fp32 export, else f16. Vectors are always f32. Returns
-    format, architecture, parameters, bytes, files. Raises FlextronError for a model that is no Llama, a tokenizer that llama.cpp
-    lacks, weights too large for f16, a network outside of the space, or a job.out that is not an empty directory.
+    format, architecture, parameters, bytes, files. Raises FlextronError for a model that llama.cpp does not compute, a tokenizer
+    that llama.cpp lacks, weights too large for f16, a network outside of the space, or a job.out that is not an empty directory.
     """
     require_library()
     from flextron_mcore.exports.gguf import tokenizer, writer  # late: they import the optional package gguf

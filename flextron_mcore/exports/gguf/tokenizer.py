@@ -127,10 +127,18 @@ class _Unlike(Exception):
 
 
 def _json(file: Path) -> dict[str, Any]:
+    """JSON object in a file; {} if there is no such file."""
     return read_json(file) if file.is_file() else {}
 
 
 def _from_tokenizer_json(values: dict[str, Any], config: dict[str, Any], vocab_size: int) -> Vocabulary:
+    """Vocabulary of a tokenizer.json. Raises _Unlike for a property that llama.cpp cannot reproduce.
+
+    Args:
+        values: content of tokenizer.json.
+        config: content of tokenizer_config.json.
+        vocab_size: number of ids, the rows of the model's embedding.
+    """
     model, added = values["model"], values.get("added_tokens") or []
     if model["type"] != "BPE":
         raise _Unlike(f"its model is {model['type']}, not BPE")
@@ -182,7 +190,13 @@ def _from_tokenizer_json(values: dict[str, Any], config: dict[str, Any], vocab_s
 
 
 def _tokens(vocab: Mapping[str, int], special: Mapping[str, bool], size: int) -> tuple[list[str], list[int]]:
-    """(texts, types) of tokens by id. special: {added token: whether it is a control token}. size: number of ids."""
+    """(texts, types) of tokens by id. Raises _Unlike for two tokens with one id, and for an id of at least `size`.
+
+    Args:
+        vocab: {token: id}.
+        special: {added token: True for a control token, False for one that users defined}.
+        size: number of ids; an id without a token is marked unused.
+    """
     if (last := max(vocab.values())) >= size:
         raise _Unlike(f"it has tokens up to {last}, the model {size}")
     if len(set(vocab.values())) < len(vocab):
@@ -193,12 +207,18 @@ def _tokens(vocab: Mapping[str, int], special: Mapping[str, bool], size: int) ->
         tokens[number] = token
         types[number] = int(TokenType.NORMAL if token not in special else
                             TokenType.CONTROL if special[token] else TokenType.USER_DEFINED)  # fmt: skip
-    names = (name for i in range(2 * size) if (name := f"[PAD{i}]") not in vocab)  # llama.cpp needs different texts
+    names = (name for i in range(2 * size) if (name := f"[PAD{i}]") not in vocab)  # llama.cpp needs a different text for each id
     return [next(names) if token is None else token for token in tokens], types
 
 
 def _mark_bytes(tokens: Sequence[str], types: list[int], unknown: str | None) -> None:
-    """Set the types of byte tokens and of the unknown token, which only sentencepiece has."""
+    """Set the types of byte tokens and of the unknown token, which only sentencepiece has. Raises _Unlike for a missing byte.
+
+    Args:
+        tokens: text of each token, by id.
+        types: type of each token, by id.
+        unknown: text of the unknown token; None without.
+    """
     number = {token: i for i, token in enumerate(tokens)}
     for byte in range(256):
         if (token := f"<0x{byte:02X}>") not in number:
@@ -295,7 +315,13 @@ def _special_ids(config: dict[str, Any], vocab: Mapping[str, int], unknown: str 
 
 
 def _from_sentencepiece(file: Path, config: dict[str, Any], vocab_size: int) -> Vocabulary:
-    """Vocabulary of a tokenizer.model of sentencepiece."""
+    """Vocabulary of a tokenizer.model of sentencepiece. Raises _Unlike for a property that llama.cpp cannot reproduce.
+
+    Args:
+        file: path of tokenizer.model.
+        config: content of tokenizer_config.json.
+        vocab_size: number of ids, the rows of the model's embedding.
+    """
     from transformers.convert_slow_tokenizer import import_protobuf  # late: slow to import
 
     try:

@@ -104,12 +104,23 @@ def write_file(job: Job, file: Path, kind: str, architecture: str, vocabulary: V
 
 
 def _names(model: ModelConfig) -> Names:
+    """Names of tensors in GGUF; an MLP without a gate has its first projection as ffn_up."""
     return _NAMES if model.gated else replace(_NAMES, modules={**_NAMES.modules, "mlp.linear_fc1": "ffn_up"})
 
 
 def _add_metadata(
     writer: gguf.GGUFWriter, model: ModelConfig, layers: Sequence[LayerChoice], hidden_size: int, kind: str, name: str
 ) -> None:
+    """Add the model's sizes, rotary scaling and types to a GGUF file.
+
+    Args:
+        writer: writer of the file.
+        model: architecture of the full model.
+        layers: widths of the executed layers.
+        hidden_size: hidden size of the network.
+        kind: type of the weight matrices: f32, f16 or q8_0.
+        name: name of the exported network.
+    """
     files = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
     writer.add_type("model")
     writer.add_name(name)
@@ -152,7 +163,10 @@ def _rope_factors(model: ModelConfig) -> np.ndarray | None:
 
 
 def _permuted(name: str, tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """Query and key weights in the channel order of llama.cpp, which rotates neighbouring channels, not halves of a head."""
+    """Query and key weights in the channel order of llama.cpp, which rotates neighbouring channels, not halves of a head.
+
+    Other tensors are returned as they are. name: name in GGUF. size: channels of a head.
+    """
     if ".attn_q." not in name and ".attn_k." not in name:
         return tensor
     tensor_NPI = tensor.unflatten(0, (-1, 2, size // 2))
@@ -168,6 +182,7 @@ def _stored_type(shape: tuple[int, ...], kind: str) -> gguf.GGMLQuantizationType
 
 
 def _nbytes(shape: tuple[int, ...], stored: gguf.GGMLQuantizationType) -> int:
+    """Bytes of a tensor in a type of GGUF."""
     block, size = gguf.GGML_QUANT_SIZES[stored]
     return math.prod(shape) // block * size
 
@@ -187,13 +202,13 @@ def card(job: Job, file: Path, kind: str, vocabulary: Vocabulary | None) -> str:
 
     Args:
         job: the export.
-        file: the written file.
-        kind: type of the weight matrices.
-        vocabulary: tokenizer, or None.
+        file: the GGUF file, already written.
+        kind: type of the weight matrices: f32, f16 or q8_0.
+        vocabulary: tokenizer in the file; None without.
     """
     parameters, full = count_parameters(job.info.model, job.net), count_parameters(job.info.model)
     costs = describe(replace(job, dtype="fp32" if kind == "f32" else "fp16")).splitlines()
-    costs = [line for line in costs if not line.startswith("| weights |")]  # it does not know q8_0
+    costs = [line for line in costs if not line.startswith("| weights |")]  # its bytes are those of 16 or 32 bits, not of q8_0
     if vocabulary is None:
         use = "Without a tokenizer, llama.cpp takes token ids, not text (`llama_cpp.Llama.eval`)."
     else:
@@ -204,8 +219,8 @@ tags: [flextron, gguf]
 ---
 # A Flextron sub-network
 
-GGUF of architecture `deci`, for llama.cpp: {parameters:,} parameters, {parameters / full:.1%} of the {full:,} of the elastic
-model from which flextron_mcore cut it. Weight matrices are in {kind}; the file has {file.stat().st_size:,} bytes.
+GGUF file for llama.cpp: {parameters:,} parameters, {parameters / full:.1%} of the {full:,} of the elastic model from which
+flextron_mcore cut it. Weight matrices are in {kind}; the file has {file.stat().st_size:,} bytes.
 
 {chr(10).join(costs)}
 

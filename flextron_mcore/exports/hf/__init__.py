@@ -42,8 +42,8 @@ def write_as(family: Family, job: Job, reason: str | None) -> dict[str, Any]:
     Args:
         family: family that can represent the model.
         job: the export.
-        reason: reason why the stock class cannot hold the network, so that the family's class in code/ must; None for the stock
-            class.
+        reason: reason why transformers' own class cannot hold the network; the family's class in code/ is then written. None for
+            transformers' own class.
     """
     info, net, out, dtype = job.info, job.net, job.out, DTYPES[job.dtype]
     mapped = family.names.map(placed_tensors(info.model, net), "format=hf")

@@ -75,6 +75,7 @@ def write_weights(
 
 
 def _numel(mapped: Mapped) -> int:
+    """Number of elements of all Hugging Face tensors of one Megatron-Core tensor."""
     return sum(map(math.prod, mapped.shapes.values()))
 
 

@@ -123,7 +123,7 @@ def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNe
 
 
 def _answers(picks: _Picks, cost: Cost, networks: _Networks, listed: list[SubNetwork]) -> dict[str, list]:
-    """Table of one cost; networks are numbers.
+    """Table that gives the network for every budget of one cost; networks are numbers of `networks`.
 
     A router's table has `cells`, [score, cost, network] or null for each bin of the cost, and `least`, the cheapest network.
     Other selectors have `steps`, [cost, network] in rising order. `given` is [cost, network] of each network in `listed`.
@@ -150,11 +150,13 @@ def _modulation(info: CheckpointInfo) -> list[list[list[float]]]:
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
+    """Cost as plain types: full, smallest, and the sums for the full hidden size and, in `narrow`, for the smaller ones."""
     narrow = {str(size): _sums(part) for size, part in cost.narrow}
     return {"full": cost.full, "smallest": cost.smallest, **_sums(cost), "narrow": narrow}
 
 
 def _sums(cost: Cost) -> dict[str, Any]:
+    """Terms of a cost as plain types: constant, and {axis: cost of each candidate}."""
     return {"constant": cost.constant, **{name: list(costs) for name, costs in cost.candidates.items()}}
 
 

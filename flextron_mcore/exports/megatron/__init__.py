@@ -181,6 +181,7 @@ def _block(layer: LayerChoice, heads_differ: bool) -> dict[str, Any]:
 
 
 def _reason(heads_differ: bool) -> str:
+    """Reason why layers of different widths need more than a TransformerConfig. heads_differ: True if heads differ."""
     if heads_differ:
         return (
             "the query heads differ from layer to layer, which Megatron-Core's HeterogeneousTransformerConfig (KV groups and FFN "

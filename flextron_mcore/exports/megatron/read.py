@@ -34,6 +34,7 @@ def read_logits(directory: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def _main(directory: str, tokens: str, found: str) -> None:
+    """Compute the logits of `tokens` with the code in `directory` and save them to `found`; the last two are files of tensors."""
     from flextron_mcore.runtime.environment import prepare_environment
 
     prepare_environment()

@@ -113,6 +113,7 @@ def write_ranks(
 
 
 def _names(style: str) -> Names:
+    """Names of tensors in TensorRT-LLM's checkpoints. style: `padded` or `deci`, of TrtllmSettings."""
     mlp = "ffn" if style == "deci" else "mlp"
     modules = {
         ours: theirs.format(mlp=mlp) if isinstance(theirs, str) else tuple(name.format(mlp=mlp) for name in theirs)

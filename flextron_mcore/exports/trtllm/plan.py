@@ -147,6 +147,7 @@ def config(plan: Plan, dtype: str) -> dict[str, Any]:
 
 
 def _is_llama(model: ModelConfig) -> bool:
+    """True for a model of a class like LlamaForCausalLM (RMSNorm), False for GPTForCausalLM (LayerNorm)."""
     return model.normalization == "rmsnorm"
 
 
@@ -180,6 +181,7 @@ def _misfit(model: ModelConfig, style: str) -> str | None:
 
 
 def _padded_slots(layers: tuple[LayerChoice, ...]) -> list[LayerChoice]:
+    """Widths for classes with equal layers: in every layer the largest width of any layer."""
     widest = LayerChoice(
         True,
         max(layer.kv_groups for layer in layers),

@@ -115,6 +115,7 @@ class Family:
         return cost["constant"] + sum(self._layer_cost(cost, layer) for layer in layers)
 
     def _layer_cost(self, cost, layer):
+        """Cost of an executed layer. cost: table of a cost, with "heads" and "ffn_hidden_size" for each candidate."""
         space = self.space
         heads = space["heads"].index(layer["kv_groups"] * layer["query_heads_per_group"])
         return cost["heads"][heads] + cost["ffn_hidden_size"][space["ffn_hidden_size"].index(layer["ffn_hidden_size"])]

@@ -121,6 +121,7 @@ class FlextronHfWeightMapper(HfWeightMapper):
         return {name: self._copies(tensor[:]) if name in ("weight", "bias") else tensor for name, tensor in weights.items()}
 
     def _copies(self, tensor):
+        """Key or value weight or bias with each KV head repeated, so that every tensor-parallel rank gets one."""
         size = self.model.config.head_dim
         heads = tensor.shape[0] // size
         if heads >= self._tp_size:

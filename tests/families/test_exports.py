@@ -43,7 +43,7 @@ def expected_refusal(info: CheckpointInfo, net: SubNetwork, name: str) -> str | 
             return "Llama 3" if scaling == "llama3" else None
     if name == "trtllm":
         faults = {
-            "normalises queries and keys": model.qk_layernorm,
+            "normalise queries and keys": model.qk_layernorm,
             "rotate the heads of all layers": model.no_rope_freq,
             "sliding window": windowed,
             "YaRN": scaling == "yarn",

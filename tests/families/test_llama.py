@@ -119,7 +119,7 @@ def test_yarn_that_is_not_truncated_has_no_gguf(tmp_path):
     theirs = hf_toy.llama(rope_scaling={**YARN, "truncate": False})
     info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run")
     (tmp_path / "out").mkdir()
-    with pytest.raises(FlextronError, match="llama.cpp has no YaRN that is not truncated"):
+    with pytest.raises(FlextronError, match='llama.cpp has no YaRN with "truncate": false'):
         get_format("gguf").write(Job(info, SubNetwork.full(info.model), tmp_path / "out"))
 
 

@@ -101,7 +101,9 @@ def _architecture(model: ModelConfig, net: SubNetwork) -> str:
     """
     scaling = dict(model.rope_scaling or {})
     if not scaling.get("truncate", True):
-        raise FlextronError("format=gguf: llama.cpp has no YaRN that is not truncated, which this model has: use the format hf")
+        raise FlextronError(
+            'format=gguf: llama.cpp has no YaRN with "truncate": false in rope_scaling, as this model has: use format=hf'
+        )
     name = "qwen3" if model.qk_layernorm else "deci" if nemotron.FAMILY.misfits(model) else "nemotron"
     heads = model.kv_channels * max(layer.num_attention_heads for layer in net.executed_layers)
     faults = {
@@ -113,7 +115,7 @@ def _architecture(model: ModelConfig, net: SubNetwork) -> str:
     }
     if name != "deci" and any(faults.values()):
         missing = next(fault for fault, found in faults.items() if found)
-        raise FlextronError(f"format=gguf: llama.cpp's {name} has no {missing}, which this network needs: use the format hf")
+        raise FlextronError(f"format=gguf: llama.cpp's {name} has no {missing}, which this network needs: use format=hf")
     if name == "nemotron":
         return name
     window = model.sliding_window if (model.sliding_window or 0) < model.max_position_embeddings else None
@@ -121,7 +123,7 @@ def _architecture(model: ModelConfig, net: SubNetwork) -> str:
     if misfits := llama.FAMILY.misfits(plain):
         raise FlextronError(
             f"format=gguf: llama.cpp holds layers of different widths for Llama only, which needs {', '.join(misfits)}: "
-            "use the format hf or trtllm"
+            "use format=hf or format=trtllm"
         )
     return name
 

@@ -97,7 +97,7 @@ def read(folder: Path, vocab_size: int) -> Vocabulary:
         return _from_tokenizer_json(_json(file), config, vocab_size)
     except _Unlike as error:
         raise FlextronError(
-            f"tokenizer={folder}: llama.cpp cannot split text as this tokenizer does: {error}: use the format hf"
+            f"tokenizer={folder}: llama.cpp cannot split text as this tokenizer does: {error}: use format=hf"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FlextronError(

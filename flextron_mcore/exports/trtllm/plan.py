@@ -152,27 +152,30 @@ def _is_llama(model: ModelConfig) -> bool:
 
 
 def _misfit(model: ModelConfig, style: str) -> str | None:
-    """Reason why no class of TensorRT-LLM computes the model, None if one does."""
+    """Reason why none of the classes of TensorRT-LLM that a Plan can have computes the model; None if one does."""
     if model.qk_layernorm:
-        return "none of its classes before the PyTorch backend normalises queries and keys, as this model does: use the format hf"
+        return "the exported classes do not normalise queries and keys, as this model does: use format=hf"
     if model.no_rope_freq is not None:
-        return "its classes rotate the heads of all layers, this model not: use the format hf"
+        return "the exported classes rotate the heads of all layers, this model leaves some out: use format=hf"
     if model.sliding_window is not None and model.sliding_window < model.max_position_embeddings:
-        return f"its classes have no sliding window, this model has one of {model.sliding_window} tokens: use the format hf"
+        return f"the exported classes have no sliding window, this model has one of {model.sliding_window} tokens: use format=hf"
     if (model.rope_scaling or {}).get("type") == "yarn":
-        return "its classes of layers like this model's have no YaRN: use the format hf"
+        return "the exported classes have no YaRN for layers like this model's: use format=hf"
     if _is_llama(model):
         if model.rotary_percent != 1:
-            return f"LlamaForCausalLM rotates whole heads, this model {model.rotary_percent:g} of each: use the format megatron"
+            return (
+                f"LlamaForCausalLM rotates whole heads, this model a share of {model.rotary_percent:g} of each: "
+                "use format=megatron"
+            )
         if not model.gated:
             return (
                 f"LlamaForCausalLM has a gated MLP (swiglu or geglu), this model has rmsnorm with activation={model.activation}: "
-                "use the format megatron"
+                "use format=megatron"
             )
         if model.position_embedding_type != "rope":
-            return "LlamaForCausalLM has rotary positions, this model has rmsnorm with learned ones: use the format megatron"
+            return "LlamaForCausalLM has rotary positions, this model has rmsnorm with learned ones: use format=megatron"
         if model.add_qkv_bias and model.bias:
-            return "Qwen2ForCausalLM has no bias in its output projection, this model has one: use the format megatron"
+            return "Qwen2ForCausalLM has no bias in its output projection, this model has one: use format=megatron"
         if style == "deci" and model.qkv_bias:
             return "DeciLMForCausalLM has no biases, this model has some: use trtllm.style=padded"
     elif style == "deci":

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -151,6 +151,15 @@ def _wait_for_cause(error: BaseException | None) -> float:
     return 0.0
 
 
+def _value(argument: str, following: Iterator[str]) -> str:
+    """Value of an option, written `--option=VALUE` or `--option VALUE`. following: arguments behind it."""
+    name, _, value = argument.partition("=")
+    value = value or next(following, "")
+    if not value:
+        raise FlextronError(f"{name}: lacks its value: write {name}=PATH")
+    return value
+
+
 def _main(argv: list[str]) -> None:
     """Parse the arguments, and run the stage or print help. Raises FlextronError for a wrong argument."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -169,14 +178,16 @@ def _main(argv: list[str]) -> None:
     for argument in arguments:
         if argument in ("-h", "--help"):
             help_wanted = True
-        elif argument.startswith("--config-dir"):
-            value = argument.partition("=")[2] or next(arguments, "")
+        elif argument.partition("=")[0] == "--config-dir":
+            value = _value(argument, arguments)
             if not Path(value).is_dir():
                 raise FlextronError(f"--config-dir {value}: no such directory")
             config_dirs.append(value)
         elif argument.partition("=")[0] == "--config":
-            file = Path(argument.partition("=")[2] or next(arguments, ""))
+            file = Path(_value(argument, arguments))
         elif "=" not in argument and stage == VerifySettings.stage:
+            if any(override.startswith("path=") for override in overrides):
+                raise FlextronError(f"verify: checks one path at a time: call it again for {argument}")
             overrides.append(f"path={argument}")
         elif "=" not in argument:
             raise FlextronError(f"'{argument}' is not of the form key=value")

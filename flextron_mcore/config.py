@@ -168,7 +168,7 @@ class ModelConfig:
             _check_number(name, getattr(self, name), 0, 1)
         if self.rope_scaling is not None:
             scaling = dict(self.rope_scaling)
-            kind = scaling.get("type")
+            kind = scaling.get("type", "")
             _check_choice("rope_scaling.type", kind, tuple(ROPE_SCALING_KEYS))
             if kind == "yarn":
                 scaling = _yarn_defaults(scaling)

@@ -174,10 +174,18 @@ def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> lis
             cost (`0.6 parameters`); or several.
         costs: available costs by name.
     """
+    return [_budget(part, number, unit, costs) for part, number, unit in read_budget(text)]
+
+
+def read_budget(text: str | float | Sequence) -> list[tuple[str | float, float, str]]:
+    """(part of the text, its number, its unit or "") of each budget that a user wrote.
+
+    Raises FlextronError for what is no number with a known unit. text: as for `parse_budget`.
+    """
     if isinstance(text, Sequence) and not isinstance(text, str):
-        return [budget for part in text for budget in parse_budget(part, costs)]
+        return [budget for part in text for budget in read_budget(part)]
     if isinstance(text, str) and "," in text:
-        return parse_budget([part for part in text.split(",") if part.strip()], costs)
+        return read_budget([part for part in text.split(",") if part.strip()])
     match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([A-Za-z]*)\s*", str(text))
     try:
         number, unit = float(match[1]), match[2]
@@ -188,6 +196,11 @@ def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> lis
         raise FlextronError(
             f"budget={text}: the unit '{unit}' is not known: use one of {known}, or none for a fraction of the latency"
         )
+    return [(text, number, unit)]
+
+
+def _budget(text: str | float, number: float, unit: str, costs: Mapping[str, Cost]) -> Budget:
+    """Budget of a number with a unit, as `parse_budget` describes it. text: what the user wrote, for messages."""
     name, scale = UNITS.get(unit, (unit or "latency", None))
     if name not in costs:
         hint = "; for latency give latency=DIR, the directory of a `flextron latency` run" if name == "latency" else ""
@@ -195,14 +208,14 @@ def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> lis
     cost = costs[name]
     limit = number * (cost.full if scale is None else scale)
     if scale is not None and limit > cost.full * (1 + 1e-9):
-        return [Budget(cost, cost.full, asked=limit)]
+        return Budget(cost, cost.full, asked=limit)
     if not cost.smallest * (1 - 1e-9) <= limit <= cost.full * (1 + 1e-9):
         low, high = (show(name, value) for value in (cost.smallest, cost.full))
         share = f"{cost.smallest / cost.full:.3f} of the full model"
         raise FlextronError(
             f"budget={text}: {show(name, limit)} is not within {low} (the smallest network, {share}) and {high} (the full one)"
         )
-    return [Budget(cost, limit)]
+    return Budget(cost, limit)
 
 
 def show(name: str, value: float) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.files import read_json
+from flextron_mcore.files import explain, read_json
 
 DIGESTS_FILE = "digests.json"
 CHECKPOINT_FILE = "flextron.json"  # description of a checkpoint (checkpoint/store.py)
@@ -210,7 +210,7 @@ def read_description(file: Path) -> dict[str, Any]:
     try:
         values = read_json(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise FlextronError(f"{file}: is damaged ({type(error).__name__}): {remedy(file)}") from None
+        raise FlextronError(f"{file}: is damaged ({explain(error)}): {remedy(file)}") from None
     if not isinstance(values, dict):
         raise FlextronError(f"{file}: is damaged (not a JSON object): {remedy(file)}")
     if file.name == DIGESTS_FILE and not is_sealed(values):  # no version wrote digests.json without a digest

@@ -188,20 +188,42 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except Exception as error:  # beside YAMLError, tags and dates raise many types, such as IndexError for `!!int ''`
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(reason[:200]) from None
+        raise ValueError(" ".join(str(error).split())[:200] or "not YAML") from None
     # Without aliases a text has fewer values than characters; aliases of aliases stand for any number.
     for each in _containers([value], len(text) + 10_000):
         for item in each if isinstance(each, list) else [*each, *each.values()]:
             if not isinstance(item, str | int | float | list | dict | None):
-                raise ValueError(f"a value of type {type(item).__name__}, not a text, number, list or mapping")
+                raise ValueError(f"the value {str(item)[:40]} is not a text, number, list or mapping")
     return value
+
+
+def explain(error: BaseException) -> str:
+    """Words for an error of reading or parsing, for a message to users: without the names of Python's errors, on one line."""
+    if isinstance(error, OSError):
+        return error.strerror or first_line(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+    if isinstance(error, KeyError):
+        return f"lacks {error}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, EOFError):
+        return "ends too early"
+    if isinstance(error, LookupError | TypeError | AttributeError):  # their texts speak of Python's types
+        return "an entry is missing or of another type"
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, at most 200 characters; "damaged" if the message is empty."""
+    return (str(error).strip().splitlines() or ["damaged"])[0][:200]
 
 
 def _check_kind(file: Path, mode: int) -> None:
     """Raise FlextronError naming `file` unless `mode` (os.stat) is a regular file's."""
     if not stat.S_ISREG(mode):
-        raise FlextronError(f"{file}: is {_KINDS.get(stat.S_IFMT(mode), 'special')}, not a regular file: remove it")
+        kind = _KINDS.get(stat.S_IFMT(mode), "special")
+        raise FlextronError(f"{file}: is {kind}, not a regular file: name or put a file there")
 
 
 def _whole_number(digits: str) -> int:

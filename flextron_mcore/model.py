@@ -174,6 +174,7 @@ def check_layout(model: ModelConfig, space: ElasticSpace, options: LayoutSetting
         raise FlextronError(
             f"model.virtual_pipeline_model_parallel_size={chunks}: does not divide the {layers // middle} layers of a stage"
         )
+    _check_recomputation(options)
     config = transformer_config(model, options, precision)
     sizes = {n // chunks for n in [*given, *([layers // middle] if middle else [])]}
     if config.recompute_method == "uniform" and any(size % config.recompute_num_layers for size in sizes):
@@ -188,6 +189,24 @@ def check_layout(model: ModelConfig, space: ElasticSpace, options: LayoutSetting
     if config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules and not HAVE_TE:
         raise FlextronError(
             "model.recompute_modules: layernorm needs Transformer Engine, which is not installed: remove layernorm from the list"
+        )
+
+
+def _check_recomputation(options: LayoutSettings) -> None:
+    """Raise FlextronError for keys of recomputation that lack another, or that would have no effect."""
+    kind, method, count = options.recompute_granularity, options.recompute_method, options.recompute_num_layers
+    if kind == "full" and not (method and count):
+        raise FlextronError(
+            "model.recompute_granularity=full: needs model.recompute_method=uniform or block, and model.recompute_num_layers"
+        )
+    for name, value in (("recompute_method", method), ("recompute_num_layers", count)):
+        if value is not None and kind != "full":
+            raise FlextronError(
+                f"model.{name}={value}: has an effect with model.recompute_granularity=full only: set both, or none"
+            )
+    if options.recompute_modules is not None and kind != "selective":
+        raise FlextronError(
+            "model.recompute_modules: has an effect with model.recompute_granularity=selective only: set both or none"
         )
 
 

@@ -17,7 +17,7 @@ from flextron_mcore.axes import ATTENTION_UNITS, AXES, Axis, added_tensors, laye
 from flextron_mcore.config import FlextronError, ModelConfig, nearest
 from flextron_mcore.digests import seal, unseal
 from flextron_mcore.families import tensors
-from flextron_mcore.files import read_json
+from flextron_mcore.files import explain, read_json
 
 AUTOMATIC_GRANULARITIES = (8, 4, 2, 1)
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -147,7 +147,7 @@ class SubNetwork:
         except FileNotFoundError:
             raise FlextronError(f"{path}: no such file") from None
         except (ValueError, OSError) as error:
-            raise FlextronError(f"{path}: not readable as JSON: {error}") from None
+            raise FlextronError(f"{path}: not readable as JSON: {explain(error)}") from None
         return cls.from_dict(values, str(path))
 
 

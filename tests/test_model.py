@@ -128,7 +128,7 @@ def test_recomputation_uses_the_choice_of_its_forward_pass(recompute, family):
             "model.virtual_pipeline_model_parallel_size=2: does not divide the 3 layers of a stage",
         ),
         (dict(sequence_parallel=True), "model: "),
-        (dict(recompute_granularity="full"), "model: "),
+        (dict(recompute_granularity="full"), "model.recompute_granularity=full: needs model.recompute_method="),
         (
             dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=4),
             "model.recompute_num_layers=4: does not divide the 6 layers of a stage",

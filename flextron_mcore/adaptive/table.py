@@ -9,6 +9,7 @@ from typing import Any
 from flextron_mcore.adaptive.usage import OVERHEADS, TokenCost
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost
+from flextron_mcore.files import explain
 from flextron_mcore.latency.table import TRUSTED_MEDIAN, LatencyTable
 
 
@@ -47,7 +48,7 @@ class RoutedTable:
             return cls(int(row["hidden_size"]), levels, overhead, dict(row["check"]))
         except (KeyError, TypeError, ValueError) as error:
             raise FlextronError(
-                f"latency: the table's part routed.{kv_policy} cannot be read ({type(error).__name__}: {error}): measure it "
+                f"latency: the table's part routed.{kv_policy} cannot be read ({explain(error)}): measure it "
                 "again with `flextron latency routed.enabled=true`"
             ) from None
 

@@ -21,6 +21,7 @@ from flextron_mcore import files
 from flextron_mcore.checkpoint.precision import converted
 from flextron_mcore.config import FlextronError
 from flextron_mcore.digests import HashingFile
+from flextron_mcore.files import explain
 from flextron_mcore.runtime.disk import forget
 
 WEIGHTS_FILE = "model.safetensors"
@@ -84,7 +85,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FlextronError(f"{file}: no such file: set hf= to the directory of a Hugging Face model") from None
     except (ValueError, OSError) as error:
-        raise FlextronError(f"{file}: not readable as JSON ({error}): download it again") from None
+        raise FlextronError(f"{file}: not readable as JSON ({explain(error)}): download it again") from None
     if not isinstance(values, dict):
         raise FlextronError(f"{file}: not a JSON object: download it again")
     return values

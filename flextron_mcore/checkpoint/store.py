@@ -17,7 +17,7 @@ from typing import Any
 
 from flextron_mcore import digests
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.files import check_folder, read_json
+from flextron_mcore.files import check_folder, explain, read_json
 from flextron_mcore.space import ElasticSpace, SubNetwork
 
 INFO_FILE = digests.CHECKPOINT_FILE
@@ -132,9 +132,7 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
             verifiable=digests.is_sealed(values),
         )
     except (LookupError, TypeError, AttributeError, FlextronError) as error:
-        raise FlextronError(
-            f"{file}: not a checkpoint description ({type(error).__name__}: {error}): bring it back from a copy"
-        ) from None
+        raise FlextronError(f"{file}: not a checkpoint description ({explain(error)}): bring it back from a copy") from None
 
 
 def files_of(info: CheckpointInfo) -> dict[str, digests.Entry]:
@@ -161,7 +159,7 @@ def _damage(path: Path) -> str | None:
         values.get("files")
         entries = digests.files_of(digests.unseal(values, file), file)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        return f"{file} is damaged: not a checkpoint description ({type(error).__name__})"
+        return f"{file} is damaged: not a checkpoint description ({explain(error)})"
     except FlextronError:
         return f"{file} is damaged: it changed since it was written"
     found = (digests.damage(path / name, entry, content=not is_weights(name)) for name, entry in entries.items())

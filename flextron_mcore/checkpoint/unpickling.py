@@ -20,8 +20,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.files import check_file, check_folder, child, read_bytes
-from flextron_mcore.runtime.disk import first_line
+from flextron_mcore.files import check_file, check_folder, child, explain, first_line, read_bytes
 
 METADATA_FILE = ".metadata"
 _REMEDY = "bring it back from a copy, or make the checkpoint again"
@@ -99,8 +98,7 @@ def read_metadata(folder: Path) -> Metadata:
     except FileNotFoundError:
         raise FlextronError(f"{file} is missing: {_REMEDY}") from None
     except Exception as error:  # a damaged pickle raises errors of any type
-        reason = str(error) if isinstance(error, pickle.UnpicklingError | ValueError) else type(error).__name__
-        raise FlextronError(f"{file} is damaged, or not a checkpoint's: {' '.join(reason.split())[:200]}: {_REMEDY}") from None
+        raise FlextronError(f"{file} is damaged, or not a checkpoint's: {explain(error)}: {_REMEDY}") from None
     return found
 
 

@@ -23,7 +23,7 @@ import torch
 
 from ..config import FlextronError, nearest
 from ..digests import DATA_FILE, check_files, write_digests
-from ..files import check_file, child, open_file, parse_json, read_bytes
+from ..files import check_file, child, explain, open_file, parse_json, read_bytes
 from ..runtime.disk import write_aside
 from ..runtime.ranks import on_main_process, wait_for_all
 from .prepare import DATA_VERSION
@@ -118,7 +118,7 @@ def open_data(path: str | Path) -> PreparedData:
         check_tokenizer_files(tokenizer)
         data = PreparedData(root, tokenizer, table["vocab_size"], table["eod"], domains, digest.hexdigest()[:16], own)
     except (KeyError, TypeError, AttributeError) as error:
-        raise FlextronError(f"{file}: an entry is missing or invalid ({type(error).__name__}: {error}): {_AGAIN}") from None
+        raise FlextronError(f"{file}: an entry is missing or invalid ({explain(error)}): {_AGAIN}") from None
     if not data.domains:
         raise FlextronError(f"{file}: lists no domain: {_AGAIN}")
     return data

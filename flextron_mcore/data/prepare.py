@@ -244,7 +244,7 @@ def _paths(value: object, name: str) -> list[str]:
         or not all(isinstance(v, str | os.PathLike) and str(v) for v in values)
         or not len(values)
     ):
-        raise FlextronError(f"{name}: must be a path or a list of paths, not {value!r}")
+        raise FlextronError(f"{name}: must be a path or a list of paths, not {json.dumps(value, default=str)}")
     return [str(v) for v in values]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config import FlextronError
 from ..families.code_keys import without_code
-from ..files import read_json
+from ..files import explain, read_json
 from .long_texts import PIECE, encode_long
 from .tokenizer_files import check_tokenizer_files
 
@@ -292,7 +292,7 @@ def read_vocabulary(directory: Path) -> Vocabulary | None:
         return Vocabulary({**tokens, **added}, frozenset(added.keys() - tokens.keys()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FlextronError(
-            f"{file}: is not a tokenizer's vocabulary ({type(error).__name__}: {error}): copy the tokenizer's files again"
+            f"{file}: is not a tokenizer's vocabulary ({explain(error)}): copy the tokenizer's files again"
         ) from None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import FlextronError
 from ..families.code_keys import CODE_KEYS
-from ..files import check_file, check_folder, read_bytes, read_json
+from ..files import check_file, check_folder, explain, read_bytes, read_json
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _FILES = (
@@ -98,7 +98,7 @@ def _configuration(file: Path) -> dict[str, Any]:
     try:
         values = read_json(file)
     except (OSError, ValueError) as error:
-        raise FlextronError(f"tokenizer={file.parent}: {file.name} is damaged: {error}: copy it again") from None
+        raise FlextronError(f"tokenizer={file.parent}: {file.name} is damaged: {explain(error)}: copy it again") from None
     return values if isinstance(values, dict) else {}
 
 

@@ -17,7 +17,7 @@ from flextron_mcore.data.tokenizer import read_vocabulary
 from flextron_mcore.data.tokenizer_files import copy_tokenizer
 from flextron_mcore.exports.formats import Job
 from flextron_mcore.families.family import Family
-from flextron_mcore.files import read_json
+from flextron_mcore.files import explain, read_json
 from flextron_mcore.runtime.disk import check_space
 
 if TYPE_CHECKING:
@@ -142,6 +142,6 @@ def _check(file: Path) -> None:
     try:
         found = read_json(file)
     except (ValueError, OSError) as error:
-        raise FlextronError(f"tokenizer={file.parent}: {file.name} is damaged: {error}: copy it again") from None
+        raise FlextronError(f"tokenizer={file.parent}: {file.name} is damaged: {explain(error)}: copy it again") from None
     if not isinstance(found, dict):
         raise FlextronError(f"tokenizer={file.parent}: {file.name} is damaged: not a JSON object: copy it again")

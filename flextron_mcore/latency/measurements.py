@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.files import child, read_json
+from flextron_mcore.files import child, explain, read_json
 from flextron_mcore.space import ElasticSpace, SubNetwork
 
 
@@ -18,8 +18,10 @@ def read_measurements(file: Path, model: ModelConfig, space: ElasticSpace) -> li
         space: space of the sub-networks.
     """
     try:
-        found = []
-        for i, row in enumerate(read_json(file, given=True)):
+        found, rows = [], read_json(file, given=True)
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("not a list with at least one entry")
+        for i, row in enumerate(rows):
             net, where = row["subnetwork"], f"{file}: [{i}].subnetwork"
             net = (
                 SubNetwork.from_file(child(file.parent, net, file)) if isinstance(net, str) else SubNetwork.from_dict(net, where)
@@ -30,6 +32,4 @@ def read_measurements(file: Path, model: ModelConfig, space: ElasticSpace) -> li
                 raise FlextronError(f"{file}: [{i}].ms={row['ms']} is not a latency: it must be above 0")
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FlextronError(
-            f'{file}: is not a list of {{"subnetwork": ..., "ms": ...}} ({type(error).__name__}: {error})'
-        ) from None
+        raise FlextronError(f'{file}: is not a list of {{"subnetwork": ..., "ms": ...}} ({explain(error)})') from None

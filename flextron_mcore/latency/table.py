@@ -20,7 +20,7 @@ from flextron_mcore.checkpoint.store import TABLE_FILE, CheckpointInfo
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import Cost
 from flextron_mcore.digests import unseal
-from flextron_mcore.files import read_json
+from flextron_mcore.files import explain, read_json
 from flextron_mcore.space import ElasticSpace, SubNetwork
 
 FORMAT_VERSION = 1
@@ -163,7 +163,7 @@ class LatencyTable:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FlextronError(
-                f"{path}: is not a latency table ({type(error).__name__}: {error}): measure one with `flextron latency`"
+                f"{path}: is not a latency table ({explain(error)}): measure one with `flextron latency`"
             ) from None
 
 

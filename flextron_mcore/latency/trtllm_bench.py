@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.files import read_json
+from flextron_mcore.files import explain, read_json
 
 REPORT = "bench.json"
 
@@ -37,9 +37,7 @@ def measurements(exports: Sequence[Path]) -> list[dict[str, Any]]:
         except FileNotFoundError:
             raise FlextronError(f"{file}: no such file: name exports that were benchmarked, each with its {REPORT}") from None
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise FlextronError(
-                f"{file}: is damaged, or of another program ({type(error).__name__}: {error}): write it again"
-            ) from None
+            raise FlextronError(f"{file}: is damaged, or of another program ({explain(error)}): write it again") from None
         found.append({"subnetwork": net, "ms": milliseconds})
     return found
 

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.files import open_file, parse_json, read_json
+from flextron_mcore.files import explain, open_file, parse_json, read_json
 from flextron_mcore.launch.plan import count, is_complete
 from flextron_mcore.runtime.disk import write_whole
 
@@ -127,7 +127,7 @@ def read_record(results: Path) -> list[Record]:
             "of your launch"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FlextronError(f"{results / RECORD}: cannot be read ({type(error).__name__}): launch again") from None
+        raise FlextronError(f"{results / RECORD}: cannot be read ({explain(error)}): launch again") from None
 
 
 def states(results: Path, records: Sequence[Record]) -> list[State]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig, nearest
+from flextron_mcore.cost import read_budget
 from flextron_mcore.settings.compose import SHARED, compose, missing
 from flextron_mcore.settings.launch import ClusterSettings, LaunchSettings
 from flextron_mcore.settings.schema import keys as keys_of
@@ -208,6 +209,7 @@ def count(tokens: int) -> str:
 
 def _instances(settings: LaunchSettings, stage: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, keys) of each job of a stage: one job, but for `export`, which has one for each of settings.budgets."""
+    read_budget(settings.budgets or [])  # a wrong unit would end the chain at its last stage
     if stage == "family" and settings.budgets:
         return [(stage, {} if "budgets" in _own(settings, stage) else {"budgets": settings.budgets})]
     if stage != "export" or not settings.budgets or {"budget", "subnetwork"} & _own(settings, "export").keys():

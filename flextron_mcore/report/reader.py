@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.digests import check_files
-from flextron_mcore.files import LARGEST_LOG, parse_json, read_text, read_yaml
+from flextron_mcore.files import LARGEST_LOG, explain, parse_json, read_text, read_yaml
 from flextron_mcore.space import SubNetwork
 
 STAGES = (  # in the order of a run
@@ -267,7 +267,7 @@ def _read_text(path: Path) -> str:
     try:
         return read_text(path, largest=LARGEST_LOG)
     except (UnicodeDecodeError, OSError) as error:
-        raise FlextronError(f"{path}: not readable: {error}") from None
+        raise FlextronError(f"{path}: not readable: {explain(error)}") from None
 
 
 def _read_lines(path: Path) -> Iterator[Reader]:
@@ -280,7 +280,7 @@ def _parse(text: str, where: str, verb: str = ":") -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise FlextronError(f"{where}{verb} not valid JSON: {error}") from None
+        raise FlextronError(f"{where}{verb} not valid JSON: {explain(error)}") from None
 
 
 def _shown(value: Any) -> str:

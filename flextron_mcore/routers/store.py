@@ -19,9 +19,8 @@ from flextron_mcore.checkpoint.store import TABLE_FILE
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.digests import read_description, seal
-from flextron_mcore.files import check_file, read_json
+from flextron_mcore.files import check_file, explain, read_json
 from flextron_mcore.routers.static import StaticRouters
-from flextron_mcore.runtime.disk import first_line
 from flextron_mcore.space import SubNetwork
 
 ROUTERS_FILE, WEIGHTS_FILE = "routers.json", "routers.safetensors"
@@ -148,7 +147,7 @@ def opened_routers(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, tor
         raise
     except Exception as error:  # includes safetensors' own error classes
         raise FlextronError(
-            f"{file}: the routers cannot be read ({type(error).__name__}: {first_line(error)}): use another checkpoint, or train "
+            f"{file}: the routers cannot be read ({explain(error)}): use another checkpoint, or train "
             "them again with `flextron router`"
         ) from None
 
@@ -186,6 +185,5 @@ def load_state(file: Path) -> dict[str, Any]:
         return torch.load(file, weights_only=True)
     except Exception as error:
         raise FlextronError(
-            f"{file}: cannot be resumed from ({type(error).__name__}): remove its directory to continue from an earlier "
-            "checkpoint"
+            f"{file}: cannot be resumed from ({explain(error)}): remove its directory to continue from an earlier checkpoint"
         ) from None

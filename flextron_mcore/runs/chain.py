@@ -15,12 +15,12 @@ from megatron.core import parallel_state
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.digests import DIGESTS_FILE
-from flextron_mcore.files import read_yaml
+from flextron_mcore.files import first_line, read_yaml
 from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, is_empty, new_directory, write_config
 from flextron_mcore.runs.start import run_stage
 from flextron_mcore.runs.terminal import say
 from flextron_mcore.runtime import distributed
-from flextron_mcore.runtime.disk import disk_errors, first_line
+from flextron_mcore.runtime.disk import disk_errors
 from flextron_mcore.runtime.ranks import on_main_process, wait_for_all
 from flextron_mcore.settings.compose import compose
 from flextron_mcore.settings.training import StageSettings

@@ -14,7 +14,7 @@ from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost, parse_budget, show
 from flextron_mcore.digests import check_file
-from flextron_mcore.files import read_json
+from flextron_mcore.files import explain, read_json
 from flextron_mcore.latency.measure import device_name
 from flextron_mcore.latency.table import LatencyTable, open_table
 from flextron_mcore.runs.opened import check_widths_only
@@ -69,6 +69,20 @@ def memory_setting(settings: StageSettings, info: CheckpointInfo) -> dict[str, A
     kv = settings.kv_cache
     length = kv.length or info.model.default_length
     return {"dtype": dtype, "batch_size": kv.batch_size, "length": length}
+
+
+def cost_label(name: str, settings: StageSettings, info: CheckpointInfo) -> str:
+    """Name of a cost for a table; for `memory` with what it counts, the KV cache included.
+
+    Args:
+        name: name of the cost.
+        settings: settings of the stage, as for `available_costs`.
+        info: checkpoint.
+    """
+    if name != "memory":
+        return name
+    counted = memory_setting(settings, info)
+    return "memory: weights and KV cache of {batch_size} x {length} tokens in {dtype}".format(**counted)
 
 
 def budgets(wanted: float | str | Sequence, costs: dict[str, Cost]) -> list[Budget]:
@@ -215,9 +229,7 @@ def _degradations(settings: StageSettings, choices: Choices) -> np.ndarray:
     except FlextronError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise FlextronError(
-            f"{file}: is not what `flextron sensitivity` writes ({type(error).__name__}: {error}): run it again"
-        ) from None
+        raise FlextronError(f"{file}: is not what `flextron sensitivity` writes ({explain(error)}): run it again") from None
     for block, sizes in enumerate(choices.sizes):
         table[block, len(sizes) - 1] = 0.0
     if missing := np.argwhere(np.isnan(table) & choices.exists_NK).tolist():

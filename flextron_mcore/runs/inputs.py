@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.files import read_yaml
 from flextron_mcore.runs.output import CONFIG_FILE
-from flextron_mcore.settings.schema import Key, keys, value_of
+from flextron_mcore.settings.schema import Key, keys, texts, value_of
 from flextron_mcore.settings.training import StageSettings
 
 _LEVELS = 3  # directories below an input in which links are followed: RUN/checkpoints/iter_0000100/FILE
@@ -36,18 +35,9 @@ def input_paths(settings: StageSettings) -> Iterator[tuple[Key, str]]:
     """(key, path as the user typed it) of every input that the settings name."""
     for key in keys(type(settings)).values():
         if key.limits.role in ("input", "collection"):
-            for text in _texts(value_of(settings, key)):
-                if text != "builtin" or key.name != "input":  # no path: `prepare input=builtin`
+            for text in texts(value_of(settings, key)):
+                if text != "builtin" or key.name != "input":  # no path: text of this Python
                     yield key, text
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Paths in the value of a key: one path, a list of paths, or a mapping whose values are paths or lists of them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
 
 
 def _relation(out: Path, given: Path, key: Key, stage: str) -> str | None:

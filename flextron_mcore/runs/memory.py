@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import torch
 
+from flextron_mcore.axes import added_tensors
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import show
+from flextron_mcore.families.tensors import of_model
 from flextron_mcore.launch.activations import activations
 from flextron_mcore.launch.estimate import memory_of
 from flextron_mcore.launch.layout import Layout, Rank
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.settings.stages import ExportSettings, GenerateSettings
 from flextron_mcore.settings.training import StageSettings
+from flextron_mcore.space import DTYPE_BYTES, SubNetwork, kv_cache_bytes, weight_bytes
 
 # Files with the memory limit of a container: of cgroup version 2 and of version 1.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -38,20 +43,93 @@ def memory_line(settings: StageSettings, info: CheckpointInfo) -> str:
     ranks = [Rank(info.model, layout, index) for index in range(layout.pipeline)]
     largest = max(ranks, key=lambda rank: sum(memory_of(rank, settings)))
     needed = sum(memory_of(largest, settings))
-    together = 1 if cuda else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's memory
-    limit = machine_memory()
-    where = "a rank" if together == 1 else f"each of {together} ranks"
-    text = f"about {show('memory', needed)} of memory on {where}, of {show('memory', limit)}"
     size = f"{layout.micro_batch} x {layout.length} tokens a forward pass"
     if layout.length == info.model.default_length < info.model.max_position_embeddings:
         size += f" (the model has {info.model.max_position_embeddings} positions)"
+    key = "setting.batch_size or setting.prompt_length" if settings.stage == "latency" else _keys(settings)
+    return _line(settings, needed, size, f"lower {key}", activations(largest, settings) / needed)
+
+
+def generation_line(settings: GenerateSettings, info: CheckpointInfo, precision: str, lengths: Sequence[int]) -> str:
+    """Line to print before text is generated: prompts, and the memory of a rank for weights, first pass and KV cache.
+
+    Args:
+        settings: settings of the stage.
+        info: checkpoint; the full model is counted, whatever network is used.
+        precision: precision of the computation.
+        lengths: tokens of each prompt.
+
+    Raises:
+        FlextronError: this machine has less memory.
+    """
+    count, ranks, longest = len(lengths), settings.model.tensor_model_parallel_size, max(lengths) + settings.max_new_tokens
+    layers, size = (info.model.num_layers,), DTYPE_BYTES[precision]
+    cuda = device().type == "cuda"
+    layout = Layout(ranks, 1, 1, 1, False, layers, count, min(lengths), size, ("", 1), cuda)
+    needed = sum(memory_of(Rank(info.model, layout, 0), settings))
+    needed += kv_cache_bytes(info.model, None, count, longest, precision) // ranks
+    return _line(
+        settings, needed, f"{count} prompt(s), up to {longest} tokens each", "lower max_new_tokens, or give fewer prompts"
+    )
+
+
+def comparison_line(settings: ExportSettings, info: CheckpointInfo, net: SubNetwork) -> str:
+    """Line to print before an export: what is compared, and the memory of the main process.
+
+    With verify=true this holds the checkpoint's part of this rank and, except on a GPU, the whole export, both in fp32.
+
+    Args:
+        settings: settings of the stage.
+        info: checkpoint.
+        net: network that is exported.
+
+    Raises:
+        FlextronError: this machine has less memory.
+    """
+    if not settings.verify:
+        return copying_line(settings, info)
+    layout = settings.model
+    needed = weight_bytes(info.model, dtype="fp32") // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
+    needed += 0 if device().type == "cuda" else weight_bytes(info.model, net, "fp32")
+    return _line(settings, needed, "checkpoint and export in fp32, to compare their logits", "set verify=false")
+
+
+def copying_line(settings: StageSettings, info: CheckpointInfo) -> str:
+    """Line to print before tensors are converted one at a time.
+
+    Counts four of the largest, of which two are made ahead and one is a copy (checkpoint/writer.py). Raises FlextronError where
+    this machine has less memory.
+    """
+    model, layer = info.model, SubNetwork.full(info.model).layers[0]
+    largest = max(
+        tensor.numel(model, model.hidden_size, layer if place == "layer" else None)
+        for place in ("before", "layer", "after")
+        for tensor in of_model(model, place, added_tensors())
+    )
+    return _line(settings, 4 * largest * DTYPE_BYTES[info.dtype], "one tensor at a time", "start fewer ranks")
+
+
+def _line(settings: StageSettings, needed: int, what: str, remedy: str, share: float | None = None) -> str:
+    """Line that says what a stage computes and needs. Raises FlextronError where this machine has less memory.
+
+    Args:
+        settings: settings of the stage.
+        needed: bytes of a rank.
+        what: what they are needed for.
+        remedy: advice for a refusal.
+        share: share of the bytes that `what` takes; None: all.
+    """
+    # Ranks on CPUs share the memory of their machine.
+    together = 1 if device().type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    limit = machine_memory()
+    where = "a rank" if together == 1 else f"each of {together} ranks"
+    text = f"about {show('memory', needed)} of memory on {where}, of {show('memory', limit)}"
     if needed * together > limit:
-        key = "setting.batch_size or setting.prompt_length" if settings.stage == "latency" else _keys(settings)
-        share = activations(largest, settings) / needed
+        part = "" if share is None else f"{share:.0%} of it "
         raise FlextronError(
-            f"{settings.stage}: needs {text}, {share:.0%} of it for {size}: lower {key}, or use more ranks or a machine with more"
+            f"{settings.stage}: needs {text}, {part}for {what}: {remedy}, or use more ranks or a machine with more"
         )
-    return f"{settings.stage}: {size}; {text}"
+    return f"{settings.stage}: {what}; {text}"
 
 
 def _keys(settings: StageSettings) -> str:

@@ -101,7 +101,7 @@ def check_output(out: Path, overwrite: bool) -> None:
 
     overwrite: True if the output of a stage, a directory with config.yaml, may be replaced; any other directory never may.
     """
-    if out.is_file():
+    if out.exists() and not out.is_dir():
         raise FlextronError(f"out={out}: is a file, not a directory; choose another")
     if not is_empty(out):
         if not (out / CONFIG_FILE).is_file():

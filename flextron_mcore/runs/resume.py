@@ -14,7 +14,7 @@ from flextron_mcore.checkpoint.unpickling import check_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData
 from flextron_mcore.data.tokenizer import read_vocabulary
-from flextron_mcore.files import read_yaml
+from flextron_mcore.files import explain, read_yaml
 from flextron_mcore.runs.memory import memory_line
 from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, check_output, claimed, new_directory
 from flextron_mcore.runs.terminal import say
@@ -22,6 +22,7 @@ from flextron_mcore.runs.tokenizers import copy_tokenizer, tokenizer_directories
 from flextron_mcore.runtime.disk import disk_errors, write_aside, write_whole
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.compose import as_yaml, to_dict
+from flextron_mcore.settings.schema import show
 from flextron_mcore.settings.training import LoopSettings
 
 # Keys, and sections of keys, that may differ between a run and its continuation: they do not change what is computed.
@@ -122,7 +123,7 @@ def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> N
         now |= _source(info)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not _is_free(key):
-            raise FlextronError(f"out={out}: holds a run with {key}={before.get(key)}, not {now.get(key)}: {advice}")
+            raise FlextronError(f"out={out}: holds a run with {key}={show(before.get(key))}, not {show(now.get(key))}: {advice}")
     if (out / METRICS_FILE).is_file():
         raise FlextronError(f"out={out}: this run is complete; choose another out, or overwrite=true to run it again")
 
@@ -145,10 +146,10 @@ def _read_config(file: Path) -> dict[str, Any]:
         if isinstance(values, dict) and "seed" in values:  # the last key of every stage
             digests.check_file(file)
             return _flat(values)
-        reason = "not a configuration"
+        why = "not a configuration"
     except (OSError, ValueError) as error:
-        reason = type(error).__name__
-    raise FlextronError(f"{file}: is damaged ({reason}): bring it back from a copy, choose another out, or overwrite=true")
+        why = explain(error)
+    raise FlextronError(f"{file}: is damaged ({why}): bring it back from a copy, choose another out, or overwrite=true")
 
 
 def _is_free(key: str) -> bool:

@@ -21,6 +21,7 @@ from flextron_mcore.runs.output import write_metrics
 from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.terminal import print_table, progress_bar, warn
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.settings.schema import show as show_value
 from flextron_mcore.settings.sections import DistillationSettings, TargetSettings
 from flextron_mcore.settings.training import CostSettings, NewRouterSettings
 from flextron_mcore.space import SubNetwork
@@ -50,6 +51,8 @@ def described_routers(
     available = available_costs(settings, info, table)
     names = settings.costs or (["latency"] if table else ["parameters"])
     names = [names] if isinstance(names, str) else list(names)
+    if len(set(names)) < len(names):
+        raise FlextronError(f"costs={show_value(names)}: has one twice: name each once")
     for name in names:
         if name not in available:
             hint = ": give latency=, a table of `flextron latency`" if name == "latency" else ""

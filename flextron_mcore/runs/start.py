@@ -81,6 +81,11 @@ def check_processes(settings: StageSettings) -> None:
     trainer = settings.trainer
     wanted = (trainer.num_nodes or 1) * trainer.devices if trainer.devices else None
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted is None and trainer.num_nodes and world % trainer.num_nodes:
+        raise FlextronError(
+            f"trainer.num_nodes={trainer.num_nodes} does not divide the {world} process(es) that were started: start torchrun "
+            "on each node"
+        )
     if wanted is not None and wanted != world:
         raise FlextronError(
             f"trainer.num_nodes x trainer.devices = {wanted}, but {world} process(es) were started: "

@@ -8,7 +8,7 @@ from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data import tokenizer_files
 from flextron_mcore.data.blend import PreparedData
-from flextron_mcore.files import read_json
+from flextron_mcore.files import explain, read_json
 
 _GENERATION_FILE = "generation_config.json"
 
@@ -59,7 +59,7 @@ def end_tokens(folder: Path, info: CheckpointInfo, eod: int) -> frozenset[int]:
             values = read_json(file)
             found = values.get("eos_token_id")
         except (OSError, ValueError, AttributeError) as error:
-            raise FlextronError(f"{file}: is not a JSON object ({error}): copy it again") from None
+            raise FlextronError(f"{file}: is not a JSON object ({explain(error)}): copy it again") from None
     else:
         found = None
     if found is None:

@@ -176,6 +176,8 @@ def _existing(path: Path) -> Path:
     """Real path of a file or directory. Raises FlextronError if it does not exist."""
     if not path.exists():
         raise FlextronError(f"path={path}: no such file or directory: name the out of a stage")
+    if not (path.is_dir() or path.is_file()):
+        raise FlextronError(f"path={path}: is neither a file nor a directory: name the out of a stage")
     return path.resolve()
 
 

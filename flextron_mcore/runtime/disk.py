@@ -117,11 +117,6 @@ def forget(file: str | os.PathLike) -> None:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def first_line(error: BaseException) -> str:
-    """First line of an error's message, at most 200 characters; the name of the error's type if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """Raise the first failing rank's error in place of the CheckpointException in which torch.distributed.checkpoint wraps it.

@@ -63,7 +63,10 @@ def _acquire(file: Path, target: Path) -> int:
     """Open and lock `file`, and return its descriptor. Raises FlextronError if another process holds the lock."""
     deadline = time.monotonic() + _PATIENCE
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except (FileNotFoundError, NotADirectoryError) as error:  # in /proc, or below a file
+            raise FlextronError(f"out={target}: cannot be written: {error.strerror}: choose another out") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

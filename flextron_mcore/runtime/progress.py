@@ -22,6 +22,7 @@ class Progress(tqdm):
     def __init__(self, **options: Any) -> None:
         self._counts = is_main_process()  # before tqdm's constructor, which calls `update` and `refresh`
         self._unit, self._scaled = options.get("unit", "evaluation"), options.get("unit_scale", False)
+        self._plural = "" if self._scaled else "es" if self._unit.endswith("ch") else "s"
         self._name, self._all, self._done = options.get("desc", ""), options.get("total"), 0
         super().__init__(disable=None if self._counts else True, **options)
         self._counts = self._counts and self.disable
@@ -50,7 +51,7 @@ class Progress(tqdm):
         seconds = self._said - self._begun
         shown = [tqdm.format_sizeof(x) if self._scaled else str(x) for x in (self._done, self._all) if x is not None]
         left = f", {duration_text(seconds / self._done * (self._all - self._done))} left" if self._done and self._all else ""
-        print(f"{self._name}: {' of '.join(shown)} {self._unit}{'' if self._scaled else 's'}{left}", flush=True)
+        print(f"{self._name}: {' of '.join(shown)} {self._unit}{self._plural}{left}", flush=True)
 
 
 def duration_text(seconds: float) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from flextron_mcore.config import FlextronError, nearest
-from flextron_mcore.files import check_file, parse_yaml, read_yaml
+from flextron_mcore.files import check_file, explain, parse_yaml, read_yaml
 from flextron_mcore.settings.launch import OF_ALL_STAGES, ClusterSettings, LaunchSettings, RunSettings
 from flextron_mcore.settings.schema import MISSING, Key, check_value, checked, keys, parse, show
 from flextron_mcore.settings.stages import STAGES
@@ -79,7 +79,7 @@ def read(stage: str, file: Path) -> Any:
     try:
         values = read_yaml(file, given=True)
     except (OSError, ValueError) as error:
-        raise FlextronError(f"--config {file}: cannot be read ({type(error).__name__}): {_CONFIG_FILES.format(stage)}") from None
+        raise FlextronError(f"--config {file}: cannot be read ({explain(error)}): {_CONFIG_FILES.format(stage)}") from None
     if not isinstance(values, dict) or values.pop("stage", None) != stage:
         raise FlextronError(f"--config {file}: is not a configuration of {stage}: {_CONFIG_FILES.format(stage)}")
     return compose(stage, values=[values])
@@ -159,7 +159,7 @@ def _find(known: Mapping[str, Key], name: str, complaint: str, prefix: str = "")
         complaint: message of the FlextronError for an unknown key, before the hint.
         prefix: prefix of the names in the hint.
     """
-    found, inner = name, ""
+    found, inner = name if all(name.split(".")) else "", ""  # a name such as `out.` has an empty part
     while found and found not in known:
         found, _, last = found.rpartition(".")
         inner = f"{last}.{inner}" if inner else last
@@ -238,6 +238,8 @@ class _Draft:
             elif section := next((each for each, schema in PER_STAGE.items() if schema is owner), None):
                 key = replace(key, name=f"{section}.{leaf}")
         try:
+            if key.type is bool and str(value).lstrip("+-").isdigit():  # OmegaConf takes any number as true or false
+                raise ValueError("a number")
             if inner and OmegaConf.select(config, leaf) is None:
                 OmegaConf.update(config, leaf, {}, merge=False)
             OmegaConf.update(config, leaf + tail, value, merge=False, force_add=bool(inner))
@@ -344,8 +346,8 @@ def _composed(options: tuple[str, ...], config_dirs: tuple[str, ...]) -> dict[st
     except FlextronError:
         raise
     except Exception as error:  # errors of Hydra, of OmegaConf, and of reading files that are not YAML
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        raise FlextronError(f"{name}: {reason}") from None
+        text = " ".join(str(error).split())[:500] or "cannot be read"
+        raise FlextronError(f"{name}: {text}") from None
     if call := _CALL.search(json.dumps(found, default=str)):
         raise FlextronError(f"{name}: {call[0]}...}} is not allowed in a recipe: write the value itself, or ${{KEY}}")
     return found

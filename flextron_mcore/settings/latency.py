@@ -35,7 +35,7 @@ class RoutedLatencySettings:
 
     enabled: bool = setting(False, "measure blocks with token-by-token routing too, for adaptive routers")
     hidden_size: int = setting(64, "hidden units of the routers that are timed", at_least=1)
-    rounds: int = setting(10, "repetitions of every measurement", at_least=1)
+    rounds: int = setting(10, "repetitions of every measurement", at_least=1, ceiling=10**6)
 
 
 @dataclass
@@ -50,9 +50,9 @@ class LatencySettings(WeightsSettings):
         'JSON file of latencies measured elsewhere, [{"subnetwork": {...} or a file, "ms": 12.3}, ...], to fit the table to; '
         "null: measure on this device",
     )
-    rounds: int = setting(20, "repetitions of the measurement of every candidate in every layer", at_least=1)
+    rounds: int = setting(20, "repetitions of the measurement of every candidate in every layer", at_least=1, ceiling=10**6)
     check_networks: int = setting(
-        20, "random networks timed whole, to report the error of the table's sums; 0: no check", at_least=0
+        20, "random networks timed whole, to report the error of the table's sums; 0: no check", at_least=0, ceiling=10**6
     )
     routed: RoutedLatencySettings = section(RoutedLatencySettings)
     trainer: PrecisionSettings = section(PrecisionSettings)

@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.files import parse_yaml
 
 MISSING = "???"  # OmegaConf's mark of a key that must be given
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a mapping"}
 
 
@@ -32,8 +33,10 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    ceiling: int | None = None,
     choices: Sequence[str] = (),
     length: int | None = None,
+    filled: bool = False,
     form: str = "",
     accepts: Sequence[type] = (),
     role: str = "",
@@ -48,13 +51,17 @@ def setting(
         above: number that the value must exceed.
         at_most: largest allowed number.
         below: number that the value must stay under.
+        ceiling: number above which the value would only fill memory or overflow; not part of the help.
         choices: allowed texts; empty: all texts.
         length: required number of items of a list; None: any.
+        filled: True refuses an empty list.
         form: regular expression that the whole text must match; empty: any text.
         accepts: allowed types of a field annotated `Any`, for unions that OmegaConf does not support.
         role: kind of path, as for `path`; empty for values that are not paths.
     """
-    limits = Limits(help, unit, at_least, above, at_most, below, tuple(choices), length, form, tuple(accepts), role)
+    limits = Limits(
+        help, unit, at_least, above, at_most, below, ceiling, tuple(choices), length, filled, form, tuple(accepts), role
+    )
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata={"limits": limits})
     return field(default=default, metadata={"limits": limits})
@@ -88,8 +95,10 @@ class Limits:
     above: float | None
     at_most: float | None
     below: float | None
+    ceiling: int | None
     choices: tuple[str, ...]
     length: int | None
+    filled: bool
     form: str
     accepts: tuple[type, ...]
     role: str
@@ -303,15 +312,50 @@ def check_value(key: Key, value: Any, where: str) -> None:
     accepts = (*limits.accepts, int) if float in limits.accepts else limits.accepts
     if accepts and (not isinstance(value, accepts) or isinstance(value, bool)):
         raise FlextronError(f"{shown} must be {key.kind}")
+    for text in texts(value):
+        _check_text(key, text, where)
     if limits.length is not None and len(value) != limits.length:
         raise FlextronError(f"{shown} must be {key.allowed}")
+    if limits.filled and value == []:
+        raise FlextronError(f"{shown} must have at least one item")
+    if limits.choices and isinstance(value, list) and len(set(value)) < len(value):
+        raise FlextronError(f"{shown} has one twice: name each once")
     for item in value if isinstance(value, list) else value.values() if isinstance(value, Mapping) else [value]:
         if isinstance(item, int | float) and not isinstance(item, bool) and not limits.holds(item):
             raise FlextronError(f"{shown} must be {key.allowed if item is not value else limits.range or 'finite'}")
+        if limits.ceiling is not None and item > limits.ceiling:
+            raise FlextronError(f"{shown} must be at most {limits.ceiling}")
         if limits.choices and item not in limits.choices:
             raise FlextronError(f"{where}: {key.name}={item!r} is not known: use one of {', '.join(limits.choices)}")
         if limits.form and not re.fullmatch(limits.form, str(item)):
             raise FlextronError(f"{shown}: write it as {limits.unit}")
+
+
+def _check_text(key: Key, text: str, where: str) -> None:
+    """Raise FlextronError for a text that no file can hold, and for a path that no file system takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise FlextronError(f"{where}: {key.name}: is not UTF-8: type it in UTF-8") from None
+    if not key.limits.is_path:
+        return
+    if not text:
+        raise FlextronError(f"{where}: {key.name}= is empty: give a path")
+    if "\0" in text:
+        raise FlextronError(f"{where}: {key.name}: has a NUL character, which no path can have")
+    if len(text.encode()) > _LONGEST_PATH or any(len(part.encode()) > _LONGEST_NAME for part in text.split("/")):
+        raise FlextronError(
+            f"{where}: {key.name}={text[:40]}...: is too long: a name may have {_LONGEST_NAME} bytes, a path {_LONGEST_PATH}"
+        )
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All texts of a text, a list or a mapping to them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from texts(item)
 
 
 def show(value: Any) -> str:

@@ -18,6 +18,8 @@ SELECTORS = tuple(name for name in ALL_SELECTORS if name != "random")
 KvPolicy = Literal["full", "own"]
 KV_POLICIES = get_args(KvPolicy)
 SEVERAL_BUDGETS = (float, str, list)  # types of a budget: 0.6, 25ms, or a list of budgets that must all be met
+MOST_SAMPLES = 10**8  # of a key: the dataset's indices of more would not fit into memory
+MOST_NETWORKS = 10**6  # of a key: networks that are drawn or evaluated
 MEMORY_DTYPE = "precision of weights and KV cache that the cost memory assumes; null: as stored"
 
 
@@ -211,7 +213,7 @@ class TrainerSettings(DeviceSettings):
     """Section `trainer` of a stage that trains: processes, precision, length of training, validation and log."""
 
     precision: str = setting("fp32", "precision of the computation", choices=PRECISIONS)
-    max_steps: int = setting(1000, "length of the whole training, resumed runs included", unit="steps", at_least=1)
+    max_steps: int = setting(1000, "length of the whole training, resumed runs included", unit="steps", at_least=1, ceiling=10**8)
     max_time: str | None = setting(
         None,
         "time after which this run stops with a checkpoint, to be continued by the same command; null: no limit",
@@ -291,12 +293,15 @@ class DistillationSettings:
 class CacheSettings:
     """Section `kv_cache`: size of the KV cache that the cost `memory` counts beside the weights."""
 
-    batch_size: int = setting(1, "sequences in the KV cache that the cost memory counts; 0: no cache", at_least=0)
+    batch_size: int = setting(
+        1, "sequences in the KV cache that the cost memory counts; 0: no cache", at_least=0, ceiling=2**31 - 1
+    )
     length: int | None = setting(
         None,
         "length of each sequence in the KV cache that is counted; null: the model's max_position_embeddings, at most 4096",
         unit="tokens",
         at_least=1,
+        ceiling=2**31 - 1,
     )
 
 
@@ -330,9 +335,9 @@ class RouterSettings(JointRouterSettings):
 
     lr: float = setting(3e-3, ROUTER_LR, above=0)
     entropy: list[float] = setting([0.3, 0.03], ENTROPY, length=2, above=0)
-    hidden_size: int = setting(64, "hidden units of a router", at_least=1)
+    hidden_size: int = setting(64, "hidden units of a router", at_least=1, ceiling=65_536)
     updates_per_step: int = setting(4, "optimizer updates of the routers a training step", at_least=1)
-    batch_size: int = setting(32, "budgets drawn for one update of the routers", at_least=1)
+    batch_size: int = setting(32, "budgets drawn for one update of the routers", at_least=1, ceiling=MOST_NETWORKS)
     two_sided_from: float = setting(0.5, TWO_SIDED_FROM, at_least=0, at_most=1)
 
 
@@ -345,11 +350,13 @@ class GumbelSettings(JointRouterSettings):
     uniform: bool = setting(
         False, "true: all layers of a network get the same number of heads and of neurons, so that it is a standard dense model"
     )
-    hidden_size: int = setting(64, "hidden units of the router", at_least=1)
+    hidden_size: int = setting(64, "hidden units of the router", at_least=1, ceiling=65_536)
     weighted_per_step: int = setting(
         1, "networks of a step that are computed with masks, whose gradients train the router; the others are sliced", at_least=1
     )
-    batch_size: int = setting(32, "budgets drawn for one update, beside those of the step's networks", at_least=1)
+    batch_size: int = setting(
+        32, "budgets drawn for one update, beside those of the step's networks", at_least=1, ceiling=MOST_NETWORKS
+    )
     temperature: list[float] = setting(
         [1.0, 0.1], "Gumbel-softmax temperature at the first and at the last step", length=2, above=0
     )
@@ -370,11 +377,13 @@ class SurrogateSettings:
         True,
         "true: static routers learn through the surrogate model; false: through straight-through gates of the model's blocks",
     )
-    hidden_size: int = setting(128, "hidden units of the surrogate model", at_least=1)
+    hidden_size: int = setting(128, "hidden units of the surrogate model", at_least=1, ceiling=65_536)
     lr: float = setting(3e-3, "learning rate of the surrogate model at the first step; it falls to 0", above=0)
     weight_decay: float = setting(1.0, "decoupled weight decay of the surrogate model", at_least=0)
     updates_per_step: int = setting(8, "optimizer updates of the surrogate model a training step", at_least=1)
-    batch_size: int = setting(64, "pairs (choice, measured loss) of one update of the surrogate model", at_least=1)
+    batch_size: int = setting(
+        64, "pairs (choice, measured loss) of one update of the surrogate model", at_least=1, ceiling=MOST_NETWORKS
+    )
     threshold: float = setting(
         0.2,
         "routers use the surrogate model's gradient while its squared error is below this share of the losses' variance",
@@ -394,6 +403,7 @@ class JointAdaptiveSettings:
         "training samples on which the actual cost of the routers' choices for each budget is measured after training",
         unit="samples",
         at_least=1,
+        ceiling=MOST_SAMPLES,
     )
 
 

@@ -14,6 +14,8 @@ from flextron_mcore.settings.sections import (
     DTYPES,
     KV_POLICIES,
     MEMORY_DTYPE,
+    MOST_NETWORKS,
+    MOST_SAMPLES,
     SELECTORS,
     SEVERAL_BUDGETS,
     BatchSettings,
@@ -110,7 +112,7 @@ class ImportanceSettings(ForwardSettings):
     data_weights: dict[str, float] | None = setting(
         None, "share of each domain in the calibration samples, {domain: weight}; null: equal shares", at_least=0
     )
-    samples: int = setting(512, "calibration samples, from the training text", unit="samples", at_least=1)
+    samples: int = setting(512, "calibration samples, from the training text", unit="samples", at_least=1, ceiling=MOST_SAMPLES)
     score: str = setting(
         "activation",
         "importance of a neuron or head, activation: L1 norm of its activations (eq. 3 and 4 of the Flextron paper), "
@@ -123,7 +125,7 @@ class ImportanceSettings(ForwardSettings):
         "block_influence: 1 - cosine similarity of the layer's input and output",
         choices=("mse", "block_influence"),
     )
-    layer_samples: int = setting(64, "calibration samples for layer_score", unit="samples", at_least=1)
+    layer_samples: int = setting(64, "calibration samples for layer_score", unit="samples", at_least=1, ceiling=MOST_SAMPLES)
     ablation_batches: int = setting(
         16,
         "validation data for the table that compares losses of sub-networks with and without sorting; 0: no table",
@@ -168,15 +170,20 @@ class CompareSettings(EvaluationSettings):
         "budgets, as shares of the full model's cost; null: five, evenly from the smallest network's cost to the full model's",
         above=0,
         at_most=1,
+        filled=True,
     )
-    selectors: list[str] = setting(list(SELECTORS), "selectors to compare", choices=ALL_SELECTORS)
+    selectors: list[str] = setting(list(SELECTORS), "selectors to compare", choices=ALL_SELECTORS, filled=True)
     random_at_target: int = setting(
         40,
         "random networks for each target, at most 1 % of the full model's cost below it, further if none is that near; 0: none",
         at_least=0,
+        ceiling=MOST_NETWORKS,
     )
     random_networks: int = setting(
-        32, "random networks that selector random evaluates for a budget; it takes the one with the lowest loss", at_least=1
+        32,
+        "random networks that selector random evaluates for a budget; it takes the one with the lowest loss",
+        at_least=1,
+        ceiling=MOST_NETWORKS,
     )
     dense: list[str] = path([], "checkpoints of separately trained smaller models to compare with; []: none")
     dtype: str | None = setting(None, MEMORY_DTYPE, choices=DTYPES)
@@ -192,11 +199,12 @@ class EvaluateSettings(EvaluationSettings):
         None,
         "JSON file of a sub-network (`flextron select` writes one), or several; null, without budget: the full model and all "
         "uniform sub-networks",
+        filled=True,
     )
     budget: Any = setting(None, BUDGET, accepts=SEVERAL_BUDGETS)
     selector: str = setting("router", ANY_SELECTOR, choices=(*ALL_SELECTORS, "adaptive"))
     kv_policy: str | None = setting(None, KV_POLICY, choices=KV_POLICIES)
-    random: int = setting(0, "number of random sub-networks to evaluate as well", at_least=0)
+    random: int = setting(0, "number of random sub-networks to evaluate as well", at_least=0, ceiling=MOST_NETWORKS)
 
 
 @dataclass
@@ -326,13 +334,16 @@ class SelectSettings(SelectorSettings):
         None, "directory that `flextron prepare` wrote; only selector random, which evaluates networks, needs it"
     )
     random_networks: int = setting(
-        32, "random networks that selector random evaluates; it takes the one with the lowest loss", at_least=1
+        32,
+        "random networks that selector random evaluates; it takes the one with the lowest loss",
+        at_least=1,
+        ceiling=MOST_NETWORKS,
     )
     limit_val_batches: int | None = setting(
         4, "validation data that selector random evaluates on; null: all", unit="micro-batches a domain", at_least=1
     )
     measure: bool = setting(True, "time the network and the full model on this device, with the workload of the latency table")
-    rounds: int = setting(5, "repetitions of the timing with measure=true", at_least=1)
+    rounds: int = setting(5, "repetitions of the timing with measure=true", at_least=1, ceiling=10**6)
     dtype: str | None = setting(None, MEMORY_DTYPE, choices=DTYPES)
     trainer: PrecisionSettings = section(PrecisionSettings)
     model: BatchSettings = section(BatchSettings)

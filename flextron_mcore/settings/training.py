@@ -10,6 +10,7 @@ from flextron_mcore.settings.sections import (
     DTYPES,
     KV_POLICIES,
     MEMORY_DTYPE,
+    MOST_SAMPLES,
     AdaptiveSettings,
     CacheSettings,
     DistillationSettings,
@@ -42,7 +43,7 @@ class StageSettings:
     out: str = path(MISSING, "directory to write the result to", role="output")
     overwrite: bool = setting(False, "true: replace an existing out")
     debug: bool = setting(False, "true: show the traceback of an error")
-    seed: int = setting(1234, "seed of all random numbers", at_least=0)
+    seed: int = setting(1234, "seed of all random numbers", at_least=0, ceiling=2**32 - 1)
 
 
 @dataclass
@@ -94,9 +95,14 @@ class ElasticSettings(LoopSettings):
         "same number in all layers",
         choices=("flextron", "matformer"),
     )
-    num_subnetworks: int = setting(3, "random sub-networks trained in each step, beside the full model", at_least=0)
+    num_subnetworks: int = setting(
+        3, "random sub-networks trained in each step, beside the full model", at_least=0, ceiling=10_000
+    )
     validation_subnetworks: int = setting(
-        4, "random sub-networks evaluated in each validation, beside the full model and the uniform sub-networks", at_least=0
+        4,
+        "random sub-networks evaluated in each validation, beside the full model and the uniform sub-networks",
+        at_least=0,
+        ceiling=10_000,
     )
     distillation: DistillationSettings = section(DistillationSettings)
     model: TrainingModelSettings = section(TrainingModelSettings, optim=OptimizerSettings(lr=5e-4, min_lr=5e-5))
@@ -107,7 +113,7 @@ def _candidate_samples(default: int) -> int:
         "training samples on which networks that the routers propose are evaluated after training, so that selector router can "
         "take the best of them; 0: no evaluation"
     )
-    return setting(default, text, unit="samples", at_least=0)
+    return setting(default, text, unit="samples", at_least=0, ceiling=MOST_SAMPLES)
 
 
 @dataclass
@@ -118,7 +124,9 @@ class CostSettings(LoopSettings):
     latency: str | None = path(
         None, "latency table (the out of `flextron latency`); null: the table that the checkpoint's routers were trained with"
     )
-    targets_per_step: int = setting(3, "budgets drawn in each step, one network each, beside the full model", at_least=1)
+    targets_per_step: int = setting(
+        3, "budgets drawn in each step, one network each, beside the full model", at_least=1, ceiling=10_000
+    )
     candidate_samples: int = _candidate_samples(64)
     validation_targets: list[float] | None = setting(
         None,
@@ -126,6 +134,7 @@ class CostSettings(LoopSettings):
         "five, spread over the range of training",
         above=0,
         at_most=1,
+        filled=True,
     )
     kv_cache: CacheSettings = section(CacheSettings)
     dtype: str | None = setting(None, MEMORY_DTYPE, choices=DTYPES)
@@ -139,6 +148,7 @@ class NewRouterSettings(CostSettings):
         None,
         "costs that budgets limit, one or several of latency, parameters, memory; null: latency if there is a latency table, "
         "else parameters",
+        filled=True,
     )
     targets: TargetSettings = section(TargetSettings)
 
@@ -159,7 +169,7 @@ class RouterStageSettings(NewRouterSettings):
         "keys and values that a token writes with kind=adaptive, full: of all KV groups, own: of the KV groups that it uses",
         choices=KV_POLICIES,
     )
-    targets_per_step: int = setting(4, "budgets drawn in each step, one network each", at_least=1)
+    targets_per_step: int = setting(4, "budgets drawn in each step, one network each", at_least=1, ceiling=10_000)
     router: RouterSettings = section(RouterSettings)
     adaptive: AdaptiveSettings = section(AdaptiveSettings)
     surrogate: SurrogateSettings = section(SurrogateSettings)

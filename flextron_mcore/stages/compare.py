@@ -76,12 +76,12 @@ def run(settings: CompareSettings) -> dict[str, Any]:
         discard(out / "cache")
         figures["scaling_law"] = scaling_laws(settings.selectors, rows, full)
         metrics = write_metrics(out, "compare", figures)
-    _print(figures)
+    _print(figures, choice.cost_label(cost.name, settings, info))
     return metrics
 
 
-def _print(figures: dict[str, Any]) -> None:
-    name = figures["cost"]
+def _print(figures: dict[str, Any], name: str) -> None:
+    """Print the tables of the networks and of the random ones. name: label of the cost."""
     print_table(
         f"validation loss (nats per token, mean over domains) at shares of the full model's {name}",
         ["selector", "target", "share", "parameters", "loss"],

@@ -12,7 +12,7 @@ from flextron_mcore.evaluation.perplexity import mean, perplexity
 from flextron_mcore.runs.choice import chosen_network
 from flextron_mcore.runs.opened import evaluator, open_evaluation
 from flextron_mcore.runs.output import discard, new_output, write_metrics
-from flextron_mcore.runs.terminal import print_table, progress_bar, say_next
+from flextron_mcore.runs.terminal import print_table, progress_bar, say, say_next
 from flextron_mcore.settings.stages import EvaluateSettings
 from flextron_mcore.space import SubNetwork, count_parameters, kv_cache_bytes, weight_bytes
 from flextron_mcore.training.sampler import random_family
@@ -26,6 +26,7 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     opened = open_evaluation(settings)
     info = opened.info
     if settings.selector == "adaptive":
+        say(opened.memory)
         return evaluate_adaptive(settings, info, opened.data, opened.precision, opened.seq_length)
     networks = _networks(settings, info)
     with new_output(settings) as out:

@@ -14,12 +14,13 @@ from flextron_mcore.exports.formats import Format, Job, check_format, get_format
 from flextron_mcore.model import check_layout, loaded_model
 from flextron_mcore.pipeline.logits import forward_logits
 from flextron_mcore.runs.choice import chosen_network
+from flextron_mcore.runs.memory import comparison_line
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say
 from flextron_mcore.runtime.memory import keep_freed_memory
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.stages import ExportSettings
-from flextron_mcore.space import count_parameters
+from flextron_mcore.space import SubNetwork, count_parameters
 
 
 def run(settings: ExportSettings) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def run(settings: ExportSettings) -> dict[str, Any]:
     own, routers = getattr(settings, settings.format, None), None
     if settings.format == "hf_elastic":
         routers = on_main_process(lambda: exported_routers(info, own.latency))
+    say(comparison_line(settings, info, SubNetwork.full(info.model) if settings.format == "hf_elastic" else net))
     with new_output(settings) as out:
         with progress_bar(unit="B", unit_scale=True, desc="export") as bar:
             job = Job(info, net, out, settings.dtype, settings.max_shard_size, None, bar.update, own, chosen.origin, routers)

@@ -11,12 +11,14 @@ from flextron_mcore.axes import layer_axes
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost, show
+from flextron_mcore.data.blend import open_data
 from flextron_mcore.runs import choice
 from flextron_mcore.runs.chain import quoted, run_chain
 from flextron_mcore.runs.output import METRICS_FILE, write_metrics
 from flextron_mcore.runs.terminal import print_table, say
 from flextron_mcore.runtime.disk import disk_errors, write_whole
 from flextron_mcore.runtime.ranks import on_main_process
+from flextron_mcore.settings.schema import show as show_value
 from flextron_mcore.settings.stages import FamilySettings
 from flextron_mcore.space import SubNetwork
 
@@ -27,12 +29,14 @@ def run(settings: FamilySettings) -> dict[str, Any]:
     Call on all ranks. Returns the content of metrics.json.
     """
     budgets = settings.budgets
-    if not budgets:
-        raise FlextronError(f"budgets={budgets}: must be a list such as [0.4, 0.6, 25ms]")
+    if not budgets or any(budget is None for budget in budgets):
+        raise FlextronError(f"budgets={show_value(budgets)}: must be a list such as [0.4, 0.6, 25ms]")
+    if settings.data is not None:
+        open_data(settings.data)  # before the first network is written
     info, out = open_checkpoint(settings.checkpoint), Path(settings.out)
     names = [_name(budget) for budget in budgets]
     if len(set(names)) < len(names):
-        raise FlextronError(f"budgets={budgets}: has one twice: name each budget once")
+        raise FlextronError(f"budgets={show_value(budgets)}: has one twice: name each budget once")
     chosen = {}
     for name, budget in zip(names, budgets, strict=True):
         chosen[name], _ = choice.select(settings, info, budget=budget)
@@ -47,7 +51,7 @@ def run(settings: FamilySettings) -> dict[str, Any]:
 
     run_chain(settings, chain, ("checkpoint", "budgets", "selector"), write)
     rows = on_main_process(lambda: [_row(name, net, costs, out, settings) for name, net in chosen.items()])
-    _print(rows, costs)
+    _print(rows, {name: choice.cost_label(name, settings, info) for name in costs})
     metrics = write_metrics(out, "family", {"selector": settings.selector, "model": info.model.to_dict(), "networks": rows})
     run_chain(settings, {"report": ("report", [f"run={quoted(out)}"])})  # after metrics.json, which the report shows
     say(f"report: {out / 'report' / 'index.html'}")
@@ -97,9 +101,10 @@ def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, settings
     return row
 
 
-def _print(rows: list[dict[str, Any]], costs: dict[str, Cost]) -> None:
+def _print(rows: list[dict[str, Any]], costs: dict[str, str]) -> None:
+    """Print the table of the networks. costs: {cost: its label}."""
     print_table(
-        "the family: what each budget gets",
+        f"the family: what each budget gets ({costs['memory']})",
         ["budget", *costs, "hidden size", "layers", *(f"{axis.unit} (mean)" for axis in layer_axes()), "loss"],
         [
             [

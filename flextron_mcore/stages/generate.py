@@ -14,9 +14,10 @@ from flextron_mcore.choosing import Network
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import open_tokenizer
 from flextron_mcore.evaluation.generation import Sampling, generate
-from flextron_mcore.files import read_text
+from flextron_mcore.files import explain, read_text
 from flextron_mcore.model import check_layout, loaded_model
 from flextron_mcore.runs.choice import chosen_network
+from flextron_mcore.runs.memory import generation_line
 from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import check_file, write_file
 from flextron_mcore.runs.terminal import progress_bar, say, say_next
@@ -55,6 +56,7 @@ def run(settings: GenerateSettings) -> dict[str, Any]:
             f"than the model's {info.model.max_position_embeddings} positions: lower max_new_tokens, or shorten the prompt"
         )
     network, spent = _network(settings, info)
+    say(generation_line(settings, info, computed, [*map(len, prompts)]))
     (model,) = loaded_model(replace(layout, virtual_pipeline_model_parallel_size=None), info, computed)
     sampling = Sampling(settings.temperature, settings.top_k, settings.seed)
     with progress_bar(total=longest - min(map(len, prompts)), desc="generate", unit="token", leave=False) as bar:
@@ -94,7 +96,7 @@ def _prompts(settings: GenerateSettings) -> list[str]:
         try:
             lines = on_main_process(lambda: read_text(settings.prompts, given=True).splitlines())
         except (OSError, UnicodeDecodeError) as error:
-            raise FlextronError(f"prompts={settings.prompts}: cannot be read as text: {error}") from None
+            raise FlextronError(f"prompts={settings.prompts}: cannot be read as text: {explain(error)}") from None
         found = [line for line in lines if line.strip()]
     if not found:
         raise FlextronError("generate: there is no prompt: give at least one in prompt= or prompts=")

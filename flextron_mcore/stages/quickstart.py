@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore.checkpoint.store import open_checkpoint
+from flextron_mcore.config import FlextronError
 from flextron_mcore.runs.chain import quoted, run_chain
 from flextron_mcore.runs.output import METRICS_FILE, write_metrics
 from flextron_mcore.runs.terminal import print_table
@@ -23,7 +24,12 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
     Call on all ranks. Returns the content of metrics.json.
     """
     out = Path(settings.out)
-    chain = {name: (step["stage"], [_key(key, out) for key in step["keys"]]) for name, step in settings.chain.items()}
+    try:
+        chain = {name: (step["stage"], [_key(key, out) for key in step["keys"]]) for name, step in settings.chain.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise FlextronError(
+            "chain: every command needs a stage and a list of keys: {name: {stage: elastic, keys: [...]}}"
+        ) from None
     seconds = run_chain(settings, chain, ("chain",), lambda stage: _write_networks(out) if stage == "export" else None)
     return write_metrics(out, "quickstart", on_main_process(lambda: _summary(out, seconds)))
 

@@ -18,6 +18,7 @@ from flextron_mcore.latency.measure import Setting, time_networks
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.model import loaded_model
 from flextron_mcore.runs import choice
+from flextron_mcore.runs.memory import memory_line
 from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import check_file, write_file
 from flextron_mcore.runs.terminal import print_table, say, say_next
@@ -42,15 +43,13 @@ def run(settings: SelectSettings) -> dict[str, Any]:
     net, budgets = choice.select(settings, info, _losses(settings, info) if settings.data else None)
     table = choice.latency_table(settings, info)
     costs = choice.available_costs(settings, info, table)
-    limits = {budget.cost.name: budget.limit for budget in budgets}
+    limits = {budget.cost.name: budget.asked or budget.limit for budget in budgets}
     latencies = _latencies(settings, info, net, table) if settings.measure and table else None
-    memory = choice.memory_setting(settings, info)
-    labels = {"memory": "memory: weights and KV cache of {batch_size} x {length} tokens in {dtype}".format(**memory)}
     rows = []
     for name, cost in costs.items():
         value = cost.of(net)
         limit = show(name, limits[name]) if name in limits else ""
-        rows.append([labels.get(name, name), limit, show(name, value), value / cost.full, show(name, cost.full)])
+        rows.append([choice.cost_label(name, settings, info), limit, show(name, value), value / cost.full, show(name, cost.full)])
     if latencies:
         ours, full = latencies
         rows.append(["latency, measured", "", show("latency", ours), ours / full, show("latency", full)])
@@ -90,6 +89,7 @@ def _losses(settings: SelectSettings, info: CheckpointInfo) -> choice.Losses:
     data = open_data(settings.data)
     options = EvaluationModelSettings(**asdict(settings.model))
     seq_length = sequence_length(options, info, data)
+    say(memory_line(settings, info))
 
     def losses(networks: Sequence[SubNetwork]) -> list[float]:
         model = loaded_model(options, info, precision(settings, info))

@@ -39,6 +39,10 @@ def check(settings: LoopSettings, info: CheckpointInfo, data: PreparedData, netw
     check_layout(info.model, info.space, model, settings.trainer.precision)
     if hasattr(model, "ddp"):
         _check_ddp(model.ddp)
+    if hasattr(model, "optim") and model.optim.min_lr > model.optim.lr:
+        raise FlextronError(
+            f"model.optim.min_lr={model.optim.min_lr:g} is above model.optim.lr={model.optim.lr:g}, from which it falls: lower it"
+        )
     stages = model.pipeline_model_parallel_size
     micro_batches = model.global_batch_size // step * networks
     if model.virtual_pipeline_model_parallel_size and micro_batches % stages:

@@ -103,10 +103,10 @@ def test_damaged_checkpoints_are_named(tmp_path):
         load_model(build_model(arch, space), info)
     assert "\n" not in str(error.value)
     (info.path / ".metadata").write_bytes(b"")
-    with pytest.raises(FlextronError, match=r".metadata is damaged, or not a checkpoint's: EOFError"):
+    with pytest.raises(FlextronError, match=r".metadata is damaged, or not a checkpoint's: ends too early"):
         TensorReader(info)
     (info.path / "flextron.json").write_text('{"format": 1}')
-    with pytest.raises(FlextronError, match=r"flextron.json: not a checkpoint description \(KeyError: 'model'\)"):
+    with pytest.raises(FlextronError, match=r"flextron.json: not a checkpoint description \(lacks 'model'\)"):
         open_checkpoint(info.path)
     (info.path / "flextron.json").write_text(json.dumps({**info.to_dict(), "format": 99}))
     with pytest.raises(FlextronError, match=r"flextron.json: format 99 is not 1"):

@@ -85,10 +85,10 @@ def test_parse_inputs_takes_configuration_objects() -> None:
     ("value", "words"),
     [
         (["x/a.txt", "y/a.md"], ["'x/a.txt' and 'y/a.md' would both be domain 'a': name them"]),
-        (None, ["None"]),
+        (None, ["not null"]),
         ({}, ["no text given"]),
         ([], ["[]"]),
-        ("", ["''"]),
+        ("", ['not ""']),
         ([1], ["[1]"]),
         ({"a": 1}, ["input.a"]),
         ({"a": []}, ["input.a"]),

@@ -202,7 +202,7 @@ def test_weights_that_overlap(copy):
 
 def test_files_of_another_kind(tmp_path):
     assert check_file(tmp_path / "missing") is None
-    with pytest.raises(FlextronError, match="is a directory, not a regular file: remove it"):
+    with pytest.raises(FlextronError, match="is a directory, not a regular file: name or put a file there"):
         check_file(tmp_path)
     with pytest.raises(FlextronError, match="is a device, not a regular file"):
         read_json("/dev/zero", given=True)

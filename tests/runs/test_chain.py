@@ -10,6 +10,6 @@ from flextron_mcore.settings.compose import compose
 
 
 @settings(deadline=None)
-@given(st.text(st.sampled_from("ab \\'\",[]{}:=$"), max_size=8))
+@given(st.text(st.sampled_from("ab \\'\",[]{}:=$"), min_size=1, max_size=8))
 def test_a_quoted_value_is_read_back(value):
     assert compose("evaluate", [f"checkpoint={quoted(value)}"], partial=True).checkpoint == value

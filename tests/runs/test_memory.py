@@ -9,7 +9,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.runs import memory
 from flextron_mcore.runs.memory import machine_memory, memory_line
 from flextron_mcore.settings.compose import compose
-from flextron_mcore.space import ElasticSpace
+from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters, kv_cache_bytes, weight_bytes
 from tests import toy
 
 LLAMA = toy.config(
@@ -64,6 +64,53 @@ def test_too_much_is_refused(monkeypatch, stage, advice):
         FlextronError, match=rf"{stage}: needs about .* GiB of memory on a rank, of 1 GiB, \d+% of it for .*{advice}"
     ):
         line(stage)
+
+
+def generated(*keys: str, lengths=(100, 4000)) -> str:
+    return memory.generation_line(compose("generate", ["checkpoint=c", *keys]), CheckpointInfo(LLAMA, SPACE), "bf16", lengths)
+
+
+def exported(*keys: str, net=None) -> str:
+    settings = compose("export", ["checkpoint=c", "out=o", *keys])
+    return memory.comparison_line(settings, CheckpointInfo(LLAMA, SPACE, dtype="bf16"), net or SubNetwork.full(LLAMA))
+
+
+def test_generation_counts_weights_and_cache(monkeypatch):
+    monkeypatch.setattr(memory, "machine_memory", lambda: 2**40)
+    sizes = []
+    monkeypatch.setattr(memory, "show", lambda name, value: sizes.append(value) or "")
+    assert generated().startswith("generate: 2 prompt(s), up to 4064 tokens each; about ")
+    weights, cache = weight_bytes(LLAMA), kv_cache_bytes(LLAMA, None, 2, 4064)
+    assert weights + cache < sizes[0] < 1.2 * (weights + cache)
+    generated(lengths=(100,) * 8)
+    assert sizes[2] - sizes[0] > kv_cache_bytes(LLAMA, None, 8, 164) - cache
+
+
+def test_an_export_counts_both_models_in_fp32_unless_nothing_is_compared(monkeypatch):
+    monkeypatch.setattr(memory, "machine_memory", lambda: 2**40)
+    sizes = []
+    monkeypatch.setattr(memory, "show", lambda name, value: sizes.append(value) or "")
+    small = SPACE.uniform(LLAMA, SPACE.heads[0], SPACE.ffn_hidden_size[0])
+    assert exported(net=small).startswith("export: checkpoint and export in fp32, to compare their logits; about ")
+    assert sizes[0] == 4 * (count_parameters(LLAMA) + count_parameters(LLAMA, small))
+    assert exported("verify=false").startswith("export: one tensor at a time; about ")
+    assert sizes[2] == 4 * 2 * 128_256 * 2048  # the embedding in bf16
+
+
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (generated, "lower max_new_tokens, or give fewer prompts"),
+        (exported, "set verify=false"),
+        (lambda: exported("verify=false"), "start fewer ranks"),
+    ],
+)
+def test_too_much_for_other_stages_is_refused(monkeypatch, make, advice):
+    monkeypatch.setattr(memory, "machine_memory", lambda: 2**30)
+    with pytest.raises(
+        FlextronError, match=rf"needs about .* GiB of memory on a rank, of 1 GiB, for .*: {advice}, or use more ranks"
+    ):
+        make()
 
 
 def test_this_machine_has_memory():

@@ -72,6 +72,6 @@ def test_benchmarks_become_a_latency_table(tmp_path):
     assert [row["median_ms"] for row in table["mlp"]] == pytest.approx([0, 1.5])
     (folders[1] / "bench.json").write_text('{"performance": {}}')
     (folders[2] / "bench.json").unlink()
-    for last, words in ((2, "bench.json: is damaged, or of another program (KeyError"), (3, "2/bench.json: no such file")):
+    for last, words in ((2, "bench.json: is damaged, or of another program (lacks"), (3, "2/bench.json: no such file")):
         failed = subprocess.run([*command[:4], *map(str, folders[last - 1 : last])], capture_output=True, text=True)
         assert failed.returncode == 1 and words in failed.stderr and "Traceback" not in failed.stderr

@@ -17,7 +17,7 @@ import gguf
 from gguf import TokenType
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.files import read_bytes, read_json, read_text
+from flextron_mcore.files import explain, read_bytes, read_json, read_text
 
 _SPACE = "▁"  # a space in sentencepiece
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -100,9 +100,7 @@ def read(folder: Path, vocab_size: int) -> Vocabulary:
             f"tokenizer={folder}: llama.cpp cannot split text as this tokenizer does: {error}: use format=hf"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise FlextronError(
-            f"{file}: is not a tokenizer ({type(error).__name__}: {' '.join(str(error).split())}): copy it again"
-        ) from None
+        raise FlextronError(f"{file}: is not a tokenizer ({explain(error)}): copy it again") from None
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -162,6 +163,10 @@ def _disk_error(error: BaseException | None, target: Path) -> str | None:
             elsewhere = isinstance(file, str) and not Path(file).resolve().is_relative_to(target.resolve().parent)
             return None if elsewhere else error.strerror
         text = str(error)
+        # A checkpoint's writers are processes of their own: their errors arrive as text.
+        number = re.search(r"\[Errno (\d+)\] [^:]*$", text)
+        if number and int(number[1]) in codes:
+            return os.strerror(int(number[1]))
         if "No space left on device" in text or "file write failed" in text or "unexpected pos" in text:
             return "No space left on device"
         error = error.__cause__ or error.__context__

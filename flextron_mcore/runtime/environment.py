@@ -15,6 +15,8 @@ def prepare_environment() -> None:
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
     for name in ("megatron", "transformers", "torch.distributed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A process that writes a part of a checkpoint logs its error; the error is raised in the training, too.
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns when ranks end one after another
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

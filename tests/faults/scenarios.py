@@ -73,7 +73,7 @@ def commands(inputs: Path, out: Path) -> dict[str, list[str]]:
         "export_shards": [elastic, SHARDS, "verify=false"],
         "family": [elastic, data, "budgets=[0.8 parameters]", "selector=uniform", "limit_val_batches=1"],
         "report": [f"run={inputs}"],
-        "quickstart": ["--config-dir", f"{inputs}/conf", "recipe=short", f"input={inputs}/text/code"],
+        "quickstart": ["--config-dir", f"{inputs}/conf", "recipe=short_chain", f"input={inputs}/text/code"],
     }
     stages = {"adaptive": "router"}
     named = {name: [stages.get(name, name.split("_")[0]), *keys, f"out={out}"] for name, keys in found.items()}
@@ -127,7 +127,7 @@ def make_inputs(harness: Harness, text: Path, inputs: Path) -> None:
         for name, (stage, keys) in CHAIN.items()
     }
     (inputs / "conf" / "recipe").mkdir(parents=True)
-    (inputs / "conf" / "recipe" / "short.yaml").write_text(
+    (inputs / "conf" / "recipe" / "short_chain.yaml").write_text(
         "# @package _global_\n" + yaml.safe_dump({"chain": chain}, width=10**6)
     )
     info = open_checkpoint(inputs / "elastic")

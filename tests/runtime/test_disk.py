@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import disk
-from flextron_mcore.runtime.disk import forget, publish, recover, write_aside, write_whole
+from flextron_mcore.runtime.disk import disk_errors, forget, publish, recover, write_aside, write_whole
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -109,3 +110,30 @@ def test_a_directory_replaces_another(tmp_path, monkeypatch, exchanged):
     publish(aside, out)
     assert (out / "file").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]
     assert seen[-1] == (".out.tmp" if exchanged else ".out.old", True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        RuntimeError("Worker failure: [Errno 5] Input/output error"),  # a process that writes a part of a checkpoint
+    ],
+)
+def test_a_disk_error_is_a_line_naming_the_target(tmp_path, error):
+    with pytest.raises(FlextronError, match="out: cannot be written: Input/output error; nothing was changed"):
+        with disk_errors(tmp_path / "out"):
+            raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "/elsewhere/input.txt"),
+        RuntimeError("Worker failure: [Errno 13] Permission denied: '/elsewhere/input.txt'"),
+        RuntimeError("Worker failure: [Errno 2] No such file or directory"),
+    ],
+)
+def test_other_errors_pass_unchanged(tmp_path, error):
+    with pytest.raises(type(error), match="denied|No such"):
+        with disk_errors(tmp_path / "out"):
+            raise error

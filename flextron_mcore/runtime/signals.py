@@ -26,14 +26,17 @@ _deadline: float | None = None
 _end: float | None = None
 
 
-HELPER_KILLED = (
-    "a process that wrote the checkpoint was killed, perhaps for lack of memory; the last whole checkpoint is kept: run the same "
-    "command again"
-)
-
-
 class Stopped(BaseException):
     """Raised after training stopped at a signal or time limit and wrote a checkpoint. The message is a line for the user."""
+
+
+def helper_killed(number: int | None = None) -> str:
+    """Message for the death of a process that wrote a checkpoint. number: signal that killed it; None: not known."""
+    by = f" by {signal.Signals(number).name}" if number else ""
+    why = ", perhaps for lack of memory" if number in (None, signal.SIGKILL) else ""
+    return (
+        f"a process that wrote the checkpoint was killed{by}{why}; the last whole checkpoint is kept: run the same command again"
+    )
 
 
 def install(end: Callable[[str, int], NoReturn]) -> None:
@@ -122,11 +125,11 @@ def deaf_helpers() -> Iterator[None]:
     before, owner = signal.pthread_sigmask(signal.SIG_BLOCK, blocked), os.getpid()
 
     def child_ended(number: int, frame: FrameType | None) -> None:
-        if not _killed_children():
+        if not (killed := _killed_children()):
             return
         if os.getpid() != owner:  # a forked writer, which has helpers of its own
             os._exit(1)
-        raise FlextronError(HELPER_KILLED)
+        raise FlextronError(helper_killed(killed[0]))
 
     handler = signal.signal(signal.SIGCHLD, child_ended)
     try:
@@ -139,13 +142,13 @@ def deaf_helpers() -> Iterator[None]:
 
 
 def _killed_children() -> list[int]:
-    """Process ids of children that were killed by a signal and are still zombies (not waited for)."""
+    """Signals that killed children which are still zombies (not waited for)."""
     import psutil
 
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(OSError, IndexError):
             fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-            if fields[0] == "Z" and int(fields[49]) & 0x7F:  # the status that `wait` would return
-                found.append(child.pid)
+            if fields[0] == "Z" and (number := int(fields[49]) & 0x7F):  # of the status that `wait` would return
+                found.append(number)
     return found

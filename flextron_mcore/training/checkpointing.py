@@ -214,7 +214,7 @@ class TrainingCheckpointer(Checkpointer):
         except RuntimeError as error:
             if "results_queue should not be empty" not in str(error):
                 raise
-            raise FlextronError(f"{self.run}: {signals.HELPER_KILLED}") from None
+            raise FlextronError(f"{self.run}: {signals.helper_killed()}") from None
 
     def close(self) -> None:
         try:

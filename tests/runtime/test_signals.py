@@ -102,3 +102,17 @@ def test_the_end_of_a_job_is_read_from_its_script(monkeypatch):
         with pytest.raises(FlextronError, match=f"{name}=soon: is not a number of seconds since 1970: unset this variable"):
             end_of_job()
         monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    "number, words",
+    [(signal.SIGKILL, "killed by SIGKILL, perhaps for lack of memory; "), (signal.SIGSEGV, "killed by SIGSEGV; ")],
+)
+def test_the_signal_that_killed_a_helper_is_named(number, words):
+    child = None
+    with pytest.raises(FlextronError, match=words):
+        with signals.deaf_helpers():
+            child = subprocess.Popen(["sleep", "100"])
+            child.send_signal(number)
+            time.sleep(30)
+    child.wait()

@@ -8,6 +8,7 @@ import os
 import sys
 
 MODULE = "flextron_mcore.config"
+OPEN = os.open  # a test may replace it
 
 
 def note(code, line):
@@ -18,7 +19,7 @@ def note(code, line):
         line: number of the line, from 1.
     """
     if name := os.environ.get("FLEXTRON_MESSAGES"):
-        file = os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        file = OPEN(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.write(file, f"{code.co_filename}:{line}\n".encode())  # one write: lines of several processes do not mix
         os.close(file)
 

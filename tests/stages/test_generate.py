@@ -47,7 +47,10 @@ def test_bad_input_is_refused(chain, tmp_path):
         (["model.pipeline_model_parallel_size=2"], "model.pipeline_model_parallel_size=1"),
         (["budget=0.9 parameters", "subnetwork=net.json"], "two ways to say which network"),
         (["budget=0.9 parameters"], "has no routers"),
-        (["budget=0.9 parameters", "selector=random"], "write a network with `flextron select selector=random`, and give that file as subnetwork="),
+        (
+            ["budget=0.9 parameters", "selector=random"],
+            "write a network with `flextron select selector=random`, and give that file",
+        ),
         (["tokenizer=nowhere"], "tokenizer=nowhere: no such directory"),
         ([f"out={tmp_path}"], "is a directory; name a file"),
     ):

@@ -4,7 +4,7 @@
 #   docker run --rm --gpus all --ipc=host -v "$PWD/runs:/workspace/runs" flextron quickstart out=runs/quickstart
 #
 # setup.py gives the packages to install, constraints.txt their versions.
-ARG BASE=nvcr.io/nvidia/pytorch:25.09-py3
+ARG BASE=nvcr.io/nvidia/pytorch:26.06-py3
 
 # Wheels of this package and of dependencies that the base lacks. Needs a package index.
 FROM ${BASE} AS wheels

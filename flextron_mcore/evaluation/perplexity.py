@@ -20,6 +20,7 @@ def evaluate(
     micro_batch_size: int,
     max_samples: int | None = None,
     progress: Callable[[str], None] | None = None,
+    drop: Callable[[], bool] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluate networks: {name of the network: {domain: mean loss in nats per token}}, the same on all ranks.
 
@@ -33,6 +34,7 @@ def evaluate(
         micro_batch_size: samples of a micro-batch.
         max_samples: number of samples of each domain, the first ones; None for all.
         progress: called with "DOMAIN: NETWORK" after each evaluation of a network on a domain.
+        drop: as in `run_networks`; the losses are void once it has returned True.
     """
     training = [chunk.training for chunk in model]
     for chunk in model:
@@ -50,6 +52,7 @@ def evaluate(
                     seq_length,
                     micro_batch_size,
                     forward_only=True,
+                    drop=drop,
                 )
                 losses[name][domain] = (total[0, 0] / total[0, 1]).item()
                 if progress:

@@ -40,6 +40,7 @@ INPUTS: dict[str, dict[str, tuple[str, ...]]] = {
 # (stage, key) that keeps its default without a source
 OPTIONAL = {("prepare", "tokenizer"), ("router", "latency"), ("gumbel", "latency"), ("compare", "sensitivity")}
 TRAINS = ("pretrain", "elastic", "router", "joint", "gumbel")
+WRITTEN_LAST = "metrics.json"  # file of a stage's result
 PARALLEL = (*TRAINS, "importance", "sensitivity", "compare", "evaluate")  # stages of several ranks; the others are one process
 
 
@@ -170,8 +171,8 @@ def _space(settings: LaunchSettings, model: ModelConfig, jobs: list[Job]) -> Ela
 
 
 def is_complete(folder: Path) -> bool:
-    """True if a stage has finished in `folder`: it writes metrics.json last."""
-    return (folder / "metrics.json").is_file()
+    """True if a stage has finished in `folder`."""
+    return (folder / WRITTEN_LAST).is_file()
 
 
 def seconds(limit: str, key: str) -> int:

@@ -10,20 +10,21 @@ A training that runs out of time writes a checkpoint and the file $FLEXTRON_STOP
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch import follow, requeue
 from flextron_mcore.launch.check import import_nemo_run, is_file_of_image
-from flextron_mcore.launch.plan import Job, Plan
+from flextron_mcore.launch.plan import WRITTEN_LAST, Job, Plan
 from flextron_mcore.launch.texts import mounted, quoted
 from flextron_mcore.runtime.disk import write_whole
 from flextron_mcore.settings.launch import ClusterSettings, LaunchSettings
@@ -45,6 +46,10 @@ fi"""
 STOP_AT = """
 end=${{SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)}}
 if [ -n "$end" ]; then export FLEXTRON_JOB_END=$end FLEXTRON_STOP_AT=$((end - {reserve})); fi"""
+# Runs a stage once for each pair of arguments: file that says that it is complete, and its configuration.
+ONE_BY_ONE = (
+    'stage=$1; shift; while [ $# -gt 0 ]; do [ -e "$1" ] || "$0" -m flextron_mcore "$stage" --config "$2" || exit; shift 2; done'
+)
 # Runs on each node: the first hosts the rendezvous, whether or not it recognises its own address.
 TORCHRUN = 'exec "$0" -m torch.distributed.run --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"'
 
@@ -76,11 +81,11 @@ def write_scripts(settings: LaunchSettings, plan: Plan, configs: dict[str, Path]
 
 
 def submit(plan: Plan, files: list[Path], record: Callable[[list[Submitted]], None]) -> list[Submitted]:
-    """Submit the jobs of a plan that are to run to Slurm, each to start after the one before it has succeeded.
+    """Submit the batches of a plan to Slurm, each to start after the one before it has succeeded; return a record of each job.
 
     Args:
         plan: plan of the launch.
-        files: sbatch scripts of these jobs, from `write_scripts`.
+        files: sbatch scripts of their batches, from `write_scripts`.
         record: function that is called after each submission with all jobs submitted so far, to write them down.
 
     Raises:
@@ -88,13 +93,14 @@ def submit(plan: Plan, files: list[Path], record: Callable[[list[Submitted]], No
     """
     jobs: list[Submitted] = []
     try:
-        for job, file in zip(plan.to_run, files, strict=True):
+        for batch, file in zip(batches(plan), files, strict=True):
             after = [f"--dependency=afterok:{jobs[-1].id}"] if jobs else []
-            jobs.append(Submitted(job.name, _sbatch([*after, str(file)]), str(file.parent)))
+            number = _sbatch([*after, str(file)])
+            jobs += [Submitted(job.name, number, str(file.parent)) for job in batch.jobs]
             record(jobs)
     except BaseException:
         if jobs:  # an incomplete chain must not run
-            subprocess.run(["scancel", *(job.id for job in jobs)], check=False)
+            subprocess.run(["scancel", *dict.fromkeys(job.id for job in jobs)], check=False)
         raise
     return jobs
 
@@ -114,7 +120,7 @@ def _sbatch(arguments: list[str]) -> str:
 
 
 def scripts(settings: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> list[tuple[str, str]]:
-    """(name, sbatch script) of each job that is to run, exactly as it is submitted; nothing is written.
+    """(name, sbatch script) of each batch of jobs that is to run, exactly as it is submitted; nothing is written.
 
     Args:
         settings: settings of the launch.
@@ -125,26 +131,62 @@ def scripts(settings: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> l
     from nemo_run.core.execution.slurm import SlurmBatchRequest
 
     found = []
-    for job in plan.to_run:
+    for batch in batches(plan):
         request = SlurmBatchRequest(
             launch_cmd=["sbatch", "--requeue", "--parsable"],
-            jobs=[job.name],
-            command_groups=[_command(settings, job, configs[job.name])],
-            executor=_executor(settings, plan, job),
+            jobs=[batch.name],
+            command_groups=[_command(settings, batch, configs)],
+            executor=_executor(settings, plan, batch.lead),
             max_retries=0,
             extra_env={},
         )
-        found.append((job.name, request.materialize()))
+        found.append((batch.name, request.materialize()))
     return found
 
 
-def _command(settings: LaunchSettings, job: Job, config: Path) -> list[str]:
+@dataclass(frozen=True)
+class Batch:
+    """Jobs of a plan that are one job of Slurm: a single one, or all exports in a row, which take minutes each.
+
+    Attributes:
+        name: name of the job of Slurm.
+        jobs: jobs of the plan, in the order of running.
+    """
+
+    name: str
+    jobs: list[Job]
+
+    @property
+    def lead(self) -> Job:
+        """First job, with the batch's name."""
+        return replace(self.jobs[0], name=self.name)
+
+
+def batches(plan: Plan) -> list[Batch]:
+    """Jobs of a plan that are to run, as jobs of Slurm."""
+    found: list[Batch] = []
+    for stage, group in itertools.groupby(plan.to_run, lambda job: job.stage):
+        jobs = list(group)
+        if stage == "export" and len(jobs) > 1:
+            found.append(Batch(stage, jobs))
+        else:
+            found += [Batch(job.name, [job]) for job in jobs]
+    return found
+
+
+def _command(settings: LaunchSettings, batch: Batch, configs: dict[str, Path]) -> list[str]:
     """Quoted words of the command that srun starts once on each node."""
     python = "python" if settings.cluster.use_container else sys.executable
-    stage = ["-m", "flextron_mcore", job.stage, "--config", str(config)]
+    if len(batch.jobs) > 1:
+        pairs = [word for job in batch.jobs for word in (str(job.out / WRITTEN_LAST), str(configs[job.name]))]
+        return quoted(["bash", "-c", ONE_BY_ONE, python, batch.lead.stage, *pairs])
+    (job,) = batch.jobs
+    stage = ["-m", "flextron_mcore", job.stage, "--config", str(configs[job.name])]
     if job.ranks == 1:
         return quoted([python, *stage])
     words = [f"--nnodes={job.nodes}", f"--nproc-per-node={job.devices}", "--tee=3"]
+    if job.cluster.numa_binding:
+        words.append(f"--numa-binding={job.cluster.numa_binding}")
     if job.nodes == 1:
         return quoted([python, "-m", "torch.distributed.run", "--standalone", *words, *stage])
     meeting = ["--rdzv-backend=c10d", '--rdzv-id="$SLURM_JOB_ID"', f'--rdzv-endpoint="$head_node_ip":{_port(job)}']

@@ -1,4 +1,4 @@
-"""Disk that the jobs of a launch need, how often they save, and how often they read the data again."""
+"""Disk that the jobs of a launch need, how often they save, what a preemption costs, and how often they read the data again."""
 
 from __future__ import annotations
 
@@ -65,6 +65,21 @@ def _interval(settings: LaunchSettings, plan: Plan, job: Job) -> str:
         return f"{steps} or {minutes:g} min"
     of_steps = saving.every_n_train_steps * hours * 60 / job.settings.trainer.max_steps
     return f"{minutes:g} min" if minutes < of_steps else steps
+
+
+def preemptions(settings: LaunchSettings, plan: Plan) -> Iterator[str]:
+    """Line for each training of a Slurm job that says how much of its work a preemption costs."""
+    for job in plan.to_run:
+        if not job.trains or settings.cluster.type != "slurm":
+            continue
+        hours = job_hours(settings, plan, job)
+        step = "" if hours is None else f" ({hours * 3600 / job.settings.trainer.max_steps:.0f} s)"
+        size = checkpoint_bytes(plan, job)
+        save = f"a checkpoint of {size / 1e9:.1f} GB" if size else "its routers"
+        yield (
+            f"{job.name}: a preemption costs at most a step{step} where Slurm's GraceTime lasts for one micro-batch and for "
+            f"writing {save}, else at most {_interval(settings, plan, job)}"
+        )
 
 
 def repeats(plan: Plan) -> Iterator[str]:

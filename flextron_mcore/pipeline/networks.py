@@ -37,6 +37,7 @@ def run_networks(
     teach: DistillationSettings | None = None,
     gates: Sequence[Sequence[Tensor] | None] | None = None,
     watch: Watch | None = None,
+    drop: Callable[[], bool] | None = None,
 ) -> Tensor:
     """Run every micro-batch through every network, and accumulate gradients in the model unless `forward_only`.
 
@@ -55,6 +56,8 @@ def run_networks(
         gates: for each network a router gate (layers/block.py) for each block, or None for a network without gates; None: no
             gates. `gate_gradients` gets their gradients afterwards.
         watch: function called on the last pipeline stage after every micro-batch of every network (`Watch`); None: none.
+        drop: function called before each micro-batch of each network, equal on tensor-parallel ranks. Once it returns True, the
+            micro-batches that remain are not computed, so that this call ends soon, and its results are void; None: never.
 
     Returns:
         [networks, 2] in float64 on the CPU, the same on all ranks: sum of the language-model loss in nats, and number of tokens,
@@ -63,16 +66,20 @@ def run_networks(
     per_batch = len(networks)
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
 
-    def items() -> Iterator[tuple[Batch, int, int]]:
+    def items() -> Iterator[tuple[Batch, int, int, bool]]:
         for number, batch in enumerate(batches()):
             on_device = {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
             for index in range(per_batch):  # all networks of a micro-batch in a row, so one teacher's logits are alive at a time
-                yield on_device, index, number * ranks + rank
+                # The last backward pass starts the reduction of gradients over data-parallel ranks: others may not drop it.
+                needed = not forward_only and number == num_batches - 1 and index == per_batch - 1
+                yield on_device, index, number * ranks + rank, needed
 
     teacher: list[Tensor] = []
 
-    def forward_step(iterator: Iterator[tuple[Batch, int, int]], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
-        batch, index, number = next(iterator)
+    def forward_step(iterator: Iterator[tuple[Batch, int, int, bool]], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
+        batch, index, number, needed = next(iterator)
+        if drop and drop() and not needed:
+            return _no_output(unwrap(chunk), seq_length, micro_batch_size), partial(no_loss, batch)
         network = networks[index]
         if not isinstance(network, SubNetwork | WeightedNetwork | None):
             network.begin(number, batch["loss_mask"])
@@ -98,7 +105,7 @@ def run_networks(
         total = language = masked_sum(loss_BS, mask)
         if teach and index == 0:
             teacher[:] = [output.detach()]
-        elif teach:
+        elif teacher:
             divergence = masked_sum(distillation(output, teacher[0], teach.temperature), mask)
             total = (1 - teach.weight) * language + teach.weight * divergence
         tokens = mask.sum()
@@ -107,6 +114,10 @@ def run_networks(
         report[index, 0], report[index, 1] = exact, tokens.double()
         counted = tokens if index == 0 else torch.zeros_like(tokens)
         return total, counted.int(), report
+
+    def no_loss(batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        report = torch.zeros(per_batch, 2, dtype=torch.float64, device=output.device)
+        return output.sum(), batch["loss_mask"].sum().int(), report
 
     iterators = [items() for _ in model]
     reports = get_forward_backward_func()(
@@ -133,6 +144,17 @@ def from_last_stage(tensor: Tensor) -> Tensor:
         last, group = parallel_state.get_pipeline_model_parallel_last_rank(), parallel_state.get_pipeline_model_parallel_group()
         torch.distributed.broadcast(tensor, last, group=group)
     return tensor
+
+
+def _no_output(gpt: GPTModel, seq_length: int, micro_batch_size: int) -> Tensor:
+    """Zeros in the shape that the next pipeline stage expects, with a gradient of zero for the stage before: [S, B, C]."""
+    if not gpt.pre_process:
+        return gpt.decoder.input_tensor * 0
+    config = gpt.config
+    length = seq_length // config.tensor_model_parallel_size if config.sequence_parallel else seq_length
+    dtype = config.pipeline_dtype or config.params_dtype
+    zeros_SBC = torch.zeros(length, micro_batch_size, config.hidden_size, dtype=dtype, device=device(), requires_grad=True)
+    return zeros_SBC * 1  # Megatron-Core frees a stage's output, which a tensor without an operation behind it does not survive
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Start and end of torch.distributed and Megatron-Core's process groups; device of this process; agreement to stop training."""
+"""Start and end of torch.distributed and Megatron-Core's process groups; device of this process; agreements to stop training."""
 
 from __future__ import annotations
 
@@ -101,6 +101,41 @@ def stop_agreed(save: bool = False, needed: float = 0.0) -> tuple[int, bool]:
     watch.all_train()
     stop, agreed = number.tolist()
     return stop, bool(agreed)
+
+
+class Drop:
+    """Decision to drop the rest of a step after SIGTERM. Construct, call and ask it on all ranks.
+
+    Tensor-parallel ranks decide together, because their layers wait for each other.
+
+    Attributes:
+        dropped: True once this rank has dropped something.
+    """
+
+    def __init__(self) -> None:
+        from megatron.core import parallel_state
+
+        self.dropped = False
+        self.ranks = parallel_state.get_tensor_model_parallel_world_size()
+        self.group = parallel_state.get_tensor_model_parallel_group()
+        if self.ranks > 1 and torch.cuda.is_available():  # asking the GPU's own group would wait for the GPU
+            self.group, _ = torch.distributed.new_subgroups(self.ranks, backend="gloo")
+
+    def __call__(self) -> bool:
+        """True if the rest of the step is to be dropped, equal on tensor-parallel ranks. Collective for them."""
+        if not self.dropped:
+            self.dropped = signals.urgent()
+            if self.ranks > 1:
+                wanted = torch.tensor(self.dropped, dtype=torch.int32, device="cpu")
+                torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX, group=self.group)
+                self.dropped = bool(wanted)
+        return self.dropped
+
+    def agreed(self) -> bool:
+        """True if any rank has dropped something, so that the step is void. Collective: call on every rank."""
+        found = torch.tensor(self.dropped, dtype=torch.int32, device=device())
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return bool(found)
 
 
 def device() -> torch.device:

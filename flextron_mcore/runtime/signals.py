@@ -1,6 +1,7 @@
 """SIGTERM and SIGUSR1, which schedulers send before they end a job, and the time limit of training.
 
-During training a signal requests a stop after the current step. At any other time the signal ends the process at once.
+During training SIGUSR1 requests a stop after the current step, and SIGTERM one without it: after SIGTERM, the process may be
+killed before a step of a large model ends. At any other time a signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def install(end: Callable[[str, int], NoReturn]) -> None:
     def handle(number: int, frame: FrameType | None) -> None:
         global _received
         if _deferred:
-            _received = _received or number
+            _received = number if number == signal.SIGTERM else _received or number
             return
         ignore()
         end(f"flextron: stopped by {signal.Signals(number).name}", 128 + number)
@@ -86,7 +87,7 @@ def limit(seconds: float | None, until: float | None = None, end: float | None =
 
 
 def received(needed: float = 0.0) -> int:
-    """Reason to stop: number of the first signal since `defer`, else TIME_IS_UP after a time limit of training, else 0.
+    """Reason to stop: SIGTERM or else the first signal since `defer`, else TIME_IS_UP after a time limit of training, else 0.
 
     needed: seconds that the process still needs, if it goes on, until its work is saved.
     """
@@ -97,16 +98,23 @@ def received(needed: float = 0.0) -> int:
     return TIME_IS_UP if up else 0
 
 
+def urgent() -> bool:
+    """True after a deferred SIGTERM: there may be no time for the rest of the step, only for a checkpoint."""
+    return _received == signal.SIGTERM
+
+
 def stop(number: int, stage: str, step: int) -> NoReturn:
     """Raise Stopped with a line for the user, and ignore signals from now on.
 
     Args:
         number: reason, as `received` returns it.
         stage: name of the stage, for the line that the user sees.
-        step: last trained step, whose checkpoint is on disk.
+        step: last trained step, whose checkpoint is on disk; 0 if there is none.
     """
     ignore()
     cause = "trainer.max_time" if number == TIME_IS_UP else signal.Signals(number).name
+    if not step:
+        raise Stopped(f"{stage}: stopped by {cause} before the first step: run the same command again")
     reason = f"stopped by {cause} after step {step}"
     raise Stopped(f"{stage}: {reason}; its checkpoint is written: run the same command again to continue")
 

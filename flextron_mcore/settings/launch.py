@@ -93,6 +93,11 @@ class ClusterSettings:
     cpus_per_task: int | None = setting(
         None, "CPUs of a node to ask for (sbatch and srun --cpus-per-task); null: the cluster's default", at_least=1
     )
+    numa_binding: str | None = setting(
+        None,
+        "NUMA binding of ranks to the CPUs near their GPUs (torchrun --numa-binding, PyTorch 2.9 and later); null: none",
+        choices=("node", "socket", "exclusive", "core-complex"),
+    )
     mem: str | None = setting(
         None,
         "memory of a node to ask for (sbatch --mem); 0: all; null: the cluster's default",

@@ -15,7 +15,7 @@ from flextron_mcore.launch.check import check_configuration, missing
 from flextron_mcore.launch.plan import Job, Plan, plan
 from flextron_mcore.launch.resources import COLUMNS, check_memory, resources
 from flextron_mcore.launch.storage import COLUMNS as DISK_COLUMNS
-from flextron_mcore.launch.storage import repeats, storage
+from flextron_mcore.launch.storage import preemptions, repeats, storage
 from flextron_mcore.launch.texts import check_texts
 from flextron_mcore.runs.inputs import check_inputs
 from flextron_mcore.runs.output import claimed
@@ -66,7 +66,7 @@ def _print_resources(settings: LaunchSettings, planned: Plan) -> None:
     print_table(title, COLUMNS, rows)
     title, rows = storage(settings, planned)
     print_table(title, DISK_COLUMNS, rows)
-    for line in repeats(planned):
+    for line in (*preemptions(settings, planned), *repeats(planned)):
         print(line)
 
 

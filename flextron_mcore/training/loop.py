@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.core import parallel_state
@@ -31,7 +32,7 @@ from flextron_mcore.model import loaded_model
 from flextron_mcore.pipeline.networks import Batch, gate_gradients, run_networks
 from flextron_mcore.runtime import signals
 from flextron_mcore.runtime.disk import disk_errors
-from flextron_mcore.runtime.distributed import device, stop_agreed
+from flextron_mcore.runtime.distributed import Drop, device, stop_agreed
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
 from flextron_mcore.runtime.seeds import seed_step
 from flextron_mcore.settings.sections import DistillationSettings
@@ -77,7 +78,8 @@ def train(
     """Train until trainer.max_steps and return the results for metrics.json. Call on all ranks.
 
     An interrupted run continues from its newest complete checkpoint in `out`. Raises FlextronError if a loss is not finite, for a
-    damaged checkpoint and for a full disk; raises signals.Stopped, with a checkpoint written, at a signal or trainer.max_time.
+    damaged checkpoint and for a full disk; raises signals.Stopped, with a checkpoint written, at a signal or trainer.max_time: at
+    SIGTERM before the step in progress has ended, else after it.
 
     Args:
         settings: settings of the stage.
@@ -108,6 +110,8 @@ class _Run:
         saving = settings.exp_manager.checkpoint_callback_params
         self.save_interval = saving.every_n_train_steps
         self.save_seconds = math.inf if saving.every_minutes is None else 60 * saving.every_minutes
+        self.drop = Drop()
+        self.saved = 0  # step of the newest checkpoint, 0 for none
         self.trained: TrainedModel | None = None
         self.checkpointer: Checkpointer
         if phase.frozen:
@@ -128,20 +132,19 @@ class _Run:
         if done:
             newest = open_checkpoint(done[-1])
             self.checkpointer.load(newest)
-            step = newest.step
+            step = self.saved = newest.step
         log = Log(self.out, step, self.settings)
         started, trained, saved = time.perf_counter(), 0, time.monotonic()
         validation: dict[str, Any] = {"first": log.first_validation, "last": {}}
         if step == 0 and self.trainer.val_at_start:
             validation["first"] = self._validate(0, log)
-        if step == self.trainer.max_steps:  # complete but for metrics.json: killed after its last checkpoint
-            logged = on_main_process(lambda: log.last_validation)
-            validation["last"] = logged or self._validate(step, log)
-        self._training_mode()
         signals.defer(True)
         signals.limit(duration(self.trainer.max_time), *end_of_job())
-        checked, longest = time.monotonic(), 0.0
         try:
+            if step and self._validation_due(step):  # the run may have ended between a checkpoint and the validation
+                validation["last"] = on_main_process(lambda: log.last_validation) or self._validate(step, log)
+            self._training_mode()
+            checked, longest = time.monotonic(), 0.0
             while step < self.trainer.max_steps:
                 self._step(step, log)
                 step, trained = step + 1, trained + 1
@@ -151,20 +154,17 @@ class _Run:
                     with self._gathered():
                         then([chunk.eval() for chunk in self.model])
                     self._training_mode()
-                if last or step % self.trainer.val_check_interval == 0:
+                if self._validation_due(step):
                     validation["last"] = self._validate(step, log)
                 now = time.monotonic()
                 checked, longest = now, max(longest, now - checked)
                 needed = MARGIN * (longest + self.checkpointer.seconds)
                 stop, due = (0, False) if last else stop_agreed(now - saved >= self.save_seconds, needed)
                 if stop or last or due or step % self.save_interval == 0 or step + 1 in self.phase.after:
-                    with self._gathered(), signals.deaf_helpers():
-                        dtype = self.info.dtype if self.phase.frozen else self.trainer.precision
-                        self.checkpointer.save(self.info.at_step(step, dtype=dtype))
+                    self._save(step)
                     saved = time.monotonic()
                 if stop:
-                    self.checkpointer.close()
-                    signals.stop(stop, self.settings.stage, step)
+                    self._stop(stop, step)
                 self.checkpointer.poll()
             self.checkpointer.close()
         except BaseException:
@@ -188,8 +188,24 @@ class _Run:
             "validation": validation,
         }
 
+    def _save(self, step: int) -> None:
+        """Save the checkpoint of a step, or start to, unless it is the newest one already."""
+        if step > self.saved:
+            with self._gathered(), signals.deaf_helpers():
+                dtype = self.info.dtype if self.phase.frozen else self.trainer.precision
+                self.checkpointer.save(self.info.at_step(step, dtype=dtype))
+            self.saved = step
+
+    def _stop(self, reason: int, step: int) -> NoReturn:
+        """Save the checkpoint of a step and raise signals.Stopped. reason: as `signals.received` returns it."""
+        self._save(step)
+        self.checkpointer.close()
+        signals.stop(reason, self.settings.stage, step)
+
     def _step(self, step: int, log: Log) -> None:
         """Run one step: forward and backward passes, update of weights and learner, and a row of the log.
+
+        A step that SIGTERM interrupts is dropped: it changes nothing but gradients, which the next one clears.
 
         step: number of steps before this one.
         """
@@ -212,7 +228,10 @@ class _Run:
             teach=self.phase.teach if self.phase.teach.weight > 0 else None,
             gates=gates,
             watch=learner.watch if isinstance(learner, TraceLearner) else None,
+            drop=self.drop,
         )
+        if self.drop.agreed():
+            self._stop(signal.SIGTERM, step)
         losses = (total[:, 0] / total[:, 1]).tolist()
         row: Figures = {"step": step + 1, "event": "train", "loss": losses[0]}
         if len(losses) > 1:
@@ -264,14 +283,24 @@ class _Run:
             start = first + (m * self.ranks + self.rank) * size
             yield batch(self.train_data, range(start, start + size))
 
+    def _validation_due(self, step: int) -> bool:
+        return step == self.trainer.max_steps or step % self.trainer.val_check_interval == 0
+
     def _validate(self, step: int, log: Log) -> dict[str, float]:
-        """Evaluate the phase's validation networks after a step: {network: loss in nats per token, mean over domains}."""
+        """Evaluate the phase's validation networks after a step: {network: loss in nats per token, mean over domains}.
+
+        A validation that SIGTERM interrupts is dropped; the run that continues repeats it.
+        """
         size, limit = self.options.micro_batch_size, self.trainer.limit_val_batches
         samples = limit and limit * self.options.global_batch_size
         with self._gathered():
             networks = self.phase.validation(step)
             with log.validating(step, len(networks) * len(self.valid_data)) as bar:
-                domains = evaluate(self.model, self.valid_data, networks, self.seq_length, size, samples, lambda _: bar.update())
+                domains = evaluate(
+                    self.model, self.valid_data, networks, self.seq_length, size, samples, lambda _: bar.update(), self.drop
+                )
+        if self.drop.agreed():
+            self._stop(signal.SIGTERM, step)
         losses = {name: mean(values) for name, values in domains.items()}
         log.validation({"step": step, "event": "validation", "losses": losses, "domains": domains})
         return losses

@@ -296,6 +296,43 @@ def test_a_stage_has_cluster_keys_of_its_own(fake, tmp_path, launch):
     assert "--container-writable" not in other and "--cpus-per-task" not in other
 
 
+def test_exports_are_one_job(fake, tmp_path, launch):
+    """They run one after another; a job that is queued again skips those that are complete, and a failure ends it."""
+    keys = ["cluster=slurm", "cluster.account=a", "model=smoke", "stages=[pretrain,export]", "budgets=[0.4,25ms,2GiB]"]
+    planned = plan(launch(*keys, f"base_results_dir={tmp_path}/re sults"))
+    names = ["export_0.4", "export_25ms", "export_2GiB"]
+    configs = {name: tmp_path / f"{name} '.yaml" for name in ["pretrain", *names]}
+    (first, _), (name, script) = slurm.scripts(launch(*keys), planned, configs)
+    assert (first, name) == ("pretrain", "export") and "#SBATCH --job-name=export.smoke\n" in script
+    files = [tmp_path / f"{batch.name}.sh" for batch in slurm.batches(planned)]
+    jobs = slurm.submit(planned, files, lambda jobs: None)
+    assert [(job.name, job.id) for job in jobs] == [("pretrain", "70"), *((name, "71") for name in names)]
+    assert len({job.folder for job in jobs[1:]}) == 1
+    done = planned.results / "export_0.4" / "metrics.json"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    seen = tmp_path / "seen"
+    (tmp_path / "tools" / "srun").write_text('#!/bin/sh\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n')
+    for code, count in ((0, 2), (3, 1)):
+        python = tmp_path / f"python{code}"
+        python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$5" >> {seen}\nexit {code}\n')
+        python.chmod(0o755)
+        command = srun.replace(sys.executable, str(python))
+        assert subprocess.run(["bash", "-c", command], check=False, env={"PATH": f"{tmp_path}/tools:/bin"}).returncode == code
+        assert seen.read_text().splitlines() == [str(configs[name]) for name in names[1 : 1 + count]]
+        seen.unlink()
+
+
+def test_ranks_are_bound_to_cpus(fake, tmp_path, launch):
+    keys = ["cluster=slurm", "cluster.account=a", "model=smoke", "stages=[pretrain]"]
+    configs = {"pretrain": tmp_path / "pretrain.yaml"}
+    (_, bare), (_, bound) = (
+        slurm.scripts(config := launch(*keys, *more), plan(config), configs)[0] for more in ([], ["cluster.numa_binding=node"])
+    )
+    assert "--numa-binding" not in bare and " --numa-binding=node " in bound
+
+
 @pytest.mark.parametrize("given", ["variable", "squeue", "neither"])
 def test_training_stops_before_the_end_of_its_job(fake, tmp_path, launch, monkeypatch, given):
     """The end comes from Slurm, not from the start of the process, which an image that is pulled slowly delays."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flextron_mcore.launch.plan import plan
-from flextron_mcore.launch.storage import COLUMNS, checkpoint_bytes, repeats, storage
+from flextron_mcore.launch.storage import COLUMNS, checkpoint_bytes, preemptions, repeats, storage
 from tests.stages.conftest import stage
 
 MODEL = ["model=smoke", "model.hidden_size=128", "model.ffn_hidden_size=512", "model.vocab_size=300"]
@@ -48,6 +48,16 @@ def test_a_plan_says_how_often_it_saves_and_what_disk_that_needs(launch):
     assert rows(launch(*bare, "cluster.gpu.peak_tflops=null"))["elastic"]["saved every"] == "500 steps or 30 min"
     assert rows(launch(*bare, f"{saving}.keep_last=4"))["elastic"]["disk"] == "471.7"
     assert storage(config := launch(*bare), plan(config))[0] == "checkpoints and exports; GB of disk: 633"
+
+
+def test_a_plan_says_what_a_preemption_costs(launch):
+    bare = ["cluster=slurm", "cluster.account=a", "model=llama2/7b"]
+    lines = list(preemptions(config := launch(*bare), plan(config)))
+    assert [line.partition(":")[0] for line in lines] == ["elastic", "router", "joint"]
+    assert "at most a step (33 s) where" in lines[0] and "a checkpoint of 94.3 GB, else at most 30 min" in lines[0]
+    assert "for writing its routers, else at most 100 steps" in lines[1]
+    assert "at most a step where" in next(preemptions(config := launch(*bare, "cluster.gpu.peak_tflops=null"), plan(config)))
+    assert not list(preemptions(config := launch("cluster=local", "model=llama2/7b"), plan(config)))
 
 
 def test_the_tokens_of_the_data_stand_beside_those_of_a_training(launch, data):

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from flextron_mcore.checkpoint.store import list_checkpoints
 from flextron_mcore.runs.start import run_stage
 from flextron_mcore.runs.verification import verify
+from flextron_mcore.runtime import signals
 from flextron_mcore.settings.compose import compose
 
 TINY = [
@@ -39,22 +41,57 @@ def pretrain_keys(data: Path) -> list[str]:
 
 def finish_again(run: Path, copy: Path, name: str, *keys: str) -> None:
     """Let the command finish a copy of its complete run that was killed before metrics.json, and compare all files."""
+    shutil.copytree(run, copy)
+    (copy / "metrics.json").unlink()
+    stage(name, *keys, f"out={copy}")
+    assert_same_files(run, copy)
+
+
+def stop_within(run: Path, again: Path, monkeypatch: pytest.MonkeyPatch, moment: int, name: str, *keys: str) -> None:
+    """Stop a training by SIGTERM, continue it, and compare its newest checkpoint and its log with those of `run`.
+
+    moment: number of the micro-batch, of training and validation, before which the signal arrives.
+    """
+    calls = 0
+
+    def urgent() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls >= moment
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "ignore", lambda: None)  # signals of this process
+        patch.setattr(signals, "urgent", urgent)
+        with pytest.raises(signals.Stopped, match=f"{name}: stopped by SIGTERM (after step|before the first)"):
+            stage(name, *keys, f"out={again}")
+    stage(name, *keys, f"out={again}")
+    assert_same_files(list_checkpoints(run)[-1], list_checkpoints(again)[-1])
+    assert log_rows(run) == log_rows(again)
+
+
+def log_rows(run: Path) -> list[dict]:
+    """Rows of the log of a training, without the figures that a clock decides."""
+    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def assert_same_files(before: Path, after: Path) -> None:
+    """Compare two directories byte for byte, except for what clocks decide."""
 
     def files(folder: Path) -> dict[str, object]:
-        assert not verify(folder).faults
         found: dict[str, object] = {}
         for path in folder.rglob("*"):
             if path.is_file() and "tensorboard" not in path.parts:
                 found[str(path.relative_to(folder))] = path.read_bytes()
-        found["digests.json"] = set(json.loads(found["digests.json"])["files"])  # clocks decide about some of the digests
-        figures = json.loads(found["metrics.json"])
-        return found | {"metrics.json": {k: v for k, v in figures.items() if k not in ("seconds", "tokens_per_second")}}
+        if "metrics.json" in found:
+            assert not verify(folder).faults
+            found["digests.json"] = set(json.loads(found["digests.json"])["files"])  # clocks decide about some of the digests
+            figures = json.loads(found["metrics.json"])
+            found["metrics.json"] = {k: v for k, v in figures.items() if k not in ("seconds", "tokens_per_second")}
+        return found
 
-    shutil.copytree(run, copy)
-    (copy / "metrics.json").unlink()
-    stage(name, *keys, f"out={copy}")
-    before, after = files(run), files(copy)
-    assert [file for file in before.keys() | after.keys() if before.get(file) != after.get(file)] == []
+    one, other = files(before), files(after)
+    assert [file for file in one.keys() | other.keys() if one.get(file) != other.get(file)] == []
 
 
 @pytest.fixture(scope="session")

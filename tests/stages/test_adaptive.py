@@ -17,7 +17,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.training.loop import _Run
 from tests.routing_toy import write_table
-from tests.stages.conftest import TRAIN, finish_again, stage
+from tests.stages.conftest import TRAIN, finish_again, stage, stop_within
 
 RUN = [*(key for key in TRAIN if "optim" not in key), "model.micro_batch_size=4", "model.global_batch_size=8"]
 ADAPTIVE = ["kind=adaptive", "targets_per_step=2", "adaptive.calibration_samples=8", "validation_targets=[0.7,0.9]"]
@@ -42,6 +42,11 @@ def routed(chain, tmp_path_factory) -> Path:
 
 def test_a_run_killed_after_its_last_checkpoint_finishes(chain, routed, tmp_path):
     finish_again(routed / "adaptive", tmp_path / "again", "router", *adaptive_keys(chain, routed))
+
+
+@pytest.mark.parametrize("moment", [9, 30])
+def test_sigterm_drops_the_step_in_progress(chain, routed, tmp_path, monkeypatch, moment):
+    stop_within(routed / "adaptive", tmp_path / "again", monkeypatch, moment, "router", *adaptive_keys(chain, routed))
 
 
 def contents(run: Path) -> dict[str, bytes]:

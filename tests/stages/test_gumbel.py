@@ -19,7 +19,7 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.training.loop import _Run
 from tests import toy
 from tests.routing_toy import write_table
-from tests.stages.conftest import TRAIN, finish_again, stage
+from tests.stages.conftest import TRAIN, finish_again, stage, stop_within
 from tests.stages.test_routing import Interrupted, rows
 
 AXES = ["space.hidden_size=[0.5,0.75,1.0]", "space.depth=[1,2]"]
@@ -46,6 +46,12 @@ def gumbel_keys(chain: Path, run: Path) -> list[str]:
 
 def test_a_run_killed_after_its_last_checkpoint_finishes(chain, axes, tmp_path):
     finish_again(axes / "gumbel", tmp_path / "again", "gumbel", *gumbel_keys(chain, axes), "candidate_samples=8")
+
+
+@pytest.mark.parametrize("moment", [9, 30])
+def test_sigterm_drops_the_step_in_progress(chain, axes, tmp_path, monkeypatch, moment):
+    keys = [*gumbel_keys(chain, axes), "candidate_samples=8"]
+    stop_within(axes / "gumbel", tmp_path / "again", monkeypatch, moment, "gumbel", *keys)
 
 
 def test_importance_ranks_layers_and_channels(chain, axes):

@@ -1,4 +1,4 @@
-"""Training in a job that ends: it stops while a further step and its checkpoint would no longer fit."""
+"""Training in a job that ends: it stops while a further step and its checkpoint would no longer fit, at SIGTERM within a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.runtime import signals
 from flextron_mcore.training import checkpointing
-from tests.stages.conftest import pretrain_keys, stage
+from tests.stages.conftest import TRAIN, pretrain_keys, stage, stop_within
 
 SAVING = "exp_manager.checkpoint_callback_params"
 
@@ -45,3 +45,16 @@ def test_a_training_stops_early_where_saving_takes_long(chain, tmp_path, monkeyp
     if seconds:
         stage("pretrain", *keys)
     assert losses(tmp_path / "run") == losses(chain / "parent")
+
+
+@pytest.mark.parametrize("moment", [1, 2, 5, 14, 17, 18, 28])
+def test_sigterm_drops_the_step_in_progress(chain, tmp_path, monkeypatch, moment):
+    """At a micro-batch of the first step, of later ones, and of validations; the run ends as an undisturbed one."""
+    keys = [f"checkpoint={chain}/sorted", f"data={chain}/data", "model.micro_batch_size=4", "model.global_batch_size=8"]
+    stop_within(chain / "elastic", tmp_path / "run", monkeypatch, moment, "elastic", *keys, *TRAIN, "trainer.max_steps=6")
+
+
+@pytest.mark.parametrize("moment", [6, 12])
+def test_sigterm_drops_a_step_of_pretrain(chain, tmp_path, monkeypatch, moment):
+    keys = [*pretrain_keys(chain / "data"), "trainer.max_steps=6"]
+    stop_within(chain / "parent", tmp_path / "run", monkeypatch, moment, "pretrain", *keys)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster, missing
+from tests.slurm.launched import BUDGETS, launch, pretraining
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +21,21 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(problem)
     with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def bare(slurm, tmp_path_factory) -> Path:
+    """Results directory of the whole chain, run without containers."""
+    base = tmp_path_factory.mktemp("bare") / "odd 'one' $(id);&é"
+    code, out, err = launch(slurm, base, "cluster=slurm", BUDGETS)
+    assert code == 0, out + err
+    return base / "smoke"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(slurm, bare, tmp_path_factory) -> Path:
+    """Results directory of a pretraining that nothing interrupted."""
+    base = tmp_path_factory.mktemp("undisturbed")
+    code, out, err = launch(slurm, base, *pretraining(bare))
+    assert code == 0, out + err
+    return base / "smoke"

@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,40 +15,10 @@ from omegaconf import OmegaConf
 
 from flextron_mcore.launch.follow import read_record
 from tests.slurm.cluster import FINAL, Cluster
+from tests.slurm.launched import BUDGETS, ROOT, STEPS, continued, flextron, launch, pretraining, running_pretrain
 
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 300  # of an interrupted training: enough that it does not end before the interruption
 STAGES = ["prepare", "pretrain", "importance", "elastic", "latency", "router", "joint", "evaluate"]
-STAGES += ["export_0.8_parameters", "report"]
-
-
-def flextron(slurm: Cluster, stage: str, *arguments: str, timeout: float = 1200) -> tuple[int, str, str]:
-    """Exit code, standard output and error of a command on the login node."""
-    done = subprocess.run(
-        [sys.executable, "-m", "flextron_mcore", stage, *arguments],
-        env=slurm.environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def launch(slurm: Cluster, base: Path, *arguments: str, timeout: float = 1200) -> tuple[int, str, str]:
-    """`flextron launch` of the smoke model on this cluster, followed to its end."""
-    keys = ["cluster.account=flextron", "cluster.gpus_per_node=2", "cluster.exclusive=false", "cluster.mem=null", "model=smoke"]
-    keys += [f"base_results_dir={base}", "detach=false", "env_vars={GLOO_SOCKET_IFNAME: lo, OMP_NUM_THREADS: 1}"]
-    return flextron(slurm, "launch", *keys, *arguments, timeout=timeout)
-
-
-@pytest.fixture(scope="module")
-def bare(slurm, tmp_path_factory) -> Path:
-    """Results directory of the whole chain, run without containers."""
-    base = tmp_path_factory.mktemp("bare") / "odd 'one' $(id);&é"
-    code, out, err = launch(slurm, base, "cluster=slurm")
-    assert code == 0, out + err
-    return base / "smoke"
+STAGES += ["export_0.8_parameters", "export_0.6_parameters", "report"]
 
 
 def test_the_whole_chain(slurm, bare):
@@ -59,6 +28,7 @@ def test_the_whole_chain(slurm, bare):
     assert list((bare / "export_0.8_parameters").glob("*.safetensors")) and (bare / "report" / "index.html").is_file()
     records = read_record(bare)
     assert [record.name for record in records] == STAGES
+    assert len({record.id for record in records}) == len(STAGES) - 1  # both exports are one job
     shown = slurm.show(int(records[3].id))
     assert shown["JobState"] == "COMPLETED" and shown["NumNodes"] == "2" and shown["JobName"] == "elastic.smoke"
     trainer = OmegaConf.load(bare / "elastic" / "config.yaml").trainer
@@ -68,7 +38,7 @@ def test_the_whole_chain(slurm, bare):
 
 
 def test_complete_stages_are_not_submitted_again(slurm, bare):
-    code, out, err = launch(slurm, bare.parent, "cluster=slurm", timeout=120)
+    code, out, err = launch(slurm, bare.parent, "cluster=slurm", BUDGETS, timeout=120)
     assert code == 0 and out.count(": complete in ") == len(STAGES) and "nothing is left to do" in out, out + err
 
 
@@ -120,29 +90,7 @@ def test_a_stage_that_fails_ends_the_chain(slurm, bare, tmp_path):
     assert slurm.show(int(read_record(tmp_path / "smoke")[0].id))["Restarts"] == "0"
 
 
-def running_pretrain(slurm: Cluster, results: Path) -> int:
-    """Number of the launched pretraining's job, once it has trained for some steps."""
-    job = int(read_record(results)[-1].id)
-    log = results / "pretrain" / "log.jsonl"
-    trains = lambda shown: shown["JobState"] in FINAL or (log.exists() and '"step": 12,' in log.read_text())  # noqa: E731
-    assert slurm.wait_for(job, trains, timeout=240)["JobState"] == "RUNNING"
-    return job
-
-
-def continued(results: Path) -> None:
-    """Assert that the log has every step once, although several processes wrote it."""
-    rows = [json.loads(line) for line in (results / "pretrain" / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["event"] == "train"] == list(range(1, STEPS + 1))
-    logs = sorted(Path(read_record(results)[-1].logs).glob("log-*.out"), key=lambda path: path.stat().st_mtime)
-    printed = logs[-1].read_text()
-    assert "continuing after step" in printed and "continuing after step 0" not in printed
-
-
-def pretraining(bare: Path) -> list[str]:
-    return ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={bare}/prepare", f"pretrain.trainer.max_steps={STEPS}"]
-
-
-def test_a_cancelled_run_continues_when_it_is_launched_again(slurm, bare, tmp_path):
+def test_a_cancelled_run_continues_when_it_is_launched_again(slurm, bare, undisturbed, tmp_path):
     keys = pretraining(bare)
     code, out, err = launch(slurm, tmp_path, *keys, "detach=true")
     assert code == 0, out + err
@@ -154,10 +102,10 @@ def test_a_cancelled_run_continues_when_it_is_launched_again(slurm, bare, tmp_pa
     code, out, err = launch(slurm, tmp_path, *keys)
     assert code == 0, out + err
     assert int(read_record(tmp_path / "smoke")[0].id) != job
-    continued(tmp_path / "smoke")
+    continued(tmp_path / "smoke", undisturbed)
 
 
-def test_a_preempted_run_continues_by_itself(slurm, bare, tmp_path):
+def test_a_preempted_run_continues_by_itself(slurm, bare, undisturbed, tmp_path):
     """A job of a partition with higher priority takes the nodes: Slurm stops the training and queues it again."""
     code, out, err = launch(slurm, tmp_path, *pretraining(bare), "detach=true")
     assert code == 0, out + err
@@ -165,7 +113,7 @@ def test_a_preempted_run_continues_by_itself(slurm, bare, tmp_path):
     urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap=true")
     assert slurm.wait(urgent) == "COMPLETED"
     assert slurm.wait_for(job, lambda shown: shown["JobState"] == "COMPLETED", timeout=240)["Restarts"] == "1"
-    continued(tmp_path / "smoke")
+    continued(tmp_path / "smoke", undisturbed)
 
 
 def kill_rank(results: Path, rank: int) -> None:
@@ -176,7 +124,7 @@ def kill_rank(results: Path, rank: int) -> None:
                 process.kill()
 
 
-def test_a_training_that_loses_a_rank_continues_on_another_node(slurm, tmp_path):
+def test_a_training_that_loses_a_rank_continues_on_another_node(slurm, undisturbed, tmp_path):
     keys = ["cluster=slurm", "stages=[prepare,pretrain]", "gpus=2", f"pretrain.trainer.max_steps={STEPS}", "detach=true"]
     code, out, err = launch(slurm, tmp_path, *keys)
     assert code == 0, out + err
@@ -186,7 +134,7 @@ def test_a_training_that_loses_a_rank_continues_on_another_node(slurm, tmp_path)
     shown = slurm.wait_for(job, lambda shown: shown["JobState"] in FINAL, timeout=240)
     assert (shown["JobState"], shown["Restarts"], shown["ExcNodeList"]) == ("COMPLETED", "1", node)
     assert shown["NodeList"] not in (node, "(null)")
-    continued(tmp_path / "smoke")
+    continued(tmp_path / "smoke", undisturbed)
 
 
 def test_a_stage_that_runs_out_of_time_continues_in_its_next_job(slurm, bare, tmp_path):

@@ -1,0 +1,72 @@
+"""Launches of the smoke model on the tests' Slurm, and an undisturbed training that interrupted ones are compared with."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from flextron_mcore.launch.follow import read_record
+from tests.slurm.cluster import FINAL, Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 300  # of an interrupted training: enough that it does not end before the interruption
+BUDGETS = "budgets=[0.8 parameters,0.6 parameters]"
+
+
+def flextron(slurm: Cluster, stage: str, *arguments: str, timeout: float = 1200) -> tuple[int, str, str]:
+    """Exit code, standard output and error of a command on the login node."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flextron_mcore", stage, *arguments],
+        env=slurm.environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def launch(slurm: Cluster, base: Path, *arguments: str, timeout: float = 1200) -> tuple[int, str, str]:
+    """`flextron launch` of the smoke model on this cluster, followed to its end."""
+    keys = ["cluster.account=flextron", "cluster.gpus_per_node=2", "cluster.exclusive=false", "cluster.mem=null", "model=smoke"]
+    keys += [f"base_results_dir={base}", "detach=false", "env_vars={GLOO_SOCKET_IFNAME: lo, OMP_NUM_THREADS: 1}"]
+    return flextron(slurm, "launch", *keys, *arguments, timeout=timeout)
+
+
+def running_pretrain(slurm: Cluster, results: Path) -> int:
+    """Number of the launched pretraining's job, once it has trained for some steps."""
+    job = int(read_record(results)[-1].id)
+    log = results / "pretrain" / "log.jsonl"
+    trains = lambda shown: shown["JobState"] in FINAL or (log.exists() and '"step": 12,' in log.read_text())  # noqa: E731
+    assert slurm.wait_for(job, trains, timeout=240)["JobState"] == "RUNNING"
+    return job
+
+
+def losses(results: Path) -> list[tuple[int, float]]:
+    """Step and loss of each step of the pretraining."""
+    rows = map(json.loads, (results / "pretrain" / "log.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"]) for row in rows if row["event"] == "train"]
+
+
+def continued(results: Path, undisturbed: Path) -> None:
+    """Assert that the log, which several processes wrote, has the losses of an undisturbed training to the last bit."""
+    assert losses(results) == losses(undisturbed)
+    logs = sorted(Path(read_record(results)[-1].logs).glob("log-*.out"), key=lambda path: path.stat().st_mtime)
+    printed = logs[-1].read_text()
+    assert "continuing after step" in printed and "continuing after step 0" not in printed
+
+
+def pretraining(bare: Path) -> list[str]:
+    return ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={bare}/prepare", f"pretrain.trainer.max_steps={STEPS}"]
+
+
+def steps_lost(results: Path) -> list[int]:
+    """Steps that were trained twice because of each interruption of the pretraining."""
+    logs = sorted(Path(read_record(results)[-1].logs).glob("log-*.out"), key=lambda path: path.stat().st_mtime)
+    texts = [log.read_text() for log in logs]
+    last = [max((int(step) for step in re.findall(r"pretrain: step (\d+)/", text)), default=0) for text in texts]
+    first = [int(found[1]) if (found := re.search(r"continuing after step (\d+)", text)) else 0 for text in texts]
+    return [max(0, before - after) for before, after in zip(last, first[1:], strict=False)]

@@ -1,8 +1,9 @@
 """Shell code of a job's script that queues the job again: after a stop at its time limit, and after a failure that may pass.
 
-Slurm itself queues a job again that was preempted or lost a node. A job that fails is queued again up to run.retries times in a
-row; a new checkpoint starts the count anew. Two jobs of a training in a row without a step are enough to give up, and
-input that was refused is not tried again. The node of a rank that died is excluded if others can take its place.
+Slurm itself queues a job again that was preempted or lost a node. A job that fails, or a training that Slurm ends at its time
+limit, is queued again up to run.retries times in a row; a new checkpoint starts the count anew. Two jobs of a training in a row
+without a step are enough to give up, and input that was refused is not tried again. The node of a rank that died is excluded if
+others can take its place.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ begun=$(newest)
 again() {{
     local code=$? log={log}_"${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}".out failures=0 idle=0 why="" said node excluded
     set +e
-    # Not after scancel, a preemption or the time limit, when Slurm is ending the job.
-    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || return
-    if [ "$code" -eq 0 ] || [ -e {stopped} ]; then
-        rm -f {tries}
-        if [ -e {stopped} ]; then rm -f {stopped}; scontrol requeue "$SLURM_JOB_ID"; fi
-        return
+    # Not after scancel or a preemption, when Slurm is ending the job; but where it ends a training at the job's time limit.
+    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
+        {trains} && [ -n "${{end:-}}" ] && [ "$(date +%s)" -ge "$end" ] || return
+    fi
+    if [ "$code" -eq 0 ]; then rm -f {tries}; return; fi
+    if [ -e {stopped} ]; then
+        rm -f {stopped}
+        if [ "$(newest)" != "$begun" ]; then rm -f {tries}; scontrol requeue "$SLURM_JOB_ID"; return; fi
     fi
     said=$(grep -ohE 'flextron: (error|failed|stopped).*' "$log" 2>/dev/null | tail -n 1)
     if [ {retries} -eq 0 ]; then return; fi
@@ -58,7 +61,8 @@ others() {{
         grep -cvxF "$(scontrol show hostnames "$1")"
 }}
 rm -f {stopped}
-trap again EXIT"""
+trap again EXIT
+trap : TERM  # at its time limit, wait for the processes, which save"""
 
 
 def lines(job: Job, results: Path, folder: Path) -> str:

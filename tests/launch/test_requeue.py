@@ -124,10 +124,28 @@ def test_a_job_that_slurm_is_ending_is_left_alone(ended, tmp_path, state):
 
 def test_a_training_that_stopped_goes_on_and_one_that_is_done_does_not(job, ended):
     stopped = requeue.stopped(job, job.out.parent)
-    for _ in range(5):
-        assert ended(STEP, code=1, does=f"touch {shlex.quote(str(stopped))}") == ["requeue 7"]
+    for step in range(5):
+        assert ended(STEP, code=1, does=f"touch {shlex.quote(str(stopped))}; {saved(job, step)}") == ["requeue 7"]
         assert not stopped.exists()
     assert ended(STEP, code=0) == []
+
+
+def test_a_training_that_stops_without_a_new_checkpoint_is_given_up(job, ended, tmp_path):
+    """As where a step and a save take longer than a job may."""
+    does = f"touch {shlex.quote(str(requeue.stopped(job, job.out.parent)))}"
+    assert [ended(STEP, does=does) for _ in range(4)] == [*[["requeue 7"]] * 3, []]
+    assert "run.retries=3 were used up without a new checkpoint" in why(job, tmp_path)
+    assert [ended(does=does) for _ in range(2)] == [["requeue 7"], []]
+    assert "two jobs in a row ended without a step" in why(job, tmp_path)
+
+
+@pytest.mark.parametrize("seconds, again", [(-1, True), (3600, False)])
+def test_a_training_that_slurm_ends_at_its_time_limit_goes_on(job, ended, tmp_path, launch, seconds, again):
+    (tmp_path / "state").write_text("COMPLETING\n")
+    ends = f"end=$(($(date +%s) + {seconds}))"
+    assert bool(ended(STEP, does=f"{ends}; {saved(job, 1)}")) == again
+    (other,) = plan(launch("cluster=slurm", "cluster.account=a", "model=smoke", "stages=[export]")).jobs
+    assert ended(of=other, does=ends) == []  # it would start again from its beginning
 
 
 def test_the_node_of_a_dead_rank_is_excluded_where_enough_are_left(job, ended, tmp_path):

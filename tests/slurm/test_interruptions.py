@@ -84,3 +84,15 @@ def test_many_jobs_of_a_minute(slurm, bare, undisturbed, tmp_path):
     continued(tmp_path / "smoke", undisturbed)
     assert max(steps_lost(tmp_path / "smoke")) == 0
     print(f"jobs of a minute: {int(shown['Restarts']) + 1}")
+
+
+def test_a_time_limit_in_the_midst_of_a_step(slurm, bare, tmp_path):
+    """A step takes most of a job. Slurm ends the job within one; the step is dropped, and the next job continues."""
+    keys = ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={bare}/prepare", "pretrain.trainer.max_steps=4"]
+    keys += ["pretrain.model.global_batch_size=2048", "pretrain.trainer.val_at_start=false", "run.stop_before=00:00:01"]
+    for name, limit in (("long", "01:00:00"), ("short", "00:01:00")):
+        code, out, err = launch(slurm, tmp_path / name, *keys, f"run.time_limit={limit}", timeout=3000)
+        assert code == 0, out + err
+    continued(tmp_path / "short" / "smoke", tmp_path / "long" / "smoke")
+    shown = slurm.show(int(read_record(tmp_path / "short" / "smoke")[-1].id))
+    print(f"jobs of a minute, with long steps: {int(shown['Restarts']) + 1}")

@@ -57,9 +57,9 @@ class TokenSurrogate:
 
         Args:
             network: index of the network, 0 for the full model.
-            number: number of the micro-batch within the step.
-            losses_BS: loss of each token in nats.
-            final_SBD: final hidden states of this rank's positions.
+            number: number of the micro-batch within the step, over all data-parallel ranks.
+            losses_BS: loss of each token in nats, at all positions.
+            final_SBD: hidden states after the final norm; with sequence parallelism those of this rank's positions only.
         """
         self.outputs[network, number] = losses_BS.T, final_SBD
 

@@ -66,12 +66,14 @@ class Format:
     """Format of an export: functions that write a directory and read it back.
 
     Attributes:
-        write: function that writes the export; called on all ranks. Returns format, architecture, parameters, bytes, files.
-            Raises FlextronError for a model or network that the format cannot hold.
+        write: function (job) that writes the export; called on all ranks. Returns a dictionary for metrics.json: format,
+            architecture, parameters, bytes (size of all files), files (their number). Raises FlextronError for a model or network
+            that the format cannot hold.
         logits: function (job, one of `networks`, tokens [batch, sequence]) that returns logits [batch, sequence, vocabulary] in
             fp32, computed from the written files only; called on the main process.
-        tolerance: function that returns the largest absolute difference from the checkpoint's logits that rounding explains.
-        networks: function that returns the networks whose logits are verified.
+        tolerance: function (job) that returns the largest absolute difference from the checkpoint's logits that rounding
+            explains.
+        networks: function (job) that returns the networks whose logits are verified; by default the exported one.
     """
 
     write: Callable[[Job], dict[str, Any]]

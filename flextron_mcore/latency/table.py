@@ -216,9 +216,11 @@ def fit(
 
 
 def check_errors(cost: Cost, latencies: Sequence[tuple[SubNetwork, float]]) -> dict[str, float]:
-    """Relative errors of a cost against measured latencies of whole networks: their number, median, 95th percentile and largest.
+    """Errors |cost - measured| / measured of whole networks: {networks: number, median_error, p95_error, largest_error}.
 
-    latencies: (network, milliseconds) pairs.
+    Args:
+        cost: latency cost in ms.
+        latencies: (network, measured milliseconds) pairs.
     """
     errors = np.array([abs(cost.of(net) - value) / value for net, value in latencies])
     return {

@@ -23,14 +23,16 @@ from flextron_mcore.axes import layer_axes
 class WeightedNetwork:
     """Network with a weight for every candidate of every axis, as float32 leaf tensors on this rank's device; equal on all ranks.
 
-    All units are computed and multiplied with masks made of the weights, so that every weight gets a gradient (LLaMaFlex).
+    All units are computed and multiplied with masks, so that every weight gets a gradient (LLaMaFlex). The mask of a unit is the
+    sum of the weights of the candidates that include it. The router's weights of a choice sum to 1: one-hot, or relaxed by a
+    softmax.
 
     Attributes:
         hidden_K: weight of each candidate of the hidden size, smallest first.
-        layers_L: weight of executing each layer.
-        widths_LK: {layer axis: weight of each candidate in each layer, smallest first}.
-        share: parameters of the drawn sub-network / parameters of the full model, for the gain of modulation (layers/block.py).
-            It is the drawn sub-network's even if weights are relaxed, between candidates. None: no gain.
+        layers_L: weight of executing each layer, 0 to 1.
+        widths_LK: {layer axis: weights [L, K] of the candidates in each layer, smallest first}.
+        share: parameters of the drawn sub-network (the largest weights, also when relaxed) / parameters of the full model, for
+            the gain of modulation (layers/block.py); None: no gain.
     """
 
     hidden_K: Tensor

@@ -99,7 +99,7 @@ class Picture:
 
 
 def ramp(theme: Theme, count: int) -> np.ndarray:
-    """Colours (RGBA rows) of `count` lines that have an order, from the last colour of `theme.lines` to the first."""
+    """Colours of lines that have an order, from the last of `theme.lines` to the first: RGBA rows in 0..1 [max(count, 2), 4]."""
     return LinearSegmentedColormap.from_list("lines", theme.lines)(np.linspace(1, 0, max(count, 2)))
 
 

@@ -125,9 +125,9 @@ def find_before(results: Sequence[Evaluation]) -> Evaluation | None:
 
 
 def find_family(results: Sequence[Evaluation]) -> Evaluation | None:
-    """Evaluation that the report's summary is about: directory `evaluate`, else the last one after elastic training.
+    """Evaluation that the report's summary is about: directory `evaluate`, else the last one. None if there is none.
 
-    None if there is no evaluation.
+    Evaluations from before elastic training (`says_before`) are considered only if there are no others.
     """
     after = [found for found in results if not found.says_before] or results
     return next((found for found in after if found.label == "evaluate"), after[-1] if after else None)

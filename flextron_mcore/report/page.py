@@ -117,7 +117,9 @@ def _model(chosen: Settings) -> str | None:
 
 
 def summary(highlights: Sequence[Highlights], stages: Sequence[tuple[str, str]]) -> list[str]:
-    """Sentences at the head of the page, on the evaluated networks. If there are none: on the last two training stages.
+    """Sentences at the head of the page: those of all topics, after the last two training stages if no topic has key figures.
+
+    Without any sentence, one that says that no network was evaluated, and lists `stages`.
 
     stages: (name of the directory, name of the stage) of each finished stage.
     """

@@ -98,7 +98,10 @@ class Reader:
         return hint(**given, **{name: reader.read(name, type_) for name, type_ in _hints(hint).items() if name not in given})
 
     def with_model(self) -> Reader:
-        """Reader of this object that checks networks in it against the architecture at its key `model`."""
+        """Reader of the same JSON object that refuses networks with another number of layers than the model at its key `model`.
+
+        Raises FlextronError if `model` is missing or no architecture.
+        """
         return replace(self, model=self.read("model", ModelConfig))
 
     def inner(self, key: str) -> Reader:

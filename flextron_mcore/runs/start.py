@@ -47,10 +47,13 @@ def run_stage(settings: StageSettings) -> dict[str, Any]:
 
 
 def _start(settings: StageSettings) -> None:
-    """Start what the stage computes with: torch.distributed and Megatron-Core's process groups, or the CPU runtime alone.
+    """Start what the stage computes with.
 
-    Without CUDA the CPU runtime (runtime/cpu.py) patches Megatron-Core, so it must start before a stage imports Megatron-Core's
-    modules. Stages that compute nothing, such as `report`, need neither.
+    Stages that compute (_PARALLEL, _SINGLE) get torch.distributed and Megatron-Core's process groups, with CUDA or without.
+    Stages that only import Megatron-Core or start groups themselves (_IMPORTING) get the CPU runtime (runtime/cpu.py) alone.
+    It patches Megatron-Core when there is no CUDA, so it must start before a stage imports Megatron-Core's modules. Other
+    stages, such as `report`, need neither. Raises FlextronError if the stage cannot run in the parallel layout, or with this
+    number of processes.
     """
     if settings.stage not in (*_PARALLEL, *_SINGLE, *_IMPORTING):
         return

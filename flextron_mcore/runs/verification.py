@@ -194,7 +194,11 @@ def _faults(entries: Mapping[Path, Entry]) -> list[str]:
 
 
 def _descriptions(path: Path) -> list[Path]:
-    """Descriptions in the directory `path` and below it; if there are none, the nearest one above that may list `path`."""
+    """Files digests.json and flextron.json in and below the directory `path`, other than `path` itself.
+
+    Without one there, and for a file: only the nearest of up to four directories above, because it may list `path`. [] if there
+    is none.
+    """
     below = [folder / name for folder in _folders(path) for name in (DIGESTS_FILE, INFO_FILE)] if path.is_dir() else []
     above = [folder / name for folder in path.parents[:4] for name in (INFO_FILE, DIGESTS_FILE)]  # RUN/checkpoints/iter_N/FILE
     for files in (below, above):

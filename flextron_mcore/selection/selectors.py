@@ -58,7 +58,7 @@ class MatFormer:
     choices: Choices
 
     def networks(self) -> list[SubNetwork]:
-        """All networks with full attention and one MLP width in every layer, from which the selector chooses."""
+        """Networks that the selector chooses from: one for each candidate MLP width, the same in all layers, else full."""
         space = self.choices.space
         return [space.uniform(self.choices.model, ffn_hidden_size=width) for width in space.ffn_hidden_size]
 

@@ -104,7 +104,7 @@ def end_of_job() -> tuple[float | None, float | None]:
 
 
 def _time(name: str) -> float | None:
-    """Time in an environment variable, seconds since 1970; None if it is not set."""
+    """Time in an environment variable, seconds since 1970; None if it is not set or empty. FlextronError if no whole number."""
     text = os.environ.get(name)
     if text and not text.isdecimal():
         raise FlextronError(f"{name}={text}: is not a number of seconds since 1970: unset this variable")

@@ -108,10 +108,10 @@ def write_family(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNetwork]:
-    """Networks in the table of flextron_family.json, in the order of their numbers.
+    """Networks listed in flextron_family.json, each at the index that is its number in `answers`.
 
     Args:
-        info: checkpoint of the export.
+        info: checkpoint that was exported.
         values: content of flextron_family.json.
     """
     networks = []
@@ -141,7 +141,7 @@ def _answers(picks: _Picks, cost: Cost, networks: _Networks, listed: list[SubNet
 
 
 def _modulation(info: CheckpointInfo) -> list[list[list[float]]]:
-    """Modulation parameters of each layer's attention and MLP (layers/block.py); empty for a model without modulation."""
+    """Modulation parameters (layers/block.py) [layers][attention, MLP][2] of a checkpoint; [] for a model without modulation."""
     if not info.space.modulation:
         return []
     reader, blocks = TensorReader(info), ("self_attention", "mlp")

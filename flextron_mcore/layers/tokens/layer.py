@@ -104,7 +104,7 @@ class FixedLevels:
         self.position = [0] * len(self.levels_NSB)
 
     def layer(self, index: int) -> RoutedLayer:
-        """Routing of the layer `index`, from 0."""
+        """Routing of one layer. index: number of the layer, from 0 over all pipeline stages."""
         return RoutedLayer.of(index, lambda block: _FixedBlock(self, block))
 
 

@@ -74,13 +74,17 @@ class ElasticForCausalLM:
     # Choice of the network.
 
     def set_budget(self, budget, adaptive=False, kv_policy=None):
-        """Set the network that `flextron select` chooses for a budget; later calls compute it.
+        """Set the network for a budget; later calls compute it.
+
+        It is the network that `flextron select` chooses, or one listed in the export's settings that uses more of the budget.
+        Without `adaptive`, a budget with a unit that exceeds the full model's cost gives the full model, with a warning. Raises
+        ValueError for a budget that cannot be read or met, and with `adaptive` also for one of another cost than the routers'.
 
         Args:
             budget: 0.6 (share of the full model's cost, see README.md of the directory), "25ms", "3.4B" (parameters), "8GiB"
                 (memory); None: the full model.
             adaptive: True lets routers choose for every token, so that the average cost meets the budget; needs adaptive routers.
-            kv_policy: "full" or "own", see the class; None: the policy of the adaptive routers, else "full".
+            kv_policy: "full" or "own", see the class; None: with adaptive the policy of the routers' training, else "full".
         """
         family = self._known()
         if budget is None:

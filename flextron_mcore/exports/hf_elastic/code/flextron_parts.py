@@ -200,13 +200,13 @@ class ElasticLayer:
 
 
 def gathered(parts, x_NC, shape, compute):
-    """Results of `compute(x_nC, *sizes)` for each (rows, *sizes) of `parts`, padded with zeros to `shape`: [N, *shape].
+    """Results of `compute(x_nC, *sizes)` for each (rows, *sizes) of `parts`, in one tensor [N, *shape], padded with zeros.
 
     Args:
-        parts: [(rows, *sizes)]; rows None: all rows.
+        parts: [(rows, *sizes)], with disjoint indices of rows; or a single part with rows None, all rows, which is not padded.
         x_NC: input.
-        shape: shape of a row of the result.
-        compute: function of the input's rows and their sizes.
+        shape: shape of a row of the result; its last dimension is that of every result, the others may be larger.
+        compute: function (x_nC, *sizes) -> [n, ...].
     """
     if parts[0][0] is None:
         return compute(x_NC, *parts[0][1:])

@@ -74,7 +74,7 @@ def test_every_command_of_the_guide_runs(desk, file, capsys):
 def test_a_dry_run_shows_scripts_and_figures(desk, capsys):
     cli._main(["launch", "cluster=bcm", "cluster.account=A", "model=llama2/7b", "dry_run=true", "container=data/x.sqsh"])
     out = capsys.readouterr().out
-    assert out.count("#!/bin/bash") == 9 and out.count("#SBATCH --kill-on-invalid-dep=yes") == 9
+    assert out.count("#!/bin/bash") == 7 and out.count("#SBATCH --kill-on-invalid-dep=yes") == 7
     elastic = out.partition("# ---- elastic")[2].partition("# ---- latency")[0]
     assert "#SBATCH --nodes=4" in elastic and "--nproc-per-node=8" in elastic and "scontrol requeue" in elastic
     assert f"--container-image {desk}/data/x.sqsh" in elastic and f"{desk}/results/llama2_7b:{desk}/results/llama2_7b" in elastic

@@ -10,6 +10,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster, missing
 from tests.slurm.launched import BUDGETS, launch, pretraining
+from tests.stages.conftest import stage
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +34,17 @@ def bare(slurm, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(slurm, bare, tmp_path_factory) -> Path:
+def prepared(tmp_path_factory) -> Path:
+    """Data of the smoke model."""
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    stage("prepare", "input=builtin", "vocab_size=512", f"out={out}")
+    return out
+
+
+@pytest.fixture(scope="session")
+def undisturbed(slurm, prepared, tmp_path_factory) -> Path:
     """Results directory of a pretraining that nothing interrupted."""
     base = tmp_path_factory.mktemp("undisturbed")
-    code, out, err = launch(slurm, base, *pretraining(bare))
+    code, out, err = launch(slurm, base, *pretraining(prepared))
     assert code == 0, out + err
     return base / "smoke"

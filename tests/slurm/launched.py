@@ -59,8 +59,9 @@ def continued(results: Path, undisturbed: Path) -> None:
     assert "continuing after step" in printed and "continuing after step 0" not in printed
 
 
-def pretraining(bare: Path) -> list[str]:
-    return ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={bare}/prepare", f"pretrain.trainer.max_steps={STEPS}"]
+def pretraining(data: Path) -> list[str]:
+    """Keys of a training of two ranks on prepared data."""
+    return ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={data}", f"pretrain.trainer.max_steps={STEPS}"]
 
 
 def steps_lost(results: Path) -> list[int]:

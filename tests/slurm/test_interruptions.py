@@ -18,8 +18,8 @@ from tests.slurm.launched import continued, launch, pretraining, running_pretrai
 pytestmark = pytest.mark.skipif("FLEXTRON_FAULTS" not in os.environ, reason="takes minutes: set FLEXTRON_FAULTS=1")
 
 
-def test_preempted_three_times_at_random_moments(slurm, bare, undisturbed, tmp_path):
-    code, out, err = launch(slurm, tmp_path, *pretraining(bare), "detach=true")
+def test_preempted_three_times_at_random_moments(slurm, prepared, undisturbed, tmp_path):
+    code, out, err = launch(slurm, tmp_path, *pretraining(prepared), "detach=true")
     assert code == 0, out + err
     job, moments = running_pretrain(slurm, tmp_path / "smoke"), random.Random(27)
     for time_ in range(3):
@@ -53,13 +53,13 @@ def end_node(slurm: Cluster, node: str) -> None:
             process.kill()
 
 
-def test_a_node_that_is_lost_in_a_step(slurm, bare, undisturbed, tmp_path):
+def test_a_node_that_is_lost_in_a_step(slurm, prepared, undisturbed, tmp_path):
     """Slurm queues the job of a node that does not answer again, and its training continues on the other one."""
     config = slurm.folder / "slurm.conf"
     before = config.read_text()
     config.write_text(before.replace("SlurmdTimeout=300", "SlurmdTimeout=20"))
     slurm.run("scontrol", "reconfigure")
-    code, out, err = launch(slurm, tmp_path, *pretraining(bare), "detach=true")
+    code, out, err = launch(slurm, tmp_path, *pretraining(prepared), "detach=true")
     assert code == 0, out + err
     job = running_pretrain(slurm, tmp_path / "smoke")
     node = slurm.show(job)["NodeList"]
@@ -75,9 +75,9 @@ def test_a_node_that_is_lost_in_a_step(slurm, bare, undisturbed, tmp_path):
     print(f"a lost node: steps lost {steps_lost(tmp_path / 'smoke')}")
 
 
-def test_many_jobs_of_a_minute(slurm, bare, undisturbed, tmp_path):
+def test_many_jobs_of_a_minute(slurm, prepared, undisturbed, tmp_path):
     """Each job ends itself in time, and the next one continues."""
-    code, out, err = launch(slurm, tmp_path, *pretraining(bare), "run.time_limit=00:01:00", "run.stop_before=00:00:20")
+    code, out, err = launch(slurm, tmp_path, *pretraining(prepared), "run.time_limit=00:01:00", "run.stop_before=00:00:20")
     assert code == 0, out + err
     shown = slurm.show(int(read_record(tmp_path / "smoke")[-1].id))
     assert shown["JobState"] == "COMPLETED" and int(shown["Restarts"]) >= 1
@@ -86,9 +86,9 @@ def test_many_jobs_of_a_minute(slurm, bare, undisturbed, tmp_path):
     print(f"jobs of a minute: {int(shown['Restarts']) + 1}")
 
 
-def test_a_time_limit_in_the_midst_of_a_step(slurm, bare, tmp_path):
+def test_a_time_limit_in_the_midst_of_a_step(slurm, prepared, tmp_path):
     """A step takes most of a job. Slurm ends the job within one; the step is dropped, and the next job continues."""
-    keys = ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={bare}/prepare", "pretrain.trainer.max_steps=4"]
+    keys = ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={prepared}", "pretrain.trainer.max_steps=4"]
     keys += ["pretrain.model.global_batch_size=2048", "pretrain.trainer.val_at_start=false", "run.stop_before=00:00:01"]
     for name, limit in (("long", "01:00:00"), ("short", "00:01:00")):
         code, out, err = launch(slurm, tmp_path / name, *keys, f"run.time_limit={limit}", timeout=3000)

@@ -90,8 +90,8 @@ def test_a_stage_that_fails_ends_the_chain(slurm, bare, tmp_path):
     assert slurm.show(int(read_record(tmp_path / "smoke")[0].id))["Restarts"] == "0"
 
 
-def test_a_cancelled_run_continues_when_it_is_launched_again(slurm, bare, undisturbed, tmp_path):
-    keys = pretraining(bare)
+def test_a_cancelled_run_continues_when_it_is_launched_again(slurm, prepared, undisturbed, tmp_path):
+    keys = pretraining(prepared)
     code, out, err = launch(slurm, tmp_path, *keys, "detach=true")
     assert code == 0, out + err
     job = running_pretrain(slurm, tmp_path / "smoke")
@@ -105,9 +105,9 @@ def test_a_cancelled_run_continues_when_it_is_launched_again(slurm, bare, undist
     continued(tmp_path / "smoke", undisturbed)
 
 
-def test_a_preempted_run_continues_by_itself(slurm, bare, undisturbed, tmp_path):
+def test_a_preempted_run_continues_by_itself(slurm, prepared, undisturbed, tmp_path):
     """A job of a partition with higher priority takes the nodes: Slurm stops the training and queues it again."""
-    code, out, err = launch(slurm, tmp_path, *pretraining(bare), "detach=true")
+    code, out, err = launch(slurm, tmp_path, *pretraining(prepared), "detach=true")
     assert code == 0, out + err
     job = running_pretrain(slurm, tmp_path / "smoke")
     urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap=true")

@@ -131,7 +131,7 @@ def test_a_training_that_stopped_goes_on_and_one_that_is_done_does_not(job, ende
 
 
 def test_a_training_that_stops_without_a_new_checkpoint_is_given_up(job, ended, tmp_path):
-    """As where a step and a save take longer than a job may."""
+    """A step and a save that take longer than a job may, for example."""
     does = f"touch {shlex.quote(str(requeue.stopped(job, job.out.parent)))}"
     assert [ended(STEP, does=does) for _ in range(4)] == [*[["requeue 7"]] * 3, []]
     assert "run.retries=3 were used up without a new checkpoint" in why(job, tmp_path)

@@ -297,7 +297,7 @@ def test_a_stage_has_cluster_keys_of_its_own(fake, tmp_path, launch):
 
 
 def test_exports_are_one_job(fake, tmp_path, launch):
-    """They run one after another; a job that is queued again skips those that are complete, and a failure ends it."""
+    """A job that is queued again skips complete exports, and a failure ends it."""
     keys = ["cluster=slurm", "cluster.account=a", "model=smoke", "stages=[pretrain,export]", "budgets=[0.4,25ms,2GiB]"]
     planned = plan(launch(*keys, f"base_results_dir={tmp_path}/re sults"))
     names = ["export_0.4", "export_25ms", "export_2GiB"]

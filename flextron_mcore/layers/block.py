@@ -50,7 +50,8 @@ class ElasticBlock(StateReader):
     def scaled(self, output: Output) -> Output:
         """Multiply the block's output, value and bias, with the router gate and the gain of modulation, if there are any.
 
-        The gate and the share of parameters, from which the gain is computed, are in the layer's state.
+        The gate and the share of parameters, from which the gain is computed, are in the layer's state. Without a share (full
+        model) the gain is 1.
         """
         state, (value, bias) = self.state, output
         gate = state.gates.get(self.axis)

@@ -42,8 +42,8 @@ def write(job: Job) -> dict[str, Any]:
     """Write job.net as a dense model for Megatron-Core. Call on all ranks, which share the tensors.
 
     Returns format, architecture, parameters, bytes and files; also `reason` if the layers differ, which needs a heterogeneous
-    configuration. Raises FlextronError for a network outside of the space, a job.out that is not an empty directory, or a
-    tokenizer directory without a tokenizer.
+    configuration. Raises FlextronError for a model with an axis that an extension adds, a network outside of the space, a job.out
+    that is not an empty directory, or a tokenizer directory without a tokenizer.
     """
     info, net, out = job.info, job.net, job.out
     if added := added_tensors():

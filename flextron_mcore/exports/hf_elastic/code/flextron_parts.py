@@ -130,8 +130,8 @@ class ElasticAttention:
     def attend(self, x_BSC, rotate, mask, cache, cache_kwargs, dropout, **kwargs):
         """(output [B, S, C], attention weights or None) of the current choice for hidden states [B, S, C].
 
-        Keys and values of all KV groups are written into the cache, or with `own` those in use. A skipped layer does nothing
-        else.
+        Keys and values of all KV groups are written into the cache, or with `own` those in use. A skipped layer does nothing else
+        and returns its input.
 
         Args:
             x_BSC: input, after the norm.
@@ -333,7 +333,7 @@ def hide_missing(mask, counts_BT, g, q, query_BhSH, implementation):
         g: KV groups in use.
         q: query heads of each.
         query_BhSH: queries.
-        implementation: attention implementation, "eager" or "sdpa".
+        implementation: attention implementation. If groups are missing, ValueError unless it is "eager" or "sdpa".
     """
     if not g or bool((counts_BT >= g).all()):
         return mask

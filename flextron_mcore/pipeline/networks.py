@@ -42,12 +42,13 @@ def run_networks(
     """Run every micro-batch through every network, and accumulate gradients in the model unless `forward_only`.
 
     The gradients are those of sum_j L(M_j(x), y), with L the mean loss of a token (Flextron, eq. 5). Megatron-Core divides by the
-    number of tokens that it is told, so only the full model's tokens are counted. Call on all ranks.
+    number of tokens that it is told, so only the full model's tokens are counted. Call on all ranks. Afterwards the model
+    computes the full model.
 
     Args:
         model: this rank's virtual-pipeline chunks (usually one).
         batches: returns a new iterator over this rank's micro-batches.
-        num_batches: number of this rank's micro-batches.
+        num_batches: number of this rank's micro-batches, the same on all ranks.
         networks: networks to run. In training the first is the full model (None).
         seq_length: tokens of a sample.
         micro_batch_size: samples of a micro-batch.
@@ -60,8 +61,8 @@ def run_networks(
             micro-batches that remain are not computed, so that this call ends soon, and its results are void; None: never.
 
     Returns:
-        [networks, 2] in float64 on the CPU, the same on all ranks: sum of the language-model loss in nats, and number of tokens,
-        over all micro-batches of all data-parallel ranks.
+        [networks, 2] in float64 on the CPU, the same on all ranks: sum of the language-model loss in nats, and number of tokens
+        that the loss mask counts, over all micro-batches of all data-parallel ranks.
     """
     per_batch = len(networks)
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()

@@ -132,7 +132,7 @@ def write_torch_dist(
 def canonical_metadata(directory: Path) -> None:
     """Write .metadata of a finished save again, with sorted entries and without the random id that torch gives each save.
 
-    Equal checkpoints then have equal files, and equal digests. Call on the main process.
+    Equal checkpoints then have equal files, and equal digests. directory: the checkpoint. Call on the main process.
     """
     found: Any = dcp.FileSystemReader(directory).read_metadata()
     found.storage_meta = None

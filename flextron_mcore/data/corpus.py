@@ -29,7 +29,7 @@ class Corpus:
     """Iterable over the documents (str) of one domain.
 
     Each iteration reads the files again, in the same order, and holds one document in memory. Texts of white space only are
-    left out and counted. Input that cannot be read raises FlextronError; with skip_bad=True it is skipped instead.
+    left out and counted. Input that cannot be read raises FlextronError; with skip_bad=True it is skipped and recorded instead.
 
     Attributes:
         domain: name of the domain.

@@ -73,7 +73,7 @@ class Axis:
         return math.prod(getattr(chosen, name) for name in self.fields)
 
     def whole(self, model: ModelConfig) -> tuple[int, ...]:
-        """Values of the axis's fields in the full model; for heads (KV groups, query heads of a group)."""
+        """Values of `fields` in the full model, in their order; for heads (KV groups, query heads of a group)."""
         return self.split(model, "kv_group", self.full(model))
 
     def unit_field(self, model: ModelConfig, attention_unit: str) -> str:
@@ -125,7 +125,7 @@ class Axis:
         return tuple(sorted(sizes))
 
     def reason(self, model: ModelConfig, granularity: int, attention_unit: str, values: Sequence[float] | None) -> str:
-        """Text that says where candidates come from: "as given", or the default fractions, with what they were rounded to.
+        """Text that says where candidates come from: "as given", or the default fractions, and of what they became multiples.
 
         Args:
             model: architecture of the full model.

@@ -42,6 +42,10 @@ class ElasticTraining:
         count: number of sub-networks of a step.
         seed: seed of the draws.
         mode: `flextron` or `matformer` (training/sampler.py).
+
+    Attributes:
+        per_batch: number of networks of a step, 1 + count.
+        names: names of their losses in reports, full model first.
     """
 
     def __init__(self, model: ModelConfig, space: ElasticSpace, count: int, seed: int, mode: str = "flextron") -> None:
@@ -64,7 +68,8 @@ class ElasticTraining:
     def choose(self, chunk: torch.nn.Module, step: int, micro_batches: int) -> int:
         """Make `chunk` compute the network of its next micro-batch, and return the network's index, 0 for the full model.
 
-        In evaluation mode it is always the full model. Raises FlextronError if micro-batches do not divide among the networks.
+        Call once before each forward pass, because the calls of a step are counted. In evaluation mode it is always the full
+        model. Raises FlextronError if micro-batches do not divide among the networks.
 
         Args:
             chunk: this rank's model chunk.
@@ -130,7 +135,7 @@ class ElasticTraining:
 class RepeatedMicroBatches(Dataset):
     """Dataset that repeats every micro-batch of another one, for Megatron's sequential sampler.
 
-    Samples depend on their index only, so a resumed run continues exactly.
+    Samples depend on their index only, so a resumed run continues exactly. An incomplete last micro-batch is left out.
 
     Args:
         dataset: training data.

@@ -133,7 +133,7 @@ def architecture(config: TransformerConfig, vocab_size: int = 1, max_position_em
 
 
 def elastic_layer_spec(config: Any, vp_stage: int | None = None, space: ElasticSpace | None = None) -> TransformerBlockSubmodules:
-    """Spec of this pipeline stage's elastic layers, for frameworks that call a function with their configuration.
+    """Spec of this pipeline stage's elastic layers of the backend `local`, for frameworks that call a function for it.
 
     Megatron-LM calls it through `--spec flextron_mcore.specs elastic_layer_spec`; Megatron-LM, Megatron-Bridge and NeMo 2 through
     `transformer_layer_spec`.
@@ -148,7 +148,7 @@ def elastic_layer_spec(config: Any, vp_stage: int | None = None, space: ElasticS
 
 
 class DefaultElasticLayer(ElasticTransformerLayer):
-    """Elastic layer over `default_space`, which builds the spec of its submodules from its configuration."""
+    """Elastic layer over `default_space`, which builds the spec of its submodules (backend `local`) from its configuration."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         spec = elastic_gpt_layer_spec(default_space(config), config.normalization, qk_layernorm=config.qk_layernorm)

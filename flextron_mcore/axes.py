@@ -29,7 +29,7 @@ class Axis:
         unit: plural name of the units, such as "heads".
         title, short: names in figures and tables.
         block: name of the layer's block (attention, mlp) that has the units; None for a network axis.
-        full: function from the model to the size in the full model.
+        full: function (model) that returns the size in the full model.
         fields: {field: its unit} of LayerChoice, or of SubNetwork for a network axis. The size is the product of the fields. The
             families' tensor table cuts dimensions of a field's name to its value.
         split: function (model, attention unit, size) that returns the fields of a size.

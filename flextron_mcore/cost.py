@@ -120,7 +120,7 @@ def _additive(name: str, model: ModelConfig, space: ElasticSpace, measure: Calla
         name: name of the cost.
         model: architecture of the full model.
         space: space of the candidates.
-        measure: function that returns the cost of a network.
+        measure: function (network) that returns its cost.
     """
     first, *others = space.layer_axes
 
@@ -200,7 +200,7 @@ def read_budget(text: str | float | Sequence) -> list[tuple[str | float, float, 
 
 
 def _budget(text: str | float, number: float, unit: str, costs: Mapping[str, Cost]) -> Budget:
-    """Budget of a number with a unit, as `parse_budget` describes it. text: what the user wrote, for messages."""
+    """Budget of a number with a unit; values and errors are those of `parse_budget`. text: what the user wrote, for messages."""
     name, scale = UNITS.get(unit, (unit or "latency", None))
     if name not in costs:
         hint = "; for latency give latency=DIR, the directory of a `flextron latency` run" if name == "latency" else ""

@@ -237,7 +237,7 @@ class ElasticSpace:
         modulation: bool,
         rounded: bool,
     ) -> ElasticSpace:
-        """Build with a given granularity and attention unit. rounded: round default fractions to sizes that divide."""
+        """Build for one granularity and attention unit, or raise FlextronError. rounded: round default fractions where needed."""
         if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1:
             raise FlextronError(f"space.granularity must be a whole number of at least 1, not {granularity!r}")
         if attention_unit not in ATTENTION_UNITS:
@@ -347,10 +347,7 @@ class ElasticSpace:
 
     @classmethod
     def from_dict(cls, model: ModelConfig, values: Mapping[str, Any]) -> ElasticSpace:
-        """Build from plain types, sizes or fractions; a missing or null value stands for the default of `build`.
-
-        Raises FlextronError for an unknown key or a wrong value.
-        """
+        """Build from plain types; null stands for the default of `build`. Raises FlextronError for a wrong key or value."""
         return cls.build(model, **{k: v for k, v in values.items() if v is not None})
 
 

@@ -85,7 +85,7 @@ def prepare_data(
         add_bos: put the BOS token in front of every document; None: as the tokenizer does.
         parse_special_tokens: encode the text of a special token, such as <|endoftext|>, as this token; False: as ordinary text;
             None: as the tokenizer does.
-        progress: function that is called with status lines.
+        progress: function (line) called with each status line, a text; None: none.
 
     Returns:
         `vocab_size`, `eod` (id of the end-of-document token), `domains` and `skipped`, a list of [file or file and line, reason].

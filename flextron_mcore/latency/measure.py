@@ -74,7 +74,7 @@ def measure(
         rounds: number of timed rounds.
         check_networks: number of random networks whose time is compared with the table's prediction; 0 for no check.
         seed: seed of tokens, networks and order.
-        progress: called after every network of every round, of the first one too.
+        progress: function () called after every network of every round, of the first one too.
     """
     run = runner(model, setting, arch.vocab_size, seed)
     whole = draw(arch, space, seed, 0, check_networks, stream=3)
@@ -256,7 +256,7 @@ def _time_candidates(model: torch.nn.Module, net: SubNetwork, run: Callable[[], 
     Args:
         model: elastic model, set to `net`.
         net: network that the model computes.
-        run: function that runs the workload once.
+        run: function () that runs the workload once.
     """
     found: dict[Any, list[float]] = defaultdict(list)
     parts, rest = time_blocks(model, run)

@@ -41,7 +41,7 @@ class ElasticBlock(StateReader):
             self.modulation.sequence_parallel = self.config.sequence_parallel  # as in layers/norm.py
 
     def unit_mask(self, weights_K: Tensor) -> Tensor:
-        """Weight of each of this rank's units [U] in a weighted network (layers/weighted.py).
+        """Weight of each of this rank's units [U] in a weighted network (layers/weighted.py). Subclasses define it.
 
         weights_K: weight of each candidate of the axis.
         """

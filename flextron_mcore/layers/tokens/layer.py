@@ -89,7 +89,7 @@ class FixedLevels:
     Args:
         levels_NSB: level of each token in each block (by layer, then by axis): index of the candidate, -1 for padding.
         kv_policy: `full` or `own` (BlockRouting).
-        router: function that is called with the number of each block and its input [S, B, C], so that timing includes a router's
+        router: function (number of the block, its input [S, B, C]) called for each block, so that timing includes a router's
             cost; by default it does nothing.
     """
 

@@ -171,7 +171,7 @@ def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> lis
 
     Args:
         text: a number with a unit of UNITS (`25ms`, `3.4B`, `8GiB`), or a fraction of the full model's latency (`0.6`) or other
-            cost (`0.6 parameters`); or several.
+            cost (`0.6 parameters`); or several, in a sequence or separated by commas.
         costs: available costs by name.
     """
     return [_budget(part, number, unit, costs) for part, number, unit in read_budget(text)]

@@ -235,7 +235,7 @@ def files_of(values: Mapping[str, Any], file: Path) -> dict[str, Entry]:
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    """True for a valid entry of a description. Earlier versions wrote a size in bytes instead of size and digest."""
+    """True for a valid entry whose name stays in the directory. Earlier versions wrote a size in bytes as entry."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         return False

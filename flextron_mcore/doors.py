@@ -28,7 +28,10 @@ from flextron_mcore.training.sampler import draw
 
 
 def adapt(config: TransformerConfig) -> None:
-    """Set the two options of a TransformerConfig that elastic training needs, in place. Call before the model is built."""
+    """Set the options of a TransformerConfig that elastic training needs, in place. Call before the model is built.
+
+    They are calculate_per_token_loss and hetereogenous_dist_checkpoint (Megatron-Core's spelling).
+    """
     config.calculate_per_token_loss = True  # the loss is divided by the full model's tokens, which `loss_function` counts
     config.hetereogenous_dist_checkpoint = True  # Megatron-Core's spelling; one key a layer, as `flextron` writes checkpoints
 

@@ -114,6 +114,8 @@ def default_space(config: TransformerConfig) -> ElasticSpace:
 def architecture(config: TransformerConfig, vocab_size: int = 1, max_position_embeddings: int = 1) -> ModelConfig:
     """ModelConfig with the layer sizes of a TransformerConfig. Spaces and sub-networks depend on nothing else.
 
+    Other fields, such as biases and tied embeddings, have their defaults, so it does not count the model's parameters.
+
     Args:
         config: TransformerConfig of the model.
         vocab_size: size of the vocabulary, which a TransformerConfig does not hold.

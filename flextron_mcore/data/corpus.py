@@ -61,7 +61,7 @@ class Corpus:
                 yield from self._documents(source)
 
     def summary(self) -> str:
-        """Text for users: numbers of files read, left out by reason, of empty texts and of unreadable entries."""
+        """Text for users about the last iteration: numbers of files read, left out by reason, empty texts, unreadable entries."""
         read = ", ".join(f"{count} {name}" for name, count in self.read.most_common())
         parts = [f"read {sum(self.read.values())} file(s) ({read or 'none'})"]
         if self.left_out:

@@ -153,7 +153,7 @@ def opened_routers(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, tor
 
 
 def static_part(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the static routers among the weights of adaptive routers."""
+    """{name: tensor} of the static routers, which adaptive routers store as `static.name`."""
     return {name.removeprefix("static."): tensor for name, tensor in weights.items() if name.startswith("static.")}
 
 

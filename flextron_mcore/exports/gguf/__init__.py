@@ -67,7 +67,7 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 
     Args:
         job: the export.
-        net: network of the export.
+        net: network of the export; unused.
         tokens_BS: token ids.
     """
     require_library()

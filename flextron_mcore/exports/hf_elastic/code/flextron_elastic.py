@@ -228,7 +228,7 @@ class ElasticForCausalLM:
 
     @contextlib.contextmanager
     def chosen(self, args, kwargs):
-        """Context in which layers compute this handle's network. args, kwargs: arguments of the model's forward."""
+        """Context in which layers compute this handle's network. args, kwargs: arguments of the model's forward, unchanged."""
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if self._calls is not None and tokens is not None:
             self._calls.append(tokens.shape[1])

@@ -59,7 +59,8 @@ def run_networks(
         watch: function (index of the network, number of the micro-batch over all data-parallel ranks, its losses [B, S], this
             rank's final hidden states [S, B, C]) called on the last pipeline stage for each; None: none.
         drop: function () called before each micro-batch of each network, equal on tensor-parallel ranks. Once it returns True,
-            the micro-batches that remain are not computed, so that this call ends soon, and its results are void; None: never.
+            the micro-batches that remain are not computed (in training the very last one is), so that this call ends soon, and
+            its results are void; None: never.
 
     Returns:
         [networks, 2] in float64 on the CPU, the same on all ranks: sum of the language-model loss in nats, and number of tokens

@@ -76,7 +76,8 @@ def export(
         dtype: fp32, bf16 or fp16; None for the checkpoint's.
 
     Returns:
-        Format, architecture, parameters, bytes and files, as in metrics.json.
+        {"format", "architecture", "parameters", "bytes" (size of all files), "files" (their number)}, and for some formats more,
+        as in metrics.json.
 
     >>> written = export(checkpoint, folder / "sixty_percent", select(checkpoint, "0.6 parameters", selector="uniform"))
     >>> written["format"]

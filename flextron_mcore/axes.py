@@ -29,7 +29,7 @@ class Axis:
         unit: plural name of the units, such as "heads".
         title, short: names in figures and tables.
         block: name of the layer's block (attention, mlp) that has the units; None for a network axis.
-        full: function from the model to the size in the full model.
+        full: function (model) that returns the size in the full model.
         fields: {field: its unit} of LayerChoice, or of SubNetwork for a network axis. The size is the product of the fields. The
             families' tensor table cuts dimensions of a field's name to its value.
         split: function (model, attention unit, size) that returns the fields of a size.
@@ -73,7 +73,7 @@ class Axis:
         return math.prod(getattr(chosen, name) for name in self.fields)
 
     def whole(self, model: ModelConfig) -> tuple[int, ...]:
-        """Values of the axis's fields in the full model; for heads (KV groups, query heads of a group)."""
+        """Values of `fields` in the full model, in their order; for heads (KV groups, query heads of a group)."""
         return self.split(model, "kv_group", self.full(model))
 
     def unit_field(self, model: ModelConfig, attention_unit: str) -> str:
@@ -125,7 +125,7 @@ class Axis:
         return tuple(sorted(sizes))
 
     def reason(self, model: ModelConfig, granularity: int, attention_unit: str, values: Sequence[float] | None) -> str:
-        """Text that says where candidates come from: "as given", or the default fractions, with what they were rounded to.
+        """Text that says where candidates come from: "as given", or the default fractions, and of what they became multiples.
 
         Args:
             model: architecture of the full model.

@@ -62,7 +62,7 @@ class Choices:
         return table([[True] * len(sizes) for sizes in self.sizes], False)
 
     def rows(self, layers: Iterable[int]) -> list[int]:
-        """Indices of the choices that belong to these layers, layer by layer."""
+        """Indices of the choices that belong to these layers, layer by layer; with `uniform` the shared ones for every layer."""
         first, count = len(self.network_axes), len(self.space.layer_axes)
         return [first + (0 if self.uniform else layer) * count + i for layer in layers for i in range(count)]
 
@@ -72,7 +72,7 @@ class Choices:
         return [(layer, axis.name) for layer in range(self.model.num_layers) for axis in self.space.layer_axes]
 
     def costs_NK(self, cost: Cost) -> np.ndarray:
-        """[N, K] array of the cost that each candidate adds to `cost.constant`.
+        """[N, K] array of the cost that each candidate adds to `cost.constant` in one layer, also with `uniform`.
 
         It is 0 for missing candidates and for hidden size and depth.
         """
@@ -80,7 +80,7 @@ class Choices:
         return table([costs[axis.name] for axis in self.axes], 0.0, self.exists_NK.shape[1])
 
     def network(self, indices_N: Sequence[int]) -> SubNetwork:
-        """Sub-network in which choice n takes its candidate number indices_N[n]. Indices of skipped layers are ignored."""
+        """Sub-network in which choice n takes its candidate indices_N[n], from 0. Indices of skipped layers are ignored."""
         space, count = self.space, len(self.space.layer_axes)
         sizes = [candidates[index] for candidates, index in zip(self.sizes, indices_N, strict=True)]
         chosen = dict(zip((axis.name for axis in self.network_axes), sizes, strict=False))
@@ -146,7 +146,7 @@ class Choices:
 
 
 def table(rows: Sequence[Sequence], fill: float | bool, width: int = 0) -> np.ndarray:
-    """Array from rows of different lengths.
+    """Array [rows, columns] from rows of different lengths; as many columns as the longest row, at least `width`.
 
     Args:
         rows: the rows.

@@ -152,7 +152,10 @@ def _wait_for_cause(error: BaseException | None) -> float:
 
 
 def _value(argument: str, following: Iterator[str]) -> str:
-    """Value of an option, written `--option=VALUE` or `--option VALUE`. following: arguments behind it."""
+    """Value of an option, written `--option=VALUE` or `--option VALUE`. Raises FlextronError without one.
+
+    following: arguments behind the option, of which one is taken if it is the value.
+    """
     name, _, value = argument.partition("=")
     value = value or next(following, "")
     if not value:

@@ -37,7 +37,7 @@ class Cost:
         space: space of the candidates.
         constant: cost of everything outside of the layers, with all hidden channels.
         candidates: {layer axis: cost of a block with each candidate, smallest first}, with all hidden channels.
-        narrow: (hidden size, Cost with the terms for this hidden size) of every smaller hidden size of the space.
+        narrow: (hidden size, Cost whose constant and candidates are for this hidden size) of every smaller one of the space.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Cost:
     narrow: tuple[tuple[int, Cost], ...] = ()
 
     def at(self, hidden_size: int) -> Cost:
-        """Cost for networks of this hidden size, a candidate of the space."""
+        """Cost whose constant and candidates are for this hidden size, a candidate of the space."""
         return self if hidden_size == self.model.hidden_size else dict(self.narrow)[hidden_size]
 
     def of(self, net: SubNetwork) -> float:
@@ -57,12 +57,12 @@ class Cost:
         return cost.constant + sum(cost.layer(layer) for layer in net.layers if layer.executed)
 
     def layer(self, choice: LayerChoice) -> float:
-        """Cost of one executed layer with the widths `choice`, with all hidden channels."""
+        """Cost of one executed layer with the widths `choice` and all hidden channels (in an entry of `narrow` with its own)."""
         sizes = self.space.sizes
         return sum(self.candidates[axis.name][sizes[axis.name].index(axis.size(choice))] for axis in self.space.layer_axes)
 
     def layers(self, count: int, pick: Callable[[Sequence[float]], float]) -> float:
-        """Cost of a network of `count` equal layers with all hidden channels.
+        """Cost of a network of `count` equal layers and all hidden channels (in an entry of `narrow` with its own).
 
         pick: function from the costs of an axis's candidates to the cost that is used, such as `min`.
         """
@@ -120,7 +120,7 @@ def _additive(name: str, model: ModelConfig, space: ElasticSpace, measure: Calla
         name: name of the cost.
         model: architecture of the full model.
         space: space of the candidates.
-        measure: function that returns the cost of a network.
+        measure: function (network) that returns its cost.
     """
     first, *others = space.layer_axes
 
@@ -171,7 +171,7 @@ def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> lis
 
     Args:
         text: a number with a unit of UNITS (`25ms`, `3.4B`, `8GiB`), or a fraction of the full model's latency (`0.6`) or other
-            cost (`0.6 parameters`); or several.
+            cost (`0.6 parameters`); or several, in a sequence or separated by commas.
         costs: available costs by name.
     """
     return [_budget(part, number, unit, costs) for part, number, unit in read_budget(text)]
@@ -200,7 +200,7 @@ def read_budget(text: str | float | Sequence) -> list[tuple[str | float, float, 
 
 
 def _budget(text: str | float, number: float, unit: str, costs: Mapping[str, Cost]) -> Budget:
-    """Budget of a number with a unit, as `parse_budget` describes it. text: what the user wrote, for messages."""
+    """Budget of a number with a unit; values and errors are those of `parse_budget`. text: what the user wrote, for messages."""
     name, scale = UNITS.get(unit, (unit or "latency", None))
     if name not in costs:
         hint = "; for latency give latency=DIR, the directory of a `flextron latency` run" if name == "latency" else ""

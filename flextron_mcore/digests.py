@@ -94,7 +94,7 @@ class HashingFile:
         return getattr(self._file, name)
 
     def write(self, data: Any) -> int:
-        """Write bytes, or an array of bytes, at the current place."""
+        """Write bytes, or an array of bytes, at the current place; return their number."""
         view = memoryview(data)
         if not view.nbytes:
             return 0
@@ -109,12 +109,12 @@ class HashingFile:
         return view.nbytes
 
     def seek(self, place: int) -> int:
-        """Go to a place, in bytes from the beginning."""
+        """Go to a place, in bytes from the beginning, and return it."""
         self._at = self._file.seek(place)
         return self._at
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. Its digest is kept unless parts of it were skipped or written twice."""
         if self._file.closed:
             return
         self._file.close()
@@ -167,7 +167,8 @@ def _read(file: Path, start: int, end: int) -> str:
 def listed(folder: Path) -> Iterator[str]:
     """Paths, relative to `folder` and sorted, of the files that its description is to list.
 
-    Left out are hidden files and directories, event files and indices, and directories with a description of their own.
+    Left out are digests.json, hidden files and directories except .metadata, event files and indices, and directories with a
+    description of their own.
     """
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
@@ -205,7 +206,8 @@ def write_digests(folder: Path, upcoming: Mapping[str, str] | None = None, only:
 def read_description(file: Path) -> dict[str, Any]:
     """JSON object in a description (digests.json or flextron.json), checked against its digest, which is left out.
 
-    Raises FlextronError if the file is missing or damaged.
+    A flextron.json of an earlier version, without a digest, is not checked. Raises FlextronError if the file is missing or
+    damaged.
     """
     try:
         values = read_json(file)
@@ -219,7 +221,7 @@ def read_description(file: Path) -> dict[str, Any]:
 
 
 def files_of(values: Mapping[str, Any], file: Path) -> dict[str, Entry]:
-    """{name: size and digest} of the files that a description lists.
+    """{name: size and digest} of the files that a description lists. An entry of an earlier version has a size only.
 
     Raises FlextronError for a list of another form, and for a name outside of the directory.
 
@@ -233,7 +235,7 @@ def files_of(values: Mapping[str, Any], file: Path) -> dict[str, Entry]:
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    """True for a valid entry of a description. Earlier versions wrote a size in bytes instead of size and digest."""
+    """True for a valid entry whose name stays in the directory. Earlier versions wrote a size in bytes as entry."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         return False

@@ -28,7 +28,10 @@ from flextron_mcore.training.sampler import draw
 
 
 def adapt(config: TransformerConfig) -> None:
-    """Set the two options of a TransformerConfig that elastic training needs, in place. Call before the model is built."""
+    """Set the options of a TransformerConfig that elastic training needs, in place. Call before the model is built.
+
+    They are calculate_per_token_loss and hetereogenous_dist_checkpoint (Megatron-Core's spelling).
+    """
     config.calculate_per_token_loss = True  # the loss is divided by the full model's tokens, which `loss_function` counts
     config.hetereogenous_dist_checkpoint = True  # Megatron-Core's spelling; one key a layer, as `flextron` writes checkpoints
 
@@ -42,6 +45,10 @@ class ElasticTraining:
         count: number of sub-networks of a step.
         seed: seed of the draws.
         mode: `flextron` or `matformer` (training/sampler.py).
+
+    Attributes:
+        per_batch: number of networks of a step, 1 + count.
+        names: names of their losses in reports, full model first.
     """
 
     def __init__(self, model: ModelConfig, space: ElasticSpace, count: int, seed: int, mode: str = "flextron") -> None:
@@ -64,7 +71,8 @@ class ElasticTraining:
     def choose(self, chunk: torch.nn.Module, step: int, micro_batches: int) -> int:
         """Make `chunk` compute the network of its next micro-batch, and return the network's index, 0 for the full model.
 
-        In evaluation mode it is always the full model. Raises FlextronError if micro-batches do not divide among the networks.
+        Call once before each forward pass, because the calls of a step are counted. In evaluation mode it is always the full
+        model. Raises FlextronError if micro-batches do not divide among the networks.
 
         Args:
             chunk: this rank's model chunk.
@@ -130,7 +138,7 @@ class ElasticTraining:
 class RepeatedMicroBatches(Dataset):
     """Dataset that repeats every micro-batch of another one, for Megatron's sequential sampler.
 
-    Samples depend on their index only, so a resumed run continues exactly.
+    Samples depend on their index only, so a resumed run continues exactly. An incomplete last micro-batch is left out.
 
     Args:
         dataset: training data.

@@ -96,7 +96,9 @@ def check_link(file: Path) -> None:
 
 
 def child(folder: Path, name: object, named_by: Path) -> Path:
-    """Path of a file in `folder` that another file names. Raises FlextronError if the name leads out of the directory.
+    """Path of a file in `folder` that another file names; it need not exist.
+
+    Raises FlextronError if the name leads out of the directory, or no file can have it. A link is not followed here.
 
     Args:
         folder: directory of both files.
@@ -157,7 +159,11 @@ def read_json(file: str | os.PathLike, given: bool = False) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Value of a JSON text. Raises ValueError for a text that is not JSON, is nested too deeply or has a huge integer."""
+    """Value of a JSON text.
+
+    Raises ValueError for a text that is not JSON, is nested too deeply, or has a huge integer, too many values (_MOST) or half of
+    a surrogate pair.
+    """
     try:
         value = json.loads(text, parse_int=_whole_number)
     except RecursionError:
@@ -174,7 +180,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_yaml(file: str | os.PathLike, given: bool = False) -> Any:
-    """Value in a YAML file. Raises the errors of `read_text`, and ValueError for a text that `parse_yaml` refuses.
+    """Value in a YAML file of at most 1 MiB.
+
+    Raises the errors of `read_text`, and ValueError for a text that `parse_yaml` refuses.
 
     given: True for a file that the user named, which may be a link to anywhere.
     """

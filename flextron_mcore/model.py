@@ -56,7 +56,9 @@ def transformer_config(
     initialize: bool = True,
     **overrides: Any,
 ) -> TransformerConfig:
-    """TransformerConfig of a model in a parallel layout. Raises FlextronError for combinations that Megatron-Core refuses.
+    """TransformerConfig of a model in a parallel layout.
+
+    Raises FlextronError for an unknown precision or transformer_impl, and for combinations that Megatron-Core refuses.
 
     Args:
         model: architecture.
@@ -237,7 +239,7 @@ def loaded_model(options: LayoutSettings, info: CheckpointInfo, precision: str) 
 
     Args:
         options: parallel layout.
-        info: checkpoint.
+        info: description of an opened checkpoint.
         precision: precision to compute in, fp32 or bf16.
     """
     chunks = build_chunks(info.model, info.space, options, precision, initialize=False)

@@ -237,7 +237,7 @@ class ElasticSpace:
         modulation: bool,
         rounded: bool,
     ) -> ElasticSpace:
-        """Build with a given granularity and attention unit. rounded: round default fractions to sizes that divide."""
+        """Build for one granularity and attention unit, or raise FlextronError. rounded: round default fractions where needed."""
         if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1:
             raise FlextronError(f"space.granularity must be a whole number of at least 1, not {granularity!r}")
         if attention_unit not in ATTENTION_UNITS:
@@ -275,7 +275,7 @@ class ElasticSpace:
         return _layer(model, self.attention_unit, found | dict(zip(found, sizes, strict=False)))
 
     def uniform(self, model: ModelConfig, *sizes: int | None, **named: int | None) -> SubNetwork:
-        """Sub-network with the same widths in every layer.
+        """Sub-network with the same widths in every layer. Sizes are not checked (`check`).
 
         Args:
             model: architecture of the full model.
@@ -294,7 +294,7 @@ class ElasticSpace:
 
         Args:
             model: architecture of the full model.
-            choices: widths of each layer.
+            choices: widths of each layer of the full model; those of layers that are then skipped are ignored.
             hidden_size: channels of the residual stream; None for all.
             depth: number of executed layers, the most important ones; None for all.
         """
@@ -347,7 +347,7 @@ class ElasticSpace:
 
     @classmethod
     def from_dict(cls, model: ModelConfig, values: Mapping[str, Any]) -> ElasticSpace:
-        """Build from plain types, sizes or fractions. Raises FlextronError for an unknown key."""
+        """Build from plain types; null stands for the default of `build`. Raises FlextronError for a wrong key or value."""
         return cls.build(model, **{k: v for k, v in values.items() if v is not None})
 
 

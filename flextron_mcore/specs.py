@@ -114,6 +114,8 @@ def default_space(config: TransformerConfig) -> ElasticSpace:
 def architecture(config: TransformerConfig, vocab_size: int = 1, max_position_embeddings: int = 1) -> ModelConfig:
     """ModelConfig with the layer sizes of a TransformerConfig. Spaces and sub-networks depend on nothing else.
 
+    Other fields, such as biases and tied embeddings, have their defaults, so it does not count the model's parameters.
+
     Args:
         config: TransformerConfig of the model.
         vocab_size: size of the vocabulary, which a TransformerConfig does not hold.
@@ -133,7 +135,7 @@ def architecture(config: TransformerConfig, vocab_size: int = 1, max_position_em
 
 
 def elastic_layer_spec(config: Any, vp_stage: int | None = None, space: ElasticSpace | None = None) -> TransformerBlockSubmodules:
-    """Spec of this pipeline stage's elastic layers, for frameworks that call a function with their configuration.
+    """Spec of this pipeline stage's elastic layers of the backend `local`, for frameworks that call a function for it.
 
     Megatron-LM calls it through `--spec flextron_mcore.specs elastic_layer_spec`; Megatron-LM, Megatron-Bridge and NeMo 2 through
     `transformer_layer_spec`.
@@ -148,7 +150,7 @@ def elastic_layer_spec(config: Any, vp_stage: int | None = None, space: ElasticS
 
 
 class DefaultElasticLayer(ElasticTransformerLayer):
-    """Elastic layer over `default_space`, which builds the spec of its submodules from its configuration."""
+    """Elastic layer over `default_space`, which builds the spec of its submodules (backend `local`) from its configuration."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         spec = elastic_gpt_layer_spec(default_space(config), config.normalization, qk_layernorm=config.qk_layernorm)

@@ -55,7 +55,9 @@ class HFCheckpoint:
     tied: bool = True
 
     def resized(self, vocab_size: int) -> HFCheckpoint:
-        """Checkpoint with a vocabulary of `vocab_size` tokens. New rows of embedding and output layer are the mean of the old.
+        """Checkpoint with a larger vocabulary. New rows of embedding and output layer are the mean of the old.
+
+        vocab_size: number of tokens, at least the present one.
 
         transformers' resize_token_embeddings instead draws new rows from a normal distribution around this mean, with 1e-9 times
         the covariance of the old rows.
@@ -66,7 +68,7 @@ class HFCheckpoint:
         return replace(self, model=model, tensors=tuple(tensors))
 
     def stored_otherwise(self, dtype: str) -> list[str]:
-        """Hugging Face names of the tensors whose values conversion to `dtype` rounds. dtype: fp32, bf16 or fp16."""
+        """Hugging Face names of the tensors whose dtype holds values that `dtype` must round. dtype: fp32, bf16 or fp16."""
         kept = DTYPES[dtype]
         return [name for name, tensor in self.sources.items() if torch.promote_types(tensor.torch_dtype, kept) != kept]
 

@@ -31,9 +31,9 @@ def split_parts(mapped: Mapped, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def join(mapped: Mapped, *tensors: torch.Tensor) -> torch.Tensor:
-    """Join the tensors that another format has for one Megatron-Core tensor, in the order of `mapped.shapes`.
+    """Join the tensors that another format has for one Megatron-Core tensor, and return it: the inverse of `split`.
 
-    Inverse of `split`.
+    tensors: tensors in the order of `mapped.shapes`.
     """
     parts = [tensor.t() for tensor in tensors] if mapped.transposed else list(tensors)
     sizes, where = mapped.placed.sizes[0], mapped.placed.tensor.sides[0].parts

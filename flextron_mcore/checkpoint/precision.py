@@ -10,7 +10,7 @@ from flextron_mcore.config import FlextronError
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype, where: str, key: str = "dtype") -> torch.Tensor:
-    """Convert weights to a dtype.
+    """Weights converted to a dtype, after a check that all are finite in it.
 
     Args:
         tensor: weights.

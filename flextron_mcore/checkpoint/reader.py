@@ -60,9 +60,9 @@ class TensorReader:
 
         Args:
             key: name of the tensor.
-            units: number of heads or neurons to read, the first ones, rounded up to a multiple of the granularity; in fc1 of a
-                gated MLP as many of the gate and of the up projection. None: all. A tensor that is not dealt is always read
-                whole.
+            units: number of KV groups (attention) or neurons (MLP) to read, the first ones, rounded up to a multiple of the
+                granularity; in fc1 of a gated MLP as many of the gate and of the up projection. None: all. A tensor that is not
+                dealt is always read whole.
         """
         tensor = self.stored(key)
         dealt = dealt_axis(self.info.model, self.info.space, key)

@@ -92,7 +92,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def open_weights(directory: Path) -> dict[str, StoredTensor]:
-    """{name: tensor} of all weights in a directory, in one safetensors file or in shards with an index; only headers are read.
+    """{name: tensor} of all weights in a directory: in model.safetensors, else in shards with an index. Only headers are read.
 
     Raises FlextronError for weights that are missing, incomplete or damaged.
     """

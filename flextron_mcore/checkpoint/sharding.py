@@ -141,7 +141,7 @@ def to_disk_order(tensor: torch.Tensor, axis: int, units: int, granularity: int,
 
     Args:
         tensor: whole tensor with its units in order, not dealt.
-        axis: dimension of the units (heads, neurons).
+        axis: dimension of the units (KV groups, neurons).
         units: number of units along it.
         granularity: number of buckets.
         blocks: equal blocks stacked along the dimension: 2 for the gate and up projection of a gated MLP.
@@ -156,7 +156,7 @@ def to_sorted_order(
 
     Args:
         tensor: whole tensor, units bucket after bucket.
-        axis: dimension of the units (heads, neurons).
+        axis: dimension of the units (KV groups, neurons).
         units: number of units along it.
         granularity: number of buckets.
         blocks: equal blocks stacked along the dimension: 2 for the gate and up projection of a gated MLP.

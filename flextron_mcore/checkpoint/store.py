@@ -34,7 +34,7 @@ class CheckpointInfo:
         model: architecture of the full model.
         space: elastic space.
         dtype: precision of the weights, fp32, bf16 or fp16.
-        step: training step after which the checkpoint was written.
+        step: number of training steps after which the checkpoint was written.
         sorted: True if heads and neurons are in the order of decreasing importance (`flextron importance`).
         hf_config: content of config.json of the Hugging Face model that the checkpoint was imported from; None if it was not.
         path: directory of an opened checkpoint; None for a checkpoint that is not written yet, or a random initialisation.
@@ -85,7 +85,7 @@ def iteration_path(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first. Their files are not checked; `open_checkpoint` does that."""
+    """Directories of a run's checkpoints, by increasing step. Their files are not checked; `open_checkpoint` does that."""
     folder = run / "checkpoints"
     if not folder.is_dir():
         return []
@@ -94,7 +94,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def open_checkpoint(path: str | Path) -> CheckpointInfo:
-    """Open a checkpoint: `path` is its directory, or a run directory, whose newest checkpoint is opened.
+    """Open a checkpoint: `path` is its directory, or a run or its folder `checkpoints`, whose newest checkpoint is opened.
 
     Raises FlextronError naming a file that is missing or is not as it was written. Of weights only the size is compared, not the
     content (runs/verification.py does that). A damaged newest checkpoint is an error: an older one is never taken in its place.

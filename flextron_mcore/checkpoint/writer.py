@@ -35,7 +35,7 @@ class LazyTensor:
 
     Attributes:
         shape, dtype: shape and dtype of the whole tensor.
-        load: function that computes the tensor, on the CPU.
+        load: function () that returns the tensor, computed on the CPU.
         buckets: number of buckets that `load` has dealt the heads or neurons into; 1: not dealt, heads and neurons in order.
     """
 
@@ -64,7 +64,8 @@ def write_streaming(
         info: description of the checkpoint.
         tensors: {name: tensor} with heads and neurons in order. They are dealt into info.space.granularity buckets when they are
             written (checkpoint/sharding.py), unless `LazyTensor.buckets` says that they already are.
-        progress: receives the bytes of each tensor that this rank writes, scaled so that one rank's calls add up to all bytes.
+        progress: function (bytes) called for each tensor that this rank writes. Bytes are scaled, so that one rank's calls add up
+            to all bytes. None: none.
         common: plain values that Megatron-Core stores beside the tensors (common.pt).
         elsewhere: True if no stage on this machine will read the checkpoint soon: its files are dropped from the page cache.
     """
@@ -96,7 +97,8 @@ def write_torch_dist(
     Args:
         directory: empty directory to write into.
         tensors: {name: tensor}.
-        progress: receives the bytes of each tensor that this rank writes, scaled so that one rank's calls add up to all bytes.
+        progress: function (bytes) called for each tensor that this rank writes. Bytes are scaled, so that one rank's calls add up
+            to all bytes. None: none.
         common: plain values that Megatron-Core stores beside the tensors (common.pt).
         elsewhere: True if no stage on this machine will read the files soon: they are dropped from the page cache.
     """
@@ -132,7 +134,7 @@ def write_torch_dist(
 def canonical_metadata(directory: Path) -> None:
     """Write .metadata of a finished save again, with sorted entries and without the random id that torch gives each save.
 
-    Equal checkpoints then have equal files, and equal digests. Call on the main process.
+    Equal checkpoints then have equal files, and equal digests. directory: the checkpoint. Call on the main process.
     """
     found: Any = dcp.FileSystemReader(directory).read_metadata()
     found.storage_meta = None
@@ -212,7 +214,7 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
 
     Args:
         tensors: {name: tensor}.
-        progress: receives the bytes of each tensor when it is written; None: none.
+        progress: function (bytes) called for each tensor when it is written; None: none.
     """
 
     def __init__(self, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None) -> None:

@@ -132,7 +132,7 @@ def train_dataset(
     cache_dir: str | Path,
     weights: Mapping[str, float] | None = None,
 ) -> Dataset:
-    """Weighted blend of the training tokens of the domains. A domain with too few tokens is repeated.
+    """Weighted blend of the training tokens of the domains. A domain with too few tokens is repeated. Call on all ranks.
 
     Args:
         data: prepared data.
@@ -158,7 +158,7 @@ def train_dataset(
 
 
 def valid_datasets(data: PreparedData, seq_length: int, seed: int, cache_dir: str | Path) -> dict[str, Dataset]:
-    """{domain: dataset of one epoch of the domain's validation tokens}.
+    """{domain: dataset of one epoch of the domain's validation tokens}. Call on all ranks.
 
     Samples are {tokens, labels, position_ids: int64 [seq_length]; loss_mask: float32 [seq_length]}, as in `train_dataset`.
 

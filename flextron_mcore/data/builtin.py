@@ -72,7 +72,7 @@ def _code_and_docs(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _separate(source: str) -> tuple[str, list[str]]:
     """(source of a module without docstrings, its docstrings of at least _SHORTEST_DOCSTRING characters).
 
-    Returns ("", []) for a source that cannot be parsed.
+    A docstring that shares a line with code stays in the source. Returns ("", []) for a source that cannot be parsed.
     """
     try:
         tree = ast.parse(source)
@@ -95,7 +95,7 @@ def _separate(source: str) -> tuple[str, list[str]]:
 
 
 def _topics(root: Path) -> list[str]:
-    """Texts that `help('TOPIC')` prints, sorted by topic; empty for a Python distributed without pydoc_data."""
+    """Texts that `help('TOPIC')` prints, sorted by topic; [] for a Python distributed without pydoc_data."""
     try:
         tree = ast.parse(_read(root / "pydoc_data" / "topics.py"))
         table = next(node.value for node in tree.body if isinstance(node, ast.Assign))

@@ -29,7 +29,7 @@ class Corpus:
     """Iterable over the documents (str) of one domain.
 
     Each iteration reads the files again, in the same order, and holds one document in memory. Texts of white space only are
-    left out and counted. Input that cannot be read raises FlextronError; with skip_bad=True it is skipped instead.
+    left out and counted. Input that cannot be read raises FlextronError; with skip_bad=True it is skipped and recorded instead.
 
     Attributes:
         domain: name of the domain.
@@ -61,7 +61,7 @@ class Corpus:
                 yield from self._documents(source)
 
     def summary(self) -> str:
-        """Text for users: numbers of files read, left out by reason, of empty texts and of unreadable entries."""
+        """Text for users about the last iteration: numbers of files read, left out by reason, empty texts, unreadable entries."""
         read = ", ".join(f"{count} {name}" for name, count in self.read.most_common())
         parts = [f"read {sum(self.read.values())} file(s) ({read or 'none'})"]
         if self.left_out:

@@ -242,7 +242,15 @@ def _line(stream: BinaryIO) -> bytes:
 
 
 def _lines(stream: BinaryIO, first: Iterable[bytes], key: str) -> Iterator[Entry]:
-    """Entries of a stream of JSON lines. first: leading lines that are already read from the stream."""
+    """Entries of a stream of JSON lines, one for each line that is not blank.
+
+    Raises Broken for damage, for a line of more than _LONGEST_LINE bytes, and for more than _BLANK_LINES blank lines in a row.
+
+    Args:
+        stream: the stream, which is closed at its end.
+        first: leading lines that are already read from it.
+        key: field of each object that holds the text.
+    """
     with stream, _broken():
         blank = 0
         for number, line in enumerate(itertools.chain(first, iter(functools.partial(_line, stream), b"")), start=1):

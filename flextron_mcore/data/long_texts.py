@@ -19,7 +19,7 @@ _AT_ONCE = 4  # pieces that are tokenized in parallel
 
 
 def encode_long(backend: Tokenizer, text: str, piece: int = PIECE, overlap: int = OVERLAP) -> np.ndarray:
-    """Token ids of a text, int64 [tokens], without special tokens (BOS, EOS).
+    """Token ids of a text, int64 [tokens], as if encoded at once, without special tokens at its ends (BOS, EOS).
 
     If two neighbouring pieces have no run of tokens in common, the whole text is tokenized at once.
 

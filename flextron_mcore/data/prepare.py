@@ -85,12 +85,12 @@ def prepare_data(
         add_bos: put the BOS token in front of every document; None: as the tokenizer does.
         parse_special_tokens: encode the text of a special token, such as <|endoftext|>, as this token; False: as ordinary text;
             None: as the tokenizer does.
-        progress: function that is called with status lines.
+        progress: function (line) called with each status line, a text; None: none.
 
     Returns:
-        `vocab_size`, `eod` (id of the end-of-document token), `domains` (the entries of data.json, each with `bytes_per_token`,
-        `files` {format: number}, `left_out` {reason: number of files} and `empty_texts` added) and `skipped`, a list of
-        [file or file and line, reason].
+        `vocab_size`, `eod` (id of the end-of-document token), `domains` and `skipped`, a list of [file or file and line, reason].
+        `domains` is {name: its entry in data.json (the fields of `Domain`, paths relative to `out`), with `bytes_per_token`,
+        `files` {format: number}, `left_out` {reason: number of files} and `empty_texts` added}.
 
     Raises:
         FlextronError: unreadable or too little input, an unusable tokenizer, or `out` is not an empty directory.
@@ -179,7 +179,10 @@ class _Part:
 
 
 def _read(corpora: Mapping[str, Corpus], fraction: float, seed: int, say: Callable[[str], None]) -> list[_Part]:
-    """Read all domains once and split each into training and validation text. fraction: share of the text for validation."""
+    """Read all domains once and split each into training and validation text. fraction: share of the bytes for validation.
+
+    Raises FlextronError for unreadable input, and for a domain without a document or too small for validation text.
+    """
     found = []
     for domain, corpus in corpora.items():
         say(f"reading {domain}")
@@ -210,7 +213,7 @@ def _sample(parts: list[_Part]) -> Iterator[str]:
 
 
 def _write_domain(part: _Part, tokens: Tokenizer, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write the token files of a domain and return its entry in data.json."""
+    """Write the token files of a domain and return its entry in data.json: the fields of `Domain`, paths relative to `out`."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     domain = part.corpus.domain

@@ -94,7 +94,7 @@ def split(domains: Sequence[Documents], fraction: float) -> list[np.ndarray]:
 
 
 def _decide(part: Documents, members: np.ndarray, texts: _Texts, fraction: float) -> None:
-    """Set `texts.share` for the texts of one domain. members: index of each document's text."""
+    """Set `texts.share` for the texts of one domain. members: index of each document's text. Raises the error of `split`."""
     mine, local = np.unique(members, return_inverse=True)
     sizes = np.bincount(local, weights=part.sizes)  # bytes of a text together with its copies in this domain
     wanted = fraction * sizes.sum()

@@ -88,7 +88,7 @@ class Tokenizer:
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def save(self, path: str | Path) -> None:
-        """Write a Hugging Face tokenizer directory that transformers 4 and 5 load."""
+        """Write a Hugging Face tokenizer directory that transformers 4 and 5 load, without keys that name code."""
         self.hf.save_pretrained(path)
         config_file = Path(path, "tokenizer_config.json")
         config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -212,7 +212,11 @@ def _transformers_can(name: str) -> Iterator[None]:
 
 
 def _wrap(hf: PreTrainedTokenizerBase, name: str) -> Tokenizer:
-    """Tokenizer record of a transformers tokenizer, with prefix and suffix read off an encoded letter. name: for messages."""
+    """Tokenizer record of a transformers tokenizer, with prefix and suffix read off an encoded letter.
+
+    Switches off its truncation and padding. Raises FlextronError without a Rust backend or an EOS token, and for a post-processor
+    that changes tokens of the text. name: start of the message.
+    """
     if not hf.is_fast:
         raise FlextronError(
             f"{name}: has no Rust backend, which encoding a corpus needs: convert it to a fast tokenizer (tokenizer.json) with "

@@ -57,8 +57,8 @@ def has_tokenizer(folder: Path) -> bool:
 def check_tokenizer_files(folder: Path) -> None:
     """Check that opening a tokenizer directory with transformers would read regular files of this directory only.
 
-    Raises FlextronError for a symbolic link out of the directory, for an entry that is not a regular file, and if a *_file key
-    of tokenizer_config.json names an existing file, which transformers would read.
+    Raises FlextronError for a symbolic link out of the directory, for an entry that is not a regular file, for a damaged
+    tokenizer_config.json, and if a *_file key of it names an existing file, which transformers would read.
     """
     for place in (folder, folder / _TEMPLATES):
         if place.is_dir():
@@ -92,7 +92,10 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _configuration(file: Path) -> dict[str, Any]:
-    """JSON object in a settings file; {} for vocabularies and for files that are not JSON."""
+    """JSON object in a settings file; {} for vocabularies, for other JSON, and for files of another suffix than .json.
+
+    Raises FlextronError for damaged JSON.
+    """
     if file.suffix != ".json" or file.name in _VOCABULARIES:
         return {}
     try:

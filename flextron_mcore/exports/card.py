@@ -16,13 +16,13 @@ NO_TOKENIZER = "**No tokenizer** is included, because the checkpoint that this w
 
 
 def title(job: Job) -> str:
-    """Name of an exported network: name of the imported model, if there is one, and number of parameters."""
+    """Name of an exported network, such as "Llama-3.2-1B 740 M": name of the imported model, else "Flextron", and parameters."""
     origin = Path(str((job.info.hf_config or {}).get("_name_or_path") or "Flextron")).name
     return f"{origin} {show('parameters', count_parameters(job.info.model, job.net))}"
 
 
 def describe(job: Job) -> str:
-    """Markdown for the model card: tables of costs and of widths, and a warning if there is no tokenizer."""
+    """Markdown for the model card: tables of costs and widths, hidden size, skipped layers, and a warning without a tokenizer."""
     model, net, dtype = job.info.model, job.net, job.dtype
     parameters, full = count_parameters(model, net), count_parameters(model)
     rows = [
@@ -48,7 +48,10 @@ def describe(job: Job) -> str:
 
 
 def _latency(job: Job) -> str | None:
-    """Latency predicted by the table in the checkpoint, in words; None without a table that covers the network."""
+    """Latency predicted by the latency table in the checkpoint, in words, or why it cannot be used.
+
+    None without a table, and for a network without all hidden channels.
+    """
     info, net = job.info, job.net
     file = info.path / TABLE_FILE
     if not file.is_file() or net.hidden_size != info.model.hidden_size:  # the table may lack this hidden size

@@ -20,7 +20,7 @@ from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 
 
 def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
-    """Architecture of a sub-network as a dense model; if layers differ in width, all get the widths of the widest."""
+    """Architecture of a sub-network as a dense model; where layers differ in a width, all get the largest."""
     layers = net.executed_layers
     kept = [number for number, layer in enumerate(net.layers) if layer.executed]
     return replace(
@@ -101,7 +101,7 @@ def plain_norms(model: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[s
 
 
 def _check_names(info: CheckpointInfo, stored: set[str]) -> None:
-    """Raise FlextronError for a stored tensor that the table of tensors does not have: the cut model would lack it."""
+    """Raise FlextronError for a stored tensor that families/tensors.py does not declare: the cut model would lack it."""
     names = [placed.source for placed in placed_tensors(info.model, SubNetwork.full(info.model))]
     known = {*names, *(_modulation(name) for name in names if info.space.modulation)}
     if unknown := sorted(stored - known):

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def begin(job: Job, size: int, tokenizer: str = "") -> None:
-    """Check that job.out is an empty directory with room for the export, and copy the tokenizer. Call on the main process.
+    """Check that job.out is an empty directory with room for the export, and copy job.tokenizer if there is one.
+
+    Call on the main process.
 
     Args:
         job: the export.
@@ -33,7 +35,7 @@ def begin(job: Job, size: int, tokenizer: str = "") -> None:
         tokenizer: folder of job.out for the tokenizer; empty: job.out itself.
 
     Raises:
-        FlextronError: the directory is not empty, the disk is too full, or the tokenizer is damaged.
+        FlextronError: the directory is not empty, the disk is too full, or job.tokenizer is damaged or no tokenizer.
     """
     check_empty(job.out)
     check_space(job.out, size)
@@ -48,7 +50,9 @@ def check_empty(out: Path) -> None:
 
 
 def write_code(out: Path, source: Path, names: Iterable[str], family: Family) -> None:
-    """Write the Python files of an export. Where a family takes the code of another, the name of the other is replaced.
+    """Write the Python files of an export.
+
+    A family without files of its own gets those of another family, in which its name replaces the other's.
 
     Args:
         out: directory of the export.

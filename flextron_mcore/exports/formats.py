@@ -37,9 +37,9 @@ class Job:
         dtype: precision of the weights: fp32, bf16 or fp16; None: the checkpoint's precision.
         max_shard_size: most bytes of one file of weights.
         tokenizer: tokenizer directory; None: the checkpoint's tokenizer.
-        progress: receives the bytes of each tensor written.
+        progress: function (bytes) called for each tensor written; None: none.
         settings: settings of the format; None: defaults of the format.
-        origin: selector and budget that chose the network, for the model card.
+        origin: selector and budget that chose the network, in words for the model card; None: not told there.
         token_routers: adaptive routers of the checkpoint, for hf_elastic: (description, tensors) (adaptive/export.py); None
             without.
     """

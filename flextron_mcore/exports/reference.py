@@ -101,7 +101,10 @@ class Decoder:
 
 
 def frequencies(base: float, head_size: int) -> torch.Tensor:
-    """Rotary frequencies [I] in fp64: angle in radians by which each pair of channels turns from one position to the next."""
+    """Rotary frequencies [I] in fp64: base^(-2i / head_size), radians by which channel pair i turns from a position to the next.
+
+    head_size: number of a head's channels that are rotated.
+    """
     return float(base) ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
 
 

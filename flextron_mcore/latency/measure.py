@@ -63,7 +63,8 @@ def measure(
     """Measure the latency table of this process's device. The model runs on a single rank.
 
     Every round times every candidate in every layer at every hidden size, inside of whole networks, and some random networks as a
-    whole, to check the table. A first round warms up and is not counted.
+    whole, to check the table. A first round warms up and is not counted. The table holds minimum and median over rounds; its
+    costs use the one that predicts the random networks better, without a check the median.
 
     Args:
         model: elastic model, whole on this device, in the dtype to measure.
@@ -73,7 +74,7 @@ def measure(
         rounds: number of timed rounds.
         check_networks: number of random networks whose time is compared with the table's prediction; 0 for no check.
         seed: seed of tokens, networks and order.
-        progress: called after every network.
+        progress: function () called after every network of every round, of the first one too.
     """
     run = runner(model, setting, arch.vocab_size, seed)
     whole = draw(arch, space, seed, 0, check_networks, stream=3)
@@ -126,7 +127,7 @@ def time_networks(
 ) -> list[Timing]:
     """Time whole networks in milliseconds, each once a round in random order, after a round of warm-up.
 
-    Returns minimum and median over rounds for each network.
+    Returns minimum and median over rounds for each network, after `without_drift`.
 
     Args:
         model: elastic model, whole on this device.
@@ -160,7 +161,7 @@ def without_drift(rounds: Sequence[Mapping[Any, Sequence[float]]]) -> dict[Any, 
 
 
 def _balanced(arch: ModelConfig, space: ElasticSpace, seed: int, round_: int) -> list[SubNetwork]:
-    """Random networks that together have every candidate at least once in every layer, at every hidden size."""
+    """Random networks of all layers that together have every candidate at least once in every layer, at every hidden size."""
     count = balanced(space) // len(space.hidden_size)
     generator = np.random.default_rng([seed, round_, 1])
 
@@ -183,7 +184,7 @@ def balanced(space: ElasticSpace) -> int:
 
 
 def runner(model: torch.nn.Module, setting: Setting, vocab_size: int, seed: int) -> Callable[[], None]:
-    """Function that runs a workload on random tokens.
+    """Function () that runs a workload once, on random tokens.
 
     On a CPU, the process keeps freed memory from now on, as inference servers do. Otherwise clearing of pages would be timed.
 
@@ -255,7 +256,7 @@ def _time_candidates(model: torch.nn.Module, net: SubNetwork, run: Callable[[], 
     Args:
         model: elastic model, set to `net`.
         net: network that the model computes.
-        run: function that runs the workload once.
+        run: function () that runs the workload once.
     """
     found: dict[Any, list[float]] = defaultdict(list)
     parts, rest = time_blocks(model, run)
@@ -267,7 +268,11 @@ def _time_candidates(model: torch.nn.Module, net: SubNetwork, run: Callable[[], 
 
 
 def time_blocks(model: torch.nn.Module, run: Callable[[], None]) -> tuple[list[float], float]:
-    """Time one call of `run`, in milliseconds: (time of each block by layer, then by axis; time of all else)."""
+    """Time one call of `run`, in milliseconds: (time of each block by layer, then by axis; time of all else).
+
+    A block's time lasts from its start (`Axis.starts`) to the next block's start or the end of the layer, and is summed over the
+    forward passes of the call. No layer may be skipped.
+    """
     clock = _Clock()
     layers = unwrap(model).decoder.layers
     if torch.cuda.is_available():

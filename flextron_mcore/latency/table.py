@@ -133,7 +133,7 @@ class LatencyTable:
 
     @classmethod
     def from_file(cls, path: str | Path, model: ModelConfig, space: ElasticSpace) -> LatencyTable:
-        """Read a table. Raises FlextronError if it is damaged, of another model, or lacks candidates of `space`.
+        """Read a table. Raises FlextronError if it is missing, damaged, of another model, or lacks candidates of `space`.
 
         Args:
             path: JSON file.
@@ -177,8 +177,8 @@ def fit(
     """Fit a table to measured latencies of whole networks, by least squares.
 
     Latencies do not determine all entries, so the smallest candidate of each axis is set to 0, and its cost is part of the
-    constant. If depth is elastic, the smallest number of heads instead has the cost of a layer. Raises FlextronError if the
-    networks leave an entry undetermined.
+    constant. If depth is elastic, the smallest number of heads instead has the cost of a layer. The table's `check` compares it
+    with the same latencies. Raises FlextronError if the networks leave an entry undetermined, or one is outside of the space.
 
     Args:
         model: architecture of the full model.
@@ -267,7 +267,9 @@ def open_table(info: CheckpointInfo, latency: str | None) -> LatencyTable | None
 
     Raises FlextronError if the table is missing, damaged, of another model, or lacks candidates of the checkpoint's space.
 
-    latency: file, or directory of `flextron latency`; None for latency.json in the checkpoint, where it lies beside routers.
+    Args:
+        info: opened checkpoint.
+        latency: file, or directory of `flextron latency`; None for latency.json in the checkpoint, where it lies beside routers.
     """
     if not latency and (info.path is None or not (info.path / TABLE_FILE).is_file()):
         return None

@@ -150,7 +150,9 @@ class ElasticSelfAttention(ElasticBlock, SelfAttention):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Projections of the heads in use: [S, B, C] -> query [S, B, g*q, H], key [S, B, g, H], value [S, B, g, H].
 
-        Raises FlextronError with `output_gate` (attention_output_gate) and without `split_qkv` (fused_single_qkv_rope).
+        Queries and keys are normalised if the layer has norms for them, and not rotated yet. With sequence parallelism the input
+        has this rank's positions, the results all. Raises FlextronError with `output_gate` (attention_output_gate) and without
+        `split_qkv` (fused_single_qkv_rope).
 
         Args:
             hidden_states: input [S, B, C].
@@ -251,8 +253,7 @@ class SDPACoreAttention(MegatronModule):
         attention_type: unused.
         attention_dropout: dropout probability; None for config.attention_dropout.
         softmax_scale: factor of the scores; None for 1 / sqrt(H).
-        cp_comm_type: unused; context parallelism is not supported.
-        pg_collection: unused.
+        cp_comm_type, pg_collection, kwargs: unused.
     """
 
     def __init__(
@@ -301,6 +302,7 @@ class SDPACoreAttention(MegatronModule):
                 there and 0 elsewhere. None for the mask of `attn_mask_type`.
             attn_mask_type: causal (the last query sees all keys) or no mask; None for the type given to the constructor.
             attention_bias, packed_seq_params: must be None; anything else raises FlextronError.
+            kwargs: unused.
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise FlextronError("packed sequences and attention biases are not supported by the local backend: pass None")

@@ -41,7 +41,7 @@ class ElasticBlock(StateReader):
             self.modulation.sequence_parallel = self.config.sequence_parallel  # as in layers/norm.py
 
     def unit_mask(self, weights_K: Tensor) -> Tensor:
-        """Weight of each of this rank's units [U] in a weighted network (layers/weighted.py).
+        """Weight of each of this rank's units [U] in a weighted network (layers/weighted.py). Subclasses define it.
 
         weights_K: weight of each candidate of the axis.
         """
@@ -50,7 +50,8 @@ class ElasticBlock(StateReader):
     def scaled(self, output: Output) -> Output:
         """Multiply the block's output, value and bias, with the router gate and the gain of modulation, if there are any.
 
-        The gate and the share of parameters, from which the gain is computed, are in the layer's state.
+        The gate and the share of parameters, from which the gain is computed, are in the layer's state. Without a share (full
+        model) the gain is 1.
         """
         state, (value, bias) = self.state, output
         gate = state.gates.get(self.axis)

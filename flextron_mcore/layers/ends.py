@@ -59,7 +59,10 @@ class ElasticEmbedding(StateReader, VocabParallelEmbedding):
         self.weight = stock.weight
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        """Token ids [B, S] -> [B, S, c], or with sequence parallelism this rank's part of [S, B, c]."""
+        """Token ids [B, S] -> [B, S, c], or with `reduce_scatter_embeddings` this rank's part of [S, B, c].
+
+        Megatron-Core sets it for sequence parallelism without learned positions.
+        """
         rows = input_ - self.vocab_start_index
         elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
         out_BSc = _Rows.apply(self.weight, rows.masked_fill(elsewhere, 0), _channels(self.state))
@@ -112,8 +115,10 @@ class ElasticOutputLayer(ColumnParallelLinear):
     ) -> tuple[torch.Tensor, None]:
         """Hidden states [S, B, c] -> (logits [S, B, V], None), or with the logits of the whole vocabulary if they are gathered.
 
+        If `deferred` is set, the result is (`input_`, None).
+
         Args:
-            input_: hidden states.
+            input_: hidden states; with sequence parallelism this rank's positions, while logits have all positions.
             weight: the embedding's weight [V, C] if it is tied, else None.
             runtime_gather_output: gather the logits over tensor-parallel ranks; None for the constructor's `gather_output`.
         """

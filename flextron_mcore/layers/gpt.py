@@ -35,7 +35,9 @@ class ArchitectureGPTModel(GPTModel):
         return self.architecture.vocab_size
 
     def forward(self, *args: Any, labels: Tensor | None = None, **options: Any) -> Tensor:
-        """Logits [B, S, V], or with labels [B, S] the loss of each token [B, S] in nats.
+        """Logits [B, S, V], padding of the vocabulary included, or with labels [B, S] the loss of each token [B, S] in nats.
+
+        A pipeline stage that is not the last one returns hidden states [S, B, C].
 
         args, options: remaining arguments of Megatron-Core's GPTModel.
         """

@@ -104,13 +104,14 @@ class _Take(torch.autograd.Function):
 
 
 def accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], another: bool = False) -> torch.Tensor | None:
-    """Accumulate a parameter's gradient in DDP's `main_grad` if there is one; return what `backward` has to return for it.
+    """Add a parameter's gradient to DDP's `main_grad`; return what `backward` must return for the parameter.
 
-    That is the gradient itself without `main_grad`; with it, an uninitialised tensor whose values nobody reads, or None.
+    Returns an uninitialised tensor, whose values nobody reads, or None with `another`. Without DDP (no `main_grad`) it returns
+    the gradient itself.
 
     Args:
         weight: the parameter.
-        add: function that adds the gradient to a tensor of the parameter's shape.
+        add: function that adds the gradient in place to its argument, a tensor of the parameter's shape.
         another: True if another use of the parameter in the same backward pass returns a tensor, too (tied embeddings).
     """
     if not hasattr(weight, "grad_added_to_main_grad") or getattr(weight, "main_grad", None) is None:
@@ -124,12 +125,12 @@ def accumulated(weight: torch.Tensor, add: Callable[[torch.Tensor], object], ano
 
 
 def take(weight: torch.Tensor, selection: Selection, embedded: bool = False) -> torch.Tensor:
-    """Slice of a parameter, differentiable.
+    """Slice of a parameter, of shape `selection.result`, differentiable.
 
     Args:
         weight: the parameter.
         selection: description of the slice.
-        embedded: True if an embedding shares the parameter.
+        embedded: True if an embedding shares the parameter, and reports the gradient to DDP (`another` of `accumulated`).
     """
     return take_all(weight, selection, embedded=embedded)[0]
 
@@ -142,7 +143,7 @@ def take_all(weight: torch.Tensor | None, *selections: Selection, embedded: bool
     Args:
         weight: the parameter, or None.
         selections: descriptions of the slices.
-        embedded: True if an embedding shares the parameter.
+        embedded: True if an embedding shares the parameter, and reports the gradient to DDP (`another` of `accumulated`).
     """
     if weight is None:
         return (None,) * len(selections)
@@ -164,7 +165,7 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
         """Matrix products x @ slice.T + bias, one for each of `parts`: [S, B, C] -> list of [S, B, d], d of this rank.
 
         Args:
-            input_: x [S, B, C]; with sequence parallelism this rank's positions.
+            input_: x [S, B, C]; with sequence parallelism this rank's positions, while results have all positions.
             parts: pairs of a slice of the weight and the same rows of the bias, one pair for each product.
             rows: tokens, out of S*B, of each product, whose result is then [n, d]. None for all tokens.
         """
@@ -201,7 +202,7 @@ class ElasticRowParallelLinear(RowParallelLinear):
 
         Args:
             input_: x [S, B, d] of this rank; with `rows` a list of [n, d], one for each product.
-            part: slice of the weight; with `rows` a list of slices, one for each product.
+            part: slice of the weight; with `rows` a list of slices, one for each product, with all hidden channels (c = C).
             rows: tokens, out of S*B, of each product. None for one product of all tokens.
             shape: (S, B), needed with `rows`.
         """
@@ -218,7 +219,10 @@ class ElasticRowParallelLinear(RowParallelLinear):
         return self._reduce(rows.add(products, shape.numel()).view(*shape, len(self.weight)))
 
     def _reduce(self, out_SBc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(sum of `out_SBc` over tensor-parallel ranks, bias [c] or None)."""
+        """(sum of `out_SBc` over tensor-parallel ranks, bias [c] or None).
+
+        With sequence parallelism the sum has this rank's positions only.
+        """
         bias = first_channels(self.bias, out_SBc.shape[-1])
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out_SBc, group=self.tp_group), bias
@@ -226,7 +230,7 @@ class ElasticRowParallelLinear(RowParallelLinear):
 
 
 def _few_tokens(x: torch.Tensor, weight: torch.Tensor, selection: Selection, bias: torch.Tensor | None) -> torch.Tensor:
-    """Product x [..., C] @ part.T + bias for few tokens, without a gradient. Pieces [g, d, C] of the weight are not copied."""
+    """Product x [..., C] @ slice.T + bias for few tokens, without a gradient: [..., d]. Pieces of the weight are not copied."""
     pieces = [piece.flatten(1, -2) for piece in selection.parts(weight)]
     first = pieces[0]
     if len(pieces) == 1 and (len(first) == 1 or first.stride(0) == first.shape[1] * first.stride(1)):  # no copy
@@ -247,7 +251,7 @@ def product(
     allreduce_dgrad: bool = False,
     sequence_parallel: bool = False,
 ) -> torch.Tensor:
-    """Product x @ weight.T + bias, with the communication of Megatron-Core's linear layers.
+    """Product x @ weight.T + bias: [..., C] -> [..., d], with the communication of Megatron-Core's linear layers.
 
     Args:
         x: input [..., C].

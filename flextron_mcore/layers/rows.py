@@ -33,8 +33,8 @@ class PrefixRows:
     """Tokens of each of several matrix products, as prefixes of one order of the tokens.
 
     Attributes:
-        order: indices of tokens without repetition; None for all tokens in their own order.
-        counts: number of tokens of each product, never larger than the one before.
+        order: indices [counts[0]] of the first product's tokens, without repetition; None for all tokens in their own order.
+        counts: number of tokens of each product, the first ones of `order`; never larger than the count before.
     """
 
     order: Tensor | None

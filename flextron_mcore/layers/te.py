@@ -122,6 +122,7 @@ class TECoreAttention(MegatronModule):
             attention_mask: boolean, True where a key is hidden, broadcastable to [B, heads, S, T]; or None.
             attn_mask_type: causal (the last query sees all keys), arbitrary (with a mask) or no mask; None for the type given to
                 the constructor.
+            kwargs: remaining arguments of TEDotProductAttention's forward.
         """
         attention = self._attention(query.shape[2], key.shape[2])
         kind = attn_mask_type or self.arguments["attn_mask_type"]

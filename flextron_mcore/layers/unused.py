@@ -33,7 +33,10 @@ class _Unused(torch.autograd.Function):
 
 
 def _no_gradient(parameter: Tensor) -> Tensor | None:
-    """Gradient to return for an unused parameter: zeros, for a matrix an uninitialised tensor, None without DDP."""
+    """Gradient to return for an unused parameter: zeros, for a matrix an uninitialised tensor, None without DDP.
+
+    A matrix is marked with `grad_added_to_main_grad`, so that DDP does not add the tensor.
+    """
     if getattr(parameter, "main_grad", None) is None:
         return None
     if parameter.dim() < 2:

@@ -88,7 +88,7 @@ class WeightedNetwork:
 def mask(weights_K: Tensor, sizes: Sequence[int]) -> Tensor:
     """Weight of each unit [U] of an axis: the sum of the weights [K] of the candidates that include the unit.
 
-    sizes: number of units of each candidate, increasing; the last is U.
+    sizes: number of units of each candidate on this rank, increasing; the last is U.
     """
     at_least_K = weights_K.flip(0).cumsum(0).flip(0)
     # expand and cat save no tensors for backward. Layers share this mask, and with recomputation each runs backward through it.

@@ -42,12 +42,13 @@ def run_networks(
     """Run every micro-batch through every network, and accumulate gradients in the model unless `forward_only`.
 
     The gradients are those of sum_j L(M_j(x), y), with L the mean loss of a token (Flextron, eq. 5). Megatron-Core divides by the
-    number of tokens that it is told, so only the full model's tokens are counted. Call on all ranks.
+    number of tokens that it is told, so only the full model's tokens are counted. Call on all ranks. Afterwards the model
+    computes the full model.
 
     Args:
         model: this rank's virtual-pipeline chunks (usually one).
-        batches: returns a new iterator over this rank's micro-batches.
-        num_batches: number of this rank's micro-batches.
+        batches: function () that returns a new iterator over this rank's micro-batches.
+        num_batches: number of this rank's micro-batches, the same on all ranks.
         networks: networks to run. In training the first is the full model (None).
         seq_length: tokens of a sample.
         micro_batch_size: samples of a micro-batch.
@@ -55,13 +56,15 @@ def run_networks(
         teach: settings of the distillation from the first network to the others; None: no distillation.
         gates: for each network a router gate (layers/block.py) for each block, or None for a network without gates; None: no
             gates. `gate_gradients` gets their gradients afterwards.
-        watch: function called on the last pipeline stage after every micro-batch of every network (`Watch`); None: none.
-        drop: function called before each micro-batch of each network, equal on tensor-parallel ranks. Once it returns True, the
-            micro-batches that remain are not computed, so that this call ends soon, and its results are void; None: never.
+        watch: function (index of the network, number of the micro-batch over all data-parallel ranks, its losses [B, S], this
+            rank's final hidden states [S, B, C]) called on the last pipeline stage for each; None: none.
+        drop: function () called before each micro-batch of each network, equal on tensor-parallel ranks. Once it returns True,
+            the micro-batches that remain are not computed (in training the very last one is), so that this call ends soon, and
+            its results are void; None: never.
 
     Returns:
-        [networks, 2] in float64 on the CPU, the same on all ranks: sum of the language-model loss in nats, and number of tokens,
-        over all micro-batches of all data-parallel ranks.
+        [networks, 2] in float64 on the CPU, the same on all ranks: sum of the language-model loss in nats, and number of tokens
+        that the loss mask counts, over all micro-batches of all data-parallel ranks.
     """
     per_batch = len(networks)
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()

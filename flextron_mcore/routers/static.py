@@ -64,7 +64,7 @@ def gates(logits_TNK: Tensor, indices_TN: Tensor) -> Tensor:
 
 
 def log_probabilities(routers: StaticRouters) -> Callable[[Sequence[float]], np.ndarray]:
-    """Function from targets [C] to the routers' log-probabilities [N, K], without gradients."""
+    """Function from targets [C] to the routers' log-probabilities of the candidates [N, K], minus infinity for missing ones."""
 
     @torch.no_grad()
     def log_p(targets: Sequence[float]) -> np.ndarray:

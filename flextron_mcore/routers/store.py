@@ -67,7 +67,7 @@ class RouterInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from the plain types of `to_dict`."""
+        """Build from the plain types of `to_dict`. Raises KeyError, TypeError or ValueError for others."""
         return cls(
             tuple(values["costs"]),
             tuple((float(low), float(high)) for low, high in values["ranges"]),
@@ -127,7 +127,7 @@ def read_routers(folder: Path, choices: Choices) -> tuple[RouterInfo, StaticRout
 
 @contextlib.contextmanager
 def opened_routers(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-    """Context with (routers.json, {name: tensor}) of a checkpoint.
+    """Context with (content of routers.json, {name: tensor of routers.safetensors}) of a checkpoint's directory.
 
     Raises FlextronError if there are no routers or they are damaged. Errors in the body of the `with` count as damage, too.
     """
@@ -153,12 +153,12 @@ def opened_routers(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, tor
 
 
 def static_part(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the static routers among the weights of adaptive routers."""
+    """{name: tensor} of the static routers, which adaptive routers store as `static.name`."""
     return {name.removeprefix("static."): tensor for name, tensor in weights.items() if name.startswith("static.")}
 
 
 def kind_of_routers(folder: Path) -> str | None:
-    """Kind of a checkpoint's routers, one of KINDS; None if there are no readable routers."""
+    """Kind of a checkpoint's routers as routers.json gives it, unchecked (KINDS); None without a readable routers.json."""
     try:
         return str(read_json(folder / ROUTERS_FILE)["kind"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -166,7 +166,10 @@ def kind_of_routers(folder: Path) -> str | None:
 
 
 def check_same_table(folder: Path, table: Mapping[str, Any] | None) -> None:
-    """Raise FlextronError if the checkpoint in `folder` was written with another latency table. table: as plain types."""
+    """Raise FlextronError if the checkpoint in `folder` was written with another latency table than `table`, or is damaged.
+
+    table: table as plain types; None: without a table.
+    """
     file = folder / TABLE_FILE
     before = read_description(file) if file.is_file() else None
     if before != json.loads(json.dumps(table)):

@@ -34,13 +34,16 @@ class Surrogate(torch.nn.Module):
         self.register_buffer("scale", torch.ones(()))  # typical degradation, which multiplies the output
 
     def forward(self, choices_BNK: Tensor, final_BD: Tensor | None = None) -> Tensor:
-        """Predicted degradation [B]. final_BD: final hidden states; None if the surrogate has no `channels`."""
+        """Predicted degradation [B], in nats per token.
+
+        choices_BNK: one-hot candidate of each block. final_BD: final hidden states; None if the surrogate has no `channels`.
+        """
         return self._second(self._first(choices_BNK, final_BD))
 
     def replaced(self, choices_BNK: Tensor, final_BD: Tensor | None = None) -> Tensor:
         """Predicted degradation [B, N, K] with candidate k in block n and all other blocks as in `choices_BNK`.
 
-        final_BD: final hidden states; None if the surrogate has no `channels`.
+        choices_BNK: one-hot candidate of each block. final_BD: final hidden states; None if the surrogate has no `channels`.
         """
         columns_NKP = self.first.weight.T.unflatten(0, choices_BNK.shape[1:])
         now_BNP = torch.einsum("bnk,nkp->bnp", choices_BNK, columns_NKP)

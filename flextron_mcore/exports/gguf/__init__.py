@@ -32,8 +32,9 @@ def write(job: Job) -> dict[str, Any]:
     """Write job.net as model.gguf, and README.md. Call on all ranks; the main process writes one tensor at a time.
 
     Weight matrices have the type of job.settings, by default f32 in an fp32 export, else f16. Vectors are always f32. Returns
-    format, architecture, parameters, bytes, files. Raises FlextronError for a model that llama.cpp does not compute, a tokenizer
-    that llama.cpp lacks, weights too large for f16, a network outside of the space, or a job.out that is not an empty directory.
+    format, architecture, parameters, bytes, files. Raises FlextronError without the package gguf, and for a model that llama.cpp
+    does not compute, a tokenizer that it lacks, weights too large for f16, a network outside of the space, a job.out that is not
+    an empty directory, or both a type and another dtype than the checkpoint's.
     """
     require_library()
     from flextron_mcore.exports.gguf import tokenizer, writer  # late: they import the optional package gguf
@@ -62,9 +63,11 @@ def write(job: Job) -> dict[str, Any]:
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
     """Logits [batch, sequence, vocabulary] of the file, computed in fp32 as llama.cpp does. Call on the main process.
 
+    Raises FlextronError without the package gguf, and for a damaged file.
+
     Args:
         job: the export.
-        net: network of the export.
+        net: network of the export; unused.
         tokens_BS: token ids.
     """
     require_library()
@@ -131,7 +134,7 @@ def _architecture(model: ModelConfig, net: SubNetwork) -> str:
 def _type(job: Job) -> str:
     """GGUF type of the weight matrices: gguf.type, by default f32 in an fp32 export, else f16.
 
-    Raises FlextronError if gguf.type and dtype are both set.
+    Raises FlextronError if gguf.type is set and the export's dtype is not the checkpoint's.
     """
     kind = job.settings.type if job.settings else None
     if kind is None:

@@ -35,7 +35,7 @@ _NAMES = {
 
 
 def forward(path: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, sequence, vocabulary] of tokens [batch, sequence]. Raises FlextronError for a file that is not GGUF."""
+    """Logits [batch, sequence, vocabulary] in fp32 of tokens [batch, sequence]. Raises FlextronError for a damaged file."""
     try:
         reader = GGUFReader(path)
     except (OSError, ValueError, LookupError) as error:  # raised by the reader and by numpy for a damaged file

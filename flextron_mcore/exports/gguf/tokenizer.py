@@ -283,7 +283,10 @@ def _pre_tokenizer(value: dict[str, Any] | None) -> str:
 
 
 def _template(value: dict[str, Any] | None) -> tuple[str | None, str | None]:
-    """(token before, token after) a text, from a post_processor of tokenizer.json; None for no token."""
+    """(token before, token after) a text, from a post_processor of tokenizer.json; None for no token.
+
+    Raises _Unlike for a post-processor of another kind, and for several tokens at one end.
+    """
     if value is None or value["type"] == "ByteLevel":
         return None, None
     if value["type"] == "Sequence":
@@ -300,7 +303,15 @@ def _template(value: dict[str, Any] | None) -> tuple[str | None, str | None]:
 
 
 def _special_ids(config: dict[str, Any], vocab: Mapping[str, int], unknown: str | None) -> dict[str, int]:
-    """{bos, eos, unk, pad: id} from tokenizer_config.json. bos and eos are always given, else llama.cpp uses its own defaults."""
+    """{bos, eos, unk, pad: id} from tokenizer_config.json, without those that it lacks, but bos is then the id of eos.
+
+    Raises _Unlike without eos. llama.cpp would use defaults of its own for a missing bos or eos.
+
+    Args:
+        config: content of tokenizer_config.json.
+        vocab: {token: id}.
+        unknown: token that is unk if tokenizer_config.json names none; None without.
+    """
     ids = {}
     for name in ("bos", "eos", "unk", "pad"):
         token = config.get(f"{name}_token") or (unknown if name == "unk" else None)
@@ -313,7 +324,9 @@ def _special_ids(config: dict[str, Any], vocab: Mapping[str, int], unknown: str 
 
 
 def _from_sentencepiece(file: Path, config: dict[str, Any], vocab_size: int) -> Vocabulary:
-    """Vocabulary of a tokenizer.model of sentencepiece. Raises _Unlike for a property that llama.cpp cannot reproduce.
+    """Vocabulary of a tokenizer.model of sentencepiece.
+
+    Raises _Unlike for a property that llama.cpp cannot reproduce, and ValueError for a damaged file.
 
     Args:
         file: path of tokenizer.model.

@@ -174,7 +174,7 @@ def _permuted(name: str, tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _stored_type(shape: tuple[int, ...], kind: str) -> gguf.GGMLQuantizationType:
-    """Type of a tensor: f32 for vectors, as llama.cpp needs; f16 for rows that the blocks of q8_0 do not divide."""
+    """Type of a tensor: f32 for vectors, as llama.cpp needs; f16 for rows that the blocks of q8_0 do not divide; else `kind`."""
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
     stored = gguf.GGMLQuantizationType[kind.upper()]

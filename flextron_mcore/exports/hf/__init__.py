@@ -79,7 +79,7 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 
     Args:
         job: the export.
-        net: network of the export.
+        net: network of the export; unused.
         tokens_BS: token ids.
     """
     exported = load_with_own_code(job.out)

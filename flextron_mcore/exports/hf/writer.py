@@ -40,7 +40,8 @@ def write_weights(
         tensors: {Megatron-Core's name: tensor}.
         dtype: dtype of the files.
         max_shard_size: most bytes of one shard.
-        progress: receives the bytes of each tensor that this rank writes, scaled so that one rank's calls add up to all bytes.
+        progress: function (bytes) called for each tensor that this rank writes. Bytes are scaled, so that one rank's calls add up
+            to all bytes. None: none.
 
     Returns:
         Number of parameters of all shards.

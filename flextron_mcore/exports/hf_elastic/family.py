@@ -49,7 +49,8 @@ def build_family(job: Job) -> dict[str, Any]:
     """Content of flextron_family.json: costs of sub-networks, and a table with the network for every budget.
 
     Without settings of the format, routers choose the networks if the checkpoint has any, else networks are uniform. Raises
-    FlextronError for a selector that cannot be tabulated, and for listed networks outside of the space.
+    FlextronError for a selector that cannot be tabulated, a latency table that cannot be read or is of another model, and listed
+    networks outside of the space.
     """
     info, dtype = job.info, job.dtype
     choices = Choices(info.model, info.space)
@@ -125,8 +126,9 @@ def read_networks(info: CheckpointInfo, values: Mapping[str, Any]) -> list[SubNe
 def _answers(picks: _Picks, cost: Cost, networks: _Networks, listed: list[SubNetwork]) -> dict[str, list]:
     """Table that gives the network for every budget of one cost; networks are numbers of `networks`.
 
-    A router's table has `cells`, [score, cost, network] or null for each bin of the cost, and `least`, the cheapest network.
-    Other selectors have `steps`, [cost, network] in rising order. `given` is [cost, network] of each network in `listed`.
+    A router's table has `cells`, [score, cost, network] or null for each bin of the cost, cheapest first
+    (selection/router.py), and `least`, [the cheapest network]. Other selectors have `steps`, [cost, network] in rising order: a
+    budget gets the last one that it allows. `given` is [cost, network] of each network in `listed`.
     """
     more = [[cost.of(net), networks.number(net)] for net in listed]
     if isinstance(picks, RouterSelector):
@@ -150,7 +152,7 @@ def _modulation(info: CheckpointInfo) -> list[list[list[float]]]:
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
-    """Cost as plain types: full, smallest, and the sums for the full hidden size and, in `narrow`, for the smaller ones."""
+    """Cost as plain types: full, smallest, its terms (`_sums`), and `narrow`, {smaller hidden size: its terms}."""
     narrow = {str(size): _sums(part) for size, part in cost.narrow}
     return {"full": cost.full, "smallest": cost.smallest, **_sums(cost), "narrow": narrow}
 
@@ -161,7 +163,7 @@ def _sums(cost: Cost) -> dict[str, Any]:
 
 
 def _row(net: SubNetwork) -> dict[str, Any]:
-    """Entry of a network; a skipped layer has 0 heads and 0 neurons."""
+    """Entry of a network: hidden size, query heads and neurons of each layer, 0 for a skipped layer."""
     layers = [layer if layer.executed else SKIPPED for layer in net.layers]
     return {
         "hidden_size": net.hidden_size,

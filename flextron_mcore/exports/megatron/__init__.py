@@ -42,8 +42,8 @@ def write(job: Job) -> dict[str, Any]:
     """Write job.net as a dense model for Megatron-Core. Call on all ranks, which share the tensors.
 
     Returns format, architecture, parameters, bytes and files; also `reason` if the layers differ, which needs a heterogeneous
-    configuration. Raises FlextronError for a network outside of the space, a job.out that is not an empty directory, or a
-    tokenizer directory without a tokenizer.
+    configuration. Raises FlextronError for a model with an axis that an extension adds, a network outside of the space, a job.out
+    that is not an empty directory, or a tokenizer directory without a tokenizer.
     """
     info, net, out = job.info, job.net, job.out
     if added := added_tensors():
@@ -93,7 +93,7 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 
     Args:
         job: the export.
-        net: network of the export.
+        net: network of the export; unused.
         tokens_BS: token ids.
     """
     return read_logits(job.out, tokens_BS)
@@ -128,7 +128,14 @@ def _space(model: ModelConfig) -> ElasticSpace:
 
 
 def _config(model: ModelConfig, layers: list[LayerChoice], heads_differ: bool, dtype: str) -> dict[str, Any]:
-    """Content of model_config.json: arguments of TransformerConfig and GPTModel by name."""
+    """Content of model_config.json: arguments of TransformerConfig and GPTModel by name, and widths of layers that differ.
+
+    Args:
+        model: architecture of the dense model.
+        layers: widths of the executed layers.
+        heads_differ: True if the numbers of heads differ from layer to layer.
+        dtype: fp32, bf16 or fp16.
+    """
     scaling: Mapping[str, Any] = dict(model.rope_scaling or {"type": None})
     kind = scaling["type"]
     theirs = kind == "llama3" and all(scaling[name] == value for name, value in LLAMA3.items())
@@ -175,7 +182,10 @@ def _config(model: ModelConfig, layers: list[LayerChoice], heads_differ: bool, d
 
 
 def _block(layer: LayerChoice, heads_differ: bool) -> dict[str, Any]:
-    """Entry of a layer in block_configs of HeterogeneousTransformerConfig, which ignores num_attention_heads."""
+    """Entry of a layer in block_configs of HeterogeneousTransformerConfig, which ignores num_attention_heads.
+
+    heads_differ: True to write num_attention_heads.
+    """
     heads = {"num_attention_heads": layer.num_attention_heads} if heads_differ else {}
     return {"attention": {"num_query_groups": layer.kv_groups, **heads}, "mlp": {"ffn_hidden_size": layer.ffn_hidden_size}}
 

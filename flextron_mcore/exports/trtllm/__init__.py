@@ -31,8 +31,8 @@ def write(job: Job) -> dict[str, Any]:
 
     Returns format, architecture, parameters (of the sub-network), padded_parameters (of the engine, with zeros, and with a tied
     output layer counted on its own), bytes, files; also `note` if the engine computes a slightly different function. Raises
-    FlextronError for a model that TensorRT-LLM's classes cannot hold, a tensor-parallel size that does not divide a layer, a
-    network outside of the space, or a job.out that is not an empty directory.
+    FlextronError for a model that TensorRT-LLM's classes cannot hold, a tensor-parallel size that does not divide a layer, more
+    pipeline stages than layers, a network outside of the space, or a job.out that is not an empty directory.
     """
     info, out = job.info, job.out
     tensors = plain_norms(info.model, cut(info, job.net))
@@ -59,7 +59,7 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
 
     Args:
         job: the export.
-        net: network of the export.
+        net: network of the export; unused.
         tokens_BS: token ids.
     """
     return checkpoint_logits(job.out, tokens_BS)

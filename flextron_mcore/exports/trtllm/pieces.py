@@ -90,7 +90,8 @@ def write_ranks(
         plan: plan of the checkpoint.
         tensors: {Megatron-Core's name: tensor} of the sub-network.
         dtype: dtype of the files.
-        progress: receives the bytes of each tensor written, scaled so that one process's calls add up to all bytes.
+        progress: function (bytes) called for each tensor that this process writes. Bytes are scaled, so that one process's calls
+            add up to all bytes. None: none.
     """
     process, processes = place()
     mine = range(plan.tp * plan.pp)[process::processes]

@@ -67,7 +67,10 @@ class Plan:
         return -(-self.model.vocab_size // self.tp) * self.tp
 
     def stage(self, number: int) -> range:
-        """Layers of a pipeline stage. If the stages do not divide the layers, the first stages get one more."""
+        """Indices into `layers` of the layers of pipeline stage `number`, from 0.
+
+        If the stages do not divide the layers, the first stages get one more.
+        """
         least, more = divmod(len(self.layers), self.pp)
         first = number * least + min(number, more)
         return range(first, first + least + (number < more))
@@ -82,7 +85,8 @@ def make_plan(model: ModelConfig, net: SubNetwork, settings: TrtllmSettings) -> 
         settings: style and parallel sizes.
 
     Raises:
-        FlextronError: no class of TensorRT-LLM can hold the model, or the parallel sizes do not divide its layers.
+        FlextronError: no class of TensorRT-LLM can hold the model, the tensor-parallel size does not divide the heads and neurons
+            of a layer, or there are more pipeline stages than layers.
     """
     style, tp, pp = settings.style, settings.tensor_parallel_size, settings.pipeline_parallel_size
     if misfit := _misfit(model, style):
@@ -205,7 +209,10 @@ def _deci_slots(layers: tuple[LayerChoice, ...]) -> list[LayerChoice]:
 
 
 def _check_division(plan: Plan) -> None:
-    """Raise FlextronError unless `tp` divides the heads and neurons of every layer. Fewer KV heads than ranks are copied."""
+    """Raise FlextronError unless `tp` divides the heads and neurons of every layer, padding included.
+
+    A number of KV heads that divides `tp` is allowed too: the heads are copied to several ranks.
+    """
     tp = plan.tp
     complaints = []
     for number, layer, slot in zip(plan.numbers, plan.layers, plan.slots, strict=True):

@@ -45,7 +45,8 @@ def routed_attention(
 ) -> Output:
     """Self-attention with a level (index of the candidate) for every token: [S, B, C] -> ([S, B, C], bias [C] or None).
 
-    Raises FlextronError for packed sequences, attention biases, dynamic batching and fused rotary embeddings.
+    Attention is causal. Raises FlextronError for packed sequences, attention biases, dynamic batching, fused rotary embeddings
+    and sliding windows.
 
     Args:
         module: attention whose weights are used.

@@ -35,7 +35,8 @@ class OwnCache:
     def append(self, participants: Participants, key_nBgH: Tensor, value_nBgH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Append keys and values; return all keys, all values [T, B, g, H] and a mask [B, 1, n, T], True where a key is hidden.
 
-        The mask is None where the causal mask suffices: all sequences have the same length, and all new tokens are participants.
+        The mask is None where the causal mask suffices: with one sequence, or if all sequences are equally long in the cache and
+        all new tokens are participants.
 
         Args:
             participants: new tokens that use the heads of this cache.

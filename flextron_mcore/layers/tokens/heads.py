@@ -65,7 +65,7 @@ def runs(blocks: list[HeadBlock], participants: list[Participants | None]) -> li
 
     Args:
         blocks: heads that each level adds.
-        participants: tokens that use the heads of each level.
+        participants: tokens that use the heads of each level; one object for equal participants (`Participants.by_level`).
     """
     found: list[Run] = []
     for level, (block, those) in enumerate(zip(blocks, participants, strict=True)):
@@ -101,7 +101,10 @@ class Position:
             self.turn_S = torch.cat([angles_S.cos(), angles_S.sin()], -1).to(dtype).flatten(1)
 
     def rotate(self, x_nBXH: Tensor, index_nB: Tensor | None) -> Tensor:
-        """Rotary embedding of queries or keys [n, B, ..., H] at the positions start + index_nB; None for start, start + 1, ..."""
+        """Rotary embedding of queries or keys [n, B, ..., H] at positions start + index_nB; None for start, start + 1, ...
+
+        A model without rotary embedding gets them unchanged.
+        """
         if self.turn_S is None:
             return x_nBXH
         turn = self.turn_S[:, None] if index_nB is None else self.turn_S[index_nB]

@@ -39,7 +39,7 @@ class RoutedLayer:
         """Routing of one layer, from a function that gives the routing of any block.
 
         Args:
-            index: index of the layer, from 0.
+            index: index of the layer, from 0 over all pipeline stages.
             block: function from the number of a block to its BlockRouting. Blocks are numbered by layer, then by axis, as in
                 `Choices`.
         """
@@ -87,10 +87,10 @@ class FixedLevels:
     """Token routing with given levels, for timing and tests. Each forward pass takes the levels of the next positions.
 
     Args:
-        levels_NSB: level of each token in each block: index of the candidate, -1 for padding.
+        levels_NSB: level of each token in each block (by layer, then by axis): index of the candidate, -1 for padding.
         kv_policy: `full` or `own` (BlockRouting).
-        router: function that is called with the number of each block and its input [S, B, C], so that timing includes a router's
-            cost; None without.
+        router: function (number of the block, its input [S, B, C]) called for each block, so that timing includes a router's
+            cost; by default it does nothing.
     """
 
     def __init__(

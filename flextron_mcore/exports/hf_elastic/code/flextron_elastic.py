@@ -161,8 +161,8 @@ class ElasticForCausalLM:
     def costs(self):
         """Costs of the current network.
 
-        If routers choose for every token, costs are averages over the tokens since the budget was set; before the first token
-        they are the full model's costs.
+        If routers choose for every token, costs are averages over the tokens since the budget was set, padding left out; before
+        the first token they are the full model's costs.
 
         Returns:
             {"parameters", "bytes" (of the parameters), "memory" (bytes with the KV cache that budgets count), "latency" (ms, if
@@ -228,7 +228,7 @@ class ElasticForCausalLM:
 
     @contextlib.contextmanager
     def chosen(self, args, kwargs):
-        """Context in which layers compute this handle's network. args, kwargs: arguments of the model's forward."""
+        """Context in which layers compute this handle's network. args, kwargs: arguments of the model's forward, unchanged."""
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if self._calls is not None and tokens is not None:
             self._calls.append(tokens.shape[1])
@@ -245,7 +245,7 @@ class ElasticForCausalLM:
         """Generate by speculative decoding: a small sub-network drafts tokens, the current network verifies them together.
 
         Args:
-            input_ids: prompt, [1, S].
+            input_ids: prompt, [1, S]; ValueError for several sequences.
             draft_budget: budget (see `set_budget`) or dict (see `set_subnetwork`) of the network that drafts.
             draft_length: tokens drafted before they are verified.
             max_new_tokens: most tokens to generate.
@@ -295,7 +295,7 @@ class SpeculativeOutput:
 
     @property
     def acceptance_rate(self):
-        """Share of drafted tokens that the verifying network kept."""
+        """Share of drafted tokens that the verifying network kept; 0 if none was drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property

@@ -131,7 +131,7 @@ class Family:
 
         Args:
             name: "latency" (ms), "parameters" or "memory" (bytes).
-            shares: for each block, the share of tokens at each of its levels.
+            shares: for each block (attention, then MLP, of each layer), the share of tokens at each of its levels.
             kv_policy: "full" (a token writes keys and values of all KV groups) or "own" (of the groups that it uses).
         """
         cost = self.costs[name]
@@ -213,7 +213,10 @@ class Family:
         return found
 
     def _best_bin(self, table, name, limit):
-        """Number of the network with the best score in the cost bins just below the limit, as selection/router.py chooses."""
+        """Number of the network with the best score in the cost bins just below the limit, as selection/router.py chooses.
+
+        Without a network in these bins, the cheapest one.
+        """
         bins, cost, width, within = table["cells"], self.costs[name], self.values["cell"], self.values["within"]
         full, smallest = cost["full"], cost["smallest"]
         top = min(max(math.floor((limit - smallest) / (width * full)), 0), len(bins) - 1)
@@ -233,7 +236,7 @@ class Family:
     def target(self, share):
         """Target at which the adaptive routers spend `share` of the full model's cost on average, from their calibration.
 
-        A target is 0 for the smallest network's cost, 1 for the full model's.
+        A target is 0 for the smallest network's cost, 1 for the full model's. ValueError outside of the calibrated range.
         """
         points = sorted(self.adaptive["calibration"])
         low, high = (pick(spent for _, spent in points) for pick in (min, max))

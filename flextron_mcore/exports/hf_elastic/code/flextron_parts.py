@@ -111,7 +111,7 @@ class TokenChoice:
         return F.linear(units_BSU.float().tanh(), out_KU, bias_K).argmax(-1)
 
     def _by_level(self, block, x_BSC):
-        """[(level, rows)] of the levels that occur; the host waits for the device."""
+        """[(level, rows)] of the levels that occur; rows None: all. Counts them in counts_NK. The host waits for the device."""
         levels_BS = self.levels(block, x_BSC)
         counted = levels_BS if self.counted_BS is None else levels_BS[self.counted_BS.to(levels_BS.device)]
         self.counts_NK[block] += torch.bincount(counted.flatten(), minlength=self.counts_NK.shape[1]).cpu()
@@ -130,8 +130,8 @@ class ElasticAttention:
     def attend(self, x_BSC, rotate, mask, cache, cache_kwargs, dropout, **kwargs):
         """(output [B, S, C], attention weights or None) of the current choice for hidden states [B, S, C].
 
-        Keys and values of all KV groups are written into the cache, or with `own` those in use. A skipped layer does nothing
-        else.
+        Keys and values of all KV groups are written into the cache, or with `own` those in use. A skipped layer does nothing else
+        and returns its input.
 
         Args:
             x_BSC: input, after the norm.
@@ -238,7 +238,7 @@ def neurons_of_each(layer, x_BSC, full, compute):
 
 
 def modulated(out_BSC, layer, block):
-    """Output of a layer's attention (block 0) or MLP (block 1) times the gain of the current choice."""
+    """Output of a layer's attention (block 0) or MLP (block 1) times the gain of the current choice, if it has gains."""
     choice = _ACTIVE.get()
     return out_BSC * choice.gains[layer][block] if choice and choice.gains else out_BSC
 
@@ -271,7 +271,7 @@ def holds_own(cache, index):
 
 
 def has_counts(cache, index):
-    """True if a skipped layer must still enter its positions into the cache."""
+    """True if a layer of the cache needs an entry for every position: the first layer, and layers that have entries already."""
     return index == 0 or (index < len(cache.layers) and cache.layers[index].is_initialized)
 
 
@@ -333,7 +333,7 @@ def hide_missing(mask, counts_BT, g, q, query_BhSH, implementation):
         g: KV groups in use.
         q: query heads of each.
         query_BhSH: queries.
-        implementation: attention implementation, "eager" or "sdpa".
+        implementation: attention implementation. If groups are missing, ValueError unless it is "eager" or "sdpa".
     """
     if not g or bool((counts_BT >= g).all()):
         return mask
@@ -364,7 +364,7 @@ class ElasticEmbedding(nn.Embedding):
     """Embedding that returns the first channels, as many as the current choice has."""
 
     def forward(self, ids):
-        """Embeddings of token or position ids."""
+        """Embeddings of token or position ids: [...] -> [..., c]."""
         choice = _ACTIVE.get()
         return F.embedding(ids, self.weight[:, : choice.hidden_size] if choice and choice.hidden_size else self.weight)
 

@@ -133,7 +133,10 @@ def load(use_te: bool = False, **changes: Any) -> GPTModel:
 
 
 def logits(gpt: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
-    """This rank's part of the logits [batch, sequence, vocabulary] of tokens [batch, sequence]. Needs one pipeline stage."""
+    """Logits [batch, sequence, this rank's part of the padded vocabulary] of tokens [batch, sequence].
+
+    Needs a single pipeline stage.
+    """
     length = tokens.shape[1]
     positions = torch.arange(length, device=tokens.device).expand_as(tokens)
     future = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]

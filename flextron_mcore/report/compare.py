@@ -77,7 +77,7 @@ class RandomNetworks:
     """Cost (shares of the full model's cost) and loss (nats per token) of random networks that meet a budget, the share `target`.
 
     router_share, router_loss: cost and loss of the network that the router chooses for the budget. better_than: fraction of the
-    random networks whose loss is higher than router_loss. The three are None without a router.
+    random networks, other than that one, whose loss is higher than router_loss. The three are None without a router.
     """
 
     target: float
@@ -111,9 +111,10 @@ class EqualCost:
 
 @dataclass(frozen=True)
 class Fit:
-    """Power law L(N) = (N / Nc)^-alpha + E (Flextron, eq. 12), fitted to the losses of `points` networks of a selector.
+    """Power law L(N) = (N / Nc)^-alpha + E (Flextron, eq. 12), fitted to the losses of a selector's networks and the full model.
 
-    of: quantity that N is. Nc_ci, alpha_ci, E_ci: 95% confidence intervals. Numbers are None where the points determine no fit.
+    of: quantity that N is. points: number of fitted networks of different N. Nc_ci, alpha_ci, E_ci: 95% confidence intervals.
+    Numbers are None where the points determine no fit.
     """
 
     selector: SelectorName
@@ -132,7 +133,7 @@ class Fit:
         return None not in (self.Nc, self.alpha, self.E)
 
     def loss(self, sizes: np.ndarray) -> np.ndarray:
-        """L(N) of Flextron, eq. 12, at each of `sizes`; NaN where it is not finite."""
+        """L(N) of Flextron, eq. 12, at each N in `sizes`; NaN where it is not finite. Only for a fit that is `determined`."""
         with np.errstate(all="ignore"):
             values = (sizes / self.Nc) ** -self.alpha + self.E
         return np.where(np.isfinite(values), values, np.nan)
@@ -310,7 +311,7 @@ def _equal_section(c: Comparison, key: str, label: str) -> Section:
 
 
 def colour(theme: Theme, selector: str) -> str:
-    """Colour of a selector's points and line."""
+    """Colour of the points and line of a selector, or of "dense" models."""
     colours = (theme.after, theme.before, *theme.others[:2], theme.muted, *theme.others[2:])
     return colours[list(STYLES).index(selector) % len(colours)]
 

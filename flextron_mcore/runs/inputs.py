@@ -67,7 +67,10 @@ def _relation(out: Path, given: Path, key: Key, stage: str) -> str | None:
 
 
 def _linked(folder: Path, levels: int = _LEVELS) -> Iterator[Path]:
-    """Targets (real paths) of the symbolic links in a directory and in its subdirectories, `levels` levels in all."""
+    """Targets (real paths) of the symbolic links in a directory and in its subdirectories, `levels` levels in all.
+
+    Nothing for a file, and for a directory that cannot be read.
+    """
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_symlink():

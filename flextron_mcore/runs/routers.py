@@ -37,7 +37,8 @@ def described_routers(
     """Describe routers that are to be trained: the costs that their budgets limit, and the range of budgets of each cost.
 
     Args:
-        settings: settings of the stage; `costs`, `targets`, `kv_cache` and `dtype` are read.
+        settings: settings of the stage; `costs` (by default latency if there is a table, else parameters), `targets` and the keys
+            of `memory_setting` are read.
         info: checkpoint with the elastic space from which the routers choose.
         table: latency table; None: no cost `latency`.
         hidden_size: hidden units of the routers.
@@ -200,7 +201,11 @@ def validation_targets(wanted: Sequence[float] | None, cost: Cost, allowed: tupl
 
 
 def _budget(learner: RouterLearner, target: float) -> dict[str, Any]:
-    """Row of metrics.json with the network that the routers choose for a budget, the share `target` of the full model's cost."""
+    """Row of metrics.json on the network that the routers choose for a budget, the share `target` of the full model's cost.
+
+    {"target", "share": cost of the network, "argmax_share": cost of the likeliest network, which may miss the budget (both as
+    shares of the full model's), "subnetwork"}.
+    """
     cost, net = learner.costs[0], learner.choose(target)
     return {
         "target": target,

@@ -93,7 +93,11 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def _networks(settings: EvaluateSettings, info: CheckpointInfo) -> dict[str, SubNetwork]:
-    """{name: network} that the settings ask for."""
+    """{name: network} to evaluate: those of the files settings.subnetwork, by the file's name without its ending.
+
+    With settings.budget the one network chosen for it, without either key the uniform family with the full model first; then
+    settings.random random networks.
+    """
     if settings.budget is None and settings.subnetwork is not None:
         networks = {Path(file).stem: info.network(file) for file in settings.subnetwork}
     elif settings.budget is None:

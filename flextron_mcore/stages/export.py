@@ -73,10 +73,10 @@ def run(settings: ExportSettings) -> dict[str, Any]:
 
 
 def _verify(settings: ExportSettings, written: Format, job: Job) -> float:
-    """Largest difference between the logits of the export, read back, and of the sub-network in Megatron-Core (fp32).
+    """Largest absolute difference between logits of the export, read back, and of Megatron-Core (fp32), on random tokens.
 
-    Megatron-Core computes in the layout of `settings`, the export on the main process. Raises FlextronError for a difference
-    above the format's tolerance.
+    Compared are the networks that the format names. Megatron-Core computes in the layout of `settings`, the export on the main
+    process. Raises FlextronError for a difference above the format's tolerance.
     """
     info = job.info
     length = min(info.model.max_position_embeddings, 64)

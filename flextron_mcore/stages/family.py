@@ -59,7 +59,7 @@ def run(settings: FamilySettings) -> dict[str, Any]:
 
 
 def _name(budget: float | str | list) -> str:
-    """Name of a budget's directory."""
+    """Name of a budget in metrics.json, files and directories: the budget as typed, with _ for characters unfit for a path."""
     text = ",".join(map(str, budget)) if isinstance(budget, list) else str(budget)
     return re.sub(r"[^A-Za-z0-9.,-]+", "_", text.strip())
 
@@ -81,7 +81,17 @@ def _chain(settings: FamilySettings, names: list[str], out: Path) -> dict[str, t
 
 
 def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, settings: FamilySettings) -> dict[str, Any]:
-    """Entry of metrics.json for the network of one budget, with its validation loss if it was evaluated. name: of the budget."""
+    """Entry of metrics.json for the network of one budget, with its validation loss if it was evaluated, else None.
+
+    The loss is the mean over domains in nats per token, read from the output of `evaluate`.
+
+    Args:
+        name: name of the budget.
+        net: network chosen for it.
+        costs: {name: cost}; the entry has value and share of each.
+        out: directory of the chain.
+        settings: settings of the stage.
+    """
     means = {f"mean_{axis.name}": sum(map(axis.size, net.executed_layers)) / net.depth for axis in layer_axes()}
     row = {
         "budget": name,

@@ -41,7 +41,7 @@ def _key(key: str, out: Path) -> str:
 
 
 def _write_networks(out: Path) -> None:
-    """Write two sub-networks for the exports: one of half the widths, one with different widths in each layer."""
+    """Write two sub-networks for the exports, unless there are some: the middle candidates in all layers, and a random one."""
     folder = out / "networks"
     if folder.is_dir():
         return

@@ -43,8 +43,8 @@ def target_for(calibration: Points, share: float, nearest: bool = False) -> floa
     """Target at which the routers spend the average cost `share`, interpolated between the points of a calibration.
 
     A target is 0 for the smallest network's cost and 1 for the full model's. Where the cost jumps between two neighbouring
-    targets, the target with the nearer cost is returned. Raises FlextronError for an empty calibration, and for a share outside
-    of the calibration unless `nearest`.
+    targets, the target with the nearer cost is returned. Raises FlextronError for an empty calibration, and unless `nearest` for
+    a share that is more than 0.005 outside of the calibration.
 
     Args:
         calibration: points (target, average cost as a share of the full model's cost).

@@ -117,7 +117,10 @@ def _pair(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _learner(settings: RouterStageSettings | JointSettings, info: CheckpointInfo) -> AdaptiveLearner:
-    """Learner with new routers that start from the checkpoint's static ones, or for stage=joint with its adaptive routers."""
+    """Learner with new routers that start from the checkpoint's static ones, or for stage=joint with its adaptive routers.
+
+    Raises FlextronError if the checkpoint lacks these routers, or a cost that they were trained for is not available.
+    """
     choices, table = Choices(info.model, info.space), latency_table(settings, info)
     check_table(table)
     available = available_costs(settings, info, table)

@@ -78,7 +78,7 @@ def _shared() -> set[str]:
 
 
 def _held(process: psutil.Process, before: set[str]) -> list[int | float]:
-    """Cells of a row. Shared memory: files of /dev/shm that were not there `before`."""
+    """Cells of a row after its step. Shared memory: files of /dev/shm that were not there `before`; sizes in MiB."""
     new, size, helpers = _shared() - before, 0, []
     for name in new:
         with contextlib.suppress(OSError):

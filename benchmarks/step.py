@@ -104,7 +104,7 @@ def _optimizer_step(model: torch.nn.Module, passes: Callable[[], object], schedu
 
 
 def _mask(model: torch.nn.Module, net: SubNetwork) -> None:
-    """Multiply neurons and heads that the sub-network does not use by zero in the full model."""
+    """Make later passes of the full model multiply by zero the neurons and heads that the sub-network does not use."""
     for layer, choice in zip(unwrap(model).decoder.layers, net.layers, strict=True):
         attention, device = layer.self_attention, distributed.device()
         neurons = (torch.arange(layer.mlp.config.ffn_hidden_size, device=device) < choice.ffn_hidden_size).float()

@@ -96,7 +96,7 @@ def _rows(folder: Path):
 
 
 def _row(name: str, command: list[str], source: Path | None = None) -> list[str]:
-    """Figures of one row. source: directory that the command reads."""
+    """Cells of one row: run a command and time it, and copies of the directory `source` that it reads, before and after it."""
     copies = [copy_seconds(source)] if source else []
     if source:
         read_files(source)

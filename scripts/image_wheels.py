@@ -23,7 +23,7 @@ PACKAGE = "flextron-mcore"
 
 
 def canonical(name: str) -> str:
-    """Name of a package in the form that is compared."""
+    """Name of a package in the form that is compared: lower case, with single hyphens for other separators."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -77,7 +77,8 @@ class RandomNetworks:
     """Cost (shares of the full model's cost) and loss (nats per token) of random networks that meet a budget, the share `target`.
 
     router_share, router_loss: cost and loss of the network that the router chooses for the budget. better_than: fraction of the
-    random networks, other than that one, whose loss is higher than router_loss. The three are None without a router.
+    random networks, other than that one, whose loss is higher than router_loss. The three are None without a router, better_than
+    also if there are no others.
     """
 
     target: float
@@ -144,7 +145,8 @@ class Comparison:
     """Result of one directory (`label`) that `flextron compare` wrote.
 
     cost: name of the compared cost, whose unit is OWN_UNITS[cost]; full_cost, smallest_cost: cost of the full model and of the
-    smallest network. machine, setting: device and workload of a latency. samples: evaluated samples, all domains together.
+    smallest network. machine, setting: device and workload of a latency table, None without one. samples: evaluated samples, all
+    domains together.
     """
 
     label: str

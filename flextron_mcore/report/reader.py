@@ -41,6 +41,7 @@ class Reader:
     """Reader of a JSON object in a stage's output, which checks types.
 
     Reading a key that is missing or has a value of another type raises FlextronError, which names file and key.
+
     Attributes:
         values: the object.
         where: file, and keys within it, for messages.
@@ -62,8 +63,10 @@ class Reader:
     def read(self, key: str, hint: Any) -> Any:
         """Value of `key` as the type `hint`. NaN and infinity, losses of a network that diverged, are numbers.
 
+        Raises FlextronError for a missing key or another type.
+
         hint: a key of PLAIN, a Literal, a dataclass, SubNetwork, a list or dictionary of these, a tuple of types in PLAIN (a list
-        of that length), or one of them | None (null or missing). Raises FlextronError for a missing key or another type.
+        of that length), or one of them | None (null or missing).
         """
         origin, arguments = get_origin(hint), get_args(hint)
         if origin is UnionType:
@@ -195,7 +198,7 @@ def collect(run: Path) -> list[StageOutput]:
     """Finished stages of a run: `run` itself and its direct children, except hidden ones, with metrics.json of a stage in STAGES.
 
     They are in the order of STAGES, several of one stage by name. Raises FlextronError if there is none, if `run` is no
-    directory, and for a metrics.json or log.jsonl that cannot be read or differs from its digest.
+    directory, for a metrics.json that cannot be read, and for one or a log.jsonl that differs from its digest.
     """
     if not run.is_dir():
         raise FlextronError(f"{run}: no such directory: name one that holds outputs of stages")
@@ -233,7 +236,7 @@ class Unfinished:
 def unfinished(run: Path, out: Path) -> list[Unfinished]:
     """Stages of `run` without metrics.json: interrupted, running, or not begun yet in a chain (`flextron quickstart`).
 
-    Those of the chain come first, in its order, then others by name; `report` is left out.
+    Those of the chain come first, in its order; `report` is left out.
 
     out: directory of the report, which is passed over.
     """

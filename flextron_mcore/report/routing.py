@@ -70,7 +70,7 @@ class RouterStep:
         constraint_loss: constraint loss (Flextron, eq. 8: cost above the budget), for adaptive routers the mean distance of cost
             and budget; both as shares of the span from the smallest network's cost to the full model's.
         surrogate_loss: mean squared error of the surrogate model's predictions for these networks, in nats squared.
-        surrogate_error: surrogate_loss divided by the variance of the networks' losses.
+        surrogate_error: running mean of surrogate_loss divided by the variance of the losses that the surrogate is fitted to.
         routers_follow_surrogate: True if the routers learn from the surrogate model's predictions at this step.
         temperature: temperature of the softmax of relaxed choices.
     """

@@ -57,7 +57,7 @@ class Training:
         kind: name of the stage.
         steps: number of training steps.
         tokens: tokens of all steps.
-        seconds: wall time since the last start of the stage: of an interrupted training the last part only.
+        seconds: wall time since the last start of the stage, so of an interrupted training its last part only.
         tokens_per_second: mean throughput in that time.
         train: logged steps.
         validation: (step, {name of a network: loss, mean over domains}) of each validation.

@@ -100,7 +100,8 @@ def train_routers(
         teach: distillation from the full model to the sub-networks of a step; None: none.
 
     Returns:
-        Content of metrics.json.
+        Content of metrics.json: the results of `train`, "routers": {"costs", "surrogate" (True with one), and of a surrogate
+        "threshold" and "steps_followed"}, "budgets": a row of `_budget` for each validation target.
 
     Raises:
         FlextronError: settings.out holds something else than this run, a validation target is out of range, or a loss is not
@@ -218,7 +219,8 @@ def _budget(learner: RouterLearner, target: float) -> dict[str, Any]:
 def _range(targets: TargetSettings, cost: Cost) -> tuple[float, float]:
     """(lowest, highest) budget that routers are trained for, as shares of the full model's cost.
 
-    Raises FlextronError if it is no range within the costs of the smallest network and the full model.
+    Without targets.low the lowest is the cost of the smallest network. Raises FlextronError if it is no range within the costs of
+    the smallest network and the full model.
     """
     least = cost.smallest / cost.full
     low = least if targets.low is None else float(targets.low)

@@ -19,9 +19,10 @@ from flextron_mcore.training.sampler import random_family
 
 
 def run(settings: EvaluateSettings) -> dict[str, Any]:
-    """Evaluate the network of settings.subnetwork or settings.budget, or else the full model and all uniform sub-networks.
+    """Evaluate the networks of settings.subnetwork or settings.budget, or else the full model and all uniform sub-networks.
 
-    Call on all ranks. Returns the content of metrics.json.
+    With selector=adaptive, evaluate token routing at settings.budget (`evaluate_adaptive`) instead. Call on all ranks. Returns
+    the content of metrics.json: `networks` has a row for each; losses of the first one stand at the top level, too.
     """
     opened = open_evaluation(settings)
     info = opened.info

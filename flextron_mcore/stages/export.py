@@ -26,7 +26,8 @@ from flextron_mcore.space import SubNetwork, count_parameters
 def run(settings: ExportSettings) -> dict[str, Any]:
     """Write the chosen network to settings.out, and with verify=true compare its logits.
 
-    Call on all ranks, which share the files of weights. Returns the content of metrics.json.
+    Call on all ranks, which share the files of weights. Returns the content of metrics.json: the result of `Format.write`,
+    `max_logit_difference` (None for verify=false) and `subnetwork`.
     """
     check_output(Path(settings.out), settings.overwrite)
     check_format(settings.format)

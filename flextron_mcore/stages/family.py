@@ -26,7 +26,7 @@ from flextron_mcore.space import SubNetwork
 def run(settings: FamilySettings) -> dict[str, Any]:
     """Choose, evaluate and export a network for each budget, and write the report.
 
-    Call on all ranks. Returns the content of metrics.json.
+    Call on all ranks. Returns the content of metrics.json: {"stage", "selector", "model", "networks": a row for each budget}.
     """
     budgets = settings.budgets
     if not budgets or any(budget is None for budget in budgets):
@@ -65,7 +65,10 @@ def _name(budget: float | str | list) -> str:
 
 
 def _chain(settings: FamilySettings, names: list[str], out: Path) -> dict[str, tuple[str, list[str]]]:
-    """{name: (stage, keys as typed)} of the stages to run: an evaluation of all networks if data is given, then their exports."""
+    """{directory: (stage, keys as typed)} of the stages to run, in order.
+
+    An evaluation of all networks (`evaluate`) if data is given, then the export of each in each format (NAME_FORMAT).
+    """
     checkpoint = f"checkpoint={quoted(settings.checkpoint)}"
     files = {name: quoted(out / "networks" / f"{name}.json") for name in names}
     chain: dict[str, tuple[str, list[str]]] = {}

@@ -37,7 +37,8 @@ from flextron_mcore.training.checks import sequence_length
 def run(settings: ImportanceSettings) -> dict[str, Any]:
     """Score units on calibration samples, write the sorted checkpoint, and print losses with and without sorting.
 
-    Call on all ranks. Returns the content of metrics.json.
+    Call on all ranks. Returns the content of metrics.json: `samples`, `score`, `model`, `space`, `ablation` (rows of
+    sorting/ablation.py), and for an elastic depth `layers`: {score: value of each layer}.
     """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     wanted = {k: v for k, v in asdict(settings.space).items() if v is not None}

@@ -77,8 +77,8 @@ def train(
 ) -> dict[str, Any]:
     """Train until trainer.max_steps and return the results for metrics.json. Call on all ranks.
 
-    The results are `steps` and `tokens` of the whole training; `seconds` and `tokens_per_second` since this start, which an
-    interrupted run has several of; `model`, `space`, and `validation`: {"first", "last"}, each {network: loss in nats per token}.
+    The results are `steps` and `tokens` of the whole training; `seconds` and `tokens_per_second` of this call, which may have run
+    the last steps only; `model`, `space`, and `validation`: {"first", "last"}, each {network: loss in nats per token}, or {}.
 
     An interrupted run continues from its newest complete checkpoint in `out`. Raises FlextronError if a loss is not finite, for a
     damaged checkpoint and for a full disk; raises signals.Stopped, with a checkpoint written, at a signal or trainer.max_time: at

@@ -220,7 +220,7 @@ def evaluated_sections(results: list[Evaluated]) -> list[Section]:
 
 
 def _lines(figure: Figure, series: dict[str, list[tuple[float, float]]], colours: list, xlabel: str, ylabel: str) -> None:
-    """Draw each series as a line with markers."""
+    """Draw each series, {name: points}, as a line with markers, in the colours and with a legend."""
     axes = chart(figure, xlabel, ylabel)
     for (text, points), marker, colour in zip(series.items(), MARKERS * len(series), colours, strict=False):
         axes.plot(*zip(*points, strict=True), f"{marker}-", color=colour, label=text, markersize=5)

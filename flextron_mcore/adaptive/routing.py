@@ -119,7 +119,13 @@ class AdaptiveRouting:
 
 @dataclass(frozen=True)
 class AdaptiveBlock:
-    """Routing of one block in one micro-batch by an adaptive router; a BlockRouting (protocol of layers/tokens/levels.py)."""
+    """Routing of one block in one micro-batch by an adaptive router; a BlockRouting (protocol of layers/tokens/levels.py).
+
+    Attributes:
+        routing: routing of the model; it counts and records the levels.
+        block: index of the block.
+        micro_batch: micro-batch whose tokens are routed.
+    """
 
     routing: AdaptiveRouting
     block: int

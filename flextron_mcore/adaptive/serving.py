@@ -96,8 +96,9 @@ def evaluate_adaptive(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint's adaptive routers at a budget, and write metrics.json. Call on all ranks.
 
-    Returns the content of metrics.json: loss, perplexity and average cost of a token, by domain. Raises FlextronError for a
-    checkpoint without adaptive routers, and for a budget that they were not calibrated for.
+    Returns the content of metrics.json: `loss` (nats per token), `perplexity`, `shares` (average cost of a token as a share of
+    the full model's) and `levels` by domain, their means as `mean` and `share`, and the budget. Raises FlextronError as
+    `routers_at_budget`.
 
     Args:
         settings: settings of the stage, with the budget.

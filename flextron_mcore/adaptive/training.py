@@ -36,7 +36,7 @@ def train_adaptive(settings: RouterStageSettings | JointSettings, info: Checkpoi
     """Train adaptive routers, and write checkpoints and metrics.json. Call on all ranks.
 
     After the last step the routers are calibrated (which target leads to which average cost) and compared with the static
-    routers. Raises FlextronError for a checkpoint with modulation.
+    routers. Raises FlextronError for a checkpoint with modulation or without the routers to start from, and as `train`.
 
     Args:
         settings: settings of the stage; `stage=joint` trains the model too.
@@ -44,7 +44,8 @@ def train_adaptive(settings: RouterStageSettings | JointSettings, info: Checkpoi
         data: prepared data set.
 
     Returns:
-        Content of metrics.json.
+        Content of metrics.json: the results of `train`, "routers": {"kind", "costs", "kv_policy"}, "calibration": points (target,
+        average cost), "adaptive_budgets": rows of `Evaluator.budgets`, "full_loss" by domain, "token_costs".
     """
     check_not_modulated(info)
     learner = _learner(settings, info)

@@ -44,6 +44,7 @@ def ablation_rows(
     """Rows of metrics.json, one for each network. Call on all ranks.
 
     A row is {"setup": name of the network, "order", "loss": in nats per token, mean over domains, "perplexity": exp(loss)}.
+
     Args:
         order: name of the order that the units are in (unsorted, sorted), for the rows.
         model: this rank's virtual-pipeline chunks.

@@ -96,6 +96,7 @@ def micro_batch(vocab_size: int) -> dict[str, torch.Tensor]:
 
 def forward_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor], with_mask: bool = False) -> Callable[[], None]:
     """Function that runs the model forward and backward, from the sum of all token losses.
+
     Args:
         model: the model.
         batch: micro-batch.

@@ -49,7 +49,7 @@ def run() -> None:
 
 
 def _compare(model: ModelConfig, space: ElasticSpace, networks: Sequence[SubNetwork]) -> list[str]:
-    """Figures of one row of the table."""
+    """Cells of one row of the table after model and draw. networks: sub-networks of the step, beside the full model."""
     batch = micro_batch(model.vocab_size)
     full = SubNetwork.full(model)
     sliced, masked, whole = elastic(model, space), elastic(model, space), dense(model, full)

@@ -142,7 +142,7 @@ def read_files(source: Path) -> None:
 
 
 def write_llama(directory: str) -> None:
-    """Write a random model as a Hugging Face directory: a file of weights for each layer, and one for the rest."""
+    """Write a random model of HF_CONFIG as a Hugging Face directory: a file of weights for each layer, and one for the rest."""
     import torch
     from safetensors.torch import save_file
 

@@ -27,7 +27,7 @@ from flextron_mcore.specs import elastic_layer_spec
 
 
 def elastic_provider(model: str, info: CheckpointInfo, elastic: ElasticTraining, **options: Any) -> GPTModelProvider:
-    """Bridge's provider of a Hugging Face model, with elastic layers and the weights of `info`. options: its fields."""
+    """Bridge's provider of a Hugging Face model, with elastic layers and the weights of `info`. options: fields to set in it."""
     provider = AutoBridge.from_hf_pretrained(model).to_megatron_provider(load_weights=False)
     for name, value in options.items():
         setattr(provider, name, value)

@@ -123,7 +123,7 @@ def check(args: argparse.Namespace, config: Any, info: CheckpointInfo | None) ->
 
 
 def describe(args: argparse.Namespace, info: CheckpointInfo) -> None:
-    """Add flextron.json to Megatron-LM's checkpoints, so that `flextron` can open them."""
+    """Add flextron.json to the checkpoints in args.save, so that `flextron` can open them. info: checkpoint of the start."""
     for folder in sorted(Path(args.save).glob("iter_*")):
         step = int(folder.name.removeprefix("iter_"))
         write_info(folder, info.at_step(step, dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"))

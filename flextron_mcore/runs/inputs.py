@@ -36,7 +36,7 @@ def input_paths(settings: StageSettings) -> Iterator[tuple[Key, str]]:
     for key in keys(type(settings)).values():
         if key.limits.role in ("input", "collection"):
             for text in texts(value_of(settings, key)):
-                if text != "builtin" or key.name != "input":  # no path: text of this Python
+                if text != "builtin" or key.name != "input":  # "builtin" is no path: text that Python brings
                     yield key, text
 
 

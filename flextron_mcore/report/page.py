@@ -25,7 +25,7 @@ from flextron_mcore.space import count_parameters
 
 
 def build_report(run: Path, out: Path, topics: Sequence[Topic]) -> dict[str, Any]:
-    """Write the report of a run.
+    """Write the report of a run: index.html, a PNG for each figure, and family.json.
 
     Returns {"index": path of the page, "figures": paths of the PNGs, "family": number of evaluated networks in family.json}.
 

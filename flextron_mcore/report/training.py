@@ -88,7 +88,7 @@ class Training:
         return self.last.get("full")
 
     def progress(self) -> Progress:
-        """Summary of the stage (steps, trained tokens, time, loss) as one sentence and a key figure."""
+        """Summary of the stage as one sentence (steps, trained tokens, time, loss unless kind is "router") and a key figure."""
         text = f"{TITLES[self.kind]} took {self.steps:,} steps, {big(self.tokens)} tokens and {duration(self.seconds)}"
         if self.kind != "router" and self.first_loss is not None and self.last_loss is not None:  # `router` trains no model
             text += (

@@ -105,7 +105,7 @@ def run(settings: ImportanceSettings) -> dict[str, Any]:
 
 
 def _counted(dataset: torch.utils.data.Dataset, samples: int, size: int, bar: Progress) -> Iterator[Batch]:
-    """This rank's micro-batches of the first `samples` samples. Each is counted on the bar when it is used up.
+    """Micro-batches of this rank, of the first `samples` samples. Each is counted on the bar when it is used up.
 
     Args:
         dataset: calibration samples.

@@ -279,7 +279,10 @@ class _Run:
         return {}
 
     def _batches(self, step: int) -> Iterator[Batch]:
-        """Micro-batches of this rank in a step. They depend on the step only."""
+        """Micro-batches of this rank in a step. The samples of all ranks together depend on the step only.
+
+        step: number of steps before this one.
+        """
         size = self.options.micro_batch_size
         first = step * self.options.global_batch_size
         for m in range(self.micro_batches):

@@ -71,7 +71,10 @@ def token_cost(cost: Cost, table: LatencyTable | None, kv_policy: str) -> TokenC
 
 
 def routed_warning(table: LatencyTable, kv_policy: str) -> str | None:
-    """Warning about the times that a latency table predicts for token routing with a KV policy; None if they can be trusted."""
+    """Warning about the times that a latency table predicts for token routing with a KV policy; None if they can be trusted.
+
+    Warns if none were measured, and if their median relative error for whole networks is above TRUSTED_MEDIAN.
+    """
     routed = RoutedTable.read(table, kv_policy)
     if routed is None:
         return (

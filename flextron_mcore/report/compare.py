@@ -77,8 +77,7 @@ class RandomNetworks:
     """Cost (shares of the full model's cost) and loss (nats per token) of random networks that meet a budget, the share `target`.
 
     router_share, router_loss: cost and loss of the network that the router chooses for the budget. better_than: fraction of the
-    random networks, other than that one, whose loss is higher than router_loss. The three are None without a router, better_than
-    also if there are no others.
+    random networks other than that one with a higher loss than it. None without a router, better_than also without others.
     """
 
     target: float
@@ -114,8 +113,7 @@ class EqualCost:
 class Fit:
     """Power law L(N) = (N / Nc)^-alpha + E (Flextron, eq. 12), fitted to the losses of a selector's networks and the full model.
 
-    of: quantity that N is. points: number of fitted networks of different N. Nc_ci, alpha_ci, E_ci: 95% confidence intervals.
-    Numbers are None where the points determine no fit.
+    of: quantity N. points: number of different N. Nc_ci, alpha_ci, E_ci: 95% confidence intervals. None: not determined.
     """
 
     selector: SelectorName
@@ -145,8 +143,7 @@ class Comparison:
     """Result of one directory (`label`) that `flextron compare` wrote.
 
     cost: name of the compared cost, whose unit is OWN_UNITS[cost]; full_cost, smallest_cost: cost of the full model and of the
-    smallest network. machine, setting: device and workload of a latency table, None without one. samples: evaluated samples, all
-    domains together.
+    smallest network. machine, setting: device and workload of the latency table, or None. samples: samples of all domains.
     """
 
     label: str

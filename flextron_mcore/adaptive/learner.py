@@ -208,7 +208,10 @@ class AdaptiveLearner(TraceLearner):
         return self.routers(trace.block, trace.hidden_SBD, routing.target_C, routing.start_NK)
 
     def _straight_through(self, trace: Trace) -> Tensor:
-        """First-order change of the loss for each level and token of this rank [S, B, K], from the gradients of the masks."""
+        """First-order change of the loss for each level and token of this rank [S, B, K], from the gradients of the masks.
+
+        Only differences between the levels of one token have a meaning.
+        """
         part_SBK = trace.mask_SBK.grad
         if parallel_state.get_tensor_model_parallel_world_size() > 1:  # each rank has a part of the neurons and heads
             torch.distributed.all_reduce(part_SBK, group=parallel_state.get_tensor_model_parallel_group())

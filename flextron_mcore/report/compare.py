@@ -77,7 +77,7 @@ class RandomNetworks:
     """Cost (shares of the full model's cost) and loss (nats per token) of random networks that meet a budget, the share `target`.
 
     router_share, router_loss: cost and loss of the network that the router chooses for the budget. better_than: fraction of the
-    random networks other than that one with a higher loss than it. None without a router, better_than also without others.
+    random networks, other than that one, with a higher loss than it. None without a router, better_than also without others.
     """
 
     target: float

@@ -64,7 +64,7 @@ class RouterStep:
     """One logged step of a router's training; None for values that were not logged. Losses are in nats per token.
 
     Attributes:
-        step: number of the step.
+        step: number of the step, from 1.
         loss: loss of the full model.
         subnetwork_losses: losses of the networks that the routers drew.
         constraint_loss: constraint loss (Flextron, eq. 8: cost above the budget), for adaptive routers the mean distance of cost

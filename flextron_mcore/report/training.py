@@ -38,7 +38,7 @@ class TrainRow:
     """One logged training step, with losses in nats per token.
 
     Attributes:
-        step: number of the step.
+        step: number of the step, from 1.
         loss: loss of the full model.
         subnetwork_losses: losses of the sub-networks that were drawn for the step; None if there were none.
     """

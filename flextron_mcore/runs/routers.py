@@ -183,9 +183,9 @@ def validation_targets(wanted: Sequence[float] | None, cost: Cost, allowed: tupl
     """Budgets for which a validation evaluates the routers' networks, as shares of the full model's cost.
 
     Args:
-        wanted: budgets that the user gave; None: five, at 10, 30, 50, 70 and 90 % of the range `allowed`.
+        wanted: budgets that the user gave; None: five, at 10, 30, 50, 70 and 90 % of the range `allowed`, to three decimals.
         cost: cost that the budgets limit.
-        allowed: (lowest, highest) budget that the routers are trained for.
+        allowed: (lowest, highest) budget that the routers are trained for, as shares.
 
     Raises:
         FlextronError: for a budget below the smallest network's cost, or above 1.

@@ -159,7 +159,10 @@ def verify_inputs(settings: StageSettings) -> None:
 
 
 def _opened(path: Path) -> list[Path]:
-    """Descriptions that cover what a stage opens of an input: of a run's newest checkpoint, else of the directory itself."""
+    """Descriptions that cover what a stage opens of an input: of a run's newest checkpoint, else of the directory itself.
+
+    [] for a file, and for a directory without descriptions.
+    """
     checkpoints = list_checkpoints(path)
     files = [checkpoints[-1] / INFO_FILE] if checkpoints else [path / INFO_FILE, path / DIGESTS_FILE]
     return [file for file in files if file.is_file()]

@@ -74,7 +74,7 @@ class RouterSelector:
         return max(found, key=lambda pick: pick[:2])[-1]
 
     def _near(self, budgets: Sequence[Budget], which: int) -> _Found | None:
-        """Best network that leaves at most `within` of one of the budgets unused, as (score, cost, network).
+        """Best network that leaves at most `within` of the budget budgets[which] unused, as (score, cost, network).
 
         If no network is that near: for a single budget the one of the nearest bin below it; for several budgets it may be None.
 

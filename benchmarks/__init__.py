@@ -19,7 +19,7 @@ Thunk = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ratios of the rounds: median, lower and upper quartile, and the ratio of the two fastest times."""
+    """Ratio of the times of two functions: median, lower and upper quartile over rounds, and the ratio of their fastest times."""
 
     median: float
     low: float
@@ -31,7 +31,7 @@ class Ratio:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> Ratio:
-    """Ratio of times in paired rounds, `ours` over `theirs`."""
+    """Ratio of times in paired rounds, `ours` over `theirs`: seconds of each round, at least two."""
     low, median, high = statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4, method="inclusive")
     return Ratio(median, low, high, min(ours) / min(theirs))
 

@@ -40,7 +40,16 @@ def _run(data: str, *adaptive: str, passes: int = 6, rounds: int = 15) -> None:
 
 
 def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds: int) -> list[list[str]]:
-    """Rows of the table for one run."""
+    """Rows of the table for one run, one for each of BUDGETS that its routers can meet. Raises FlextronError if they meet none.
+
+    Args:
+        name: name of the run in the table.
+        info: checkpoint with adaptive routers.
+        table: latency table, whose workload gives the size of a pass.
+        datasets: {domain: validation dataset}.
+        passes: number of forward passes in a timed call.
+        rounds: number of paired rounds.
+    """
     import torch
 
     from benchmarks import interleaved, print_settings, ratio

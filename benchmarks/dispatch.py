@@ -136,7 +136,10 @@ def _blocks(model: torch.nn.Module, shape: Shape):
 
 
 def _models(model: torch.nn.Module, arch: ModelConfig, space: ElasticSpace, shape: Shape):
-    """Whole models: mixed levels with routers, and the static sub-network with the same average width."""
+    """Pairs of whole models to time: mixed levels with routers, and the static sub-network with the same average width.
+
+    Yields (name, {"mixed": function, "static": function}, factor of the second time[, functions to run untimed before each]).
+    """
     tokens = torch.randint(0, VOCAB, (shape.batch, shape.length), device=device())
     half = len(FRACTIONS) // 2
     widths = [(space.heads[i], space.ffn_hidden_size[i]) for i in (half - 1, half)]

@@ -78,7 +78,11 @@ def _shared() -> set[str]:
 
 
 def _held(process: psutil.Process, before: set[str]) -> list[int | float]:
-    """Cells of a row. Shared memory: files of /dev/shm that were not there `before`."""
+    """Cells of a row after its step; sizes are in MiB.
+
+    Memory, open files and threads of the process; number and memory of its helpers; number and size of the files of /dev/shm
+    that were not there `before`.
+    """
     new, size, helpers = _shared() - before, 0, []
     for name in new:
         with contextlib.suppress(OSError):

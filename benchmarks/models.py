@@ -86,7 +86,7 @@ def _wrapped(model: Any) -> torch.nn.Module:
 
 
 def micro_batch(vocab_size: int) -> dict[str, torch.Tensor]:
-    """Micro-batch of random tokens, BATCH x LENGTH."""
+    """Micro-batch of random tokens: tokens, labels, position_ids and loss_mask, BATCH x LENGTH each, on this rank's device."""
     tokens = torch.randint(0, vocab_size, (BATCH, LENGTH + 1))
     values = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
     values["position_ids"] = torch.arange(LENGTH).expand(BATCH, -1)
@@ -95,7 +95,7 @@ def micro_batch(vocab_size: int) -> dict[str, torch.Tensor]:
 
 
 def forward_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor], with_mask: bool = False) -> Callable[[], None]:
-    """Function that runs the model forward and backward.
+    """Function that runs the model forward and backward, from the sum of all token losses.
 
     Args:
         model: the model.

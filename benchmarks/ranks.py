@@ -51,7 +51,7 @@ def run() -> None:
 
 
 def _processes(count: int, what: str, micro_batches: int, threads: int = 1) -> dict[str, list[float]]:
-    """Run `measure` in `count` processes; returns {name: seconds of each round}."""
+    """Run `measure` in `count` processes, with `threads` each; returns {name: seconds of each round}."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     finished = subprocess.run(
@@ -63,7 +63,12 @@ def _processes(count: int, what: str, micro_batches: int, threads: int = 1) -> d
 
 
 def measure(what: str, micro_batches: int) -> None:
-    """Work of one of the processes; rank 0 prints the seconds as JSON. what: "flushes" or "data"."""
+    """Work of one of the processes; rank 0 prints {name: seconds of each round} as JSON.
+
+    Args:
+        what: "flushes": passes on two pipeline stages, in one flush and in four. "data": a data-parallel step.
+        micro_batches: micro-batches of this process in a step.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 

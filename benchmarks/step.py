@@ -49,7 +49,7 @@ def run() -> None:
 
 
 def _compare(model: ModelConfig, space: ElasticSpace, networks: Sequence[SubNetwork]) -> list[str]:
-    """Figures of one row of the table."""
+    """Cells of one row of the table after model and draw. networks: sub-networks of the step, beside the full model."""
     batch = micro_batch(model.vocab_size)
     full = SubNetwork.full(model)
     sliced, masked, whole = elastic(model, space), elastic(model, space), dense(model, full)
@@ -104,7 +104,7 @@ def _optimizer_step(model: torch.nn.Module, passes: Callable[[], object], schedu
 
 
 def _mask(model: torch.nn.Module, net: SubNetwork) -> None:
-    """Multiply neurons and heads that the sub-network does not use by zero in the full model."""
+    """Make later passes of the full model multiply by zero the neurons and heads that the sub-network does not use."""
     for layer, choice in zip(unwrap(model).decoder.layers, net.layers, strict=True):
         attention, device = layer.self_attention, distributed.device()
         neurons = (torch.arange(layer.mlp.config.ffn_hidden_size, device=device) < choice.ffn_hidden_size).float()

@@ -96,7 +96,7 @@ def _rows(folder: Path):
 
 
 def _row(name: str, command: list[str], source: Path | None = None) -> list[str]:
-    """Figures of one row. source: directory that the command reads."""
+    """Cells of one row: run a command and time it, and copies of the directory `source` that it reads, before and after it."""
     copies = [copy_seconds(source)] if source else []
     if source:
         read_files(source)
@@ -142,7 +142,7 @@ def read_files(source: Path) -> None:
 
 
 def write_llama(directory: str) -> None:
-    """Write a random model as a Hugging Face directory: a file of weights for each layer, and one for the rest."""
+    """Write a random model of HF_CONFIG as a Hugging Face directory: a file of weights for each layer, and one for the rest."""
     import torch
     from safetensors.torch import save_file
 

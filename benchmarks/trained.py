@@ -50,7 +50,7 @@ def domains(path: str, length: int) -> Mapping[str, Any]:
 
 
 def in_turn(datasets: Mapping[str, Any], count: int) -> Any:
-    """Tokens [count, S] of the first validation sequences, domains in turn."""
+    """Tokens [count, S] of the first validation sequences, domains in turn. Raises FlextronError if a domain has too few."""
     import torch
 
     from flextron_mcore.config import FlextronError

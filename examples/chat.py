@@ -34,7 +34,10 @@ class Chat:
 
     @torch.no_grad()
     def say(self, text: str) -> None:
-        """Append `text`, generate, and print tokens as they come."""
+        """Append `text`, generate at most `tokens` tokens, and print them as they come, then their number, speed and cost.
+
+        If the text does not fit into the model's positions, what was said before is forgotten.
+        """
         room = getattr(self.model.config, "max_position_embeddings", 2**31) - self.tokens
         self.ids = self.encode(text)
         if len(self.ids) > room and self.cache.get_seq_length():
@@ -81,14 +84,14 @@ class Chat:
         return int(torch.multinomial((logits / self.temperature).softmax(-1), 1))
 
     def state(self) -> str:
-        """Budget, and the shares of the full model's costs."""
+        """Text of the budget, and of the network's costs as shares of the full model's."""
         costs = self.model.costs()
         shares = ", ".join(f"{share:.1%} of {name}" for name, share in costs["share"].items())
         budget = "full model" if self.model.budget is None else f"budget {self.model.budget}"
         return f"{budget}{', token routing' if self.model.adaptive else ''}: {shares}"
 
     def command(self, line: str) -> None:
-        """Execute a line that begins with /. Raises ValueError for an unknown command."""
+        """Execute a line that begins with /, and print the state. Raises ValueError for an unknown command or a wrong budget."""
         name, _, value = line[1:].partition(" ")
         value = value.strip()
         if name == "budget" and value:

@@ -23,7 +23,7 @@ PACKAGE = "flextron-mcore"
 
 
 def canonical(name: str) -> str:
-    """Name of a package in the form that is compared."""
+    """Name of a package in the form that is compared: lower case, with single hyphens for other separators."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -33,7 +33,7 @@ def named(line: str) -> str:
 
 
 def installed() -> dict[str, str]:
-    """{package: version} of this Python, without packages whose version is invalid."""
+    """{package: version} of this Python, without packages of invalid version; of several copies the one that is imported."""
     found = {}
     for distribution in importlib.metadata.distributions():
         try:

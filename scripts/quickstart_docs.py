@@ -30,7 +30,7 @@ FAMILY = {
 
 
 def tables(run: Path) -> dict[str, str]:
-    """Markdown {name: text}: tables `family` of both evaluations and `budgets` of the comparison, sentence `sorting`."""
+    """{name: Markdown} of a quickstart: table `family` of both evaluations, table `budgets` of `compare`, sentence `sorting`."""
     before, after, compared, sorting = (
         json.loads((run / stage / "metrics.json").read_text()) for stage in ("evaluate_before", "evaluate", "compare", "sorted")
     )
@@ -77,7 +77,7 @@ def filled(text: str, made: dict[str, str]) -> str:
 
 
 def small(page: str, run: Path) -> str:
-    """A report without the machine's paths, its pictures at half their size and with few colours."""
+    """HTML of a report, `page`, with runs/quickstart for the path of `run`, and its pictures at half their size as lossy WebP."""
 
     def shrink(match: re.Match[str]) -> str:
         image = Image.open(io.BytesIO(base64.b64decode(match[1]))).convert("RGB")

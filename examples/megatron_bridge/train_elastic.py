@@ -27,7 +27,7 @@ from flextron_mcore.specs import elastic_layer_spec
 
 
 def elastic_provider(model: str, info: CheckpointInfo, elastic: ElasticTraining, **options: Any) -> GPTModelProvider:
-    """Bridge's provider of a Hugging Face model, with elastic layers and the weights of `info`. options: its fields."""
+    """Bridge's provider of a Hugging Face model, with elastic layers and the weights of `info`. options: fields to set in it."""
     provider = AutoBridge.from_hf_pretrained(model).to_megatron_provider(load_weights=False)
     for name, value in options.items():
         setattr(provider, name, value)
@@ -47,7 +47,7 @@ def elastic_provider(model: str, info: CheckpointInfo, elastic: ElasticTraining,
 def forward_step(
     elastic: ElasticTraining, state: GlobalState, data_iterator: Iterator, model: torch.nn.Module
 ) -> tuple[torch.Tensor, Any]:
-    """Losses of all networks on one micro-batch, and the loss function; Bridge logs each network's loss."""
+    """Per-token losses [networks, B, S] on one micro-batch, and the loss function; Bridge logs each network's loss."""
     batch = {name: value.cuda(non_blocking=True) for name, value in next(data_iterator).items() if torch.is_tensor(value)}
     inputs = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"], "labels": batch["labels"]}
     losses = elastic.all_losses(model, state.train_state.step, {**inputs, "attention_mask": None})

@@ -47,7 +47,7 @@ def add_elastic_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
 
 
 def train_valid_test_datasets_provider(elastic: ElasticTraining, num_samples: Any, vp_stage: int | None = None) -> Any:
-    """Megatron-LM's datasets, on every rank; the training dataset repeats each micro-batch once for each network."""
+    """Megatron-LM's datasets (training, validation, test), on every rank; the first repeats each micro-batch for each network."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -81,7 +81,7 @@ def get_batch(data_iterator: Any) -> dict[str, torch.Tensor]:
 
 
 def forward_step(elastic: ElasticTraining, data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """Losses of a micro-batch in its network, and the loss function of Megatron-LM's schedule."""
+    """Per-token losses [B, S] of a micro-batch in its network, and the loss function for Megatron-LM's schedule."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator)
@@ -92,7 +92,10 @@ def forward_step(elastic: ElasticTraining, data_iterator: Any, model: torch.nn.M
 
 
 def prepare_chunks(elastic: ElasticTraining, info: CheckpointInfo | None, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Load the weights of the checkpoint, if there is one. Megatron-LM calls this with the built model, before it wraps it."""
+    """Load the weights of the checkpoint, if there is one. Megatron-LM calls this with the built model, before it wraps it.
+
+    Raises FlextronError if the layers have another elastic space than the checkpoint.
+    """
     for chunk in chunks:
         elastic.watch(chunk)
         if info and any(layer.mlp.space != info.space for layer in chunk.decoder.layers):
@@ -120,7 +123,7 @@ def check(args: argparse.Namespace, config: Any, info: CheckpointInfo | None) ->
 
 
 def describe(args: argparse.Namespace, info: CheckpointInfo) -> None:
-    """Add flextron.json to Megatron-LM's checkpoints, so that `flextron` can open them."""
+    """Add flextron.json to the checkpoints in args.save, so that `flextron` can open them. info: checkpoint of the start."""
     for folder in sorted(Path(args.save).glob("iter_*")):
         step = int(folder.name.removeprefix("iter_"))
         write_info(folder, info.at_step(step, dtype="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"))

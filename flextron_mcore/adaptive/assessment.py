@@ -69,8 +69,9 @@ class Evaluator:
         """Evaluate the static and the adaptive routers at some budgets on the validation data. Call on all ranks.
 
         Returns a row of metrics.json for each budget: {"target": budget, "static": result of the sub-network that the static
-        routers choose, "adaptive": {KV policy: result of token routing}}, with the KV policy of the training first. A budget
-        outside of the calibration gets the calibration's nearest point.
+        routers choose, "adaptive": {KV policy: result of token routing}}, with the KV policy of the training first. A result has
+        `loss` by domain, `mean_loss`, and `share`, the cost as a share of the full model's. For a budget outside of the
+        calibration the adaptive routers take its nearest point, with a warning.
 
         Args:
             model: this rank's virtual-pipeline chunks.
@@ -117,9 +118,10 @@ class Evaluator:
         return evaluate(model, self.validation, {"": net}, *sizes)[""]
 
     def token_costs(self, model: Model, share: float, data: PreparedData) -> list[dict[str, Any]]:
-        """Evaluate the cost of each of the first tokens of one text of each domain. Call on all ranks.
+        """Evaluate the cost of each of the first _SHOWN tokens of each domain's first text. Call on all ranks.
 
-        Returns a row of metrics.json for each domain; costs are shares of the full model's cost.
+        Returns a row of metrics.json for each domain: {"domain", "budget", "texts" and "shares": text of each token, and its cost
+        as a share of the full model's}.
 
         Args:
             model: this rank's virtual-pipeline chunks.
@@ -138,7 +140,16 @@ class Evaluator:
         return found
 
     def _row(self, model: Model, target: float, kv_policy: str) -> dict[str, Any]:
-        """Result of token routing at a target on the validation data, as plain types for metrics.json. Call on all ranks."""
+        """Result of token routing at a target on the validation data, as plain types for metrics.json. Call on all ranks.
+
+        {"loss", "shares" and "levels" by domain, "mean_loss", "share"}: costs are shares of the full model's, `levels` the result
+        of `levels_by_domain`.
+
+        Args:
+            model: this rank's virtual-pipeline chunks.
+            target: target of the first cost, 0 (smallest network) to 1 (full model).
+            kv_policy: "full" or "own" (layers/tokens/levels.py).
+        """
         make = lambda: self.learner.routing(target, kv_policy)  # noqa: E731
         sizes = self.seq_length, self.micro_batch_size, self.validation_samples
         found = evaluate_routed(model, self.validation, make, *sizes)

@@ -14,7 +14,7 @@ _NARROW = 1 / 1024  # least width of an interval
 
 
 def calibrate(spent: Callable[[float], float], progress: Callable[[], object] = lambda: None) -> list[tuple[float, float]]:
-    """Points (target, average cost) for interpolation, sorted by target; the cost is a share of the full model's cost.
+    """Points (target, average cost) from target 0 to 1, sorted, for interpolation; the cost is a share of the full model's cost.
 
     A target is 0 for the smallest network's cost and 1 for the full model's. The cost may jump between two targets, so an
     interval with a large change is halved.
@@ -43,8 +43,8 @@ def target_for(calibration: Points, share: float, nearest: bool = False) -> floa
     """Target at which the routers spend the average cost `share`, interpolated between the points of a calibration.
 
     A target is 0 for the smallest network's cost and 1 for the full model's. Where the cost jumps between two neighbouring
-    targets, the target with the nearer cost is returned. Raises FlextronError for an empty calibration, and for a share outside
-    of the calibration unless `nearest`.
+    targets, the target with the nearer cost is returned. Raises FlextronError for an empty calibration, and unless `nearest` for
+    a share that is more than 0.005 outside of the calibration.
 
     Args:
         calibration: points (target, average cost as a share of the full model's cost).

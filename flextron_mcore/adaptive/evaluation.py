@@ -23,7 +23,7 @@ class RoutedEvaluation:
 
     Attributes:
         loss: mean loss in nats per token.
-        share_NK: share of tokens at each level k (index of the candidate, 0 the smallest) of each block n.
+        share_NK: share of the tokens that count in the loss at each level k (index of the candidate, 0 the smallest) of block n.
     """
 
     loss: float
@@ -68,7 +68,7 @@ def levels_of_text(model: Sequence[torch.nn.Module], routing: AdaptiveRouting, t
 
     Args:
         model: this rank's virtual-pipeline chunks.
-        routing: adaptive routers at a target.
+        routing: adaptive routers at a target; its `kept` and its counts change.
         tokens_BS: token ids, B = 1.
     """
     routing.kept = {}

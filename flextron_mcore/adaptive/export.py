@@ -17,7 +17,8 @@ from flextron_mcore.routers.store import kind_of_routers
 def exported_routers(info: CheckpointInfo, latency: str | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Adaptive routers of a checkpoint: (description for flextron_family.json, {name: tensor in fp32}).
 
-    Returns None if the checkpoint has no adaptive routers, their training did not end, or they were trained for a latency whose
+    The description is {"cost": name, "kv_policy", "calibration", "token_costs": {KV policy: milliseconds} for a latency}. Returns
+    None if the checkpoint has no adaptive routers, their training did not end, or they were trained for a latency whose
     table is missing.
 
     latency: file or directory of the latency table; None for the table beside the routers.

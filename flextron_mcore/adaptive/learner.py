@@ -149,10 +149,11 @@ class AdaptiveLearner(TraceLearner):
     def learn(self, step: int, losses: Sequence[float]) -> Figures:
         """Update the routers from the losses of a step and the traces of its token routings. Call on all ranks.
 
-        Returns figures for the log.
+        Returns figures for the log: {"targets" and "costs": shares of the full model's costs for each routing, "constraint_loss":
+        mean of |cost - target|, scaled as targets}, and those of the surrogate, if there is one.
 
         Args:
-            step: number of the step.
+            step: number of the step, from 0.
             losses: loss of each network in nats per token, the full model first.
         """
         above = max(float(np.mean(losses[1:])) - losses[0], 1e-6)
@@ -174,7 +175,13 @@ class AdaptiveLearner(TraceLearner):
         }
 
     def _learn_from(self, t: int, routing: AdaptiveRouting, step: int) -> Tensor:
-        """Add the gradients from one network's traces, and return the average cost [C] of its tokens."""
+        """Add the gradients from one routing's traces, and return the average cost [C] of its tokens, scaled as targets.
+
+        Args:
+            t: index of the routing in `drawn`.
+            routing: the routing; its traces are removed.
+            step: number of the step, from 0.
+        """
         traces = routing.traces
         if not self.surrogate:  # with recomputation, the first forward pass leaves traces without a gradient
             traces = [trace for trace in traces if trace.mask_SBK.grad is not None]
@@ -201,14 +208,17 @@ class AdaptiveLearner(TraceLearner):
         return self.routers(trace.block, trace.hidden_SBD, routing.target_C, routing.start_NK)
 
     def _straight_through(self, trace: Trace) -> Tensor:
-        """First-order change of the loss for each level and token of this rank [S, B, K], from the gradients of the masks."""
+        """First-order change of the loss for each level and token of this rank [S, B, K], from the gradients of the masks.
+
+        Only differences between the levels of one token have a meaning.
+        """
         part_SBK = trace.mask_SBK.grad
         if parallel_state.get_tensor_model_parallel_world_size() > 1:  # each rank has a part of the neurons and heads
             torch.distributed.all_reduce(part_SBK, group=parallel_state.get_tensor_model_parallel_group())
         return own_part(part_SBK.cumsum(-1), self.sequence_parallel)
 
     def _overhead_C(self, share_NK: Tensor) -> Tensor:
-        """Routing overhead [C] at these shares of tokens, differentiable."""
+        """Routing overhead [C] at these shares of tokens at each level, scaled as targets, differentiable."""
         amount_N3 = torch.stack(overheads_N3(share_NK, level_shares_NK(self.choices), smooth_occurrence), -1)
         return (amount_N3 * self.overhead_CN3).sum((-1, -2))
 

@@ -42,7 +42,7 @@ class Outcome:
     levels: dict[str, list]
 
     def cell(self, domain: str) -> str:
-        """Text for one domain in a table: loss in nats per token, and average cost as percent of the full model's cost."""
+        """Text for one domain in a table: loss in nats per token, and average cost as percent of the full model's; – without."""
         return f"{loss(self.loss[domain])} at {percent(self.shares[domain])}" if domain in self.loss else "–"
 
 
@@ -220,7 +220,7 @@ def evaluated_sections(results: list[Evaluated]) -> list[Section]:
 
 
 def _lines(figure: Figure, series: dict[str, list[tuple[float, float]]], colours: list, xlabel: str, ylabel: str) -> None:
-    """Draw each series as a line with markers."""
+    """Draw each series, {name: points}, as a line with markers, in the colours and with a legend."""
     axes = chart(figure, xlabel, ylabel)
     for (text, points), marker, colour in zip(series.items(), MARKERS * len(series), colours, strict=False):
         axes.plot(*zip(*points, strict=True), f"{marker}-", color=colour, label=text, markersize=5)
@@ -268,7 +268,8 @@ def degradation(found: Trained, name: str) -> Picture:
 def allocation(found: Trained, name: str) -> Picture:
     """Chart of the mean level of tokens in each block by domain, at the middle budget (Flextron, figure 9).
 
-    A level is the index of a block's candidate, 0 the smallest. name: file name without its ending.
+    A level is the index of a block's candidate, scaled to 0 for the smallest and 1 for the largest. name: file name without its
+    ending.
     """
     target, outcome = found.outcomes()[len(found.adaptive_budgets) // 2]
     domains, layers = list(outcome.levels), found.model.num_layers

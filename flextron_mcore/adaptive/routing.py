@@ -22,7 +22,7 @@ class Trace:
 
     Attributes:
         block: index of the block.
-        number: number of the micro-batch within the step.
+        number: number of the micro-batch within the step, over all data-parallel ranks.
         hidden_SBD: input of the block; with sequence parallelism this rank's positions only.
         levels_SB: level (index of the candidate) of each token of the whole sequence.
         counted_SB: True where a token counts in the loss.
@@ -42,7 +42,7 @@ class MicroBatch:
     """Micro-batch whose tokens are routed.
 
     Attributes:
-        number: number of the micro-batch within the step; part of the seed of the noise.
+        number: number of the micro-batch within the step, over all data-parallel ranks; part of the seed of the noise.
         counted_SB: True where a token counts in the loss; None if all do.
         padding_SB: True for padding; None without padding.
     """
@@ -119,7 +119,13 @@ class AdaptiveRouting:
 
 @dataclass(frozen=True)
 class AdaptiveBlock:
-    """Routing of one block in one micro-batch by an adaptive router; a BlockRouting (protocol of layers/tokens/levels.py)."""
+    """Routing of one block in one micro-batch by an adaptive router; a BlockRouting (protocol of layers/tokens/levels.py).
+
+    Attributes:
+        routing: routing of the model; it counts and records the levels.
+        block: index of the block.
+        micro_batch: micro-batch whose tokens are routed.
+    """
 
     routing: AdaptiveRouting
     block: int
@@ -170,9 +176,9 @@ class AdaptiveBlock:
         return levels_SB
 
     def masks(self, levels_SB: Tensor) -> Tensor:
-        """Masks [S, B, K]: 1 where a token's level is k or higher, else 0.
+        """Masks [S, B, K]: 1 where a token's level is k or higher, else 0. Call after `levels`, on a routing that is `traced`.
 
-        The block's trace keeps them, because the router learns from their gradient.
+        The block's newest trace keeps them, because the router learns from their gradient.
         """
         width = self.routing.counts_NK.shape[1]
         mask_SBK = (levels_SB.unsqueeze(-1) >= torch.arange(width, device=levels_SB.device)).float().requires_grad_()

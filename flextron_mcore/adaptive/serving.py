@@ -37,7 +37,7 @@ class RoutersAtBudget:
     Attributes:
         choices: blocks of the model and candidates of each.
         routers: adaptive routers on this rank's device.
-        target_C: target of each cost, 0 (smallest network) to 1 (full model), from the routers' calibration.
+        target_C: target of each cost, 0 (smallest network) to 1 (full model): of the first from the routers' calibration, else 1.
         kv_policy: keys and values that a token writes: `full`, of all KV groups, or `own`, of the groups that it uses.
         budget: average cost of tokens that the routers are set for.
         cost: cost of a pass with token routing.
@@ -70,7 +70,8 @@ class RoutersAtBudget:
 def routers_at_budget(settings: EvaluateSettings | GenerateSettings, info: CheckpointInfo) -> RoutersAtBudget:
     """Adaptive routers of a checkpoint, set for settings.budget.
 
-    Raises FlextronError for a checkpoint without adaptive routers, and for a budget that they were not calibrated for.
+    Raises FlextronError for a checkpoint without adaptive routers, without a budget or with settings.subnetwork, and unless the
+    budget is a single one, of the routers' first cost and within their calibration.
     """
     choices, table = Choices(info.model, info.space), latency_table(settings, info)
     described, routers = read_adaptive_routers(info.path, choices)
@@ -95,8 +96,9 @@ def evaluate_adaptive(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint's adaptive routers at a budget, and write metrics.json. Call on all ranks.
 
-    Returns the content of metrics.json: loss, perplexity and average cost of a token, by domain. Raises FlextronError for a
-    checkpoint without adaptive routers, and for a budget that they were not calibrated for.
+    Returns the content of metrics.json: `loss` (nats per token), `perplexity`, `shares` (average cost of a token as a share of
+    the full model's) and `levels` by domain, their means as `mean` and `share`, and the budget. Raises FlextronError as
+    `routers_at_budget`.
 
     Args:
         settings: settings of the stage, with the budget.

@@ -71,9 +71,9 @@ class TokenSurrogate:
         `routers_follow_surrogate`, true if that error is below the threshold of the settings.
 
         Args:
-            step: number of the step.
+            step: number of the step, from 0.
             drawn: token routings of the step, with their traces.
-            scale: typical degradation, which scales the surrogate's output from the first step on.
+            scale: typical degradation. The one of the first call scales the surrogate's output from then on.
         """
         tokens = {
             (t, number): self._tokens(t, number, [trace for trace in routing.traces if trace.number == number])
@@ -126,6 +126,11 @@ class TokenSurrogate:
         """Counted tokens of a micro-batch: choices [M, N, K], final hidden states [M, D] and degradations [M].
 
         Each pipeline stage has the levels of its own blocks, and the last one the outputs; they are summed over the stages.
+
+        Args:
+            network: index of the token routing, from 0, the full model not counted.
+            number: number of the micro-batch.
+            traces: traces of this micro-batch in that routing, of this rank's blocks.
         """
         first = traces[0]
         levels_NSB = torch.zeros(self.count, *first.levels_SB.shape, dtype=torch.long, device=first.levels_SB.device)

@@ -21,7 +21,8 @@ class RoutedTable:
         hidden_size: hidden units of a router.
         levels: {axis: milliseconds of a block if all tokens take one candidate, for each candidate of the space}.
         overhead: {axis: milliseconds of each kind of routing overhead, in the order of OVERHEADS (adaptive/usage.py)}.
-        check: relative errors of predicted times of whole networks against measured ones.
+        check: relative errors of predicted times of whole networks against measured ones: {"networks": their number,
+            "median_error", "largest_error"}.
     """
 
     hidden_size: int
@@ -58,7 +59,8 @@ def token_cost(cost: Cost, table: LatencyTable | None, kv_policy: str) -> TokenC
 
     Args:
         cost: cost of sub-networks without token routing.
-        table: latency table, whose part `routed` gives the routing overhead of a latency; None for another cost.
+        table: latency table, whose part `routed` gives the levels and the routing overhead of a latency. Overhead is not counted
+            for None, for another cost, or if token routing was not measured with this policy.
         kv_policy: keys and values that a token writes: `full`, of all KV groups, or `own`, of the groups that it uses.
     """
     routed = RoutedTable.read(table, kv_policy) if table and cost.name == "latency" else None
@@ -69,7 +71,10 @@ def token_cost(cost: Cost, table: LatencyTable | None, kv_policy: str) -> TokenC
 
 
 def routed_warning(table: LatencyTable, kv_policy: str) -> str | None:
-    """Warning about the times that a latency table predicts for token routing with a KV policy; None if they can be trusted."""
+    """Warning about the times that a latency table predicts for token routing with a KV policy; None if they can be trusted.
+
+    Warns if none were measured, and if their median relative error for whole networks is above TRUSTED_MEDIAN.
+    """
     routed = RoutedTable.read(table, kv_policy)
     if routed is None:
         return (

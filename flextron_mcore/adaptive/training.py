@@ -36,7 +36,7 @@ def train_adaptive(settings: RouterStageSettings | JointSettings, info: Checkpoi
     """Train adaptive routers, and write checkpoints and metrics.json. Call on all ranks.
 
     After the last step the routers are calibrated (which target leads to which average cost) and compared with the static
-    routers. Raises FlextronError for a checkpoint with modulation.
+    routers. Raises FlextronError for a checkpoint with modulation or without the routers to start from, and as `train`.
 
     Args:
         settings: settings of the stage; `stage=joint` trains the model too.
@@ -44,7 +44,8 @@ def train_adaptive(settings: RouterStageSettings | JointSettings, info: Checkpoi
         data: prepared data set.
 
     Returns:
-        Content of metrics.json.
+        Content of metrics.json: the results of `train`, "routers": {"kind", "costs", "kv_policy"}, "calibration": points (target,
+        average cost), "adaptive_budgets": rows of `Evaluator.budgets`, "full_loss" by domain, "token_costs".
     """
     check_not_modulated(info)
     learner = _learner(settings, info)
@@ -117,7 +118,10 @@ def _pair(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _learner(settings: RouterStageSettings | JointSettings, info: CheckpointInfo) -> AdaptiveLearner:
-    """Learner with new routers that start from the checkpoint's static ones, or for stage=joint with its adaptive routers."""
+    """Learner with new routers that start from the checkpoint's static ones, or for stage=joint with its adaptive routers.
+
+    Raises FlextronError if the checkpoint lacks these routers, or a cost that they were trained for is not available.
+    """
     choices, table = Choices(info.model, info.space), latency_table(settings, info)
     check_table(table)
     available = available_costs(settings, info, table)

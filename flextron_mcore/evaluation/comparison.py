@@ -22,6 +22,8 @@ Row = dict[str, Any]
 def network_row(net: SubNetwork, cost: Cost, losses: Evaluator) -> Row:
     """Row of metrics.json with the numbers of parameters, the cost and the losses of a network. Call on all ranks.
 
+    {"cost", "share": of the full model's cost, "parameters", "non_embedding_parameters", "loss": {domain: loss}, "mean_loss"}.
+
     Args:
         net: the network.
         cost: cost to report.
@@ -41,8 +43,8 @@ def network_row(net: SubNetwork, cost: Cost, losses: Evaluator) -> Row:
 def selected_rows(selectors: Mapping[str, Selector], cost: Cost, targets: Sequence[float], losses: Evaluator) -> list[Row]:
     """Rows of metrics.json, one for each selector and target, with the network that the selector chooses. Call on all ranks.
 
-    Targets below the smallest network of Uniform or MatFormer have no row for this selector. Raises FlextronError if another
-    selector finds no network.
+    A row is {"selector", "target", "subnetwork"} and the entries of `network_row`. Targets below the smallest network of Uniform
+    or MatFormer have no row for this selector. Raises FlextronError if another selector finds no network.
 
     Args:
         selectors: {name: selector}.
@@ -69,7 +71,7 @@ def equal_rows(selectors: Mapping[str, Selector], cost: Cost, losses: Evaluator)
     The router's network is the one that it chooses for a budget equal to the other network's cost. Call on all ranks.
 
     Args:
-        selectors: {name: selector}; without a selector "router" its columns are None.
+        selectors: {name: selector}; without a selector "router", `router_share` and `router_loss` are None.
         cost: cost that is compared.
         losses: evaluator of the model.
     """
@@ -93,7 +95,8 @@ def equal_rows(selectors: Mapping[str, Selector], cost: Cost, losses: Evaluator)
 def random_row(target: float, drawn: Sequence[SubNetwork], cost: Cost, losses: Evaluator, rows: Sequence[Row]) -> Row:
     """Row of metrics.json with the losses of random networks at one budget, beside the loss of the router's network.
 
-    `better_than` is the fraction of the random networks with a higher loss than the router's network. Call on all ranks.
+    `better_than` is the fraction of the random networks, other than the router's own, with a higher loss than that; None if there
+    are no others. Call on all ranks.
 
     Args:
         target: budget, as a share of the full model's cost.
@@ -147,7 +150,8 @@ def scaling_laws(selectors: Sequence[str], rows: Sequence[Row], full: Row) -> li
     """Rows of metrics.json with scaling laws L(N) (Flextron, eq. 12), two for each selector.
 
     N is the number of non-embedding parameters in one and the cost in the other. A law is fitted to the networks of its selector
-    and the full model.
+    and the full model; of networks with equal N only the last counts. A row is {"selector", "of": kind of N, "points": number of
+    different N} and the result of `scaling.fit`.
 
     Args:
         selectors: names of the selectors.

@@ -11,7 +11,7 @@ def uniform_family(model: ModelConfig, space: ElasticSpace) -> dict[str, SubNetw
     """{name: sub-network} of networks with the same widths in every layer, from the smallest to the full model, named "full".
 
     From one network to the next, all axes of the space grow together. There are as many networks as the axis with the most
-    candidates has; other axes repeat some of theirs.
+    candidates has; other axes repeat some of theirs. A smaller network is named by its sizes, as "uniform 75% heads 75% ffn".
     """
     steps = max(map(len, space.sizes.values()))
     family = {}

@@ -22,9 +22,9 @@ def evaluate(
     progress: Callable[[str], None] | None = None,
     drop: Callable[[], bool] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Evaluate networks: {name of the network: {domain: mean loss in nats per token}}, the same on all ranks.
+    """Evaluate networks: {name of the network: {domain: loss in nats per token}}, the same on all ranks.
 
-    Call on all ranks.
+    A loss is the mean over all tokens that count in the loss. Call on all ranks.
 
     Args:
         model: this rank's virtual-pipeline chunks (usually one); their mode (training or evaluation) is restored.
@@ -34,7 +34,7 @@ def evaluate(
         micro_batch_size: samples of a micro-batch.
         max_samples: number of samples of each domain, the first ones; None for all.
         progress: called with "DOMAIN: NETWORK" after each evaluation of a network on a domain.
-        drop: as in `run_networks`; the losses are void once it has returned True.
+        drop: function that returns True if the rest is to be skipped (`run_networks`); the losses are void then.
     """
     training = [chunk.training for chunk in model]
     for chunk in model:

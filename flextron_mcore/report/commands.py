@@ -11,7 +11,10 @@ MODELS = ("pretrain", "import", "importance", "elastic", "gumbel", "router", "jo
 
 
 def next_commands(outputs: Sequence[StageOutput]) -> list[tuple[str, str]]:
-    """(purpose, command line) of the stages that may follow those of a run; [] if no stage of it wrote a checkpoint."""
+    """(purpose, command line) of the stages that may follow those of a run; [] if no stage of it wrote a checkpoint.
+
+    Stages that trained adaptive routers do not count: the commands would need selector=adaptive.
+    """
     found = {output.kind: output.directory for output in outputs if not _of_tokens(output)}
     model = next((kind for kind in MODELS[::-1] if kind in found), None)
     if model is None:

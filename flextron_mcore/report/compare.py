@@ -77,7 +77,7 @@ class RandomNetworks:
     """Cost (shares of the full model's cost) and loss (nats per token) of random networks that meet a budget, the share `target`.
 
     router_share, router_loss: cost and loss of the network that the router chooses for the budget. better_than: fraction of the
-    random networks whose loss is higher than router_loss. The three are None without a router.
+    random networks, other than that one, with a higher loss than it. None without a router, better_than also without others.
     """
 
     target: float
@@ -111,9 +111,9 @@ class EqualCost:
 
 @dataclass(frozen=True)
 class Fit:
-    """Power law L(N) = (N / Nc)^-alpha + E (Flextron, eq. 12), fitted to the losses of `points` networks of a selector.
+    """Power law L(N) = (N / Nc)^-alpha + E (Flextron, eq. 12), fitted to the losses of a selector's networks and the full model.
 
-    of: quantity that N is. Nc_ci, alpha_ci, E_ci: 95% confidence intervals. Numbers are None where the points determine no fit.
+    of: quantity N. points: number of different N. Nc_ci, alpha_ci, E_ci: 95% confidence intervals. None: not determined.
     """
 
     selector: SelectorName
@@ -132,7 +132,7 @@ class Fit:
         return None not in (self.Nc, self.alpha, self.E)
 
     def loss(self, sizes: np.ndarray) -> np.ndarray:
-        """L(N) of Flextron, eq. 12, at each of `sizes`; NaN where it is not finite."""
+        """L(N) of Flextron, eq. 12, at each N in `sizes`; NaN where it is not finite. Only for a fit that is `determined`."""
         with np.errstate(all="ignore"):
             values = (sizes / self.Nc) ** -self.alpha + self.E
         return np.where(np.isfinite(values), values, np.nan)
@@ -143,7 +143,7 @@ class Comparison:
     """Result of one directory (`label`) that `flextron compare` wrote.
 
     cost: name of the compared cost, whose unit is OWN_UNITS[cost]; full_cost, smallest_cost: cost of the full model and of the
-    smallest network. machine, setting: device and workload of a latency. samples: evaluated samples, all domains together.
+    smallest network. machine, setting: device and workload of the latency table, or None. samples: samples of all domains.
     """
 
     label: str
@@ -310,7 +310,7 @@ def _equal_section(c: Comparison, key: str, label: str) -> Section:
 
 
 def colour(theme: Theme, selector: str) -> str:
-    """Colour of a selector's points and line."""
+    """Colour of the points and line of a selector, or of "dense" models."""
     colours = (theme.after, theme.before, *theme.others[:2], theme.muted, *theme.others[2:])
     return colours[list(STYLES).index(selector) % len(colours)]
 

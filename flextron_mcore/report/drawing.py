@@ -140,7 +140,7 @@ def panels(figure: Figure, titles: Sequence[str], **options: bool) -> list[Axes]
 def tidy(axes: Axes, x_numbers: bool = True) -> None:
     """Give axes a grid behind the data and no frame above and on the right.
 
-    x_numbers: True for numbers on the x axis, which get round ticks; False for names.
+    x_numbers: True for numbers on the x axis, which get round ticks and vertical grid lines; False for names.
     """
     axes.grid(axis="y" if not x_numbers else "both")
     axes.set_axisbelow(True)
@@ -150,7 +150,10 @@ def tidy(axes: Axes, x_numbers: bool = True) -> None:
 
 
 def log_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Give axes a logarithmic y scale for positive `values`, with plain numbers at 1, 2, 5 times powers of ten."""
+    """Give axes a logarithmic y scale for positive `values`, with plain numbers as ticks.
+
+    The ticks are powers of ten and, if the values span less than a factor of 100, also 2 and 5 times these.
+    """
     axes.set_yscale("log")
     few = max(values) < 100 * min(values)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6))
@@ -218,7 +221,7 @@ def picture(
         name: file name without its ending.
         alt: description in words, for readers who do not see the picture.
         caption: text below the picture.
-        draw: function that draws into a figure with the colours of a theme.
+        draw: function (figure, theme) that draws into the figure in the theme's colours; called twice.
         size: width and height in inches.
     """
     return Picture(name, alt, caption, _render(draw, size, LIGHT), _render(draw, size, DARK))

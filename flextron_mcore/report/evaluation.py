@@ -46,7 +46,7 @@ class Network:
         name: name of the network.
         subnetwork: sizes of the network.
         parameters, non_embedding_parameters: number of parameters, with and without embeddings.
-        weight_bytes, kv_cache_bytes: bytes of the weights and of the KV cache.
+        weight_bytes, kv_cache_bytes: bytes of the weights, and of a KV cache of the evaluation's key `kv_cache`.
         loss: {domain: loss in nats per token}.
         perplexity: {domain: perplexity}.
         mean: loss averaged over domains, and the perplexity of this average.
@@ -146,7 +146,10 @@ def sections(results: list[Evaluation]) -> list[Section]:
 
 
 def highlights(results: list[Evaluation]) -> Highlights:
-    """Sentences and key figures about the full model and the smallest network, before and after elastic training."""
+    """Sentences and key figures about the full model and the smallest network, before and after elastic training.
+
+    family.json gets the networks after it as `family`, those before it as `before` (None if there are none).
+    """
     family, before = find_family(results), find_before(results)
     values: dict[str, Any] = {
         "family": [net.to_dict() for net in family.networks] if family else [],
@@ -225,10 +228,10 @@ def pareto(family: Evaluation, drawn: Sequence[Evaluation], before: Evaluation |
     """Scatter plot of mean loss (nats per token) against number of parameters.
 
     Args:
-        family: evaluation that the report is about.
+        family: evaluation that the report is about; its Pareto front is drawn as a line.
         drawn: evaluations to draw, in order. Networks are named if `family` is the only one.
-        before: evaluation before elastic training, if any.
-        name, caption: name and caption of the picture.
+        before: evaluation before elastic training; None if there is none.
+        name, caption: file name (without its ending) and caption of the picture.
     """
     label, unit = cost_unit("parameters", family.networks[0].parameters)
     place = lambda net: (net.parameters / unit, net.mean.loss)  # noqa: E731

@@ -19,7 +19,8 @@ class Export:
         architecture: name of the model's class in the format.
         parameters: number of parameters.
         bytes: bytes of all files.
-        max_logit_difference: largest difference between logits of the export and of the elastic model; None if not measured.
+        max_logit_difference: largest absolute difference between logits of the export and of the elastic model; None for
+            verify=false.
     """
 
     label: str

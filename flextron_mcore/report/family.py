@@ -94,7 +94,7 @@ def sections(results: list[Family]) -> list[Section]:
 
 
 def highlights(results: list[Family]) -> Highlights:
-    """Networks of each directory, for family.json."""
+    """Networks of each directory, for family.json: `budgets`, {directory: [network, by parameters]}."""
     return Highlights(values={"budgets": {family.label: [m.to_dict() for m in family.networks] for family in results}})
 
 

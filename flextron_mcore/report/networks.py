@@ -22,7 +22,8 @@ MOST_NUMBERS = 12  # up to this many layers the picture has a number in every ce
 def layer_columns(networks: Sequence[SubNetwork], model: ModelConfig) -> list[Column]:
     """Table columns of the axes that each layer chooses (heads, FFN neurons).
 
-    A column is (header, one cell for each network): the size if all executed layers share it, else the mean and the range.
+    A column is (header with the full model's size, one cell for each network): the size that all executed layers share, or the
+    mean and the range.
     """
     sizes = lambda net, axis: [axis.size(layer) for layer in net.layers if layer.executed]  # noqa: E731
     return [(f"{axis.short} of {axis.full(model):,}", [spread(sizes(net, axis)) for net in networks]) for axis in layer_axes()]
@@ -82,7 +83,7 @@ def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, n
     Args:
         networks: (name, sub-network) of each row; the first MOST_ROWS are shown.
         model: architecture of the full model.
-        name: name of the picture.
+        name: file name of the picture without its ending.
         before: text that the caption begins with.
     """
     rows, left_out, axes_shown = networks[:MOST_ROWS], len(networks) - MOST_ROWS, layer_axes()

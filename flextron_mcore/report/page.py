@@ -25,7 +25,7 @@ from flextron_mcore.space import count_parameters
 
 
 def build_report(run: Path, out: Path, topics: Sequence[Topic]) -> dict[str, Any]:
-    """Write the report of a run.
+    """Write the report of a run: index.html, a PNG for each figure, and family.json.
 
     Returns {"index": path of the page, "figures": paths of the PNGs, "family": number of evaluated networks in family.json}.
 
@@ -131,14 +131,20 @@ def summary(highlights: Sequence[Highlights], stages: Sequence[tuple[str, str]])
 
 
 def cards(highlights: Sequence[Highlights]) -> list[Card]:
-    """Up to four key figures at the head of the page: of evaluated networks, then of elastic training, else of other training."""
+    """Up to four key figures at the head of the page: `cards` of all topics, then those of elastic training.
+
+    If there was no elastic training, those of the other training stages.
+    """
     progress = [made for each in highlights for made in each.progress]
     trained = [made.card for made in progress if made.elastic] or [made.card for made in progress]
     return [*(card for each in highlights for card in each.cards), *trained][:4]
 
 
 def chosen_settings(highlights: Sequence[Highlights]) -> Settings:
-    """Architecture and elastic space for the page, each from the latest stage that wrote one; None for one that none wrote."""
+    """Architecture and elastic space for the page; None for one that no stage wrote.
+
+    Each is of the last topic that has it, and there of the first stage in `Highlights.settings`.
+    """
     found = [settings for each in reversed(highlights) for settings in each.settings]
     return Settings(
         next((settings.model for settings in found if settings.model is not None), None),

@@ -38,7 +38,9 @@ _hints = cache(get_type_hints)
 
 @dataclass(frozen=True)
 class Reader:
-    """Reader of a JSON object in a stage's output, which checks types; its errors name file and key.
+    """Reader of a JSON object in a stage's output, which checks types.
+
+    Reading a key that is missing or has a value of another type raises FlextronError, which names file and key.
 
     Attributes:
         values: the object.
@@ -61,8 +63,10 @@ class Reader:
     def read(self, key: str, hint: Any) -> Any:
         """Value of `key` as the type `hint`. NaN and infinity, losses of a network that diverged, are numbers.
 
-        hint: a key of PLAIN, a Literal, a dataclass, a list or dictionary of these, or one of them | None (null or missing).
-        Raises FlextronError naming file and key for another type.
+        Raises FlextronError for a missing key or another type.
+
+        hint: a key of PLAIN, a Literal, a dataclass, SubNetwork, a list or dictionary of these, a tuple of types in PLAIN (a list
+        of that length), or one of them | None (null or missing).
         """
         origin, arguments = get_origin(hint), get_args(hint)
         if origin is UnionType:
@@ -135,7 +139,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Settings:
-    """Architecture (`model`) and elastic space from a stage's metrics.json; None for one that the stage did not write."""
+    """Architecture (`model`) and elastic space as they stand in a stage's metrics.json; None for one that it did not write."""
 
     model: dict | None = None
     space: dict | None = None
@@ -165,18 +169,19 @@ class StageOutput:
     def into(self, hint: type[D], /, **given: Any) -> D:
         """Instance of the dataclass `hint` from metrics.json.
 
-        The fields `label`, `kind` and `settings` describe the directory; fields in `given` are taken as they are.
+        The fields `label`, `kind` and `settings` describe the directory; fields in `given` are taken as they are; every other
+        field is read from the key of its name.
         """
         own = {"label": self.label, "kind": self.kind, "settings": self.metrics.into(Settings)}
         return self.metrics.into(hint, **{name: value for name, value in own.items() if name in _hints(hint)}, **given)
 
     @property
     def warnings(self) -> list[str]:
-        """Warnings that the stage printed."""
+        """Texts of the warnings that the stage printed."""
         return self.metrics.read("warnings", list[str]) if self.metrics.has("warnings") else []
 
     def log(self, event: str) -> list[Reader]:
-        """Rows of log.jsonl with this `event`, one for each step, in order.
+        """Rows of log.jsonl with this `event` ("train" or "validation"), one for each step, in order; [] without a log.
 
         If a resumed run repeats a step, the later row counts.
         """
@@ -190,9 +195,10 @@ class StageOutput:
 
 
 def collect(run: Path) -> list[StageOutput]:
-    """Finished stages of a run, in the order of STAGES: `run` itself and its direct children that have a metrics.json.
+    """Finished stages of a run: `run` itself and its direct children, except hidden ones, with metrics.json of a stage in STAGES.
 
-    Raises FlextronError for a file that cannot be read (naming file and key), and if there is no finished stage.
+    They are in the order of STAGES, several of one stage by name. Raises FlextronError if there is none, if `run` is no
+    directory, for a metrics.json that cannot be read, and for one or a log.jsonl that differs from its digest.
     """
     if not run.is_dir():
         raise FlextronError(f"{run}: no such directory: name one that holds outputs of stages")
@@ -216,8 +222,8 @@ class Unfinished:
 
     Attributes:
         label: name of the stage's directory.
-        step: last logged step; None if not known.
-        steps: number of steps of the whole training; None if not known.
+        step: last logged step; None if nothing was logged.
+        steps: number of steps of the whole training; None for a stage that does not train.
         begun: False if the stage never started.
     """
 
@@ -229,6 +235,8 @@ class Unfinished:
 
 def unfinished(run: Path, out: Path) -> list[Unfinished]:
     """Stages of `run` without metrics.json: interrupted, running, or not begun yet in a chain (`flextron quickstart`).
+
+    Those of the chain come first, in its order; `report` is left out.
 
     out: directory of the report, which is passed over.
     """

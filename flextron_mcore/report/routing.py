@@ -64,13 +64,13 @@ class RouterStep:
     """One logged step of a router's training; None for values that were not logged. Losses are in nats per token.
 
     Attributes:
-        step: number of the step.
+        step: number of the step, from 1.
         loss: loss of the full model.
         subnetwork_losses: losses of the networks that the routers drew.
         constraint_loss: constraint loss (Flextron, eq. 8: cost above the budget), for adaptive routers the mean distance of cost
             and budget; both as shares of the span from the smallest network's cost to the full model's.
         surrogate_loss: mean squared error of the surrogate model's predictions for these networks, in nats squared.
-        surrogate_error: surrogate_loss divided by the variance of the networks' losses.
+        surrogate_error: running mean of surrogate_loss divided by the variance of the losses that the surrogate is fitted to.
         routers_follow_surrogate: True if the routers learn from the surrogate model's predictions at this step.
         temperature: temperature of the softmax of relaxed choices.
     """
@@ -117,9 +117,9 @@ class TrainedRouters:
         kind: name of the stage.
         model: architecture of the full model.
         routers: settings of the routers.
-        budgets: networks chosen for some budgets; empty for routers that choose for every token.
+        budgets: networks chosen for some budgets, the largest budget first; empty for routers that choose for every token.
         training: numbers and curves of the training.
-        steps: logged steps.
+        steps: logged steps of the routers.
     """
 
     label: str
@@ -137,7 +137,7 @@ class TrainedRouters:
 
     @property
     def signal(self) -> str:
-        """Name of the routers' training signal: surrogate, budgets only, straight-through or relaxed choices (SIGNALS)."""
+        """Name of the routers' training signal: a key of SIGNALS, or for adaptive routers also "straight-through, a token"."""
         if self.relaxed:
             return "relaxed choices"
         if self.routers.surrogate:
@@ -145,11 +145,11 @@ class TrainedRouters:
         return f"straight-through{', a token' if self.routers.kind else ''}"
 
     def follows_from(self) -> int | None:
-        """First step at which the routers learn from the surrogate model's predictions; None if they never do."""
+        """First logged step at which the routers learn from the surrogate model's predictions; None if they never do."""
         return next((row.step for row in self.steps if row.routers_follow_surrogate), None)
 
     def steady_from(self) -> int | None:
-        """First step at which the routers follow the surrogate and its error is steady; None if there is none.
+        """First logged step at which the routers follow the surrogate and its error is steady; None if there is none.
 
         Steady: at most 1.5 times the median error of the last quarter of the logged steps.
         """
@@ -265,8 +265,8 @@ class _Curve:
 def dynamics(trained: TrainedRouters) -> Picture | None:
     """Picture of a router's training by step; None without a log.
 
-    Shown are the loss of the chosen networks above the full model's (nats per token) and the surrogate's error; without a
-    surrogate the constraint loss and the temperature of relaxed choices.
+    Panels: loss of the drawn networks above the full model's (nats per token); with a surrogate its loss and its error, without
+    one the constraint loss; for the stage `gumbel` also the temperature.
     """
     steps = trained.steps
     curves = [curve for curve in _curves(trained) if curve.points(steps)[0]]

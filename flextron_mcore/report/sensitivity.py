@@ -67,7 +67,7 @@ class Sensitivity:
 
 
 def read(output: StageOutput) -> Sensitivity:
-    """Result of one `sensitivity` directory. Raises FlextronError for an unknown axis or layer."""
+    """Result of one `sensitivity` directory. Raises FlextronError without blocks, and for an unknown axis or layer."""
     output.metrics.refuse_empty("blocks")
     found, axes = output.into(Sensitivity), [axis.name for axis in layer_axes()]
     for i, block in enumerate(found.blocks):

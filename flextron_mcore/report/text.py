@@ -11,12 +11,12 @@ NONE = "–"
 
 
 def loss(value: float | None) -> str:
-    """Text of a loss with three decimals; – for None."""
+    """Text of a loss with three decimals; NaN, ∞ or −∞ for one that is not finite, – for None."""
     return NONE if value is None else f"{value:,.3f}" if math.isfinite(value) else _not_finite(value)
 
 
 def perplexity(value: float) -> str:
-    """Text of a perplexity, with two decimals below 1,000 and none above."""
+    """Text of a perplexity, with two decimals below 1,000 and none from there; NaN or ∞ for one that is not finite."""
     return _not_finite(value) if not math.isfinite(value) else f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
@@ -26,12 +26,12 @@ def percent(share: float | None) -> str:
 
 
 def small(value: float) -> str:
-    """Text of a small number with two digits and a power of ten, such as 3.1e−6."""
+    """Text of a small number with two significant digits and a power of ten, such as 3.1e−6; 0 for zero."""
     return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+").replace("e-", f"e{MINUS}")
 
 
 def big(count: int) -> str:
-    """Text of a count with three digits and thousand, million, billion or trillion, such as 3.42 million."""
+    """Text of a count with three digits and thousand, million, billion or trillion: 3.42 million; below 1,000 as it is."""
     for size, word in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
         if count >= size:
             return f"{count / size:.3g} {word}"
@@ -69,12 +69,12 @@ def significant(value: float) -> str:
 
 
 def signed(value: float | None) -> str:
-    """Text of a difference of losses: +0.123, −0.123; – for None."""
+    """Text of a difference of losses with three decimals: +0.123, −0.123, 0.000; – for None."""
     return f"{'+' if value is not None and value > 0 else ''}{loss(value)}".replace("-", MINUS)
 
 
 def duration(seconds: float) -> str:
-    """Text of a duration: 35 s, 12 min 5 s, 3 h 12 min."""
+    """Text of a duration: 3.5 s (below ten seconds), 35 s, 12 min 5 s, 3 h 12 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

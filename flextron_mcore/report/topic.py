@@ -76,7 +76,7 @@ class Section:
         title: heading.
         note: explanation.
         tables, pictures: content.
-        chapter: name of the chapter.
+        chapter: chapter of the page, a key of CHAPTERS.
         folded: True if the pictures are hidden until a click.
     """
 
@@ -110,8 +110,9 @@ class Highlights:
 
     Attributes:
         sentences, cards: sentences and key figures of the summary, about evaluated networks.
-        progress: training stages, which the summary is about if no topic has cards.
-        settings: architecture and elastic space of each stage, the latest first.
+        progress: summary of each training stage. Key figures of these follow `cards`; their sentences stand in the summary only
+            if no topic has cards.
+        settings: architecture and elastic space of the stages. The page takes each from the first that has it.
         details: tables of further settings, each (title, rows of (name, value)).
         values: {key of family.json: value}.
     """
@@ -130,9 +131,9 @@ class Topic(Generic[R]):
 
     Attributes:
         stages: names of the stages that the topic reads.
-        read: function that returns the result of one stage's directory, or None if another topic shows it.
-        sections: function that returns the sections of the page for one or more results.
-        highlights: function that returns the highlights of any number of results, also of none.
+        read: function (output of a stage) that returns its result, or None if another topic shows it.
+        sections: function (one or more results) that returns sections of the page.
+        highlights: function (results, possibly none) that returns their highlights; by default empty ones.
     """
 
     stages: tuple[str, ...]
@@ -141,11 +142,11 @@ class Topic(Generic[R]):
     highlights: Callable[[list[R]], Highlights] = lambda results: Highlights()
 
     def results(self, outputs: Sequence[StageOutput]) -> list[R]:
-        """Results of all stage directories that the topic reads."""
+        """Results of the outputs of the topic's stages, in their order, without those for which `read` returns None."""
         return [result for _, result in self.read_all(outputs)]
 
     def read_all(self, outputs: Sequence[StageOutput]) -> list[tuple[StageOutput, R]]:
-        """Every stage directory that the topic reads, with its result."""
+        """(output, result) of each output of the topic's stages, without those for which `read` returns None."""
         found = [(output, self.read(output)) for output in outputs if output.kind in self.stages]
         return [(output, result) for output, result in found if result is not None]
 

@@ -38,7 +38,7 @@ class TrainRow:
     """One logged training step, with losses in nats per token.
 
     Attributes:
-        step: number of the step.
+        step: number of the step, from 1.
         loss: loss of the full model.
         subnetwork_losses: losses of the sub-networks that were drawn for the step; None if there were none.
     """
@@ -57,8 +57,8 @@ class Training:
         kind: name of the stage.
         steps: number of training steps.
         tokens: tokens of all steps.
-        seconds: wall time.
-        tokens_per_second: mean throughput.
+        seconds: wall time since the last start of the stage, so of an interrupted training its last part only.
+        tokens_per_second: mean throughput in that time.
         train: logged steps.
         validation: (step, {name of a network: loss, mean over domains}) of each validation.
         first, last: {name of a network: loss} in the first and in the last validation.
@@ -88,7 +88,7 @@ class Training:
         return self.last.get("full")
 
     def progress(self) -> Progress:
-        """Summary of the stage (steps, trained tokens, time, loss) as one sentence and a key figure."""
+        """Summary of the stage as one sentence (steps, trained tokens, time, loss unless kind is "router") and a key figure."""
         text = f"{TITLES[self.kind]} took {self.steps:,} steps, {big(self.tokens)} tokens and {duration(self.seconds)}"
         if self.kind != "router" and self.first_loss is not None and self.last_loss is not None:  # `router` trains no model
             text += (

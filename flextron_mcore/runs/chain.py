@@ -79,7 +79,9 @@ def run_chain(
 
 
 def _make_output(settings: StageSettings, same: Sequence[str]) -> None:
-    """Make the directory of a chain, or check that it holds this chain. Raises FlextronError if it holds anything else.
+    """Make the directory of a chain, or check that it holds this chain; with overwrite=true, replace any earlier chain or stage.
+
+    Raises FlextronError if it holds anything else.
 
     same: keys of `settings` that must equal those in the directory's config.yaml.
     """

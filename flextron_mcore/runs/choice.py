@@ -32,7 +32,7 @@ Losses = Callable[[Sequence[SubNetwork]], Sequence[float]]
 def latency_table(settings: StageSettings, info: CheckpointInfo) -> LatencyTable | None:
     """Latency table that settings.latency names, else the one stored with the checkpoint's routers; None without either.
 
-    Raises FlextronError for a damaged table, or one of another model or space.
+    Raises FlextronError for a table that is missing, damaged, or of another model or space.
     """
     return open_table(info, settings.latency)
 
@@ -51,7 +51,7 @@ def available_costs(settings: StageSettings, info: CheckpointInfo, table: Latenc
     """{name: cost} of the costs that budgets can limit: `latency` (if there is a table), `parameters` and `memory`.
 
     Args:
-        settings: settings of the stage; `kv_cache` and `dtype` give the KV cache and the precision that `memory` counts.
+        settings: settings of the stage, which give the KV cache and the precision that `memory` counts (`memory_setting`).
         info: checkpoint whose networks have the costs.
         table: latency table; None: no cost `latency`.
     """
@@ -63,7 +63,10 @@ def available_costs(settings: StageSettings, info: CheckpointInfo, table: Latenc
 
 
 def memory_setting(settings: StageSettings, info: CheckpointInfo) -> dict[str, Any]:
-    """Keyword arguments of `memory_cost`: `dtype` of weights and KV cache, `batch_size` and `length` (tokens) of the KV cache."""
+    """Keyword arguments of `memory_cost`: `dtype` of weights and KV cache, `batch_size` and `length` (tokens) of the KV cache.
+
+    `dtype` is the key dtype, else trainer.precision, else the checkpoint's. Without kv_cache.length it is the model's default.
+    """
     trainer = getattr(settings, "trainer", None)
     dtype = getattr(settings, "dtype", None) or getattr(trainer, "precision", None) or info.dtype
     kv = settings.kv_cache
@@ -105,7 +108,7 @@ def selector(settings: StageSettings, info: CheckpointInfo, name: str, losses: L
             them.
         info: checkpoint from whose elastic space the networks are chosen.
         name: one of ALL_SELECTORS.
-        losses: function that returns the loss of each of some networks; needed by `random` only.
+        losses: function from a list of networks to the loss of each in nats per token; needed by `random` only.
 
     Raises:
         FlextronError: the name is unknown, or what the selector needs is missing or damaged: trained routers, `losses`, or the
@@ -144,7 +147,7 @@ def select(
     Args:
         settings: settings of the stage.
         info: checkpoint from whose elastic space the network is chosen.
-        losses: function that returns the loss of each of some networks; needed by selector `random` only.
+        losses: function from a list of networks to the loss of each in nats per token; needed by selector `random` only.
         budget: budget as a user types it; None: settings.budget.
 
     Returns:
@@ -210,7 +213,8 @@ def _degradations(settings: StageSettings, choices: Choices) -> np.ndarray:
     """Degradations [blocks, candidates], read from the result of `flextron sensitivity` that settings.sensitivity names.
 
     A degradation is the loss of the full model with one block at a smaller candidate, minus the full model's own loss, in nats
-    per token. Raises FlextronError for a result that is missing, damaged, incomplete or of another model or space.
+    per token. It is 0 for a block's largest candidate, and where a block has fewer candidates than others. Raises FlextronError
+    for a result that is missing, damaged, incomplete or of another model or space.
     """
     if not settings.sensitivity:
         raise FlextronError("selector=sensitivity: give sensitivity=, the directory that `flextron sensitivity` wrote")

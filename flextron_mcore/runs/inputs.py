@@ -36,7 +36,7 @@ def input_paths(settings: StageSettings) -> Iterator[tuple[Key, str]]:
     for key in keys(type(settings)).values():
         if key.limits.role in ("input", "collection"):
             for text in texts(value_of(settings, key)):
-                if text != "builtin" or key.name != "input":  # no path: text of this Python
+                if text != "builtin" or key.name != "input":  # "builtin" is no path: text that Python brings
                     yield key, text
 
 
@@ -67,7 +67,10 @@ def _relation(out: Path, given: Path, key: Key, stage: str) -> str | None:
 
 
 def _linked(folder: Path, levels: int = _LEVELS) -> Iterator[Path]:
-    """Targets (real paths) of the symbolic links in a directory and in its subdirectories, `levels` levels in all."""
+    """Targets (real paths) of the symbolic links in a directory and in its subdirectories, `levels` levels in all.
+
+    Nothing for a file, and for a directory that cannot be read.
+    """
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_symlink():

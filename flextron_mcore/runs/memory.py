@@ -76,7 +76,8 @@ def generation_line(settings: GenerateSettings, info: CheckpointInfo, precision:
 def comparison_line(settings: ExportSettings, info: CheckpointInfo, net: SubNetwork) -> str:
     """Line to print before an export: what is compared, and the memory of the main process.
 
-    With verify=true this holds the checkpoint's part of this rank and, except on a GPU, the whole export, both in fp32.
+    With verify=true this holds the checkpoint's part of this rank and, except on a GPU, the whole export, both in fp32. With
+    verify=false nothing is compared, and the line is that of `copying_line`.
 
     Args:
         settings: settings of the stage.

@@ -65,7 +65,7 @@ def open_evaluation(settings: StageSettings) -> Opened:
 
 
 def evaluator(settings: StageSettings, opened: Opened, cache: Path, progress: Callable[[str], None]) -> Evaluator:
-    """Load the model and make an evaluator of networks on the validation split. Call on all ranks.
+    """Print opened.memory, load the model and make an evaluator of networks on the validation split. Call on all ranks.
 
     Args:
         settings: settings of the stage; `limit_val_batches` limits the number of micro-batches of each domain.

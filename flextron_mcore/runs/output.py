@@ -46,8 +46,8 @@ def claimed(out: Path) -> Iterator[None]:
 def serial_output(settings: StageSettings) -> Iterator[Path]:
     """Context with a hidden directory to write results into, for a stage that the main process runs alone.
 
-    At the end config.yaml and digests.json are added, and the directory is renamed to settings.out; after an error it is
-    removed. Raises FlextronError if settings.out exists and overwrite=true is not given.
+    At the end config.yaml and digests.json are added, and the directory replaces settings.out; after an error it is removed.
+    Raises FlextronError if settings.out may not be written (`check_output`).
     """
     out = Path(settings.out)
     check_output(out, settings.overwrite)
@@ -61,8 +61,8 @@ def serial_output(settings: StageSettings) -> Iterator[Path]:
 def new_output(settings: StageSettings) -> Iterator[Path]:
     """Context with a hidden directory to write results into, for a stage that all ranks run. Call on all ranks.
 
-    When every rank has left the block, config.yaml and digests.json are added and the directory is renamed to settings.out; after
-    an error it is removed. Raises FlextronError on every rank if settings.out exists and overwrite=true is not given.
+    When every rank has left the block, config.yaml and digests.json are added and the directory replaces settings.out; after an
+    error it is removed. Raises FlextronError on every rank if settings.out may not be written (`check_output`).
     """
     with disk_errors(Path(settings.out)), contextlib.ExitStack() as main_process:
         folder = on_main_process(lambda: main_process.enter_context(serial_output(settings)))
@@ -74,7 +74,7 @@ def new_output(settings: StageSettings) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Context with an empty directory that is renamed to `out` at its end, for a stage that writes more into it later.
+    """Context with an empty directory that replaces `out` at its end, for a stage that writes more into it later.
 
     If `out` cannot be renamed (a mount, or a directory whose parent cannot be written), it is `out` itself, emptied.
     """
@@ -92,14 +92,15 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def is_empty(out: Path) -> bool:
-    """True if a directory is missing, or holds nothing but its lock."""
+    """True if `out` does not exist, or is a directory that holds nothing but its lock."""
     return not out.exists() or not set(os.listdir(out)) - {INSIDE}
 
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Raise FlextronError if `out` is a file, or a directory with content that may not be replaced.
 
-    overwrite: True if the output of a stage, a directory with config.yaml, may be replaced; any other directory never may.
+    overwrite: True if the output of a stage, a directory with config.yaml, may be replaced. A directory with other content never
+    may.
     """
     if out.exists() and not out.is_dir():
         raise FlextronError(f"out={out}: is a file, not a directory; choose another")

@@ -105,7 +105,8 @@ def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> N
     Args:
         out: directory of the run.
         values: configuration of the run that is to continue, with the fingerprints of data and tokenizer.
-        info: checkpoint that it starts from; model, space, order of units and origin are compared.
+        info: checkpoint that it starts from; model, space, order of units and imported config.json are compared with those of the
+            run's newest checkpoint, if it has one.
     """
     before, now = _read_config(out / CONFIG_FILE), _flat(values)
     advice = "choose another out, or overwrite=true"
@@ -129,7 +130,10 @@ def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> N
 
 
 def _source(info: CheckpointInfo) -> dict[str, Any]:
-    """{"checkpoint.KEY": value} of what every checkpoint of a run has in common with the checkpoint that the run started from."""
+    """Model, space, order of units and imported config.json of a checkpoint, as {"checkpoint.KEY": value}.
+
+    Every checkpoint of a run has them in common with the checkpoint that the run started from.
+    """
     values = info.to_dict()
     return _flat({"checkpoint": {name: values[name] for name in ("model", "space", "sorted", "hf_config")}})
 

@@ -37,7 +37,8 @@ def described_routers(
     """Describe routers that are to be trained: the costs that their budgets limit, and the range of budgets of each cost.
 
     Args:
-        settings: settings of the stage; `costs`, `targets`, `kv_cache` and `dtype` are read.
+        settings: settings of the stage; `costs` (by default latency if there is a table, else parameters), `targets` and the keys
+            of `memory_setting` are read.
         info: checkpoint with the elastic space from which the routers choose.
         table: latency table; None: no cost `latency`.
         hidden_size: hidden units of the routers.
@@ -99,7 +100,8 @@ def train_routers(
         teach: distillation from the full model to the sub-networks of a step; None: none.
 
     Returns:
-        Content of metrics.json.
+        Content of metrics.json: the results of `train`, "routers": {"costs", "surrogate" (True with one), and of a surrogate
+        "threshold" and "steps_followed"}, "budgets": a row of `_budget` for each validation target.
 
     Raises:
         FlextronError: settings.out holds something else than this run, a validation target is out of range, or a loss is not
@@ -181,9 +183,9 @@ def validation_targets(wanted: Sequence[float] | None, cost: Cost, allowed: tupl
     """Budgets for which a validation evaluates the routers' networks, as shares of the full model's cost.
 
     Args:
-        wanted: budgets that the user gave; None: five, at 10, 30, 50, 70 and 90 % of the range `allowed`.
+        wanted: budgets that the user gave; None: five, at 10, 30, 50, 70 and 90 % of the range `allowed`, to three decimals.
         cost: cost that the budgets limit.
-        allowed: (lowest, highest) budget that the routers are trained for.
+        allowed: (lowest, highest) budget that the routers are trained for, as shares.
 
     Raises:
         FlextronError: for a budget below the smallest network's cost, or above 1.
@@ -200,7 +202,11 @@ def validation_targets(wanted: Sequence[float] | None, cost: Cost, allowed: tupl
 
 
 def _budget(learner: RouterLearner, target: float) -> dict[str, Any]:
-    """Row of metrics.json with the network that the routers choose for a budget, the share `target` of the full model's cost."""
+    """Row of metrics.json on the network that the routers choose for a budget, the share `target` of the full model's cost.
+
+    {"target", "share": cost of the network, "argmax_share": cost of the likeliest network, which may miss the budget (both as
+    shares of the full model's), "subnetwork"}.
+    """
     cost, net = learner.costs[0], learner.choose(target)
     return {
         "target": target,
@@ -213,7 +219,8 @@ def _budget(learner: RouterLearner, target: float) -> dict[str, Any]:
 def _range(targets: TargetSettings, cost: Cost) -> tuple[float, float]:
     """(lowest, highest) budget that routers are trained for, as shares of the full model's cost.
 
-    Raises FlextronError if it is no range within the costs of the smallest network and the full model.
+    Without targets.low the lowest is the cost of the smallest network. Raises FlextronError if it is no range within the costs of
+    the smallest network and the full model.
     """
     least = cost.smallest / cost.full
     low = least if targets.low is None else float(targets.low)

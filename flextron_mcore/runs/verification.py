@@ -109,6 +109,9 @@ def _describe_again(file: Path, path: Path) -> None:
     Args:
         file: digests.json or flextron.json.
         path: path whose files are recorded.
+
+    Raises:
+        FlextronError: `file` is a damaged flextron.json.
     """
     folder = file.parent
     values = _json(file)
@@ -156,7 +159,10 @@ def verify_inputs(settings: StageSettings) -> None:
 
 
 def _opened(path: Path) -> list[Path]:
-    """Descriptions that cover what a stage opens of an input: of a run's newest checkpoint, else of the directory itself."""
+    """Descriptions that cover what a stage opens of an input: of a run's newest checkpoint, else of the directory itself.
+
+    [] for a file, and for a directory without descriptions.
+    """
     checkpoints = list_checkpoints(path)
     files = [checkpoints[-1] / INFO_FILE] if checkpoints else [path / INFO_FILE, path / DIGESTS_FILE]
     return [file for file in files if file.is_file()]
@@ -173,7 +179,7 @@ def _is_early(path: Path) -> bool:
 
 
 def _existing(path: Path) -> Path:
-    """Real path of a file or directory. Raises FlextronError if it does not exist."""
+    """Real path of a file or directory. Raises FlextronError if it does not exist, or is neither."""
     if not path.exists():
         raise FlextronError(f"path={path}: no such file or directory: name the out of a stage")
     if not (path.is_dir() or path.is_file()):
@@ -182,7 +188,7 @@ def _existing(path: Path) -> Path:
 
 
 def _entries(file: Path) -> dict[Path, Entry]:
-    """{file: size and digest} in a description. Raises FlextronError if it is damaged."""
+    """{path of a file: its size and digest} that the description `file` lists. Raises FlextronError if it is damaged."""
     found = digests.files_of(digests.read_description(file), file)
     return {file.parent / name: entry for name, entry in found.items()}
 

@@ -44,7 +44,7 @@ class RouterSelector:
         log_p: function from targets [C] to log-probabilities [N, K]. A target is a budget scaled to 0 at the smallest network's
             cost and 1 at the full model's.
         ranges: {name of a cost: (least, largest) budget of the training, as shares of the full model's cost}.
-        evaluated: {network: loss} of networks whose loss was evaluated, used for budgets of the first cost.
+        evaluated: {network: loss in nats per token} of evaluated networks, among which a budget of the first cost gets its own.
     """
 
     choices: Choices
@@ -74,7 +74,7 @@ class RouterSelector:
         return max(found, key=lambda pick: pick[:2])[-1]
 
     def _near(self, budgets: Sequence[Budget], which: int) -> _Found | None:
-        """Best network that leaves at most `within` of one of the budgets unused, as (score, cost, network).
+        """Best network that leaves at most `within` of the budget budgets[which] unused, as (score, cost, network).
 
         If no network is that near: for a single budget the one of the nearest bin below it; for several budgets it may be None.
 
@@ -142,7 +142,8 @@ class RouterSelector:
     def _bin(self, cost: Cost, others: Sequence[Budget], low: float, high: float) -> _Found | None:
         """Best network that costs between `low` and `high` and meets the budgets `others`, as (score, cost, network).
 
-        None if there is no such network. Bounds are in the cost's unit.
+        The score of an evaluated network is minus its loss, else that of `_score`. None if there is no such network. Bounds are
+        in the cost's unit.
         """
         key = (cost.name, tuple((other.cost.name, other.limit) for other in others), high)
         if self.evaluated and not others and cost.name == next(iter(self.costs)):

@@ -29,7 +29,7 @@ def draw_near(choices: Choices, budgets: Sequence[Budget], count: int, seed: int
     Args:
         choices: choices of the layers (without `all_axes`).
         budgets: budgets, all to be met.
-        count: largest number of networks; fewer are returned if fewer exist.
+        count: largest number of networks; fewer are returned if some rounds of draws find no new one.
         seed: seed of the draws.
         within: share of the full model's cost by which a network may stay below the first budget; doubled while none is found.
             If none is found even at 1, the cheapest network is the only one returned.

@@ -29,8 +29,8 @@ class Selector(Protocol):
 class Uniform:
     """Selector of networks with the same widths in every layer.
 
-    Of the networks within the budgets it takes the most balanced one: each network has an axis that is smallest relative to its
-    full size, and the network where this axis is largest wins; among equals the one with most parameters.
+    Of the networks within the budgets it takes the most balanced one. The balance of a network is the least of its sizes, over
+    all axes, as a share of the axis's full size; among equals the network with most parameters is taken.
     """
 
     choices: Choices
@@ -75,7 +75,7 @@ class Random:
         choices: choices of the layers.
         count: number of random networks.
         seed: seed of the draws.
-        losses: function that evaluates networks and returns the loss of each, in nats per token.
+        losses: function from a list of networks to the loss of each in nats per token.
     """
 
     choices: Choices
@@ -86,7 +86,7 @@ class Random:
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
         """Draw random networks that meet all budgets, evaluate them, and choose the one of least loss.
 
-        Raises FlextronError if no network meets the budgets.
+        Raises FlextronError if no network is found that meets the budgets.
         """
         drawn = draw_near(self.choices, budgets, self.count, self.seed)
         losses = self.losses(drawn)

@@ -41,7 +41,9 @@ def ablation_rows(
     micro_batch_size: int,
     batches: int,
 ) -> list[dict[str, Any]]:
-    """Rows of metrics.json, one for each network: loss in nats per token (mean over domains) and perplexity. Call on all ranks.
+    """Rows of metrics.json, one for each network. Call on all ranks.
+
+    A row is {"setup": name of the network, "order", "loss": in nats per token, mean over domains, "perplexity": exp(loss)}.
 
     Args:
         order: name of the order that the units are in (unsorted, sorted), for the rows.

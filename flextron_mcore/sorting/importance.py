@@ -67,8 +67,8 @@ def importance(
 ) -> Scores:
     """Compute importance scores of this pipeline stage's layers, over all data- and tensor-parallel ranks. Call on all ranks.
 
-    Channels are scored by |activation|_1 after each norm, summed over norms. Tokens count where the loss_mask is 1. Raises
-    FlextronError for an unknown score.
+    Channels are scored by |activation|_1 after each norm, summed over the norms of all pipeline stages. Tokens count where the
+    loss_mask is 1. Raises FlextronError for an unknown score.
 
     Args:
         model: this rank's virtual-pipeline chunks.
@@ -130,7 +130,7 @@ class _Tokens:
 
 @contextlib.contextmanager
 def _observed_norms(model: Sequence[torch.nn.Module], tokens: _Tokens) -> Iterator[Tensor]:
-    """Context that accumulates |activation| of the channels [C] after each norm of this rank."""
+    """Context with the sum of |activation| [C] after all norms of this rank, over the tokens of the passes within it."""
     decoders = [unwrap(chunk).decoder for chunk in model]
     sums_C = torch.zeros(decoders[0].config.hidden_size, dtype=torch.float64, device=device())
 
@@ -152,7 +152,7 @@ def _observed_norms(model: Sequence[torch.nn.Module], tokens: _Tokens) -> Iterat
 
 @contextlib.contextmanager
 def _observed(layer: torch.nn.Module, arch: ModelConfig, tokens: _Tokens) -> Iterator[LayerScores]:
-    """Context that accumulates |activation| of this rank's units of a layer, and the layer's block influence."""
+    """Context with the sums of |activation| of this rank's units of a layer, and of its block influence, over counted tokens."""
     sums = LayerScores({})
 
     def observe(name: str, units_SBU: Tensor) -> Tensor:
@@ -189,9 +189,10 @@ def removal_errors(
     seq_length: int,
     micro_batch_size: int,
 ) -> list[float]:
-    """Error of the final hidden states without each layer: ||h_without - h_full||^2 / ||h_full||^2, equal on all ranks.
+    """Error of the final hidden states without each layer, in the order of the layers, equal on all ranks.
 
-    Every micro-batch goes through the full model and, for each layer, the network that skips it. Call on all ranks.
+    The error is ||h_without - h_full||^2 / ||h_full||^2, both summed over the tokens that count in the loss. Every micro-batch
+    goes through the full model and, for each layer, the network that skips it. Call on all ranks.
 
     Args:
         model: this rank's virtual-pipeline chunks.

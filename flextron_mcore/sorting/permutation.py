@@ -27,6 +27,8 @@ Orders = dict[str, Tensor]
 def order(model: ModelConfig, space: ElasticSpace, scores: LayerScores) -> Orders:
     """Permutations that bring the elastic units of one layer (heads, neurons) into decreasing importance. Ties keep their order.
 
+    Returns {field of LayerChoice: old index of each unit, the most important first}.
+
     Args:
         model: architecture of the full model.
         space: elastic space, whose attention unit decides between KV groups and query heads.
@@ -87,7 +89,7 @@ def _select(view: Tensor, axis: int, units: Tensor, size: int) -> Tensor:
 
 
 def sorted_tensors(info: CheckpointInfo, orders: Mapping[int, Orders], channels_C: Tensor | None = None) -> dict[str, LazyTensor]:
-    """Tensors of a checkpoint with permuted units (heads, neurons, channels), each computed when it is written.
+    """{name: tensor} of a checkpoint with permuted units (heads, neurons, channels), each read and permuted when it is written.
 
     Args:
         info: checkpoint to read.

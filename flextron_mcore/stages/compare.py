@@ -31,7 +31,8 @@ from flextron_mcore.space import SubNetwork
 def run(settings: CompareSettings) -> dict[str, Any]:
     """Evaluate the network of every selector for every target, and random networks of the same cost; write metrics.json.
 
-    Call on all ranks. Returns the content of metrics.json.
+    Call on all ranks. Returns the content of metrics.json: compared cost, model and space, and rows of evaluation/comparison.py
+    as `full`, `networks`, `random`, `equal`, `dense` and `scaling_law`.
     """
     opened = open_evaluation(settings)
     info = opened.info

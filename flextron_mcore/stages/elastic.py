@@ -20,7 +20,7 @@ from flextron_mcore.training.sampler import draw, random_family
 def run(settings: ElasticSettings) -> dict[str, Any]:
     """Train the full model together with random sub-networks, and write a checkpoint.
 
-    Call on all ranks. Returns the content of metrics.json.
+    Call on all ranks. Returns the content of metrics.json, the results of `train`.
     """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)

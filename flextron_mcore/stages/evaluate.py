@@ -19,9 +19,10 @@ from flextron_mcore.training.sampler import random_family
 
 
 def run(settings: EvaluateSettings) -> dict[str, Any]:
-    """Evaluate the network of settings.subnetwork or settings.budget, or else the full model and all uniform sub-networks.
+    """Evaluate the networks of settings.subnetwork or settings.budget, or else the full model and all uniform sub-networks.
 
-    Call on all ranks. Returns the content of metrics.json.
+    With selector=adaptive, evaluate token routing at settings.budget (`evaluate_adaptive`) instead. Call on all ranks. Returns
+    the content of metrics.json: `networks` has a row for each; losses of the first one stand at the top level, too.
     """
     opened = open_evaluation(settings)
     info = opened.info
@@ -93,7 +94,11 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def _networks(settings: EvaluateSettings, info: CheckpointInfo) -> dict[str, SubNetwork]:
-    """{name: network} that the settings ask for."""
+    """{name: network} to evaluate: those of the files settings.subnetwork, by the file's name without its ending.
+
+    With settings.budget the one network chosen for it, without either key the uniform family with the full model first; then
+    settings.random random networks.
+    """
     if settings.budget is None and settings.subnetwork is not None:
         networks = {Path(file).stem: info.network(file) for file in settings.subnetwork}
     elif settings.budget is None:

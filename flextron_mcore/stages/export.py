@@ -26,7 +26,8 @@ from flextron_mcore.space import SubNetwork, count_parameters
 def run(settings: ExportSettings) -> dict[str, Any]:
     """Write the chosen network to settings.out, and with verify=true compare its logits.
 
-    Call on all ranks, which share the files of weights. Returns the content of metrics.json.
+    Call on all ranks, which share the files of weights. Returns the content of metrics.json: the result of `Format.write`,
+    `max_logit_difference` (None for verify=false) and `subnetwork`.
     """
     check_output(Path(settings.out), settings.overwrite)
     check_format(settings.format)
@@ -73,10 +74,10 @@ def run(settings: ExportSettings) -> dict[str, Any]:
 
 
 def _verify(settings: ExportSettings, written: Format, job: Job) -> float:
-    """Largest difference between the logits of the export, read back, and of the sub-network in Megatron-Core (fp32).
+    """Largest absolute difference between logits of the export, read back, and of Megatron-Core (fp32), on random tokens.
 
-    Megatron-Core computes in the layout of `settings`, the export on the main process. Raises FlextronError for a difference
-    above the format's tolerance.
+    Compared are the networks that the format names. Megatron-Core computes in the layout of `settings`, the export on the main
+    process. Raises FlextronError for a difference above the format's tolerance.
     """
     info = job.info
     length = min(info.model.max_position_embeddings, 64)

@@ -26,7 +26,7 @@ from flextron_mcore.space import SubNetwork
 def run(settings: FamilySettings) -> dict[str, Any]:
     """Choose, evaluate and export a network for each budget, and write the report.
 
-    Call on all ranks. Returns the content of metrics.json.
+    Call on all ranks. Returns the content of metrics.json: {"stage", "selector", "model", "networks": a row for each budget}.
     """
     budgets = settings.budgets
     if not budgets or any(budget is None for budget in budgets):
@@ -59,13 +59,16 @@ def run(settings: FamilySettings) -> dict[str, Any]:
 
 
 def _name(budget: float | str | list) -> str:
-    """Name of a budget's directory."""
+    """Name of a budget in metrics.json, files and directories: the budget as typed, with _ for characters unfit for a path."""
     text = ",".join(map(str, budget)) if isinstance(budget, list) else str(budget)
     return re.sub(r"[^A-Za-z0-9.,-]+", "_", text.strip())
 
 
 def _chain(settings: FamilySettings, names: list[str], out: Path) -> dict[str, tuple[str, list[str]]]:
-    """{name: (stage, keys as typed)} of the stages to run: an evaluation of all networks if data is given, then their exports."""
+    """{directory: (stage, keys as typed)} of the stages to run, in order.
+
+    An evaluation of all networks (`evaluate`) if data is given, then the export of each in each format (NAME_FORMAT).
+    """
     checkpoint = f"checkpoint={quoted(settings.checkpoint)}"
     files = {name: quoted(out / "networks" / f"{name}.json") for name in names}
     chain: dict[str, tuple[str, list[str]]] = {}
@@ -81,7 +84,17 @@ def _chain(settings: FamilySettings, names: list[str], out: Path) -> dict[str, t
 
 
 def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, settings: FamilySettings) -> dict[str, Any]:
-    """Entry of metrics.json for the network of one budget, with its validation loss if it was evaluated. name: of the budget."""
+    """Entry of metrics.json for the network of one budget, with its validation loss if it was evaluated, else None.
+
+    The loss is the mean over domains in nats per token, read from the output of `evaluate`.
+
+    Args:
+        name: name of the budget.
+        net: network chosen for it.
+        costs: {name: cost}; the entry has value and share of each.
+        out: directory of the chain.
+        settings: settings of the stage.
+    """
     means = {f"mean_{axis.name}": sum(map(axis.size, net.executed_layers)) / net.depth for axis in layer_axes()}
     row = {
         "budget": name,

@@ -30,7 +30,9 @@ from flextron_mcore.settings.stages import GenerateSettings
 def run(settings: GenerateSettings) -> dict[str, Any]:
     """Continue prompts with the network of settings.subnetwork or settings.budget, or with the full model.
 
-    Call on all ranks. Returns the texts and times, which are also written to settings.out, if given.
+    Call on all ranks. Returns {"stage", "texts": [{"prompt", "continued"}], "tokens": number of generated ones, "prompt_ms",
+    "ms_per_token" (None for a single token), "device"} and, as far as known, "subnetwork", "cost" and "share" of the full model's
+    cost. It is also written to settings.out, if given.
     """
     layout = settings.model
     if layout.sequence_parallel:
@@ -104,7 +106,11 @@ def _prompts(settings: GenerateSettings) -> list[str]:
 
 
 def _network(settings: GenerateSettings, info: CheckpointInfo) -> tuple[Network, Callable[[], dict[str, Any]]]:
-    """Network or routing to compute with, and a function that returns, after generation, the share of the full cost spent."""
+    """Network (None: full model) or token routing to compute with, and a function to call after the generation.
+
+    The function returns {"cost": name, "share": spent share of the full model's cost} if the settings have a budget, and
+    {"subnetwork": sizes} for a sub-network from a budget or a file; {} if they name neither.
+    """
     if settings.selector == "adaptive":
         chosen = routers_at_budget(settings, info)
         routing = chosen.routing()

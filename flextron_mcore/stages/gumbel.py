@@ -21,7 +21,7 @@ from flextron_mcore.training.gumbel import GumbelLearner
 def run(settings: GumbelStageSettings) -> dict[str, Any]:
     """Train the model of settings.checkpoint and its router of all axes, a new one if it has none; write a checkpoint.
 
-    Call on all ranks. Returns the content of metrics.json.
+    Call on all ranks. Returns the content of metrics.json (`train_routers`).
     """
     info, data = _modulated(settings, open_checkpoint(settings.checkpoint)), open_data(settings.data)
     check_space(settings, info)

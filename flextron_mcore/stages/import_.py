@@ -28,7 +28,8 @@ def run(settings: ImportSettings) -> dict[str, Any]:
     """Convert the Hugging Face checkpoint settings.hf into an elastic checkpoint, one tensor at a time. Call on all ranks.
 
     Neurons, heads and channels keep the order that they have in the Hugging Face checkpoint. Each rank converts a share of the
-    tensors. Returns the content of metrics.json.
+    tensors. Returns the content of metrics.json: sizes, dtype, model and space, and with verify=true the differences from
+    transformers.
     """
     check_output(Path(settings.out), settings.overwrite)
     if settings.verify and (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
@@ -119,7 +120,7 @@ def _with_vocabulary(source: HFCheckpoint, resize: bool) -> HFCheckpoint:
 
 
 def _verified(settings: ImportSettings, info: CheckpointInfo) -> dict[str, Any]:
-    """Figures of the comparison with transformers. Raises FlextronError where the two differ."""
+    """Result of `compare_with_transformers`, whose largest difference is printed. Raises FlextronError where the two differ."""
     from flextron_mcore.evaluation.imported import compare_with_transformers  # late: the import alone builds no model
 
     distributed.initialize(seed=settings.seed)

@@ -37,7 +37,8 @@ from flextron_mcore.training.checks import sequence_length
 def run(settings: ImportanceSettings) -> dict[str, Any]:
     """Score units on calibration samples, write the sorted checkpoint, and print losses with and without sorting.
 
-    Call on all ranks. Returns the content of metrics.json.
+    Call on all ranks. Returns the content of metrics.json: `samples`, `score`, `model`, `space`, `ablation` (rows of
+    sorting/ablation.py), and for an elastic depth `layers`: {score: value of each layer}.
     """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     wanted = {k: v for k, v in asdict(settings.space).items() if v is not None}
@@ -104,14 +105,21 @@ def run(settings: ImportanceSettings) -> dict[str, Any]:
 
 
 def _counted(dataset: torch.utils.data.Dataset, samples: int, size: int, bar: Progress) -> Iterator[Batch]:
-    """Micro-batches of the first samples. Each is counted on the bar when it is used up."""
+    """Micro-batches of this rank, of the first `samples` samples. Each is counted on the bar when it is used up.
+
+    Args:
+        dataset: calibration samples.
+        samples: number of samples of all ranks together.
+        size: samples of a micro-batch.
+        bar: progress bar.
+    """
     for batch in share(dataset, samples, size):
         yield batch
         bar.update()
 
 
 def _write_scores(out: Path, scores: Scores) -> None:
-    """Write the scores of all units to scores.safetensors in the directory `out`, fp32."""
+    """Write the scores of all units in fp32 to scores.safetensors in the directory `out`: `channels` and `layers.INDEX.UNIT`."""
     tensors = {"channels": scores.channels.to(torch.float32)}
     for i, layer in scores.layers.items():
         tensors |= {f"layers.{i}.{AXES[name].unit}": units.to(torch.float32) for name, units in layer.units.items()}

@@ -23,7 +23,7 @@ from flextron_mcore.training.static import StraightThroughLearner
 def run(settings: JointSettings) -> dict[str, Any]:
     """Train the model of settings.checkpoint together with its routers, and write a checkpoint with both.
 
-    Call on all ranks. Returns the content of metrics.json.
+    Call on all ranks. Returns the content of metrics.json (`train_routers`, or `train_adaptive` for adaptive routers).
     """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)

@@ -30,7 +30,8 @@ from flextron_mcore.settings.sections import KV_POLICIES, LayoutSettings
 def run(settings: LatencySettings) -> dict[str, Any]:
     """Measure the latency table, or fit it to settings.measurements; write latency.json and check its sums.
 
-    The check compares sums of table entries with times of whole networks. Returns the content of metrics.json.
+    The check compares sums of table entries with times of whole networks. Returns the content of metrics.json: {"stage",
+    "machine", "setting", "full_model_ms", "smallest_network_ms", "check", "warning": text, or None for a table to trust}.
     """
     check_output(Path(settings.out), settings.overwrite)
     info = open_checkpoint(settings.checkpoint)

@@ -28,7 +28,8 @@ from flextron_mcore.settings.launch import LaunchSettings
 def run(settings: LaunchSettings) -> dict[str, Any]:
     """Plan and check the jobs of settings.stages, then submit or run them; with dry_run only print them.
 
-    Returns {"jobs": {name: Slurm id, or state}}. Raises FlextronError for a job that cannot run, JobFailed for one that failed.
+    Returns {"jobs": {name: Slurm id; on this machine its state}} without complete jobs; with dry_run {"jobs": {name: ""},
+    "not_ready": lines on what is missing}. Raises FlextronError for a job that cannot run, JobFailed for one that failed.
     """
     planned = plan(settings)
     check_texts(settings, planned)

@@ -21,7 +21,7 @@ from flextron_mcore.training.loop import Phase, train
 def run(settings: PretrainSettings) -> dict[str, Any]:
     """Train the model that settings.model describes, and write a checkpoint with the space of settings.space.
 
-    Call on all ranks. Returns the content of metrics.json.
+    Call on all ranks. Returns the content of metrics.json, the results of `train`.
     """
     data = open_data(settings.data)
     architecture = {each.name: getattr(settings.model, each.name) for each in fields(ArchitectureSettings)}

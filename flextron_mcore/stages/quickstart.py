@@ -21,7 +21,7 @@ from flextron_mcore.training.sampler import draw
 def run(settings: QuickstartSettings) -> dict[str, Any]:
     """Run the commands of settings.chain as the command line would, and continue where an earlier run stopped.
 
-    Call on all ranks. Returns the content of metrics.json.
+    Call on all ranks. Returns the content of metrics.json (`_summary`).
     """
     out = Path(settings.out)
     try:
@@ -41,7 +41,7 @@ def _key(key: str, out: Path) -> str:
 
 
 def _write_networks(out: Path) -> None:
-    """Write two sub-networks for the exports: one of half the widths, one with different widths in each layer."""
+    """Write two sub-networks for the exports, unless there are some: the middle candidates in all layers, and a random one."""
     folder = out / "networks"
     if folder.is_dir():
         return
@@ -54,7 +54,15 @@ def _write_networks(out: Path) -> None:
 
 
 def _summary(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """Print the losses of every network before and after elastic training; return the figures of metrics.json."""
+    """Print the losses of every network before and after elastic training; return the figures of metrics.json.
+
+    {"parent_loss" and "full_loss": loss of the full model before and after, "networks": [{"name", "parameters", "before",
+    "after", "change"}], "seconds"}; losses are means over domains in nats per token.
+
+    Args:
+        out: directory of the chain.
+        seconds: {directory: seconds} of the commands that ran now.
+    """
     read = lambda name: json.loads((out / name / METRICS_FILE).read_text(encoding="utf-8"))  # noqa: E731
     before = {net["name"]: net for net in read("evaluate_before")["networks"]}
     after = read("evaluate")["networks"]

@@ -16,7 +16,8 @@ from flextron_mcore.settings.stages import ReportSettings
 def run(settings: ReportSettings) -> dict[str, Any]:
     """Write index.html, its figures and family.json from the stages in settings.run.
 
-    Only the main process works. Returns the content of metrics.json; {} on other ranks.
+    Only the main process works. Returns the content of metrics.json, {"stage", "figures": names of the PNGs, "family": number of
+    evaluated networks in family.json}; {} on other ranks.
     """
     if not is_main_process():
         return {}

@@ -19,7 +19,7 @@ from flextron_mcore.training.static import StraightThroughLearner, SurrogateLear
 def run(settings: RouterStageSettings) -> dict[str, Any]:
     """Train routers beside the frozen model of settings.checkpoint, and write a checkpoint with both.
 
-    Call on all ranks. Returns the content of metrics.json.
+    Call on all ranks. Returns the content of metrics.json (`train_routers`, or `train_adaptive` for kind=adaptive).
     """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)

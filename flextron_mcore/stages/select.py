@@ -33,7 +33,8 @@ _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 def run(settings: SelectSettings) -> dict[str, Any]:
     """Choose a network for settings.budget, print its costs, and write it to settings.out.
 
-    Returns the selector, the sub-network and its costs. Raises FlextronError under torchrun with several processes.
+    Returns {"stage", "selector", "subnetwork", "costs": {name: {"value", "share"}}, "device_latency": {"ms", "full_ms"} timed
+    here, or None}. Raises FlextronError under torchrun with several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise FlextronError("select: is for one process: run it without torchrun")
@@ -75,7 +76,7 @@ def run(settings: SelectSettings) -> dict[str, Any]:
 def _latencies(
     settings: SelectSettings, info: CheckpointInfo, net: SubNetwork, table: LatencyTable
 ) -> tuple[float, float] | None:
-    """Milliseconds of the network and of the full model, timed on this device as for the table; None for a fitted table."""
+    """Milliseconds of the network and of the full model, timed on this device as for the table; None if `table` was fitted."""
     precision = _PRECISIONS.get(table.machine.get("dtype"))
     if precision is None:
         return None

@@ -15,7 +15,7 @@ from flextron_mcore.settings.stages import StatusSettings
 def run(settings: StatusSettings) -> dict[str, Any]:
     """Print the states of the jobs of the newest launch in settings.run, or the log of one job.
 
-    Returns {"jobs": {name: state}} or {"log": file}.
+    With watch=true, print changes until all jobs have ended. Returns {"jobs": {name: state}} or {"log": file}.
     """
     results = Path(settings.run).expanduser().absolute()
     records = read_record(results)

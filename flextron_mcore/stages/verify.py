@@ -17,7 +17,8 @@ from flextron_mcore.settings.stages import VerifySettings
 def run(settings: VerifySettings) -> dict[str, Any]:
     """Compare all files below settings.path, or with accept=true record them as they are; only the main process works.
 
-    Returns the number of files and of bytes, and the files without a digest. Raises FlextronError if a file is not as recorded.
+    Returns {"stage", "files" and "bytes": compared, "unlisted": files without a digest}; {} on other ranks. Raises FlextronError
+    if a file is not as recorded.
     """
     if not is_main_process():
         return {}

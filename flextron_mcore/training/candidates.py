@@ -36,8 +36,8 @@ def evaluate_candidates(learner: RouterLearner, evaluate: Evaluate, samples: int
     """Find good networks for all budgets, and return {network: loss in nats per token}. Call on all ranks.
 
     The networks that the routers find likeliest, and variations of the best ones, are evaluated on a part of the samples, then
-    the best for each budget of the learner's first cost on all samples. Networks that are clearly worse than a cheaper one are
-    left out.
+    the best for each budget of the learner's first cost on all samples. Only these are returned, without networks that are
+    clearly worse than a cheaper one.
 
     Args:
         learner: trained routers.
@@ -75,7 +75,7 @@ def _best(cost: Cost, losses: Mapping[SubNetwork, float], within: float, count: 
 
 
 def _without_worse(cost: Cost, losses: Mapping[SubNetwork, float]) -> dict[SubNetwork, float]:
-    """Entries of `losses` without networks whose loss exceeds a cheaper network's by more than _WORSE; the full model stays."""
+    """Entries of `losses` without networks whose loss is more than 1 + _WORSE times a cheaper one's; the full model stays."""
     kept: dict[SubNetwork, float] = {}
     for net in sorted(losses, key=cost.of):
         if losses[net] <= (1 + _WORSE) * min(kept.values(), default=np.inf) or cost.of(net) >= cost.full * (1 - 1e-12):

@@ -64,7 +64,10 @@ class Checkpointer:
         raise NotImplementedError
 
     def load(self, info: CheckpointInfo) -> None:
-        """Continue from a checkpoint of this run. Call on all ranks. Raises FlextronError if it is damaged or of another run."""
+        """Restore model, optimizer, schedule and routers from `info`, a checkpoint of this run. Call on all ranks.
+
+        Raises FlextronError if it is damaged or of another run.
+        """
         if self.learner:
             self.learner.read(info.path)
 

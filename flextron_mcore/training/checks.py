@@ -87,7 +87,7 @@ def sequence_length(model: EvaluationModelSettings, info: CheckpointInfo, data: 
 
 
 def duration(max_time: str | None) -> float | None:
-    """Seconds of trainer.max_time, which is days:hours:minutes:seconds as in NeMo; None for no limit."""
+    """Convert trainer.max_time, "days:hours:minutes:seconds" as in NeMo, to seconds; None (no limit) stays None."""
     if max_time is None:
         return None
     days, hours, minutes, seconds = map(int, max_time.split(":"))

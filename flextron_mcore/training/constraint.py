@@ -50,7 +50,7 @@ class Constraint:
 
         Args:
             over_C: s_c - t_c, cost minus target of each cost c, scaled to 0 for the smallest network and 1 for the full model.
-            step: number of the step.
+            step: number of the step, from 0.
         """
         counted_C = over_C > 0
         if step >= self.two_sided_from:

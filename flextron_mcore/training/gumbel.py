@@ -59,8 +59,9 @@ class GumbelLearner(RouterLearner, WeightLearner):
     def networks(self, step: int) -> list[SubNetwork | Weights]:
         """Draw `targets_per_step` budgets at random, and for each a network by Gumbel-softmax, without the full model.
 
-        The first `weighted_per_step` are returned as a weight for every candidate (`WeightedNetwork.of`), because their gradients
-        train the router; the others are sub-networks. Call once a step, on the main process.
+        The first `weighted_per_step` are returned as lists of weights, one weight for every candidate (arguments of
+        `WeightedNetwork.of`), because their gradients train the router; the others are sub-networks. Call once a step, on the
+        main process.
         """
         generator = self._generator(step, DRAW)
         with torch.no_grad():

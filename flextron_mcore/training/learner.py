@@ -25,7 +25,7 @@ class Learner(ABC):
     """Routers in training beside the model.
 
     Subclasses have `learn`, which updates the routers from the losses of a step's networks (nats per token, the full model first)
-    and from gradients or traces, as their training signal needs, and returns figures for the log.
+    and from gradients or traces, as their training signal needs, and returns figures for the log. Steps are counted from 0.
 
     Attributes:
         needs_backward: True if the training signal is a gradient, so that a step needs backward passes.
@@ -78,7 +78,7 @@ class GateLearner(Learner):
         Args:
             step: number of the step.
             losses: loss of each network in nats per token, the full model first.
-            gradients_TN: derivative of each sub-network's loss with respect to the router gate of each block.
+            gradients_TN: derivative of each sub-network's loss (nats per token) with respect to the router gate of each block.
         """
 
 

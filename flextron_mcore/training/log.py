@@ -30,8 +30,8 @@ class Log:
         settings: settings of the run.
 
     Attributes:
-        first_validation: {network: loss in nats per token} of the validation before the first step; {} if there was none.
-        last_validation: {network: loss in nats per token} of the validation after `step`; {} if there was none.
+        first_validation: {network: loss in nats per token} that the old log has of the validation before the first step, or {}.
+        last_validation: {network: loss in nats per token} that it has of the validation after `step`, or {}.
     """
 
     def __init__(self, out: Path, step: int, settings: LoopSettings) -> None:

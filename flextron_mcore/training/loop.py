@@ -55,13 +55,13 @@ class Phase:
     The functions are called on all ranks and return the same networks on each.
 
     Attributes:
-        networks: function from a step to the networks that it runs, the full model (None) first.
-        validation: function from a step to {name: network} to validate after it.
+        networks: function (index of a step, from 0) that returns the networks it runs, the full model (None) first.
+        validation: function (number of finished steps) that returns {name: network} to validate then; None: the full model.
         teach: settings of the distillation from the full model to the sub-networks of the same step; weight 0: no distillation.
         learner: routers in training, None without.
         frozen: True if the weights stay as they are and only `learner` learns.
-        after: {step: function of the model in evaluation mode}, called before the validation and the checkpoint of that step. A
-            checkpoint is also written one step earlier, because these functions may take long.
+        after: {number of finished steps: function (this rank's chunks, in evaluation mode)}, called before the validation and the
+            checkpoint then. A checkpoint is also written one step earlier, because these functions may take long.
     """
 
     networks: Callable[[int], list[Network]]
@@ -76,6 +76,9 @@ def train(
     settings: LoopSettings, out: Path, info: CheckpointInfo, data: PreparedData, phase: Phase, seq_length: int
 ) -> dict[str, Any]:
     """Train until trainer.max_steps and return the results for metrics.json. Call on all ranks.
+
+    The results are `steps` and `tokens` of the whole training; `seconds` and `tokens_per_second` of this call, which may have run
+    the last steps only; `model`, `space`, and `validation`: {"first", "last"}, each {network: loss in nats per token}, or {}.
 
     An interrupted run continues from its newest complete checkpoint in `out`. Raises FlextronError if a loss is not finite, for a
     damaged checkpoint and for a full disk; raises signals.Stopped, with a checkpoint written, at a signal or trainer.max_time: at
@@ -276,7 +279,10 @@ class _Run:
         return {}
 
     def _batches(self, step: int) -> Iterator[Batch]:
-        """Micro-batches of this rank in a step. They depend on the step only."""
+        """Micro-batches of this rank in a step. The samples of all ranks together depend on the step only.
+
+        step: number of steps before this one.
+        """
         size = self.options.micro_batch_size
         first = step * self.options.global_batch_size
         for m in range(self.micro_batches):

@@ -121,7 +121,7 @@ class RouterLearner(Learner):
     def networks(self, step: int) -> list[SubNetwork | Weights]:
         """Networks that the routers choose in this step, one for each randomly drawn target, without the full model.
 
-        Call once a step, on the main process.
+        A network is a SubNetwork, or the Weights of a weighted network. Call once a step, on the main process.
         """
         raise NotImplementedError
 
@@ -146,7 +146,7 @@ class RouterLearner(Learner):
         return -weight * (log_p_TNK.exp() * log_p_TNK * self.routers.exists_NK).sum((-1, -2)).mean()
 
     def _annealed(self, ends: tuple[float, float], step: int) -> float:
-        """Value at `step` of a schedule that falls geometrically from ends[0] at the first step to ends[1] at the last."""
+        """Value at `step` of a schedule that falls geometrically from ends[0] at step 0 to ends[1] at the end of the training."""
         first, last = ends
         return first * (last / first) ** (step / self.training.max_steps)
 

@@ -23,7 +23,7 @@ def draw(
         model: architecture of the full model.
         space: space to draw from.
         seed: seed of the run.
-        step: number of the step.
+        step: number of the step, from 0.
         count: number of sub-networks.
         mode: `flextron`: every axis is drawn independently and uniformly, in each layer or for the network. `matformer`: all
             layers share a smaller FFN width, and all else is full; widths within a step differ while there are enough of them
@@ -65,7 +65,7 @@ def random_family(
         model: architecture of the full model.
         space: space to draw from.
         seed: seed of the run.
-        step: number of the step.
+        step: number of finished steps; each gives other networks.
         count: number of sub-networks.
         mode: `flextron` (every axis independently, in each layer) or `matformer` (the same smaller FFN width in all layers).
     """

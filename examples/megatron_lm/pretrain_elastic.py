@@ -41,7 +41,7 @@ def add_elastic_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         "--subnetwork-mode",
         choices=("flextron", "matformer"),
         default="flextron",
-        help="flextron: all elastic axes vary, layer by layer; matformer: only MLP neurons, alike in all layers",
+        help="flextron: all elastic axes vary, layer by layer; matformer: only MLP neurons, the same number in all layers",
     )
     return parser
 

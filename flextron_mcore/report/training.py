@@ -78,6 +78,11 @@ class Training:
     settings: Settings
 
     @property
+    def time(self) -> float:
+        """Wall time of all steps in seconds, at the mean throughput of the last start."""
+        return self.tokens / self.tokens_per_second if self.tokens_per_second > 0 else self.seconds
+
+    @property
     def first_loss(self) -> float | None:
         """First validation loss of the full model, None if it was not validated."""
         return self.first.get("full")
@@ -89,12 +94,12 @@ class Training:
 
     def progress(self) -> Progress:
         """Summary of the stage as one sentence (steps, trained tokens, time, loss unless kind is "router") and a key figure."""
-        text = f"{TITLES[self.kind]} took {self.steps:,} steps, {big(self.tokens)} tokens and {duration(self.seconds)}"
+        text = f"{TITLES[self.kind]} took {self.steps:,} steps, {big(self.tokens)} tokens and {duration(self.time)}"
         if self.kind != "router" and self.first_loss is not None and self.last_loss is not None:  # `router` trains no model
             text += (
                 f"; the full model’s validation loss went from {loss(self.first_loss)} to {loss(self.last_loss)} nats per token"
             )
-        note = f"tokens in {self.steps:,} steps, {duration(self.seconds)}"
+        note = f"tokens in {self.steps:,} steps, {duration(self.time)}"
         return Progress(f"{text}.", Card(TITLES[self.kind], big(self.tokens), note), self.kind == "elastic")
 
 
@@ -149,7 +154,7 @@ def training_table(results: Sequence[Training], more: Sequence[Column] = ()) -> 
         ("Stage", [t.label for t in results]),
         ("Steps", [f"{t.steps:,}" for t in results]),
         ("Tokens", [f"{t.tokens:,}" for t in results]),
-        ("Time", [duration(t.seconds) for t in results]),
+        ("Time", [duration(t.time) for t in results]),
         ("Tokens per second", [f"{t.tokens_per_second:,.0f}" for t in results]),
         ("Validation, first", [loss(t.first_loss) for t in results]),
         ("Validation, last", [loss(t.last_loss) for t in results]),

@@ -84,13 +84,13 @@ class Random:
     losses: Callable[[Sequence[SubNetwork]], Sequence[float]]
 
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
-        """Draw random networks that meet all budgets, evaluate them, and choose the one of least loss.
+        """Draw random networks that meet all budgets, evaluate them, and choose the one of least loss; NaN counts as infinite.
 
         Raises FlextronError if no network is found that meets the budgets.
         """
         drawn = draw_near(self.choices, budgets, self.count, self.seed)
         losses = self.losses(drawn)
-        return drawn[int(np.argmin(losses))]
+        return drawn[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,16 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def _networks(settings: EvaluateSettings, info: CheckpointInfo) -> dict[str, SubNetwork]:
-    """{name: network} to evaluate: those of the files settings.subnetwork, by the file's name without its ending.
+    """{name: network} to evaluate: those of the files settings.subnetwork, by the file's name without its ending, or by the
+    path where two files have the same name.
 
     With settings.budget the one network chosen for it, without either key the uniform family with the full model first; then
     settings.random random networks.
     """
     if settings.budget is None and settings.subnetwork is not None:
-        networks = {Path(file).stem: info.network(file) for file in settings.subnetwork}
+        names = Counter(Path(file).stem for file in settings.subnetwork)
+        named = {file: Path(file).stem if names[Path(file).stem] == 1 else file for file in settings.subnetwork}
+        networks = {name: info.network(file) for file, name in named.items()}
     elif settings.budget is None:
         networks = uniform_family(info.model, info.space)
         networks = {"full": networks.pop("full"), **networks}

@@ -68,7 +68,11 @@ def test_random_takes_the_best_of_its_draws():
         seen.extend(networks)
         return [LOSS(net) for net in networks]
 
+    def some_diverge(networks):
+        return [float("nan") if i % 2 == 0 else LOSS(net) for i, net in enumerate(networks)]
+
     found = Random(BLOCKS, 20, 7, losses).select(budget(0.8))
+    assert Random(BLOCKS, 20, 7, some_diverge).select(budget(0.8)) in seen[1::2]
     assert LOSS(found) == min(map(LOSS, seen)) and len(seen) > 3 and all(COST.of(net) <= 0.8 * COST.full for net in seen)
 
 

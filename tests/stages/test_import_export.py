@@ -107,6 +107,11 @@ def test_evaluating_one_subnetwork(chain, tmp_path):
     assert written["networks"][0]["subnetwork"] == net.to_dict() and written["networks"][0]["name"] == "net"
     with pytest.raises(FlextronError, match="a: exists already"):
         stage("evaluate", *keys, f"out={tmp_path}/a")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "net.json").write_text(toy.random_network(info.model, info.space, 5).to_json())
+    files = [f"{tmp_path}/net.json", f"{tmp_path}/other/net.json"]
+    both = stage("evaluate", *keys[:2], f"subnetwork=[{','.join(files)}]", f"out={tmp_path}/both")
+    assert [row["name"] for row in both["networks"]] == files
 
 
 def test_a_network_of_another_space_is_refused(chain, tmp_path):

@@ -22,7 +22,7 @@ _PARALLEL = (
     *("sensitivity", "compare", "evaluate", "generate", "export"),
 )
 _SINGLE = ("latency", "select")
-_IMPORTING = ("import", "launch", "family", "quickstart")
+_IMPORTING = ("import", "family", "quickstart")
 _WITHOUT_OUT = ("launch", "status", "verify")  # these write nothing to their key `out`
 
 
@@ -50,7 +50,7 @@ def _start(settings: StageSettings) -> None:
     """Start what the stage computes with: torch.distributed and Megatron-Core's process groups, or the CPU runtime alone.
 
     Without CUDA the CPU runtime (runtime/cpu.py) patches Megatron-Core, so it must start before a stage imports Megatron-Core's
-    modules. Stages that compute nothing, such as `report`, need neither.
+    modules. Stages that compute nothing, such as `report`, need neither; `launch` starts it when its cheap checks have passed.
     """
     if settings.stage not in (*_PARALLEL, *_SINGLE, *_IMPORTING):
         return

@@ -19,7 +19,10 @@ def check_memory(settings: LaunchSettings, plan: Plan) -> None:
     """Raise FlextronError for the first stage that needs more than cluster.gpu.memory; check nothing if that key is not set."""
     size = gpu_memory(settings)
     for job in plan.to_run:
-        found = job_estimate(plan, job)
+        try:
+            found = job_estimate(plan, job)
+        except FlextronError as error:  # sizes that do not divide
+            raise FlextronError(f"{job.stage}: {error}") from None
         if size is None or found is None or with_reserve(found.memory) <= size:
             continue
         parts = ", ".join(

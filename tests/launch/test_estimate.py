@@ -182,7 +182,7 @@ def in_ddp(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memory_of_a_step_of_any_family(family, precision):
-    """Weights, gradients and the peak of a step of one process; optimizer state is measured in tests/parallel/test_estimate.py."""
+    """Weights, gradients and the peak of a step; tests/parallel/test_estimate.py measures the optimizer too."""
     arch, config = FAMILIES[family], configured("pretrain", f"trainer.precision={precision}")
     model = in_ddp(built(arch, config, precision))
 

@@ -1,7 +1,7 @@
 """Ranks of launches on 1,024 GPUs, built on the meta device: bytes as in the plan, and every stored tensor written exactly once.
 
-FLEXTRON_SCALE=1 builds all ranks that differ (every tensor-parallel rank of every pipeline stage), which takes many minutes; without
-it a sample is built. docs/results/scale.md has the figures.
+FLEXTRON_SCALE=1 builds all ranks that differ (every tensor-parallel rank of every pipeline stage), which takes many minutes;
+without it a sample is built. docs/results/scale.md has the figures.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_no_file_imports_itself_through_others():
 
 
 # Folders of tests/ for no single room.
-OTHER_TESTS = {"parallel", "gpu", "slurm", "examples", "faults", "hostile", "provoked"}
+OTHER_TESTS = {"parallel", "gpu", "slurm", "examples", "faults", "hostile", "provoked", "scale"}
 
 
 def test_every_room_has_a_folder_of_tests():

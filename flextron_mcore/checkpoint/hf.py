@@ -16,13 +16,12 @@ from flextron_mcore.checkpoint.downloads import check_download
 from flextron_mcore.checkpoint.parts import join
 from flextron_mcore.checkpoint.precision import converted
 from flextron_mcore.checkpoint.reader import DTYPES
-from flextron_mcore.checkpoint.safetensor_files import StoredTensor, open_weights, read_json
+from flextron_mcore.checkpoint.safetensor_files import StoredTensor, open_weights
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.digests import check_files
-from flextron_mcore.families import family_of_config
-from flextron_mcore.families.code_keys import without_code
+from flextron_mcore.families.directory import check_directory, read_config
 from flextron_mcore.families.family import Family, Mapped
 from flextron_mcore.families.tensors import of_network
 from flextron_mcore.runtime.ranks import is_main_process
@@ -84,17 +83,10 @@ def open_hf(path: str | Path) -> HFCheckpoint:
     stored tensor that the family does not declare, because without it the model would compute something else.
     """
     path = Path(path).expanduser()
-    if not path.is_dir():
-        raise FlextronError(f"hf={path}: no such directory: name the directory of a Hugging Face model on this machine")
+    check_directory(path)
     own = [each.name for each in path.iterdir() if each.suffix != ".safetensors"]
     check_files(path, *own)  # of a directory that `flextron export` wrote
-    file = path / "config.json"
-    config = without_code(read_json(file))
-    try:
-        family = family_of_config(config)
-        model = family.model_config(config)
-    except FlextronError as error:
-        raise FlextronError(f"{file}: {error}") from None
+    config, family, model = read_config(path)
     stored = {name.removeprefix(family.prefix): tensor for name, tensor in open_weights(path).items()}
     shared = model.share_embeddings_and_output_weights
     model = _tied(family, model, stored)

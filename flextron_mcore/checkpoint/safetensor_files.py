@@ -21,7 +21,7 @@ from flextron_mcore import files
 from flextron_mcore.checkpoint.precision import converted
 from flextron_mcore.config import FlextronError
 from flextron_mcore.digests import HashingFile
-from flextron_mcore.files import explain
+from flextron_mcore.families.directory import read_json
 from flextron_mcore.runtime.disk import forget
 
 WEIGHTS_FILE = "model.safetensors"
@@ -76,19 +76,6 @@ class StoredTensor:
             if file.readinto(memoryview(buffer.numpy())) != buffer.numel():
                 raise FlextronError(f"{self.file}: ends before its last tensor: the file is damaged, download it again")
         return buffer.view(self.torch_dtype)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """JSON object of a file in a Hugging Face directory. Raises FlextronError naming the file if it is missing or damaged."""
-    try:
-        values = files.read_json(file)
-    except FileNotFoundError:
-        raise FlextronError(f"{file}: no such file: set hf= to the directory of a Hugging Face model") from None
-    except (ValueError, OSError) as error:
-        raise FlextronError(f"{file}: not readable as JSON ({explain(error)}): download it again") from None
-    if not isinstance(values, dict):
-        raise FlextronError(f"{file}: not a JSON object: download it again")
-    return values
 
 
 def open_weights(directory: Path) -> dict[str, StoredTensor]:

@@ -221,14 +221,20 @@ def _trained(costs: Costs, net: float, layout: Layout) -> float:
 
     The hidden size of a sub-network is not known here: its output layer counts with the mean of the candidates.
     """
-    (method, number), total = layout.recompute, costs.model.num_layers
+    method, total = layout.recompute[0], costs.model.num_layers
     again = net - costs.head(None if net == costs.full else mean(costs.space.hidden_size))
     if method == "block":
-        again *= min(sum(layout.chunks * min(number, layers // layout.chunks) for layers in layout.layers) / total, 1.0)
+        again *= recomputed_share(layout)
     elif method == "mlp":
         full = costs.full - costs.head()
         again *= total * 2.0 * costs.model.hidden_size * costs.model.ffn_hidden_size * (3 if costs.model.gated else 2) / full
     return 3 * net + (again if method else 0.0)
+
+
+def recomputed_share(layout: Layout) -> float:
+    """Share of all layers that the method "block" recomputes."""
+    number = layout.recompute[1]
+    return sum(layout.chunks * min(number, layers // layout.chunks) for layers in layout.layers) / sum(layout.layers)
 
 
 def _attention(costs: Costs, net: float) -> float:

@@ -41,6 +41,7 @@ INPUTS: dict[str, dict[str, tuple[str, ...]]] = {
 OPTIONAL = {("prepare", "tokenizer"), ("router", "latency"), ("gumbel", "latency"), ("compare", "sensitivity")}
 TRAINS = ("pretrain", "elastic", "router", "joint", "gumbel")
 WRITTEN_LAST = "metrics.json"  # file of a stage's result
+NODE = 8  # GPUs of a node where no key says otherwise
 PARALLEL = (*TRAINS, "importance", "sensitivity", "compare", "evaluate")  # stages of several ranks; the others are one process
 
 
@@ -280,14 +281,23 @@ def _job(
     return Job(name, stage, composed, nodes, devices, limit, is_complete(results / name), cluster, reserve, run["retries"])
 
 
+def gpus_of_node(settings: LaunchSettings) -> int:
+    """GPUs of a node that a job uses at most: training.trainer.devices, else cluster.gpus_per_node, else NODE; locally all."""
+    devices = _own(settings, SHARED).get("trainer", {}).get("devices")
+    return devices or settings.cluster.gpus_per_node or (settings.gpus if settings.cluster.type == "local" else NODE)
+
+
 def _layout(settings: LaunchSettings) -> dict[str, Any]:
-    layouts = settings.layouts
-    if settings.gpus not in layouts:
+    """Keys of settings.layouts for settings.gpus; without an entry those of the nodes alone, for search.py to add the model's."""
+    gpus, node = settings.gpus, gpus_of_node(settings)
+    if gpus in settings.layouts:
+        return settings.layouts[gpus]
+    if gpus > node and gpus % node:
         raise FlextronError(
-            f"gpus={settings.gpus}: layouts has one for {', '.join(map(str, layouts))}: choose one of them, or add yours: "
-            f"'layouts={{{settings.gpus}: {{trainer: {{num_nodes: ..., devices: ...}}, model: {{...}}}}}}'"
+            f"gpus={gpus}: is not a multiple of the {node} GPUs of a node (cluster.gpus_per_node): use "
+            f"gpus={gpus // node * node} or gpus={-(-gpus // node) * node}"
         )
-    return layouts[settings.gpus]
+    return {"trainer": {"num_nodes": max(1, gpus // node), "devices": min(gpus, node)}}
 
 
 def _only(values: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:

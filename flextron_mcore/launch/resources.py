@@ -19,8 +19,11 @@ def check_memory(settings: LaunchSettings, plan: Plan) -> None:
     """Raise FlextronError for the first stage that needs more than cluster.gpu.memory; check nothing if that key is not set."""
     size = gpu_memory(settings)
     for job in plan.to_run:
-        found = job_estimate(plan, job)
-        if size is None or found is None or found.memory * (1 + RESERVED_SHARE) + RESERVE <= size:
+        try:
+            found = job_estimate(plan, job)
+        except FlextronError as error:  # sizes that do not divide
+            raise FlextronError(f"{job.stage}: {error}") from None
+        if size is None or found is None or with_reserve(found.memory) <= size:
             continue
         parts = ", ".join(
             f"{name} {value / 1e9:.1f}"
@@ -33,12 +36,22 @@ def check_memory(settings: LaunchSettings, plan: Plan) -> None:
         )
         raise FlextronError(
             f"{job.stage}: needs {found.memory / 1e9:.1f} GB of each GPU ({parts}) and {RESERVED_SHARE:.0%} + "
-            f"{RESERVE >> 30} GiB in reserve; it has {size / 1e9:.0f} GB (cluster.gpu.memory): {_remedy(job)}"
+            f"{RESERVE >> 30} GiB in reserve; it has {size / 1e9:.0f} GB (cluster.gpu.memory): "
+            + _remedy(job, with_reserve(found.weights) > size)
         )
 
 
-def _remedy(job: Job) -> str:
-    """Advice on a stage that does not fit, with keys that it has."""
+def with_reserve(memory: int) -> int:
+    """Bytes that a GPU must have for a stage that is estimated to need `memory` bytes."""
+    return math.ceil(memory * (1 + RESERVED_SHARE)) + RESERVE
+
+
+def _remedy(job: Job, weights: bool) -> str:
+    """Advice on a stage that does not fit, with keys that it has. weights: True if its weights alone do not fit."""
+    if job.stage == "latency" and weights:
+        return "it runs on one: leave latency out of stages=, and routers count parameters instead"
+    if job.stage == "family" and weights:
+        return "it runs on one: use export in place of family in stages="
     if job.stage == "latency":
         return "lower latency.setting.batch_size or latency.setting.prompt_length"
     if job.stage == "family":

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.data.blend import PreparedData, check_weights, open_data
 from flextron_mcore.launch.layout import TRAINED
 from flextron_mcore.launch.plan import TRAINS, Job, Plan, count
 from flextron_mcore.launch.resources import job_hours
 from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.schema import MISSING
 from flextron_mcore.space import ADAM_BYTES, DTYPE_BYTES, count_parameters
+
+if TYPE_CHECKING:
+    from flextron_mcore.data.blend import PreparedData
 
 COLUMNS = ("job", "checkpoint", "saved every", "kept", "disk")
 
@@ -84,6 +87,8 @@ def preemptions(settings: LaunchSettings, plan: Plan) -> Iterator[str]:
 
 def repeats(plan: Plan) -> Iterator[str]:
     """Line for each training whose data exist: the tokens that it needs, those that there are, and how often each is read."""
+    from flextron_mcore.data.blend import check_weights, open_data  # late: imports torch
+
     opened: dict[str, PreparedData] = {}
     planned = {str(job.out) for job in plan.jobs}
     for job in plan.to_run:
@@ -93,14 +98,14 @@ def repeats(plan: Plan) -> Iterator[str]:
         try:
             if path not in opened:
                 opened[path] = open_data(Path(path))
-            yield _repeats(job, opened[path], plan)
+            weights = check_weights(opened[path], job.settings.data_weights)
+            yield _repeats(job, opened[path], weights, plan)
         except FlextronError:  # a line of `missing` says what is wrong with the data
             continue
 
 
-def _repeats(job: Job, data: PreparedData, plan: Plan) -> str:
+def _repeats(job: Job, data: PreparedData, weights: Mapping[str, float], plan: Plan) -> str:
     options = job.settings.model
-    weights = check_weights(data, job.settings.data_weights)
     length = options.seq_length or plan.model.default_length
     needed = job.settings.trainer.max_steps * options.global_batch_size * length
     there = sum(data.domains[name].train_tokens for name in weights)

@@ -22,7 +22,7 @@ _PARALLEL = (
     *("sensitivity", "compare", "evaluate", "generate", "export"),
 )
 _SINGLE = ("latency", "select")
-_IMPORTING = ("import", "launch", "family", "quickstart")
+_IMPORTING = ("import", "family", "quickstart")
 _WITHOUT_OUT = ("launch", "status", "verify")  # these write nothing to their key `out`
 
 
@@ -52,7 +52,7 @@ def _start(settings: StageSettings) -> None:
     Stages that compute (_PARALLEL, _SINGLE) get torch.distributed and Megatron-Core's process groups, with CUDA or without.
     Stages that only import Megatron-Core or start groups themselves (_IMPORTING) get the CPU runtime (runtime/cpu.py) alone.
     It patches Megatron-Core when there is no CUDA, so it must start before a stage imports Megatron-Core's modules. Other
-    stages, such as `report`, need neither. Raises FlextronError if the stage cannot run in the parallel layout, or with this
+    stages, such as `report`, need neither; `launch` starts it when its cheap checks have passed. Raises FlextronError if the stage cannot run in the parallel layout, or with this
     number of processes.
     """
     if settings.stage not in (*_PARALLEL, *_SINGLE, *_IMPORTING):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -12,29 +13,33 @@ from flextron_mcore.config import FlextronError
 T = TypeVar("T")
 
 
+def _has_groups() -> bool:
+    """True if this process has process groups. Without torch imported it has none, and need not wait for the import."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
+
+
 def place() -> tuple[int, int]:
     """(rank of this process, number of processes); (0, 1) without process groups."""
+    if not _has_groups():
+        return 0, 1
     import torch
 
-    if not torch.distributed.is_initialized():
-        return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def is_main_process() -> bool:
     """True on rank 0, which writes and prints. Before process groups exist, the launcher's environment variable RANK decides."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
+    if _has_groups():
+        return place()[0] == 0
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def wait_for_all() -> None:
     """Wait until every rank has called this function."""
-    import torch
+    if _has_groups():
+        import torch
 
-    if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
@@ -43,8 +48,6 @@ def on_main_process(action: Callable[[], T]) -> T:
 
     Use for decisions that depend on the disk, because two ranks may see different states of it. The result must be picklable.
     """
-    import torch
-
     rank, ranks = place()
     outcome: list = [None, None]
     if rank == 0:
@@ -53,6 +56,8 @@ def on_main_process(action: Callable[[], T]) -> T:
         except FlextronError as error:
             outcome[1] = error
     if ranks > 1:
+        import torch
+
         torch.distributed.broadcast_object_list(outcome, 0)
     if outcome[1] is not None:
         raise outcome[1]
@@ -61,11 +66,11 @@ def on_main_process(action: Callable[[], T]) -> T:
 
 def gather(value: T) -> list[T]:
     """List of the values of all ranks, by rank, on every rank. Collective: call on all ranks. Values must be picklable."""
-    import torch
-
     ranks = place()[1]
     found = [value] * ranks
     if ranks > 1:
+        import torch
+
         torch.distributed.all_gather_object(found, value)
     return found
 

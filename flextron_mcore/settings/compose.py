@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from flextron_mcore.config import FlextronError, nearest
+from flextron_mcore.families.directory import check_directory, read_config
 from flextron_mcore.files import check_file, explain, parse_yaml, read_yaml
 from flextron_mcore.settings.launch import OF_ALL_STAGES, ClusterSettings, LaunchSettings, RunSettings
 from flextron_mcore.settings.schema import MISSING, Key, check_value, checked, keys, parse, show
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _CONFIG_FILES = "pass a config.yaml that {} wrote, or a file that launch wrote"
 _CALL = re.compile(r"\$\{\s*[\w.]+\s*:")  # `${resolver:...}` of OmegaConf, which may read the environment, unlike `${key}`
+FROM_HF = "hf"  # launch: `model=hf` reads the architecture from the config.json of hf=
 SHARED = "training"  # launch: `training.KEY=value` sets KEY for every stage that trains
 # Sections of launch whose keys `STAGE.SECTION.KEY=value` sets for one stage.
 PER_STAGE: dict[str, type] = {"run": RunSettings, "cluster": ClusterSettings}
@@ -61,6 +63,8 @@ def compose(
             chosen[name] = None if text == "null" else text
         else:
             typed.append((name, text))
+    of_hf = schema is LaunchSettings and chosen["model"] == FROM_HF
+    chosen |= {"model": None, "launch": FROM_HF if chosen["launch"] == "${model}" else chosen["launch"]} if of_hf else {}
     draft = _Draft(schema)
     for recipe in _recipes(stage, chosen, config_dirs):
         draft.fill(recipe, literal=False)
@@ -68,6 +72,10 @@ def compose(
         draft.fill(given, literal=True)
     for name, text in typed:
         draft.set_text(name, text)
+    if of_hf and not (partial and draft.config.hf is None):
+        draft.fill_from_hf()
+        for name, text in typed:  # typed keys replace those of config.json
+            draft.set_text(name, text)
     return draft.finish(partial)
 
 
@@ -194,6 +202,22 @@ class _Draft:
         owner, key, inner = find_key(self.schema, name)
         value = parse(_ANY, text) if inner else parse(key, text)
         self._set(name, _escaped(value), value)
+
+    def fill_from_hf(self) -> None:
+        """Set the architecture from config.json of the directory in launch's key hf, and run.name, unless a recipe has one.
+
+        Raises FlextronError if hf is not set, or its config.json is missing, damaged or of a model that is not supported.
+        """
+        from omegaconf import OmegaConf
+
+        if self.config.hf is None:
+            raise FlextronError("model=hf: missing hf=: set it to the directory of a Hugging Face model")
+        path = Path(self.config.hf).expanduser().absolute()
+        check_directory(path)
+        found = read_config(path)[2].to_dict()
+        self.fill({"model": {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}}, literal=True)
+        if OmegaConf.is_missing(self.config.run, "name"):
+            self.fill({"run": {"name": re.sub(r"[^A-Za-z0-9._-]+", "_", path.name).strip(".") or FROM_HF}}, literal=True)
 
     def finish(self, partial: bool) -> Any:
         """Validated settings: an instance of the schema, with interpolations resolved. partial: accept missing required keys."""

@@ -55,6 +55,12 @@ class GpuSettings:
     peak_tflops: float | None = setting(
         None, "peak bf16 throughput of one GPU, for the estimate of hours; null: no estimate", unit="TFLOP/s", above=0
     )
+    node_bandwidth: float = setting(
+        300.0, "speed at which a GPU sends to another one of its node, for the search of a layout", unit="GB/s", above=0
+    )
+    network_bandwidth: float = setting(
+        25.0, "speed at which a GPU sends to another node, for the search of a layout", unit="GB/s", above=0
+    )
     price: float | None = setting(
         None, "price of one GPU, for the estimate of costs; null: no estimate", unit="dollars an hour", above=0
     )
@@ -130,7 +136,10 @@ class ClusterSettings:
 
 
 # Keys of `run` and `cluster` that cannot be set for one stage.
-OF_ALL_STAGES = ("name", "results_dir", "type", "use_container", "gpu.memory", "gpu.peak_tflops", "gpu.price", "utilisation")
+OF_ALL_STAGES = (
+    *("name", "results_dir", "type", "use_container", "utilisation"),
+    *("gpu.memory", "gpu.peak_tflops", "gpu.node_bandwidth", "gpu.network_bandwidth", "gpu.price"),
+)
 
 
 @dataclass
@@ -162,11 +171,11 @@ class LaunchSettings(StageSettings):
         [0.4, 0.6, 0.8],
         "budgets: stage export becomes one job each, stage family takes them all; null: one export, as export.* keys say",
     )
-    gpus: int = setting(
-        MISSING, "GPUs of the parallel stages (all that train or evaluate); layouts must have an entry", at_least=1
-    )
+    gpus: int = setting(MISSING, "GPUs of the parallel stages (all that train or evaluate)", at_least=1)
     layouts: dict[int, Any] = setting(
-        MISSING, "keys of the parallel stages for a number of gpus, {gpus: {trainer: {...}, model: {...}}}"
+        {},
+        "keys of the parallel stages for a number of gpus, {gpus: {trainer: {...}, model: {...}}}; without an entry a layout is "
+        "searched",
     )
     container: str | None = path(
         "containers/flextron_mcore.sqsh", "container image, a .sqsh file or a name in a registry, with cluster.use_container=true"

@@ -11,9 +11,11 @@ from typing import Any
 
 from flextron_mcore.config import FlextronError, JobFailed
 from flextron_mcore.launch import follow, local, slurm
-from flextron_mcore.launch.check import check_configuration, missing
+from flextron_mcore.launch.check import check_configuration, check_layouts, missing
 from flextron_mcore.launch.plan import Job, Plan, plan
 from flextron_mcore.launch.resources import COLUMNS, check_memory, resources
+from flextron_mcore.launch.search import COLUMNS as LAYOUT_COLUMNS
+from flextron_mcore.launch.search import lay_out
 from flextron_mcore.launch.storage import COLUMNS as DISK_COLUMNS
 from flextron_mcore.launch.storage import preemptions, repeats, storage
 from flextron_mcore.launch.texts import check_texts
@@ -31,13 +33,17 @@ def run(settings: LaunchSettings) -> dict[str, Any]:
     Returns {"jobs": {name: Slurm id; on this machine its state}} without complete jobs; with dry_run {"jobs": {name: ""},
     "not_ready": lines on what is missing}. Raises FlextronError for a job that cannot run, JobFailed for one that failed.
     """
-    planned = plan(settings)
+    planned, found = lay_out(settings, plan(settings))
     check_texts(settings, planned)
     for job in planned.to_run:
         check_inputs(job.settings)
     check_configuration(settings, planned)
     check_memory(settings, planned)
+    check_layouts(planned)
     wanting = missing(settings, planned)
+    if found:
+        print_table(found.title, LAYOUT_COLUMNS, found.rows)
+        print("".join(f"{line}\n" for line in found.notes), end="")
     configs = {job.name: planned.results / "launch" / f"{job.name}.yaml" for job in planned.jobs}
     for job in planned.jobs:
         if job.complete:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from megatron.core.transformer.module import Float16Module
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flextron_mcore.choices import Choices
@@ -178,24 +179,56 @@ def in_ddp(model: torch.nn.Module) -> torch.nn.Module:
     return wrapped
 
 
-@pytest.mark.parametrize("family", ["llama", "llama gqa tied", "gpt2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_of_a_step_of_any_family(family, precision):
+    """Weights, gradients and the peak of a step; tests/parallel/test_estimate.py measures the optimizer too."""
+    arch, config = FAMILIES[family], configured("pretrain", f"trainer.precision={precision}")
+    model = in_ddp(built(arch, config, precision))
+
+    def batches():
+        for seed in range(2):
+            tokens, positions = toy.inputs(BATCH, seed, arch.vocab_size, LENGTH)
+            mask = torch.ones(BATCH, LENGTH)
+            yield {"tokens": tokens, "labels": tokens.clone(), "position_ids": positions.contiguous(), "loss_mask": mask}
+
+    def step() -> None:
+        run_networks([model], batches, 2, [None], LENGTH, BATCH)
+
+    step()
+    parameters = list(model.parameters())
+    weights, gradients = (sum(memory.storages(each).values()) for each in (parameters, [p.main_grad for p in parameters]))
+    expected, peak = said(arch, config), memory.peak(step)
+    ratio = (expected.weights + expected.gradients + expected.activations) / (weights + gradients + peak)
+    print(f"figure: {family} {precision} {weights + gradients + peak} {ratio:.4f} {expected.activations / peak:.4f}")
+    assert ratio == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("width", ["full", "half"])
 def test_operations_are_those_that_torch_counts(family, width):
+    """Attention is computed by torch's plain kernel, of which torch counts every pair of tokens, those that are masked too."""
     arch = FAMILIES[family]
     space = ElasticSpace.build(arch)
-    heads, ffn = (arch.num_attention_heads, arch.ffn_hidden_size) if width == "full" else (4, arch.ffn_hidden_size // 2)
-    net = space.uniform(arch, heads, ffn)
+    part = 1 if width == "full" else 2
+    heads = arch.num_attention_heads // part
+    net = space.uniform(arch, heads, arch.ffn_hidden_size // part)
     model = build_model(arch, space).train()
     tokens, positions = toy.inputs(BATCH, vocab=arch.vocab_size, length=LENGTH)
-    with use_subnetwork(model, net), FlopCounterMode(display=False) as forward:
+    with sdpa_kernel(SDPBackend.MATH), use_subnetwork(model, net), FlopCounterMode(display=False) as forward:
         loss = model(tokens, positions, None, labels=tokens)
     with FlopCounterMode(display=False) as backward:
         loss.sum().backward()
-    # torch's counter omits the CPU's attention kernel.
-    attention = arch.num_layers * 2 * LENGTH * heads * arch.kv_channels
-    products = BATCH * LENGTH * (Costs(arch, space, LENGTH).of(net) - attention)
-    assert forward.get_total_flops() == pytest.approx(products, rel=1e-6)
-    assert backward.get_total_flops() == pytest.approx(2 * products, rel=1e-6)
+    seen = sum(min(i + 1, arch.sliding_window or LENGTH) for i in range(LENGTH)) / LENGTH  # keys of a query, on average
+    pair = 4 * arch.num_layers * heads * arch.kv_channels
+    estimated = Costs(arch, space, LENGTH).of(net)
+    assert forward.get_total_flops() / (BATCH * LENGTH) - (LENGTH - seen) * pair == pytest.approx(estimated, rel=0.01)
+    # Products of weights alone to the last one, forward and backward.
+    window = min(arch.sliding_window or LENGTH, LENGTH)
+    products = BATCH * LENGTH * (estimated - window * (1 - window / (2 * LENGTH)) * pair)
+    pairs = BATCH * LENGTH * LENGTH * pair
+    assert forward.get_total_flops() == pytest.approx(products + pairs, rel=1e-6)
+    assert backward.get_total_flops() == pytest.approx(2 * (products + pairs), rel=1e-6)
     set_subnetwork(model, None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.launch.check import check_configuration
+from flextron_mcore.launch.check import check_configuration, check_layouts
 from flextron_mcore.launch.plan import clock, plan, seconds
 from flextron_mcore.launch.resources import COLUMNS, check_memory, gpu_memory, job_estimate, resources
 from flextron_mcore.settings.launch import LaunchSettings
@@ -23,6 +23,7 @@ def test_every_configuration_is_whole_and_fits(launch, model, gpus, cluster):
     planned = plan(config)
     check_configuration(config, planned)
     check_memory(config, planned)
+    check_layouts(planned)
     assert not planned.problems
     jobs = {job.name: job for job in planned.jobs}
     elastic = jobs["elastic"]
@@ -202,7 +203,7 @@ def test_locally_training_has_no_time_limit(launch):
         (["stages=[import,elastik]"], r"stages: 'elastik' is not known \(did you mean 'elastic'\?\)"),
         (["stages=[import,import]"], r"stages: 'import' is named twice"),
         (["stages=[]"], r"stages=\[\]: name at least one"),
-        (["gpus=16"], r"gpus=16: layouts has one for 8, 32, 128"),
+        (["gpus=12"], r"gpus=12: is not a multiple of the 8 GPUs of a node \(cluster.gpus_per_node\): use gpus=8 or gpus=16"),
         (["run.time_limit=soon"], r"run.time_limit=soon: is not a time"),
         (["run.time_limit=00:10:00"], r"run.stop_before=00:20:00 leaves nothing of run.time_limit=00:10:00"),
         (["elastic.model.tensor_model_parallel_size=3"], r"elastic: .* 32 is not a multiple of .* 3"),
@@ -241,6 +242,7 @@ def test_bad_configurations_are_refused(launch, arguments, message):
         planned = plan(config)
         check_configuration(config, planned)
         check_memory(config, planned)
+        check_layouts(planned)
     assert "\n" not in str(error.value)
 
 

@@ -87,6 +87,10 @@ def test_memory_is_that_of_the_ranks(held, name):
         if found["activations"] is not None:  # None: not measurable (memory.peak)
             assert activations == pytest.approx(found["activations"], rel=0.08)
         totals.append(weights + gradients + optimizer + activations)
+        measured = found["weights"] + found["gradients"] + found["optimizer"] + (found["activations"] or found["kept"])
+        total = totals[-1] if found["activations"] else totals[-1] - activations + kept(rank, micro_batches)
+        print(f"figure: {name} rank {rank.index} {measured} {total / measured:.4f}")
+        assert total == pytest.approx(measured, rel=0.05)
     assert estimate(arch, space, config, processes, "fp32", cuda=False).memory == max(totals)
 
 

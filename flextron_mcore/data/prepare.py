@@ -22,11 +22,11 @@ from ..config import FlextronError
 from ..digests import DATA_FILE
 from .builtin import builtin_inputs
 from .corpus import Corpus, open_corpus
+from .existing import DATA_VERSION
 from .formats import stem
 from .split import Documents, pieces, split
 from .tokenizer import Tokenizer, groups, open_tokenizer, train_tokenizer
 
-DATA_VERSION = 1
 SAMPLE_BYTES = 20_000_000  # maximum text that a tokenizer is trained on, all domains together
 _DOMAIN_NAME = re.compile(r"\w[\w .+-]*")  # restricted because a domain's name becomes part of file names
 

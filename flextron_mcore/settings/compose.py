@@ -107,9 +107,12 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
 
 def missing(settings: StageSettings) -> list[str]:
-    """Sorted dotted names of the required keys that have no value (MISSING)."""
+    """Sorted dotted names of the required keys that have no value (MISSING), and the first key of `one_of` if none has one."""
     flat = dict(_leaves(to_dict(settings), lambda name, value: isinstance(value, Mapping)))
-    return sorted(name for name in keys(type(settings)) if flat.get(name) == MISSING)
+    lacking = [name for name in keys(type(settings)) if flat.get(name) == MISSING]
+    if settings.one_of and all(getattr(settings, name) is None for name in settings.one_of):
+        lacking.append(settings.one_of[0])
+    return sorted(lacking)
 
 
 def config_directory() -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.existing import describe, parse_paths
 from flextron_mcore.data.prepare import parse_inputs, prepare_data
-from flextron_mcore.runs.output import check_output, serial_output, write_metrics
+from flextron_mcore.runs.output import check_output, serial_output, unfinished, write_metrics
 from flextron_mcore.runs.terminal import print_table, say
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.settings.stages import PrepareSettings
@@ -48,6 +48,7 @@ def _tokenize(settings: PrepareSettings) -> Callable[[Path], dict[str, Any]]:
         add_bos=settings.add_bos,
         parse_special_tokens=settings.parse_special_tokens,
         progress=lambda text: say(f"prepare: {text}"),
+        work=unfinished(Path(settings.out)),
     )
 
 

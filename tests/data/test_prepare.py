@@ -19,7 +19,6 @@ from flextron_mcore.data.corpus import Corpus, open_corpus
 from flextron_mcore.data.prepare import parse_inputs, prepare_data
 from flextron_mcore.data.shards import Part
 from flextron_mcore.data.split import Documents
-from flextron_mcore.data.shards import Part
 from flextron_mcore.data.split import split as split_documents
 from flextron_mcore.data.tokenizer import END_OF_TEXT, open_tokenizer, train_tokenizer
 

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.data.blend import PreparedData, check_weights, open_data
+from flextron_mcore.data.blend import PreparedData, open_data
+from flextron_mcore.data.epochs import reading
 from flextron_mcore.launch.layout import TRAINED
-from flextron_mcore.launch.plan import TRAINS, Job, Plan, count
+from flextron_mcore.launch.plan import TRAINS, Job, Plan
 from flextron_mcore.launch.resources import job_hours
 from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.schema import MISSING
 from flextron_mcore.space import ADAM_BYTES, DTYPE_BYTES, count_parameters
+from flextron_mcore.training.rampup import BatchSizes
 
 COLUMNS = ("job", "checkpoint", "saved every", "kept", "disk")
 
@@ -85,16 +87,7 @@ def repeats(plan: Plan) -> Iterator[str]:
 
 def _repeats(job: Job, data: PreparedData, plan: Plan) -> str:
     options = job.settings.model
-    weights = check_weights(data, job.settings.data_weights)
     length = options.seq_length or plan.model.default_length
-    needed = job.settings.trainer.max_steps * options.global_batch_size * length
-    there = sum(data.domains[name].train_tokens for name in weights)
-    times = {
-        name: needed * weight / sum(weights.values()) / max(1, data.domains[name].train_tokens)
-        for name, weight in weights.items()
-    }
-    most = max(times, key=lambda name: times[name])
-    text = f"{job.name}: {count(needed)} tokens of training from {count(there)} of data"
-    if times[most] <= 1:
-        return f"{text}: none is read twice"
-    return f"{text}: those of '{most}' are read {times[most]:.3g} times"
+    steps = job.settings.trainer.max_steps
+    needed = BatchSizes(options, steps).start(steps) * length
+    return f"{job.name}: {reading(data, job.settings.data_weights, needed)}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron.core.datasets.utils import get_blend_from_list
 
 from flextron_mcore.data.blend import PreparedData, _TokenizerFacts, open_data, train_dataset, valid_datasets
+from flextron_mcore.data.epochs import epochs, reading, repeated
 from flextron_mcore.data.existing import bounds, describe, parse_paths, split_text
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -161,6 +164,28 @@ def test_documents_without_end_are_warned_of(described, tmp_path: Path) -> None:
     write(tmp_path / "open", [[5, 6, 7]] * 50)
     described([str(tmp_path / "open")])
     assert described.lines[0].startswith("warning: ")
+
+
+def test_epochs_are_those_of_the_indices(prepared: PreparedData, tmp_path: Path) -> None:
+    """Each domain is read as often as Megatron-Core's indices have its samples and its documents."""
+    weights, samples = {"plain": 3.0, "single": 1.0}, 400
+    dataset = train_dataset(prepared, 16, samples, 3, tmp_path, weights)
+    found = epochs(prepared, weights, samples * 16)
+    assert list(found) == sorted(found, key=lambda name: -found[name])
+    taken = Counter(dataset.dataset_index[:samples].tolist())
+    for number, name in enumerate(weights):
+        read = taken[number] * 16 / prepared.domains[name].train_tokens
+        assert found[name] == pytest.approx(read, abs=32 / prepared.domains[name].train_tokens)
+        part = dataset.datasets[number]
+        passes = len(part.document_index) / len(part.indices)  # whole passes over the documents, with a surplus of samples
+        assert math.ceil(found[name]) <= passes <= math.ceil(found[name] * 1.2) + 1
+    text = reading(prepared, weights, samples * 16)
+    assert text.startswith("reads 6,400 tokens from ") and f"plain {found['plain']:.2g} times" in text
+    assert repeated(prepared, None, 100) is None
+    most, times = "lines", 4.5
+    assert f"'{most}' is read {times:.2g} times" in (
+        repeated(prepared, {most: 1.0}, round(times * prepared.domains[most].train_tokens)) or ""
+    )
 
 
 REFUSED = {

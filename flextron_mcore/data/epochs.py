@@ -1,4 +1,4 @@
-"""How often a training reads the text of each domain."""
+"""Epochs of a training: the number of times that it reads the text of each domain."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ def epochs(data: PreparedData, weights: Mapping[str, float] | None, tokens: int)
 
 
 def reading(data: PreparedData, weights: Mapping[str, float] | None, tokens: int) -> str:
-    """Text such as `reads 1,000,000 of 800,000 tokens: code 2.5 times, web 0.7 times`. Arguments: as for `epochs`."""
+    """Text such as `reads 1,000,000 of 800,000 tokens: code 2.5 times, web 0.7 times`.
+
+    Args:
+        data: prepared data.
+        weights: {domain: weight}, as for `epochs`.
+        tokens: tokens of the whole training.
+    """
     found = epochs(data, weights, tokens)
     there = sum(data.domains[name].train_tokens for name in found)
     named = [f"{name} {_shown(times)} times" for name, times in list(found.items())[:_NAMED]]
@@ -34,7 +40,13 @@ def reading(data: PreparedData, weights: Mapping[str, float] | None, tokens: int
 
 
 def repeated(data: PreparedData, weights: Mapping[str, float] | None, tokens: int) -> str | None:
-    """Warning that a domain is read more than MOST_EPOCHS times; None if none is. Arguments: as for `epochs`."""
+    """Warning that a domain is read more than MOST_EPOCHS times; None if none is.
+
+    Args:
+        data: prepared data.
+        weights: {domain: weight}, as for `epochs`.
+        tokens: tokens of the whole training.
+    """
     found = {name: times for name, times in epochs(data, weights, tokens).items() if times > MOST_EPOCHS}
     if not found:
         return None

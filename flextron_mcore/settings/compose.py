@@ -166,6 +166,10 @@ def _find(known: Mapping[str, Key], name: str, complaint: str, prefix: str = "")
     while found and found not in known:
         found, _, last = found.rpartition(".")
         inner = f"{last}.{inner}" if inner else last
+    if "data" in known and name in ("data.paths", "data.split"):  # of NeMo
+        raise FlextronError(
+            f"{complaint}: describe Megatron corpora with `flextron prepare paths=[...] tokenizer=DIR out=DIR`, and set data=DIR"
+        )
     if not found or (inner and known[found].type is not dict):
         raise FlextronError(complaint + nearest(prefix + name, [prefix + each for each in known]))
     return known[found], inner

@@ -11,6 +11,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.settings.compose import compose
 from tests.stages.conftest import TRAIN, stage
 
 SIZES = ["model.micro_batch_size=4", "model.global_batch_size=8", *TRAIN, "trainer.max_steps=6"]
@@ -83,6 +84,15 @@ def test_other_data_are_another_run(chain: Path, joined, tmp_path: Path) -> None
         elastic(chain, tmp_path / "data", tmp_path / "run")
     describe(chain, tmp_path / "data", f"[{tmp_path}/moved/code]", f"split={split}", "overwrite=true")
     assert elastic(chain, tmp_path / "data", tmp_path / "run") == wanted
+
+
+def test_the_keys_of_nemo_are_answered(tmp_path: Path) -> None:
+    with pytest.raises(FlextronError, match=r"unknown key .data.paths.: .*`flextron prepare paths="):
+        stage("elastic", "data.paths=[0.7,/d/web,0.3,/d/code]", f"out={tmp_path}/out")
+    with pytest.raises(FlextronError, match="trainer.precision='16-mixed' is not known: use one of fp32, bf16"):
+        stage("elastic", "trainer.precision=16-mixed", f"out={tmp_path}/out")
+    assert compose("elastic", ["trainer.precision=bf16-mixed"], partial=True).trainer.precision == "bf16"
+    assert compose("evaluate", ["trainer.precision=32-true"], partial=True).trainer.precision == "fp32"
 
 
 @pytest.mark.parametrize(

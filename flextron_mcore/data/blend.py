@@ -12,9 +12,8 @@ import json
 import logging
 import math
 import shlex
-import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +22,17 @@ import torch
 
 from ..config import FlextronError, nearest
 from ..digests import DATA_FILE, check_files, write_digests
-from ..files import check_file, child, explain, open_file, parse_json, read_bytes
+from ..files import check_file, child, explain, parse_json, read_bytes
 from ..runtime.disk import write_aside
 from ..runtime.ranks import on_main_process, wait_for_all
-from .prepare import DATA_VERSION
+from .existing import DATA_VERSION
+from .index import digest_of, read_index
 from .tokenizer import read_vocabulary
 from .tokenizer_files import check_tokenizer_files
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-_PARTS, _SEEN = 16, 1 << 16  # a token file's digest covers about _PARTS parts of _SEEN bytes, evenly spread
 _AGAIN = "run `flextron prepare` again"
 SAMPLE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")  # fields of a sample and of a batch
 
@@ -43,20 +42,24 @@ class Domain:
     """Token files and sizes of one domain of a directory that `flextron prepare` wrote.
 
     Attributes:
-        train: path of the training tokens, without .bin and .idx.
-        valid: path of the validation tokens, without .bin and .idx.
+        train: path of the training tokens, without .bin and .idx; None without training tokens.
+        valid: path of the validation tokens, without .bin and .idx; None without validation tokens.
         train_tokens: number of training tokens.
         valid_tokens: number of validation tokens.
         documents: number of documents of both splits; a document that is cut between the splits counts once.
-        bytes: UTF-8 bytes of the text of all documents.
+        bytes: UTF-8 bytes of the text of all documents; None for an existing corpus, whose text is not known.
+        weight: weight in a blend for which data_weights gives none.
+        digest: hexadecimal digest of an existing corpus outside of the directory (index.py); None for files within it.
     """
 
-    train: str
-    valid: str
+    train: str | None
+    valid: str | None
     train_tokens: int
     valid_tokens: int
     documents: int
-    bytes: int
+    bytes: int | None
+    weight: float = 1.0
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class PreparedData:
     domains: dict[str, Domain]
     fingerprint: str
     own_tokens: bool = False
+    split: str | None = None
 
 
 def open_data(path: str | Path) -> PreparedData:
@@ -103,25 +107,53 @@ def open_data(path: str | Path) -> PreparedData:
     if not isinstance(table, dict) or table.get("version") != DATA_VERSION:
         raise FlextronError(f"{file}: is not prepared data of version {DATA_VERSION}: {_AGAIN}")
     check_files(root, DATA_FILE, "tokenizer")
-    digest = hashlib.sha256(text)
+    digest = hashlib.sha256(_without_paths(table) if "split" in table else text)
     try:
         domains = {}
         for name, entry in table["domains"].items():
-            check_files(root, *(f"{entry[split]}.idx" for split in ("train", "valid")))
-            for split in ("train", "valid"):
-                digest.update(_check_tokens(child(root, entry[split], file), entry[f"{split}_tokens"]))
-            domains[name] = Domain(**{**entry, "train": str(root / entry["train"]), "valid": str(root / entry["valid"])})
+            opened = _existing if entry.get("digest") else _own
+            domains[name], found = opened(Domain(**entry), root, table.get("split"))
+            digest.update(found)
         tokenizer = child(root, table["tokenizer"], file)
         own = any(table.get(key) is not None for key in ("add_bos", "parse_special_tokens"))
         if not tokenizer.is_dir():
             raise FlextronError(f"{tokenizer}: no such directory, but {DATA_FILE} names it as the tokenizer: {_AGAIN}")
         check_tokenizer_files(tokenizer)
-        data = PreparedData(root, tokenizer, table["vocab_size"], table["eod"], domains, digest.hexdigest()[:16], own)
+        data = PreparedData(
+            root, tokenizer, table["vocab_size"], table["eod"], domains, digest.hexdigest()[:16], own, table.get("split")
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise FlextronError(f"{file}: an entry is missing or invalid ({explain(error)}): {_AGAIN}") from None
     if not data.domains:
         raise FlextronError(f"{file}: lists no domain: {_AGAIN}")
     return data
+
+
+def _without_paths(table: Mapping[str, Any]) -> bytes:
+    """Content of data.json for the fingerprint: corpora outside of the directory may move."""
+    entries = {name: {**entry, "train": "", "valid": ""} for name, entry in dict(table["domains"]).items()}
+    return json.dumps({**table, "domains": entries}).encode()
+
+
+def _own(domain: Domain, root: Path, split: str | None) -> tuple[Domain, bytes]:
+    """(domain with full paths, digest) of token files in a prepared directory. split: None, because they are split already."""
+    file, found = root / DATA_FILE, b""
+    check_files(root, *(f"{getattr(domain, part)}.idx" for part in ("train", "valid")))
+    for part in ("train", "valid"):
+        found += digest_of(child(root, getattr(domain, part), file), getattr(domain, f"{part}_tokens"), _AGAIN)
+    return replace(domain, train=str(root / domain.train), valid=str(root / domain.valid)), found
+
+
+def _existing(domain: Domain, root: Path, split: str | None) -> tuple[Domain, bytes]:
+    """(domain, digest) of a corpus outside of the prepared directory. Raises FlextronError if it changed since `prepare`.
+
+    split: Megatron's split of the corpus; None if it belongs to training or to validation, or to both, as a whole.
+    """
+    prefix = Path(domain.train or domain.valid)
+    index = read_index(prefix, _AGAIN)
+    if index.digest.hex() != domain.digest:
+        raise FlextronError(f"{prefix}.bin: changed since data={root} was prepared: {_AGAIN}")
+    return domain, index.digest
 
 
 def train_dataset(
@@ -141,7 +173,7 @@ def train_dataset(
         seed: seed of the order of samples.
         cache_dir: directory for Megatron's sample indices.
         weights: {domain: weight}; a domain's share of the samples is its weight divided by the sum of weights. A domain that is
-            left out or has weight 0 is not used. None: equal shares for all domains.
+            left out or has weight 0 is not used. None: the weights of the data, which are equal for text that `prepare` read.
 
     Returns:
         Dataset of samples {tokens, labels, position_ids: int64 [seq_length]; loss_mask: float32 [seq_length]}.
@@ -154,6 +186,8 @@ def train_dataset(
     blend = ([data.domains[name].train for name in chosen], [weight / total for weight in chosen.values()])
     # Megatron rounds each domain's samples up, so its blend may take len(chosen) - 2 samples more of a domain than its share.
     surplus = 0.005 + len(chosen) / max(1.0, num_samples * min(blend[1]))
+    if len(chosen) == 1:
+        blend = (blend[0], None)
     return _build(data, seq_length, seed, cache_dir, [blend, None, None], [num_samples, 0, 0], surplus)
 
 
@@ -172,6 +206,8 @@ def valid_datasets(data: PreparedData, seq_length: int, seed: int, cache_dir: st
     """
     found = {}
     for name, domain in data.domains.items():
+        if domain.valid is None:
+            continue
         dataset = _build(data, seq_length, seed, cache_dir, [None, ([domain.valid], None), None], [0, None, 0], 0.0)
         # GPTDataset caches the loss mask of the first sample that it returns, and would give the mask of a padded last sample to
         # all others.
@@ -266,7 +302,9 @@ def _indexed(data: PreparedData, seq_length: int, seed: int, cache: Path, blends
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=seq_length,
-            blend_per_split=blends,
+            blend=next(filter(None, blends)) if data.split else None,
+            split=data.split,
+            blend_per_split=None if data.split else blends,
             path_to_cache=str(cache),
             tokenizer=_TokenizerFacts(data.vocab_size, data.eod, data.fingerprint),
             mid_level_dataset_surplus=surplus,
@@ -276,6 +314,8 @@ def _indexed(data: PreparedData, seq_length: int, seed: int, cache: Path, blends
             create_attention_mask=False,
             drop_last_partial_validation_sequence=False,
         )
+        if data.split:  # Megatron-Core builds the splits whose bounds are set
+            config.split_matrix = [part if blend else None for part, blend in zip(config.split_matrix, blends, strict=True)]
         try:
             built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
         except Exception as error:
@@ -286,23 +326,24 @@ def _indexed(data: PreparedData, seq_length: int, seed: int, cache: Path, blends
 
 
 def check_weights(data: PreparedData, weights: Mapping[str, float] | None) -> dict[str, float]:
-    """{domain: weight} of the domains with a weight above 0. weights=None gives every domain the weight 1.
+    """{domain: weight} of the domains with a weight above 0. weights=None gives the weights of the data.
 
     Raises FlextronError, which names the key data_weights, for an unknown domain, for a weight that is not a finite number of at
     least 0, and if no weight is above 0.
     """
+    trained = {name: domain.weight for name, domain in data.domains.items() if domain.train}
     if weights is None:
-        return dict.fromkeys(data.domains, 1.0)
+        return {name: float(weight) for name, weight in trained.items() if weight}
     for name, weight in weights.items():
-        if name not in data.domains:
+        if name not in trained:
             raise FlextronError(
-                f"data_weights: no domain '{name}' in {data.path}{nearest(name, data.domains)}: it has {', '.join(data.domains)}"
+                f"data_weights: no domain '{name}' in {data.path}{nearest(name, trained)}: it has {', '.join(trained)}"
             )
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise FlextronError(f"data_weights.{name}={weight!r} must be a number of at least 0")
-    chosen = {name: float(weights[name]) for name in data.domains if weights.get(name)}
+    chosen = {name: float(weights[name]) for name in trained if weights.get(name)}
     if not chosen:
-        raise FlextronError(f"data_weights: no domain has a weight above 0: give one to {' or '.join(data.domains)}")
+        raise FlextronError(f"data_weights: no domain has a weight above 0: give one to {' or '.join(trained)}")
     return chosen
 
 
@@ -319,39 +360,6 @@ def check_tokenizer(data: PreparedData, tokenizer: Path | None) -> None:
             f"data={data.path}: prepared with another tokenizer than the model's, {tokenizer}: only one of the two has the token "
             f"{i} {token[:40]!r}: prepare the data with the model's tokenizer, `flextron prepare {key} ...`"
         )
-
-
-def _check_tokens(prefix: Path, tokens: int) -> bytes:
-    """Check that a .idx and a .bin file fit together and hold `tokens` tokens; return the SHA-256 of .idx and parts of .bin.
-
-    Raises FlextronError naming the file that is missing or truncated.
-    """
-    from megatron.core.datasets.indexed_dataset import DType
-
-    index, binary = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
-    try:
-        with open_file(index) as stream:
-            # header, version, dtype code, sequences, documents (+1); then lengths, pointers, document boundaries
-            head = stream.read(34)
-            magic, version, code, sequences, documents = struct.unpack("<9sQBQQ", head.ljust(34, b"\0"))
-            size = 34 + 12 * sequences + 8 * documents
-            if magic != b"MMIDIDX\0\0" or version != 1 or index.stat().st_size != size:
-                raise FlextronError(f"{index}: is truncated or not a Megatron index: {_AGAIN}")
-            stream.seek(0)
-            digest = hashlib.file_digest(stream, "sha256")
-        held = binary.stat().st_size
-        with open_file(binary) as stream:
-            for start in (*range(0, held, max(_SEEN, held // _PARTS)), max(0, held - _SEEN)):
-                stream.seek(start)
-                digest.update(stream.read(_SEEN))
-    except OSError as error:
-        raise FlextronError(f"{error.filename}: cannot be read ({error.strerror}): {_AGAIN}") from None
-    if held != tokens * DType.size(code):
-        raise FlextronError(
-            f"{binary}: is truncated or belongs to other data: it has {held} bytes, not {tokens} tokens of {DType.size(code)} "
-            f"bytes: {_AGAIN}"
-        )
-    return digest.digest()
 
 
 @contextlib.contextmanager

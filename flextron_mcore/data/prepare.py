@@ -11,22 +11,21 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..config import FlextronError
 from ..digests import DATA_FILE
 from .builtin import builtin_inputs
 from .corpus import Corpus, open_corpus
+from .existing import DATA_VERSION
 from .formats import stem
-from .split import Documents, pieces, split
-from .tokenizer import Tokenizer, groups, open_tokenizer, train_tokenizer
+from .shards import Part, Shards
+from .split import Documents, split
+from .tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 
-DATA_VERSION = 1
 SAMPLE_BYTES = 20_000_000  # maximum text that a tokenizer is trained on, all domains together
 _DOMAIN_NAME = re.compile(r"\w[\w .+-]*")  # restricted because a domain's name becomes part of file names
 
@@ -70,6 +69,7 @@ def prepare_data(
     add_bos: bool | None = None,
     parse_special_tokens: bool | None = None,
     progress: Callable[[str], None] | None = None,
+    work: Path | None = None,
 ) -> dict[str, Any]:
     """Tokenize text and write DOMAIN_{train,valid}.{bin,idx} for each domain, tokenizer/ and, last, data.json.
 
@@ -86,6 +86,8 @@ def prepare_data(
         parse_special_tokens: encode the text of a special token, such as <|endoftext|>, as this token; False: as ordinary text;
             None: as the tokenizer does.
         progress: function (line) called with each status line, a text; None: none.
+        work: directory for finished shards of the token files, on the file system of `out`. A killed call leaves them there, and
+            the next call with the same arguments and text continues after them. None: start from the beginning.
 
     Returns:
         `vocab_size`, `eod` (id of the end-of-document token), `domains` and `skipped`, a list of [file or file and line, reason].
@@ -116,7 +118,22 @@ def prepare_data(
     tokens.save(out / "tokenizer")
     if chosen != (None, None):
         _check_saved(tokens, out / "tokenizer")
-    domains = {part.corpus.domain: _write_domain(part, tokens, out, say) for part in parts}
+    shards = Shards(work or out / ".shards", parts, out / "tokenizer")
+    domains, whole = {}, False
+    try:
+        for number, part in enumerate(parts):
+            train, valid = shards.write(number, part, tokens, out)
+            domains[part.domain] = {
+                "train": f"{part.domain}_train",
+                "valid": f"{part.domain}_valid",
+                "train_tokens": train,
+                "valid_tokens": valid,
+                "documents": len(part.share),
+                "bytes": int(part.documents.sizes.sum()),
+            }
+        whole = True
+    finally:
+        shards.close(keep=work is not None and not whole)
     table = {
         "version": DATA_VERSION,
         "tokenizer": "tokenizer",
@@ -132,9 +149,9 @@ def prepare_data(
         "vocab_size": tokens.vocab_size,
         "eod": tokens.eod,
         "domains": {
-            part.corpus.domain: {
-                **domains[part.corpus.domain],
-                "bytes_per_token": domains[part.corpus.domain]["bytes"] / total[part.corpus.domain],
+            part.domain: {
+                **domains[part.domain],
+                "bytes_per_token": domains[part.domain]["bytes"] / total[part.domain],
                 "files": dict(part.corpus.read),
                 "left_out": dict(part.corpus.left_out),
                 "empty_texts": part.corpus.empty,
@@ -157,28 +174,7 @@ def _check_saved(tokens: Tokenizer, folder: Path) -> None:
         )
 
 
-@dataclass
-class _Part:
-    """One domain and its split into training and validation text.
-
-    Attributes:
-        corpus: text of the domain.
-        documents: hash and size of each document of the domain.
-        share: [documents], fraction of each document, counted from its end, that is validation text.
-    """
-
-    corpus: Corpus
-    documents: Documents
-    share: np.ndarray
-
-    def texts(self) -> Iterator[tuple[int, bool, str]]:
-        """(index of the document, True for validation text, text) of all documents; a document that is cut yields two."""
-        for i, (text, share) in enumerate(zip(self.corpus, self.share, strict=True)):
-            for valid, piece in pieces(text, share):
-                yield i, valid, piece
-
-
-def _read(corpora: Mapping[str, Corpus], fraction: float, seed: int, say: Callable[[str], None]) -> list[_Part]:
+def _read(corpora: Mapping[str, Corpus], fraction: float, seed: int, say: Callable[[str], None]) -> list[Part]:
     """Read all domains once and split each into training and validation text. fraction: share of the bytes for validation.
 
     Raises FlextronError for unreadable input, and for a domain without a document or too small for validation text.
@@ -192,10 +188,10 @@ def _read(corpora: Mapping[str, Corpus], fraction: float, seed: int, say: Callab
             raise FlextronError(f"domain '{domain}' has no document ({corpus.summary()}): leave it out of input=")
         found.append(documents)
     shares = split(found, fraction)
-    return [_Part(*facts) for facts in zip(corpora.values(), found, shares, strict=True)]
+    return [Part(*facts) for facts in zip(corpora, corpora.values(), found, shares, strict=True)]
 
 
-def _sample(parts: list[_Part]) -> Iterator[str]:
+def _sample(parts: list[Part]) -> Iterator[str]:
     """Training text for the tokenizer, about SAMPLE_BYTES at most, from randomly chosen documents.
 
     Every domain gives the same amount of text, or all that it has.
@@ -210,33 +206,6 @@ def _sample(parts: list[_Part]) -> Iterator[str]:
             if not valid and draws[i] <= threshold and left > 0:
                 yield text[:left]
                 left -= len(text)
-
-
-def _write_domain(part: _Part, tokens: Tokenizer, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write the token files of a domain and return its entry in data.json: the fields of `Domain`, paths relative to `out`."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    domain = part.corpus.domain
-    names = {False: f"{domain}_train", True: f"{domain}_valid"}
-    dtype = DType.optimal_dtype(tokens.vocab_size)
-    builders = {valid: IndexedDatasetBuilder(str(out / f"{name}.bin"), dtype=dtype) for valid, name in names.items()}
-    count = {False: 0, True: 0}
-    for batch in groups(part.texts()):
-        for (_, valid, _), ids in zip(batch, tokens.encode_batch([text for _, _, text in batch]), strict=True):
-            builders[valid].add_item(torch.from_numpy(ids))
-            builders[valid].end_document()
-            count[valid] += len(ids)
-        say(f"tokenizing {domain}: {batch[-1][0] + 1}/{len(part.share)} documents, {count[False] + count[True]} tokens")
-    for valid, name in names.items():
-        builders[valid].finalize(str(out / f"{name}.idx"))
-    return {
-        "train": names[False],
-        "valid": names[True],
-        "train_tokens": count[False],
-        "valid_tokens": count[True],
-        "documents": len(part.share),
-        "bytes": int(part.documents.sizes.sum()),
-    }
 
 
 def _paths(value: object, name: str) -> list[str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # one token for each of the 256 bytes, and END_OF_TEXT
-_GROUP = 1 << 21  # characters of one batch for the Rust backend
+BATCH = 1 << 21  # characters of one batch for the Rust backend
 _PIECE_END = re.compile(r"(?<=\S)(?=\s)")  # in front of white space, where a cut splits no word of the BPE's training
 
 _Entry = TypeVar("_Entry", bound=tuple)
@@ -310,7 +310,7 @@ def groups(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
     for entry in entries:
         group.append(entry)
         letters += len(entry[-1])
-        if letters >= _GROUP:
+        if letters >= BATCH:
             yield group
             group, letters = [], 0
     if group:

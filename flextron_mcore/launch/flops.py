@@ -24,6 +24,7 @@ from flextron_mcore.launch.layout import LOOPED, Layout
 from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
+from flextron_mcore.training.rampup import BatchSizes
 
 LARGE = 2.0  # exponent of training/static.py: budgets drawn with it are on average 1 / (1 + LARGE) of their range below its top
 _TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)  # default budgets of a validation (runs/routers.py), as shares of that range
@@ -202,7 +203,7 @@ def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_sampl
         passes = [costs.full, *networks]
     else:  # gradients reach the gates through frozen weights, which get none themselves
         passes = [costs.full, *(_trained(costs, net, layout) - (net - _attention(costs, net)) for net in networks)]
-    tokens = trainer.max_steps * batch * costs.length
+    tokens = BatchSizes(settings.model, trainer.max_steps).start(trainer.max_steps) * costs.length
     limit = trainer.limit_val_batches
     every, steps = trainer.val_check_interval, trainer.max_steps
     validations = 1 + steps // every + (steps % every > 0)

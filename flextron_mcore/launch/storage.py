@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.launch.layout import TRAINED
-from flextron_mcore.launch.plan import TRAINS, Job, Plan, count
+from flextron_mcore.launch.plan import TRAINS, Job, Plan
 from flextron_mcore.launch.resources import job_hours
 from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.schema import MISSING
 from flextron_mcore.space import ADAM_BYTES, DTYPE_BYTES, count_parameters
+from flextron_mcore.training.rampup import BatchSizes
 
 if TYPE_CHECKING:
     from flextron_mcore.data.blend import PreparedData
@@ -87,7 +88,7 @@ def preemptions(settings: LaunchSettings, plan: Plan) -> Iterator[str]:
 
 def repeats(plan: Plan) -> Iterator[str]:
     """Line for each training whose data exist: the tokens that it needs, those that there are, and how often each is read."""
-    from flextron_mcore.data.blend import check_weights, open_data  # late: imports torch
+    from flextron_mcore.data.blend import open_data  # late: imports torch
 
     opened: dict[str, PreparedData] = {}
     planned = {str(job.out) for job in plan.jobs}
@@ -98,23 +99,16 @@ def repeats(plan: Plan) -> Iterator[str]:
         try:
             if path not in opened:
                 opened[path] = open_data(Path(path))
-            weights = check_weights(opened[path], job.settings.data_weights)
-            yield _repeats(job, opened[path], weights, plan)
+            yield _repeats(job, opened[path], plan)
         except FlextronError:  # a line of `missing` says what is wrong with the data
             continue
 
 
-def _repeats(job: Job, data: PreparedData, weights: Mapping[str, float], plan: Plan) -> str:
+def _repeats(job: Job, data: PreparedData, plan: Plan) -> str:
+    from flextron_mcore.data.epochs import reading  # late: imports torch
+
     options = job.settings.model
     length = options.seq_length or plan.model.default_length
-    needed = job.settings.trainer.max_steps * options.global_batch_size * length
-    there = sum(data.domains[name].train_tokens for name in weights)
-    times = {
-        name: needed * weight / sum(weights.values()) / max(1, data.domains[name].train_tokens)
-        for name, weight in weights.items()
-    }
-    most = max(times, key=lambda name: times[name])
-    text = f"{job.name}: {count(needed)} tokens of training from {count(there)} of data"
-    if times[most] <= 1:
-        return f"{text}: none is read twice"
-    return f"{text}: those of '{most}' are read {times[most]:.3g} times"
+    steps = job.settings.trainer.max_steps
+    needed = BatchSizes(options, steps).start(steps) * length
+    return f"{job.name}: {reading(data, job.settings.data_weights, needed)}"

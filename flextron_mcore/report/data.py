@@ -11,12 +11,15 @@ from flextron_mcore.report.topic import Highlights, Section, Table, Topic
 
 @dataclass(frozen=True)
 class Domain:
-    """Sizes of one domain of a data set that `flextron prepare` wrote: numbers of tokens and documents, bytes of text."""
+    """Sizes of one domain of a data set that `flextron prepare` wrote: numbers of tokens and documents, bytes of text.
+
+    bytes: None for an existing corpus, whose text is not known.
+    """
 
     train_tokens: int
     valid_tokens: int
     documents: int
-    bytes: int
+    bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,14 @@ def highlights(results: list[Data]) -> Highlights:
 
 
 def _table(data: Data) -> Table:
-    unit, sizes = memory([domain.bytes for domain in data.domains.values()])
+    unit, sizes = memory([domain.bytes or 0 for domain in data.domains.values()])
     head = [f"Domain ({data.label})", "Training tokens", "Validation tokens", "Documents", f"Text ({unit})", "Bytes per token"]
     rows = []
     for (name, domain), size in zip(data.domains.items(), sizes, strict=True):
         tokens = domain.train_tokens + domain.valid_tokens
         counts = [f"{count:,}" for count in (domain.train_tokens, domain.valid_tokens, domain.documents)]
-        rows.append([name, *counts, size, f"{domain.bytes / tokens:.2f}" if tokens else "–"])
+        known = domain.bytes is not None
+        rows.append([name, *counts, size if known else "–", f"{domain.bytes / tokens:.2f}" if tokens and known else "–"])
     return Table(head, rows)
 
 

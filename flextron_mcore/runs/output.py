@@ -57,6 +57,12 @@ def serial_output(settings: StageSettings) -> Iterator[Path]:
         digests.write_digests(folder)
 
 
+def unfinished(out: Path) -> Path:
+    """Path beside `out` for parts of a result that the same command takes over after it was killed."""
+    out = out.resolve()
+    return out.with_name(f".{out.name}.unfinished")
+
+
 @contextlib.contextmanager
 def new_output(settings: StageSettings) -> Iterator[Path]:
     """Context with a hidden directory to write results into, for a stage that all ranks run. Call on all ranks.

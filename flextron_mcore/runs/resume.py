@@ -13,17 +13,19 @@ from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, op
 from flextron_mcore.checkpoint.unpickling import check_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData
+from flextron_mcore.data.epochs import reading, repeated
 from flextron_mcore.data.tokenizer import read_vocabulary
 from flextron_mcore.files import explain, read_yaml
 from flextron_mcore.runs.memory import memory_line
 from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, check_output, claimed, new_directory
-from flextron_mcore.runs.terminal import say
+from flextron_mcore.runs.terminal import say, warn
 from flextron_mcore.runs.tokenizers import copy_tokenizer, tokenizer_directories
 from flextron_mcore.runtime.disk import disk_errors, write_aside, write_whole
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.compose import as_yaml, to_dict
 from flextron_mcore.settings.schema import show
 from flextron_mcore.settings.training import LoopSettings
+from flextron_mcore.training.rampup import BatchSizes
 
 # Keys, and sections of keys, that may differ between a run and its continuation: they do not change what is computed.
 # model.ddp.use_distributed_optimizer may not: the form of the optimizer's state on disk depends on it.
@@ -66,7 +68,17 @@ def resumable_output(settings: LoopSettings, info: CheckpointInfo, data: Prepare
     with claimed(out):
         on_main_process(lambda: _open_run(out, settings, info, data))
         say(memory)
+        _say_reading(settings, info, data)
         yield out
+
+
+def _say_reading(settings: LoopSettings, info: CheckpointInfo, data: PreparedData) -> None:
+    """Print how often the training reads each domain, with a warning where that is too often."""
+    steps, length = settings.trainer.max_steps, settings.model.seq_length or info.model.default_length
+    tokens = BatchSizes(settings.model, steps).start(steps) * length
+    say(f"{settings.stage}: {reading(data, settings.data_weights, tokens)}")
+    if found := repeated(data, settings.data_weights, tokens):
+        warn(found)
 
 
 def _open_run(out: Path, settings: LoopSettings, info: CheckpointInfo, data: PreparedData) -> None:
@@ -92,6 +104,11 @@ def _open_run(out: Path, settings: LoopSettings, info: CheckpointInfo, data: Pre
                 copy_tokenizer(info, data, folder / "tokenizer")
                 digests.write_digests(folder)
             return
+        if not settings.exp_manager.resume_if_exists:
+            raise FlextronError(
+                f"exp_manager.resume_if_exists=false: out={out} holds an unfinished run: choose another out, leave the key out "
+                "to continue it, or overwrite=true"
+            )
         _check_same(out, values, info)
         if tokenizer and not (out / "tokenizer").is_dir():  # removed by hand, or never written by an earlier version
             with write_aside(out / "tokenizer") as folder:

@@ -52,8 +52,8 @@ def _start(settings: StageSettings) -> None:
     Stages that compute (_PARALLEL, _SINGLE) get torch.distributed and Megatron-Core's process groups, with CUDA or without.
     Stages that only import Megatron-Core or start groups themselves (_IMPORTING) get the CPU runtime (runtime/cpu.py) alone.
     It patches Megatron-Core when there is no CUDA, so it must start before a stage imports Megatron-Core's modules. Other
-    stages, such as `report`, need neither; `launch` starts it when its cheap checks have passed. Raises FlextronError if the stage cannot run in the parallel layout, or with this
-    number of processes.
+    stages, such as `report`, need neither; `launch` starts it when its cheap checks have passed. Raises FlextronError if the
+    stage cannot run in the parallel layout, or with this number of processes.
     """
     if settings.stage not in (*_PARALLEL, *_SINGLE, *_IMPORTING):
         return

@@ -51,7 +51,8 @@ class Progress(tqdm):
         seconds = self._said - self._begun
         shown = [tqdm.format_sizeof(x) if self._scaled else str(x) for x in (self._done, self._all) if x is not None]
         left = f", {duration_text(seconds / self._done * (self._all - self._done))} left" if self._done and self._all else ""
-        print(f"{self._name}: {' of '.join(shown)} {self._unit}{self._plural}{left}", flush=True)
+        rate = f", {tqdm.format_sizeof(self._done / seconds)}{self._unit}/s" if self._scaled and self._done and seconds else ""
+        print(f"{self._name}: {' of '.join(shown)} {self._unit}{self._plural}{rate}{left}", flush=True)
 
 
 def duration_text(seconds: float) -> str:

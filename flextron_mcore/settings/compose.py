@@ -115,9 +115,12 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
 
 def missing(settings: StageSettings) -> list[str]:
-    """Sorted dotted names of the required keys that have no value (MISSING)."""
+    """Sorted dotted names of the required keys that have no value (MISSING), and the first key of `one_of` if none has one."""
     flat = dict(_leaves(to_dict(settings), lambda name, value: isinstance(value, Mapping)))
-    return sorted(name for name in keys(type(settings)) if flat.get(name) == MISSING)
+    lacking = [name for name in keys(type(settings)) if flat.get(name) == MISSING]
+    if settings.one_of and all(getattr(settings, name) is None for name in settings.one_of):
+        lacking.append(settings.one_of[0])
+    return sorted(lacking)
 
 
 def config_directory() -> Path:
@@ -171,6 +174,10 @@ def _find(known: Mapping[str, Key], name: str, complaint: str, prefix: str = "")
     while found and found not in known:
         found, _, last = found.rpartition(".")
         inner = f"{last}.{inner}" if inner else last
+    if "data" in known and name in ("data.paths", "data.split"):  # of NeMo
+        raise FlextronError(
+            f"{complaint}: describe Megatron corpora with `flextron prepare paths=[...] tokenizer=DIR out=DIR`, and set data=DIR"
+        )
     if not found or (inner and known[found].type is not dict):
         raise FlextronError(complaint + nearest(prefix + name, [prefix + each for each in known]))
     return known[found], inner

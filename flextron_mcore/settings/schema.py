@@ -35,6 +35,7 @@ def setting(
     below: float | None = None,
     ceiling: int | None = None,
     choices: Sequence[str] = (),
+    names: Mapping[str, str] = types.MappingProxyType({}),
     length: int | None = None,
     filled: bool = False,
     form: str = "",
@@ -53,6 +54,7 @@ def setting(
         below: number that the value must stay under.
         ceiling: number above which the value would only fill memory or overflow; not part of the help.
         choices: allowed texts; empty: all texts.
+        names: {other name of a choice: choice}, such as that of another program.
         length: required number of items of a list; None: any.
         filled: True refuses an empty list.
         form: regular expression that the whole text must match; empty: any text.
@@ -60,7 +62,7 @@ def setting(
         role: kind of path, as for `path`; empty for values that are not paths.
     """
     limits = Limits(
-        help, unit, at_least, above, at_most, below, ceiling, tuple(choices), length, filled, form, tuple(accepts), role
+        help, unit, at_least, above, at_most, below, ceiling, tuple(choices), names, length, filled, form, tuple(accepts), role
     )
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata={"limits": limits})
@@ -97,6 +99,7 @@ class Limits:
     below: float | None
     ceiling: int | None
     choices: tuple[str, ...]
+    names: Mapping[str, str]
     length: int | None
     filled: bool
     form: str
@@ -282,6 +285,9 @@ def checked(settings: Any, where: str) -> Any:
         value = getattr(owner, name)
         if value is None or value == MISSING:
             continue
+        if key.limits.names:
+            value = key.limits.names.get(value, value)
+            setattr(owner, name, value)
         check_value(key, value, where)
         if key.limits.is_path:
             setattr(owner, name, _each(value, os.path.expanduser))
@@ -325,7 +331,7 @@ def check_value(key: Key, value: Any, where: str) -> None:
             raise FlextronError(f"{shown} must be {key.allowed if item is not value else limits.range or 'finite'}")
         if limits.ceiling is not None and item > limits.ceiling:
             raise FlextronError(f"{shown} must be at most {limits.ceiling}")
-        if limits.choices and item not in limits.choices:
+        if limits.choices and item not in limits.choices and item not in limits.names:
             raise FlextronError(f"{where}: {key.name}={item!r} is not known: use one of {', '.join(limits.choices)}")
         if limits.form and not re.fullmatch(limits.form, str(item)):
             raise FlextronError(f"{shown}: write it as {limits.unit}")

@@ -10,6 +10,8 @@ from flextron_mcore.settings.schema import MISSING, section, setting
 from flextron_mcore.space import ATTENTION_UNITS
 
 PRECISIONS = ("fp32", "bf16")
+# Names of NeMo and Lightning. Training in bf16 keeps the optimizer's copy of the weights in fp32, as bf16-mixed does.
+PRECISION_NAMES = {"bf16-mixed": "bf16", "32": "fp32", "32-true": "fp32"}
 DTYPES = ("fp32", "bf16", "fp16")
 SelectorName = Literal["router", "uniform", "matformer", "sensitivity", "random"]
 ALL_SELECTORS = get_args(SelectorName)
@@ -179,6 +181,13 @@ class DataParallelSettings:
 class TrainingModelSettings(FrozenModelSettings):
     """Section `model` of a stage that trains the model: layout, batch sizes, optimizer and data parallelism."""
 
+    rampup_batch_size: list[int] | None = setting(
+        None,
+        "[start, increment, samples]: the global batch size rises from start in steps of increment over so many samples, as in "
+        "NeMo and Megatron-LM; null: none",
+        length=3,
+        at_least=1,
+    )
     optim: OptimizerSettings = section(OptimizerSettings)
     ddp: DataParallelSettings = section(DataParallelSettings)
 
@@ -200,7 +209,9 @@ class DeviceSettings:
 class PrecisionSettings:
     """Key for the precision of the computation in a stage that reads a checkpoint."""
 
-    precision: str | None = setting(None, "precision of the computation; null: as the weights are stored", choices=PRECISIONS)
+    precision: str | None = setting(
+        None, "precision of the computation; null: as the weights are stored", choices=PRECISIONS, names=PRECISION_NAMES
+    )
 
 
 @dataclass
@@ -212,7 +223,7 @@ class EvaluationTrainerSettings(PrecisionSettings, DeviceSettings):
 class TrainerSettings(DeviceSettings):
     """Section `trainer` of a stage that trains: processes, precision, length of training, validation and log."""
 
-    precision: str = setting("fp32", "precision of the computation", choices=PRECISIONS)
+    precision: str = setting("fp32", "precision of the computation", choices=PRECISIONS, names=PRECISION_NAMES)
     max_steps: int = setting(1000, "length of the whole training, resumed runs included", unit="steps", at_least=1, ceiling=10**8)
     max_time: str | None = setting(
         None,
@@ -246,6 +257,7 @@ class CheckpointSettings:
 class ExperimentSettings:
     """Section `exp_manager`: logs and checkpoints of a training run."""
 
+    resume_if_exists: bool = setting(True, "continue an unfinished run in out; false: refuse to")
     create_tensorboard_logger: bool = setting(True, "write event files for TensorBoard")
     checkpoint_callback_params: CheckpointSettings = section(CheckpointSettings)
 

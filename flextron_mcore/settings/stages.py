@@ -57,11 +57,21 @@ class PrepareSettings(StageSettings):
     """Tokenize text into Megatron datasets."""
 
     stage: ClassVar[str] = "prepare"
+    one_of: ClassVar[tuple[str, ...]] = ("input", "paths")
 
     input: Any = path(
-        MISSING,
+        None,
         "text: a file, a directory, a list of them, {domain: path or list}, or builtin (sources of this Python installation)",
         accepts=(str, list, dict),
+    )
+    paths: Any = path(
+        None,
+        "Megatron corpora to describe in place of input, not to copy, as NeMo and Megatron-LM name them: [weight, prefix, ...], "
+        "[prefix, ...], or {train: list, validation: list}; a prefix is a path without .bin and .idx",
+        accepts=(str, list, dict),
+    )
+    split: Any = setting(
+        "99,1,0", "shares of training, validation and test documents of a list of paths", accepts=(str, list), unit="99,1,0"
     )
     text_key: str = setting("text", "field of a JSON line, or column of a Parquet file, that holds the text")
     skip_bad: bool = setting(False, "true: skip files and lines that cannot be read, and list them; false: stop at the first")

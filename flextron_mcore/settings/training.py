@@ -34,10 +34,12 @@ from flextron_mcore.settings.sections import (
 class StageSettings:
     """Base class of the settings of stages, with the keys that every stage has.
 
-    `recipes` maps each directory of conf/ that the stage uses to the recipe used by default, or None for no recipe.
+    `recipes` maps each directory of conf/ that the stage uses to the recipe used by default, or None for no recipe. `one_of`
+    names keys of which at least one is required.
     """
 
     stage: ClassVar[str]
+    one_of: ClassVar[tuple[str, ...]] = ()
     recipes: ClassVar[dict[str, str | None]] = {}
 
     out: str = path(MISSING, "directory to write the result to", role="output")

@@ -1,38 +1,65 @@
-"""`flextron prepare`: conversion of text to Megatron datasets."""
+"""`flextron prepare`: conversion of text to Megatron datasets, and description of existing ones."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flextron_mcore.config import FlextronError
+from flextron_mcore.data.existing import describe, parse_paths
 from flextron_mcore.data.prepare import parse_inputs, prepare_data
-from flextron_mcore.runs.output import check_output, serial_output, write_metrics
-from flextron_mcore.runs.terminal import print_table
+from flextron_mcore.runs.output import check_output, serial_output, unfinished, write_metrics
+from flextron_mcore.runs.terminal import print_table, say
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.settings.stages import PrepareSettings
 
 
 def run(settings: PrepareSettings) -> dict[str, Any]:
-    """Write token files of each domain, and the tokenizer; return the content of metrics.json. Other ranks return {} at once."""
+    """Write token files of each domain, and the tokenizer; return the content of metrics.json. Other ranks return {} at once.
+
+    With settings.paths, writes a description of existing token files and the tokenizer.
+    """
     if not is_main_process():
         return {}
     check_output(Path(settings.out), settings.overwrite)
-    inputs = parse_inputs(settings.input)
+    make = _tokenize(settings) if settings.paths is None else _describe(settings)
     with serial_output(settings) as out:
-        figures = prepare_data(
-            inputs,
-            out,
-            tokenizer=settings.tokenizer,
-            vocab_size=settings.vocab_size,
-            text_key=settings.text_key,
-            valid_fraction=settings.valid_fraction,
-            seed=settings.seed,
-            skip_bad=settings.skip_bad,
-            add_bos=settings.add_bos,
-            parse_special_tokens=settings.parse_special_tokens,
-            progress=lambda text: print(f"prepare: {text}", flush=True),
-        )
+        figures = make(out)
         metrics = write_metrics(out, "prepare", figures)
-    rows = [[name, d["documents"], d["bytes"], d["train_tokens"], d["valid_tokens"]] for name, d in figures["domains"].items()]
+    names = ("documents", "bytes", "train_tokens", "valid_tokens")
+    rows = [[name, *("-" if d[key] is None else d[key] for key in names)] for name, d in figures["domains"].items()]
     print_table("prepared data", ["domain", "documents", "bytes", "train tokens", "validation tokens"], rows)
     return metrics
+
+
+def _tokenize(settings: PrepareSettings) -> Callable[[Path], dict[str, Any]]:
+    """Function from a directory to the figures of the text that it tokenizes into it. Checks the inputs at once."""
+    inputs = parse_inputs(settings.input)
+    return lambda out: prepare_data(
+        inputs,
+        out,
+        tokenizer=settings.tokenizer,
+        vocab_size=settings.vocab_size,
+        text_key=settings.text_key,
+        valid_fraction=settings.valid_fraction,
+        seed=settings.seed,
+        skip_bad=settings.skip_bad,
+        add_bos=settings.add_bos,
+        parse_special_tokens=settings.parse_special_tokens,
+        progress=lambda text: say(f"prepare: {text}"),
+        work=unfinished(Path(settings.out)),
+    )
+
+
+def _describe(settings: PrepareSettings) -> Callable[[Path], dict[str, Any]]:
+    """Function from a directory to the figures of the existing corpora that it describes there. Checks the keys at once."""
+    if settings.input is not None:
+        raise FlextronError("paths, input: are two sources of data: prepare each into an out of its own, or leave one out")
+    if settings.tokenizer is None:
+        raise FlextronError(
+            "paths: tokenizer is not set: name the tokenizer that the corpora were made with, tokenizer=DIR, or that of a "
+            "checkpoint, tokenizer=CHECKPOINT/tokenizer"
+        )
+    blends = parse_paths(settings.paths)
+    return lambda out: describe(blends, settings.split, settings.tokenizer, out, lambda text: say(f"prepare: {text}"))

@@ -13,6 +13,7 @@ from flextron_mcore.data.tokenizer import read_vocabulary
 from flextron_mcore.model import check_layout
 from flextron_mcore.settings.sections import DataParallelSettings, EvaluationModelSettings
 from flextron_mcore.settings.training import LoopSettings
+from flextron_mcore.training.rampup import BatchSizes
 
 
 def check(settings: LoopSettings, info: CheckpointInfo, data: PreparedData, networks: int = 1) -> int:
@@ -35,6 +36,13 @@ def check(settings: LoopSettings, info: CheckpointInfo, data: PreparedData, netw
             f"model.global_batch_size={model.global_batch_size} is not a multiple of model.micro_batch_size="
             f"{model.micro_batch_size} x {ranks} data-parallel rank(s): use {-(-model.global_batch_size // step) * step}"
         )
+    sizes = BatchSizes(model, settings.trainer.max_steps).sizes
+    if odd := [size for size in sizes if size % step]:
+        raise FlextronError(
+            f"model.rampup_batch_size: leads to a global batch size of {odd[0]}, which is not a multiple of "
+            f"model.micro_batch_size={model.micro_batch_size} x {ranks} data-parallel rank(s): use multiples of {step} as start "
+            "and increment"
+        )
     check_weights(data, settings.data_weights)
     check_layout(info.model, info.space, model, settings.trainer.precision)
     if hasattr(model, "ddp"):
@@ -44,8 +52,8 @@ def check(settings: LoopSettings, info: CheckpointInfo, data: PreparedData, netw
             f"model.optim.min_lr={model.optim.min_lr:g} is above model.optim.lr={model.optim.lr:g}, from which it falls: lower it"
         )
     stages = model.pipeline_model_parallel_size
-    micro_batches = model.global_batch_size // step * networks
-    if model.virtual_pipeline_model_parallel_size and micro_batches % stages:
+    micro_batches = next((n for size in sizes if (n := size // step * networks) % stages), 0)
+    if model.virtual_pipeline_model_parallel_size and micro_batches:
         raise FlextronError(
             f"model.virtual_pipeline_model_parallel_size: the interleaved schedule needs a multiple of "
             f"model.pipeline_model_parallel_size={stages} micro-batches times networks a step, not {micro_batches}: change "

@@ -42,6 +42,7 @@ from flextron_mcore.training.checkpointing import KEPT, Checkpointer, FrozenChec
 from flextron_mcore.training.checks import duration, end_of_job
 from flextron_mcore.training.learner import Figures, GateLearner, Learner, LossLearner, TraceLearner, WeightLearner
 from flextron_mcore.training.log import Log
+from flextron_mcore.training.rampup import BatchSizes
 
 Chunks = list[torch.nn.Module]
 # A training stops when its job has less time left than this times its slowest step and save: the next ones may be slower.
@@ -106,8 +107,8 @@ class _Run:
         self.options, self.trainer = settings.model, settings.trainer
         self.ranks = parallel_state.get_data_parallel_world_size()
         self.rank = parallel_state.get_data_parallel_rank()
-        self.micro_batches = self.options.global_batch_size // (self.options.micro_batch_size * self.ranks)
-        cache, samples = out / "cache", self.trainer.max_steps * self.options.global_batch_size
+        self.sizes = BatchSizes(self.options, self.trainer.max_steps)
+        cache, samples = out / "cache", self.sizes.start(self.trainer.max_steps)
         self.train_data = train_dataset(data, seq_length, samples, settings.seed, cache, settings.data_weights)
         self.valid_data = valid_datasets(data, seq_length, settings.seed, cache)
         saving = settings.exp_manager.checkpoint_callback_params
@@ -180,12 +181,12 @@ class _Run:
             signals.defer(False)
             signals.limit(None)
             log.close()
-        seconds, tokens = time.perf_counter() - started, self.options.global_batch_size * self.seq_length
+        seconds, samples = time.perf_counter() - started, self.sizes.start(step) - self.sizes.start(step - trained)
         return {
             "steps": step,
-            "tokens": step * tokens,
+            "tokens": self.sizes.start(step) * self.seq_length,
             "seconds": seconds,
-            "tokens_per_second": trained * tokens / seconds,
+            "tokens_per_second": samples * self.seq_length / seconds,
             "model": self.info.model.to_dict(),
             "space": self.info.space.to_dict(),
             "validation": validation,
@@ -223,7 +224,7 @@ class _Run:
         total = run_networks(
             self.model,
             lambda: self._batches(step),
-            self.micro_batches,
+            self._micro_batches(step),
             networks,
             self.seq_length,
             self.options.micro_batch_size,
@@ -247,7 +248,7 @@ class _Run:
             of = f"sub-network {number} of {len(losses) - 1}" if number else "the full model"
             raise FlextronError(f"step {step + 1}: the loss of {of} is {loss}: {cause}")
         row |= self._learn(step, losses, networks, gates, total[0, 1].item())
-        row["tokens_per_second"] = self.options.global_batch_size * self.seq_length / (time.perf_counter() - begun)
+        row["tokens_per_second"] = self.sizes.of(step) * self.seq_length / (time.perf_counter() - begun)
         log.train(row)
 
     def _learn(
@@ -278,14 +279,18 @@ class _Run:
                 return learner.learn(step, losses)
         return {}
 
+    def _micro_batches(self, step: int) -> int:
+        """Number of micro-batches of this rank in a step."""
+        return self.sizes.of(step) // (self.options.micro_batch_size * self.ranks)
+
     def _batches(self, step: int) -> Iterator[Batch]:
         """Micro-batches of this rank in a step. The samples of all ranks together depend on the step only.
 
         step: number of steps before this one.
         """
         size = self.options.micro_batch_size
-        first = step * self.options.global_batch_size
-        for m in range(self.micro_batches):
+        first = self.sizes.start(step)
+        for m in range(self._micro_batches(step)):
             start = first + (m * self.ranks + self.rank) * size
             yield batch(self.train_data, range(start, start + size))
 

@@ -100,8 +100,8 @@ def test_fingerprint_is_that_of_the_tokens(prepared_dir: Path, prepared: Prepare
     file.write_bytes(tokens)
     assert open_data(copy).fingerprint != prepared.fingerprint
     # of a large file only parts are hashed, the first and the last included
-    monkeypatch.setattr("flextron_mcore.data.blend._SEEN", 8)
-    monkeypatch.setattr("flextron_mcore.data.blend._PARTS", 2)
+    monkeypatch.setattr("flextron_mcore.data.index._SEEN", 8)
+    monkeypatch.setattr("flextron_mcore.data.index._PARTS", 2)
     seen = {open_data(copy).fingerprint}
     for place in (0, 8, len(tokens) // 2, -1):
         changed = tokens.copy()

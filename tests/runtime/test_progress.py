@@ -32,6 +32,13 @@ def test_short_work_prints_its_start_only(clock, capsys):
     assert capsys.readouterr().out == "import: 0.00 of 3.00 B\n"
 
 
+def test_bytes_have_a_rate(clock, capsys):
+    with Progress(total=3e9, desc="tokenizing", unit="B", unit_scale=True) as bar:
+        clock[0] += 100
+        bar.update(1e9)
+    assert capsys.readouterr().out.splitlines()[1] == "tokenizing: 1.00G of 3.00G B, 10.0MB/s, 3 min left"
+
+
 def test_the_total_may_come_later(clock, capsys):
     with Progress(desc="evaluate") as bar:
         bar.reset(4)

@@ -114,8 +114,6 @@ def prepare_data(
                 tokens.save(folder)
                 tokens = open_tokenizer(folder, *chosen)
     tokens.save(out / "tokenizer")
-    if chosen != (None, None):
-        _check_saved(tokens, out / "tokenizer")
     domains = {part.corpus.domain: _write_domain(part, tokens, out, say) for part in parts}
     table = {
         "version": DATA_VERSION,
@@ -143,18 +141,6 @@ def prepare_data(
         },
         "skipped": [[place, reason] for part in parts for place, reason in part.corpus.skipped.items()],
     }
-
-
-def _check_saved(tokens: Tokenizer, folder: Path) -> None:
-    """Raise FlextronError unless the tokenizer saved in `folder` adds and parses the same special tokens as `tokens`.
-
-    Later stages encode prompts with the saved tokenizer, and prompts must be encoded as the training text was.
-    """
-    ours, again = ((t.prefix, t.suffix, t.hf.backend_tokenizer.encode_special_tokens) for t in (tokens, open_tokenizer(folder)))
-    if ours != again:
-        raise FlextronError(
-            "add_bos, parse_special_tokens: this tokenizer's class ignores them when it is opened again: leave both out"
-        )
 
 
 @dataclass

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase
 
+from flextron_mcore.data.tokenizer import Tokenizer
 from flextron_mcore.exports.gguf import tokenizer
+from tests import tricky_texts
 
 SOURCE = Path(tokenizer.__file__).read_text()
 TEXTS = [
@@ -97,50 +100,32 @@ def llama2(prefix: str = "normalizer") -> tokenizers.Tokenizer:
     return with_bos(backend)
 
 
-_QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def qwen() -> tokenizers.Tokenizer:
-    words = pre_tokenizers.Split(Regex(_QWEN), "isolated")
+    words = pre_tokenizers.Split(Regex(QWEN), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend = byte_level(pre_tokenizers.Sequence([words, bytes_]))
     backend.normalizer, backend.post_processor = normalizers.NFC(), processors.ByteLevel(trim_offsets=False)
     return backend
 
 
-HARD = [
-    *(" a", "a ", "\n", "\r\n", "\t\t", "a\n\nb", ".\n\n", "x.\n y", "  \n  ", "\u200b", "\ufeffa", "\x00", "a\x00b", "\x7f"),
-    *("<s>", "</s>", "a</s>b", " <s> a", "<unk>", "<s></s>", "<s>a\n</s>\n", "</s", "<|endoftext|>", "<0x41>", "▁", " ▁ a"),
-    *(
-        "e\u0301",
-        "\u212b",
-        "ﬁ",
-        "𝔘𝔫𝔦",
-        "\U0001f468\u200d\U0001f469\u200d\U0001f467",
-        "🇩🇪🇫🇷",
-        "안녕",
-        "ก็",
-        "שלום",
-        "مرحبا",
-        "नमस्ते",
-    ),
-    *("I'M", "we'Ve", "'S", "1,000,000.00", "12345678901234567890", "١٢٣", "½²", "0x1F", "a1b2c3", "____", "--------", "=" * 70),
-    *(
-        "http://a.b/c?d=e&f",
-        "<html>&nbsp;</html>",
-        "{'a': [1, 2]}",
-        "f(x)=x^2",
-        "// x\n\t\treturn",
-        "日本語 テキスト",
-        "　全角　",
-        "ß ẞ İ ı",
-    ),
-    *(" " * 50, "\n" * 50, "\t" * 50, "a" * 300, "ab" * 200, "é" * 200, "🙂" * 60, "a " * 200, " a" * 200, "!" * 200),
-]
-
-
 def hard_texts() -> list[str]:
-    """200 texts or more."""
+    """The tricky texts, and random mixtures of them."""
     draw = random.Random(1)
-    alphabet = [*ALPHABET, *HARD[:40], "<s>", "</s>", "  ", "\r\n"]
-    return [*TEXTS, *HARD, *("".join(draw.choices(alphabet, k=draw.randint(1, 30))) for _ in range(200 - len(HARD)))]
+    alphabet = [*ALPHABET, *tricky_texts.TRICKY["lines"], *tricky_texts.TRICKY["special"][:9], "  ", "\r\n"]
+    return [*TEXTS, *tricky_texts.TEXTS, *("".join(draw.choices(alphabet, k=draw.randint(1, 30))) for _ in range(100))]
+
+
+def check_continuation(opened: Tokenizer, theirs: PreTrainedTokenizerBase, ids: list[int], cut: int) -> None:
+    """Assert that the text of a prompt, ids[:cut], and its continuation are transformers' text of all ids.
+
+    Of the prompt's text, only replacement characters may be left out, which stand for bytes of an incomplete character.
+    """
+    exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    before, whole = theirs.decode(ids[:cut], **exact), theirs.decode(ids, **exact)
+    found = opened.continuation(ids[:cut], ids[cut:])
+    assert whole.endswith(found)
+    kept = whole[: len(whole) - len(found)]
+    assert before.startswith(kept) and not before[len(kept) :].strip("\ufffd")

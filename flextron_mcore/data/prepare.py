@@ -24,7 +24,7 @@ from .existing import DATA_VERSION
 from .formats import stem
 from .shards import Part, Shards
 from .split import Documents, split
-from .tokenizer import Tokenizer, open_tokenizer, train_tokenizer
+from .tokenizer import open_tokenizer, train_tokenizer
 
 SAMPLE_BYTES = 20_000_000  # maximum text that a tokenizer is trained on, all domains together
 _DOMAIN_NAME = re.compile(r"\w[\w .+-]*")  # restricted because a domain's name becomes part of file names
@@ -116,8 +116,6 @@ def prepare_data(
                 tokens.save(folder)
                 tokens = open_tokenizer(folder, *chosen)
     tokens.save(out / "tokenizer")
-    if chosen != (None, None):
-        _check_saved(tokens, out / "tokenizer")
     shards = Shards(work or out / ".shards", parts, out / "tokenizer")
     domains, whole = {}, False
     try:
@@ -160,18 +158,6 @@ def prepare_data(
         },
         "skipped": [[place, reason] for part in parts for place, reason in part.corpus.skipped.items()],
     }
-
-
-def _check_saved(tokens: Tokenizer, folder: Path) -> None:
-    """Raise FlextronError unless the tokenizer saved in `folder` adds and parses the same special tokens as `tokens`.
-
-    Later stages encode prompts with the saved tokenizer, and prompts must be encoded as the training text was.
-    """
-    ours, again = ((t.prefix, t.suffix, t.hf.backend_tokenizer.encode_special_tokens) for t in (tokens, open_tokenizer(folder)))
-    if ours != again:
-        raise FlextronError(
-            "add_bos, parse_special_tokens: this tokenizer's class ignores them when it is opened again: leave both out"
-        )
 
 
 def _read(corpora: Mapping[str, Corpus], fraction: float, seed: int, say: Callable[[str], None]) -> list[Part]:

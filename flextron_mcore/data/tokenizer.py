@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,28 +81,29 @@ class Tokenizer:
 
         Decodes prompt and ids together, because decoders of some tokenizers drop a space in front of the first token.
         """
-        before = self.decode(prompt).rstrip("\ufffd")  # from an incomplete UTF-8 character at the end of the prompt
-        return self.decode([*prompt, *ids])[len(before) :]
+        whole = self.decode([*prompt, *ids])
+        # The prompt may end within a UTF-8 character, which the ids complete.
+        return whole[len(os.path.commonprefix([self.decode(prompt), whole])) :]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids, special tokens included."""
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def save(self, path: str | Path) -> None:
-        """Write a Hugging Face tokenizer directory that transformers 4 and 5 load, without keys that name code."""
+        """Write a Hugging Face tokenizer directory that transformers 4 and 5 open with the same token ids; no key names code."""
         self.hf.save_pretrained(path)
         config_file = Path(path, "tokenizer_config.json")
         config = json.loads(config_file.read_text(encoding="utf-8"))
         config = without_code(config)
-        for name in ("is_local", "local_files_only"):  # arguments of from_pretrained that transformers writes to the file
+        # The first two are arguments of from_pretrained that transformers writes to the file. For the other two, transformers
+        # replaces the post-processor in tokenizer.json, which adds BOS and EOS.
+        for name in ("is_local", "local_files_only", "add_bos_token", "add_eos_token"):
             config.pop(name, None)
-        # transformers 5 writes the class name TokenizersBackend; 4 knows only PreTrainedTokenizerFast, 5 knows both.
-        if config.get("tokenizer_class") == "TokenizersBackend":
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # This class takes tokenizer.json as it is. Others rebuild the tokenizer from its vocabulary and from keys, some of which
+        # transformers 5 does not save: without "legacy", Llama 2's has other ids behind special tokens.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if self.hf.backend_tokenizer.encode_special_tokens or "split_special_tokens" in config:
             config["split_special_tokens"] = bool(self.hf.backend_tokenizer.encode_special_tokens)
-        if "add_bos_token" in config:
-            config["add_bos_token"] = self.hf.bos_token_id in self.prefix
         _write_json(config_file, config)
         _write_json(Path(path, "special_tokens_map.json"), {k: str(v) for k, v in self.hf.special_tokens_map.items()})
 
@@ -184,6 +186,34 @@ def open_tokenizer(path: str | Path, add_bos: bool | None = None, parse_special_
         special_tokens=sorted({hf.convert_ids_to_tokens(i): i for i in (*prefix, *opened.suffix)}.items()),
     )
     return replace(opened, prefix=prefix)
+
+
+def keep_ids(source: Path, copy: Path) -> None:
+    """Give a copied tokenizer the token ids that transformers finds in the model's own directory.
+
+    transformers chooses the tokenizer's class by tokenizer_class and by model_type of config.json, which is not beside the copy.
+    If this leads to another tokenizer, as for a Mistral or Phi-3 with the class LlamaTokenizer, the copy is written anew.
+
+    Args:
+        source: Hugging Face directory of the model.
+        copy: copy of its tokenizer files. Stays as it is if transformers cannot open the tokenizer of `source`.
+    """
+    name, family = _value(source / "tokenizer_config.json", "tokenizer_class"), _value(source / "config.json", "model_type")
+    # Opening takes seconds. These classes need it only for Qwen2, whose class follows from model_type alone.
+    if name in ("PreTrainedTokenizerFast", "TokenizersBackend") and family != "qwen2":
+        return
+    try:
+        theirs, copied = open_tokenizer(source), open_tokenizer(copy)
+    except FlextronError:  # the first stage that encodes text says why
+        return
+    if copied.hf.backend_tokenizer.to_str() != theirs.hf.backend_tokenizer.to_str():
+        theirs.save(copy)
+
+
+def _value(file: Path, key: str) -> object:
+    """Value of a key of the JSON object in a file; None if there is none."""
+    values = read_json(file) if file.is_file() else None
+    return values.get(key) if isinstance(values, dict) else None
 
 
 def _check_packages(directory: Path) -> None:

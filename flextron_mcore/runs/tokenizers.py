@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
@@ -11,6 +12,12 @@ from flextron_mcore.data.blend import PreparedData
 from flextron_mcore.files import explain, read_json
 
 _GENERATION_FILE = "generation_config.json"
+# Rules by which transformers changes logits of greedy decoding too, or searches otherwise: {key: value without effect}.
+_RULES = {
+    **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": [], "sequence_bias": {}, "num_beams": 1},
+    **{"suppress_tokens": [], "begin_suppress_tokens": [], "min_length": 0, "min_new_tokens": 0, "guidance_scale": 1.0},
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "stop_strings")),
+}
 
 
 def tokenizer_directories(info: CheckpointInfo, data: PreparedData) -> list[Path]:
@@ -42,7 +49,7 @@ def copy_tokenizer(info: CheckpointInfo, data: PreparedData, target: Path) -> No
 def end_tokens(folder: Path, info: CheckpointInfo, eod: int) -> frozenset[int]:
     """Token ids that end a generated text: eos_token_id of generation_config.json, else of the imported config.json, else `eod`.
 
-    transformers takes them from the same places.
+    transformers takes them from the first of the two files that exists. Where that has none, its texts have no end.
 
     Args:
         folder: tokenizer directory.
@@ -52,19 +59,37 @@ def end_tokens(folder: Path, info: CheckpointInfo, eod: int) -> frozenset[int]:
     Raises:
         FlextronError: generation_config.json is damaged, or eos_token_id is neither an id nor a list of ids.
     """
-    file = folder / _GENERATION_FILE
-    values = {}
-    if file.is_file():
-        try:
-            values = read_json(file)
-            found = values.get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise FlextronError(f"{file}: is not a JSON object ({explain(error)}): copy it again") from None
-    else:
-        found = None
+    found = _generation_config(folder).get("eos_token_id")
     if found is None:
         found = (info.hf_config or {}).get("eos_token_id")
     found = [eod] if found is None else found if isinstance(found, list) else [found]
     if not all(isinstance(i, int) for i in found):
-        raise FlextronError(f"{file}: eos_token_id is {found}, neither an id nor a list of them: correct it")
+        raise FlextronError(f"{folder / _GENERATION_FILE}: eos_token_id is {found}, neither an id nor a list of them: correct it")
     return frozenset(found)
+
+
+def other_rules(folder: Path) -> dict[str, Any]:
+    """Entries of generation_config.json that change transformers' likeliest text, and that `flextron generate` does not apply.
+
+    Args:
+        folder: tokenizer directory.
+
+    Raises:
+        FlextronError: generation_config.json is damaged.
+    """
+    values = _generation_config(folder)
+    return {key: values[key] for key, neutral in _RULES.items() if values.get(key) not in (None, neutral)}
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    """Content of generation_config.json; {} without the file. Raises FlextronError if it is damaged."""
+    file = folder / _GENERATION_FILE
+    if not file.is_file():
+        return {}
+    try:
+        values = read_json(file)
+    except (OSError, ValueError) as error:
+        raise FlextronError(f"{file}: is not a JSON object ({explain(error)}): copy it again") from None
+    if not isinstance(values, dict):
+        raise FlextronError(f"{file}: is not a JSON object: copy it again")
+    return values

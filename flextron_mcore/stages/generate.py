@@ -20,8 +20,8 @@ from flextron_mcore.runs.choice import chosen_network
 from flextron_mcore.runs.memory import generation_line
 from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import check_file, write_file
-from flextron_mcore.runs.terminal import progress_bar, say, say_next
-from flextron_mcore.runs.tokenizers import end_tokens
+from flextron_mcore.runs.terminal import progress_bar, say, say_next, warn
+from flextron_mcore.runs.tokenizers import end_tokens, other_rules
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.stages import GenerateSettings
@@ -49,6 +49,9 @@ def run(settings: GenerateSettings) -> dict[str, Any]:
         )
     tokenizer = open_tokenizer(folder, settings.add_bos, settings.parse_special_tokens)
     ends = end_tokens(Path(folder), info, tokenizer.eod)
+    if rules := other_rules(Path(folder)):
+        named = ", ".join(f"{key} = {value}"[:60] for key, value in rules.items())
+        warn(f"{folder}/generation_config.json: not applied, so that transformers may write another text: {named}")
     texts = _prompts(settings)
     prompts = tokenizer.encode_prompts(texts)
     longest = max(map(len, prompts)) + settings.max_new_tokens

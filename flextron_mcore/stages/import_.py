@@ -12,7 +12,7 @@ from flextron_mcore.checkpoint.hf import HFCheckpoint, import_hf, open_hf
 from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path
 from flextron_mcore.checkpoint.writer import write_streaming
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.data.tokenizer import read_vocabulary
+from flextron_mcore.data.tokenizer import keep_ids, read_vocabulary
 from flextron_mcore.data.tokenizer_files import code_keys, copy_tokenizer
 from flextron_mcore.runs.memory import copying_line
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
@@ -50,7 +50,7 @@ def run(settings: ImportSettings) -> dict[str, Any]:
             "parameters": count_parameters(info.model),
             "bytes": size,
             "dtype": info.dtype,
-            "tokenizer": on_main_process(lambda: copy_tokenizer(Path(settings.hf), out / "tokenizer")),
+            "tokenizer": on_main_process(lambda: _copy_tokenizer(Path(settings.hf), out / "tokenizer")),
             **(_verified(settings, replace(info, path=folder)) if settings.verify else {}),
             "model": info.model.to_dict(),
             "space": info.space.to_dict(),
@@ -72,6 +72,14 @@ def run(settings: ImportSettings) -> dict[str, Any]:
         ],
     )
     return metrics
+
+
+def _copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the tokenizer of a Hugging Face directory, with the ids that it has there. Returns False if there is none."""
+    copied = copy_tokenizer(source, target)
+    if copied:
+        keep_ids(source, target)
+    return copied
 
 
 def _why(settings: SpaceSettings, model: ModelConfig, space: ElasticSpace, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,11 @@ from transformers import AutoTokenizer
 from flextron_mcore.data import long_texts
 from flextron_mcore.data.long_texts import encode_long
 from flextron_mcore.data.prepare import prepare_data
-from flextron_mcore.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
+from flextron_mcore.data.tokenizer import Tokenizer, keep_ids, open_tokenizer, train_tokenizer
+from flextron_mcore.data.tokenizer_files import copy_tokenizer
+from flextron_mcore.families import FAMILIES
 from tests import tokenizer_kinds as kinds
+from tests import tricky_texts
 
 
 def with_eos(backend):
@@ -31,6 +35,7 @@ def with_eos(backend):
 KINDS = {
     "gpt2": (kinds.gpt2, "GPT2TokenizerFast"),
     "llama2": (kinds.llama2, "LlamaTokenizerFast"),
+    "llama2, legacy": (kinds.llama2, "LlamaTokenizerFast"),  # a key that transformers 5 does not save
     "llama2, plain class": (kinds.llama2, "PreTrainedTokenizerFast"),
     "llama2, Metaspace at the first": (lambda: kinds.llama2("first"), "PreTrainedTokenizerFast"),
     "llama2, Metaspace always": (lambda: kinds.llama2("always"), "PreTrainedTokenizerFast"),
@@ -40,7 +45,7 @@ KINDS = {
     "qwen, plain class": (kinds.qwen, "PreTrainedTokenizerFast"),
     "BOS and EOS": (lambda: with_eos(kinds.llama3()), "PreTrainedTokenizerFast"),
 }
-ADD_BOS = {"llama2", "llama2, plain class", "llama2, Metaspace at the first", "llama2, Metaspace always", "llama3", "BOS and EOS"}
+ADD_BOS = {*(kind for kind in KINDS if kind.startswith("llama")), "BOS and EOS"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -51,7 +56,8 @@ def kind(request) -> str:
 @pytest.fixture(scope="module")
 def folder(kind: str, tmp_path_factory) -> Path:
     build, name = KINDS[kind]
-    return kinds.save(build(), tmp_path_factory.mktemp("kind") / "tokenizer", tokenizer_class=name, unk_token="<unk>")
+    keys = {"legacy": True} if kind == "llama2, legacy" else {}
+    return kinds.save(build(), tmp_path_factory.mktemp("kind") / "tokenizer", tokenizer_class=name, unk_token="<unk>", **keys)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +123,30 @@ def test_long_monotonous_texts(opened: Tokenizer, text: str) -> None:
     backend = opened.hf.backend_tokenizer
     for piece in (500, 777, 1024):
         assert encode_long(backend, text, piece, 250).tolist() == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_any_continuation_is_the_rest_of_the_text(folder: Path, opened: Tokenizer) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in tricky_texts.TEXTS:
+        ids = opened.encode_prompts([text[:20]])[0]
+        for cut in range(1, len(ids)):
+            kinds.check_continuation(opened, theirs, ids, cut)
+
+
+@pytest.mark.parametrize("model_type", [family.model_type for family in FAMILIES])
+def test_a_copied_tokenizer_has_the_ids_of_its_model(kind: str, folder: Path, model_type: str, tmp_path: Path) -> None:
+    """transformers chooses the tokenizer's class by the model type too, which is not beside the copy."""
+    source, copy = tmp_path / "hf", tmp_path / "copy"
+    shutil.copytree(folder, source)
+    (source / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert copy_tokenizer(source, copy)
+    keep_ids(source, copy)
+    texts = [*tricky_texts.TRICKY["special"], *tricky_texts.TRICKY["ends"], *tricky_texts.TRICKY["forms"]]
+    expected = of_transformers(source, texts)
+    assert of_transformers(copy, texts) == expected
+    opened = open_tokenizer(copy)
+    ended_by_eos = [ids[:-1] if opened.suffix else ids for ids in expected]
+    assert opened.encode_prompts(texts) == [ids or [opened.hf.bos_token_id] for ids in ended_by_eos]
 
 
 def test_continuation_keeps_the_first_space(opened: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
@@ -18,7 +18,7 @@ from flextron_mcore.data.tokenizer import open_tokenizer
 from flextron_mcore.data.tokenizer_files import copy_tokenizer as copy_from_hf
 from flextron_mcore.evaluation.generation import generate
 from flextron_mcore.exports.gguf import tokenizer as gguf_tokenizer
-from flextron_mcore.runs.tokenizers import copy_tokenizer, end_tokens
+from flextron_mcore.runs.tokenizers import copy_tokenizer, end_tokens, other_rules
 from flextron_mcore.space import ElasticSpace
 from tests import hf_toy, tokenizer_kinds, toy
 
@@ -54,17 +54,64 @@ def test_damaged_generation_config(tmp_path, text):
         end_tokens(tmp_path, info(), 9)
 
 
-def test_text_ends_where_transformers_ends_it(tmp_path):
-    """Greedy text with a list of ends, each of which occurs."""
-    theirs = hf_toy.llama()
-    checkpoint = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run")
-    ours, prompts = hf_toy.megatron(checkpoint), [[1, 2, 3], [9, 8, 7, 6], [20]]
-    whole = generate(ours, prompts, None, 24).ids
-    ends = [whole[0][5], whole[1][9], whole[2][2]]
-    theirs.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
-    for prompt, ids in zip(prompts, generate(ours, prompts, None, 24, frozenset(ends)).ids, strict=True):
-        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
-        assert ids == expected.tolist() and len(ids) < 24
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory):
+    """(checkpoint of a Hugging Face model, function that writes the ends into its files and returns transformers' greedy ids)."""
+    torch.manual_seed(0)
+    folder = hf_toy.save(hf_toy.llama(), tmp_path_factory.mktemp("greedy") / "hf")
+    info_ = hf_toy.checkpoint(folder, folder.parent / "run")
+    values = json.loads((folder / "config.json").read_text())
+
+    def generated(generation: dict | None, config_ends: object = None) -> list[list[int]]:
+        (folder / "config.json").write_text(json.dumps({**values, "eos_token_id": config_ends}))
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        if generation is not None:
+            (folder / "generation_config.json").write_text(json.dumps(generation))
+        theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+        options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+        return [theirs.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in PROMPTS]
+
+    return info_, folder, generated
+
+
+NEW = 24
+PROMPTS = [[1, 2, 3], [9, 8, 7, 6], [20]]
+# Ends of generation_config.json (None: no such file) and of config.json; letters are tokens that occur in the texts.
+ENDS = [
+    *([["a", "b", "c"], "d"], ["a", "d"], ["b", ["a", "c"]], [[], "a"], [None, "a"], [None, ["b", "c", "a"]]),
+    *([["a"], None], [["d", 1_000_000], None]),
+]
+
+
+@pytest.mark.parametrize(("generation", "config"), ENDS)
+def test_text_ends_where_transformers_ends_it(greedy, generation, config):
+    checkpoint, folder, generated = greedy
+    whole = generated({})
+    letters = {"a": whole[0][5], "b": whole[1][9], "c": whole[2][2], "d": whole[0][8]}
+    ids = lambda ends: [letters.get(i, i) for i in ends] if isinstance(ends, list) else letters.get(ends)  # noqa: E731
+    expected = generated(None if generation is None else {"eos_token_id": ids(generation)}, ids(config))
+    ends = end_tokens(folder, replace(checkpoint, hf_config=json.loads((folder / "config.json").read_text())), 66)
+    assert generate(hf_toy.megatron(checkpoint), PROMPTS, None, NEW, ends).ids == expected
+    assert generation == [] or expected != whole
+
+
+# Rules of generation_config.json; "first" is the first token of a text.
+RULES = [
+    *({"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 9}, {"min_length": 20}, {"num_beams": 3}),
+    *({"suppress_tokens": ["first"]}, {"begin_suppress_tokens": ["first"]}, {"bad_words_ids": [["first"]]}),
+    {"forced_eos_token_id": 9},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rules_that_are_not_applied_are_named(greedy, rule):
+    _, folder, generated = greedy
+    text = max(generated({}), key=lambda ids: len(set(ids)))
+    late = next(i for i in text[4:] if i not in text[:4])
+    ends, rule = {"eos_token_id": late}, json.loads(json.dumps(rule).replace('"first"', str(text[0])))
+    plain = generated({**ends, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.0, "suppress_tokens": []})
+    assert plain == generated(ends) and not other_rules(folder)
+    assert generated({**ends, **rule}) != plain and other_rules(folder) == rule
 
 
 def test_choices_of_prepare_reach_the_run(tmp_path):

@@ -57,3 +57,40 @@ def test_text_ends_where_transformers_ends_it_in_every_form(source, tmp_path):
         assert written["eos_token_id"] == json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
         assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATES
     assert text_of_transformers(tmp_path / "hf", prompt) == expected
+
+
+# {kind: (its tokenizer, class in its tokenizer_config.json, a model of transformers)}
+KINDS = {
+    "gpt2": (tokenizer_kinds.gpt2, "GPT2TokenizerFast", hf_toy.gpt2),
+    "llama2": (tokenizer_kinds.llama2, "LlamaTokenizerFast", hf_toy.llama),
+    "smollm2": (tokenizer_kinds.smollm, "GPT2TokenizerFast", hf_toy.llama),
+    "qwen": (tokenizer_kinds.qwen, "Qwen2TokenizerFast", hf_toy.llama),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_text_of_every_kind_of_tokenizer(kind, tmp_path, capsys):
+    """Prompts, ends and text are those of transformers; a rule of generation_config.json that is not applied is named."""
+    build, name, make = KINDS[kind]
+    folder = tokenizer_kinds.save(build(), tmp_path / "hf", tokenizer_class=name, unk_token="<unk>")
+    hf = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(1)
+    hf_toy.save(make(vocab_size=len(hf)), folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    prompts = ["naïve 你好 🙂", "  two  spaces </s>x"]
+    ids = [hf(prompt).input_ids for prompt in prompts]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [], "pad_token_id": 0}))
+    end = text_of_transformers(folder, torch.tensor([ids[0]]))[3]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end], "pad_token_id": 0, "top_k": 50}))
+    expected = [text_of_transformers(folder, torch.tensor([each])) for each in ids]
+    ends = {"eos_token_id": [end], "pad_token_id": 0, "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    stage("import", f"hf={folder}", f"out={tmp_path}/run")
+    keys = [f"checkpoint={tmp_path}/run", f"prompt={json.dumps(prompts, ensure_ascii=False)}", f"max_new_tokens={NEW}"]
+    found = stage("generate", *keys, "trainer.precision=fp32")
+    assert [text["prompt"] for text in found["texts"]] == prompts
+    assert found["tokens"] == sum(map(len, expected)) and len(expected[0]) <= 4
+    for text, prompt, more in zip(found["texts"], ids, expected, strict=True):
+        before, whole = (hf.decode(part, skip_special_tokens=False) for part in (prompt, [*prompt, *more]))
+        assert before + text["continued"] == whole
+    assert "transformers may write another text: repetition_penalty = 1.05" in capsys.readouterr().out

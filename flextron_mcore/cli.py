@@ -48,7 +48,7 @@ EXITS = {
     0: "done",
     1: "failed: an unexpected error, or a rank that died",
     EXIT_BAD_INPUT: "bad input",
-    signals.EXIT_STOPPED: "training stopped for SIGTERM, SIGUSR1 or trainer.max_time, with a checkpoint: run it again",
+    signals.EXIT_STOPPED: "training stopped with a checkpoint at SIGTERM, SIGUSR1, trainer.max_time or the job's end: run again",
 }
 USAGE = "usage: flextron STAGE key=value ... [--config-dir DIR]\n       flextron STAGE --config FILE\n\nstages:\n"
 USAGE += "".join(f"  {name:<12}{title(schema)}\n" for name, schema in STAGES.items())

@@ -63,7 +63,11 @@ def compose(
             typed.append((name, text))
     draft = _Draft(schema)
     for recipe in _recipes(stage, chosen, config_dirs):
-        draft.fill(recipe, literal=False)
+        try:
+            draft.fill(recipe, literal=False)
+        except FlextronError as error:
+            given = " ".join(f"{group}={name}" for group, name in chosen.items() if name not in (None, "${model}"))
+            raise FlextronError(f"{error}, from {given}: choose recipes of {stage}, or correct yours") from None
     for given in values:
         draft.fill(given, literal=True)
     for name, text in typed:
@@ -336,12 +340,13 @@ def _composed(options: tuple[str, ...], config_dirs: tuple[str, ...]) -> dict[st
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    places = ",".join(f"'file://{folder}'" for folder in config_dirs)
+    first, *others = *config_dirs, str(config_directory())  # the first that has a recipe wins
+    places = ",".join(f"'file://{folder}'" for folder in others)
     search = [f"hydra.searchpath=[{places}]"] if places else []
     name = " ".join(option.lstrip("+") for option in options)
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+        with hydra.initialize_config_dir(first, version_base="1.3"):
             found = OmegaConf.to_container(hydra.compose(None, [*search, *options]))
     except FlextronError:
         raise

@@ -77,7 +77,8 @@ def train(
     """Train until trainer.max_steps and return the results for metrics.json. Call on all ranks.
 
     An interrupted run continues from its newest complete checkpoint in `out`. Raises FlextronError if a loss is not finite, for a
-    damaged checkpoint and for a full disk; raises signals.Stopped, with a checkpoint written, at a signal or trainer.max_time.
+    damaged checkpoint and for a full disk; raises signals.Stopped, with a checkpoint written, at a signal, at trainer.max_time or
+    at the end of the job.
 
     Args:
         settings: settings of the stage.

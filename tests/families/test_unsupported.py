@@ -1,4 +1,4 @@
-"""Models of no family are refused by name, with what they have that no family has."""
+"""Models of other architectures are refused by name, with the feature that is not supported."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def _main(argv: list[str]) -> None:
         elif argument.partition("=")[0] == "--config-dir":
             value = _value(argument, arguments)
             if not Path(value).is_dir():
-                raise FlextronError(f"--config-dir {value}: no such directory")
+                raise FlextronError(f"--config-dir {value}: no such directory: name one with recipes of yours")
             config_dirs.append(value)
         elif argument.partition("=")[0] == "--config":
             file = Path(_value(argument, arguments))
@@ -190,7 +190,7 @@ def _main(argv: list[str]) -> None:
                 raise FlextronError(f"verify: checks one path at a time: call it again for {argument}")
             overrides.append(f"path={argument}")
         elif "=" not in argument:
-            raise FlextronError(f"'{argument}' is not of the form key=value")
+            raise FlextronError(f"'{argument}' is not of the form key=value: `flextron {stage} --help` lists the keys")
         else:
             overrides.append(argument)
     if file is not None and overrides:

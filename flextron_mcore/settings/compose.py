@@ -67,7 +67,8 @@ def compose(
             draft.fill(recipe, literal=False)
         except FlextronError as error:
             given = " ".join(f"{group}={name}" for group, name in chosen.items() if name not in (None, "${model}"))
-            raise FlextronError(f"{error}, from {given}: choose recipes of {stage}, or correct yours") from None
+            text = str(error).removeprefix(f"{stage}: ")
+            raise FlextronError(f"{stage}: {given} cannot be used here: {text}") from None
     for given in values:
         draft.fill(given, literal=True)
     for name, text in typed:
@@ -168,7 +169,8 @@ def _find(known: Mapping[str, Key], name: str, complaint: str, prefix: str = "")
         found, _, last = found.rpartition(".")
         inner = f"{last}.{inner}" if inner else last
     if not found or (inner and known[found].type is not dict):
-        raise FlextronError(complaint + nearest(prefix + name, [prefix + each for each in known]))
+        hint = nearest(prefix + name, [prefix + each for each in known])
+        raise FlextronError(complaint + (hint or f"; `flextron {complaint.partition(':')[0]} --help` lists the keys"))
     return known[found], inner
 
 

@@ -50,7 +50,7 @@ def test_nothing_is_missing(launch, ready):
     "arguments, message",
     [
         (["container=none.sqsh"], "container=none.sqsh: no such file"),
-        (["container=null"], "container=: jobs of this cluster run in containers"),
+        (["container=null"], "container=null: jobs of this cluster run in containers"),
         (["base_results_dir=/proc/flextron"], "run.results_dir=/proc/flextron/smoke: cannot be written"),
         (["stages=[importance]"], "importance: needs the result of pretrain or import"),
         (["stages=[pretrain]", "data=nowhere"], "nowhere/data.json: cannot be read"),

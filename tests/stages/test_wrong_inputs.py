@@ -238,7 +238,7 @@ WRONG = {
     ],
     "quickstart": [
         ("input=/nowhere", "/nowhere: no such file or directory"),
-        ("recipe=short", "unknown key 'run', from recipe=short: choose recipes of quickstart"),
+        ("recipe=short", "quickstart: recipe=short cannot be used here: unknown key 'run'; `flextron quickstart --help` lists"),
         ("model=x", "model=x is not known"),
         ("pretrain_steps=1.5", "must be a whole number"),
         ("chain={a: b}", "every command needs a stage and a list of keys"),

@@ -209,7 +209,10 @@ class _Draft:
         try:
             values = OmegaConf.to_container(self.config, resolve=True)
         except OmegaConfBaseException as error:
-            raise FlextronError(f"{self.schema.stage}: {' '.join(str(error).split())}") from None
+            text = str(error).partition("\n")[0]
+            raise FlextronError(
+                f"{self.schema.stage}: {error.full_key}: {text}: write a value, or in ${{}} the name of a key"
+            ) from None
         settings = checked(_instance(self.schema, values), self.schema.stage)
         if self.schema is LaunchSettings:
             _check_layouts(settings)

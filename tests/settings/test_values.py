@@ -186,6 +186,7 @@ def test_values_of_other_types_are_parsed(stage, typed, value):
         ("elastic", "distillation={weight", "elastic: distillation={weight must be a mapping"),
         ("elastic", "data_weights={code: x}", "elastic: data_weights={code: x} must be a mapping, each at least 0 or null"),
         ("elastic", "data_weights={code: -1}", "elastic: data_weights={code: -1.0} must be a mapping, each at least 0"),
+        ("elastic", "data_weights={code: [}", "data_weights={code: [}: cannot be read as a mapping: write it as {name"),
         ("elastic", "out.x=3", "elastic: unknown key 'out.x'"),
         ("router", "router.entropy=[0.1]", "router: router.entropy=[0.1] must be a list of 2 numbers, each above 0"),
         ("select", "budget={a: 1}", "select: budget={a: 1} must be a number or text or a list"),

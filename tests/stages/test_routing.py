@@ -341,6 +341,19 @@ def test_tables_that_do_not_belong_here_are_warned_of_or_refused(chain, routed, 
         stage("router", *router_keys(chain, tmp_path / "short.json", f"out={tmp_path}/out"))
 
 
+def test_sensitivities_that_do_not_belong_here_are_refused(routed, tmp_path):
+    keys = [f"checkpoint={routed}/router", "budget=0.8", "measure=false", "selector=sensitivity"]
+    for change, message in (
+        (lambda v: v["model"].update(ffn_hidden_size=128), "is of another model or space than checkpoint=: run `flextron sensi"),
+        (lambda v: v["blocks"].pop(0), r"lacks candidate \d of block \d: run `flextron sensitivity` again"),
+    ):
+        values = json.loads((routed / "sensitivity" / "metrics.json").read_text())
+        change(values)
+        (tmp_path / "other.json").write_text(json.dumps(values))
+        with pytest.raises(FlextronError, match=f"other.json: {message}"):
+            stage("select", *keys, f"sensitivity={tmp_path}/other.json")
+
+
 def test_a_range_of_targets(chain, routed, tmp_path, capsys):
     keys = router_keys(chain, routed / "latency", "targets.low=0.8", "targets.high=0.9", "trainer.max_steps=1")
     stage("router", *keys, f"out={tmp_path}/out")

@@ -237,6 +237,9 @@ WRONG = {
         ("{in}/note.txt", "nothing in it has a digest"),
     ],
     "quickstart": [
+        ("out={in}", "exists and was not written by `flextron quickstart`; choose another"),
+        ("out={in}/old", "holds a `flextron quickstart` of other keys; choose another, or overwrite=true"),
+        ("out={in}/torn", "config.yaml: is damaged ("),
         ("input=/nowhere", "/nowhere: no such file or directory"),
         ("recipe=short", "quickstart: recipe=short cannot be used here: unknown key 'run'; `flextron quickstart --help` lists"),
         ("model=x", "model=x is not known"),
@@ -280,6 +283,9 @@ def odd(tmp_path_factory) -> Path:
     for name, content in (("list", "[]"), ("bad", "{nope")):
         (root / name).mkdir()
         (root / name / "config.json").write_text(content)
+    for name, content in (("old", "stage: quickstart\nchain: {}\n"), ("torn", "chain: {")):
+        (root / name).mkdir()
+        (root / name / "config.yaml").write_text(content)
     for name, content in (
         ("number.json", "3"),
         ("object.json", "{}"),

@@ -229,7 +229,7 @@ def test_null_is_none_only_where_a_key_may_have_no_value():
 
 
 def test_a_recipe_of_the_users_wins_over_a_shipped_one(tmp_path):
-    """Of several directories, the first that has the recipe wins; recipes that none has are those of conf/."""
+    """A recipe is taken from the first of several directories that has it, and from conf/ if none has."""
     for name, layers in (("first", 5), ("second", 6)):
         folder = tmp_path / name / "model"
         folder.mkdir(parents=True)

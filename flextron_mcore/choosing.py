@@ -117,9 +117,10 @@ def _sliced(gpt: GPTModel, net: SubNetwork) -> list[LayerState]:
     """State of each layer on this rank for a sub-network. Raises FlextronError if the sub-network does not fit the model."""
     full = gpt.config.hidden_size
     if len(net.layers) != gpt.config.num_layers:
-        raise FlextronError(f"sub-network has {len(net.layers)} layers, the model has {gpt.config.num_layers}")
+        layers = gpt.config.num_layers
+        raise FlextronError(f"sub-network has {len(net.layers)} layers, the model has {layers}: choose one of its own")
     if not 0 < net.hidden_size <= full:
-        raise FlextronError(f"sub-network has hidden_size {net.hidden_size}, the model has {full}")
+        raise FlextronError(f"sub-network has hidden_size {net.hidden_size}, the model has {full}: choose one of its own")
     if net.hidden_size < full and gpt.post_process and not isinstance(gpt.output_layer, ElasticOutputLayer):
         raise FlextronError(
             f"hidden_size {net.hidden_size} < {full} needs elastic embeddings and output layer: build the model with "

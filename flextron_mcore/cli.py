@@ -48,7 +48,7 @@ EXITS = {
     0: "done",
     1: "failed: an unexpected error, or a rank that died",
     EXIT_BAD_INPUT: "bad input",
-    signals.EXIT_STOPPED: "training stopped for SIGTERM, SIGUSR1 or trainer.max_time, with a checkpoint: run it again",
+    signals.EXIT_STOPPED: "training stopped with a checkpoint at SIGTERM, SIGUSR1, trainer.max_time or the job's end: run again",
 }
 USAGE = "usage: flextron STAGE key=value ... [--config-dir DIR]\n       flextron STAGE --config FILE\n\nstages:\n"
 USAGE += "".join(f"  {name:<12}{title(schema)}\n" for name, schema in STAGES.items())
@@ -184,7 +184,7 @@ def _main(argv: list[str]) -> None:
         elif argument.partition("=")[0] == "--config-dir":
             value = _value(argument, arguments)
             if not Path(value).is_dir():
-                raise FlextronError(f"--config-dir {value}: no such directory")
+                raise FlextronError(f"--config-dir {value}: no such directory: name one with recipes of yours")
             config_dirs.append(value)
         elif argument.partition("=")[0] == "--config":
             file = Path(_value(argument, arguments))
@@ -193,7 +193,7 @@ def _main(argv: list[str]) -> None:
                 raise FlextronError(f"verify: checks one path at a time: call it again for {argument}")
             overrides.append(f"path={argument}")
         elif "=" not in argument:
-            raise FlextronError(f"'{argument}' is not of the form key=value")
+            raise FlextronError(f"'{argument}' is not of the form key=value: `flextron {stage} --help` lists the keys")
         else:
             overrides.append(argument)
     if file is not None and overrides:

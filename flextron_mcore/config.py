@@ -137,7 +137,7 @@ class ModelConfig:
         if self.num_attention_heads % self.num_query_groups:
             raise FlextronError(
                 f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
-                f"model.num_query_groups={self.num_query_groups}"
+                f"model.num_query_groups={self.num_query_groups}: choose one that divides it"
             )
         if self.qk_layernorm and self.normalization != "rmsnorm":
             raise FlextronError(f"model.qk_layernorm=true needs model.normalization=rmsnorm (it is {self.normalization})")

@@ -171,10 +171,12 @@ def check_layout(model: ModelConfig, space: ElasticSpace, options: LayoutSetting
         raise FlextronError(
             f"model.pipeline_model_parallel_size={stages}: does not divide the model's {model.num_layers} layers"
             + (f" less the {sum(given)} of the first and last stage" if given else "")
+            + ": choose one that does"
         )
     if middle and layers // middle % chunks:
         raise FlextronError(
-            f"model.virtual_pipeline_model_parallel_size={chunks}: does not divide the {layers // middle} layers of a stage"
+            f"model.virtual_pipeline_model_parallel_size={chunks}: does not divide the {layers // middle} layers of a stage: "
+            "choose one that does"
         )
     _check_recomputation(options)
     config = transformer_config(model, options, precision)
@@ -182,7 +184,7 @@ def check_layout(model: ModelConfig, space: ElasticSpace, options: LayoutSetting
     if config.recompute_method == "uniform" and any(size % config.recompute_num_layers for size in sizes):
         raise FlextronError(
             f"model.recompute_num_layers={config.recompute_num_layers}: does not divide the "
-            f"{' or '.join(map(str, sorted(sizes)))} layers of a stage"
+            f"{' or '.join(map(str, sorted(sizes)))} layers of a stage: choose one that does"
         )
     if config.transformer_impl == "transformer_engine" and not HAVE_TE:
         raise FlextronError(

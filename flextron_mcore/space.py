@@ -145,7 +145,7 @@ class SubNetwork:
         try:
             values = unseal(read_json(path, given=True), Path(path))
         except FileNotFoundError:
-            raise FlextronError(f"{path}: no such file") from None
+            raise FlextronError(f"{path}: no such file: name one that `flextron select` wrote with out=") from None
         except (ValueError, OSError) as error:
             raise FlextronError(f"{path}: not readable as JSON: {explain(error)}") from None
         return cls.from_dict(values, str(path))

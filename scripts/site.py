@@ -50,8 +50,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links to files outside docs/ become links to made pages, or plain names."""
+    """Links to files outside docs/ become links to made pages, or plain names. The table of keys gets the side bar's room."""
     uri = page.file.src_uri
+    if uri == "keys.md":
+        page.meta["hide"] = ["toc"]
     markdown = re.sub(rf"\]\(\.\./({'|'.join(TOP)})\.md", r"](\1.md", markdown)
     if uri.removesuffix(".md") in TOP:
         markdown = markdown.replace("](docs/", "](")

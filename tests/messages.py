@@ -64,10 +64,10 @@ class Site:
         return f"{self.file}:{self.line}: {self.text.replace(HOLE, '{}')}"
 
     def faults(self, stage: str | None = None, message: str = "") -> list[str]:
-        """Keys and commands that cannot be typed.
+        """Complaints about keys and commands of the message that cannot be typed.
 
-        A key before the first colon, which tells what the user typed, is one of any stage. Those after it are keys of `stage`;
-        with None, of one stage. message: the text in a run, for advice that depends on it.
+        Keys before the first colon repeat what the user typed: any stage may have them. Keys after it must all be keys of
+        `stage`; with None, of one stage. message: the text in a run, for advice that depends on it.
         """
         found = []
         for name, rest in [*_COMMAND.findall(self.text), *_TYPED.findall(self.text)]:
@@ -109,7 +109,7 @@ def _names(schema: type[StageSettings]) -> frozenset[str]:
 
 
 def _least(stages: Iterable[str], keys: list[tuple[str, str]]) -> list[str]:
-    """Complaints of the stage that has fewest."""
+    """Complaints about the keys of that stage of `stages` which has the fewest."""
     return min((_refused(stage, keys) for stage in stages), key=len)
 
 
@@ -118,10 +118,11 @@ def _refused(stage: str, keys: list[tuple[str, str]]) -> list[str]:
     found = []
     for name, value in keys:
         try:
+            needed = ""
             if name not in STAGES[stage].recipes and not _is_section(stage, name):
-                find_key(STAGES[stage], name)
+                needed = find_key(STAGES[stage], name)[1].limits.only
             if value and HOLE not in value and "..." not in value:
-                compose(stage, [f"{name}={value}"], partial=True)
+                compose(stage, [*filter(None, [needed]), f"{name}={value}"], partial=True)
         except FlextronError as error:
             found.append(str(error))
     return found

@@ -97,6 +97,17 @@ def test_functions_and_tests_of_the_method_page_exist():
         assert not symbol or symbol in defined(file), f"{path}:{symbol}"
 
 
+def test_messages_of_the_page_of_failures_exist():
+    """Each part of a message in the first column of failures.md, between its gaps, stands in the package's sources."""
+    nodes = [node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(read(file)))]
+    written = "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    cells = re.findall(r"^\| (.*?`.+?`.*?) \|", read(ROOT / "docs/failures.md"), re.M)
+    quoted = [text for cell in cells for text in re.findall(r"`(.+?)`", cell) if not text.isupper()]  # FAILED is Slurm's word
+    values = r"\.\.\.|[\d')]+|\b(?:KEY|cluster\.account)=|\bdata\.json|\brunning\b"  # which only a run knows
+    parts = [part.strip() for text in quoted for part in re.split(values, text)]
+    assert len(cells) > 25 and not [part for part in parts if len(part) > 5 and part not in written]
+
+
 def test_rooms_of_the_design_page_exist():
     text = read(ROOT / "docs/design.md")
     rows = re.findall(r"^\| (`.+?) \|", text[: text.index("### Where to find")], re.M)

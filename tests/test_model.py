@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from megatron.core.tensor_parallel.random import HAVE_TE
 
 from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.layers.attention import HeadLayout
 from flextron_mcore.layers.gpt import mask_padding
 from flextron_mcore.layers.state import FULL
 from flextron_mcore.model import build_model, check_layout, transformer_config
 from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.settings.sections import LayoutSettings
-from flextron_mcore.space import ElasticSpace
+from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.specs import elastic_gpt_layer_spec
 from tests import toy
 
@@ -30,6 +33,10 @@ from tests import toy
         ),
         (dict(sliding_window=0), "model.sliding_window must be a whole number of at least 1, not 0"),
         (dict(no_rope_freq=[1]), "model.no_rope_freq=[1] must be one number, 0 or 1, for each of the 2 layers"),
+        (
+            dict(qk_layernorm=True, normalization="layernorm"),
+            "model.qk_layernorm=true needs model.normalization=rmsnorm (it is layernorm)",
+        ),
         (dict(num_layers=0), "model.num_layers must be a whole number of at least 1, not 0"),
         (dict(kv_channels=7), "model.kv_channels=7 is odd: rotary embeddings need an even number of channels"),
         (dict(activation="swish"), "model.activation='swish' is not known: use one of gelu"),
@@ -79,6 +86,25 @@ def test_transformer_engine_is_asked_for_where_it_is_not():
         elastic_gpt_layer_spec(space, backend="te")
     with pytest.raises(FlextronError, match="model.transformer_impl=transformer_engine: it cannot be imported here"):
         check_layout(toy.config(), space, LayoutSettings(transformer_impl="transformer_engine"))
+
+
+def test_what_the_elastic_layers_lack_is_refused():
+    arch = toy.config()
+    space, full = ElasticSpace.build(arch), SubNetwork.full(arch)
+    with pytest.raises(FlextronError, match="model.context_parallel_size > 1 is not supported by the elastic attention: use 1"):
+        build_model(arch, space, LayoutSettings(context_parallel_size=2))
+    with pytest.raises(FlextronError, match=r"tensor_model_parallel_size=3 does not divide model.num_query_groups=4: choose one"):
+        HeadLayout.of(transformer_config(arch), 3)
+    model = build_model(arch, space)
+    for net, message in (
+        (replace(full, layers=full.layers[:1]), "sub-network has 1 layers, the model has 2: choose one of its own"),
+        (replace(full, hidden_size=64), "sub-network has hidden_size 64, the model has 32: choose one of its own"),
+    ):
+        with pytest.raises(FlextronError, match=message):
+            set_subnetwork(model, net)
+    attention = model.decoder.layers[0].self_attention
+    with pytest.raises(FlextronError, match="attention_output_gate and fused_single_qkv_rope are not supported"):
+        attention.get_query_key_value_tensors(torch.zeros(2, 1, 32), output_gate=True)
 
 
 RECOMPUTATIONS = {

@@ -227,6 +227,7 @@ def test_a_network_is_read_back_from_json(seed, unit, tmp_path_factory):
             ' "ffn_hidden_size": 8}]}',
             "kv_groups must be of type int, not 1.5",
         ),
+        ('{"hidden_size": 32.5, "layers": []}', "hidden_size must be of type int, not 32.5"),
     ],
 )
 def test_bad_subnetwork_files(tmp_path, text, message):
@@ -235,6 +236,12 @@ def test_bad_subnetwork_files(tmp_path, text, message):
     with pytest.raises(FlextronError, match=message) as error:
         SubNetwork.from_file(file)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_ranking_that_is_none_is_refused():
+    arch = toy.config()
+    with pytest.raises(FlextronError, match=r"space.layer_ranking=\[0, 0\]: must hold each of the layers 0..1 once"):
+        ElasticSpace.build(arch, layer_ranking=[0, 0])
 
 
 def test_missing_subnetwork_file(tmp_path):

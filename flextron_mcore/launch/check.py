@@ -137,7 +137,7 @@ def _check_container(settings: LaunchSettings) -> None:
     image = settings.container
     if not image:
         raise FlextronError(
-            "container=: jobs of this cluster run in containers: name an image, or use cluster=slurm, without them"
+            "container=null: jobs of this cluster run in containers: name an image, or use cluster=slurm, which needs none"
         )
     if is_file_of_image(image) and not Path(image).expanduser().is_file():
         raise FlextronError(

@@ -194,7 +194,7 @@ def _squeue(*options: str) -> list[str]:
         if answer.returncode == 0:
             return answer.stdout.splitlines()
         time.sleep(2 * attempt)
-    raise FlextronError(f"squeue: {answer.stderr.strip() or answer.returncode}")
+    raise FlextronError(f"squeue: {answer.stderr.strip() or answer.returncode}: try again when Slurm answers")
 
 
 def follow(results: Path, records: Sequence[Record], say: Callable[[str], None], interval: float = 5.0) -> list[State]:

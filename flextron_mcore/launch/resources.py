@@ -64,10 +64,8 @@ def gpu_memory(settings: LaunchSettings) -> int | None:
     text = settings.cluster.gpu.memory
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB)", str(text).strip())
-    if not match:
-        raise FlextronError(f"cluster.gpu.memory={text}: write it as 80GB or 80GiB")
-    return int(float(match[1]) * (10**9 if match[2] == "GB" else 2**30))
+    number, unit = re.match(r"\s*([\d.]+)\s*(GB|GiB)", text).groups()  # the schema refuses other forms
+    return int(float(number) * (10**9 if unit == "GB" else 2**30))
 
 
 COLUMNS = (

@@ -115,7 +115,7 @@ def _sbatch(arguments: list[str]) -> str:
     if done.returncode or not number.isdecimal():
         lines = (done.stderr or done.stdout).strip().splitlines()
         lines = [line.strip() for line in lines if "sbatch: error" in line] or lines[-1:] or [f"exit code {done.returncode}"]
-        raise FlextronError(f"sbatch refused a job: {' '.join(lines)}")
+        raise FlextronError(f"sbatch refused a job: {' '.join(lines)}: correct the key of cluster")
     return number
 
 

@@ -55,7 +55,9 @@ class HeadLayout:
         """
         groups = config.num_query_groups
         if groups % ranks:
-            raise FlextronError(f"model.tensor_model_parallel_size={ranks} does not divide model.num_query_groups={groups}")
+            raise FlextronError(
+                f"model.tensor_model_parallel_size={ranks} does not divide model.num_query_groups={groups}: choose one that does"
+            )
         return cls(groups // ranks, config.num_attention_heads // groups, config.kv_channels, ranks)
 
     def used(self, widths: LayerChoice | None) -> tuple[int, int]:

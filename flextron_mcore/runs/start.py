@@ -80,7 +80,7 @@ def check_processes(settings: StageSettings) -> None:
             "context parallel: leave it at 1"
         )
     if settings.stage == "generate" and settings.model.pipeline_model_parallel_size > 1:
-        raise FlextronError("generate: decodes on tensor-parallel ranks only: model.pipeline_model_parallel_size=1")
+        raise FlextronError("generate: decodes on tensor-parallel ranks only: set model.pipeline_model_parallel_size=1")
     trainer = settings.trainer
     wanted = (trainer.num_nodes or 1) * trainer.devices if trainer.devices else None
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -31,7 +31,7 @@ def write_aside(target: Path) -> Iterator[Path]:
         try:
             aside.mkdir(parents=True)
         except OSError as error:
-            raise FlextronError(f"{target}: cannot be written: {error.strerror}") from None
+            raise FlextronError(f"{target}: cannot be written: {error.strerror}: choose another out=") from None
         try:
             yield aside
             publish(aside, target)

@@ -102,7 +102,7 @@ def _make_directories(target: Path, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         _remove_empty(missing)
-        raise FlextronError(f"out={target}: cannot be written: {error.strerror}") from None
+        raise FlextronError(f"out={target}: cannot be written: {error.strerror}: choose another out") from None
     return missing
 
 

@@ -19,11 +19,12 @@ from flextron_mcore.config import FlextronError
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not an error, the same command continues the run
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-TIME_IS_UP = 1000  # result of `received` for the time limit: larger than any signal number
+TIME_IS_UP, JOB_ENDS = 1000, 1001  # results of `received` for trainer.max_time and the job's end, above all signal numbers
 
 _deferred = False
 _received = 0
 _deadline: float | None = None
+_stop_at: float | None = None
 _end: float | None = None
 
 
@@ -75,27 +76,28 @@ def limit(seconds: float | None, until: float | None = None, end: float | None =
     """Set the time limits of training; the earliest counts.
 
     Args:
-        seconds: seconds from the start of this process; None: no limit.
-        until: time in seconds since 1970 (`time.time`); None: no limit.
-        end: time in seconds since 1970 at which the process will be killed, whose work must be saved before; None: no limit.
+        seconds: seconds from the start of this process (trainer.max_time); None: no limit.
+        until: time in seconds since 1970 (`time.time`) at which training stops because its job ends soon; None: no limit.
+        end: time in seconds since 1970 at which the job is killed, whose work must be saved before; None: no limit.
     """
-    global _deadline, _end
+    global _deadline, _stop_at, _end
     import psutil
 
-    limits = [] if seconds is None else [psutil.Process().create_time() + seconds]
-    _deadline, _end = min([*limits, *([] if until is None else [until])], default=None), end
+    _deadline = None if seconds is None else psutil.Process().create_time() + seconds
+    _stop_at, _end = until, end
 
 
 def received(needed: float = 0.0) -> int:
-    """Reason to stop: SIGTERM or else the first signal since `defer`, else TIME_IS_UP after a time limit of training, else 0.
+    """Reason to stop: SIGTERM or else the first signal since `defer`, else JOB_ENDS near the job's end, else TIME_IS_UP, else 0.
 
     needed: seconds that the process still needs, if it goes on, until its work is saved.
     """
     if _received:
         return _received
     now = time.time()
-    up = (_deadline is not None and now >= _deadline) or (_end is not None and now + needed >= _end)
-    return TIME_IS_UP if up else 0
+    if (_stop_at is not None and now >= _stop_at) or (_end is not None and now + needed >= _end):
+        return JOB_ENDS
+    return TIME_IS_UP if _deadline is not None and now >= _deadline else 0
 
 
 def urgent() -> bool:
@@ -112,7 +114,8 @@ def stop(number: int, stage: str, step: int) -> NoReturn:
         step: last trained step, whose checkpoint is on disk; 0 if there is none.
     """
     ignore()
-    cause = "trainer.max_time" if number == TIME_IS_UP else signal.Signals(number).name
+    cause = {TIME_IS_UP: "trainer.max_time", JOB_ENDS: "the end of its job (run.time_limit)"}.get(number)
+    cause = cause or signal.Signals(number).name
     if not step:
         raise Stopped(f"{stage}: stopped by {cause} before the first step: run the same command again")
     reason = f"stopped by {cause} after step {step}"

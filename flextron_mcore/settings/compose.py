@@ -67,7 +67,12 @@ def compose(
     chosen |= {"model": None, "launch": FROM_HF if chosen["launch"] == "${model}" else chosen["launch"]} if of_hf else {}
     draft = _Draft(schema)
     for recipe in _recipes(stage, chosen, config_dirs):
-        draft.fill(recipe, literal=False)
+        try:
+            draft.fill(recipe, literal=False)
+        except FlextronError as error:
+            given = " ".join(f"{group}={name}" for group, name in chosen.items() if name not in (None, "${model}"))
+            text = str(error).removeprefix(f"{stage}: ")
+            raise FlextronError(f"{stage}: {given} cannot be used here: {text}") from None
     for given in values:
         draft.fill(given, literal=True)
     for name, text in typed:
@@ -179,7 +184,8 @@ def _find(known: Mapping[str, Key], name: str, complaint: str, prefix: str = "")
             f"{complaint}: describe Megatron corpora with `flextron prepare paths=[...] tokenizer=DIR out=DIR`, and set data=DIR"
         )
     if not found or (inner and known[found].type is not dict):
-        raise FlextronError(complaint + nearest(prefix + name, [prefix + each for each in known]))
+        hint = nearest(prefix + name, [prefix + each for each in known])
+        raise FlextronError(complaint + (hint or f"; `flextron {complaint.partition(':')[0]} --help` lists the keys"))
     return known[found], inner
 
 
@@ -234,7 +240,10 @@ class _Draft:
         try:
             values = OmegaConf.to_container(self.config, resolve=True)
         except OmegaConfBaseException as error:
-            raise FlextronError(f"{self.schema.stage}: {' '.join(str(error).split())}") from None
+            text = str(error).partition("\n")[0]
+            raise FlextronError(
+                f"{self.schema.stage}: {error.full_key}: {text}: write a value, or in ${{}} the name of a key"
+            ) from None
         settings = checked(_instance(self.schema, values), self.schema.stage)
         if self.schema is LaunchSettings:
             _check_layouts(settings)
@@ -367,12 +376,13 @@ def _composed(options: tuple[str, ...], config_dirs: tuple[str, ...]) -> dict[st
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    places = ",".join(f"'file://{folder}'" for folder in config_dirs)
+    first, *others = *config_dirs, str(config_directory())  # the first that has a recipe wins
+    places = ",".join(f"'file://{folder}'" for folder in others)
     search = [f"hydra.searchpath=[{places}]"] if places else []
     name = " ".join(option.lstrip("+") for option in options)
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+        with hydra.initialize_config_dir(first, version_base="1.3"):
             found = OmegaConf.to_container(hydra.compose(None, [*search, *options]))
     except FlextronError:
         raise

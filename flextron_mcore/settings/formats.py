@@ -16,9 +16,10 @@ class TrtllmSettings:
         "padded",
         "padded: every layer is zero-padded to the widest layer; deci: each layer keeps its KV heads and MLP size (Llama only)",
         choices=("padded", "deci"),
+        only="format=trtllm",
     )
-    tensor_parallel_size: int = setting(1, "tensor-parallel ranks of the engine", at_least=1)
-    pipeline_parallel_size: int = setting(1, "pipeline-parallel ranks of the engine", at_least=1)
+    tensor_parallel_size: int = setting(1, "tensor-parallel ranks of the engine", at_least=1, only="format=trtllm")
+    pipeline_parallel_size: int = setting(1, "pipeline-parallel ranks of the engine", at_least=1, only="format=trtllm")
 
 
 @dataclass
@@ -26,7 +27,10 @@ class GgufSettings:
     """Section `gguf` of an export: a GGUF file for llama.cpp."""
 
     type: str | None = setting(
-        None, "GGUF type of the weight matrices; null: f32 if dtype is fp32, else f16", choices=("f32", "f16", "q8_0")
+        None,
+        "GGUF type of the weight matrices; null: f32 if dtype is fp32, else f16",
+        choices=("f32", "f16", "q8_0"),
+        only="format=gguf",
     )
 
 
@@ -34,7 +38,9 @@ class GgufSettings:
 class HfElasticSettings:
     """Section `hf_elastic` of an export: one transformers directory from which any sub-network is chosen at run time."""
 
-    networks: list[str] = path([], "JSON files of more sub-networks that may be chosen for a budget, besides the selector's")
+    networks: list[str] = path(
+        [], "JSON files of more sub-networks that may be chosen for a budget, besides the selector's", only="format=hf_elastic"
+    )
     selector: str = setting(
         "${selector}",
         "selector that chooses the networks for budgets; uniform if the checkpoint has no routers",

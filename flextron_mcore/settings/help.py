@@ -34,13 +34,14 @@ def title(schema: type[StageSettings]) -> str:
 
 
 def values(key: Key) -> str:
-    """Text of a key's allowed values and their unit, such as `whole number of at least 1; steps`."""
+    """Text of a key's allowed values, their unit, and the key without which it has no effect.
+
+    Examples: `whole number of at least 1; steps`, `full | own; with selector=adaptive only`.
+    """
     limits = key.limits
-    if limits.choices:
-        words = " | ".join(limits.choices)
-        return f"list of {words}" if key.type is list else words
-    words = key.allowed.removeprefix("a ")
-    return f"{words}; {limits.unit}" if limits.unit else words
+    words = " | ".join(limits.choices) or key.allowed.removeprefix("a ")
+    listed = f"list of {words}" if limits.choices and key.type is list else words
+    return "; ".join(filter(None, (listed, limits.unit, limits.only and f"with {limits.only} only")))
 
 
 def stage_help(settings: StageSettings) -> str:

@@ -26,7 +26,9 @@ class WorkloadSettings:
         unit="tokens",
         at_least=1,
     )
-    generated_tokens: int = setting(64, "tokens generated after the prompt, with kind=generation", unit="tokens", at_least=1)
+    generated_tokens: int = setting(
+        64, "tokens generated after the prompt", unit="tokens", at_least=1, only="setting.kind=generation"
+    )
 
 
 @dataclass
@@ -34,8 +36,8 @@ class RoutedLatencySettings:
     """Section `routed`: latency measurements of blocks with token-by-token routing (adaptive routers)."""
 
     enabled: bool = setting(False, "measure blocks with token-by-token routing too, for adaptive routers")
-    hidden_size: int = setting(64, "hidden units of the routers that are timed", at_least=1)
-    rounds: int = setting(10, "repetitions of every measurement", at_least=1, ceiling=10**6)
+    hidden_size: int = setting(64, "hidden units of the routers that are timed", at_least=1, only="routed.enabled=true")
+    rounds: int = setting(10, "repetitions of every measurement", at_least=1, ceiling=10**6, only="routed.enabled=true")
 
 
 @dataclass

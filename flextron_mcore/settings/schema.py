@@ -41,6 +41,7 @@ def setting(
     form: str = "",
     accepts: Sequence[type] = (),
     role: str = "",
+    only: str = "",
 ) -> Any:
     """Declare a key: a dataclass field with help and limits. Limits of a list or mapping hold for each item.
 
@@ -60,9 +61,11 @@ def setting(
         form: regular expression that the whole text must match; empty: any text.
         accepts: allowed types of a field annotated `Any`, for unions that OmegaConf does not support.
         role: kind of path, as for `path`; empty for values that are not paths.
+        only: `KEY=VALUE` of the same stage, KEY a dotted name, without which this key has no effect. Any value but the default is
+            then refused, so that nothing that a user typed is ignored. For a KEY that holds a list, VALUE is one of its items.
     """
     limits = Limits(
-        help, unit, at_least, above, at_most, below, ceiling, tuple(choices), names, length, filled, form, tuple(accepts), role
+        help, unit, at_least, above, at_most, below, ceiling, tuple(choices), names, length, filled, form, tuple(accepts), role, only
     )
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata={"limits": limits})
@@ -105,6 +108,7 @@ class Limits:
     form: str
     accepts: tuple[type, ...]
     role: str
+    only: str
 
     @property
     def is_path(self) -> bool:
@@ -278,7 +282,7 @@ def checked(settings: Any, where: str) -> Any:
     """Return `settings`, an instance of a schema, after validation and after expansion of `~` in its paths, in place.
 
     Does not check null and MISSING. Raises FlextronError, one line that begins with `where` (the stage), for a value outside of
-    its limits.
+    its limits, and for a key that has no effect beside the others.
     """
     for key in keys(type(settings)).values():
         owner, name = _owner(settings, key)
@@ -289,9 +293,22 @@ def checked(settings: Any, where: str) -> Any:
             value = key.limits.names.get(value, value)
             setattr(owner, name, value)
         check_value(key, value, where)
+        if key.limits.only:
+            _check_effect(key, value, settings, where)
         if key.limits.is_path:
             setattr(owner, name, _each(value, os.path.expanduser))
     return settings
+
+
+def _check_effect(key: Key, value: Any, settings: Any, where: str) -> None:
+    """Raise FlextronError for a value other than the default of a key that has no effect beside the other `settings`."""
+    name, _, wanted = key.limits.only.partition("=")
+    found = value_of(settings, keys(type(settings))[name])
+    given = map(show, found) if isinstance(found, list) else [show(found)]
+    if wanted not in given and value != value_of(type(settings)(), key):
+        raise FlextronError(
+            f"{where}: {key.name}={show(value)} has an effect with {key.limits.only} only: set that too, or leave {key.name} out"
+        )
 
 
 def value_of(settings: Any, key: Key) -> Any:

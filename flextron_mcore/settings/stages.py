@@ -47,7 +47,7 @@ ANY_SELECTOR = "selector that chooses the network for budget; adaptive: each tok
 ADD_BOS = "true: put the BOS token in front of every text; false: do not; null: as the tokenizer does"
 PARSE_SPECIAL_TOKENS = "true: encode special tokens spelled out in a text as tokens; false: as text; null: as the tokenizer does"
 KV_POLICY = (
-    "keys and values that a token writes with selector adaptive, full: of all KV groups, own: of the KV groups that it uses; "
+    "keys and values that a token writes, full: of all KV groups, own: of the KV groups that it uses; "
     "null: as the routers were trained"
 )
 
@@ -194,6 +194,7 @@ class CompareSettings(EvaluationSettings):
         "random networks that selector random evaluates for a budget; it takes the one with the lowest loss",
         at_least=1,
         ceiling=MOST_NETWORKS,
+        only="selectors=random",
     )
     dense: list[str] = path([], "checkpoints of separately trained smaller models to compare with; []: none")
     dtype: str | None = setting(None, MEMORY_DTYPE, choices=DTYPES)
@@ -213,7 +214,7 @@ class EvaluateSettings(EvaluationSettings):
     )
     budget: Any = setting(None, BUDGET, accepts=SEVERAL_BUDGETS)
     selector: str = setting("router", ANY_SELECTOR, choices=(*ALL_SELECTORS, "adaptive"))
-    kv_policy: str | None = setting(None, KV_POLICY, choices=KV_POLICIES)
+    kv_policy: str | None = setting(None, KV_POLICY, choices=KV_POLICIES, only="selector=adaptive")
     random: int = setting(0, "number of random sub-networks to evaluate as well", at_least=0, ceiling=MOST_NETWORKS)
 
 
@@ -256,7 +257,7 @@ class GenerateSettings(BudgetSettings):
     )
     top_k: int = setting(0, "number of most likely tokens that sampling draws from; 0: all", at_least=0)
     selector: str = setting("router", ANY_SELECTOR, choices=(*ALL_SELECTORS, "adaptive"))
-    kv_policy: str | None = setting(None, KV_POLICY, choices=KV_POLICIES)
+    kv_policy: str | None = setting(None, KV_POLICY, choices=KV_POLICIES, only="selector=adaptive")
     tokenizer: str | None = path(None, "Hugging Face tokenizer directory; null: the tokenizer stored with the checkpoint")
     add_bos: bool | None = setting(None, ADD_BOS)
     parse_special_tokens: bool | None = setting(None, PARSE_SPECIAL_TOKENS)
@@ -341,19 +342,24 @@ class SelectSettings(SelectorSettings):
     )
     selector: str = setting("router", "selector that chooses the network for budget", choices=ALL_SELECTORS)
     data: str | None = path(
-        None, "directory that `flextron prepare` wrote; only selector random, which evaluates networks, needs it"
+        None, "directory that `flextron prepare` wrote, on which the random networks are evaluated", only="selector=random"
     )
     random_networks: int = setting(
         32,
         "random networks that selector random evaluates; it takes the one with the lowest loss",
         at_least=1,
         ceiling=MOST_NETWORKS,
+        only="selector=random",
     )
     limit_val_batches: int | None = setting(
-        4, "validation data that selector random evaluates on; null: all", unit="micro-batches a domain", at_least=1
+        4,
+        "validation data that the random networks are evaluated on; null: all",
+        unit="micro-batches a domain",
+        at_least=1,
+        only="selector=random",
     )
     measure: bool = setting(True, "time the network and the full model on this device, with the workload of the latency table")
-    rounds: int = setting(5, "repetitions of the timing with measure=true", at_least=1, ceiling=10**6)
+    rounds: int = setting(5, "repetitions of the timing", at_least=1, ceiling=10**6, only="measure=true")
     dtype: str | None = setting(None, MEMORY_DTYPE, choices=DTYPES)
     trainer: PrecisionSettings = section(PrecisionSettings)
     model: BatchSettings = section(BatchSettings)

@@ -168,8 +168,9 @@ class RouterStageSettings(NewRouterSettings):
     )
     kv_policy: str = setting(
         "full",
-        "keys and values that a token writes with kind=adaptive, full: of all KV groups, own: of the KV groups that it uses",
+        "keys and values that a token writes, full: of all KV groups, own: of the KV groups that it uses",
         choices=KV_POLICIES,
+        only="kind=adaptive",
     )
     targets_per_step: int = setting(4, "budgets drawn in each step, one network each", at_least=1, ceiling=10_000)
     router: RouterSettings = section(RouterSettings)

@@ -101,7 +101,9 @@ def _prompts(settings: GenerateSettings) -> list[str]:
         try:
             lines = on_main_process(lambda: read_text(settings.prompts, given=True).splitlines())
         except (OSError, UnicodeDecodeError) as error:
-            raise FlextronError(f"prompts={settings.prompts}: cannot be read as text: {explain(error)}") from None
+            raise FlextronError(
+                f"prompts={settings.prompts}: cannot be read as text: {explain(error)}: name a text file"
+            ) from None
         found = [line for line in lines if line.strip()]
     if not found:
         raise FlextronError("generate: there is no prompt: give at least one in prompt= or prompts=")

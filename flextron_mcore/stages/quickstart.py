@@ -9,8 +9,10 @@ from typing import Any
 
 from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError
+from flextron_mcore.data.corpus import open_corpus
+from flextron_mcore.data.prepare import parse_inputs
 from flextron_mcore.runs.chain import quoted, run_chain
-from flextron_mcore.runs.output import METRICS_FILE, write_metrics
+from flextron_mcore.runs.output import METRICS_FILE, is_empty, write_metrics
 from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime.disk import write_aside
 from flextron_mcore.runtime.ranks import on_main_process
@@ -30,8 +32,16 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
         raise FlextronError(
             "chain: every command needs a stage and a list of keys: {name: {stage: elastic, keys: [...]}}"
         ) from None
+    on_main_process(lambda: _check_input(settings, out))
     seconds = run_chain(settings, chain, ("chain",), lambda stage: _write_networks(out) if stage == "export" else None)
     return write_metrics(out, "quickstart", on_main_process(lambda: _summary(out, seconds)))
+
+
+def _check_input(settings: QuickstartSettings, out: Path) -> None:
+    """Raise FlextronError, before anything is written, for text that does not exist. A chain that continues may lack its text."""
+    if settings.overwrite or is_empty(out):
+        for domain, paths in parse_inputs(settings.input).items():
+            open_corpus(domain, paths)
 
 
 def _key(key: str, out: Path) -> str:

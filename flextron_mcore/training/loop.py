@@ -82,8 +82,8 @@ def train(
     the last steps only; `model`, `space`, and `validation`: {"first", "last"}, each {network: loss in nats per token}, or {}.
 
     An interrupted run continues from its newest complete checkpoint in `out`. Raises FlextronError if a loss is not finite, for a
-    damaged checkpoint and for a full disk; raises signals.Stopped, with a checkpoint written, at a signal or trainer.max_time: at
-    SIGTERM before the step in progress has ended, else after it.
+    damaged checkpoint and for a full disk; raises signals.Stopped, with a checkpoint written, at a signal, at trainer.max_time or
+    at the end of the job: at SIGTERM before the step in progress has ended, else after it.
 
     Args:
         settings: settings of the stage.

@@ -231,7 +231,7 @@ def test_an_untied_output_layer_must_be_stored(single):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("case", ["equal", "other", "head only", "last row differs"])
 def test_an_output_layer_that_config_json_ties(tmp_path, family, case):
-    """Every combination of stored tensors is the model that transformers loads, and is exported as it."""
+    """For every combination of stored tensors, the import and its export compute what transformers computes."""
     folder = hf_toy.save(getattr(hf_toy, family)(tie_word_embeddings=False), tmp_path / "hf")
     edit(folder, tie_word_embeddings=True)
     words = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}[family]

@@ -200,7 +200,7 @@ def test_training_data_is_a_function_of_the_seed(prepared: PreparedData, tmp_pat
 
 
 def test_a_broken_index_is_built_again(prepared: PreparedData, tmp_path: Path) -> None:
-    """Megatron-Core takes it for whole: `mmap length is greater than file size`, until somebody removes the cache."""
+    """Megatron-Core alone would fail with `mmap length is greater than file size` until the cache is removed."""
     first = train_dataset(prepared, 16, 40, 1, tmp_path / "cache")
     expected = [first[i]["tokens"].tolist() for i in range(len(first))]
     files = sorted((tmp_path / "cache").rglob("*.npy"))

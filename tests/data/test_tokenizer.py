@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -106,11 +107,26 @@ def no_eos(path: Path) -> None:
     (path / "special_tokens_map.json").unlink()
 
 
+def python_only(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "CanineTokenizer"}')
+
+
+def doubled(path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    token = backend.id_to_token(0)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=f"$A {token} $A", special_tokens=[(token, 0)])
+    backend.save(str(path / "tokenizer.json"))
+
+
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "garbage": (lambda path: (path / "tokenizer.json").write_text("{nope"), "not a tokenizer"),
     "no tokenizer.json": (lambda path: (path / "tokenizer.json").unlink(), ""),
     "empty directory": (lambda path: [file.unlink() for file in path.iterdir()], "not a tokenizer"),
     "no end of text": (no_eos, "no end-of-text token"),
+    "text twice": (doubled, "its post-processor changes tokens of the text: only post-processors that add"),
+    "Python only": (python_only, "has no Rust backend, which encoding a corpus needs"),
 }
 
 

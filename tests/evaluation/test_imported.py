@@ -70,7 +70,7 @@ def test_a_key_that_was_read_wrong(tmp_path, layerwise):
 
 
 def test_the_command(tmp_path, capsys):
-    """An output layer that config.json ties, stored with other values, in bf16 with one fp32 tensor: said, and compared."""
+    """The command says that config.json ties an output layer stored with other values, and compares bf16 with one fp32 tensor."""
     source = hf_toy.save(hf_toy.llama().bfloat16(), tmp_path / "hf")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))

@@ -61,7 +61,7 @@ def test_hidden_size_and_depth(maker, tmp_path):
 
 @pytest.mark.parametrize("name", DEEP)
 def test_all_axes_are_the_checkpoints(cases, name):
-    """Logits are the checkpoint's; weights are views of the one copy, and only those of the network."""
+    """Logits equal the checkpoint's. Only the network's weights are used, as views of the one copy."""
     case = cases(name)
     info, storages = case.info, {p.untyped_storage().data_ptr() for p in case.model.parameters()}
     tied = info.model.share_embeddings_and_output_weights

@@ -39,7 +39,7 @@ def test_logits_are_those_of_transformers(options, tmp_path):
 
 
 def test_norms_are_exported_as_they_are_stored(tmp_path):
-    """Scales stay 1 + weight: every tensor goes round bit for bit."""
+    """Import and export keep every tensor bit for bit: norms are stored as their scale minus 1."""
     info = hf_toy.checkpoint(hf_toy.save(model(), tmp_path / "hf"), tmp_path / "run")
     (tmp_path / "out").mkdir()
     get_format("hf").write(Job(info, SubNetwork.full(info.model), tmp_path / "out"))

@@ -144,7 +144,7 @@ def test_places_of_the_original_positions(scaling, tmp_path):
     ],
 )
 def test_other_names(family, names, tmp_path):
-    """Other names of a value, or of a key in the place of its own."""
+    """A value or a key under another name that transformers accepts is read like its usual name."""
     folder = hf_toy.save(getattr(hf_toy, family)(), tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     changed = config | {name: config.pop(value, value) for name, value in names.items()}
@@ -166,7 +166,7 @@ WRONG = [True, 0, -1, 2.5, 1e30, float("nan"), float("inf"), 10**30, "x", "", []
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_wrong_value_is_one_line(family):
-    """Each key in turn gets values of wrong types and sizes: it is read, or refused in one line, and soon."""
+    """Each key in turn gets values of wrong types and sizes: it is read, or refused in one line, within seconds."""
     config = AutoConfig.for_model(family.model_type).to_dict() | {"model_type": family.model_type}
     base = {key: value for key, value in config.items() if key != "rope_parameters"}
     refused = 0

@@ -1,11 +1,12 @@
-"""Models of no family are refused by name, with what they have that no family has."""
+"""Models of other architectures are refused by name, with the feature that is not supported."""
 
 from __future__ import annotations
 
 import pytest
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.families import FAMILIES, family_of_config
+from flextron_mcore.families import FAMILIES, family_of_config, family_of_model
+from tests import toy
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,9 @@ def test_architectures_are_refused_by_name(architecture, words):
 def test_experts_are_seen_in_the_keys():
     with pytest.raises(FlextronError, match="model_type 'new' is not supported: it has experts"):
         family_of_config({"model_type": "new", "num_local_experts": 8})
+
+
+def test_a_model_of_no_family_is_for_another_format():
+    words = r"format=hf: no supported family can represent this model: .* needs .*: use format=megatron"
+    with pytest.raises(FlextronError, match=words):
+        family_of_model(toy.config(activation="relu", normalization="rmsnorm"), None)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from flextron_mcore.runtime.watch import LAUNCH
 
 ROOT = Path(__file__).resolve().parents[2]
-# Calls that fail with an error: a full disk refuses what needs space from then on, other errors pass.
+# {error: (calls that fail with it, True if all later ones fail, too)}
 ERRORS = {
     errno.ENOSPC: ("open write truncate mkdir link", True),
     errno.EIO: ("write fsync", False),

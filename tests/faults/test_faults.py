@@ -115,14 +115,14 @@ def test_a_continued_command_killed_again_gives_the_same_bytes(bench, name):
 
 
 def _pairs(events: list[Event], count: int, first: int) -> Iterator[tuple[Event, int]]:
-    """Moments of the first kill, late ones above all, and of the kill of the continued command."""
+    """(event of the first kill, from the second half; number of the event at which the continued command is killed)."""
     for i, event in enumerate(moments(events[len(events) // 2 :], count, first)):
         yield event, 1 + (first + 7 * i * i) % len(events)
 
 
 @pytest.mark.parametrize("name", OVERWRITTEN if COUNT else ["export", "select"])
 def test_a_killed_replacement_leaves_the_old_or_the_new_whole(bench, name):
-    """A directory that grows in its place is the old one, or has begun anew."""
+    """After a kill, a directory that is written in place is the old one, or a new run's beginning."""
     more = "overwrite=true"
     old = bench.keep_old(name)
     events = bench.harness.run([*bench.commands[name], more], bench.work).events

@@ -126,7 +126,7 @@ def test_metadata_that_lies(copy):
 
 
 def test_weights(copy):
-    """A file of weights is no pickle of classes."""
+    """A file of weights that pickles a class is refused, and the class is not made."""
     for file in copy.checkpoint.glob("*.distcp"):
         size = file.stat().st_size
         file.write_bytes(saved(calls(copy.marker)["os.system"]).ljust(size, b"\0")[:size])

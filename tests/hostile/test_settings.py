@@ -37,7 +37,8 @@ def test_a_recipe_cannot_call(tmp_path, monkeypatch, text):
         ("!!python/object/apply:os.system [x]", "model=mine space=default: "),
         ("[", "model=mine space=default: "),
         ("a: &a [*a]", "model=mine space=default: "),
-        ("- x", "pretrain: unknown key 'model'"),
+        ("- x", "pretrain: model=mine space=default cannot be used here: unknown key 'model'"),
+        ("# @package _global_\nseed: ${nothing}", "pretrain: seed: Interpolation key 'nothing' not found: write a value"),
         ("defaults: [/etc/passwd]", "model=mine space=default: .*etc/passwd"),
     ],
 )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from flextron_mcore import cli
 from flextron_mcore.config import FlextronError
+from flextron_mcore.data.blend import open_data
+from flextron_mcore.data.prepare import parse_inputs, prepare_data
 from flextron_mcore.launch import follow
 from flextron_mcore.launch.check import missing
 from flextron_mcore.launch.plan import plan
@@ -46,7 +50,7 @@ def test_nothing_is_missing(launch, ready):
     "arguments, message",
     [
         (["container=none.sqsh"], "container=none.sqsh: no such file"),
-        (["container=null"], "container=: jobs of this cluster run in containers"),
+        (["container=null"], "container=null: jobs of this cluster run in containers"),
         (["base_results_dir=/proc/flextron"], "run.results_dir=/proc/flextron/smoke: cannot be written"),
         (["stages=[importance]"], "importance: needs the result of pretrain or import"),
         (["stages=[pretrain]", "data=nowhere"], "nowhere/data.json: cannot be read"),
@@ -70,10 +74,41 @@ def test_without_slurm_there_is_a_line(launch, ready):
     assert problems(launch, ready) == ["sbatch: not found: launch on a login node of the cluster, or with cluster=local"]
 
 
+def test_without_nemo_run_there_is_a_line(launch, ready, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nemo_run", None)
+    [line] = problems(launch, ready)
+    assert re.fullmatch(r"NeMo-Run cannot be imported \(.*\): pip install 'flextron_mcore\[launch\]'", line)
+
+
 def test_another_model_is_not_taken_for_the_one_that_was_checked(launch, ready):
     save(llama(), ready / "hf")
     found = problems(launch, ready, "stages=[import]", f"hf={ready}/hf")
     assert len(found) == 1 and found[0].startswith(f"hf={ready}/hf: is another model than model= says"), found
+
+
+def test_inputs_of_another_size_or_of_an_unfinished_stage_are_named(launch, ready):
+    (ready / "text").write_text("some words of a text\n" * 50)
+    (ready / "data").mkdir()
+    prepare_data(parse_inputs(str(ready / "text")), ready / "data", vocab_size=300)
+    found = problems(launch, ready, "stages=[pretrain]", f"data={ready}/data", "model.vocab_size=100")
+    tokens = open_data(ready / "data").vocab_size
+    assert found == [
+        f"data={ready}/data: its tokenizer has {tokens} tokens, the model's vocabulary 100: prepare the text with the model's "
+        "tokenizer"
+    ]
+    (ready / "elastic" / "checkpoints").mkdir(parents=True)
+    [line] = problems(launch, ready, "stages=[latency]", f"latency.checkpoint={ready}/elastic")
+    assert line.startswith(
+        f"latency.checkpoint={ready}/elastic: its stage has not finished (it has no metrics.json): run the stage"
+    )
+
+
+def test_results_that_cannot_be_written_are_named(launch, ready, monkeypatch):
+    monkeypatch.setattr(stage, "missing", lambda *args: [])
+    (ready / "results" / "smoke").mkdir(parents=True)
+    (ready / "results" / "smoke" / "launch").touch()
+    with pytest.raises(FlextronError, match="smoke: cannot be written: File exists: set base_results_dir="):
+        stage.run(launch("cluster=local", "model=smoke", "stages=[prepare]", "prepare.input=text", "gpus=1"))
 
 
 def test_launch_refuses_before_it_writes(ready, tmp_path):

@@ -224,6 +224,10 @@ def test_locally_training_has_no_time_limit(launch):
             r"router: space.depth is elastic, and it chooses heads and neurons only: use gumbel in its place in stages=",
         ),
         (
+            ["recipe=llamaflex", "stages=[gumbel,sensitivity]"],
+            r"sensitivity: space.hidden_size is elastic, and it measures heads and neurons only: leave it out of stages=",
+        ),
+        (
             ["recipe=llamaflex", "stages=[gumbel,compare]", "compare.selectors=[sensitivity]"],
             r"compare: space.hidden_size is elastic, and selector sensitivity .*: set compare.selectors=\[router,uniform,",
         ),

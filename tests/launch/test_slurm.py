@@ -113,7 +113,9 @@ def test_a_dry_run_prints_what_is_submitted(fake, tmp_path, capsys, monkeypatch)
 
 def test_a_refused_job_cancels_those_before_it(fake, tmp_path):
     (fake / "refuse").write_text("2")
-    with pytest.raises(FlextronError, match=r"^sbatch refused a job: sbatch: error: .* Invalid account$"):
+    with pytest.raises(
+        FlextronError, match=r"^sbatch refused a job: sbatch: error: .* Invalid account: correct the key of cluster$"
+    ):
         cli._main(smoke(tmp_path))
     assert (fake / "cancelled").read_text() == "70 71\n"
     assert not (tmp_path / "results").exists()

@@ -47,10 +47,10 @@ def decisions() -> dict[str, tuple[int, bool]]:
 
 
 def test_ranks_agree(tmp_path):
-    from flextron_mcore.runtime.signals import TIME_IS_UP
+    from flextron_mcore.runtime.signals import JOB_ENDS
 
     ((first, second),) = run_jobs(2, [{"call": "tests.parallel.test_stops:decisions"}], tmp_path)
-    expected = {"none": [0, False], "due": [0, True], "slow": [TIME_IS_UP, False], "late": [TIME_IS_UP, False]}
+    expected = {"none": [0, False], "due": [0, True], "slow": [JOB_ENDS, False], "late": [JOB_ENDS, False]}
     assert first["result"] == second["result"] == expected
 
 

@@ -48,7 +48,7 @@ def share(net: SubNetwork) -> float:
 
 
 def loss(net: SubNetwork) -> float:
-    """Deep FFN blocks matter most, heads least."""
+    """Made-up loss, in which FFN blocks of deep layers matter most and heads least."""
     kept = sum(0.3 * a.num_attention_heads / 8 + 0.1 * (i + 3) * a.ffn_hidden_size / 1024 for i, a in enumerate(net.layers))
     return 3.0 + 1.5 * (1 - kept / (8 * 0.3 + 0.1 * sum(range(3, 11))))
 
@@ -201,7 +201,7 @@ def compare(cost: str = "latency") -> dict[str, Any]:
 
 
 def write(directory: Path, metrics: dict[str, Any], log: list[dict[str, Any]] | None = None) -> None:
-    """A stage's directory."""
+    """Write a stage's directory: metrics.json and, if there is one, log.jsonl."""
     directory.mkdir(parents=True)
     (directory / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     if log is not None:

@@ -40,7 +40,7 @@ def networks() -> dict[str, SubNetwork]:
 
 
 def loss_of(net: SubNetwork, trained: bool) -> float:
-    """Heads are cheaper to lose than FFN neurons, and a smaller network has a higher loss."""
+    """Made-up loss: higher for smaller networks, and lost FFN neurons cost more than lost heads."""
     used = [(layer.num_attention_heads / 8, layer.ffn_hidden_size / 1024) for layer in net.layers if layer.executed]
     share = sum(0.3 * heads + 0.7 * ffn**0.8 for heads, ffn in used) / 8
     return 3.1 + 0.55 * (1 - share) if trained else 3.15 + 4.2 * (1 - share) ** 0.7

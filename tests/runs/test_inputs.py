@@ -32,7 +32,8 @@ def settings(stage: str, key: Key, value: Path, out: Path):
     nested: object = given
     for part in reversed(key.name.split(".")):
         nested = {part: nested}
-    return compose(stage, values=[nested, {"out": str(out), "overwrite": True}], partial=True)
+    needed = [key.limits.only] if key.limits.only else []
+    return compose(stage, needed, values=[nested, {"out": str(out), "overwrite": True}], partial=True)
 
 
 @pytest.fixture

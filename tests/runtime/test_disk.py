@@ -98,7 +98,7 @@ def test_a_directory_that_cannot_be_published_leaves_the_old_one(tmp_path):
 
 @pytest.mark.parametrize("exchanged", [True, False])
 def test_a_directory_replaces_another(tmp_path, monkeypatch, exchanged):
-    """At once where the file system exchanges names; elsewhere the old one is renamed away before."""
+    """Atomically where the file system can exchange two names; elsewhere the old directory is renamed away first."""
     out, aside, seen = tmp_path / "out", tmp_path / ".out.tmp", []
     for folder, text in ((out, "old"), (aside, "new")):
         folder.mkdir()

@@ -54,7 +54,8 @@ CHEAP = [(stage, key) for stage in sorted(STAGES.keys() - {"launch", "pretrain",
 def test_a_text_is_what_was_typed(stage: str):
     for text in ODD:
         known = [key for key in TEXTS[stage] if text or not key.limits.is_path]  # an empty path is refused
-        composed = compose(stage, [f"{key.name}={text}" for key in known], partial=True)
+        needed = {key.limits.only for key in known} - {""}
+        composed = compose(stage, [*needed, *(f"{key.name}={text}" for key in known)], partial=True)
         for key in known:
             assert at(composed, key.name) == text, f"{stage}: {key.name}"
 
@@ -71,7 +72,7 @@ def test_any_text_is_what_was_typed(case, text):
     quoted = text[:1] in ("'", '"') and text[-1:] == text[:1]
     if quoted or text == "null" or text == "???" or (key.limits.is_path and (not text or text.startswith("~"))):
         return
-    composed = compose(stage, [f"{key.name}={text}"], partial=True)
+    composed = compose(stage, [*filter(None, [key.limits.only]), f"{key.name}={text}"], partial=True)
     assert at(composed, key.name) == text
     assert at(yaml.safe_load(to_yaml(composed)), key.name) == at(to_dict(composed), key.name) == text
     assert at(compose(stage, values=[at_depth(key.name, text)], partial=True), key.name) == text
@@ -185,6 +186,7 @@ def test_values_of_other_types_are_parsed(stage, typed, value):
         ("elastic", "distillation={weight", "elastic: distillation={weight must be a mapping"),
         ("elastic", "data_weights={code: x}", "elastic: data_weights={code: x} must be a mapping, each at least 0 or null"),
         ("elastic", "data_weights={code: -1}", "elastic: data_weights={code: -1.0} must be a mapping, each at least 0"),
+        ("elastic", "data_weights={code: [}", "data_weights={code: [}: cannot be read as a mapping: write it as {name"),
         ("elastic", "out.x=3", "elastic: unknown key 'out.x'"),
         ("router", "router.entropy=[0.1]", "router: router.entropy=[0.1] must be a list of 2 numbers, each above 0"),
         ("select", "budget={a: 1}", "select: budget={a: 1} must be a number or text or a list"),
@@ -224,3 +226,18 @@ def test_null_is_none_only_where_a_key_may_have_no_value():
     assert settings.checkpoint == "null" and settings.model.seq_length is None
     with pytest.raises(FlextronError, match=r"elastic: trainer.max_steps=null must be a whole number of at least 1"):
         compose("elastic", [*base, "trainer.max_steps=null"])
+
+
+def test_a_recipe_of_the_users_wins_over_a_shipped_one(tmp_path):
+    """A recipe is taken from the first of several directories that has it, and from conf/ if none has."""
+    for name, layers in (("first", 5), ("second", 6)):
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        sizes = "hidden_size: 8\nnum_attention_heads: 2\nmax_position_embeddings: 8\n"
+        (folder / "tiny.yaml").write_text(f"num_layers: {layers}\n{sizes}")
+    (tmp_path / "empty").mkdir()
+    folders = [tmp_path / name for name in ("empty", "first", "second")]
+    mine = compose("pretrain", ["model=tiny"], folders, partial=True)
+    shipped = compose("pretrain", ["model=tiny"], folders[:1], partial=True)
+    assert (mine.model.num_layers, mine.model.ffn_hidden_size) == (5, None) and shipped.model.num_layers == 4
+    assert mine.space == shipped.space

@@ -166,7 +166,7 @@ def test_a_training_whose_image_took_long_stops_before_the_end_of_its_job(slurm,
     assert code == 0, out + err
     assert slurm.show(int(read_record(tmp_path / "smoke")[0].id))["Restarts"] == "1"
     logs = sorted(Path(read_record(tmp_path / "smoke")[0].logs).glob("log-*.out"))
-    assert "stopped by trainer.max_time after step 1" in logs[0].read_text()
+    assert "stopped by the end of its job (run.time_limit) after step 1" in logs[0].read_text()
 
 
 # Jobs that Slurm holds: nothing of them runs.

@@ -186,8 +186,9 @@ def test_selection_measures_and_is_the_same_again(routed, tmp_path):
 @pytest.mark.parametrize("name", ["uniform", "matformer", "sensitivity", "random"])
 def test_other_selectors_keep_to_the_budget(chain, routed, name):
     keys = [f"checkpoint={chain}/elastic", f"selector={name}", f"latency={routed}/latency", "measure=false", "budget=0.85"]
-    keys += [f"sensitivity={routed}/sensitivity", f"data={chain}/data", "random_networks=4", "limit_val_batches=1"]
-    metrics = stage("select", *keys)
+    keys += [f"sensitivity={routed}/sensitivity"]
+    random = [f"data={chain}/data", "random_networks=4", "limit_val_batches=1"]
+    metrics = stage("select", *keys, *(random if name == "random" else []))
     assert metrics["costs"]["latency"]["share"] <= 0.85
     info = open_checkpoint(chain / "elastic")
     info.space.check(info.model, SubNetwork.from_dict(metrics["subnetwork"]))
@@ -338,6 +339,19 @@ def test_tables_that_do_not_belong_here_are_warned_of_or_refused(chain, routed, 
     (tmp_path / "short.json").write_text(json.dumps(seal(values)))
     with pytest.raises(FlextronError, match=r"short.json: lacks the candidates \[16\] of space.ffn_hidden_size"):
         stage("router", *router_keys(chain, tmp_path / "short.json", f"out={tmp_path}/out"))
+
+
+def test_sensitivities_that_do_not_belong_here_are_refused(routed, tmp_path):
+    keys = [f"checkpoint={routed}/router", "budget=0.8", "measure=false", "selector=sensitivity"]
+    for change, message in (
+        (lambda v: v["model"].update(ffn_hidden_size=128), "is of another model or space than checkpoint=: run `flextron sensi"),
+        (lambda v: v["blocks"].pop(0), r"lacks candidate \d of block \d: run `flextron sensitivity` again"),
+    ):
+        values = json.loads((routed / "sensitivity" / "metrics.json").read_text())
+        change(values)
+        (tmp_path / "other.json").write_text(json.dumps(values))
+        with pytest.raises(FlextronError, match=f"other.json: {message}"):
+            stage("select", *keys, f"sensitivity={tmp_path}/other.json")
 
 
 def test_a_range_of_targets(chain, routed, tmp_path, capsys):

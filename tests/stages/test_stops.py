@@ -36,7 +36,7 @@ def test_a_training_stops_early_where_saving_takes_long(chain, tmp_path, monkeyp
     monkeypatch.setenv("FLEXTRON_JOB_END", str(int(time.time() + 1e6)))
     keys = [*pretrain_keys(chain / "data"), "trainer.max_steps=6", f"{SAVING}.async_save=false", f"out={tmp_path}/run"]
     if seconds:
-        with pytest.raises(signals.Stopped, match="pretrain: stopped by trainer.max_time after step 4; its checkpoint"):
+        with pytest.raises(signals.Stopped, match="stopped by the end of its job .run.time_limit. after step 4; its checkpoint"):
             stage("pretrain", *keys)
     else:
         stage("pretrain", *keys)

@@ -137,6 +137,8 @@ WRONG = {
         ("measurements={in}/object.json", "not a list with at least one entry"),
         ("measurements={in}/list.json", "an entry is missing or of another type"),
         ("measurements={run}", "is a directory, not a regular file"),
+        ("setting.generated_tokens=3", "setting.generated_tokens=3 has an effect with setting.kind=generation only"),
+        ("routed.rounds=3", "routed.rounds=3 has an effect with routed.enabled=true only"),
         ("setting.prompt_length=33", "do not fit the model's 32 positions"),
         ("setting.batch_size=1000000000", "lower setting.batch_size or setting.prompt_length"),
         ("check_networks=99999999999", "must be at most 1000000"),
@@ -153,6 +155,7 @@ WRONG = {
         ("router.batch_size=99999999999", "must be at most 1000000"),
         ("router.hidden_size=99999999", "must be at most 65536"),
         ("surrogate=false", "unknown key 'surrogate'"),
+        ("kv_policy=own", "kv_policy=own has an effect with kind=adaptive only: set that too, or leave kv_policy out"),
         ("kv_cache={batch: 2}", "unknown key 'kv_cache.batch' (did you mean 'kv_cache.batch_size'?)"),
     ],
     "joint": [
@@ -184,6 +187,8 @@ WRONG = {
         ("selector=sensitivity", "give sensitivity="),
         ("selector=sensitivity sensitivity={in}/list.json", "is not what `flextron sensitivity` writes"),
         ("selector=sensitivity sensitivity=/nowhere", "(No such file or directory)"),
+        ("data={run}/data", "has an effect with selector=random only"),
+        ("measure=false rounds=3", "rounds=3 has an effect with measure=true only"),
         ("selector=random data={run}/data model.seq_length=99", "is not within 1..32"),
         ("out={in}", "is a directory; name a file"),
         ("out=", "out= is empty"),
@@ -192,6 +197,7 @@ WRONG = {
         ("selectors=[]", "selectors=[] must have at least one item"),
         ("selectors=[uniform,uniform]", "has one twice: name each once"),
         ("targets=[]", "targets=[] must have at least one item"),
+        ("random_networks=3", "random_networks=3 has an effect with selectors=random only"),
         ("targets=[0.01]", "is not within"),
         ("cost=latency", "needs a latency table"),
         ("dense=[{run}/data]", "no checkpoint in it"),
@@ -202,8 +208,10 @@ WRONG = {
         ("subnetwork={in}/note.txt", "not readable as JSON"),
         ("budget=0.7 parameters", "has no routers"),
         ("random=99999999999", "must be at most 1000000"),
+        ("kv_policy=full", "kv_policy=full has an effect with selector=adaptive only"),
     ],
     "generate": [
+        ("kv_policy=own", "kv_policy=own has an effect with selector=adaptive only"),
         ("prompt=[]", "there is no prompt"),
         ("prompts={in}/note.txt", "give one of prompt="),
         ("prompt=null prompts={in}/junk", "cannot be read as text: not UTF-8 text: byte 0xff at offset 1"),
@@ -214,6 +222,8 @@ WRONG = {
     "export": [
         ("format=onnx", "use one of hf"),
         ("max_shard_size=1GB", "must be a whole number"),
+        ("gguf.type=f16", "gguf.type=f16 has an effect with format=gguf only"),
+        ("trtllm={style: deci}", "trtllm.style=deci has an effect with format=trtllm only"),
         ("gguf={typ: f16}", "did you mean 'gguf.type'?"),
         ("budget=0.7 parameters subnetwork={in}/list.json", "two ways to say which network"),
         ("format=trtllm trtllm.tensor_parallel_size=3", "which it does not divide"),
@@ -227,6 +237,11 @@ WRONG = {
         ("{in}/note.txt", "nothing in it has a digest"),
     ],
     "quickstart": [
+        ("out={in}", "exists and was not written by `flextron quickstart`; choose another"),
+        ("out={in}/old", "holds a `flextron quickstart` of other keys; choose another, or overwrite=true"),
+        ("out={in}/torn", "config.yaml: is damaged ("),
+        ("input=/nowhere", "/nowhere: no such file or directory"),
+        ("recipe=short", "quickstart: recipe=short cannot be used here: unknown key 'run'; `flextron quickstart --help` lists"),
         ("model=x", "model=x is not known"),
         ("pretrain_steps=1.5", "must be a whole number"),
         ("chain={a: b}", "every command needs a stage and a list of keys"),
@@ -268,6 +283,9 @@ def odd(tmp_path_factory) -> Path:
     for name, content in (("list", "[]"), ("bad", "{nope")):
         (root / name).mkdir()
         (root / name / "config.json").write_text(content)
+    for name, content in (("old", "stage: quickstart\nchain: {}\n"), ("torn", "chain: {")):
+        (root / name).mkdir()
+        (root / name / "config.yaml").write_text(content)
     for name, content in (
         ("number.json", "3"),
         ("object.json", "{}"),

@@ -192,7 +192,8 @@ def _encode(name: str, tensor: torch.Tensor, stored: gguf.GGMLQuantizationType) 
     values = np.ascontiguousarray(tensor.numpy())
     if stored is gguf.GGMLQuantizationType.F16 and (largest := max(values.max(), -values.min())) > np.finfo(np.float16).max:
         raise FlextronError(
-            f"gguf.type: {name} has a weight of {largest:.3g}, more than f16 holds (65504): use `flextron export gguf.type=f32`"
+            f"gguf.type: {name} has a weight of {largest:.3g}, more than f16 holds (65504): use "
+            "`flextron export format=gguf gguf.type=f32`"
         )
     return gguf.quants.quantize(values, stored)
 

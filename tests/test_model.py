@@ -30,6 +30,11 @@ from tests import toy
         ),
         (dict(sliding_window=0), "model.sliding_window must be a whole number of at least 1, not 0"),
         (dict(no_rope_freq=[1]), "model.no_rope_freq=[1] must be one number, 0 or 1, for each of the 2 layers"),
+        (
+            dict(sliding_window=4, window_attn_skip_freq=[1, 2]),
+            "model.window_attn_skip_freq=[1, 2] must be one number, 0 or 1, for each of the 2 layers: 1 where a query",
+        ),
+        (dict(window_attn_skip_freq=[0, 1]), "model.window_attn_skip_freq needs a window: set model.sliding_window"),
         (dict(num_layers=0), "model.num_layers must be a whole number of at least 1, not 0"),
         (dict(kv_channels=7), "model.kv_channels=7 is odd: rotary embeddings need an even number of channels"),
         (dict(activation="swish"), "model.activation='swish' is not known: use one of gelu"),

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.families import gpt2, llama, mistral, nemotron, phi3, qwen2, qwen3, smollm3
+from flextron_mcore.families import gpt2, llama, ministral, mistral, nemotron, phi3, qwen2, qwen3, smollm3
 from flextron_mcore.families.family import Family
 from flextron_mcore.families.unsupported import lacking
 
 FAMILIES = [
-    *(llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY, phi3.FAMILY, nemotron.FAMILY),
-    gpt2.FAMILY,
+    *(llama.FAMILY, mistral.FAMILY, ministral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY, phi3.FAMILY),
+    *(nemotron.FAMILY, gpt2.FAMILY),
 ]
 
 

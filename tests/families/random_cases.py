@@ -50,18 +50,28 @@ def _unlike_yarn(draw: random.Random) -> dict[str, Any] | None:
     return copy.deepcopy(draw.choice(SCALINGS[:4]))
 
 
+def _windows(draw: random.Random, values: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Arguments with, in half of the cases, a sliding window in layers that are listed."""
+    kinds = [draw.choice(["full_attention", "sliding_attention"]) for _ in range(values["num_hidden_layers"])]
+    if draw.random() < 0.5:
+        return values
+    return values | {"sliding_window": draw.choice([1, 7, 50]), "layer_types": kinds, **more}
+
+
 def smollm3(draw: random.Random) -> dict[str, Any]:
     """Arguments of a SmolLM3, some of whose layers do not rotate queries and keys."""
     values = llama_like(draw, rope_scaling=_unlike_yarn(draw), **_biased(draw))
-    return values | {"no_rope_layers": [draw.randint(0, 1) for _ in range(values["num_hidden_layers"])]}
+    values |= {"no_rope_layers": [draw.randint(0, 1) for _ in range(values["num_hidden_layers"])]}
+    return _windows(draw, values, use_sliding_window=True)
 
 
 # {family: function from a random state to the arguments of its configuration}
 FAMILIES: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     "Llama": lambda draw: llama_like(draw, **_biased(draw)),
     "Mistral": lambda draw: llama_like(draw, sliding_window=draw.choice([None, None, 1, 7, 50])),
-    "Qwen2": lambda draw: llama_like(draw),
-    "Qwen3": lambda draw: llama_like(draw),
+    "Ministral": lambda draw: _windows(draw, llama_like(draw, sliding_window=draw.choice([7, 50]))),
+    "Qwen2": lambda draw: _windows(draw, llama_like(draw), use_sliding_window=True),
+    "Qwen3": lambda draw: _windows(draw, llama_like(draw), use_sliding_window=True),
     "SmolLM3": lambda draw: smollm3(draw),
     "Phi3": lambda draw: llama_like(
         draw, rope_scaling=None, sliding_window=draw.choice([None, 7]), partial_rotary_factor=draw.choice([1.0, 1.0, 0.5])

@@ -25,10 +25,10 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
 
     Raises FlextronError for a quantized model, for an unsupported architecture, and if the two keys name different families.
     """
-    if config.get("quantization_config"):
-        raise FlextronError("quantized models are not supported: import the original model")
     architectures, model_type = config.get("architectures"), config.get("model_type")
     if family := _named(config):
+        if config.get("quantization_config"):
+            raise FlextronError("quantized models are not supported: import the original model")
         if model_type not in (None, family.model_type):
             raise FlextronError(
                 f"architectures {architectures} and model_type {model_type!r} name different models: download config.json again"

@@ -43,4 +43,6 @@ def lacking(config: Mapping[str, Any]) -> str | None:
     ]
     if found:
         return max(found)[1]
-    return "experts (MoE)" if any(config.get(key) for key in _EXPERTS) else None
+    if any(config.get(key) for key in _EXPERTS):
+        return "experts (MoE)"
+    return "inputs other than text" if "vision_config" in config or "audio_config" in config else None

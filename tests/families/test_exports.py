@@ -31,9 +31,6 @@ def expected_refusal(info: CheckpointInfo, net: SubNetwork, name: str) -> str | 
     if name in ("hf", "hf_elastic"):  # a part of rotated channels in a Phi-3
         return "Phi-3 has no class" if partial and (name == "hf_elastic" or not net.is_uniform) else None
     if name == "gguf":
-        for field in ("sliding_window", "no_rope_freq", "rotary_percent"):
-            if model.normalization == "rmsnorm" and getattr(model, field) != FEATURES[field]:
-                return field
         if model.qk_layernorm or model.normalization == "layernorm1p":
             if not net.is_uniform:
                 return "different widths"
@@ -42,7 +39,11 @@ def expected_refusal(info: CheckpointInfo, net: SubNetwork, name: str) -> str | 
                 return "heads that do not fill"
             if model.share_embeddings_and_output_weights and not model.qk_layernorm:
                 return "tied embeddings"
-            return "Llama 3" if scaling == "llama3" else None
+            if scaling == "llama3":
+                return "Llama 3"
+        for field in ("sliding_window", "no_rope_freq", "rotary_percent"):
+            if model.normalization == "rmsnorm" and getattr(model, field) != FEATURES[field]:
+                return field
     if name == "trtllm":
         faults = {
             "normalise queries and keys": model.qk_layernorm,

@@ -31,6 +31,8 @@ def expected_refusal(info: CheckpointInfo, net: SubNetwork, name: str) -> str | 
     if name in ("hf", "hf_elastic"):  # a part of rotated channels in a Phi-3
         return "Phi-3 has no class" if partial and (name == "hf_elastic" or not net.is_uniform) else None
     if name == "gguf":
+        if model.normalization == "layernorm":  # GPT-2
+            return "needs normalization=rmsnorm"
         if model.qk_layernorm or model.normalization == "layernorm1p":
             if not net.is_uniform:
                 return "different widths"

@@ -67,7 +67,9 @@ class ArchitectureSettings:
     )
     sliding_window: int | None = setting(None, "keys a query attends to, its own included; null: all", unit="tokens", at_least=1)
     window_attn_skip_freq: list[int] | None = setting(
-        None, "for each layer 1: with the sliding window, 0: full attention; null: the window in all layers"
+        None,
+        "for each layer 1: with the sliding window, 0: full attention, as which memory budgets then count all layers; null: the "
+        "window in all layers",
     )
     share_embeddings_and_output_weights: bool = setting(False, "use one matrix as embedding and output layer")
     init_method_std: float = setting(0.02, "standard deviation of the initial weights", above=0)

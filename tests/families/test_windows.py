@@ -12,10 +12,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.cost import memory_cost
 from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.families import ministral, qwen2, qwen3, smollm3
 from flextron_mcore.launch.flops import Costs
-from flextron_mcore.space import ElasticSpace, SubNetwork, kv_cache_bytes
+from flextron_mcore.space import ElasticSpace, SubNetwork, kv_cache_bytes, weight_bytes
 from tests import hf_toy
 from tests.families.test_mistral import decoded
 
@@ -152,6 +153,18 @@ def test_cache_and_operations_are_those_of_each_layer():
     windowed = plain - 4 * 8 * 6 * (90 / 2 - 7 * (1 - 7 / 180))
     assert costs.layer(layer, number=0) == plain and costs.layer(layer, number=3) == pytest.approx(windowed)
     assert costs.full == pytest.approx(Costs(all_full, space, 90).full - (plain - windowed))
+
+
+def test_memory_budgets_never_count_too_little():
+    """A cost is the same for every layer, so layers with a window count as layers without."""
+    for types in ([FULL, FULL, FULL, WINDOW], [WINDOW, FULL, FULL, FULL]):
+        arch = qwen2.FAMILY.model_config({**SIZES, **SWITCHED, "layer_types": types})
+        space = ElasticSpace.build(arch, granularity=1, depth=[1, 4], layer_ranking=[3, 0, 1, 2])
+        for length in (5, 90):
+            cost = memory_cost(arch, space, "bf16", 3, length)
+            for net in (SubNetwork.full(arch), space.uniform(arch, 4, 20, None, 1)):
+                exact = weight_bytes(arch, net) + kv_cache_bytes(arch, net, 3, length)
+                assert cost.of(net) == exact if length <= 7 else cost.of(net) >= exact
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,7 +26,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
-_MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "squared-relu", "swiglu", "geglu")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 NORMALIZATIONS = ("rmsnorm", "layernorm", "layernorm1p")
@@ -37,6 +37,9 @@ ROPE_SCALING_KEYS = {
     "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"},
 }
 
+
+# {field with a number for each layer: meaning of 1}
+_OF_EACH_LAYER = {"no_rope_freq": "where heads are not rotated", "window_attn_skip_freq": "where a query sees the window only"}
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MiB in fp32; a loss with more logits is computed in chunks of the sequence
 DEFAULT_LENGTH = 4096  # tokens; all positions of a model with 131,072 would take hundreds of GB for a micro-batch
@@ -80,6 +83,7 @@ class ModelConfig:
             beta_fast, beta_slow, attention_factor and truncate.
         no_rope_freq: for each layer 1 if its heads are not rotated, else 0; None if all layers rotate theirs.
         sliding_window: keys that a query sees, the last ones and its own included; None for all.
+        window_attn_skip_freq: for each layer 1 if it has the sliding window, else 0; None if all layers have it.
         share_embeddings_and_output_weights: tie embedding and output layer.
         init_method_std: standard deviation of initial weights.
         hidden_dropout, attention_dropout: dropout probabilities in training.
@@ -111,6 +115,7 @@ class ModelConfig:
     rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)  # a dictionary has no hash
     no_rope_freq: tuple[int, ...] | None = None
     sliding_window: int | None = None
+    window_attn_skip_freq: tuple[int, ...] | None = None
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = 0.02
     hidden_dropout: float = 0.0
@@ -141,17 +146,27 @@ class ModelConfig:
             )
         if self.qk_layernorm and self.normalization != "rmsnorm":
             raise FlextronError(f"model.qk_layernorm=true needs model.normalization=rmsnorm (it is {self.normalization})")
-        if self.no_rope_freq is not None:
-            put("no_rope_freq", tuple(self.no_rope_freq))
-            if len(self.no_rope_freq) != self.num_layers or set(self.no_rope_freq) - {0, 1}:
+        for name, meaning in _OF_EACH_LAYER.items():
+            values = getattr(self, name)
+            if values is None:
+                continue
+            put(name, tuple(values))
+            if len(values) != self.num_layers or set(values) - {0, 1}:
                 raise FlextronError(
-                    f"model.no_rope_freq={list(self.no_rope_freq)} must be one number, 0 or 1, for each of the "
-                    f"{self.num_layers} layers: 1 where heads are not rotated"
+                    f"model.{name}={list(values)} must be one number, 0 or 1, for each of the {self.num_layers} layers: 1 "
+                    f"{meaning}"
                 )
-            if not any(self.no_rope_freq):
-                put("no_rope_freq", None)
+        if self.no_rope_freq is not None and not any(self.no_rope_freq):
+            put("no_rope_freq", None)
         if self.sliding_window is not None:
             _check_positive_int("sliding_window", self.sliding_window)
+        if self.window_attn_skip_freq is not None:
+            if self.sliding_window is None:
+                raise FlextronError("model.window_attn_skip_freq needs a window: set model.sliding_window, in tokens")
+            if not any(self.window_attn_skip_freq):
+                put("sliding_window", None)
+            if len(set(self.window_attn_skip_freq)) == 1:
+                put("window_attn_skip_freq", None)
         if not 0 < self.rotary_percent <= 1:
             raise FlextronError(f"model.rotary_percent={self.rotary_percent} must be above 0 and at most 1")
         if self.position_embedding_type == "rope" and (self.rotary_channels % 2 or not self.rotary_channels):
@@ -209,6 +224,11 @@ class ModelConfig:
         return int(self.kv_channels * self.rotary_percent)
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer the number of keys that a query sees; None for all."""
+        return tuple(self.sliding_window if has else None for has in self.window_attn_skip_freq or (1,) * self.num_layers)
+
+    @property
     def softmax_scale(self) -> float | None:
         """Factor of the attention scores, which YaRN changes; None stands for 1 / sqrt(kv_channels).
 
@@ -245,7 +265,7 @@ def _yarn_defaults(scaling: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_positive_int(name: str, value: object) -> None:
     """Raise FlextronError unless a field is a positive whole number of a possible size."""
-    most = _MOST_LAYERS if name == "num_layers" else 2**31 - 1
+    most = MOST_LAYERS if name == "num_layers" else 2**31 - 1
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise FlextronError(f"model.{name} must be a whole number of at least 1, not {value!r}")
     if value > most:

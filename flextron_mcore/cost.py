@@ -97,6 +97,9 @@ def parameter_cost(model: ModelConfig, space: ElasticSpace) -> Cost:
 def memory_cost(model: ModelConfig, space: ElasticSpace, dtype: str, batch_size: int, length: int) -> Cost:
     """Cost that gives the memory of a sub-network exactly: bytes of its weights and of a KV cache.
 
+    If only some layers have a sliding window, all count as layers without, because a Cost does not know a layer's index. The
+    cost is an upper bound then.
+
     Args:
         model: architecture of the full model.
         space: space of the candidates.
@@ -105,8 +108,10 @@ def memory_cost(model: ModelConfig, space: ElasticSpace, dtype: str, batch_size:
         length: tokens of each sequence.
     """
 
+    cached = replace(model, sliding_window=None, window_attn_skip_freq=None) if model.window_attn_skip_freq else model
+
     def size(net: SubNetwork) -> float:
-        return count_parameters(model, net) * DTYPE_BYTES[dtype] + kv_cache_bytes(model, net, batch_size, length, dtype)
+        return count_parameters(model, net) * DTYPE_BYTES[dtype] + kv_cache_bytes(cached, net, batch_size, length, dtype)
 
     return _additive("memory", model, space, size)
 

@@ -93,6 +93,7 @@ def transformer_config(
         softmax_scale=model.softmax_scale,
         no_rope_freq=model.no_rope_freq and list(model.no_rope_freq),
         window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
+        window_attn_skip_freq=model.window_attn_skip_freq and list(model.window_attn_skip_freq),
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,

@@ -397,6 +397,9 @@ def kv_cache_bytes(model: ModelConfig, net: SubNetwork | None, batch_size: int, 
         dtype: fp32, bf16 or fp16.
     """
     net = net or SubNetwork.full(model)
-    groups = sum(layer.kv_groups for layer in net.layers if layer.executed)
-    length = min(length, model.sliding_window or length)
-    return 2 * groups * model.kv_channels * batch_size * length * DTYPE_BYTES[dtype]
+    held = sum(
+        layer.kv_groups * min(length, window or length)
+        for layer, window in zip(net.layers, model.windows, strict=True)
+        if layer.executed
+    )
+    return 2 * held * model.kv_channels * batch_size * DTYPE_BYTES[dtype]

@@ -37,6 +37,11 @@ from tests import toy
             dict(qk_layernorm=True, normalization="layernorm"),
             "model.qk_layernorm=true needs model.normalization=rmsnorm (it is layernorm)",
         ),
+        (
+            dict(sliding_window=4, window_attn_skip_freq=[1, 2]),
+            "model.window_attn_skip_freq=[1, 2] must be one number, 0 or 1, for each of the 2 layers: 1 where a query",
+        ),
+        (dict(window_attn_skip_freq=[0, 1]), "model.window_attn_skip_freq needs a window: set model.sliding_window"),
         (dict(num_layers=0), "model.num_layers must be a whole number of at least 1, not 0"),
         (dict(kv_channels=7), "model.kv_channels=7 is odd: rotary embeddings need an even number of channels"),
         (dict(activation="swish"), "model.activation='swish' is not known: use one of gelu"),

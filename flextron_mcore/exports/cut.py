@@ -23,9 +23,14 @@ def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
     """Architecture of a sub-network as a dense model; where layers differ in a width, all get the largest."""
     layers = net.executed_layers
     kept = [number for number, layer in enumerate(net.layers) if layer.executed]
+
+    def of_kept(values: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return values and tuple(values[number] for number in kept)
+
     return replace(
         model,
-        no_rope_freq=model.no_rope_freq and tuple(model.no_rope_freq[number] for number in kept),
+        no_rope_freq=of_kept(model.no_rope_freq),
+        window_attn_skip_freq=of_kept(model.window_attn_skip_freq),
         num_layers=len(layers),
         hidden_size=net.hidden_size,
         num_attention_heads=max(layer.num_attention_heads for layer in layers),

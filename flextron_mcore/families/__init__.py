@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.families import gpt2, llama, mistral, nemotron, phi3, qwen2, qwen3, smollm3
+from flextron_mcore.families import gpt2, llama, ministral, mistral, nemotron, phi3, qwen2, qwen3, smollm3
 from flextron_mcore.families.family import Family
 from flextron_mcore.families.unsupported import lacking
 
 FAMILIES = [
-    *(llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY, phi3.FAMILY, nemotron.FAMILY),
-    gpt2.FAMILY,
+    *(llama.FAMILY, mistral.FAMILY, ministral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY, phi3.FAMILY),
+    *(nemotron.FAMILY, gpt2.FAMILY),
 ]
 
 
@@ -25,10 +25,10 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
 
     Raises FlextronError for a quantized model, for an unsupported architecture, and if the two keys name different families.
     """
-    if config.get("quantization_config"):
-        raise FlextronError("quantized models are not supported: import the original model")
     architectures, model_type = config.get("architectures"), config.get("model_type")
     if family := _named(config):
+        if config.get("quantization_config"):
+            raise FlextronError("quantized models are not supported: import the original model")
         if model_type not in (None, family.model_type):
             raise FlextronError(
                 f"architectures {architectures} and model_type {model_type!r} name different models: download config.json again"

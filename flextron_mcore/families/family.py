@@ -20,6 +20,7 @@ FEATURES = {
     "rotary_percent": 1.0,
     "no_rope_freq": None,
     "sliding_window": None,
+    "window_attn_skip_freq": None,
 }
 
 

@@ -45,7 +45,8 @@ FAMILY = Family(
     },
     grouped=False,
     harmless=frozenset(
-        "n_ctx summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj".split()
+        "n_ctx n_special output_past predict_special_tokens summary_activation summary_first_dropout summary_proj_to_labels "
+        "summary_type summary_use_proj".split()
     ),
     keys=(  # in the order of an exported config.json
         Key("vocab_size", "vocab_size", int),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flextron_mcore.config import ROPE_SCALING_KEYS, FlextronError, ModelConfig
+from flextron_mcore.config import MOST_LAYERS, ROPE_SCALING_KEYS, FlextronError, ModelConfig
 from flextron_mcore.families.strictness import original_positions, rope_parameters
 
 _REQUIRED = object()
@@ -218,27 +218,66 @@ class Window:
 
 
 @dataclass(frozen=True)
-class FullAttention:
-    """Keys of Qwen2, Qwen3 and SmolLM3 that can give some layers a sliding window; supported without such layers only."""
+class LayerWindows:
+    """Keys that give some layers a sliding window: `use_sliding_window`, `sliding_window`, `max_window_layers`, `layer_types`.
+
+    Attributes:
+        without_types: layers that have the window without `layer_types`: "last", from max_window_layers on (Qwen); "unrotated",
+            those without rotary embedding (SmolLM3); "all" (Ministral, whose window needs no use_sliding_window).
+        default: transformers' default for an absent sliding_window.
+    """
+
+    without_types: str = "last"
+    default: int | None = 4096
+    holds = ("sliding_window", "window_attn_skip_freq")
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Check the keys and return {}. Raises FlextronError if a layer has a sliding window."""
-        types = set(map(str, value(config, "layer_types", list, ["full_attention"])))
-        if types != {"full_attention"}:
-            named = ", ".join(sorted(map(str, types - {"full_attention"})))
-            raise FlextronError(f"layer_types with {named} is not supported: only full_attention in every layer")
-        first, layers = (value(config, key, int, 0) for key in ("max_window_layers", "num_hidden_layers"))
-        window = config.get("sliding_window")
-        if value(config, "use_sliding_window", bool, False) and window is not None and first < layers:
+        """{"sliding_window": tokens or None, "window_attn_skip_freq": for each layer 1 with the window, else 0}.
+
+        Raises FlextronError for layer_types of another length or with other names, and for a window that is not switched on.
+        """
+        window = value(config, "sliding_window", int, None) if "sliding_window" in config else self.default
+        if self.without_types != "all" and not value(config, "use_sliding_window", bool, False):
+            window = None
+        layers = value(config, "num_hidden_layers", int)
+        if config.get("layer_types") is not None:
+            windowed = self._listed(value(config, "layer_types", list), layers, window)
+        elif self.without_types == "unrotated":
+            windowed = NoRope().read(config)["no_rope_freq"]
+        else:
+            first = value(config, "max_window_layers", int, 28) if self.without_types == "last" else 0
+            windowed = tuple(int(number >= first) for number in range(min(layers, MOST_LAYERS)))
+        if window is None or not any(windowed):
+            return {"sliding_window": None, "window_attn_skip_freq": None}
+        return {"sliding_window": window, "window_attn_skip_freq": windowed}
+
+    def _listed(self, types: list[Any], layers: int, window: int | None) -> tuple[int, ...]:
+        """For each of the `layers` entries of layer_types 1 if it is a window of `window` tokens, else 0."""
+        unknown = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
+        if unknown or len(types) != layers:
+            found = f"with {', '.join(unknown)}" if unknown else f"of length {len(types)}"
             raise FlextronError(
-                f"a sliding window in layers {first} to {layers - 1} ('use_sliding_window' with 'max_window_layers') is not "
-                "supported: only full attention in every layer"
+                f"layer_types {found} is not supported: only full_attention or sliding_attention for each of the "
+                f"{layers} layers (num_hidden_layers)"
             )
-        return {}
+        if window is None and "sliding_attention" in types:
+            raise FlextronError(
+                "layer_types with sliding_attention needs a window: set use_sliding_window to true and sliding_window to its "
+                "tokens in config.json, or layer_types to full_attention"
+            )
+        return tuple(int(kind == "sliding_attention") for kind in types)
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        """{"use_sliding_window": False}."""
-        return {"use_sliding_window": False}
+        """{"use_sliding_window"}, and for a model with windows {"sliding_window", "layer_types"}.
+
+        Ministral has the last two only, and transformers wants its sliding_window even if no layer has one.
+        """
+        types = ["full_attention" if window is None else "sliding_attention" for window in model.windows]
+        if self.without_types == "all":
+            return {"sliding_window": model.sliding_window or model.max_position_embeddings, "layer_types": types}
+        if model.sliding_window is None:
+            return {"use_sliding_window": False}
+        return {"use_sliding_window": True, "sliding_window": model.sliding_window, "layer_types": types}
 
 
 @dataclass(frozen=True)
@@ -253,7 +292,7 @@ class NoRope:
         Without no_rope_layers, every no_rope_layer_interval-th layer has no rotary embedding.
         """
         layers, every = value(config, "num_hidden_layers", int), value(config, "no_rope_layer_interval", int, 4)
-        if every < 1 or layers > 10_000:
+        if every < 1 or layers > MOST_LAYERS:
             raise FlextronError(
                 f"layers without rope: an interval (no_rope_layer_interval) of {every} in {layers} layers is not possible"
             )

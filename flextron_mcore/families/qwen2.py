@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from flextron_mcore.families import llama
-from flextron_mcore.families.keys import FullAttention
+from flextron_mcore.families.keys import LayerWindows
 
 FAMILY = llama.variant(
     "Qwen2",
     needs={"add_qkv_bias": (True,)},
     defaults={"max_position_embeddings": 32768},
-    more=(FullAttention(),),
+    more=(LayerWindows(),),
     harmless=frozenset({"use_mrope"}),  # transformers ignores the key
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flextron_mcore.families import llama
-from flextron_mcore.families.keys import FullAttention, Key, NoRope, Rope
+from flextron_mcore.families.keys import Key, LayerWindows, NoRope, Rope
 
 FAMILY = llama.variant(
     "SmolLM3",
@@ -13,6 +13,6 @@ FAMILY = llama.variant(
         Key("attention_bias", "bias", bool, False),
         Key("mlp_bias", "bias", bool, False),
         NoRope(),
-        FullAttention(),
+        LayerWindows("unrotated", default=None),
     ),
 )

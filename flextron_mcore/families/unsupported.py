@@ -24,10 +24,9 @@ _LACKING = {
         *("Glm4Moe", "Dbrx", "Jamba"),
     ),
     "norms after its blocks, or soft caps on logits": ("Gemma2", "Gemma3", "Gemma4", "Olmo2", "Olmo3", "Glm4", "Exaone4"),
-    "factors on embeddings, attention or logits": ("Gemma", "Granite", "MiniCPM", "Cohere", "Cohere2"),
+    "factors on embeddings, attention or logits": ("Gemma", "Granite", "MiniCPM", "Cohere", "Cohere2", "Ministral3"),
     "attention and MLP side by side": ("Phi", "GPTNeoX", "GPTJ", "Falcon", "Cohere"),
     "layers that are not attention and an MLP": ("Mamba", "NemotronH", "Bamba", "FalconMamba", "RecurrentGemma", "Zamba", "Lfm2"),
-    "windows in some layers only": ("Ministral",),
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
 
@@ -44,4 +43,6 @@ def lacking(config: Mapping[str, Any]) -> str | None:
     ]
     if found:
         return max(found)[1]
-    return "experts (MoE)" if any(config.get(key) for key in _EXPERTS) else None
+    if any(config.get(key) for key in _EXPERTS):
+        return "experts (MoE)"
+    return "inputs other than text" if "vision_config" in config or "audio_config" in config else None

@@ -64,8 +64,8 @@ def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False, weighted:
     attention = ((layers - skipped) * turned + skipped * plain) // layers if model.position_embedding_type == "rope" else plain
     if model.qk_layernorm:
         attention += _head_norms(rank, frozen)
-    if (model.sliding_window or layout.length) < layout.length:
-        attention += layout.length**2 * e  # mask
+    windowed = sum((window or layout.length) < layout.length for window in model.windows)
+    attention += windowed * layout.length**2 * e // layers  # masks, a mean
     attention += n * q * e + 4 * n * (q // model.kv_channels)  # output, and log-sum-exp of each softmax in fp32
     if model.gated:
         # Gate and up projection share one gathered input.

@@ -46,18 +46,22 @@ class Costs:
     length: int
     tensor: int = 1
 
-    def layer(self, choice: LayerChoice, hidden_size: int | None = None) -> float:
+    def layer(self, choice: LayerChoice, hidden_size: int | None = None, number: int | None = None) -> float:
         """FLOPs per token of one executed layer with the widths `choice`.
 
-        hidden_size: hidden channels of the network; None: all.
+        Args:
+            choice: widths.
+            hidden_size: hidden channels of the network; None: all.
+            number: index of the layer; None: a mean, where some layers have a sliding window.
         """
         size = hidden_size or self.model.hidden_size
         weights = sum(
             t.numel(self.model, size, choice) for t in of_model(self.model, "layer", added_tensors()) if len(t.sides) == 2
         )
-        window = min(self.model.sliding_window or self.length, self.length)
-        keys = window * (1 - window / (2 * self.length))  # that a query sees, on average
-        return 2.0 * weights + 4.0 * keys * choice.num_attention_heads * self.model.kv_channels
+        windows = [min(window or self.length, self.length) for window in self.model.windows]
+        keys = [window * (1 - window / (2 * self.length)) for window in windows]  # that a query sees, on average
+        seen = mean(keys) if number is None else keys[number]
+        return 2.0 * weights + 4.0 * seen * choice.num_attention_heads * self.model.kv_channels
 
     def head(self, hidden_size: float | None = None) -> float:
         """FLOPs per token of the output layer. hidden_size: hidden channels of the network; None: all."""
@@ -65,7 +69,8 @@ class Costs:
 
     def of(self, net: SubNetwork) -> float:
         """FLOPs per token of a sub-network."""
-        return self.head(net.hidden_size) + sum(self.layer(layer, net.hidden_size) for layer in net.layers if layer.executed)
+        layers = [self.layer(layer, net.hidden_size, number) for number, layer in enumerate(net.layers) if layer.executed]
+        return self.head(net.hidden_size) + sum(layers)
 
     @property
     def full(self) -> float:

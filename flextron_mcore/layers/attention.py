@@ -21,6 +21,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from flextron_mcore.checkpoint.sharding import ATTENTION_AXES, deal
 from flextron_mcore.config import FlextronError
@@ -250,7 +251,7 @@ class SDPACoreAttention(MegatronModule):
 
     Args:
         config: TransformerConfig.
-        layer_number: number of the layer, from 1; unused.
+        layer_number: number of the layer, from 1, which decides whether it has the sliding window.
         attn_mask_type: mask used when `forward` is given none: causal, or no mask.
         attention_type: unused.
         attention_dropout: dropout probability; None for config.attention_dropout.
@@ -275,7 +276,8 @@ class SDPACoreAttention(MegatronModule):
             raise FlextronError("model.context_parallel_size > 1 is not supported by the elastic attention: use 1")
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
-        self.window = config.window_size[0] + 1 if config.window_size else None  # keys that a query sees, its own included
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None  # keys that a query sees, its own included
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     @staticmethod

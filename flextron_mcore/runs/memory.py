@@ -11,14 +11,15 @@ import torch
 
 from flextron_mcore.axes import added_tensors
 from flextron_mcore.checkpoint.store import CheckpointInfo
-from flextron_mcore.config import FlextronError
+from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import show
 from flextron_mcore.families.tensors import of_model
+from flextron_mcore.latency.measure import Setting
 from flextron_mcore.launch.activations import activations
 from flextron_mcore.launch.estimate import memory_of
 from flextron_mcore.launch.layout import Layout, Rank
 from flextron_mcore.runtime.distributed import device
-from flextron_mcore.settings.stages import ExportSettings, GenerateSettings
+from flextron_mcore.settings.stages import ExportSettings, GenerateSettings, ImportSettings, SelectSettings
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import DTYPE_BYTES, SubNetwork, kv_cache_bytes, weight_bytes
 
@@ -63,14 +64,47 @@ def generation_line(settings: GenerateSettings, info: CheckpointInfo, precision:
         FlextronError: this machine has less memory.
     """
     count, ranks, longest = len(lengths), settings.model.tensor_model_parallel_size, max(lengths) + settings.max_new_tokens
-    layers, size = (info.model.num_layers,), DTYPE_BYTES[precision]
-    cuda = device().type == "cuda"
-    layout = Layout(ranks, 1, 1, 1, False, layers, count, min(lengths), size, ("", 1), cuda)
-    needed = sum(memory_of(Rank(info.model, layout, 0), settings))
-    needed += kv_cache_bytes(info.model, None, count, longest, precision) // ranks
+    needed = _inference_bytes(settings, info.model, precision, (count, min(lengths), longest), ranks)
     return _line(
         settings, needed, f"{count} prompt(s), up to {longest} tokens each", "lower max_new_tokens, or give fewer prompts"
     )
+
+
+def timing_line(settings: SelectSettings, info: CheckpointInfo, precision: str, setting: Setting) -> str:
+    """Line to print before a network and the full model are timed: workload, and the memory of the process.
+
+    Args:
+        settings: settings of the stage.
+        info: checkpoint.
+        precision: precision of the computation.
+        setting: workload of the latency table.
+
+    Raises:
+        FlextronError: this machine has less memory.
+    """
+    cached = setting.prompt_length + setting.generated_tokens if setting.kind == "generation" else 0
+    needed = _inference_bytes(settings, info.model, precision, (setting.batch_size, setting.prompt_length, cached))
+    what = f"{setting.batch_size} x {setting.prompt_length} tokens, to measure latencies"
+    return _line(settings, needed, what, "set measure=false")
+
+
+def _inference_bytes(
+    settings: StageSettings, model: ModelConfig, precision: str, sizes: tuple[int, int, int], ranks: int = 1
+) -> int:
+    """Bytes of a rank for weights, the first forward pass and a KV cache of the full model.
+
+    Args:
+        settings: settings of the stage.
+        model: architecture.
+        precision: precision of the computation.
+        sizes: number of sequences, tokens of each in the first pass, and tokens of each in the cache.
+        ranks: number of tensor-parallel ranks.
+    """
+    count, first, cached = sizes
+    cuda, layers = device().type == "cuda", (model.num_layers,)
+    layout = Layout(ranks, 1, 1, 1, False, layers, count, first, DTYPE_BYTES[precision], ("", 1), cuda)
+    needed = sum(memory_of(Rank(model, layout, 0), settings))
+    return needed + kv_cache_bytes(model, None, count, cached, precision) // ranks
 
 
 def comparison_line(settings: ExportSettings, info: CheckpointInfo, net: SubNetwork) -> str:
@@ -93,6 +127,17 @@ def comparison_line(settings: ExportSettings, info: CheckpointInfo, net: SubNetw
     needed = weight_bytes(info.model, dtype="fp32") // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
     needed += 0 if device().type == "cuda" else weight_bytes(info.model, net, "fp32")
     return _line(settings, needed, "checkpoint and export in fp32, to compare their logits", "set verify=false")
+
+
+def import_line(settings: ImportSettings, info: CheckpointInfo) -> str:
+    """Line to print before an import: its memory, with verify=true that of the model in fp32, compared layer by layer at least.
+
+    Raises FlextronError where this machine has less memory.
+    """
+    if not settings.verify:
+        return copying_line(settings, info)
+    needed = weight_bytes(info.model, dtype="fp32")
+    return _line(settings, needed, "the model in fp32, to compare it with transformers", "leave verify=true out")
 
 
 def copying_line(settings: StageSettings, info: CheckpointInfo) -> str:

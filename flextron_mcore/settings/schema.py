@@ -65,7 +65,21 @@ def setting(
             then refused, so that nothing that a user typed is ignored. For a KEY that holds a list, VALUE is one of its items.
     """
     limits = Limits(
-        help, unit, at_least, above, at_most, below, ceiling, tuple(choices), names, length, filled, form, tuple(accepts), role, only
+        help,
+        unit,
+        at_least,
+        above,
+        at_most,
+        below,
+        ceiling,
+        tuple(choices),
+        names,
+        length,
+        filled,
+        form,
+        tuple(accepts),
+        role,
+        only,
     )
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata={"limits": limits})

@@ -68,6 +68,11 @@ class ArchitectureSettings:
         None, "for each layer 1: no rotary embedding, 0: rotary embedding; null: rotary embedding in all layers"
     )
     sliding_window: int | None = setting(None, "keys a query attends to, its own included; null: all", unit="tokens", at_least=1)
+    window_attn_skip_freq: list[int] | None = setting(
+        None,
+        "for each layer 1: with the sliding window, 0: full attention, as which memory budgets then count all layers; null: the "
+        "window in all layers",
+    )
     share_embeddings_and_output_weights: bool = setting(False, "use one matrix as embedding and output layer")
     init_method_std: float = setting(0.02, "standard deviation of the initial weights", above=0)
     hidden_dropout: float = setting(0.0, "probability of dropout on the residual stream", at_least=0, at_most=1)

@@ -14,7 +14,7 @@ from flextron_mcore.checkpoint.writer import write_streaming
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.data.tokenizer import keep_ids, read_vocabulary
 from flextron_mcore.data.tokenizer_files import code_keys, copy_tokenizer
-from flextron_mcore.runs.memory import copying_line
+from flextron_mcore.runs.memory import import_line
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say, warn
 from flextron_mcore.runtime import distributed
@@ -40,7 +40,7 @@ def run(settings: ImportSettings) -> dict[str, Any]:
     info, tensors = import_hf(source, asdict(settings.space), settings.dtype)
     _warn(source, info)
     size = sum(t.dtype.itemsize * _numel(t.shape) for t in tensors.values())
-    say(copying_line(settings, info))
+    say(import_line(settings, info))
     with processes_on_cpu(), new_output(settings) as out:
         folder = iteration_path(out, 0)
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from flextron_mcore.latency.measure import Setting, time_networks
 from flextron_mcore.latency.table import LatencyTable
 from flextron_mcore.model import loaded_model
 from flextron_mcore.runs import choice
-from flextron_mcore.runs.memory import memory_line
+from flextron_mcore.runs.memory import memory_line, timing_line
 from flextron_mcore.runs.opened import precision
 from flextron_mcore.runs.output import check_file, write_file
 from flextron_mcore.runs.terminal import print_table, say, say_next
@@ -80,8 +80,10 @@ def _latencies(
     precision = _PRECISIONS.get(table.machine.get("dtype"))
     if precision is None:
         return None
+    setting = Setting(**table.setting)
+    say(timing_line(settings, info, precision, setting))
     model = loaded_model(LayoutSettings(), info, precision)[0]
-    ours, full = time_networks(model, info.model, [net, None], Setting(**table.setting), settings.rounds, settings.seed)
+    ours, full = time_networks(model, info.model, [net, None], setting, settings.rounds, settings.seed)
     return getattr(ours, table.statistic), getattr(full, table.statistic)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import GPT2Config, PreTrainedModel
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.space import SubNetwork
@@ -50,23 +50,51 @@ def _unlike_yarn(draw: random.Random) -> dict[str, Any] | None:
     return copy.deepcopy(draw.choice(SCALINGS[:4]))
 
 
+def _windows(draw: random.Random, values: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Arguments with, in half of the cases, a sliding window in layers that are listed."""
+    kinds = [draw.choice(["full_attention", "sliding_attention"]) for _ in range(values["num_hidden_layers"])]
+    if draw.random() < 0.5:
+        return values
+    return values | {"sliding_window": draw.choice([1, 7, 50]), "layer_types": kinds, **more}
+
+
 def smollm3(draw: random.Random) -> dict[str, Any]:
     """Arguments of a SmolLM3, some of whose layers do not rotate queries and keys."""
     values = llama_like(draw, rope_scaling=_unlike_yarn(draw), **_biased(draw))
-    return values | {"no_rope_layers": [draw.randint(0, 1) for _ in range(values["num_hidden_layers"])]}
+    values |= {"no_rope_layers": [draw.randint(0, 1) for _ in range(values["num_hidden_layers"])]}
+    return _windows(draw, values, use_sliding_window=True)
+
+
+def gpt2(draw: random.Random) -> dict[str, Any]:
+    """Arguments of a GPT-2, whose heads fill the hidden size."""
+    heads = draw.randint(1, 8)
+    return {
+        "vocab_size": hf_toy.VOCAB,
+        "n_embd": heads * draw.choice([4, 6, 8, 16]),
+        "n_inner": draw.choice([24, 40, 63]),
+        "n_layer": draw.randint(1, 4),
+        "n_head": heads,
+        "n_positions": hf_toy.LENGTH,
+        "activation_function": draw.choice(["gelu_new", "relu"]),  # trtllm has gelu_new for the exact gelu
+        "tie_word_embeddings": draw.random() < 0.5,
+        "bos_token_id": 3,
+        "eos_token_id": 5,
+    }
 
 
 # {family: function from a random state to the arguments of its configuration}
 FAMILIES: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     "Llama": lambda draw: llama_like(draw, **_biased(draw)),
     "Mistral": lambda draw: llama_like(draw, sliding_window=draw.choice([None, None, 1, 7, 50])),
-    "Qwen2": lambda draw: llama_like(draw),
-    "Qwen3": lambda draw: llama_like(draw),
+    "Ministral": lambda draw: _windows(draw, llama_like(draw, sliding_window=draw.choice([7, 50]))),
+    "Qwen2": lambda draw: _windows(draw, llama_like(draw), use_sliding_window=True),
+    "Qwen3": lambda draw: _windows(draw, llama_like(draw), use_sliding_window=True),
     "SmolLM3": lambda draw: smollm3(draw),
     "Phi3": lambda draw: llama_like(
         draw, rope_scaling=None, sliding_window=draw.choice([None, 7]), partial_rotary_factor=draw.choice([1.0, 1.0, 0.5])
     ),
     "Nemotron": lambda draw: llama_like(draw, head_dim=draw.choice([4, 8, 16]), rope_scaling=_unlike_yarn(draw), **_biased(draw)),
+    "GPT2": gpt2,
 }
 
 
@@ -75,7 +103,8 @@ def random_model(family: str, seed: int) -> PreTrainedModel:
     draw = random.Random(f"{family} {seed}")
     torch.manual_seed(draw.randrange(2**31))
     config = getattr(transformers, f"{family}Config")(**FAMILIES[family](draw))
-    model = hf_toy._random(getattr(transformers, f"{family}ForCausalLM")(config))
+    kind = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
+    model = hf_toy._random(kind(config))
     with torch.no_grad():  # std 0.2 at most, or 1 / sqrt(channels): logits of wide models would else round by more than ATOL
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -86,9 +115,9 @@ def random_model(family: str, seed: int) -> PreTrainedModel:
 def random_space(model: PreTrainedModel, seed: int) -> dict[str, Any]:
     """Space with every number of groups or of query heads, four FFN widths, three hidden sizes and every depth."""
     draw, config = random.Random(seed), model.config
-    heads, groups, neurons, hidden = (
-        getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size")
-    )
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    groups = getattr(config, "num_key_value_heads", heads)
+    neurons = config.n_inner if isinstance(config, GPT2Config) else config.intermediate_size
     unit = draw.choice(["kv_group", "query_head"])
     step = heads // groups if unit == "kv_group" else groups
     return {

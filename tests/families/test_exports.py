@@ -6,6 +6,7 @@ docs/results/families.md; with `-s` the largest differences are printed.
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
 from flextron_mcore.exports.formats import FORMATS, Job, get_format
+from flextron_mcore.families.family import FEATURES
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy
 from tests.families import random_cases
@@ -29,9 +31,8 @@ def expected_refusal(info: CheckpointInfo, net: SubNetwork, name: str) -> str | 
     if name in ("hf", "hf_elastic"):  # a part of rotated channels in a Phi-3
         return "Phi-3 has no class" if partial and (name == "hf_elastic" or not net.is_uniform) else None
     if name == "gguf":
-        for field in ("sliding_window", "no_rope_freq", "rotary_percent"):
-            if model.normalization == "rmsnorm" and getattr(model, field) not in (None, 1.0):
-                return field
+        if model.normalization == "layernorm":  # GPT-2
+            return "needs normalization=rmsnorm"
         if model.qk_layernorm or model.normalization == "layernorm1p":
             if not net.is_uniform:
                 return "different widths"
@@ -40,7 +41,11 @@ def expected_refusal(info: CheckpointInfo, net: SubNetwork, name: str) -> str | 
                 return "heads that do not fill"
             if model.share_embeddings_and_output_weights and not model.qk_layernorm:
                 return "tied embeddings"
-            return "Llama 3" if scaling == "llama3" else None
+            if scaling == "llama3":
+                return "Llama 3"
+        for field in ("sliding_window", "no_rope_freq", "rotary_percent"):
+            if model.normalization == "rmsnorm" and getattr(model, field) != FEATURES[field]:
+                return field
     if name == "trtllm":
         faults = {
             "normalise queries and keys": model.qk_layernorm,
@@ -53,11 +58,19 @@ def expected_refusal(info: CheckpointInfo, net: SubNetwork, name: str) -> str | 
     return None
 
 
-def compare(found: torch.Tensor, expected: torch.Tensor, what: str) -> float:
-    """Largest difference of logits, which is at most 1e-5; relative to their standard deviation where that is above 1."""
-    difference = (found - expected).abs().max().item() / max(1.0, expected.std().item())
-    assert difference < hf_toy.ATOL, f"{what}: {difference}"
-    return difference
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference of logits, relative to their standard deviation where that is above 1."""
+    return (found - expected).abs().max().item() / max(1.0, expected.std().item())
+
+
+def compare(found: torch.Tensor, expected: torch.Tensor, what: str, rounding: float = 0.0) -> float:
+    """Difference of logits, which is at most 1e-5, or four times `rounding` where that is more.
+
+    rounding: difference between transformers in fp32 and in fp64, which LayerNorms of three or four channels make large.
+    """
+    off = difference(found, expected)
+    assert off < max(hf_toy.ATOL, 4 * rounding), f"{what}: {off}, while transformers in fp32 is {rounding} off fp64"
+    return off
 
 
 @pytest.mark.parametrize("number", range(MODELS))
@@ -66,9 +79,9 @@ def test_every_format_computes_the_sub_network(family, number, tmp_path, request
     theirs = random_cases.random_model(family, number)
     source = hf_toy.save(theirs, tmp_path / "hf")
     info = hf_toy.checkpoint(source, tmp_path / "run", random_cases.random_space(theirs, number))
-    ours = hf_toy.megatron(info)
-    seen = {"import": compare(hf_toy.logits(ours), hf_toy.logits(theirs), "import")}
-    whole = SubNetwork.full(info.model)
+    ours, whole, exact = hf_toy.megatron(info), SubNetwork.full(info.model), copy.deepcopy(theirs).double()
+    expected = hf_toy.logits(theirs)
+    seen = {"import": compare(hf_toy.logits(ours), expected, "import", difference(expected, hf_toy.logits(exact)))}
     elastic = tmp_path / "hf_elastic"
     elastic.mkdir()
     if word := expected_refusal(info, whole, "hf_elastic"):
@@ -80,6 +93,7 @@ def test_every_format_computes_the_sub_network(family, number, tmp_path, request
         loaded = hf_toy.load(elastic)
     for i, net in enumerate([*random_cases.random_networks(info, NETWORKS, number), whole]):
         expected = hf_toy.logits(hf_toy.masked(theirs, info.model, net))
+        rounding = difference(expected, hf_toy.logits(hf_toy.masked(exact, info.model, net)))
         assert expected.std() > 0.05
         found = {"sliced": hf_toy.logits(ours, net)}
         if loaded:
@@ -89,7 +103,7 @@ def test_every_format_computes_the_sub_network(family, number, tmp_path, request
         for name in FORMATS.keys() - {"hf_elastic"}:
             found |= exported(info, net, name, tmp_path / f"{name}_{i}", request)
         for name, logits in found.items():
-            seen[name] = max(seen.get(name, 0.0), compare(logits, expected, f"{name}, network {i}: {net}"))
+            seen[name] = max(seen.get(name, 0.0), compare(logits, expected, f"{name}, network {i}: {net}", rounding))
     print(f"{family} {number}: " + ", ".join(f"{name} {value:.1e}" for name, value in seen.items()))
 
 

@@ -59,28 +59,27 @@ def test_defaults_are_those_of_transformers():
 @torch.no_grad()
 def test_decoding_with_a_cache_sees_the_window(tmp_path):
     """Token by token with Megatron-Core's KV cache: the logits of the whole text."""
+    info = hf_toy.checkpoint(hf_toy.save(model(sliding_window=7), tmp_path / "hf"), tmp_path / "run")
+    ours = hf_toy.megatron(info)
+    for net in (None, info.space.uniform(info.model, 4, 20)):
+        whole, stepwise = decoded(ours, net)
+        torch.testing.assert_close(stepwise, whole, atol=hf_toy.ATOL, rtol=0)
+
+
+def decoded(ours: torch.nn.Module, net: SubNetwork | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the last 15 of 24 tokens: (computed at once, computed token by token after a prompt of 10)."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    info = hf_toy.checkpoint(hf_toy.save(model(sliding_window=7), tmp_path / "hf"), tmp_path / "run")
-    ours, ids = hf_toy.megatron(info), hf_toy.tokens(2, 24)
-    for net in (None, info.space.uniform(info.model, 4, 20)):
-        with use_subnetwork(ours, net):
-            whole = ours(ids, torch.arange(24).expand_as(ids), None)
-            context, steps = StaticInferenceContext(2, 24), []
-            for start, stop in [(0, 10), *((i, i + 1) for i in range(10, 24))]:
-                part = ids[:, start:stop]
-                steps.append(
-                    ours(
-                        part,
-                        torch.arange(start, stop).expand_as(part),
-                        None,
-                        inference_context=context,
-                        runtime_gather_output=True,
-                    )
-                )
-                context.sequence_len_offset += stop - start
-        # With a cache, some versions of Megatron-Core compute the logits of a prompt's last token only.
-        torch.testing.assert_close(torch.cat(steps, 1)[:, -15:], whole[:, 9:], atol=hf_toy.ATOL, rtol=0)
+    ids = hf_toy.tokens(2, 24)
+    with use_subnetwork(ours, net):
+        whole = ours(ids, torch.arange(24).expand_as(ids), None)
+        context, steps = StaticInferenceContext(2, 24), []
+        for start, stop in [(0, 10), *((i, i + 1) for i in range(10, 24))]:
+            part, positions = ids[:, start:stop], torch.arange(start, stop).expand(2, -1)
+            steps.append(ours(part, positions, None, inference_context=context, runtime_gather_output=True))
+            context.sequence_len_offset += stop - start
+    # With a cache, some versions of Megatron-Core compute the logits of a prompt's last token only.
+    return whole[:, 9:], torch.cat(steps, 1)[:, -15:]
 
 
 def test_the_cache_holds_the_window(tmp_path):

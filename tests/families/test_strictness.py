@@ -58,57 +58,6 @@ def test_no_key_that_transformers_writes_by_itself_is_refused(family):
         family.model_config(values)
 
 
-# Keys of published models' config.json that not every model of their family has.
-PUBLISHED = {
-    "SmolLM2-135M-Instruct": (
-        "LlamaForCausalLM",
-        {
-            **dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=30),
-            **dict(is_llama_config=True, rope_interleaved=False, rope_scaling=None, rope_theta=100000, pretraining_tp=1),
-            **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "pad_token_id": 2, "torch_dtype": "bfloat16"},
-        },
-    ),
-    "Llama-3.2-1B": (
-        "LlamaForCausalLM",
-        {
-            **dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8, head_dim=64),
-            **dict(rope_theta=500000.0, tie_word_embeddings=True, transformers_version="4.45.0.dev0", use_cache=True),
-            "rope_scaling": {**hf_toy.LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192},
-        },
-    ),
-    "Qwen2.5-0.5B": (
-        "Qwen2ForCausalLM",
-        dict(max_window_layers=24, sliding_window=32768, use_sliding_window=False, use_mrope=False, rope_theta=1000000.0),
-    ),
-    "Qwen3-0.6B": (
-        "Qwen3ForCausalLM",
-        dict(head_dim=128, max_window_layers=28, sliding_window=None, use_sliding_window=False, rope_scaling=None),
-    ),
-    "Mistral-7B-v0.3": ("MistralForCausalLM", dict(num_key_value_heads=2, sliding_window=None, rope_theta=1000000.0)),
-    "Phi-3-mini-4k-instruct": (
-        "Phi3ForCausalLM",
-        dict(
-            auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}, original_max_position_embeddings=4096, sliding_window=2047
-        ),
-    ),
-    "Minitron-4B-Base": ("NemotronForCausalLM", dict(hidden_act="relu2", kv_channels=16, norm_eps=1e-5, rope_percent=0.5)),
-    "distilgpt2": (
-        "GPT2LMHeadModel",
-        dict(n_ctx=1024, _num_labels=1, summary_first_dropout=0.1, task_specific_params={"text-generation": {"do_sample": True}}),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_are_not_refused(name):
-    architecture, more = PUBLISHED[name]
-    (family,) = (family for family in FAMILIES if family.architecture == architecture)
-    base = dict(n_layer=6, n_head=12, n_embd=768, vocab_size=50257)
-    if family.name != "GPT-2":
-        base = dict(num_hidden_layers=4, hidden_size=64, num_attention_heads=4, intermediate_size=96, vocab_size=50)
-    family.model_config({**base, "model_type": family.model_type, "architectures": [architecture], **more})
-
-
 @pytest.mark.parametrize(
     "scaling",
     [

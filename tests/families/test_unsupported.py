@@ -32,6 +32,19 @@ def test_architectures_are_refused_by_name(architecture, words):
     assert all(family.architecture in str(caught.value) for family in FAMILIES)
 
 
+def test_a_quantized_model_of_no_family_is_refused_for_what_it_is():
+    """Its original is not supported either."""
+    config = {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}}
+    with pytest.raises(FlextronError, match="architecture GptOssForCausalLM is not supported: it has experts"):
+        family_of_config(config)
+
+
+def test_images_are_seen_in_the_keys():
+    config = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {}, "vision_config": {}}
+    with pytest.raises(FlextronError, match="Mistral3ForConditionalGeneration is not supported: it has inputs other than text"):
+        family_of_config(config)
+
+
 def test_experts_are_seen_in_the_keys():
     with pytest.raises(FlextronError, match="model_type 'new' is not supported: it has experts"):
         family_of_config({"model_type": "new", "num_local_experts": 8})

@@ -43,6 +43,7 @@ FAMILIES = {
         toy.config(**SIZE), activation="squared-relu", normalization="layernorm1p", rotary_percent=0.5
     ),
     "mistral": toy.config(**SIZE, num_query_groups=4, sliding_window=50),
+    "ministral": toy.config(**SIZE, num_query_groups=4, sliding_window=50, window_attn_skip_freq=(0, 1, 1, 1)),
     "qwen2": toy.config(**SIZE, num_query_groups=4, add_qkv_bias=True),
     "qwen3": toy.config(**SIZE, num_query_groups=4, qk_layernorm=True),
     "smollm3": toy.config(**SIZE, num_query_groups=4, no_rope_freq=(0, 0, 0, 1)),

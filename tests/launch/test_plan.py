@@ -11,7 +11,7 @@ from flextron_mcore.launch.resources import COLUMNS, check_memory, gpu_memory, j
 from flextron_mcore.settings.launch import LaunchSettings
 
 PAPER = ("gpt3/2b", "gpt3/8b", "llama2/7b", "llama3/8b")
-FAMILIES = ("llama3.1/8b", "mistral/7b", "qwen2/3b", "qwen3/8b", "smollm3/3b", "phi3/4b", "nemotron/8b")
+FAMILIES = ("llama3.1/8b", "mistral/7b", "ministral/8b", "qwen2/3b", "qwen3/8b", "smollm3/3b", "phi3/4b", "nemotron/8b")
 BARE = ("cluster=slurm", "cluster.account=a")
 
 
@@ -113,7 +113,7 @@ def test_stages_take_what_was_planned_before_what_is_complete(launch, tmp_path):
         # the models' cards
         *(("llama3.1/8b", 8.03e9, 6.98e9), ("mistral/7b", 7.25e9, 6.98e9), ("qwen2/3b", 3.09e9, 2.77e9)),
         *(("qwen3/8b", 8.19e9, 6.95e9), ("smollm3/3b", 3.08e9, 2.81e9), ("phi3/4b", 3.82e9, 3.62e9)),
-        ("nemotron/8b", 8.27e9, 6.17e9),
+        *(("nemotron/8b", 8.27e9, 6.17e9), ("ministral/8b", 8.02e9, 6.95e9)),
     ],
 )
 def test_models_have_their_sizes(launch, model, parameters, beside_embeddings):

@@ -6,6 +6,7 @@ import pytest
 
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
+from flextron_mcore.latency.measure import Setting
 from flextron_mcore.runs import memory
 from flextron_mcore.runs.memory import machine_memory, memory_line
 from flextron_mcore.settings.compose import compose
@@ -86,6 +87,37 @@ def test_generation_counts_weights_and_cache(monkeypatch):
     assert sizes[2] - sizes[0] > kv_cache_bytes(LLAMA, None, 8, 164) - cache
 
 
+def timed(setting: Setting) -> str:
+    return memory.timing_line(compose("select", ["checkpoint=c", "budget=0.5"]), CheckpointInfo(LLAMA, SPACE), "bf16", setting)
+
+
+def test_measuring_a_choice_counts_what_the_latency_table_counts(monkeypatch):
+    monkeypatch.setattr(memory, "machine_memory", lambda: 2**40)
+    sizes = []
+    monkeypatch.setattr(memory, "show", lambda name, value: sizes.append(value) or "")
+    for kind, generated_tokens in (("prefill", 1), ("generation", 64)):
+        said = timed(Setting(kind, 4, 2048, generated_tokens))
+        assert said.startswith("select: 4 x 2048 tokens, to measure latencies; about ")
+        keys = [f"setting.kind={kind}", "setting.batch_size=4", "setting.prompt_length=2048"]
+        line("latency", *keys, *([f"setting.generated_tokens={generated_tokens}"] if kind == "generation" else []))
+        assert sizes[0] == pytest.approx(sizes[2], rel=1e-3)
+        sizes.clear()
+
+
+def test_an_import_that_is_compared_counts_the_model_in_fp32(monkeypatch):
+    monkeypatch.setattr(memory, "machine_memory", lambda: 2**40)
+    sizes = []
+    monkeypatch.setattr(memory, "show", lambda name, value: sizes.append(value) or "")
+    assert imported().startswith("import: the model in fp32, to compare it with transformers; about ")
+    assert sizes[0] == 4 * count_parameters(LLAMA)
+    assert imported("verify=false").startswith("import: one tensor at a time; about ")
+
+
+def imported(*keys: str) -> str:
+    settings = compose("import", ["hf=h", "out=o", "verify=true", *keys])
+    return memory.import_line(settings, CheckpointInfo(LLAMA, SPACE, dtype="bf16"))
+
+
 def test_an_export_counts_both_models_in_fp32_unless_nothing_is_compared(monkeypatch):
     monkeypatch.setattr(memory, "machine_memory", lambda: 2**40)
     sizes = []
@@ -102,6 +134,8 @@ def test_an_export_counts_both_models_in_fp32_unless_nothing_is_compared(monkeyp
     [
         (generated, "lower max_new_tokens, or give fewer prompts"),
         (exported, "set verify=false"),
+        (imported, "leave verify=true out"),
+        (lambda: timed(Setting("prefill", 1, 128)), "set measure=false"),
         (lambda: exported("verify=false"), "start fewer ranks"),
     ],
 )

@@ -121,12 +121,13 @@ def _architecture(model: ModelConfig, net: SubNetwork) -> str:
         raise FlextronError(f"format=gguf: llama.cpp's {name} has no {missing}, which this network needs: use format=hf")
     if name == "nemotron":
         return name
-    window = model.sliding_window if (model.sliding_window or 0) < model.max_position_embeddings else None
-    plain = replace(model, add_qkv_bias=False, qk_layernorm=False, sliding_window=window)
+    unseen = (model.sliding_window or 0) >= model.max_position_embeddings  # no text is longer than the window
+    window = {"sliding_window": None, "window_attn_skip_freq": None} if unseen else {}
+    plain = replace(model, add_qkv_bias=False, qk_layernorm=False, **window)
     if misfits := llama.FAMILY.misfits(plain):
         raise FlextronError(
             f"format=gguf: llama.cpp holds layers of different widths for Llama only, which needs {', '.join(misfits)}: "
-            "use format=hf or format=trtllm"
+            "use format=hf"
         )
     return name
 

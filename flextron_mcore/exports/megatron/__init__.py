@@ -159,6 +159,7 @@ def _config(model: ModelConfig, layers: list[LayerChoice], heads_differ: bool, d
             "softmax_scale": model.softmax_scale,
             "no_rope_freq": model.no_rope_freq and list(model.no_rope_freq),
             "window_size": model.sliding_window and [model.sliding_window - 1, 0],
+            "window_attn_skip_freq": model.window_attn_skip_freq and list(model.window_attn_skip_freq),
             "hidden_dropout": model.hidden_dropout,
             "attention_dropout": model.attention_dropout,
             "init_method_std": model.init_method_std,

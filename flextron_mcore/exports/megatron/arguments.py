@@ -27,7 +27,7 @@ def not_on_the_command_line(model: ModelConfig, net: SubNetwork) -> str | None:
     if model.no_rope_freq is not None:
         return "its --no-rope-freq takes every n-th layer, and the model names its layers without rotary embedding one by one"
     if model.sliding_window is not None:
-        return f"it has no argument for a sliding window in every layer, and the model's is {model.sliding_window}"
+        return f"its arguments for a window (--window-size) are not written, and the model has one of {model.sliding_window}"
     if scaling.get("type") == "linear" and scaling["factor"] != int(scaling["factor"]):
         return f"its --rotary-seq-len-interpolation-factor takes whole numbers, and the model's is {scaling['factor']}"
     return None

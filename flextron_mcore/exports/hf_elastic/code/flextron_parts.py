@@ -167,8 +167,9 @@ class ElasticAttention:
             module.num_key_value_groups = q
         function = self.eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         key, value = key[:, :g], value[:, :g]
-        # Flash attention reads the window; other implementations have it in the mask.
-        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": getattr(self.config, "sliding_window", None)}
+        # Flash attention reads the window; other implementations have it in the mask. Some families have one in some layers.
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": window}
         heads, weights = function(module, query, key, value, mask, **options, **kwargs)
         heads = heads.reshape(len(x_NC), g, q, H)
         if parts[0][0] is None:

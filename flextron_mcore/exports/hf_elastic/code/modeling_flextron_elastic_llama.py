@@ -153,7 +153,7 @@ class FlextronElasticLlamaModel(LlamaModel):
         self.layers = nn.ModuleList(ElasticLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = copy.deepcopy(self.layers[0].input_layernorm)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.has_sliding_layers = False  # Qwen2 and Qwen3, of which no layer has a window here
+        self.has_sliding_layers = "sliding_attention" in (getattr(config, "layer_types", None) or ())  # Qwen2, Qwen3, SmolLM3
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -1,7 +1,8 @@
 """Megatron-Bridge on one CPU process, for tests: `python on_cpu.py HF SORTED DATA STEPS OUT [LOAD]` runs the example.
 
-Replaced, because it needs CUDA: Transformer Engine and NVIDIA's in-process restart by empty stand-ins, nccl by gloo. The model
-is computed in fp32 without fused kernels. Model provider, data, optimizer, loop and checkpoints are Bridge's own.
+Empty stand-ins replace Transformer Engine, which needs CUDA, and NVIDIA's in-process restart, which is not used; gloo replaces
+nccl. The model is computed in fp32 without fused kernels. Model provider, data, optimizer, loop and checkpoints are Bridge's own.
+With LOAD, the run continues from iteration 3 of that directory.
 """
 
 from __future__ import annotations

@@ -1,9 +1,14 @@
-"""examples/megatron_bridge: a Hugging Face model by Bridge's provider with our layer spec, and the forward step."""
+"""examples/megatron_bridge: Bridge's `pretrain` gives our loop's losses. Needs the environment of docs/results/doors.md."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,20 +20,46 @@ from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.choosing import use_subnetwork
 from flextron_mcore.doors import ElasticTraining
 from flextron_mcore.runtime.unwrap import unwrap
+from tests.examples.conftest import STEPS
 from tests.stages.conftest import stage
 
-pytest.importorskip("megatron.bridge", reason="Megatron-Bridge, or Transformer Engine, is not installed", exc_type=ImportError)
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "megatron_bridge" / "train_elastic.py"
-WITHOUT_KERNELS = dict.fromkeys(
-    ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "gradient_accumulation_fusion",
-     "persist_layer_norm", "apply_rope_fusion", "bf16"), False
-)  # fmt: skip
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "megatron_bridge"
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("megatron.bridge") is None, reason="Megatron-Bridge is not installed (docs/results/doors.md)"
+)
 
 
-def test_provider_and_forward_step(tmp_path):
-    spec = importlib.util.spec_from_file_location("train_elastic", SCRIPT)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+def pretrain(*arguments: str) -> dict[int, list[float]]:
+    """{iteration: losses of the full model and the sub-networks} of a run of Bridge, from its output."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    command = [sys.executable, str(FOLDER / "on_cpu.py"), *arguments]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [line for line in result.stdout.splitlines() if "consumed samples:" in line]
+    return {
+        int(re.search(r"iteration +(\d+)/", line)[1]): [float(x) for x in re.findall(r"loss: (\S+) \|", line)][:4]
+        for line in lines
+    }
+
+
+def test_equals_our_loop_and_resumes(ours, tmp_path):
+    run, rows = ours
+    stage("export", f"checkpoint={run}/parent", f"out={tmp_path}/hf", "verify=false")
+    arguments = [f"{tmp_path}/hf", f"{run}/sorted", f"{run}/data", str(STEPS)]
+    undisturbed = pretrain(*arguments, f"{tmp_path}/bridge")
+    assert len(undisturbed) == STEPS
+    for row in rows:
+        assert undisturbed[row["step"]] == pytest.approx([row["loss"], *row["subnetwork_losses"]], abs=1e-5)
+    assert len(set(undisturbed[STEPS])) > 1  # losses differ, so the networks do
+    resumed = pretrain(*arguments, f"{tmp_path}/resumed", f"{tmp_path}/bridge")  # from iteration 3
+    assert resumed == {step: undisturbed[step] for step in range(4, STEPS + 1)}
+
+
+def test_provider_and_forward_step(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    on_cpu = importlib.import_module("on_cpu")
+    on_cpu.enable()
+    example = importlib.import_module("train_elastic")
     torch.manual_seed(0)
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8, vocab_size=128)
     hf = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64)).eval()
@@ -36,8 +67,7 @@ def test_provider_and_forward_step(tmp_path):
     stage("import", f"hf={tmp_path}/hf", f"out={tmp_path}/imported")
     info = open_checkpoint(tmp_path / "imported")
     elastic = ElasticTraining(info.model, info.space, count=3, seed=1234)
-    dtypes = dict(params_dtype=torch.float32, pipeline_dtype=torch.float32, vocab_size=128, use_cpu_initialization=True)
-    provider = example.elastic_provider(str(tmp_path / "hf"), info, elastic, **dtypes, **WITHOUT_KERNELS)
+    provider = example.elastic_provider(str(tmp_path / "hf"), info, elastic, vocab_size=128, **on_cpu.IN_FP32)
     provider.finalize()
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
     gpt = unwrap(model).eval()

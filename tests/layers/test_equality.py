@@ -1,4 +1,4 @@
-"""T1: masked = sliced = dense, for every kind of MLP and attention; the full network equals the stock GPTModel."""
+"""Masked = sliced = dense, for every kind of MLP and attention; the full network equals the stock GPTModel."""
 
 from __future__ import annotations
 

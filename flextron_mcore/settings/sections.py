@@ -229,7 +229,13 @@ class TrainerSettings(DeviceSettings):
     """Section `trainer` of a stage that trains: processes, precision, length of training, validation and log."""
 
     precision: str = setting("fp32", "precision of the computation", choices=PRECISIONS, names=PRECISION_NAMES)
-    max_steps: int = setting(1000, "length of the whole training, resumed runs included; the same when resumed", unit="steps", at_least=1, ceiling=10**8)
+    max_steps: int = setting(
+        1000,
+        "length of the whole training, resumed runs included; the same when resumed",
+        unit="steps",
+        at_least=1,
+        ceiling=10**8,
+    )
     max_time: str | None = setting(
         None,
         "time after which this run stops with a checkpoint, to be continued by the same command; null: no limit",

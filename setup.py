@@ -11,6 +11,7 @@ README = ROOT / "README.md"
 GGUF = ["gguf>=0.19,<0.20"]
 DATA = ["pyarrow", "zstandard"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
+LOGGING = ["wandb", "mlflow-skinny"]
 LAUNCH = ["nemo-run>=0.11,<0.12", "leptonai>=0.26.6,<0.47"]
 
 setup(
@@ -70,6 +71,8 @@ setup(
         "gguf": GGUF,
         # For `flextron prepare` on .parquet and .zst files.
         "data": DATA,
+        # For exp_manager.create_wandb_logger and create_mlflow_logger.
+        "logging": LOGGING,
         # setuptools builds wheels by itself since 70.1 (tests/test_packaging.py).
         # Packages of `make docs`, which scripts/docs.sh installs into an environment of their own.
         "docs": DOCS,

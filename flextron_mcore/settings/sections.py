@@ -270,6 +270,14 @@ class ExperimentSettings:
 
     resume_if_exists: bool = setting(True, "continue an unfinished run in out; false: refuse to")
     create_tensorboard_logger: bool = setting(True, "write event files for TensorBoard")
+    create_wandb_logger: bool = setting(False, "log to Weights & Biases (needs the package wandb)")
+    wandb_logger_kwargs: dict[str, Any] = setting(
+        {}, "arguments of wandb.init, such as {project: flextron, name: NAME}; offline: true writes files only"
+    )
+    create_mlflow_logger: bool = setting(False, "log to an MLflow server (needs the package mlflow-skinny)")
+    mlflow_logger_kwargs: dict[str, Any] = setting(
+        {}, "of the MLflow run: tracking_uri (required), experiment_name, run_name, tags"
+    )
     checkpoint_callback_params: CheckpointSettings = section(CheckpointSettings)
 
 

@@ -13,6 +13,7 @@ from flextron_mcore.data.tokenizer import read_vocabulary
 from flextron_mcore.model import check_layout
 from flextron_mcore.settings.sections import DataParallelSettings, EvaluationModelSettings
 from flextron_mcore.settings.training import LoopSettings
+from flextron_mcore.training.boards import check_boards
 from flextron_mcore.training.rampup import BatchSizes
 
 
@@ -44,6 +45,7 @@ def check(settings: LoopSettings, info: CheckpointInfo, data: PreparedData, netw
             "and increment"
         )
     check_weights(data, settings.data_weights)
+    check_boards(settings.exp_manager)
     check_layout(info.model, info.space, model, settings.trainer.precision)
     if hasattr(model, "ddp"):
         _check_ddp(model.ddp)

@@ -1,4 +1,4 @@
-"""Log of a training run: log.jsonl, TensorBoard events, and lines or a progress bar on the terminal."""
+"""Log of a training run: log.jsonl, boards, and lines or a progress bar on the terminal."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from flextron_mcore.runtime.disk import write_whole
 from flextron_mcore.runtime.progress import INTERVAL, Progress, duration_text
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.settings.training import LoopSettings
+from flextron_mcore.training.boards import open_boards
 
 LOG_FILE = "log.jsonl"
-# Figures of a step that are written to TensorBoard if the phase has them.
+# Figures of a step that boards show if the phase has them.
 SCALARS = ("learning_rate", "grad_norm", "tokens_per_second", "surrogate_loss", "surrogate_error", "constraint_loss")
 
 
@@ -50,11 +51,7 @@ class Log:
                 self.last_validation = row["losses"]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", encoding="utf-8")
-        self.board = None
-        if settings.exp_manager.create_tensorboard_logger:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self.boards = open_boards(out, step, settings)
         self.every = settings.trainer.log_every_n_steps
         self.terminal = sys.stderr.isatty()
         self.max_steps, self.first = settings.trainer.max_steps, step
@@ -64,7 +61,7 @@ class Log:
             self._say(f"{self.stage}: continuing after step {step}")
 
     def train(self, row: dict[str, Any]) -> None:
-        """Write a training step to log.jsonl, TensorBoard and the terminal.
+        """Write a training step to log.jsonl, the boards and the terminal.
 
         row: {"step", "event": "train", "loss", "tokens_per_second"} and further figures of the step; losses in nats per token.
         """
@@ -92,13 +89,10 @@ class Log:
             seconds = (time.monotonic() - self.begun) / (row["step"] - self.first) * (self.max_steps - row["step"])
             left = f", {duration_text(seconds)} left" if seconds else ""
             self._say(f"{self.stage}: step {row['step']}/{self.max_steps}{left}  {text}")
-        if self.board:
-            self.board.add_scalar("train/loss", row["loss"], row["step"])
-            for i, loss in enumerate(row.get("subnetwork_losses", [])):
-                self.board.add_scalar(f"train/subnetwork_{i + 1}_loss", loss, row["step"])
-            for name in SCALARS:
-                if row.get(name) is not None:
-                    self.board.add_scalar(f"train/{name}", row[name], row["step"])
+        shown = {"train/loss": row["loss"]}
+        shown |= {f"train/subnetwork_{i + 1}_loss": loss for i, loss in enumerate(row.get("subnetwork_losses", []))}
+        shown |= {f"train/{name}": row[name] for name in SCALARS if row.get(name) is not None}
+        self._show(shown, row["step"])
 
     def validating(self, step: int, passes: int) -> Progress:
         """Make a progress bar for a validation.
@@ -110,7 +104,7 @@ class Log:
         return Progress(total=passes, desc=f"{self.stage}: validation after step {step}", unit="evaluation", leave=False)
 
     def validation(self, row: dict[str, Any]) -> None:
-        """Write a validation to log.jsonl, TensorBoard and the terminal.
+        """Write a validation to log.jsonl, the boards and the terminal.
 
         row: {"step", "event": "validation", "losses": {network: mean over domains}, "domains": {network: {domain: loss}}}, losses
         in nats per token.
@@ -122,21 +116,23 @@ class Log:
         self._write(row)
         text = "  ".join(f"{name} {loss:.3f}" for name, loss in row["losses"].items())
         self._say(f"{self.stage}: validation after step {row['step']}: {text}")
-        if self.board:
-            for name, loss in row["losses"].items():
-                self.board.add_scalar(f"validation/{name}", loss, row["step"])
+        self._show({f"validation/{name}": loss for name, loss in row["losses"].items()}, row["step"])
 
     def close(self) -> None:
         """Close the files and the progress bar."""
         if self.active:
             self.bar.close()
             self.file.close()
-            if self.board:
-                self.board.close()
+            for board in self.boards:
+                board.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+
+    def _show(self, figures: dict[str, float], step: int) -> None:
+        for board in self.boards:
+            board.add(figures, step)
 
     def _say(self, text: str) -> None:
         self.said = time.monotonic()

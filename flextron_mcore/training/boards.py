@@ -1,0 +1,142 @@
+"""Figures of a training run for TensorBoard, Weights & Biases and MLflow, by the keys of NeMo's exp_manager."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+from flextron_mcore.config import FlextronError
+from flextron_mcore.runtime.disk import write_whole
+from flextron_mcore.settings.sections import ExperimentSettings
+from flextron_mcore.settings.training import LoopSettings
+
+MLFLOW_KEYS = ("experiment_name", "run_name", "tracking_uri", "tags")
+
+
+class Board(Protocol):
+    """Place that shows figures of a training."""
+
+    def add(self, figures: Mapping[str, float], step: int) -> None:
+        """Add figures of a step, {name: value}."""
+
+    def close(self) -> None:
+        """Send or write what is left."""
+
+
+def check_boards(settings: ExperimentSettings) -> None:
+    """Raise FlextronError if a logger that is asked for is not installed, or a key of it is missing or not known."""
+    for key, wanted, name, package in (
+        ("exp_manager.create_wandb_logger", settings.create_wandb_logger, "wandb", "wandb"),
+        ("exp_manager.create_mlflow_logger", settings.create_mlflow_logger, "mlflow", "mlflow-skinny"),
+    ):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise FlextronError(f"{key}=true: {name} is not installed: pip install {package}, or set {key}=false")
+    if settings.create_mlflow_logger:
+        given = settings.mlflow_logger_kwargs
+        if unknown := sorted(given.keys() - set(MLFLOW_KEYS)):
+            raise FlextronError(f"exp_manager.mlflow_logger_kwargs.{unknown[0]}: is not known: use {', '.join(MLFLOW_KEYS)}")
+        if "tracking_uri" not in given:
+            raise FlextronError(
+                "exp_manager.create_mlflow_logger=true: set exp_manager.mlflow_logger_kwargs.tracking_uri to that of your "
+                "server, such as http://mlflow:5000"
+            )
+
+
+def open_boards(out: Path, step: int, settings: LoopSettings) -> list[Board]:
+    """Boards that the settings of a run ask for. Call on the main process.
+
+    Raises FlextronError if one cannot be opened, such as Weights & Biases without an account.
+
+    Args:
+        out: directory of the run.
+        step: step that the run continues from, 0 for a new run.
+        settings: settings of the run.
+    """
+    options, boards = settings.exp_manager, []
+    if options.create_tensorboard_logger:
+        boards.append(TensorBoard(out, step))
+    for key, wanted, kind in (
+        ("exp_manager.create_wandb_logger", options.create_wandb_logger, WandB),
+        ("exp_manager.create_mlflow_logger", options.create_mlflow_logger, MLflow),
+    ):
+        if not wanted:
+            continue
+        try:
+            boards.append(kind(out, step, settings))
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise FlextronError(f"{key}=true: cannot be logged to: {reason}: correct its keys, or set {key}=false") from None
+    return boards
+
+
+class TensorBoard:
+    """Event files in the directory `tensorboard` of a run."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def add(self, figures: Mapping[str, float], step: int) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """Run of Weights & Biases, which a continued training continues. Offline, its files are in the directory `wandb` of a run."""
+
+    def __init__(self, out: Path, step: int, settings: LoopSettings) -> None:
+        import wandb
+
+        keys = dict(settings.exp_manager.wandb_logger_kwargs)
+        offline = keys.pop("offline", False)
+        keys = {"name": out.absolute().name, "dir": str(out), "config": asdict(settings), **keys}
+        if offline:
+            keys["mode"] = "offline"
+        file = out / "wandb" / "run_id"
+        if step and file.is_file():
+            keys = {"id": file.read_text(encoding="utf-8"), "resume": "allow", **keys}
+        self.run = wandb.init(**{"settings": wandb.Settings(silent=True, console="off"), **keys})
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, self.run.id)
+
+    def add(self, figures: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MLflow:
+    """Run of an MLflow server. A continued training adds to the run of its beginning."""
+
+    def __init__(self, out: Path, step: int, settings: LoopSettings) -> None:
+        from mlflow import MlflowClient
+
+        keys = settings.exp_manager.mlflow_logger_kwargs
+        self.client = MlflowClient(keys["tracking_uri"])
+        file = out / "mlflow" / "run_id"
+        if step and file.is_file():
+            self.id = file.read_text(encoding="utf-8")
+            self.client.update_run(self.id, "RUNNING")
+            return
+        name = keys.get("experiment_name", "flextron")
+        found = self.client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else self.client.create_experiment(name)
+        run = self.client.create_run(experiment, run_name=keys.get("run_name", out.absolute().name), tags=keys.get("tags"))
+        self.id = run.info.run_id
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, self.id)
+
+    def add(self, figures: Mapping[str, float], step: int) -> None:
+        for name, value in figures.items():
+            self.client.log_metric(self.id, name, value, step=step)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.id)

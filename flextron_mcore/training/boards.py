@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime.disk import write_whole
@@ -16,14 +15,16 @@ from flextron_mcore.settings.training import LoopSettings
 MLFLOW_KEYS = ("experiment_name", "run_name", "tracking_uri", "tags")
 
 
-class Board(Protocol):
-    """Place that shows figures of a training."""
+class Board:
+    """Base class for places that show figures of a training."""
 
     def add(self, figures: Mapping[str, float], step: int) -> None:
         """Add figures of a step, {name: value}."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Send or write what is left."""
+        raise NotImplementedError
 
 
 def check_boards(settings: ExperimentSettings) -> None:
@@ -72,7 +73,7 @@ def open_boards(out: Path, step: int, settings: LoopSettings) -> list[Board]:
     return boards
 
 
-class TensorBoard:
+class TensorBoard(Board):
     """Event files in the directory `tensorboard` of a run."""
 
     def __init__(self, out: Path, step: int) -> None:
@@ -88,8 +89,14 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandB:
-    """Run of Weights & Biases, which a continued training continues. Offline, its files are in the directory `wandb` of a run."""
+class WandB(Board):
+    """Run of Weights & Biases, which a continued training continues. Its files are in the directory `wandb` of the run.
+
+    Args:
+        out: directory of the run.
+        step: step that the run continues from, 0 for a new run.
+        settings: settings of the run.
+    """
 
     def __init__(self, out: Path, step: int, settings: LoopSettings) -> None:
         import wandb
@@ -113,8 +120,14 @@ class WandB:
         self.run.finish()
 
 
-class MLflow:
-    """Run of an MLflow server. A continued training adds to the run of its beginning."""
+class MLflow(Board):
+    """Run of an MLflow server. A continued training adds to the run of its beginning.
+
+    Args:
+        out: directory of the run.
+        step: step that the run continues from, 0 for a new run.
+        settings: settings of the run.
+    """
 
     def __init__(self, out: Path, step: int, settings: LoopSettings) -> None:
         from mlflow import MlflowClient

@@ -33,7 +33,7 @@ def test_architectures_are_refused_by_name(architecture, words):
 
 
 def test_a_quantized_model_of_no_family_is_refused_for_what_it_is():
-    """Its original is not supported either."""
+    """A quantized model whose original is not supported either is refused for its architecture."""
     config = {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}}
     with pytest.raises(FlextronError, match="architecture GptOssForCausalLM is not supported: it has experts"):
         family_of_config(config)

@@ -220,13 +220,14 @@ def test_operations_are_those_that_torch_counts(family, width):
         loss = model(tokens, positions, None, labels=tokens)
     with FlopCounterMode(display=False) as backward:
         loss.sum().backward()
-    seen = sum(min(i + 1, arch.sliding_window or LENGTH) for i in range(LENGTH)) / LENGTH  # keys of a query, on average
+    windows = [min(window or LENGTH, LENGTH) for window in arch.windows]
+    seen = sum(min(i + 1, window) for window in windows for i in range(LENGTH)) / LENGTH / len(windows)  # keys of a query, a mean
     pair = 4 * arch.num_layers * heads * arch.kv_channels
     estimated = Costs(arch, space, LENGTH).of(net)
     assert forward.get_total_flops() / (BATCH * LENGTH) - (LENGTH - seen) * pair == pytest.approx(estimated, rel=0.01)
     # Products of weights alone to the last one, forward and backward.
-    window = min(arch.sliding_window or LENGTH, LENGTH)
-    products = BATCH * LENGTH * (estimated - window * (1 - window / (2 * LENGTH)) * pair)
+    keys = sum(window * (1 - window / (2 * LENGTH)) for window in windows) / len(windows)
+    products = BATCH * LENGTH * (estimated - keys * pair)
     pairs = BATCH * LENGTH * LENGTH * pair
     assert forward.get_total_flops() == pytest.approx(products + pairs, rel=1e-6)
     assert backward.get_total_flops() == pytest.approx(2 * (products + pairs), rel=1e-6)

@@ -8,12 +8,17 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 
 import pytest
+import yaml
+from transformers import LlamaConfig
 
 from flextron_mcore import cli
 from flextron_mcore.launch import follow
+from flextron_mcore.launch.plan import plan
+from flextron_mcore.launch.search import lay_out
 from tests.stages.conftest import stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +74,40 @@ def test_every_command_of_the_guide_runs(desk, file, capsys):
     assert (desk / "data" / "prepared" / "data.json").is_file() or file == "README.md"
     assert [path.name for path in (desk / "results").iterdir()] == ["llama2_7b"]
     assert [path.name for path in (desk / "results/llama2_7b/launch").iterdir()] == ["jobs.json"]
+
+
+def answers() -> list[str]:
+    """Keys that the guide's table of questions tells to type."""
+    table = (ROOT / "docs/operators.md").read_text().partition("| for | type |\n|---|---|\n")[2].partition("\n\n")[0]
+    cells = [row.strip("|").rpartition("|")[2] for row in table.splitlines()]
+    return [code for cell in cells for code in re.findall(r"`([^`]*)`", cell) if "=" in code]
+
+
+ANSWERS = answers()
+
+
+@pytest.mark.parametrize("keys", ANSWERS)
+def test_every_answer_of_the_guide_is_accepted(desk, launch, keys, capsys):
+    assert len(ANSWERS) >= 15
+    stage("prepare", "input=corpus/code", "tokenizer=bpe/tokenizer", "out=data/prepared")
+    LlamaConfig(num_hidden_layers=4, tie_word_embeddings=True).save_pretrained("data/Llama-2-7b-hf")
+    typed = shlex.split(keys)
+    model = [] if any(key.startswith("model=") for key in typed) else ["model=llama2/7b"]
+    cli._main(["launch", "cluster=bcm", "cluster.account=A", *model, *typed, "dry_run=true"])
+    out = capsys.readouterr().out
+    assert "dry run: nothing was written or submitted" in out
+    config = launch("cluster=bcm", "cluster.account=A", *model, *typed)
+    planned, _ = lay_out(config, plan(config))
+    jobs = {job.name: job for job in planned.jobs}
+    for key, _, value in (word.partition("=") for word in typed):
+        owner, _, path = key.partition(".")
+        job = jobs.get({"training": "elastic"}.get(owner, owner))
+        if job and not path.startswith("run."):
+            place = job if path.startswith("cluster.") else job.settings
+            get = lambda owner, name: owner[name] if isinstance(owner, dict) else getattr(owner, name)  # noqa: E731
+            assert reduce(get, path.split("."), place) == yaml.safe_load(value.replace("5e-", "5.0e-"))
+    if "wandb" in keys:
+        assert jobs["elastic"].settings.exp_manager.create_wandb_logger
 
 
 def test_a_dry_run_shows_scripts_and_figures(desk, capsys):

@@ -1,8 +1,10 @@
-"""Rotary frequencies of YaRN (Peng et al., 2023), by the formula of transformers. No torch import."""
+"""Rotary frequencies of YaRN (Peng et al., 2023), by the formula of transformers."""
 
 from __future__ import annotations
 
 import math
+
+import torch
 
 from flextron_mcore.config import ModelConfig
 
@@ -11,7 +13,8 @@ def yarn_frequencies(model: ModelConfig) -> list[float] | None:
     """Rotary frequencies [rotary_channels / 2], in radians a position; None for a model without YaRN.
 
     Channel pairs that turn more than beta_fast times within the original context keep their frequency. Pairs that turn less than
-    beta_slow times get their frequency divided by `factor`. Frequencies between the two are interpolated linearly.
+    beta_slow times get their frequency divided by `factor`. Frequencies between the two are interpolated
+    linearly. Equal to transformers' to the bit.
     """
     scaling, base, size = model.rope_scaling or {}, model.rotary_base, model.rotary_channels
     if scaling.get("type") != "yarn":
@@ -26,8 +29,7 @@ def yarn_frequencies(model: ModelConfig) -> list[float] | None:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
     high += 0.001 * (low == high)
-    found = []
-    for i in range(size // 2):
-        slowed = min(max((i - low) / (high - low), 0), 1)
-        found.append(base ** (-2 * i / size) * (slowed / scaling["factor"] + 1 - slowed))
-    return found
+    # In fp32, operation by operation as in transformers: a difference in the last bit grows with the position.
+    period_I = base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    kept_I = 1 - ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return (1 / (scaling["factor"] * period_I) * (1 - kept_I) + 1 / period_I * kept_I).tolist()

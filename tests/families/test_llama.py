@@ -9,6 +9,7 @@ from flextron_mcore.checkpoint.hf import open_hf
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.families import llama
+from flextron_mcore.families.rope import yarn_frequencies
 from flextron_mcore.space import SubNetwork
 from tests import hf_toy
 from tests.families.random_cases import YARN
@@ -40,6 +41,13 @@ def test_rope_scaling_matters_at_the_length_that_is_tested(scaling):
     scaled = hf_toy.llama(rope_scaling=scaling, rope_theta=500.0)
     scaled.load_state_dict(plain.state_dict())
     assert (hf_toy.logits(plain) - hf_toy.logits(scaled)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name.startswith("yarn")])
+def test_yarn_frequencies_are_those_of_transformers(name, tmp_path):
+    theirs = hf_toy.llama(**OPTIONS[name])
+    model = open_hf(hf_toy.save(theirs, tmp_path)).model
+    assert yarn_frequencies(model) == theirs.model.rotary_emb.inv_freq.tolist()
 
 
 def test_sharded_weights_without_the_prefix_are_the_same_model(tmp_path):

@@ -47,9 +47,9 @@ def copy_tokenizer(info: CheckpointInfo, data: PreparedData, target: Path) -> No
 
 
 def end_tokens(folder: Path, info: CheckpointInfo, eod: int) -> frozenset[int]:
-    """Token ids that end a generated text: eos_token_id of generation_config.json, else of the imported config.json, else `eod`.
+    """Token ids that end a generated text, as in transformers: eos_token_id of generation_config.json, none if it has none.
 
-    transformers takes them from the first of the two files that exists. Where that has none, its texts have no end.
+    Without that file they are those of the imported config.json, else `eod`.
 
     Args:
         folder: tokenizer directory.
@@ -59,10 +59,13 @@ def end_tokens(folder: Path, info: CheckpointInfo, eod: int) -> frozenset[int]:
     Raises:
         FlextronError: generation_config.json is damaged, or eos_token_id is neither an id nor a list of ids.
     """
-    found = _generation_config(folder).get("eos_token_id")
-    if found is None:
+    if (folder / _GENERATION_FILE).is_file():
+        found = _generation_config(folder).get("eos_token_id")
+        found = [] if found is None else found
+    else:
         found = (info.hf_config or {}).get("eos_token_id")
-    found = [eod] if found is None else found if isinstance(found, list) else [found]
+        found = eod if found is None else found
+    found = found if isinstance(found, list) else [found]
     if not all(isinstance(i, int) for i in found):
         raise FlextronError(f"{folder / _GENERATION_FILE}: eos_token_id is {found}, neither an id nor a list of them: correct it")
     return frozenset(found)

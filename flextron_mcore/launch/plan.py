@@ -13,6 +13,7 @@ from flextron_mcore.cost import read_budget
 from flextron_mcore.settings.compose import SHARED, compose, missing
 from flextron_mcore.settings.launch import ClusterSettings, LaunchSettings
 from flextron_mcore.settings.schema import keys as keys_of
+from flextron_mcore.settings.schema import make_paths_absolute
 from flextron_mcore.settings.stages import STAGES
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace
@@ -264,6 +265,7 @@ def _job(
                 f"add it to stages=[...], or set {stage}.{key}="
             )
     composed = compose(stage, values=values, partial=True)
+    make_paths_absolute(composed)
     limit, reserve = (seconds(run[key], f"run.{key}") for key in ("time_limit", "stop_before"))
     if stage in TRAINS and settings.cluster.type == "slurm" and composed.trainer.max_time is None:
         if reserve >= limit:

@@ -9,11 +9,14 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.files import read_json
 from flextron_mcore.launch.plan import Plan
 from flextron_mcore.settings.launch import LaunchSettings
+from flextron_mcore.settings.schema import texts
 
 # Variables that bash sets or reads itself, and those of the batch script.
 OF_BASH = {
@@ -115,11 +118,23 @@ def mounted(plan: Plan) -> list[tuple[str, str]]:
     """(key, absolute path) of each directory or file that a container of the jobs must see."""
     found = [("run.results_dir", str(plan.results))]
     for job in plan.to_run:
-        for key in ("data", "hf", "checkpoint", "latency", "sensitivity", "tokenizer", "input", "subnetwork"):
-            value = getattr(job.settings, key, None)
-            if isinstance(value, str) and value.startswith("/"):
-                found.append((key if key in ("data", "hf") else f"{job.stage}.{key}", value))
-    return found
+        for key in ("data", "hf", "checkpoint", "latency", "sensitivity", "tokenizer", "input", "paths", "subnetwork"):
+            name = key if key in ("data", "hf") else f"{job.stage}.{key}"
+            found += [(name, value) for value in texts(getattr(job.settings, key, None)) if value.startswith("/")]
+    # A corpus is named by a prefix of its files: its directory is mounted.
+    prefixes = [(key, prefix) for key, path in found if key == "data" for prefix in _corpora(Path(path))]
+    prefixes += [(key, path) for key, path in found if key.endswith(".paths")]
+    found = [(key, path) for key, path in found if not key.endswith(".paths")]
+    return list(dict.fromkeys([*found, *((key, str(Path(prefix).parent)) for key, prefix in prefixes)]))
+
+
+def _corpora(data: Path) -> list[str]:
+    """Absolute paths that the data.json of a prepared directory names, which are those of corpora elsewhere; [] without one."""
+    try:
+        domains = read_json(data / "data.json")["domains"].values()
+        return [each[part] for each in domains for part in ("train", "valid") if str(each[part]).startswith("/")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # `missing` says what is wrong with the data
+        return []
 
 
 def quoted(words: list[str]) -> list[str]:

@@ -314,6 +314,14 @@ def checked(settings: Any, where: str) -> Any:
     return settings
 
 
+def make_paths_absolute(settings: Any) -> None:
+    """Make the paths in `settings`, an instance of a schema, absolute, in place: a job starts in another directory."""
+    for key in keys(type(settings)).values():
+        if key.limits.is_path and (value := value_of(settings, key)) not in (None, MISSING, "builtin"):
+            owner, name = _owner(settings, key)
+            setattr(owner, name, _each(value, lambda text: os.path.abspath(text) if isinstance(_scalar(text), str) else text))
+
+
 def _check_effect(key: Key, value: Any, settings: Any, where: str) -> None:
     """Raise FlextronError for a value other than the default of a key that has no effect beside the other `settings`."""
     name, _, wanted = key.limits.only.partition("=")

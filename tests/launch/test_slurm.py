@@ -298,6 +298,26 @@ def test_a_stage_has_cluster_keys_of_its_own(fake, tmp_path, launch):
     assert "--container-writable" not in other and "--cpus-per-task" not in other
 
 
+def test_jobs_see_what_they_read(tmp_path, launch, monkeypatch):
+    """A job starts elsewhere, so relative paths become absolute; a container mounts each of them, and corpora that data name."""
+    monkeypatch.chdir(tmp_path)
+    here, bcm = Path.cwd(), ["cluster=bcm", "cluster.account=a", "model=smoke", "stages=[prepare,pretrain]"]
+    (here / "known").mkdir()
+    entry = {"train": "/d/corpora/web_text_document", "valid": None}
+    (here / "known" / "data.json").write_text(json.dumps({"domains": {"web": entry, "own": {"train": "own", "valid": "v"}}}))
+    for keys, expected in (
+        (["prepare.input=[a,/b/c.txt]", "prepare.tokenizer=t"], {here / "a", Path("/b/c.txt"), here / "t"}),
+        (["prepare.input={x: a, y: [b]}"], {here / "a", here / "b"}),
+        (["prepare.paths=[0.7,c/web,0.3,/d/code]", "prepare.tokenizer=t"], {here / "c", Path("/d"), here / "t"}),
+        (["pretrain.data=known"], {here / "known", Path("/d/corpora")}),
+    ):
+        planned = plan(config := launch(*bcm, *keys))
+        assert {Path(mount.partition(":")[0]) for mount in slurm.mounts(config, planned)} == {planned.results, *expected}
+    jobs = {job.name: job.settings for job in plan(launch(*bcm, "prepare.input=[a,b]", "pretrain.data=known")).jobs}
+    assert jobs["prepare"].input == [f"{here}/a", f"{here}/b"] and jobs["pretrain"].data == f"{here}/known"
+    assert plan(launch(*bcm)).jobs[0].settings.input == "builtin"
+
+
 def test_exports_are_one_job(fake, tmp_path, launch):
     """A job that is queued again skips complete exports, and a failure ends it."""
     keys = ["cluster=slurm", "cluster.account=a", "model=smoke", "stages=[pretrain,export]", "budgets=[0.4,25ms,2GiB]"]

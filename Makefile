@@ -29,8 +29,8 @@ test: setup ## run all tests, or those named in ARGS, on the CPU
 test-newest: ## run them on Python 3.12 or 3.13 with the newest supported Megatron-Core and the newest transformers
 	@scripts/test-newest.sh $(JOBS) $(ARGS)
 
-faults: setup ## kills and disk errors at MOMENTS (default 20) file-system events of every stage, and of ranks; some hours
-	FLEXTRON_FAULTS=$(or $(MOMENTS),20) $(PY) -m pytest -q tests/faults tests/parallel/test_ranks.py $(ARGS)
+faults: setup ## kills and disk errors at MOMENTS (default 20) file-system events of every stage, of ranks, and on Slurm; some hours
+	FLEXTRON_FAULTS=$(or $(MOMENTS),20) $(PY) -m pytest -q tests/faults tests/parallel/test_ranks.py tests/slurm/test_interruptions.py $(ARGS)
 
 test-gpu: setup ## run the tests that need one GPU: the chain in bf16, and the same numbers as on the CPU
 	$(PY) -m pytest -q -rs $(or $(ARGS),tests/gpu)

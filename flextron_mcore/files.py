@@ -37,8 +37,8 @@ _KINDS = {
 def open_file(file: str | os.PathLike, given: bool = False) -> io.BufferedReader:
     """Open a regular file for reading bytes.
 
-    Raises FlextronError for anything else, such as a FIFO, and without `given` also for a link out of its directory. Raises
-    OSError if the file is missing or cannot be opened.
+    Raises FlextronError for anything else, such as a FIFO, and without `given` also for a link out of its directory, except
+    within a Hugging Face cache (`check_link`). Raises OSError if the file is missing or cannot be opened.
 
     Args:
         file: path of the file.

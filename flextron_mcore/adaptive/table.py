@@ -15,12 +15,15 @@ from flextron_mcore.latency.table import TRUSTED_MEDIAN, LatencyTable
 
 @dataclass(frozen=True)
 class RoutedTable:
-    """Milliseconds of blocks with token routing, for one KV policy; the time of routers and of sorting tokens is included.
+    """Milliseconds of blocks with token routing in a latency table's workload, for one KV policy.
+
+    The time of routers and of sorting tokens is included.
 
     Attributes:
         hidden_size: hidden units of a router.
         levels: {axis: milliseconds of a block if all tokens take one candidate, for each candidate of the space}.
-        overhead: {axis: milliseconds of each kind of routing overhead, in the order of OVERHEADS (adaptive/usage.py)}.
+        overhead: {axis: milliseconds of a block for an amount of 1 of each kind of routing overhead, in the order of OVERHEADS
+            (adaptive/usage.py)}.
         check: relative errors of predicted times of whole networks against measured ones: {"networks": their number,
             "median_error", "largest_error"}.
     """

@@ -183,8 +183,8 @@ class TensorFile:
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write some of the file's tensors, in any order.
 
-        tensors: {name: tensor}. Raises AssertionError for a shape other than the declared one, and FlextronError for weights that
-        are not finite in the file's dtype.
+        tensors: {name: tensor on the CPU}. Raises AssertionError for a shape other than the declared one, and FlextronError for
+        weights that are not finite in the file's dtype.
         """
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != self._shapes[name]:

@@ -106,9 +106,9 @@ def open_corpus(domain: str, paths: Sequence[str | Path], text_key: str = "text"
 
     Args:
         domain: name of the domain.
-        paths: files, directories, and `builtin:NAME` (builtin.py). Directories are walked in sorted order, and symbolic links
-            are followed, each directory once. Hidden names and files of unknown suffix in directories are left out. A file given
-            by its own path is read whatever its suffix.
+        paths: files, directories, and `builtin:NAME` (builtin.py), whose NAME is checked when the corpus is iterated. Directories
+            are walked in sorted order, and symbolic links are followed, each directory once. Hidden names and files of unknown
+            suffix in directories are left out. A file given by its own path is read whatever its suffix.
         text_key: field of a JSON object, or column of a Parquet file, that holds the text.
         skip_bad: skip files and entries that cannot be read.
 

@@ -131,7 +131,9 @@ def _opener(head: bytes, path: Path) -> Callable[[BinaryIO], BinaryIO]:
 
 
 class _Bounded(io.RawIOBase):
-    """Decompressed byte stream of a file. Reading raises Broken for a compression ratio above _RATIO (a decompression bomb).
+    """Decompressed byte stream of a file that may be a decompression bomb.
+
+    Reading raises Broken for a compression ratio above _RATIO, once more than _UNCHECKED bytes were read.
 
     opener: function from an opened file to the stream of its decompressed bytes. file: opened file, which `close` closes.
     """
@@ -164,7 +166,9 @@ class _Bounded(io.RawIOBase):
 class _Zstandard(io.RawIOBase):
     """Decompressed byte stream of a .zst file with one or several frames.
 
-    Reading a truncated file raises EOFError, which the reader of the package zstandard does not do.
+    Reading raises EOFError for a damaged or truncated file; the reader of the package zstandard does not for a truncated one.
+
+    file: opened file, which `close` closes. zstandard: the imported package.
     """
 
     def __init__(self, file: BinaryIO, zstandard: Any) -> None:

@@ -72,9 +72,10 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def code_keys(folder: Path) -> list[str]:
-    """Keys that name code in the tokenizer files and config.json of a Hugging Face directory, each as "FILE: KEY".
+    """Keys that name code (CODE_KEYS) in the tokenizer files and config.json of a Hugging Face directory, each as "FILE: KEY".
 
-    Raises FlextronError for a symbolic link out of the directory, an entry that is not a regular file, and damaged JSON.
+    Only keys at the top level of a file are found, and vocabularies are not read. Raises FlextronError for a symbolic link out of
+    the directory, a tokenizer file that is not a regular file, and damaged JSON.
     """
     found = []
     for file in (*_files(folder), folder / "config.json"):

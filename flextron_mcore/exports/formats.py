@@ -33,10 +33,10 @@ class Job:
     Attributes:
         info: opened checkpoint.
         net: sub-network to export.
-        out: existing, empty directory.
-        dtype: precision of the weights: fp32, bf16 or fp16; None: the checkpoint's precision.
+        out: existing directory; empty before `Format.write`, which checks it.
+        dtype: precision of the weights: fp32, bf16 or fp16; None is replaced by the checkpoint's precision.
         max_shard_size: most bytes of one file of weights.
-        tokenizer: tokenizer directory; None: the checkpoint's tokenizer.
+        tokenizer: tokenizer directory; None is replaced by the checkpoint's, and stays None if it has no tokenizer.
         progress: function (bytes) called for each tensor written; None: none.
         settings: settings of the format; None: defaults of the format.
         origin: selector and budget that chose the network, in words for the model card; None: not told there.

@@ -112,7 +112,7 @@ def _neutral(key: str, value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Text of a value for a message, at most 60 characters."""
+    """Text of a value for a message: its repr, cut to at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

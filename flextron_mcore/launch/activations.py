@@ -194,9 +194,11 @@ def _head(rank: Rank, frozen: bool, teach: bool, weighted: bool) -> int:
 
 
 def _layer_work(rank: Rank, frozen: bool) -> int:
-    """Working memory of the MLP's backward pass, the first of a layer: gradients of activations and of weights, in bytes.
+    """Peak working memory of the MLP's backward pass, the first of a layer, in bytes on top of the tensors that autograd saved.
 
-    A weight's gradient exists twice: the gradient of the slice, and a tensor for DDP's hook (layers/linear.py).
+    The larger of fc2's and fc1's gradients of activations and of weights. A weight's gradient exists twice: the gradient of the
+    slice, and a tensor for DDP's hook (layers/linear.py). With tied embeddings, a rank that holds embedding and output layer also
+    keeps the output layer's gradient. frozen: True if weights get no gradients.
     """
     n, e, h = rank.tokens, rank.layout.dtype, rank.model.hidden_size
     _, _, _, f1, f2 = rank.sizes

@@ -278,7 +278,12 @@ def _sensitivity(costs: Costs, settings: StageSettings) -> float:
 
 
 def _compared(costs: Costs, settings: StageSettings) -> float:
-    """FLOPs per token of `compare`. Networks that two selectors share count twice; dense models do not count."""
+    """FLOPs per token of `compare`, the sum over the networks that it evaluates.
+
+    These are the full model; for each target the networks of the selectors, and random ones; and all networks of `uniform` and
+    `matformer`, each with the router's network of equal cost. Networks that two selectors share count twice; dense models do not
+    count.
+    """
     names, choices = list(settings.selectors), Choices(costs.model, costs.space)
     targets = [costs.budgeted(None, 1.0, part) for part in _TARGETS]
     if settings.targets is not None:

@@ -296,7 +296,10 @@ def _distinct(tried: list[_Tried], shown: list[_Tried]) -> list[_Tried]:
 
 
 def _searched(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of SEARCHED that a nested mapping of keys of `model` sets."""
+    """Keys of SEARCHED that `model` sets to another value than null: {key: value}.
+
+    model: nested mapping of keys of the section `model`. A key in its `ddp` is returned without the prefix.
+    """
     found = {**model, **(model.get("ddp") or {})}
     return {name: found[name] for name in SEARCHED if found.get(name) is not None}
 

@@ -37,9 +37,9 @@ class Member:
     Attributes:
         budget: name of the budget, as text.
         subnetwork: sizes of the network.
-        costs: {name of the cost: cost}.
+        costs: {name of the cost: value in the cost's own unit, and share of the full model's cost}.
         loss: loss in nats per token, mean over domains; None if it was not evaluated.
-        exports: {format: directory}.
+        exports: {format: name of the export's directory within the stage's}.
     """
 
     budget: str

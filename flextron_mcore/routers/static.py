@@ -21,8 +21,9 @@ class StaticRouters(torch.nn.Module):
     """Routers that choose a candidate of each choice for all tokens, from targets of the costs (Flextron, eq. 9).
 
     logits_n(T) = W_out tanh(W_in T + shift) / sqrt(U) + bias, with weights for each choice n. A target is 0 at the smallest
-    network's cost and 1 at the full model's. Hidden units are initialised as steep steps at random targets over this range, so a
-    router can separate similar budgets from the start.
+    network's cost and 1 at the full model's. Hidden units are initialised as steep steps at random targets over this range, so
+    training can separate similar budgets from its first step. W_out is initialised with zeros, and the bias favours larger
+    candidates: at first the logits are the same at all targets.
 
     Args:
         choices: choices that the routers make.

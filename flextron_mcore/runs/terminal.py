@@ -54,7 +54,7 @@ def warnings_so_far() -> list[str]:
 
 @contextlib.contextmanager
 def own_warnings() -> Iterator[None]:
-    """Context for running a stage, which begins without warnings; at its end those of the outer stage are restored."""
+    """Context for running a stage: `warnings_so_far` begins empty, and at the end is again what it was for the outer stage."""
     outer = _warnings[:]
     _warnings.clear()
     try:

@@ -238,7 +238,10 @@ def removal_errors(
 
 
 def _weigh(layer: torch.nn.Module, sums: LayerScores) -> None:
-    """Multiply each unit's score with the norm of the weight columns that the unit enters (output projection, fc2), in place."""
+    """Multiply each unit's score, in place, with the L2 norm of the weight columns that it enters (output projection, fc2).
+
+    A head enters several columns; the norm is over all of them. Units and columns are those of this rank.
+    """
     for axis in layer_axes():
         units = sums.units[axis.name]
         columns = layer.get_parameter(axis.followed_by).double().unflatten(1, (*units.shape, -1))

@@ -101,7 +101,12 @@ class TokenChoice:
         return [(rows, self.sizes[1][level]) for level, rows in self._by_level(2 * layer + 1, x_BSC)]
 
     def levels(self, block, x_BSC):
-        """Level that each token takes in a block, [B, S], from the block's input: index of the candidate, 0 the smallest."""
+        """Level that each token takes in a block, [B, S]: index of the candidate, 0 the smallest.
+
+        Args:
+            block: number of the block: 2 * layer for attention, 2 * layer + 1 for the MLP.
+            x_BSC: input of the block, after the norm.
+        """
         place = (block, x_BSC.device, x_BSC.dtype)
         if place not in self._placed:
             first = [tensor[block].to(x_BSC) for tensor in (self.tensors["token_NUD"], self.bias_NU)]

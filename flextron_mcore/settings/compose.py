@@ -214,6 +214,8 @@ class _Draft:
             return
         owner, key, inner = find_key(self.schema, name)
         value = parse(_ANY, text) if inner else parse(key, text)
+        if inner and key.item is Any and text in ("true", "false"):
+            value = text == "true"
         self._set(name, _escaped(value), value)
 
     def fill_from_hf(self) -> None:

@@ -14,7 +14,7 @@ class TrtllmSettings:
 
     style: str = setting(
         "padded",
-        "padded: every layer is zero-padded to the widest layer; deci: each layer keeps its KV heads and MLP size (Llama only)",
+        "padded: every layer is zero-padded to the widest layer; deci: each layer keeps its own sizes (RMSNorm, no biases)",
         choices=("padded", "deci"),
         only="format=trtllm",
     )

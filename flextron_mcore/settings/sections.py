@@ -26,7 +26,7 @@ MEMORY_DTYPE = "precision of weights and KV cache that the cost memory assumes; 
 
 
 # Help texts of keys that several sections have.
-CANDIDATES = "candidate sizes, or fractions of the full size; null: the checkpoint's"
+CANDIDATES = "candidate sizes, or fractions of the full size; null: the checkpoint's, or a new model's default"
 ROUTER_LR = "learning rate of Adam, for the routers"
 ENTROPY = "weight of the entropy of the routers' choices at the first and at the last step; higher: more exploration"
 CONSTRAINT_WEIGHT = (
@@ -290,7 +290,7 @@ class SpaceSettings:
 
     granularity: int | None = setting(
         None,
-        "largest tensor-parallel size that the model will ever run with; it must divide every candidate; null: the checkpoint's",
+        "largest tensor-parallel size that the model will ever run with; it must divide every candidate; null: as for candidates",
         at_least=1,
     )
     attention_unit: str | None = setting(

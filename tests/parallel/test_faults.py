@@ -112,9 +112,9 @@ def test_all_ranks_stop_after_the_same_step(runs, fault):
     job = runs.start(out, ranks=2, fault=fault)
     codes, lines = job.finish()
     assert codes == [75, 75], lines
-    line = "elastic: stopped by SIGTERM after step 5; its checkpoint is written: run the same command again to continue"
+    line = "elastic: stopped by SIGTERM after step 4; its checkpoint is written: run the same command again to continue"
     assert last_of_ours(lines) == line and lines.count(line) == 1
-    assert names(job)[-1] == "iter_0000005" and not job.left_behind()
+    assert names(job)[-1] == "iter_0000004" and not job.left_behind()
     runs.assert_continues(out)
 
 
@@ -122,8 +122,8 @@ def test_torchrun_passes_the_signal_on(runs):
     job = runs.start("launcher", ranks=2, fault="4:0:terminate_launcher", torchrun=True)
     codes, lines = job.finish()
     assert codes == [1]  # torchrun's exit code hides those of its workers
-    assert last_of_ours(lines).startswith("elastic: stopped by SIGTERM after step 5; its checkpoint is written")
-    assert names(job)[-1] == "iter_0000005" and not job.left_behind()
+    assert last_of_ours(lines).startswith("elastic: stopped by SIGTERM after step 4; its checkpoint is written")
+    assert names(job)[-1] == "iter_0000004" and not job.left_behind()
     runs.assert_continues("launcher")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -24,8 +25,8 @@ LAYOUTS = {
     "virtual": (2, ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"]),
     "tensor x pipeline": (4, ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]),
 }
-# Micro-batches of networks: the first of the run, one in the midst of a step, the last of a step, and one of a validation.
-MOMENTS = (1, 8, 12, 30)
+# Micro-batches of networks: one in the midst of a step and one of a validation; then the first of the run and the last of a step.
+MOMENTS = (8, 30, 1, 12) if "FLEXTRON_FAULTS" in os.environ else (8, 30)
 
 
 def decisions() -> dict[str, tuple[int, bool]]:

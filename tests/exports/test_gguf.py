@@ -122,12 +122,15 @@ def test_any_network_is_the_sub_network(seed, tmp_path, request):
     info, net = random_case(seed, tmp_path)
     (tmp_path / "out").mkdir()
     hf.write(Job(info, net, tmp_path / "out"))
-    expected = hf_toy.logits(hf_toy.load(tmp_path / "out"))
+    theirs = hf_toy.load(tmp_path / "out")
+    expected = hf_toy.logits(theirs)
     # The sub-network is computed in Megatron-Core where hidden size and depth are the full ones.
     if net.hidden_size == info.model.hidden_size and all(layer.executed for layer in net.layers):
         same(expected, hf_toy.logits(hf_toy.megatron(info), net), 1e-4)
     jobs = {kind: exported(info, net, tmp_path / kind, kind) for kind in ("f32", "f16", "q8_0")}
-    atol = hf_toy.ATOL * max(1.0, expected.std().item())  # rounding grows with the logits
+    # Rounding grows with the logits. Without AVX-512, transformers in fp32 is itself 1.7e-5 off fp64 for seed 0.
+    rounding = (expected - hf_toy.logits(theirs.double())).abs().max().item()
+    atol = max(hf_toy.ATOL * max(1.0, expected.std().item()), 4 * rounding)
     same(read(jobs["f32"]), expected, atol)
     for kind in ("f16", "q8_0"):
         assert (read(jobs[kind]) - expected).abs().max() < export.tolerance(jobs[kind])
@@ -168,7 +171,7 @@ def test_a_network_without_a_tokenizer_and_its_card(engine, tmp_path):
 def test_networks_that_gguf_cannot_hold_are_refused(tmp_path, monkeypatch):
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run")
     gpt2 = hf_toy.checkpoint(hf_toy.save(hf_toy.gpt2(), tmp_path / "gpt2"), tmp_path / "gpt2_run")
-    with pytest.raises(FlextronError, match=r"for Llama only, .*normalization=rmsnorm.*: use format=hf or") as error:
+    with pytest.raises(FlextronError, match=r"for Llama only, .*normalization=rmsnorm.*: use format=hf$") as error:
         exported(gpt2, SubNetwork.full(gpt2.model), tmp_path / "a")
     assert "\n" not in str(error.value)
     full = SubNetwork.full(info.model)

@@ -27,13 +27,11 @@ class BatchSizes:
         if rampup is None:
             return
         _check(rampup, self.size)
-        # Late: `flextron launch` counts samples without torch.
-        from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
-
-        calculator = RampupBatchsizeNumMicroBatchesCalculator(self.size, 1, 1, False, 1, *rampup)
-        while len(self.first) <= steps and calculator.get_current_global_batch_size() < self.size:
-            self.first.append(self.first[-1] + calculator.get_current_global_batch_size())
-            calculator.update(self.first[-1], False)
+        # The rule of Megatron-Core 0.16, which 0.19 has no more: as many samples for each increment.
+        begin, increment, samples = rampup
+        each = samples / ((self.size - begin) // increment)
+        while len(self.first) <= steps and self.first[-1] <= samples:
+            self.first.append(self.first[-1] + begin + int(self.first[-1] / each) * increment)
         found = {after - before for before, after in zip(self.first, self.first[1:], strict=False)}
         self.sizes = sorted({*found, self.size})
 

@@ -61,7 +61,8 @@ def continued(results: Path, undisturbed: Path) -> None:
 
 def pretraining(data: Path) -> list[str]:
     """Keys of a training of two ranks on prepared data."""
-    return ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={data}", f"pretrain.trainer.max_steps={STEPS}"]
+    printed = "pretrain.trainer.log_every_n_steps=1"  # for `steps_lost`
+    return ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={data}", f"pretrain.trainer.max_steps={STEPS}", printed]
 
 
 def steps_lost(results: Path) -> list[int]:

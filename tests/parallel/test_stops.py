@@ -25,8 +25,9 @@ LAYOUTS = {
     "virtual": (2, ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"]),
     "tensor x pipeline": (4, ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]),
 }
-# Micro-batches of networks: one in the midst of a step and one of a validation; then the first of the run and the last of a step.
-MOMENTS = (8, 30, 1, 12) if "FLEXTRON_FAULTS" in os.environ else (8, 30)
+# Micro-batches of networks since the first step began: in the midst of a step, and in a validation or a later step; then
+# the first of all and the last of a step.
+MOMENTS = (12, 36, 1, 16) if "FLEXTRON_FAULTS" in os.environ else (12, 36)
 
 
 def decisions() -> dict[str, tuple[int, bool]]:
@@ -69,7 +70,7 @@ def stopped(keys: list[str], rank: int, moment: int) -> str:
     def signal_arrives() -> bool:
         nonlocal calls, here
         here = distributed.get_rank() == rank if here is None else here
-        calls += 1
+        calls += signals._deferred  # before the first step, a signal ends the process at once
         return here and calls >= moment
 
     signals.urgent, signals.ignore = signal_arrives, lambda: None

@@ -50,13 +50,14 @@ def finish_again(run: Path, copy: Path, name: str, *keys: str) -> None:
 def stop_within(run: Path, again: Path, monkeypatch: pytest.MonkeyPatch, moment: int, name: str, *keys: str) -> None:
     """Stop a training by SIGTERM, continue it, and compare its newest checkpoint and its log with those of `run`.
 
-    moment: number of the micro-batch, of training and validation, before which the signal arrives.
+    moment: number of the micro-batch of a network, of training and validation since the first step began, before which the
+        signal arrives.
     """
     calls = 0
 
     def urgent() -> bool:
         nonlocal calls
-        calls += 1
+        calls += signals._deferred  # before the first step, a signal ends the process at once
         return calls >= moment
 
     with monkeypatch.context() as patch:

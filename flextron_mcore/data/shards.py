@@ -53,6 +53,8 @@ class Shards:
         work: directory; it is made when the first shard is written.
         parts: domains with their texts.
         tokenizer: directory of the tokenizer, as saved.
+
+    Raises FlextronError if `work` is a directory with other files.
     """
 
     def __init__(self, work: Path, parts: Sequence[Part], tokenizer: Path) -> None:
@@ -64,6 +66,10 @@ class Shards:
         for file in sorted(path for path in tokenizer.rglob("*") if path.is_file()):
             digest.update(file.read_bytes())
         self.identity = digest.hexdigest()
+        if work.is_dir() and any(work.iterdir()) and not (work / _IDENTITY).is_file():
+            raise FlextronError(
+                f"{work}: is not of an earlier `flextron prepare`, which keeps its unfinished work there: rename it"
+            )
         if work.exists() and not self._is_mine():
             shutil.rmtree(work)
 

@@ -80,7 +80,7 @@ def mlflow(monkeypatch) -> Recorder:
 
         def create_run(self, experiment: str, run_name: str, tags: object) -> SimpleNamespace:
             recorder.begun[-1] |= {"experiment": experiment, "name": run_name}
-            return SimpleNamespace(info=SimpleNamespace(run_id="r1"))
+            return SimpleNamespace(info=SimpleNamespace(run_id=f"r{len(recorder.begun)}"))
 
         def update_run(self, number: str, status: str) -> None:
             recorder.begun[-1] |= {"continued": number}

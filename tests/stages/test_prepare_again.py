@@ -102,6 +102,17 @@ def test_shards_of_other_text_are_not_taken_over(corpus: Path, tmp_path: Path, m
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+def test_a_directory_of_somebody_else_is_kept(corpus: Path, tmp_path: Path) -> None:
+    mine = tmp_path / ".out.unfinished" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("three years")
+    with pytest.raises(
+        FlextronError, match=r"\.out\.unfinished: is not of an earlier `flextron prepare`, which keeps its unfinished"
+    ):
+        stage("prepare", *keys(corpus, tmp_path / "out"))
+    assert mine.read_text() == "three years" and not (tmp_path / "out").exists()
+
+
 def test_a_refusal_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
     (corpus / "b.jsonl").write_text('{"text": 5}\n')
     before = sorted(tmp_path.iterdir())

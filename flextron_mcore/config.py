@@ -35,6 +35,7 @@ ROPE_SCALING_KEYS = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"},
+    "longrope": {"short_factor", "long_factor", "original_max_position_embeddings", "attention_factor"},
 }
 
 
@@ -79,8 +80,9 @@ class ModelConfig:
         rotary_base: base of the rotary angles.
         rotary_percent: share of a head's channels, the first ones, that are rotated.
         rope_scaling: None, {"type": "linear", "factor"}, {"type": "llama3", "factor", "low_freq_factor", "high_freq_factor",
-            "original_max_position_embeddings"}, or {"type": "yarn", "factor", "original_max_position_embeddings"}, with optional
-            beta_fast, beta_slow, attention_factor and truncate.
+            "original_max_position_embeddings"}, {"type": "yarn", "factor", "original_max_position_embeddings"}, with optional
+            beta_fast, beta_slow, attention_factor and truncate, or {"type": "longrope", "short_factor", "long_factor",
+            "original_max_position_embeddings"}, with optional attention_factor and factor, from which it follows.
         no_rope_freq: for each layer 1 if its heads are not rotated, else 0; None if all layers rotate theirs.
         sliding_window: keys that a query sees, the last ones and its own included; None for all.
         window_attn_skip_freq: for each layer 1 if it has the sliding window, else 0; None if all layers have it.
@@ -187,14 +189,13 @@ class ModelConfig:
             _check_choice("rope_scaling.type", kind, tuple(ROPE_SCALING_KEYS))
             if kind == "yarn":
                 scaling = _yarn_defaults(scaling)
-            if kind == "yarn" and (self.rotary_percent < 1 or self.no_rope_freq):
-                part = "model.no_rope_freq" if self.no_rope_freq else f"model.rotary_percent={self.rotary_percent}"
-                raise FlextronError(f"model.rope_scaling of type yarn is not supported with {part}: only where all heads rotate")
+            if kind == "longrope":
+                scaling = self._longrope(scaling)
             missing = ROPE_SCALING_KEYS[kind] - scaling.keys()
             if missing:
                 raise FlextronError(f"model.rope_scaling of type {kind} lacks {', '.join(sorted(missing))}")
             for name, number in scaling.items():
-                if name not in ("type", "truncate") and number is not None:
+                if name not in ("type", "truncate", "short_factor", "long_factor") and number is not None:
                     _check_number(f"rope_scaling.{name}", number, 0, least_excluded=True)
             put("rope_scaling", scaling)
 
@@ -229,14 +230,46 @@ class ModelConfig:
         return tuple(self.sliding_window if has else None for has in self.window_attn_skip_freq or (1,) * self.num_layers)
 
     @property
-    def softmax_scale(self) -> float | None:
-        """Factor of the attention scores, which YaRN changes; None stands for 1 / sqrt(kv_channels).
+    def rotary_scale(self) -> float:
+        """Factor of the cosines and sines of the rotary embedding: attention_factor of YaRN and LongRoPE, else 1."""
+        return float((self.rope_scaling or {}).get("attention_factor", 1.0))
 
-        YaRN multiplies queries and keys by attention_factor each, so scores by its square.
+    @property
+    def short_context(self) -> int | None:
+        """Tokens of the longest sequence that has the short factors of LongRoPE; None for a model without LongRoPE."""
+        scaling = self.rope_scaling or {}
+        return int(scaling["original_max_position_embeddings"]) if scaling.get("type") == "longrope" else None
+
+    def _longrope(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """LongRoPE scaling without `factor`, with transformers' default of attention_factor.
+
+        Without attention_factor, a factor f (by default max_position_embeddings / original_max_position_embeddings) above 1
+        gives sqrt(1 + ln(f) / ln(original_max_position_embeddings)). Raises FlextronError for lists of factors that do not have
+        a positive number for each pair of rotated channels.
         """
-        if self.rope_scaling is None or self.rope_scaling["type"] != "yarn":
-            return None
-        return self.rope_scaling["attention_factor"] ** 2 / math.sqrt(self.kv_channels)
+        scaling = {key: value for key, value in given.items() if value is not None}
+        pairs, factor = self.rotary_channels // 2, scaling.pop("factor", None)
+        for name in ("short_factor", "long_factor"):
+            values = scaling.get(name)
+            if values is None:
+                continue  # refused with the other missing keys
+            if not isinstance(values, list | tuple) or len(values) != pairs:
+                shown = f"{len(values)} numbers" if isinstance(values, list | tuple) else repr(values)
+                raise FlextronError(
+                    f"model.rope_scaling.{name} must be a list of {pairs} numbers, one a pair of rotated channels, not {shown}"
+                )
+            for number, value in enumerate(values):
+                _check_number(f"rope_scaling.{name}[{number}]", value, 0, least_excluded=True)
+            scaling[name] = [float(value) for value in values]
+        original = scaling.get("original_max_position_embeddings")
+        if original is None or "attention_factor" in scaling:
+            return scaling
+        _check_number("rope_scaling.original_max_position_embeddings", original, 1, least_excluded=True)
+        if factor is not None:
+            _check_number("rope_scaling.factor", factor, 0, least_excluded=True)
+        factor = self.max_position_embeddings / original if factor is None else factor
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        return scaling | {"attention_factor": attention}
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain types, for JSON and YAML."""

@@ -28,9 +28,10 @@ from flextron_mcore.checkpoint.sharding import check_granularity
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choosing import keep_states
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.families.rope import yarn_frequencies
+from flextron_mcore.families.rope import longrope_frequencies, yarn_frequencies
 from flextron_mcore.layers.ends import make_ends_elastic
 from flextron_mcore.layers.gpt import ArchitectureGPTModel
+from flextron_mcore.layers.rotary import LongRotaryEmbedding, set_rotary_scale
 from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.specs import elastic_gpt_block_spec
@@ -90,7 +91,6 @@ def transformer_config(
         add_bias_linear=model.bias,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
-        softmax_scale=model.softmax_scale,
         no_rope_freq=model.no_rope_freq and list(model.no_rope_freq),
         window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
         window_attn_skip_freq=model.window_attn_skip_freq and list(model.window_attn_skip_freq),
@@ -113,9 +113,11 @@ def transformer_config(
     )
     values.update(overrides)
     try:
-        return TransformerConfig(**values)
+        config = TransformerConfig(**values)
     except (AssertionError, ValueError) as error:  # a combination of options that Megatron-Core refuses
         raise FlextronError(f"model: {error}") from None
+    set_rotary_scale(config, model.rotary_scale)
+    return config
 
 
 def build_model(
@@ -297,6 +299,8 @@ def gpt_model(
             high_freq_factor=float(scaling["high_freq_factor"]),
             original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
         )
-    if frequencies := yarn_frequencies(model):  # the factor of queries and keys is in softmax_scale
+    if frequencies := yarn_frequencies(model):
         gpt.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb.inv_freq.new_tensor(frequencies)
+    if both := longrope_frequencies(model):
+        gpt.rotary_pos_emb = LongRotaryEmbedding(gpt.rotary_pos_emb, *both, model.short_context)
     return gpt

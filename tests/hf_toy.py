@@ -38,6 +38,18 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
+def longrope(pairs: int, original: int, **more: Any) -> dict[str, Any]:
+    """Scaling longrope with factors that grow with the channel pair; the first short factor is 1, as in published models."""
+    factors = [1 + 0.25 * pair for pair in range(pairs)]
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": [1.5 * factor for factor in factors],
+        "original_max_position_embeddings": original,
+        **more,
+    }
+
+
 def llama(**changes: Any) -> LlamaForCausalLM:
     """Random Llama: 8 query heads of size 8 in 4 groups, 48 channels, so that the head size is not channels / heads."""
     values = dict(
@@ -145,6 +157,21 @@ def megatron(info: CheckpointInfo) -> torch.nn.Module:
     model = build_model(info.model, info.space)
     load_model(model, info)
     return model.eval()
+
+
+def double(model: torch.nn.Module) -> torch.nn.Module:
+    """The model in fp64, its own RMSNorms too, which transformers computes in fp32 whatever the dtype is.
+
+    Only cosines and sines of rotary embeddings stay rounded to fp32, in transformers as in Megatron-Core.
+    """
+    model.double()
+    for norm in model.modules():
+        if type(norm).__name__.endswith("RMSNorm") and isinstance(model, PreTrainedModel):
+            epsilon = "eps" if hasattr(norm, "eps") else "variance_epsilon"
+            norm.forward = lambda x, norm=norm, epsilon=epsilon: F.rms_norm(
+                x, x.shape[-1:], norm.weight[: x.shape[-1]], getattr(norm, epsilon)
+            )
+    return model
 
 
 @torch.no_grad()

@@ -64,6 +64,9 @@ def generate(
     prompts follows token by token. Without sampling, each sequence gets the tokens that it would get alone. Token routing does
     not count tokens after a sequence's end in its statistics.
 
+    Rotary frequencies of LongRoPE change with the first token after the original context. All tokens are then computed again,
+    as transformers' Phi-3 does, and prompts of more tokens than that are a batch of their own.
+
     Args:
         model: this rank's tensor-parallel part of the model, which is whole on a single rank; no pipeline parallelism.
         prompts: token ids of each prompt, at least one each.
@@ -74,7 +77,9 @@ def generate(
         progress: called after each pass.
     """
     sampling = sampling or Sampling()
-    lengths = [len(prompt) for prompt in prompts]
+    lengths, short = [len(prompt) for prompt in prompts], unwrap(model).architecture.short_context
+    if short is not None and min(lengths) <= short < max(lengths):
+        return _apart(lambda some: generate(model, some, network, max_new_tokens, ends, sampling, progress), prompts, short)
     total = max(lengths) + max_new_tokens
     tokens = torch.zeros(len(prompts), total, dtype=torch.long)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -86,7 +91,10 @@ def generate(
     began, done, start = time.perf_counter(), [False] * len(prompts), 0
     prompt_seconds = 0.0
     for stop in range(min(lengths), total):
-        logits_BV = _next(model, network, context, tokens, positions, start, stop, done)
+        new = stop - start
+        if short is not None and start <= short < stop:
+            context, start = StaticInferenceContext(len(prompts), total), 0
+        logits_BV = _next(model, network, context, tokens, positions, start, stop, new, done)
         start = stop
         chosen = _choose(logits_BV, sampling, generator)
         for i, length in enumerate(lengths):
@@ -104,6 +112,22 @@ def generate(
     return Generated([tokens[i, n : limits[i]].tolist() for i, n in enumerate(lengths)], prompt_seconds, seconds)
 
 
+def _apart(generated: Callable[[list[Sequence[int]]], Generated], prompts: Sequence[Sequence[int]], short: int) -> Generated:
+    """Continuations of prompts of at most `short` tokens, and of longer ones, generated as two batches.
+
+    generated: function that continues a batch of prompts.
+    """
+    long = [len(prompt) > short for prompt in prompts]
+    parts = [
+        generated([prompt for prompt, is_long in zip(prompts, long, strict=True) if is_long == kind]) for kind in (False, True)
+    ]
+    ids = [iter(part.ids) for part in parts]
+    return Generated(
+        [next(ids[kind]) for kind in long],
+        *(sum(times) for times in zip(*((p.prompt_seconds, p.decode_seconds) for p in parts), strict=True)),
+    )
+
+
 @torch.no_grad()
 def _next(
     model: torch.nn.Module,
@@ -113,15 +137,17 @@ def _next(
     positions: Tensor,
     start: int,
     stop: int,
+    new: int,
     done: Sequence[bool],
 ) -> Tensor:
     """Run tokens[:, start:stop], which adds them to the KV cache `context`, and return the next token's logits [B, V] on the CPU.
 
-    done: for each sequence, True after its end; token routing does not count its tokens.
+    Token routing counts the last `new` tokens of sequences that are not `done`, that is, not past their end.
     """
     part = slice(start, stop)
     if network is not None and not isinstance(network, SubNetwork):
-        network.begin(0, (~torch.tensor(done))[:, None].expand(-1, stop - start).to(device()))
+        counted_S = torch.arange(start, stop) >= stop - new
+        network.begin(0, (~torch.tensor(done)[:, None] & counted_S).to(device()))
     with use_subnetwork(model, network):
         logits = model(
             tokens[:, part].to(device()),

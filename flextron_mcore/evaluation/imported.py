@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 
 _TOLERANCE = 1e-4  # share of the largest value: fp32 rounds differently in another order of summation
 _LENGTH = 64  # tokens of a sample
+_SHORTEST = 2  # tokens; least original context of LongRoPE that transformers computes
 _USABLE = 0.6  # share of the free memory that models may take
 
 
 def compare_with_transformers(info: CheckpointInfo, source: Path, seed: int = 0, layerwise: bool | None = None) -> dict[str, Any]:
     """Compare a checkpoint with the Hugging Face directory that it was imported from, in fp32 on random tokens.
 
-    Call after `initialize`, on a single rank.
+    Call after `initialize`, on a single rank. A model with LongRoPE is compared with its short factors, and then with its long
+    ones, with an original context of two tokens on both sides, so that as few tokens suffice.
 
     Args:
         info: checkpoint.
@@ -64,20 +66,58 @@ def compare_with_transformers(info: CheckpointInfo, source: Path, seed: int = 0,
     length = min(info.model.max_position_embeddings, _LENGTH)
     with _refusals(source):
         rows = AutoConfig.from_pretrained(source).vocab_size  # fewer than the checkpoint's, if it was resized
-    tokens_BS = torch.randint(0, rows, (2, length), generator=torch.Generator().manual_seed(seed))
-    chunks = loaded_model(LayoutSettings(), info, "fp32")
-    with _recorded(unwrap(chunks[0])) as states:
-        ours = forward_logits(chunks, None, tokens_BS).cpu()[..., :rows]
-    del chunks
-    with _refusals(source):
-        if not (2 * size > free if layerwise is None else layerwise):
-            theirs = _load(source, info.dtype)(tokens_BS).logits
-            return {"max_logit_difference": _close(ours, theirs, source, "logits")}
-        return _by_layer(info, source, tokens_BS, states, ours)
+    short = info.model.short_context
+    worst: dict[str, Any] = {}
+    for long in (False,) if short is None or short >= info.model.max_position_embeddings else (False, True):
+        shape = 2, length if long or short is None else min(length, short)
+        tokens_BS = torch.randint(0, rows, shape, generator=torch.Generator().manual_seed(seed))
+        chunks = loaded_model(LayoutSettings(), info, "fp32")
+        if long:
+            unwrap(chunks[0]).rotary_pos_emb.original = _SHORTEST
+        with _recorded(unwrap(chunks[0])) as states:
+            ours = forward_logits(chunks, None, tokens_BS).cpu()[..., :rows]
+        del chunks
+        with _refusals(source):
+            if not (2 * size > free if layerwise is None else layerwise):
+                theirs = _load(source, info.dtype)
+                _check_switch(theirs, short, source)
+                found = {"max_logit_difference": _close(ours, _sided(theirs, long)(tokens_BS).logits, source, "logits")}
+            else:
+                found = _by_layer(info, source, tokens_BS, states, ours, long)
+        worst = {name: max(value, worst.get(name, 0.0)) for name, value in found.items()}
+    return worst
+
+
+def _sided(model: torch.nn.Module, long: bool) -> torch.nn.Module:
+    """Return a transformers model, which computes with the long factors of LongRoPE from _SHORTEST + 1 tokens on if `long`."""
+    if long:
+        _scaling(model)["original_max_position_embeddings"] = model.config.original_max_position_embeddings = _SHORTEST
+    return model
+
+
+def _scaling(model: torch.nn.Module) -> dict[str, Any]:
+    """Rotary parameters of a transformers model: rope_scaling in transformers 4, rope_parameters in 5."""
+    return getattr(model.config, "rope_parameters", None) or model.config.rope_scaling
+
+
+def _check_switch(model: torch.nn.Module, short: int | None, source: Path) -> None:
+    """Raise FlextronError unless a transformers model has the long factors for sequences of more than `short` tokens.
+
+    short: tokens of the longest sequence with the short factors; None for a model without LongRoPE.
+    """
+    if short is None:
+        return
+    outside = getattr(model.config, "original_max_position_embeddings", None)  # comes first in transformers
+    theirs = outside or _scaling(model)["original_max_position_embeddings"]
+    if theirs != short:
+        raise FlextronError(
+            f"import: original_max_position_embeddings of the imported model is {short}, and transformers reads {theirs} from "
+            f"{source}: do not use this import; please report it"
+        )
 
 
 def _by_layer(
-    info: CheckpointInfo, source: Path, tokens_BS: torch.Tensor, states: list[torch.Tensor], ours: torch.Tensor
+    info: CheckpointInfo, source: Path, tokens_BS: torch.Tensor, states: list[torch.Tensor], ours: torch.Tensor, long: bool
 ) -> dict[str, Any]:
     """Compare embeddings, each layer, and final norm with output layer; returns what `compare_with_transformers` returns.
 
@@ -87,6 +127,7 @@ def _by_layer(
         tokens_BS: token ids.
         states: Megatron-Core's inputs of the layers and output of the last one, [B, S, C] each.
         ours: Megatron-Core's logits [B, S, vocabulary].
+        long: compute with the long factors of LongRoPE.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -94,6 +135,7 @@ def _by_layer(
     config.tie_word_embeddings = info.model.share_embeddings_and_output_weights
     dtype, worst = DTYPES[info.dtype], 0.0
     ends = AutoModelForCausalLM.from_config(_one_layer(config, 0), dtype=torch.float32).eval()
+    _check_switch(ends, info.model.short_context, source)
     _fill(ends, source, 0, dtype, ends=True)
     with _recorded_layer(ends.base_model) as seen:
         ends(tokens_BS)
@@ -105,7 +147,7 @@ def _by_layer(
     for i in range(info.model.num_layers):
         small = _one_layer(config, i)
         small.vocab_size, small.pad_token_id = 1, None
-        layer = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval().base_model
+        layer = _sided(AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval(), long).base_model
         _fill(layer, source, i, dtype, ends=False)
         with _recorded_layer(layer) as seen:
             layer(inputs_embeds=states[i])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flextron_mcore.config import MOST_LAYERS, ROPE_SCALING_KEYS, FlextronError, ModelConfig
@@ -12,6 +12,7 @@ from flextron_mcore.families.strictness import original_positions, rope_paramete
 
 _REQUIRED = object()
 _ROPE_KEYS = {**ROPE_SCALING_KEYS, "yarn": ROPE_SCALING_KEYS["yarn"] | {"mscale", "mscale_all_dim"}}
+_ROPE_KEYS["longrope"] = ROPE_SCALING_KEYS["longrope"] | {"factor"}
 
 
 class ConfigKey(Protocol):
@@ -124,11 +125,16 @@ class Rope:
         theta: transformers' default of rope_theta.
         kinds: supported types of scaling, beside "default" (no scaling).
         partial: transformers' default of partial_rotary_factor; None for a family that rotates all channels of a head.
+        renamed: {type of scaling: its present name}, for old names that transformers accepts.
+        original: transformers' default of original_max_position_embeddings, which is then a key of config.json itself, not of the
+            scaling; None: max_position_embeddings.
     """
 
     theta: float = 10000.0
     kinds: tuple[str, ...] = tuple(ROPE_SCALING_KEYS)
     partial: float | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    original: int | None = None
 
     @property
     def holds(self) -> tuple[str, ...]:
@@ -140,7 +146,7 @@ class Rope:
 
         Raises FlextronError for an unsupported or contradictory scaling.
         """
-        name, rope, kind = rope_parameters(config, _ROPE_KEYS)
+        name, rope, kind = rope_parameters(config, _ROPE_KEYS, self.renamed)
         found: dict[str, Any] = {"rotary_base": value(rope, "rope_theta", float, value(config, "rope_theta", float, self.theta))}
         if self.partial is None:
             for where in (config, rope):
@@ -152,7 +158,8 @@ class Rope:
             return found | {"rope_scaling": None}
         if kind not in self.kinds:
             raise FlextronError(f"{name} of type {kind!r} is not supported: only {', '.join(('default', *self.kinds))}")
-        return found | {"rope_scaling": self._yarn(config, rope) if kind == "yarn" else self._scaling(config, rope, kind, name)}
+        read = {"yarn": self._yarn, "longrope": self._longrope}.get(kind)
+        return found | {"rope_scaling": read(config, rope) if read else self._scaling(config, rope, kind, name)}
 
     def _scaling(self, config: Mapping[str, Any], rope: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
         """Value of ModelConfig.rope_scaling for a type other than yarn. Raises FlextronError if a key of the type is absent."""
@@ -184,16 +191,42 @@ class Rope:
             scaling["attention_factor"] = (above * log + 1) / (below * log + 1)
         return scaling
 
+    def _longrope(self, config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+        """Value of ModelConfig.rope_scaling of type longrope. ModelConfig checks it, and has defaults for absent keys."""
+        if self.original is None:
+            original = original_positions(config, rope)
+        else:
+            key = "original_max_position_embeddings"
+            original = original_positions({key: config.get(key) or self.original}, {})
+            if rope.get(key, original) != original:
+                raise FlextronError(
+                    f"{key} is {original} for config.json, and {rope[key]!r} for its rotary scaling: leave one of the two"
+                )
+        scaling = {"type": "longrope", "original_max_position_embeddings": original}
+        for key in ("short_factor", "long_factor", "factor", "attention_factor"):
+            if rope.get(key) is not None:
+                scaling[key] = value(rope, key, list if key in ("short_factor", "long_factor") else float)
+        return scaling
+
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        """{"rope_theta", "rope_scaling", "rope_parameters"}, and "partial_rotary_factor" for a family with partial rotation."""
+        """{"rope_theta", "rope_scaling", "rope_parameters"}, and "partial_rotary_factor" for a family with partial rotation.
+
+        Also "original_max_position_embeddings" of LongRoPE, which transformers 4 reads in config.json itself, and of a family in
+        which it is always there.
+        """
         scaling = dict(model.rope_scaling or {"type": "default"})
         rope = {"rope_type": scaling.pop("type"), **scaling}
+        key = "original_max_position_embeddings"
+        outside = {key: rope[key]} if rope["rope_type"] == "longrope" else {}
+        if self.original is not None:
+            outside = {key: rope.get(key, source.get(key) or self.original)}
         partial = {} if self.partial is None else {"partial_rotary_factor": model.rotary_percent}
         return {
             "rope_theta": model.rotary_base,
             "rope_scaling": rope if model.rope_scaling else None,
             "rope_parameters": {"rope_theta": model.rotary_base, **rope, **partial},
             **partial,
+            **outside,
         }
 
 

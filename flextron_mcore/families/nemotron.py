@@ -23,7 +23,7 @@ FAMILY = llama.variant(
         Key("max_position_embeddings", "max_position_embeddings", int, 4096),
         Key("initializer_range", "init_method_std", float, 0.0134),
         Key("norm_eps", "layernorm_epsilon", float, 1e-5),
-        Rope(kinds=("linear", "llama3"), partial=0.5),
+        Rope(partial=0.5),
         Key("attention_bias", "bias", bool, False),
         Key("mlp_bias", "bias", bool, False),
         Key("attention_dropout", "attention_dropout", float, 0.0),

@@ -1,4 +1,4 @@
-"""Rotary frequencies of YaRN (Peng et al., 2023), by the formula of transformers."""
+"""Rotary frequencies of YaRN (Peng et al., 2023) and LongRoPE (Ding et al., 2024), by the formulas of transformers."""
 
 from __future__ import annotations
 
@@ -33,3 +33,16 @@ def yarn_frequencies(model: ModelConfig) -> list[float] | None:
     period_I = base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     kept_I = 1 - ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return (1 / (scaling["factor"] * period_I) * (1 - kept_I) + 1 / period_I * kept_I).tolist()
+
+
+def longrope_frequencies(model: ModelConfig) -> tuple[list[float], list[float]] | None:
+    """Rotary frequencies [rotary_channels / 2] of sequences up to the original context, and of longer ones.
+
+    They are in radians a position, equal to transformers' to the bit; None for a model without LongRoPE.
+    """
+    scaling, size = model.rope_scaling or {}, model.rotary_channels
+    if scaling.get("type") != "longrope":
+        return None
+    period_I = model.rotary_base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    short, long = ((1 / (torch.tensor(scaling[name]) * period_I)).tolist() for name in ("short_factor", "long_factor"))
+    return short, long

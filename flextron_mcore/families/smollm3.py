@@ -8,7 +8,7 @@ from flextron_mcore.families.keys import Key, LayerWindows, NoRope, Rope
 FAMILY = llama.variant(
     "SmolLM3",
     defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True},
-    rope=Rope(theta=2e6, kinds=("linear", "llama3")),
+    rope=Rope(theta=2e6),
     more=(
         Key("attention_bias", "bias", bool, False),
         Key("mlp_bias", "bias", bool, False),

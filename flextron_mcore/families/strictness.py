@@ -121,12 +121,15 @@ _ONCE = ("rope_theta", "partial_rotary_factor")  # allowed at the top level of c
 _ROPE = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings"}
 
 
-def rope_parameters(config: Mapping[str, Any], known: Mapping[str, set[str]]) -> tuple[str, dict[str, Any], str]:
+def rope_parameters(
+    config: Mapping[str, Any], known: Mapping[str, set[str]], renamed: Mapping[str, str]
+) -> tuple[str, dict[str, Any], str]:
     """(name of the key, rotary parameters, type of scaling) from rope_scaling (transformers 4) or rope_parameters (5).
 
     Args:
         config: content of config.json.
         known: {type of scaling: names of its parameters}.
+        renamed: {type of scaling: its present name}, for old names.
 
     Raises:
         FlextronError: rope_scaling and rope_parameters differ, a parameter differs from its copy at the top level of config.json,
@@ -148,6 +151,7 @@ def rope_parameters(config: Mapping[str, Any], known: Mapping[str, set[str]]) ->
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if not isinstance(kind, str):
         raise FlextronError(f"{name}.rope_type must be of type str, not {_short(kind)}")
+    kind = renamed.get(kind, kind)
     if kind in known or kind == "default":
         unknown = sorted(rope.keys() - _ROPE - known.get(kind, set()))
         if unknown:

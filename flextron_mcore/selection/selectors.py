@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,15 +40,16 @@ class Uniform:
         space = self.choices.space
         return [space.uniform(self.choices.model, *sizes) for sizes in itertools.product(*space.sizes.values())]
 
+    def rank(self, net: SubNetwork) -> tuple[float, int]:
+        """(balance, parameters) of one of `networks`. Of those within the budgets, `select` takes the first of highest rank."""
+        full = SubNetwork.full(self.choices.model)
+        parts = [(axis, (net.executed_layers[0], full.layers[0]) if axis.of_layer else (net, full)) for axis in AXES.values()]
+        balance = min(axis.size(part) / axis.size(whole) for axis, (part, whole) in parts)
+        return balance, count_parameters(self.choices.model, net)
+
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
         """Choose the most balanced network within all budgets. Raises FlextronError if there is none."""
-        full = SubNetwork.full(self.choices.model)
-
-        def balance(net: SubNetwork) -> float:
-            parts = [(axis, (net.executed_layers[0], full.layers[0]) if axis.of_layer else (net, full)) for axis in AXES.values()]
-            return min(axis.size(part) / axis.size(whole) for axis, (part, whole) in parts)
-
-        return _largest("uniform", self.choices, self.networks(), budgets, balance)
+        return _highest("uniform", self, budgets)
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,13 @@ class MatFormer:
         space = self.choices.space
         return [space.uniform(self.choices.model, ffn_hidden_size=width) for width in space.ffn_hidden_size]
 
+    def rank(self, net: SubNetwork) -> int:
+        """Number of parameters: of the networks within the budgets, `select` takes the first of the highest rank."""
+        return count_parameters(self.choices.model, net)
+
     def select(self, budgets: Sequence[Budget]) -> SubNetwork:
         """Choose the largest network within all budgets. Raises FlextronError if there is none."""
-        return _largest("matformer", self.choices, self.networks(), budgets)
+        return _highest("matformer", self, budgets)
 
 
 @dataclass(frozen=True)
@@ -114,24 +119,18 @@ class Sensitivity:
         return found
 
 
-def _largest(
-    name: str,
-    choices: Choices,
-    networks: Iterable[SubNetwork],
-    budgets: Sequence[Budget],
-    first: Callable[[SubNetwork], float] = lambda net: 0.0,
-) -> SubNetwork:
-    """Network within all budgets with the largest first(network), and among equals with most parameters.
+def _highest(name: str, selector: Uniform | MatFormer, budgets: Sequence[Budget]) -> SubNetwork:
+    """First network of the highest rank within all budgets.
 
-    Raises FlextronError, which names the selector `name`, if none of `networks` is within all budgets.
+    Raises FlextronError, which names the selector `name`, if none of its networks is within all budgets.
     """
-    networks = list(networks)
+    networks = selector.networks()
     fitting = [net for net in networks if all(budget.allows(net) for budget in budgets)]
     if not fitting:
-        least = min(networks, key=lambda net: count_parameters(choices.model, net))
+        least = min(networks, key=lambda net: count_parameters(selector.choices.model, net))
         costs = ", ".join(f"{show(b.cost.name, b.cost.of(least))} ({b.cost.of(least) / b.cost.full:.3f})" for b in budgets)
         raise FlextronError(
             f"selector={name}: none of its {len(networks)} networks keeps to {' and '.join(map(str, budgets))}: "
             f"the smallest has {costs}"
         )
-    return max(fitting, key=lambda net: (first(net), count_parameters(choices.model, net)))
+    return max(fitting, key=selector.rank)

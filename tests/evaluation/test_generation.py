@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,19 @@ def test_prompts_decoded_together_are_those_decoded_alone(case, kind):
     if alone[0][1] is not None:  # every computed token is counted once; padding and ended texts are not
         assert torch.equal(network.counts_NK, sum(counts for _, counts in alone))
         assert (network.counts_NK.sum(0)[:2] > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["whole model", "sub-network", *KV_POLICIES])
+def test_texts_that_outgrow_the_original_context_of_longrope(case, kind):
+    """All prompts end with more than 5 tokens, and one of them begins with more: each switches to the long factors by itself."""
+    arch, space, _ = case
+    factors = {"short_factor": [1.0, 1.2, 1.4, 1.6], "long_factor": [1.0, 4.0, 9.0, 16.0]}
+    arch = replace(arch, rope_scaling={"type": "longrope", "original_max_position_embeddings": 5, **factors}, rotary_base=50.0)
+    case = arch, space, toy.model(arch, space)
+    make = networks(case, kind)
+    alone = [by_whole_passes(case[-1], make, prompt, NEW)[0] for prompt in PROMPTS]
+    assert generate(case[-1], PROMPTS, make(), NEW).ids == alone
+    assert generate(case[-1], PROMPTS[::2], make(), NEW).ids == alone[::2]
 
 
 def test_a_text_ends_at_its_end_token(case):

@@ -16,6 +16,7 @@ from tests.stages.conftest import stage
 MODELS = {
     "llama": lambda: hf_toy.llama(),
     "llama, tied, scaled": lambda: hf_toy.llama(tie_word_embeddings=True, rope_scaling=hf_toy.LLAMA3, rope_theta=500.0),
+    "llama, longrope": lambda: hf_toy.llama(rope_scaling=hf_toy.longrope(4, 8), rope_theta=500.0),
     "gpt2": lambda: hf_toy.gpt2(),
 }
 
@@ -58,14 +59,19 @@ def test_an_import_that_is_wrong(tmp_path, layerwise, part, words):
     assert "of the imported model differ by" in str(caught.value) and "\n" not in str(caught.value)
 
 
+KEYS = {"rope_theta": 500.0, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4, "original_max_position_embeddings": 9}
+
+
 @pytest.mark.parametrize("layerwise", [False, True], ids=["whole", "layer by layer"])
-def test_a_key_that_was_read_wrong(tmp_path, layerwise):
-    source = hf_toy.save(hf_toy.llama(), tmp_path / "hf")
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_that_was_read_wrong(tmp_path, layerwise, key):
+    source = hf_toy.save(hf_toy.llama(rope_scaling=hf_toy.longrope(4, 8)), tmp_path / "hf")
     info = hf_toy.checkpoint(source, tmp_path / "run")
     config = json.loads((source / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = 500.0
+    config["rope_parameters"][key] = KEYS[key]
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FlextronError, match="of the imported model differ by"):
+    word = "is 8, and transformers reads 9" if key.startswith("original") else "differ by"
+    with pytest.raises(FlextronError, match=f"of the imported model {word}"):
         compare_with_transformers(info, source, layerwise=layerwise)
 
 

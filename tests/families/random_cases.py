@@ -16,12 +16,21 @@ from flextron_mcore.space import SubNetwork
 from tests import hf_toy
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
-SCALINGS = (None, None, hf_toy.LINEAR, hf_toy.LLAMA3, YARN, {**YARN, "beta_fast": 20.0, "attention_factor": 1.3})
+SCALINGS = (None, hf_toy.LINEAR, hf_toy.LLAMA3, YARN, {**YARN, "beta_fast": 20.0, "attention_factor": 1.3})
+# LongRoPE with an original context just below the length of the texts, and just as long: the long factors, and the short ones
+LONGROPE = ({"original": hf_toy.LENGTH - 1}, {"original": hf_toy.LENGTH, "factor": 4.0})
 
 
-def llama_like(draw: random.Random, **more: Any) -> dict[str, Any]:
-    """Arguments of a configuration in odd shapes: heads that do not fill the hidden size, one group, one layer, tied or not."""
+def llama_like(draw: random.Random, sizes: tuple[int, ...] = (4, 6, 8, 16), partial: float = 1.0, **more: Any) -> dict[str, Any]:
+    """Arguments of a configuration in odd shapes: heads that do not fill the hidden size, one group, one layer, tied or not.
+
+    sizes: channels of a head to draw from. partial: share of them that is rotated.
+    """
     groups, queries, layers = draw.randint(1, 4), draw.randint(1, 4), draw.randint(1, 4)
+    size = draw.choice(sizes)
+    scaling = copy.deepcopy(draw.choice((*SCALINGS, *LONGROPE)))
+    if scaling and "original" in scaling:
+        scaling = hf_toy.longrope(int(size * partial) // 2, **scaling)
     return {
         "vocab_size": hf_toy.VOCAB,
         "hidden_size": 2 * groups * queries * draw.randint(2, 4),
@@ -29,11 +38,11 @@ def llama_like(draw: random.Random, **more: Any) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": groups * queries,
         "num_key_value_heads": groups,
-        "head_dim": draw.choice([4, 6, 8, 16]),
+        "head_dim": size,
         "max_position_embeddings": hf_toy.LENGTH,
         "tie_word_embeddings": draw.random() < 0.5,
         "rope_theta": draw.choice([500.0, 10000.0]),
-        "rope_scaling": copy.deepcopy(draw.choice(SCALINGS)),
+        "rope_scaling": scaling,
         "bos_token_id": 3,
         "eos_token_id": 5,
         "pad_token_id": None,
@@ -46,10 +55,6 @@ def _biased(draw: random.Random) -> dict[str, Any]:
     return {"attention_bias": biased, "mlp_bias": biased}
 
 
-def _unlike_yarn(draw: random.Random) -> dict[str, Any] | None:
-    return copy.deepcopy(draw.choice(SCALINGS[:4]))
-
-
 def _windows(draw: random.Random, values: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Arguments with, in half of the cases, a sliding window in layers that are listed."""
     kinds = [draw.choice(["full_attention", "sliding_attention"]) for _ in range(values["num_hidden_layers"])]
@@ -60,9 +65,21 @@ def _windows(draw: random.Random, values: dict[str, Any], **more: Any) -> dict[s
 
 def smollm3(draw: random.Random) -> dict[str, Any]:
     """Arguments of a SmolLM3, some of whose layers do not rotate queries and keys."""
-    values = llama_like(draw, rope_scaling=_unlike_yarn(draw), **_biased(draw))
+    values = llama_like(draw, **_biased(draw))
     values |= {"no_rope_layers": [draw.randint(0, 1) for _ in range(values["num_hidden_layers"])]}
     return _windows(draw, values, use_sliding_window=True)
+
+
+def phi3(draw: random.Random) -> dict[str, Any]:
+    """Arguments of a Phi-3, whose scaling can be longrope only, and whose heads fill the hidden size then."""
+    partial = draw.choice([1.0, 0.75, 0.5])
+    values = llama_like(draw, (4, 8, 16) if partial == 0.5 else (8, 16), partial, partial_rotary_factor=partial)
+    values["sliding_window"] = draw.choice([None, 7])
+    if (values["rope_scaling"] or {}).get("rope_type") != "longrope":
+        return values | {"rope_scaling": None}
+    original = values["rope_scaling"].pop("original_max_position_embeddings")
+    hidden = values["head_dim"] * values["num_attention_heads"]
+    return values | {"hidden_size": hidden, "original_max_position_embeddings": original}
 
 
 def gpt2(draw: random.Random) -> dict[str, Any]:
@@ -90,10 +107,8 @@ FAMILIES: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     "Qwen2": lambda draw: _windows(draw, llama_like(draw), use_sliding_window=True),
     "Qwen3": lambda draw: _windows(draw, llama_like(draw), use_sliding_window=True),
     "SmolLM3": lambda draw: smollm3(draw),
-    "Phi3": lambda draw: llama_like(
-        draw, rope_scaling=None, sliding_window=draw.choice([None, 7]), partial_rotary_factor=draw.choice([1.0, 1.0, 0.5])
-    ),
-    "Nemotron": lambda draw: llama_like(draw, head_dim=draw.choice([4, 8, 16]), rope_scaling=_unlike_yarn(draw), **_biased(draw)),
+    "Phi3": phi3,
+    "Nemotron": lambda draw: llama_like(draw, (4, 8, 16), 0.5, **_biased(draw)),
     "GPT2": gpt2,
 }
 
@@ -109,6 +124,8 @@ def random_model(family: str, seed: int) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(min(1, 5 / model.config.hidden_size**0.5))
+            elif family == "Nemotron":  # formats without zero-centred norms store 1 + weight: exact for these weights
+                parameter.add_(1).sub_(1)
     return model
 
 

@@ -41,6 +41,8 @@ NEMOTRON = dict(
     LLAMA, rms_norm_eps=None, head_dim=8, hidden_act="relu2", norm_eps=1e-5, partial_rotary_factor=0.5, rope_theta=10000
 )
 MINISTRAL_TYPES = ["full_attention", *["sliding_attention"] * 3]
+LONGROPE = {"long_factor": [1.0, 1.118320672, 32.0], "short_factor": [1.0, 1.0, 1.0], "type": "longrope"}
+PHI3_128K = {"long_factor": [1.05, 1.11, 19.2, 64.4], "short_factor": [1.0, 1.02, 1.3, 2.8], "type": "longrope"}
 
 SAME = {
     "Llama-3.2-1B": ("Llama", dict(LLAMA, head_dim=8, rope_scaling={**LLAMA3, "factor": 32.0}, tie_word_embeddings=True)),
@@ -68,34 +70,36 @@ SAME = {
     "Qwen2 with windows": ("Qwen2", dict(QWEN, max_window_layers=2, sliding_window=16, use_sliding_window=True)),
     "Qwen3-0.6B": ("Qwen3", dict(QWEN3, rope_theta=1000000, tie_word_embeddings=True)),
     "Qwen3-4B-Instruct-2507": ("Qwen3", dict(QWEN3, max_position_embeddings=262144, rope_theta=5000000)),
+    "SmolLM3-3B, YaRN": (
+        "SmolLM3",
+        dict(SMOLLM3, rope_scaling={"factor": 2.0, "original_max_position_embeddings": 65536, "type": "yarn"}),
+    ),
     "SmolLM3-3B": ("SmolLM3", dict(SMOLLM3, bos_token_id=None, rope_scaling=None, rope_theta=5000000.0)),
     "Phi-3-mini-4k-instruct": ("Phi3", dict(PHI3, num_key_value_heads=8, rope_scaling=None, sliding_window=16)),
     "Phi-4": ("Phi3", dict(PHI3, max_position_embeddings=16384, rope_scaling=None, rope_theta=250000, sliding_window=None)),
     "Phi-4-mini without longrope": ("Phi3", dict(PHI4_MINI, rope_scaling=None)),
+    "Phi-4-mini": ("Phi3", dict(PHI4_MINI, max_position_embeddings=131072, rope_scaling=LONGROPE)),
+    "Phi-4-mini, after its original context": (
+        "Phi3",
+        dict(PHI4_MINI, max_position_embeddings=3072, original_max_position_embeddings=90, rope_scaling=LONGROPE),
+    ),
+    "Phi-3-mini-128k": (
+        "Phi3",
+        dict(PHI3, max_position_embeddings=131072, num_key_value_heads=8, rope_scaling=PHI3_128K, sliding_window=262144),
+    ),
     "Minitron-4B-Base": ("Nemotron", dict(NEMOTRON, kv_channels=8, rope_percent=0.5, rope_scaling=None)),
     "Nemotron, llama3 in part of a head": (
         "Nemotron",
         dict(NEMOTRON, rope_theta=None, rope_parameters={**LLAMA3, "partial_rotary_factor": 0.5, "rope_theta": 10000.0}),
     ),
+    "Nemotron, YaRN in part of a head": ("Nemotron", dict(NEMOTRON, rope_scaling={"factor": 2.0, "type": "yarn"})),
     "gpt2": ("GPT2", dict(GPT2, task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}})),
     "gpt2-medium": ("GPT2", dict(GPT2, n_special=0, predict_special_tokens=True)),
     "gpt2-xl": ("GPT2", dict(GPT2, output_past=True)),
     "distilgpt2": ("GPT2", dict(GPT2, _num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})),
 }
-LONGROPE = {"long_factor": [1.0, 1.1, 1.2], "short_factor": [1.0, 1.0, 1.0], "type": "longrope"}
 CHUNKS = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
 REFUSED = {
-    "Phi-4-mini": ("Phi3", dict(PHI4_MINI, rope_scaling=LONGROPE), "rope_scaling of type 'longrope' is not supported"),
-    "SmolLM3-3B, YaRN": (
-        "SmolLM3",
-        dict(SMOLLM3, rope_scaling={"factor": 2.0, "original_max_position_embeddings": 65536, "type": "yarn"}),
-        "rope_scaling of type 'yarn' is not supported: only default, linear, llama3",
-    ),
-    "Nemotron, YaRN in part of a head": (
-        "Nemotron",
-        dict(NEMOTRON, rope_scaling={"factor": 2.0, "type": "yarn"}),
-        "rope_scaling of type 'yarn' is not supported: only default, linear, llama3",
-    ),
     "Qwen2.5-7B-Instruct-1M": ("Qwen2", dict(QWEN, dual_chunk_attention_config=CHUNKS), "dual_chunk_attention_config="),
     "Mistral with windows in some layers": ("Mistral", dict(layer_types=MINISTRAL_TYPES, sliding_window=16), "layer_types="),
     "Llama with windows": ("Llama", dict(layer_types=MINISTRAL_TYPES, sliding_window=16), "layer_types="),

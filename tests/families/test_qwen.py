@@ -91,13 +91,6 @@ def test_norms_of_heads_need_rmsnorm():
         ModelConfig(1, 8, 2, 9, 9, qk_layernorm=True, normalization="layernorm")
 
 
-@pytest.mark.parametrize("version", CLASSES)
-def test_longrope_is_refused_by_name(version, tmp_path):
-    config = json.loads((hf_toy.save(model(version), tmp_path) / "config.json").read_text())
-    changes = {"rope_scaling": {"type": "longrope", "factor": 2.0}, "rope_parameters": None}
-    hf_toy.check_refusal(config | changes, tmp_path, ["'longrope'", "yarn"])
-
-
 def test_biases_of_qwen3_are_refused(tmp_path):
     config = json.loads((hf_toy.save(model(3), tmp_path) / "config.json").read_text())
     hf_toy.check_refusal(config | {"attention_bias": True}, tmp_path, ["attention_bias=True"])

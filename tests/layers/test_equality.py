@@ -22,6 +22,7 @@ from flextron_mcore.specs import elastic_gpt_layer_spec
 from tests import toy
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6}
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.2], "long_factor": [1.5, 3.0], "original_max_position_embeddings": 4}
 KINDS = {
     "llama": toy.LLAMA,
     "gpt2": toy.GPT2,
@@ -31,7 +32,9 @@ KINDS = {
     "qwen2": dict(toy.LLAMA, add_qkv_bias=True),
     "qwen3 with yarn": dict(toy.LLAMA, qk_layernorm=True, rope_scaling=YARN),
     "mistral with a window": dict(toy.LLAMA, sliding_window=7),
-    "nemotron": dict(toy.LLAMA, normalization="layernorm1p", activation="squared-relu", rotary_percent=0.5),
+    "nemotron with longrope": dict(
+        toy.LLAMA, normalization="layernorm1p", activation="squared-relu", rotary_percent=0.5, rope_scaling=LONGROPE
+    ),
 }
 ATTENTION = {"mha": (4, "kv_group"), "gqa groups": (2, "kv_group"), "gqa heads": (2, "query_head")}
 

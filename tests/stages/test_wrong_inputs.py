@@ -92,7 +92,7 @@ WRONG = {
         ("model.num_layers=1e9", "model.num_layers=1e9 must be a whole number"),
         ("model.num_query_groups=3", "is not divisible by model.num_query_groups=3"),
         ("model.hidden_size=1000000", "of memory on a rank"),
-        ("model.rope_scaling={a: 1}", "use one of linear, llama3, yarn"),
+        ("model.rope_scaling={a: 1}", "use one of linear, llama3, yarn, longrope"),
         ("model.recompute_method=uniform", "has an effect with model.recompute_granularity=full only"),
         ("model.recompute_num_layers=5", "has an effect with model.recompute_granularity=full only"),
         ("model.recompute_modules=[mlp]", "has an effect with model.recompute_granularity=selective only"),

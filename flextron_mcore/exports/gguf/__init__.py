@@ -115,6 +115,7 @@ def _architecture(model: ModelConfig, net: SubNetwork) -> str:
         "heads that do not fill the hidden size": name == "nemotron" and heads != net.hidden_size,
         "tied embeddings": name == "nemotron" and model.share_embeddings_and_output_weights,
         "rotary frequencies of Llama 3": scaling.get("type") == "llama3",
+        "rotary frequencies of longrope": scaling.get("type") == "longrope",
     }
     if name != "deci" and any(faults.values()):
         missing = next(fault for fault, found in faults.items() if found)

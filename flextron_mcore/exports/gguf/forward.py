@@ -76,6 +76,9 @@ def forward(path: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
         frequency_I = frequency_I / yarn_factors(scaling, frequency_I, value("rope.freq_base"))
         turn_scale = value("rope.scaling.attn_factor", 1.0) * (1 + 0.1 * math.log(factor))
         factor = 1.0
+    if value("rope.scaling.type") == "longrope":  # llama.cpp compares its context (-c); here this is as long as the texts
+        side = "long" if tokens_BS.shape[1] > value("rope.scaling.original_context_length") else "short"
+        frequency_I, turn_scale = frequency_I / read(f"rope_factors_{side}.weight"), value("rope.scaling.attn_factor", 1.0)
     decoder = Decoder(
         tensor,
         layers=value("block_count"),

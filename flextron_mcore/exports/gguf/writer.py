@@ -25,7 +25,6 @@ from flextron_mcore.families.family import Names
 from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.space import LayerChoice, count_parameters
 
-_ROPE_FACTORS = "rope_freqs.weight"
 _NAMES = Names(
     {
         "embedding.word_embeddings": "token_embd",
@@ -68,7 +67,7 @@ def write_file(job: Job, file: Path, kind: str, architecture: str, vocabulary: V
     factors = _rope_factors(model)
     total = 0
     shapes = [pair for each in mapped for pair in each.shapes.items()]
-    for name, shape in [*([] if factors is None else [(_ROPE_FACTORS, factors.shape)]), *shapes]:
+    for name, shape in [*((name, values.shape) for name, values in factors.items()), *shapes]:
         stored = _stored_type(shape, kind)
         total += _nbytes(shape, stored)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), _nbytes(shape, stored), stored)
@@ -77,8 +76,8 @@ def write_file(job: Job, file: Path, kind: str, architecture: str, vocabulary: V
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors)
+        for values in factors.values():
+            writer.write_tensor_data(values)
         parameters = 0
         for each in mapped:
             whole = tensors[each.placed.name].load().float()
@@ -142,24 +141,35 @@ def _add_metadata(
     writer.add_rope_dimension_count(model.rotary_channels)
     writer.add_rope_freq_base(model.rotary_base)
     scaling = dict(model.rope_scaling or {"type": "none"})
-    types = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
+    types = {
+        "linear": gguf.RopeScalingType.LINEAR,
+        "yarn": gguf.RopeScalingType.YARN,
+        "longrope": gguf.RopeScalingType.LONGROPE,
+    }
     writer.add_rope_scaling_type(types.get(scaling["type"], gguf.RopeScalingType.NONE))
-    if scaling["type"] in types:
+    if scaling["type"] in ("linear", "yarn"):
         writer.add_rope_scaling_factor(scaling["factor"])
+    if scaling["type"] in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
+    if scaling["type"] == "longrope":
+        writer.add_rope_scaling_attn_factors(scaling["attention_factor"])
     if scaling["type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
         writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
         # llama.cpp multiplies its own factor, YaRN's default, with this one.
         writer.add_rope_scaling_attn_factors(scaling["attention_factor"] / (1 + 0.1 * math.log(scaling["factor"])))
 
 
-def _rope_factors(model: ModelConfig) -> np.ndarray | None:
-    """Divisors of rotary frequencies in the scaling of Llama 3.1, fp32 [kv_channels / 2]; None for models without it."""
+def _rope_factors(model: ModelConfig) -> dict[str, np.ndarray]:
+    """{tensor: divisors of rotary frequencies, fp32 [kv_channels / 2]} of Llama 3.1's scaling or LongRoPE; {} without them."""
     scaling = model.rope_scaling or {}
+    if scaling.get("type") == "longrope":
+        kinds = ("long", "short")
+        return {f"rope_factors_{kind}.weight": np.array(scaling[f"{kind}_factor"], dtype=np.float32) for kind in kinds}
     if scaling.get("type") != "llama3":
-        return None
-    return llama3_factors(scaling, frequencies(model.rotary_base, model.kv_channels)).float().numpy()
+        return {}
+    factors_I = llama3_factors(scaling, frequencies(model.rotary_base, model.kv_channels))
+    return {"rope_freqs.weight": factors_I.float().numpy()}
 
 
 def _permuted(name: str, tensor: torch.Tensor, size: int) -> torch.Tensor:

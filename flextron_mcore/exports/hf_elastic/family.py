@@ -17,7 +17,7 @@ from flextron_mcore.checkpoint.reader import TensorReader
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
-from flextron_mcore.cost import Budget, Cost, memory_cost, parameter_cost
+from flextron_mcore.cost import Cost, memory_cost, parameter_cost
 from flextron_mcore.exports.formats import Job
 from flextron_mcore.latency.table import open_table
 from flextron_mcore.routers.store import kind_of_routers
@@ -134,11 +134,15 @@ def _answers(picks: _Picks, cost: Cost, networks: _Networks, listed: list[SubNet
     if isinstance(picks, RouterSelector):
         bins = [found and [*found[:2], networks.number(found[2])] for found in picks.bins(cost)]
         return {"cells": bins, "least": [networks.number(picks.choices.least(cost))], "given": more}
+    # The answer of `picks.select` to every limit, in one pass: it takes the first network of the highest rank.
+    ranked = [(cost.of(net), picks.rank(net), -i, net) for i, net in enumerate(picks.networks())]
+    ranked.sort(key=lambda row: row[0])
     steps: list[list] = []
-    for limit in sorted({cost.of(net) for net in picks.networks()}):
-        net = picks.select([Budget(cost, limit)])
-        if not steps or steps[-1][1] != networks.number(net):
-            steps.append([limit, networks.number(net)])
+    best, limits = None, [*(row[0] for row in ranked[1:]), None]
+    for (limit, *row), following in zip(ranked, limits, strict=True):
+        best = max(best, row, key=lambda row: row[:2]) if best else row
+        if following != limit and (not steps or steps[-1][1] != networks.number(best[2])):
+            steps.append([limit, networks.number(best[2])])
     return {"steps": steps, "given": more}
 
 

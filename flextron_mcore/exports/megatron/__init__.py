@@ -27,7 +27,7 @@ from flextron_mcore.exports.directory import begin, figures, write_json
 from flextron_mcore.exports.formats import Format, Job, rounding
 from flextron_mcore.exports.megatron.arguments import LLAMA3, command_line, not_on_the_command_line
 from flextron_mcore.exports.megatron.read import read_logits
-from flextron_mcore.families.rope import yarn_frequencies
+from flextron_mcore.families.rope import longrope_frequencies, yarn_frequencies
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, weight_bytes
 
@@ -55,7 +55,9 @@ def write(job: Job) -> dict[str, Any]:
     widths = {(layer.num_attention_heads, layer.kv_groups) for layer in layers}
     architecture = "GPTModel"
     if not net.is_uniform:
-        architecture += " with PerLayerConfig" if len(widths) > 1 else " with HeterogeneousTransformerConfig"
+        architecture += (
+            " with PerLayerConfig" if len(widths) > 1 or model.rotary_scale != 1 else " with HeterogeneousTransformerConfig"
+        )
     # Megatron-LM does not load a checkpoint of iteration 0.
     folder = iteration_path(out, max(info.step, 1))
 
@@ -139,7 +141,7 @@ def _config(model: ModelConfig, layers: list[LayerChoice], heads_differ: bool, d
     scaling: Mapping[str, Any] = dict(model.rope_scaling or {"type": None})
     kind = scaling["type"]
     theirs = kind == "llama3" and all(scaling[name] == value for name, value in LLAMA3.items())
-    differ = len(set(layers)) > 1
+    differ, both = len(set(layers)) > 1, longrope_frequencies(model)
     return {
         "dtype": dtype,
         "activation": model.activation,
@@ -156,7 +158,6 @@ def _config(model: ModelConfig, layers: list[LayerChoice], heads_differ: bool, d
             "add_bias_linear": model.bias,
             "add_qkv_bias": model.add_qkv_bias,
             "qk_layernorm": model.qk_layernorm,
-            "softmax_scale": model.softmax_scale,
             "no_rope_freq": model.no_rope_freq and list(model.no_rope_freq),
             "window_size": model.sliding_window and [model.sliding_window - 1, 0],
             "window_attn_skip_freq": model.window_attn_skip_freq and list(model.window_attn_skip_freq),
@@ -177,6 +178,8 @@ def _config(model: ModelConfig, layers: list[LayerChoice], heads_differ: bool, d
         },
         "rope_scaling": {name: scaling[name] for name in ("factor", *LLAMA3)} if kind == "llama3" and not theirs else None,
         "rotary_frequencies": yarn_frequencies(model),
+        "rotary_scale": model.rotary_scale,
+        "longrope": both and {"short": both[0], "long": both[1], "original": model.short_context},
         "query_heads_differ": heads_differ,
         "block_configs": [_block(layer, heads_differ) for layer in layers] if differ else None,
     }

@@ -22,8 +22,8 @@ def not_on_the_command_line(model: ModelConfig, net: SubNetwork) -> str | None:
     scaling = dict(model.rope_scaling or {})
     if scaling.get("type") == "llama3" and any(scaling[name] != value for name, value in LLAMA3.items()):
         return "its --use-rope-scaling has the frequencies of Llama 3.1, and the model has others"
-    if scaling.get("type") == "yarn":
-        return "it has no argument for YaRN in a model with rotary positions"
+    if scaling.get("type") in ("yarn", "longrope"):
+        return f"it has no argument for {scaling['type']} in a model with rotary positions"
     if model.no_rope_freq is not None:
         return "its --no-rope-freq takes every n-th layer, and the model names its layers without rotary embedding one by one"
     if model.sliding_window is not None:

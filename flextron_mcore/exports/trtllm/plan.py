@@ -163,8 +163,8 @@ def _misfit(model: ModelConfig, style: str) -> str | None:
         return "the exported classes rotate the heads of all layers, this model leaves some out: use format=hf"
     if model.sliding_window is not None and model.sliding_window < model.max_position_embeddings:
         return f"the exported classes have no sliding window, this model has one of {model.sliding_window} tokens: use format=hf"
-    if (model.rope_scaling or {}).get("type") == "yarn":
-        return "the exported classes have no YaRN for layers like this model's: use format=hf"
+    if (kind := (model.rope_scaling or {}).get("type")) in ("yarn", "longrope"):
+        return f"the exported classes have no {kind} for layers like this model's: use format=hf"
     if _is_llama(model):
         if model.rotary_percent != 1:
             return (

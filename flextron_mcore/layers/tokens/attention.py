@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.linear import Selection
+from flextron_mcore.layers.rotary import rotary_scale
 from flextron_mcore.layers.rows import PrefixRows, RowIndex, put_rows, take_rows
 from flextron_mcore.layers.state import Output
 from flextron_mcore.layers.tokens.cache import OwnCache
@@ -73,7 +74,7 @@ def routed_attention(
     rotary = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
     if module.config.no_rope_freq and module.config.no_rope_freq[module.layer_number - 1]:
         rotary = None
-    position = Position(start, len(levels_SB), rotary, hidden_states.dtype)
+    position = Position(start, len(levels_SB), rotary, hidden_states.dtype, rotary_scale(module.config))
     # With query heads as units every token uses all KV groups, so both policies are the same.
     own = routing.kv_policy == "own" and module.space.attention_unit == "kv_group"
     if routing.masked:

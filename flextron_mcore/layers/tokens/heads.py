@@ -91,14 +91,15 @@ class Position:
         rotary: rotary angles of all positions [T, 1, 1, channels], where the second half of the channels repeats the first; None
             for a model without rotary embedding.
         dtype: dtype of the cosines and sines.
+        scale: factor of the cosines and sines.
     """
 
-    def __init__(self, start: int, length: int, rotary: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, start: int, length: int, rotary: Tensor | None, dtype: torch.dtype, scale: float = 1.0) -> None:
         self.start = start
         self.turn_S = None
         if rotary is not None:  # once for all blocks of heads
             angles_S = rotary[start : start + length].chunk(2, -1)[0]
-            self.turn_S = torch.cat([angles_S.cos(), angles_S.sin()], -1).to(dtype).flatten(1)
+            self.turn_S = (torch.cat([angles_S.cos(), angles_S.sin()], -1) * scale).to(dtype).flatten(1)
 
     def rotate(self, x_nBXH: Tensor, index_nB: Tensor | None) -> Tensor:
         """Rotary embedding of queries or keys [n, B, ..., H] at positions start + index_nB; None for start, start + 1, ...

@@ -14,12 +14,27 @@ from transformers.models.llama.modeling_llama import (
 from .configuration_flextron_llama import FlextronLlamaConfig
 
 
+class LayerView:
+    """Shared configuration, in which set_attn_implementation changes the attention implementation, with a layer's widths."""
+
+    def __init__(self, shared, layer):
+        self.shared = shared
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            setattr(self, name, getattr(layer, name))
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # asked of an empty object when it is copied
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
 class FlextronLlamaDecoderLayer(LlamaDecoderLayer):
     """Layer with the widths of `config.layer_config(layer_idx)`."""
 
     def __init__(self, config, layer_idx):
-        super().__init__(config.layer_config(layer_idx), layer_idx)
-        self.self_attn.config = config  # the shared one, in which set_attn_implementation changes the attention implementation
+        layer = config.layer_config(layer_idx)
+        super().__init__(layer, layer_idx)
+        self.self_attn.config = LayerView(config, layer)
 
 
 class FlextronLlamaModel(LlamaModel):

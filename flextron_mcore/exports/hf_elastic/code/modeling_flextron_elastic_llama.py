@@ -28,10 +28,19 @@ from .flextron_family import Family  # noqa: F401  (transformers 4 copies only f
 from .flextron_parts import ElasticAttention, ElasticEmbedding, ElasticLayer, ElasticLinear, elastic_norm, neurons_of_each
 
 
-def rows(x, linear, count):
-    """First `count` outputs of a linear layer, from the first inputs, as many as `x` has."""
-    bias = None if linear.bias is None else linear.bias[:count]
-    return F.linear(x, linear.weight[:count, : x.shape[-1]], bias)
+def parts(module, names, fused, sizes):
+    """{name: (weight, bias)} of linear layers of a module, or of the parts, of `sizes` outputs, of one fused layer (Phi-3)."""
+    if hasattr(module, names[0]):
+        layers = [getattr(module, name) for name in names]
+        return {name: (layer.weight, layer.bias) for name, layer in zip(names, layers, strict=True)}
+    weights = getattr(module, fused).weight.split(sizes)
+    return {name: (weight, None) for name, weight in zip(names, weights, strict=True)}
+
+
+def rows(x, part, count):
+    """First `count` outputs of a (weight, bias), from the first inputs, as many as `x` has."""
+    weight, bias = part
+    return F.linear(x, weight[:count, : x.shape[-1]], None if bias is None else bias[:count])
 
 
 def columns(x, linear, channels):
@@ -47,7 +56,12 @@ class ElasticLlamaAttention(ElasticAttention, LlamaAttention):
 
     @property
     def extent(self):
-        return self.k_proj.weight.shape[0] // self.head_dim, self.num_key_value_groups, self.head_dim
+        out = self.o_proj.weight.shape[1] // self.head_dim
+        return out // self.num_key_value_groups, self.num_key_value_groups, self.head_dim
+
+    def part(self, name):
+        G, Q, H = self.extent
+        return parts(self, ("q_proj", "k_proj", "v_proj"), "qkv_proj", (G * Q * H, G * H, G * H))[name]
 
     def queries(self, x_NC, g, q):
         query_NgqH = self._queries(x_NC, g, q)
@@ -55,20 +69,21 @@ class ElasticLlamaAttention(ElasticAttention, LlamaAttention):
 
     def _queries(self, x_NC, g, q):
         G, Q, H = self.extent
+        weight, bias = self.part("q_proj")
         if q == Q:  # whole groups are the first rows
-            return rows(x_NC, self.q_proj, g * q * H).view(len(x_NC), g, q, H)
-        weight_GhC = self.q_proj.weight.view(G, Q * H, -1)[:g, : q * H, : x_NC.shape[1]]
+            return rows(x_NC, (weight, bias), g * q * H).view(len(x_NC), g, q, H)
+        weight_GhC = weight.view(G, Q * H, -1)[:g, : q * H, : x_NC.shape[1]]
         query_GNh = torch.bmm(x_NC.expand(g, -1, -1), weight_GhC.transpose(1, 2))
-        if self.q_proj.bias is not None:
-            query_GNh = query_GNh + self.q_proj.bias.view(G, 1, Q * H)[:g, :, : q * H]
+        if bias is not None:
+            query_GNh = query_GNh + bias.view(G, 1, Q * H)[:g, :, : q * H]
         return query_GNh.transpose(0, 1).unflatten(-1, (q, H))
 
     def keys(self, x_NC, g):
-        key_NgH = rows(x_NC, self.k_proj, g * self.head_dim).view(len(x_NC), g, self.head_dim)
+        key_NgH = rows(x_NC, self.part("k_proj"), g * self.head_dim).view(len(x_NC), g, self.head_dim)
         return self.k_norm(key_NgH) if hasattr(self, "k_norm") else key_NgH
 
     def values(self, x_NC, g):
-        return rows(x_NC, self.v_proj, g * self.head_dim).view(len(x_NC), g, self.head_dim)
+        return rows(x_NC, self.part("v_proj"), g * self.head_dim).view(len(x_NC), g, self.head_dim)
 
     def projected(self, heads_NgqH, channels):
         G, Q, H = self.extent
@@ -107,17 +122,18 @@ class ElasticLlamaMLP(LlamaMLP):
 
     def __init__(self, config, layer_idx):
         super().__init__(config)
-        self.layer_idx = layer_idx
+        self.layer_idx, self.neurons = layer_idx, config.intermediate_size
+        self.function = self.activation_fn if hasattr(self, "activation_fn") else self.act_fn
 
     def forward(self, x):
-        return neurons_of_each(self.layer_idx, x, self.intermediate_size, self.part)
+        return neurons_of_each(self.layer_idx, x, self.neurons, self.part)
 
     def part(self, x, neurons):
-        hidden = rows(x, self.up_proj, neurons)
-        if hasattr(self, "gate_proj"):  # Nemotron's has none
-            hidden = self.act_fn(rows(x, self.gate_proj, neurons)) * hidden
-        else:
-            hidden = self.act_fn(hidden)
+        names = ("up_proj",) if hasattr(self, "up_proj") and not hasattr(self, "gate_proj") else ("gate_proj", "up_proj")
+        found = [rows(x, part, neurons) for part in parts(self, names, "gate_up_proj", self.neurons).values()]
+        hidden = self.function(found[0])
+        if len(found) > 1:  # Nemotron's has no gate
+            hidden = hidden * found[1]
         return columns(hidden, self.down_proj, x.shape[-1])
 
 

@@ -4,8 +4,8 @@
     model = load_model.load(bf16=True)    # this rank's part, a GPTModel; takes all arguments of TransformerConfig
 
 `model_config.json` has the sizes. If the layers have different widths, these are in its `block_configs`, in the form of
-Megatron-Core's HeterogeneousTransformerConfig. That form has no number of query heads; if they differ too, `PerLayerConfig` adds
-them.
+Megatron-Core's HeterogeneousTransformerConfig. That form has no number of query heads and no factor of rotary embeddings; where
+one is needed, `PerLayerConfig` adds it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.activations import squared_relu
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -51,16 +53,52 @@ PLAIN = {
 
 @dataclasses.dataclass
 class PerLayerConfig(HeterogeneousTransformerConfig):
-    """HeterogeneousTransformerConfig whose block_configs may also give each layer's num_attention_heads."""
+    """HeterogeneousTransformerConfig whose block_configs may also give each layer's num_attention_heads; takes `scaled`."""
 
     def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
         """TransformerConfig of a layer; layers count from 1."""
         block = json.loads(self.heterogeneous_layers_config_encoded_json)["block_configs"][layer_number - 1]
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig)}
-        values["num_attention_heads"] = block["attention"]["num_attention_heads"]
+        values["num_attention_heads"] = block["attention"].get("num_attention_heads", self.num_attention_heads)
         values["num_query_groups"] = block["attention"]["num_query_groups"]
         values["ffn_hidden_size"] = block["mlp"]["ffn_hidden_size"]
-        return TransformerConfig(**values)
+        return scaled(TransformerConfig(**values), getattr(self, "yarn_mscale", 0.0) + 1)
+
+
+def scaled(config: TransformerConfig, scale: float) -> TransformerConfig:
+    """The configuration, of a model whose attention multiplies cosines and sines of rotary embeddings with `scale`.
+
+    Megatron-Core reads these attributes for its own YaRN: its factor is 0.1 * yarn_mscale * ln(yarn_rotary_scaling_factor) + 1.
+    """
+    if scale != 1:
+        config.yarn_rotary_scaling_factor, config.yarn_mscale, config.yarn_mscale_all_dim = math.exp(10), scale - 1, 0.0
+    return config
+
+
+class LongRotaryEmbedding(RotaryEmbedding):
+    """Rotary embedding of LongRoPE: frequencies `short` up to `original` positions, and `long` for longer sequences.
+
+    With a KV cache the length is that of all tokens so far. Compute earlier tokens again when a text grows beyond `original`.
+    """
+
+    def __init__(self, plain: RotaryEmbedding, short: list[float], long: list[float], original: int) -> None:
+        torch.nn.Module.__init__(self)
+        self.rotary_interleaved, self.cp_group = plain.rotary_interleaved, plain.cp_group
+        self.seq_len_interpolation_factor, self.inv_freq = None, plain.inv_freq
+        self.frequencies, self.original = [plain.inv_freq.new_tensor(values) for values in (short, long)], original
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        """Rotary angles [max_seq_len, 1, 1, rotated channels] of the positions from `offset` on."""
+        self.inv_freq = self.frequencies[offset + max_seq_len > self.original]
+        return super().get_emb(max_seq_len, offset)
+
+    def get_rotary_seq_len(self, inference_context: Any, *args: Any, **kwargs: Any) -> int:
+        """Number of positions to compute angles for, on the side of `original` on which the sequence ends."""
+        most, context = super().get_rotary_seq_len(inference_context, *args, **kwargs), inference_context
+        if context is None:
+            return most
+        end = context.sequence_len_offset + super().get_rotary_seq_len(None, *args, **kwargs)
+        return most if end > self.original else min(most, self.original)
 
 
 def read() -> dict[str, Any]:
@@ -80,10 +118,10 @@ def transformer_config(**changes: Any) -> TransformerConfig:
     }
     values["window_size"] = values["window_size"] and tuple(values["window_size"])  # JSON has no tuples
     if model["block_configs"] is None:
-        return TransformerConfig(**values)
+        return scaled(TransformerConfig(**values), model["rotary_scale"])
     values["heterogeneous_layers_config_encoded_json"] = json.dumps({"block_configs": model["block_configs"]})
-    kind = PerLayerConfig if model["query_heads_differ"] else HeterogeneousTransformerConfig
-    return kind(**values)
+    kind = PerLayerConfig if model["query_heads_differ"] or model["rotary_scale"] != 1 else HeterogeneousTransformerConfig
+    return scaled(kind(**values), model["rotary_scale"])
 
 
 def build(use_te: bool = False, **changes: Any) -> GPTModel:
@@ -112,8 +150,10 @@ def build(use_te: bool = False, **changes: Any) -> GPTModel:
     )
     if model["rope_scaling"] is not None:  # scaling of Llama 3 with values that GPTModel does not take
         gpt.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb._apply_scaling(gpt.rotary_pos_emb.inv_freq, **model["rope_scaling"])
-    if model["rotary_frequencies"] is not None:  # YaRN; its factor of queries and keys is in softmax_scale
+    if model["rotary_frequencies"] is not None:  # YaRN
         gpt.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb.inv_freq.new_tensor(model["rotary_frequencies"])
+    if model["longrope"] is not None:
+        gpt.rotary_pos_emb = LongRotaryEmbedding(gpt.rotary_pos_emb, **model["longrope"])
     return gpt
 
 

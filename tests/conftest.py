@@ -20,6 +20,10 @@ from flextron_mcore.runtime.environment import prepare_environment
 
 prepare_environment()
 
+from flextron_mcore.runtime.cpu import import_megatron  # noqa: E402
+
+import_megatron()  # as the command line does: without it, Megatron-Core's squared ReLU and others are compiled in every process
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from flextron_mcore.config import MOST_LAYERS, ROPE_SCALING_KEYS, FlextronError, ModelConfig
@@ -212,22 +212,32 @@ class Rope:
         """{"rope_theta", "rope_scaling", "rope_parameters"}, and "partial_rotary_factor" for a family with partial rotation.
 
         Also "original_max_position_embeddings" of LongRoPE, which transformers 4 reads in config.json itself, and of a family in
-        which it is always there.
+        which it is always there. That family's class in transformers 4 accepts a scaling with type and factors only.
         """
         scaling = dict(model.rope_scaling or {"type": "default"})
         rope = {"rope_type": scaling.pop("type"), **scaling}
-        key = "original_max_position_embeddings"
+        old, key = rope, "original_max_position_embeddings"
         outside = {key: rope[key]} if rope["rope_type"] == "longrope" else {}
         if self.original is not None:
             outside = {key: rope.get(key, source.get(key) or self.original)}
+            if rope["rope_type"] == "longrope" and model.rotary_scale == self._default_scale(model):
+                rope = {name: rope[name] for name in ("rope_type", "short_factor", "long_factor")}
+                old = {"type": "longrope", **{name: rope[name] for name in rope if name != "rope_type"}}
         partial = {} if self.partial is None else {"partial_rotary_factor": model.rotary_percent}
         return {
             "rope_theta": model.rotary_base,
-            "rope_scaling": rope if model.rope_scaling else None,
+            "rope_scaling": old if model.rope_scaling else None,
             "rope_parameters": {"rope_theta": model.rotary_base, **rope, **partial},
             **partial,
             **outside,
         }
+
+
+    @staticmethod
+    def _default_scale(model: ModelConfig) -> float:
+        """Default of LongRoPE's attention_factor in the model."""
+        given = {name: value for name, value in (model.rope_scaling or {}).items() if name != "attention_factor"}
+        return replace(model, rope_scaling=given).rotary_scale
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -74,5 +75,5 @@ def set_rotary_scale(config: TransformerConfig, scale: float) -> None:
 
 
 def rotary_scale(config: TransformerConfig) -> float:
-    """Factor of the cosines and sines of rotary embeddings that `set_rotary_scale` set; 1 without."""
-    return 1 + getattr(config, "yarn_mscale", 0.0)
+    """Factor with which Megatron-Core's attention multiplies the cosines and sines of rotary embeddings; mostly 1."""
+    return _yarn_get_concentration_factor_from_config(config)

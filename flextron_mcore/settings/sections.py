@@ -62,7 +62,7 @@ class ArchitectureSettings:
     rotary_base: float = setting(10000.0, "base of the rotary frequencies, with position_embedding_type=rope", above=0)
     rotary_percent: float = setting(1.0, "share of a head's channels that are rotated", above=0, at_most=1)
     rope_scaling: dict[str, Any] | None = setting(
-        None, "scaling of the rotary frequencies, {type: linear, factor: F}, {type: llama3, ...} or {type: yarn, ...}; null: none"
+        None, "scaling of the rotary frequencies, {type: linear, factor: F}, or of type llama3, yarn or longrope; null: none"
     )
     no_rope_freq: list[int] | None = setting(
         None, "for each layer 1: no rotary embedding, 0: rotary embedding; null: rotary embedding in all layers"

@@ -41,7 +41,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=32),
     "smollm3": SmolLM3Config(**SMALL, pad_token_id=0),
-    "phi3": Phi3Config(**SMALL, pad_token_id=0),
+    "phi3": Phi3Config(
+        **SMALL,
+        pad_token_id=0,
+        max_position_embeddings=131072,
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    ),
     "nemotron": NemotronConfig(**SMALL),
     "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4),
 }

@@ -232,7 +232,6 @@ class Rope:
             **outside,
         }
 
-
     @staticmethod
     def _default_scale(model: ModelConfig) -> float:
         """Default of LongRoPE's attention_factor in the model."""

@@ -84,6 +84,14 @@ class PretrainSettings(LoopSettings):
     model: PretrainModelSettings = section(PretrainModelSettings)
 
 
+def _teacher() -> str | None:
+    text = (
+        "checkpoint of a frozen model, such as the parent, that teaches all networks (distillation); null: the full model of the "
+        "same step teaches its sub-networks"
+    )
+    return path(None, text)
+
+
 @dataclass
 class ElasticSettings(LoopSettings):
     """Train the full model together with random sub-networks (elastic continued training)."""
@@ -106,7 +114,9 @@ class ElasticSettings(LoopSettings):
         at_least=0,
         ceiling=10_000,
     )
+    teacher: str | None = _teacher()
     distillation: DistillationSettings = section(DistillationSettings)
+    full_weight: float = setting(1.0, "factor of the full model's loss in the sum of the losses of a step's networks", at_least=0)
     model: TrainingModelSettings = section(TrainingModelSettings, optim=OptimizerSettings(lr=5e-4, min_lr=5e-5))
 
 
@@ -186,6 +196,8 @@ class JointSettings(CostSettings):
     stage: ClassVar[str] = "joint"
 
     candidate_samples: int = _candidate_samples(0)
+    teacher: str | None = _teacher()
+    distillation: DistillationSettings = section(DistillationSettings)
     router: JointRouterSettings = section(JointRouterSettings)
     adaptive: JointAdaptiveSettings = section(JointAdaptiveSettings)
     model: TrainingModelSettings = section(TrainingModelSettings, optim=OptimizerSettings(lr=1e-4, min_lr=1e-5))
@@ -201,6 +213,7 @@ class GumbelStageSettings(NewRouterSettings):
         None,
         "true: multiply every block's output by a learned gain that depends on the network's size; null: as in the checkpoint",
     )
+    teacher: str | None = _teacher()
     distillation: DistillationSettings = section(DistillationSettings)
     router: GumbelSettings = section(GumbelSettings)
     model: TrainingModelSettings = section(TrainingModelSettings)

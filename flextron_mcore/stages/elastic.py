@@ -15,6 +15,7 @@ from flextron_mcore.settings.training import ElasticSettings
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.loop import Phase, train
 from flextron_mcore.training.sampler import draw, random_family
+from flextron_mcore.training.teacher import open_teacher
 
 
 def run(settings: ElasticSettings) -> dict[str, Any]:
@@ -24,7 +25,8 @@ def run(settings: ElasticSettings) -> dict[str, Any]:
     """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)
-    seq_length = check(settings, info, data, 1 + settings.num_subnetworks)
+    teacher = open_teacher(settings, info, data)
+    seq_length = check(settings, info, data, 1 + settings.num_subnetworks + (teacher is not None))
     model, space = info.model, info.space
     draw(model, space, settings.seed, 0, settings.num_subnetworks, settings.mode)
     uniform = uniform_family(model, space)
@@ -35,6 +37,8 @@ def run(settings: ElasticSettings) -> dict[str, Any]:
             **random_family(model, space, settings.seed, step, settings.validation_subnetworks, settings.mode),
         },
         teach=settings.distillation,
+        teacher=teacher,
+        full_weight=settings.full_weight,
     )
     with resumable_output(settings, info, data) as out:
         figures = train(settings, out, info, data, phase, seq_length)

@@ -22,9 +22,8 @@ from flextron_mcore.launch.layout import Layout, Rank
 from flextron_mcore.layers.block import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_model
-from flextron_mcore.pipeline.networks import run_networks
+from flextron_mcore.pipeline.networks import Teaching, run_networks
 from flextron_mcore.settings.compose import compose
-from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace, SubNetwork, count_parameters
 from tests import memory, toy
@@ -130,7 +129,7 @@ def weighted_network(arch: ModelConfig) -> WeightedNetwork:
 PEAKS = {
     "pretrain": ("pretrain", [], {}),
     "elastic": ("elastic", [], {"subnets": True}),
-    "distillation": ("elastic", ["distillation.weight=0.5"], {"subnets": True, "teach": DistillationSettings(0.5, 2.0)}),
+    "distillation": ("elastic", ["distillation.weight=0.5"], {"subnets": True, "teach": Teaching(0.5, 2.0)}),
     "joint": ("joint", [], {"subnets": True, "straight_through": True}),
     "gumbel": ("gumbel", [], {"subnets": True, "weighted": True}),
     "gumbel, modulated": ("gumbel", ["modulation=true"], {"subnets": True, "weighted": True}),

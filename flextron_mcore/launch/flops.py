@@ -20,7 +20,7 @@ from flextron_mcore.config import ModelConfig
 from flextron_mcore.cost import OWN_UNITS
 from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.families.tensors import of_model
-from flextron_mcore.launch.layout import LOOPED, Layout
+from flextron_mcore.launch.layout import LOOPED, Layout, teacher_of
 from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
@@ -208,6 +208,8 @@ def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_sampl
         passes = [costs.full, *networks]
     else:  # gradients reach the gates through frozen weights, which get none themselves
         passes = [costs.full, *(_trained(costs, net, layout) - (net - _attention(costs, net)) for net in networks)]
+    if teacher := teacher_of(settings, costs.model):
+        passes.append(replace(costs, model=teacher).full)
     tokens = BatchSizes(settings.model, trainer.max_steps).start(trainer.max_steps) * costs.length
     limit = trainer.limit_val_batches
     every, steps = trainer.val_check_interval, trainer.max_steps

@@ -68,59 +68,56 @@ class ArchitectureGPTModel(GPTModel):
         """
         layer, lesson = getattr(self, "output_layer", None), self._lesson
         taught = lesson.teacher_SBV if lesson else None
-        if not getattr(layer, "deferred", False):
-            losses, kept = self._losses(labels, logits, lesson, taught)
-        else:
-            losses, kept = self._in_chunks(labels, logits, lesson, taught)
+        if getattr(layer, "deferred", False):
+            return self._in_chunks(labels, logits, lesson, taught)
         if lesson and taught is None:
-            lesson.teacher_SBV = kept
-        return losses
+            lesson.teacher_SBV = torch.empty_like(logits)
+            return self._losses(labels, logits, lesson.teacher_SBV)
+        return self._losses(labels, logits, None, taught, lesson)
 
-    def _in_chunks(
-        self, labels: Tensor, states_SBC: Tensor, lesson: Lesson | None, taught: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _in_chunks(self, labels: Tensor, states_SBC: Tensor, lesson: Lesson | None, taught: Tensor | None) -> Tensor:
         """Result of `_losses` from hidden states of a deferred `ElasticOutputLayer.forward`, in chunks of the sequence."""
         layer = self.output_layer
         states_SBC, weight_VC = layer.prepared(states_SBC)
         size = loss_chunk(len(states_SBC), states_SBC.shape[1], len(weight_VC))
 
-        def losses(
-            states_SBC: Tensor, weight_VC: Tensor, labels_BS: Tensor, taught: Tensor | None
-        ) -> tuple[Tensor, Tensor | None]:
-            return self._losses(labels_BS, layer.project(states_SBC, weight_VC), lesson, taught)
+        kept = None
+        if lesson and taught is None:
+            kept = lesson.teacher_SBV = states_SBC.new_empty(*states_SBC.shape[:2], len(weight_VC))
+
+        def losses(part: slice, states_SBC: Tensor, weight_VC: Tensor, labels_BS: Tensor) -> Tensor:
+            own, theirs = (None if each is None else each[part] for each in (kept, taught))
+            return self._losses(labels_BS, layer.project(states_SBC, weight_VC), own, theirs, lesson)
 
         found = []
         for start in range(0, len(states_SBC), size):
             part = slice(start, start + size)
-            given = states_SBC[part], weight_VC, labels[:, part].contiguous(), None if taught is None else taught[part]
+            given = part, states_SBC[part], weight_VC, labels[:, part].contiguous()
             if torch.is_grad_enabled():
                 found.append(checkpoint(losses, *given, use_reentrant=False, preserve_rng_state=False))
             else:
                 found.append(losses(*given))
-        parts, kept = zip(*found, strict=True)
-        return torch.cat(parts, dim=-1), None if kept[0] is None else torch.cat(kept)
+        return torch.cat(found, dim=-1)
 
     def _losses(
-        self, labels: Tensor, logits: Tensor, lesson: Lesson | None, taught: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Losses of some positions, and their logits [s, B, V] where they are to teach the next networks, else None.
+        self, labels: Tensor, logits: Tensor, kept: Tensor | None, taught: Tensor | None = None, lesson: Lesson | None = None
+    ) -> Tensor:
+        """Losses of some positions in nats: [B, s], or with a teacher [2, B, s], the divergences from it last.
 
         Args:
             labels: [B, s].
             logits: [s, B, V], overwritten.
-            lesson: distillation; None for none.
+            kept: gets a copy of the logits, for the networks that this one teaches; None: none.
             taught: logits of the teacher [s, B, V]; None without one.
-
-        Returns:
-            Losses: [B, s], or with a teacher [2, B, s], divergences last.
+            lesson: distillation; None for none.
         """
+        if kept is not None:
+            kept.copy_(logits.detach())
         logits = mask_padding(logits, self.real_vocab_size)
-        kept = logits.detach().clone() if lesson and taught is None else None  # Megatron-Core's loss overwrites the logits
         if taught is None:
-            return super().compute_language_model_loss(labels, logits), kept
-        taught = mask_padding(taught, self.real_vocab_size)
-        divergence_BS = divergence(logits, taught, lesson.temperature).transpose(0, 1)
-        return torch.stack([super().compute_language_model_loss(labels, logits), divergence_BS]), None
+            return super().compute_language_model_loss(labels, logits)
+        divergence_BS = divergence(logits, mask_padding(taught, self.real_vocab_size), lesson.temperature).transpose(0, 1)
+        return torch.stack([super().compute_language_model_loss(labels, logits), divergence_BS])  # overwrites the logits
 
 
 def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:

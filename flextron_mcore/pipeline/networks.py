@@ -105,7 +105,8 @@ def run_networks(
     def forward_step(iterator: Iterator[tuple[Batch, int, int, bool]], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
         batch, index, number, needed = next(iterator)
         gpt = unwrap(chunk)
-        if drop and drop() and not needed:
+        dropped = drop is not None and drop()
+        if dropped and not needed:
             return _no_output(gpt, seq_length, micro_batch_size), partial(no_loss, batch, True)
         if index == TEACHER:
             return _teach(parent[chunk_of[id(gpt)]], gpt, batch), partial(no_loss, batch, False)
@@ -114,17 +115,18 @@ def run_networks(
             network.begin(number, batch["loss_mask"])
         set_subnetwork(chunk, network, gates[index] if gates else None)
         options: dict[str, Any] = {}
-        if teach and gpt.post_process:
+        if teach and gpt.post_process and not dropped:
             if index == 0 and not parent:
                 lesson[:] = [Lesson(teach.temperature)]
-            options = {"lesson": lesson[0]} if lesson else {}  # none where its micro-batch was dropped
+            options = {"lesson": lesson[0]}
         with _final_states(gpt) if watch else contextlib.nullcontext([]) as final:
             output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **options)
         return output, partial(loss_function, batch, index, number, final)
 
     def _teach(teacher: GPTModel, gpt: GPTModel, batch: Batch) -> Tensor:
         """Run a chunk of the frozen teacher, whose logits the last stage keeps; output for the next stage, as of `_no_output`."""
-        lesson.clear()  # frees the logits of the micro-batch before
+        if gpt.post_process:
+            lesson.clear()  # frees the logits of the micro-batch before
         teacher.set_input_tensor(None if gpt.pre_process else gpt.decoder.input_tensor)
         output = _no_output(gpt, seq_length, micro_batch_size)
         with torch.no_grad():

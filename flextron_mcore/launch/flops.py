@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -25,6 +25,7 @@ from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 from flextron_mcore.training.rampup import BatchSizes
+from flextron_mcore.training.sampler import expected, mixture
 
 LARGE = 2.0  # exponent of training/static.py: budgets drawn with it are on average 1 / (1 + LARGE) of their range below its top
 _TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)  # default budgets of a validation (runs/routers.py), as shares of that range
@@ -82,11 +83,23 @@ class Costs:
         """FLOPs per token of the smallest sub-network."""
         return self.of(self.space.uniform(self.model, *(sizes[0] for sizes in self.space.sizes.values())))
 
-    def drawn(self, mode: str = "flextron") -> float:
+    def drawn(self, mode: str = "flextron", weights: Mapping[str, float] | None = None) -> float:
         """Expected FLOPs per token of a random sub-network, as `flextron elastic` draws them.
 
-        mode: "flextron" draws every size at random; "matformer" draws one FFN size below the full one, all else full.
+        Args:
+            mode: "flextron" draws every size at random; "matformer" draws one FFN size below the full one, all else full.
+            weights: budget_weights of `flextron elastic`; None: uniform draws.
         """
+        if weights:
+            of = mixture(self.model, self.space, weights)
+            each = [
+                sum(
+                    p * (self.head(h) + depth * self.layer(self.space.layer_choice(self.model, *sizes), h))
+                    for p, h, depth, sizes in expected(self.space, candidates)
+                )
+                for candidates in of.candidates
+            ]
+            return sum(p * flops for p, flops in zip(of.probabilities, each, strict=True))
         sizes = dict(self.space.sizes)
         if mode == "matformer":
             widths = sizes["ffn_hidden_size"]
@@ -190,7 +203,7 @@ def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_sampl
     stage, trainer, batch = settings.stage, settings.trainer, settings.model.global_batch_size
     low, high = _range(settings)
     if stage == "elastic":
-        networks = [costs.drawn(settings.mode)] * settings.num_subnetworks
+        networks = [costs.drawn(settings.mode, settings.budget_weights)] * settings.num_subnetworks
         family = [costs.of(net) for net in uniform_family(costs.model, costs.space).values()]
         validated = [*family, *[costs.drawn(settings.mode)] * settings.validation_subnetworks]
     elif stage in ("router", "joint", "gumbel"):

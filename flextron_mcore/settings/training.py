@@ -108,6 +108,13 @@ class ElasticSettings(LoopSettings):
     num_subnetworks: int = setting(
         3, "random sub-networks trained in each step, beside the full model", at_least=0, ceiling=10_000
     )
+    budget_weights: dict[str, float] | None = setting(
+        None,
+        "how often random sub-networks of each size are drawn, {share of the full model's parameters: weight}; sizes vary around "
+        "these budgets; null: all candidates of an axis are equally likely",
+        at_least=0,
+        only="mode=flextron",
+    )
     validation_subnetworks: int = setting(
         4,
         "random sub-networks evaluated in each validation, beside the full model and the uniform sub-networks",

@@ -66,6 +66,7 @@ class Phase:
         frozen: True if the weights stay as they are and only `learner` learns.
         after: {number of finished steps: function (this rank's chunks, in evaluation mode)}, called before the validation and the
             checkpoint then. A checkpoint is also written one step earlier, because these functions may take long.
+        noted: function (index of a step) that returns figures for its row of the log; None: none.
     """
 
     networks: Callable[[int], list[Network]]
@@ -76,6 +77,7 @@ class Phase:
     learner: Learner | None = None
     frozen: bool = False
     after: Mapping[int, Callable[[Chunks], None]] = field(default_factory=dict)
+    noted: Callable[[int], Figures] | None = None
 
 
 def train(
@@ -254,6 +256,8 @@ class _Run:
         if self.teaching:
             taught = total if self.teaching.parent else total[1:]
             row["distillation_losses"] = (taught[:, 2] / taught[:, 1]).tolist()
+        if self.phase.noted:
+            row |= self.phase.noted(step)
         if self.trained:
             row |= self.trained.step()
         if not all(map(math.isfinite, losses)):

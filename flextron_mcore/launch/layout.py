@@ -226,7 +226,7 @@ class Rank:
         return total + (self.vocabulary * full.hidden_size if tied else 0)
 
     def teacher(self, settings: StageSettings) -> Rank | None:
-        """This rank's part of the frozen teacher of a training; None without one. settings: settings of the stage."""
+        """Part of a training's frozen teacher on this rank; None without a teacher. settings: settings of the stage."""
         model, layout = teacher_of(settings, self.model), self.layout
         if model is None or model.num_layers == self.model.num_layers:
             return model and replace(self, model=model)

@@ -37,7 +37,13 @@ class Mixture:
     candidates: tuple[Mapping[str, np.ndarray], ...]
 
     def drawn(self, seed: int, step: int, count: int) -> list[float]:
-        """Budgets of the `count` sub-networks that `draw` draws for a step of the training."""
+        """Budgets of the sub-networks that `draw` draws for a step of the training.
+
+        Args:
+            seed: seed of the run.
+            step: number of the step, from 0.
+            count: number of sub-networks.
+        """
         return [self.budgets[i] for i in _indices(self.probabilities, _generator(seed, 0, step), count)]
 
 

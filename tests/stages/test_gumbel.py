@@ -35,7 +35,8 @@ def axes(chain, tmp_path_factory) -> Path:
     stage("importance", *keys, f"out={run}/sorted")
     write_table(run / "sorted", run / "latency" / "latency.json")
     stage("gumbel", *gumbel_keys(chain, run), "candidate_samples=8", f"out={run}/gumbel")
-    stage("gumbel", *gumbel_keys(chain, run), *UNIFORM, f"out={run}/uniform")
+    taught = [f"teacher={chain}/parent", "distillation.weight=0.3"]
+    stage("gumbel", *gumbel_keys(chain, run), *UNIFORM, *taught, f"out={run}/uniform")
     return run
 
 

@@ -45,7 +45,7 @@ def test_the_parent_teaches_all_networks(chain, taught, tmp_path):
 
 
 def test_a_run_that_was_stopped_is_the_undisturbed_one(chain, taught, tmp_path, monkeypatch):
-    """Also if the teacher moves meanwhile; another teacher in its place is noticed."""
+    """The teacher may move meanwhile; another teacher in its place is noticed."""
     stop_within(taught / "elastic", tmp_path / "again", monkeypatch, 38, "elastic", *keys(chain, taught / "parent"))
     shutil.copytree(taught / "elastic", tmp_path / "moved")
     (tmp_path / "moved" / "metrics.json").unlink()
@@ -55,7 +55,7 @@ def test_a_run_that_was_stopped_is_the_undisturbed_one(chain, taught, tmp_path, 
 
 
 def test_the_full_model_alone_stays_where_the_parent_is(chain, taught, tmp_path):
-    """Its divergence has a gradient of zero at the start, and weight 1 leaves nothing else: the weights decay, nothing more."""
+    """Divergence 0 has a gradient of zero, and weight 1 leaves no other loss."""
     more = ["distillation.weight=1", "num_subnetworks=0", "model.optim.weight_decay=0"]
     figures = stage("elastic", *keys(chain, chain / "sorted", *more), f"out={tmp_path}/out")
     rows = [row for row in log_rows(tmp_path / "out") if row["event"] == "train"]

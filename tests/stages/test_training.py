@@ -248,3 +248,17 @@ def test_dropout_continues_exactly_too(chain, tmp_path):
     stage("elastic", *keys)
     strip = lambda row: {k: v for k, v in row.items() if k != "tokens_per_second"}  # noqa: E731
     assert [strip(row) for row in rows(tmp_path / "run", "train")] == [strip(row) for row in whole]
+
+
+def test_a_second_phase_has_longer_samples(chain, tmp_path):
+    """The result of a training at short samples is trained on at longer ones, as docs/own_model.md says."""
+    keys = ["trainer.max_steps=2", "num_subnetworks=1"]
+    stage("elastic", *elastic_keys(chain, tmp_path / "first", *keys, "model.seq_length=16"))
+    more = [key for key in elastic_keys(chain, tmp_path / "second", *keys, "model.seq_length=32") if "checkpoint=" not in key]
+    second = stage(
+        "elastic", f"checkpoint={tmp_path}/first", *more, "exp_manager.checkpoint_callback_params.every_n_train_steps=2"
+    )
+    assert second["tokens"] == 2 * json.loads((tmp_path / "first" / "metrics.json").read_text())["tokens"] == 2 * 8 * 32
+    before, after = (rows(tmp_path / name, "validation") for name in ("first", "second"))
+    assert before[-1]["losses"]["full"] != after[0]["losses"]["full"]  # other samples, the same weights
+    assert before[-1]["losses"]["full"] == pytest.approx(after[0]["losses"]["full"], abs=0.05)

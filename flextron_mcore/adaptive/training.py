@@ -26,10 +26,11 @@ from flextron_mcore.runs.resume import resumable_output
 from flextron_mcore.runs.routers import validation_targets
 from flextron_mcore.runs.terminal import print_table, say, warn
 from flextron_mcore.runtime.distributed import device
-from flextron_mcore.settings.sections import KV_POLICIES
+from flextron_mcore.settings.sections import KV_POLICIES, DistillationSettings
 from flextron_mcore.settings.training import JointSettings, RouterStageSettings
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.loop import Phase, train
+from flextron_mcore.training.teacher import open_teacher
 
 
 def train_adaptive(settings: RouterStageSettings | JointSettings, info: CheckpointInfo, data: PreparedData) -> dict[str, Any]:
@@ -51,7 +52,9 @@ def train_adaptive(settings: RouterStageSettings | JointSettings, info: Checkpoi
     learner = _learner(settings, info)
     cost, policy = learner.costs[0], learner.info.kv_policy
     targets = validation_targets(settings.validation_targets, cost, learner.info.ranges[0])
-    seq_length = check(settings, info, data, 1 + settings.targets_per_step)
+    joint = isinstance(settings, JointSettings)
+    teacher = open_teacher(settings, info, data) if joint else None
+    seq_length = check(settings, info, data, 1 + settings.targets_per_step + (teacher is not None))
     with resumable_output(settings, info, data) as out:
         cache, samples = out / "cache", settings.adaptive.calibration_samples
         training = train_dataset(data, seq_length, samples, settings.seed, cache, settings.data_weights)
@@ -68,8 +71,10 @@ def train_adaptive(settings: RouterStageSettings | JointSettings, info: Checkpoi
         phase = Phase(
             networks=lambda step: [None, *learner.networks(step)],
             validation=lambda step: {"full": None, **{f"adaptive {s:g}": learner.routing(learner.target(s)) for s in targets}},
+            teach=settings.distillation if joint else DistillationSettings(),
+            teacher=teacher,
             learner=learner,
-            frozen=settings.stage == "router",
+            frozen=not joint,
             after={settings.trainer.max_steps: evaluator.calibrate},
         )
         figures = train(settings, out, info, data, phase, seq_length)

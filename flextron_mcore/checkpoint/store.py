@@ -93,20 +93,22 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(_ITERATION.match(p.name)[1]))
 
 
-def open_checkpoint(path: str | Path) -> CheckpointInfo:
+def open_checkpoint(path: str | Path, key: str = "checkpoint") -> CheckpointInfo:
     """Open a checkpoint: `path` is its directory, or a run or its folder `checkpoints`, whose newest checkpoint is opened.
+
+    key: key that names the path, for messages.
 
     Raises FlextronError naming a file that is missing or is not as it was written. Of weights only the size is compared, not the
     content (runs/verification.py does that). A damaged newest checkpoint is an error: an older one is never taken in its place.
     """
     path = Path(path)
     if not path.exists():
-        raise FlextronError(f"checkpoint={path}: no such directory: name the out of a stage that wrote a checkpoint")
+        raise FlextronError(f"{key}={path}: no such directory: name the out of a stage that wrote a checkpoint")
     if not (path / INFO_FILE).is_file() and not _ITERATION.match(path.name):
         found = list_checkpoints(path) or list_checkpoints(path.parent if path.name == "checkpoints" else path)
         if not found:
             raise FlextronError(
-                f"checkpoint={path}: no checkpoint in it (no checkpoints/iter_*): name the out of a stage that wrote one"
+                f"{key}={path}: no checkpoint in it (no checkpoints/iter_*): name the out of a stage that wrote one"
             )
         path = found[-1]
     check_folder(path)

@@ -12,7 +12,7 @@ from flextron_mcore.launch.layout import TRAINED, Rank
 from flextron_mcore.settings.latency import WorkloadSettings
 from flextron_mcore.settings.training import StageSettings
 
-TAUGHT = 40  # bytes a logit with distillation: ten fp32 tensors of logits are alive at the same time (measured)
+TAUGHT = 16  # bytes a logit of the loss with distillation: four fp32 tensors, the teacher's logits apart (measured)
 
 
 def activations(rank: Rank, settings: StageSettings) -> int:
@@ -25,10 +25,12 @@ def activations(rank: Rank, settings: StageSettings) -> int:
     if stage not in TRAINED and not gates:
         return gathered + _forward(rank) + (_kv_cache(rank, settings.setting) if stage == "latency" else 0)
     micro_batches = settings.model.global_batch_size // (rank.layout.micro_batch * rank.layout.data)
-    teach = stage in ("elastic", "gumbel") and settings.distillation.weight > 0
-    step = networks(settings)
+    teach = stage in ("elastic", "joint", "gumbel") and settings.distillation.weight > 0
+    teacher = rank.teacher(settings)
+    step = networks(settings) + (teacher is not None)
     weighted = _most(in_flight(rank, micro_batches * step), step, settings) if stage == "gumbel" else 0
-    return gathered + _backward(rank, micro_batches * step, stage not in TRAINED, gates, teach, weighted)
+    needed = _backward(rank, micro_batches * step, stage not in TRAINED, gates, teach, weighted)
+    return gathered + max(needed, needed - _head(rank, False, teach, weighted > 0) + _forward(teacher) if teacher else 0)
 
 
 def networks(settings: StageSettings) -> int:
@@ -182,9 +184,11 @@ def _head(rank: Rank, frozen: bool, teach: bool, weighted: bool) -> int:
     """Peak bytes of the output layer and the loss. teach: True for distillation, with logits of the teacher."""
     n, e, h = rank.tokens, rank.layout.dtype, rank.model.hidden_size
     logits = rank.logits
-    if teach:  # in one piece
-        logits = n * rank.vocabulary
-        return saved_head(rank, frozen, weighted) - 4 * rank.logits + TAUGHT * logits + (8 * logits if rank.padded else 0)
+    if teach:
+        pieces = (TAUGHT + (e + e if rank.padded else 0)) * logits
+        if logits < n * rank.vocabulary:  # in chunks: the weight's gradient is a sum, and the states wait for all chunks
+            pieces += (rank.vocabulary + n) * h * e
+        return saved_head(rank, frozen, weighted) - 4 * logits + e * n * rank.vocabulary + pieces
     copies = (2 * logits if e == 2 else 0) + (e * logits if rank.padded else 0)  # before the softmax in fp32
     gradients = (-2 * logits if e == 2 else 0) + n * h * e  # the softmax becomes its own gradient
     chunked = logits < n * rank.vocabulary  # then the weight's gradient is a sum, and the states wait for all chunks

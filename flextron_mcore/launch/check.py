@@ -103,10 +103,11 @@ def missing(settings: LaunchSettings, plan: Plan) -> list[str]:
         checks.append(_check_slurm)
     planned = {str(job.out) for job in plan.jobs}
     for job in plan.to_run:
-        for key, look in (("data", _look_at_data), ("hf", _look_at_hf), ("checkpoint", _look_at_checkpoint)):
+        looks = (("data", _look_at_data), ("hf", _look_at_hf), ("checkpoint", _look_at_checkpoint), ("teacher", _look_at_teacher))
+        for key, look in looks:
             value = getattr(job.settings, key, None)
             if value and value != MISSING and str(value) not in planned:
-                name = f"{job.stage}.{key}" if key == "checkpoint" else key  # data and hf are keys of launch, too
+                name = key if key in ("data", "hf") else f"{job.stage}.{key}"  # data and hf are keys of launch, too
                 checks.append(lambda name=name, value=value, look=look: look(name, Path(value), plan.model))
     for check in checks:
         try:
@@ -191,6 +192,17 @@ def _look_at_checkpoint(key: str, path: Path, model: ModelConfig) -> None:
             "another checkpoint"
         )
     _compare(f"{key}={path}", open_checkpoint(path).model, model)
+
+
+def _look_at_teacher(key: str, path: Path, model: ModelConfig) -> None:
+    from flextron_mcore.checkpoint.store import open_checkpoint
+
+    found = open_checkpoint(path, key).model.vocab_size
+    if found != model.vocab_size:
+        raise FlextronError(
+            f"{key}={path}: has a vocabulary of {found} tokens, the model one of {model.vocab_size}: choose a teacher with the "
+            "model's tokenizer, such as its parent"
+        )
 
 
 def _compare(what: str, found: ModelConfig, planned: ModelConfig) -> None:

@@ -84,10 +84,11 @@ def estimate(
 
 def memory_of(rank: Rank, settings: StageSettings) -> tuple[int, int, int, int]:
     """(bytes of weights, of gradients, of optimizer state, of activations) on a rank."""
-    layout, count = rank.layout, rank.parameters
+    layout, count, teacher = rank.layout, rank.parameters, rank.teacher(settings)
     gradients = optimizer = 0
     if settings.stage in TRAINED:
         gradients = 4 * count  # main_grad
         state = count * ADAM_BYTES[layout.dtype]
         optimizer = -(-state // layout.data) if settings.model.ddp.use_distributed_optimizer else state
-    return count * layout.dtype, gradients, optimizer, activations(rank, settings)
+    weights = count + (teacher.parameters if teacher else 0)
+    return weights * layout.dtype, gradients, optimizer, activations(rank, settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -20,11 +20,12 @@ from flextron_mcore.config import ModelConfig
 from flextron_mcore.cost import OWN_UNITS
 from flextron_mcore.evaluation.family import uniform_family
 from flextron_mcore.families.tensors import of_model
-from flextron_mcore.launch.layout import LOOPED, Layout
+from flextron_mcore.launch.layout import LOOPED, Layout, teacher_of
 from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
 from flextron_mcore.training.rampup import BatchSizes
+from flextron_mcore.training.sampler import expected, mixture
 
 LARGE = 2.0  # exponent of training/static.py: budgets drawn with it are on average 1 / (1 + LARGE) of their range below its top
 _TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)  # default budgets of a validation (runs/routers.py), as shares of that range
@@ -82,11 +83,23 @@ class Costs:
         """FLOPs per token of the smallest sub-network."""
         return self.of(self.space.uniform(self.model, *(sizes[0] for sizes in self.space.sizes.values())))
 
-    def drawn(self, mode: str = "flextron") -> float:
+    def drawn(self, mode: str = "flextron", weights: Mapping[str, float] | None = None) -> float:
         """Expected FLOPs per token of a random sub-network, as `flextron elastic` draws them.
 
-        mode: "flextron" draws every size at random; "matformer" draws one FFN size below the full one, all else full.
+        Args:
+            mode: "flextron" draws every size at random; "matformer" draws one FFN size below the full one, all else full.
+            weights: budget_weights of `flextron elastic`; None: uniform draws.
         """
+        if weights:
+            of = mixture(self.model, self.space, weights)
+            each = [
+                sum(
+                    p * (self.head(h) + depth * self.layer(self.space.layer_choice(self.model, *sizes), h))
+                    for p, h, depth, sizes in expected(self.space, candidates)
+                )
+                for candidates in of.candidates
+            ]
+            return sum(p * flops for p, flops in zip(of.probabilities, each, strict=True))
         sizes = dict(self.space.sizes)
         if mode == "matformer":
             widths = sizes["ffn_hidden_size"]
@@ -190,7 +203,7 @@ def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_sampl
     stage, trainer, batch = settings.stage, settings.trainer, settings.model.global_batch_size
     low, high = _range(settings)
     if stage == "elastic":
-        networks = [costs.drawn(settings.mode)] * settings.num_subnetworks
+        networks = [costs.drawn(settings.mode, settings.budget_weights)] * settings.num_subnetworks
         family = [costs.of(net) for net in uniform_family(costs.model, costs.space).values()]
         validated = [*family, *[costs.drawn(settings.mode)] * settings.validation_subnetworks]
     elif stage in ("router", "joint", "gumbel"):
@@ -208,6 +221,8 @@ def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_sampl
         passes = [costs.full, *networks]
     else:  # gradients reach the gates through frozen weights, which get none themselves
         passes = [costs.full, *(_trained(costs, net, layout) - (net - _attention(costs, net)) for net in networks)]
+    if teacher := teacher_of(settings, costs.model):
+        passes.append(replace(costs, model=teacher).full)
     tokens = BatchSizes(settings.model, trainer.max_steps).start(trainer.max_steps) * costs.length
     limit = trainer.limit_val_batches
     every, steps = trainer.val_check_interval, trainer.max_steps

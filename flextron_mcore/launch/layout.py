@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from flextron_mcore.axes import added_tensors
+from flextron_mcore.checkpoint.store import open_checkpoint
 from flextron_mcore.config import FlextronError, ModelConfig, loss_chunk
 from flextron_mcore.families.tensors import of_model
 from flextron_mcore.settings.latency import WorkloadSettings
@@ -102,6 +104,22 @@ class Layout:
             _recompute(options),
             cuda,
         )
+
+
+def teacher_of(settings: StageSettings, model: ModelConfig) -> ModelConfig | None:
+    """Architecture of a training's frozen teacher, None without one.
+
+    A checkpoint that cannot be read, such as the result of a job that has not run yet, counts as the student.
+
+    Args:
+        settings: settings of the stage.
+        model: architecture of the student.
+    """
+    if getattr(settings, "teacher", None) is None:
+        return None
+    with contextlib.suppress(FlextronError):
+        return open_checkpoint(settings.teacher).model
+    return model
 
 
 def prompt_length(model: ModelConfig, setting: WorkloadSettings) -> int:
@@ -206,6 +224,13 @@ class Rank:
         total += count("after") if self.last else 0
         tied = self.last and not self.first and self.model.share_embeddings_and_output_weights  # the last stage has a copy
         return total + (self.vocabulary * full.hidden_size if tied else 0)
+
+    def teacher(self, settings: StageSettings) -> Rank | None:
+        """Part of a training's frozen teacher on this rank; None without a teacher. settings: settings of the stage."""
+        model, layout = teacher_of(settings, self.model), self.layout
+        if model is None or model.num_layers == self.model.num_layers:
+            return model and replace(self, model=model)
+        return replace(self, model=model, layout=replace(layout, layers=_layers(model, settings.model, layout.pipeline)))
 
     @property
     def tokens(self) -> int:

@@ -118,7 +118,7 @@ def mounted(plan: Plan) -> list[tuple[str, str]]:
     """(key, absolute path) of each directory or file that a container of the jobs must see."""
     found = [("run.results_dir", str(plan.results))]
     for job in plan.to_run:
-        for key in ("data", "hf", "checkpoint", "latency", "sensitivity", "tokenizer", "input", "paths", "subnetwork"):
+        for key in ("data", "hf", "checkpoint", "teacher", "latency", "sensitivity", "tokenizer", "input", "paths", "subnetwork"):
             name = key if key in ("data", "hf") else f"{job.stage}.{key}"
             found += [(name, value) for value in texts(getattr(job.settings, key, None)) if value.startswith("/")]
     # A corpus is named by a prefix of its files: its directory is mounted.

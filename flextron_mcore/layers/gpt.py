@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flextron_mcore.config import ModelConfig, loss_chunk
+from flextron_mcore.layers.distillation import Lesson, divergence
 from flextron_mcore.layers.ends import ElasticOutputLayer
 
 
@@ -21,63 +22,102 @@ class ArchitectureGPTModel(GPTModel):
     """GPTModel whose loss ignores the vocabulary's padding, because the size of the padding depends on the tensor-parallel size.
 
     If the logits of a micro-batch are many, the loss is computed in chunks of the sequence, and the backward pass computes each
-    chunk's logits again.
+    chunk's logits again. With a `Lesson` the divergence from a teacher is computed beside the loss, chunk by chunk.
 
     Attributes:
         architecture: architecture of the full model.
     """
 
     architecture: ModelConfig
+    _lesson: Lesson | None = None  # distillation of the forward pass in progress
 
     @property
     def real_vocab_size(self) -> int:
         """Vocabulary size without padding."""
         return self.architecture.vocab_size
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(self, *args: Any, labels: Tensor | None = None, lesson: Lesson | None = None, **options: Any) -> Tensor:
         """Logits [B, S, V], padding of the vocabulary included, or with labels [B, S] the loss of each token [B, S] in nats.
 
         A pipeline stage that is not the last one returns hidden states [S, B, C].
 
-        args, options: remaining arguments of Megatron-Core's GPTModel.
+        Args:
+            labels: [B, S]; None for logits.
+            lesson: distillation; None for none. Without logits of a teacher in it, this network's become them. With them, the
+                result is [2, B, S]: the losses, and the divergences from the teacher.
+            args, options: remaining arguments of Megatron-Core's GPTModel.
         """
         layer = getattr(self, "output_layer", None)
         if labels is None or not isinstance(layer, ElasticOutputLayer):
             return super().forward(*args, labels=labels, **options)
         batch, length = labels.shape
         layer.deferred = loss_chunk(length, batch, layer.output_size_per_partition) < length
+        self._lesson = lesson
         try:
             return super().forward(*args, labels=labels, **options)
         finally:
-            layer.deferred = False
+            layer.deferred, self._lesson = False, None
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy of each token [B, S], in nats.
+        """Cross-entropy of each token [B, S], in nats; within a `forward` with a teacher also the divergences, [2, B, S].
 
         Args:
             labels: [B, S].
             logits: [S, B, V]; or hidden states [S, B, C] after a deferred `ElasticOutputLayer.forward`, whose logits are then
                 computed here in chunks of the sequence.
         """
-        layer = getattr(self, "output_layer", None)
-        if not getattr(layer, "deferred", False):
-            return super().compute_language_model_loss(labels, mask_padding(logits, self.real_vocab_size))
-        states_SBC, weight_VC = layer.prepared(logits)
+        layer, lesson = getattr(self, "output_layer", None), self._lesson
+        taught = lesson.teacher_SBV if lesson else None
+        if getattr(layer, "deferred", False):
+            return self._in_chunks(labels, logits, lesson, taught)
+        if lesson and taught is None:
+            lesson.teacher_SBV = torch.empty_like(logits)
+            return self._losses(labels, logits, lesson.teacher_SBV)
+        return self._losses(labels, logits, None, taught, lesson)
+
+    def _in_chunks(self, labels: Tensor, states_SBC: Tensor, lesson: Lesson | None, taught: Tensor | None) -> Tensor:
+        """Result of `_losses` from hidden states of a deferred `ElasticOutputLayer.forward`, in chunks of the sequence."""
+        layer = self.output_layer
+        states_SBC, weight_VC = layer.prepared(states_SBC)
         size = loss_chunk(len(states_SBC), states_SBC.shape[1], len(weight_VC))
 
-        def loss(states_SBC: Tensor, weight_VC: Tensor, labels_BS: Tensor) -> Tensor:
-            part = mask_padding(layer.project(states_SBC, weight_VC), self.real_vocab_size)
-            return super(ArchitectureGPTModel, self).compute_language_model_loss(labels_BS, part)
+        kept = None
+        if lesson and taught is None:
+            kept = lesson.teacher_SBV = states_SBC.new_empty(*states_SBC.shape[:2], len(weight_VC))
 
-        losses = []
+        def losses(part: slice, states_SBC: Tensor, weight_VC: Tensor, labels_BS: Tensor) -> Tensor:
+            own, theirs = (None if each is None else each[part] for each in (kept, taught))
+            return self._losses(labels_BS, layer.project(states_SBC, weight_VC), own, theirs, lesson)
+
+        found = []
         for start in range(0, len(states_SBC), size):
             part = slice(start, start + size)
-            given = states_SBC[part], weight_VC, labels[:, part].contiguous()
+            given = part, states_SBC[part], weight_VC, labels[:, part].contiguous()
             if torch.is_grad_enabled():
-                losses.append(checkpoint(loss, *given, use_reentrant=False, preserve_rng_state=False))
+                found.append(checkpoint(losses, *given, use_reentrant=False, preserve_rng_state=False))
             else:
-                losses.append(loss(*given))
-        return torch.cat(losses, dim=1)
+                found.append(losses(*given))
+        return torch.cat(found, dim=-1)
+
+    def _losses(
+        self, labels: Tensor, logits: Tensor, kept: Tensor | None, taught: Tensor | None = None, lesson: Lesson | None = None
+    ) -> Tensor:
+        """Losses of some positions in nats: [B, s], or with a teacher [2, B, s], the divergences from it last.
+
+        Args:
+            labels: [B, s].
+            logits: [s, B, V], overwritten.
+            kept: gets a copy of the logits, for the networks that this one teaches; None: none.
+            taught: logits of the teacher [s, B, V]; None without one.
+            lesson: distillation; None for none.
+        """
+        if kept is not None:
+            kept.copy_(logits.detach())
+        logits = mask_padding(logits, self.real_vocab_size)
+        if taught is None:
+            return super().compute_language_model_loss(labels, logits)
+        divergence_BS = divergence(logits, mask_padding(taught, self.real_vocab_size), lesson.temperature).transpose(0, 1)
+        return torch.stack([super().compute_language_model_loss(labels, logits), divergence_BS])  # overwrites the logits
 
 
 def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flextron_mcore import digests
-from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints, open_checkpoint
+from flextron_mcore.checkpoint.store import INFO_FILE, CheckpointInfo, list_checkpoints, open_checkpoint
 from flextron_mcore.checkpoint.unpickling import check_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData
@@ -45,7 +45,8 @@ def resumable_output(settings: LoopSettings, info: CheckpointInfo, data: Prepare
     """Context with the directory settings.out of a training run, which no other process writes to within the block.
 
     The directory is new, or it holds this run, unfinished. It is this run if all of these are the same: the configuration, except
-    for keys of speed, logging and parallel layout; the training tokens and the tokenizer (config.yaml keeps their fingerprints);
+    for keys of speed, logging and parallel layout; the training tokens, the tokenizer and the teacher (config.yaml keeps their
+    fingerprints);
     and model, elastic space and order of heads and neurons of the checkpoint that the run starts from. Step, dtype and weights of
     that checkpoint may have changed: a continuation takes its weights from the run's own newest checkpoint, and a run that has
     none yet starts from the beginning.
@@ -95,6 +96,8 @@ def _open_run(out: Path, settings: LoopSettings, info: CheckpointInfo, data: Pre
     vocabulary = read_vocabulary(data.tokenizer)
     values = to_dict(settings)
     values["fingerprints"] = {"data": data.fingerprint, "tokenizer": vocabulary and vocabulary.fingerprint}
+    if teacher := getattr(settings, "teacher", None):  # its description has digests of its weights
+        values["fingerprints"]["teacher"] = digests.hash_of((open_checkpoint(teacher, "teacher").path / INFO_FILE).read_bytes())
     tokenizer = tokenizer_directories(info, data)
     with disk_errors(out):
         check_output(out, overwrite=True)
@@ -134,6 +137,11 @@ def _check_same(out: Path, values: Mapping[str, Any], info: CheckpointInfo) -> N
     if before.pop("fingerprints.data", None):
         before["data"] = now["data"]  # equal fingerprints: the data may have moved
     before.pop("fingerprints.tokenizer", None)
+    taught = before.pop("fingerprints.teacher", None), now.pop("fingerprints.teacher", None)
+    if all(taught):
+        if taught[0] != taught[1]:
+            raise FlextronError(f"out={out}: holds a run with another teacher than is now in teacher={now['teacher']}: {advice}")
+        before["teacher"] = now["teacher"]  # it may have moved
     if _beside(before) == _beside(now):
         before["checkpoint"] = now.get("checkpoint")  # run and checkpoint moved together
     if list_checkpoints(out):

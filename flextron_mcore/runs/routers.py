@@ -87,6 +87,7 @@ def train_routers(
     seq_length: int,
     frozen: bool,
     teach: DistillationSettings | None = None,
+    teacher: CheckpointInfo | None = None,
 ) -> dict[str, Any]:
     """Train routers, print the networks that they choose, and write metrics.json. Call on all ranks.
 
@@ -97,7 +98,8 @@ def train_routers(
         learner: routers in training.
         seq_length: tokens of a sample.
         frozen: True if the model's weights stay as they are, and only the routers learn.
-        teach: distillation from the full model to the sub-networks of a step; None: none.
+        teach: settings of the distillation; None: none.
+        teacher: checkpoint of the frozen teacher of all networks; None: the full model teaches the sub-networks of its step.
 
     Returns:
         Content of metrics.json: the results of `train`, "routers": {"costs", "surrogate" (True with one), and of a surrogate
@@ -117,6 +119,7 @@ def train_routers(
         networks=learner.step_networks,
         validation=lambda step: {"full": None, **choices()},
         teach=teach or DistillationSettings(),
+        teacher=teacher,
         learner=learner,
         frozen=frozen,
     )

@@ -282,6 +282,8 @@ class _Draft:
         try:
             if key.type is bool and str(value).lstrip("+-").isdigit():  # OmegaConf takes any number as true or false
                 raise ValueError("a number")
+            if key.type is dict and key.item is float and isinstance(value, Mapping):
+                value = {str(word): number for word, number in value.items()}  # YAML reads 0.5 as a number, names are text
             if inner and OmegaConf.select(config, leaf) is None:
                 OmegaConf.update(config, leaf, {}, merge=False)
             OmegaConf.update(config, leaf + tail, value, merge=False, force_add=bool(inner))

@@ -309,11 +309,12 @@ class SpaceSettings:
 
 @dataclass
 class DistillationSettings:
-    """Section `distillation`: knowledge distillation from the full model into the sub-networks."""
+    """Section `distillation`: knowledge distillation from `teacher`, or from the full model of the same step."""
 
     weight: float = setting(
         0.0,
-        "share of the distillation loss (KL divergence from the full model's output) in a sub-network's loss; 0: none",
+        "share of the distillation loss (KL divergence from the teacher's output) in the loss of each network that is taught: "
+        "with `teacher` all networks, else the sub-networks, by the full model; 0: none",
         at_least=0,
         at_most=1,
     )

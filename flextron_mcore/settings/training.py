@@ -84,6 +84,14 @@ class PretrainSettings(LoopSettings):
     model: PretrainModelSettings = section(PretrainModelSettings)
 
 
+def _teacher() -> str | None:
+    text = (
+        "checkpoint of a frozen model, such as the parent, that teaches all networks (distillation); null: the full model of the "
+        "same step teaches its sub-networks"
+    )
+    return path(None, text)
+
+
 @dataclass
 class ElasticSettings(LoopSettings):
     """Train the full model together with random sub-networks (elastic continued training)."""
@@ -100,13 +108,22 @@ class ElasticSettings(LoopSettings):
     num_subnetworks: int = setting(
         3, "random sub-networks trained in each step, beside the full model", at_least=0, ceiling=10_000
     )
+    budget_weights: dict[str, float] | None = setting(
+        None,
+        "how often random sub-networks of each size are drawn, {share of the full model's parameters: weight}; sizes vary around "
+        "these budgets; null: all candidates of an axis are equally likely",
+        at_least=0,
+        only="mode=flextron",
+    )
     validation_subnetworks: int = setting(
         4,
         "random sub-networks evaluated in each validation, beside the full model and the uniform sub-networks",
         at_least=0,
         ceiling=10_000,
     )
+    teacher: str | None = _teacher()
     distillation: DistillationSettings = section(DistillationSettings)
+    full_weight: float = setting(1.0, "factor of the full model's loss in the sum of the losses of a step's networks", at_least=0)
     model: TrainingModelSettings = section(TrainingModelSettings, optim=OptimizerSettings(lr=5e-4, min_lr=5e-5))
 
 
@@ -186,6 +203,8 @@ class JointSettings(CostSettings):
     stage: ClassVar[str] = "joint"
 
     candidate_samples: int = _candidate_samples(0)
+    teacher: str | None = _teacher()
+    distillation: DistillationSettings = section(DistillationSettings)
     router: JointRouterSettings = section(JointRouterSettings)
     adaptive: JointAdaptiveSettings = section(JointAdaptiveSettings)
     model: TrainingModelSettings = section(TrainingModelSettings, optim=OptimizerSettings(lr=1e-4, min_lr=1e-5))
@@ -201,6 +220,7 @@ class GumbelStageSettings(NewRouterSettings):
         None,
         "true: multiply every block's output by a learned gain that depends on the network's size; null: as in the checkpoint",
     )
+    teacher: str | None = _teacher()
     distillation: DistillationSettings = section(DistillationSettings)
     router: GumbelSettings = section(GumbelSettings)
     model: TrainingModelSettings = section(TrainingModelSettings)

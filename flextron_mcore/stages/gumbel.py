@@ -16,6 +16,7 @@ from flextron_mcore.runs.routers import described_routers, router_training, trai
 from flextron_mcore.settings.training import GumbelStageSettings
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.gumbel import GumbelLearner
+from flextron_mcore.training.teacher import open_teacher
 
 
 def run(settings: GumbelStageSettings) -> dict[str, Any]:
@@ -43,10 +44,11 @@ def run(settings: GumbelStageSettings) -> dict[str, Any]:
                 f"checkpoint={info.path}: its router was trained with router.uniform={str(before.uniform).lower()} and "
                 f"costs=[{','.join(before.costs)}]: set the same keys"
             )
-    seq_length = check(settings, info, data, 1 + settings.targets_per_step)
+    teacher = open_teacher(settings, info, data)
+    seq_length = check(settings, info, data, 1 + settings.targets_per_step + (teacher is not None))
     training = router_training(settings, described.choices(choices), costs, described, table)
     learner = GumbelLearner(training, router, started)
-    return train_routers(settings, info, data, learner, seq_length, frozen=False, teach=settings.distillation)
+    return train_routers(settings, info, data, learner, seq_length, frozen=False, teach=settings.distillation, teacher=teacher)
 
 
 def _modulated(settings: GumbelStageSettings, info: CheckpointInfo) -> CheckpointInfo:

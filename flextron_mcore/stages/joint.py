@@ -18,6 +18,7 @@ from flextron_mcore.settings.sections import RouterSettings
 from flextron_mcore.settings.training import JointSettings
 from flextron_mcore.training.checks import check
 from flextron_mcore.training.static import StraightThroughLearner
+from flextron_mcore.training.teacher import open_teacher
 
 
 def run(settings: JointSettings) -> dict[str, Any]:
@@ -38,9 +39,10 @@ def run(settings: JointSettings) -> dict[str, Any]:
     table = latency_table(settings, info)
     check_table(table)
     available = available_costs(settings, info, table)
-    seq_length = check(settings, info, data, 1 + settings.targets_per_step)
+    teacher = open_teacher(settings, info, data)
+    seq_length = check(settings, info, data, 1 + settings.targets_per_step + (teacher is not None))
     described = replace(described, evaluated=())  # drop losses of candidates: they are of the model before this training
     training = router_training(settings, choices, [available[name] for name in described.costs], described, table)
     router = RouterSettings(two_sided_from=0.0, **asdict(settings.router))
     learner = StraightThroughLearner(training, router, routers)
-    return train_routers(settings, info, data, learner, seq_length, frozen=False)
+    return train_routers(settings, info, data, learner, seq_length, frozen=False, teach=settings.distillation, teacher=teacher)

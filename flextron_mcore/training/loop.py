@@ -29,12 +29,13 @@ from flextron_mcore.evaluation.perplexity import evaluate, mean
 from flextron_mcore.layers.block import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import loaded_model
-from flextron_mcore.pipeline.networks import Batch, gate_gradients, run_networks
+from flextron_mcore.pipeline.networks import Batch, Teaching, gate_gradients, run_networks
 from flextron_mcore.runtime import signals
 from flextron_mcore.runtime.disk import disk_errors
 from flextron_mcore.runtime.distributed import Drop, device, stop_agreed
 from flextron_mcore.runtime.ranks import is_main_process, on_main_process
 from flextron_mcore.runtime.seeds import seed_step
+from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.settings.sections import DistillationSettings
 from flextron_mcore.settings.training import LoopSettings
 from flextron_mcore.training.build import TrainedModel
@@ -58,19 +59,25 @@ class Phase:
     Attributes:
         networks: function (index of a step, from 0) that returns the networks it runs, the full model (None) first.
         validation: function (number of finished steps) that returns {name: network} to validate then; None: the full model.
-        teach: settings of the distillation from the full model to the sub-networks of the same step; weight 0: no distillation.
+        teach: settings of the distillation; weight 0: no distillation.
+        teacher: checkpoint of the frozen teacher of all networks; None: the full model teaches the sub-networks of its step.
+        full_weight: factor of the full model's loss in the sum over networks.
         learner: routers in training, None without.
         frozen: True if the weights stay as they are and only `learner` learns.
         after: {number of finished steps: function (this rank's chunks, in evaluation mode)}, called before the validation and the
             checkpoint then. A checkpoint is also written one step earlier, because these functions may take long.
+        noted: function (index of a step) that returns figures for its row of the log; None: none.
     """
 
     networks: Callable[[int], list[Network]]
     validation: Callable[[int], Mapping[str, Network]]
     teach: DistillationSettings = field(default_factory=DistillationSettings)
+    teacher: CheckpointInfo | None = None
+    full_weight: float = 1.0
     learner: Learner | None = None
     frozen: bool = False
     after: Mapping[int, Callable[[Chunks], None]] = field(default_factory=dict)
+    noted: Callable[[int], Figures] | None = None
 
 
 def train(
@@ -127,6 +134,11 @@ class _Run:
             self.trained = TrainedModel(self.options, self.trainer, info)
             self.model = self.trained.chunks
             self.checkpointer = TrainingCheckpointer(out, saving.keep_last, phase.learner, self.trained, saving.async_save)
+        self.teaching = None
+        if phase.teach.weight > 0:
+            parent = phase.teacher and loaded_model(self.options, phase.teacher, self.trainer.precision)
+            # Megatron-Core's wrapper for bf16 would convert the teacher's logits to fp32.
+            self.teaching = Teaching(phase.teach.weight, phase.teach.temperature, parent and [unwrap(chunk) for chunk in parent])
 
     def train(self) -> dict[str, Any]:
         """Run the remaining steps, and return the results for metrics.json."""
@@ -229,10 +241,11 @@ class _Run:
             self.seq_length,
             self.options.micro_batch_size,
             forward_only=not (self.trained or (learner and learner.needs_backward)),
-            teach=self.phase.teach if self.phase.teach.weight > 0 else None,
+            teach=self.teaching,
             gates=gates,
             watch=learner.watch if isinstance(learner, TraceLearner) else None,
             drop=self.drop,
+            full_weight=self.phase.full_weight,
         )
         if self.drop.agreed():
             self._stop(signal.SIGTERM, step)
@@ -240,6 +253,11 @@ class _Run:
         row: Figures = {"step": step + 1, "event": "train", "loss": losses[0]}
         if len(losses) > 1:
             row["subnetwork_losses"] = losses[1:]
+        if self.teaching:
+            taught = total if self.teaching.parent else total[1:]
+            row["distillation_losses"] = (taught[:, 2] / taught[:, 1]).tolist()
+        if self.phase.noted:
+            row |= self.phase.noted(step)
         if self.trained:
             row |= self.trained.step()
         if not all(map(math.isfinite, losses)):

@@ -35,9 +35,9 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
     from flextron_mcore.choosing import use_subnetwork
     from flextron_mcore.layers.tokens.layer import FixedLevels
     from flextron_mcore.model import build_model
-    from flextron_mcore.pipeline.networks import run_networks
+    from flextron_mcore.pipeline.networks import Teaching, run_networks
     from flextron_mcore.runtime.distributed import device
-    from flextron_mcore.settings.sections import KV_POLICIES, DistillationSettings
+    from flextron_mcore.settings.sections import KV_POLICIES
     from flextron_mcore.sorting.importance import importance
     from flextron_mcore.space import ElasticSpace
     from tests import toy
@@ -76,7 +76,7 @@ def compute(case: str, precision: str, state: Mapping[str, Tensor] | None = None
             yield {"tokens": more[:, :-1], "labels": more[:, 1:], "loss_mask": mask, "position_ids": places[:, :-1]}
 
     ddp.zero_grad_buffer()
-    teach = DistillationSettings(weight=0.4, temperature=2.0)
+    teach = Teaching(weight=0.4, temperature=2.0)
     losses = run_networks([ddp], batches, MICRO_BATCHES, list(networks.values()), toy.LENGTH, BATCH, teach=teach)
     found["losses"] = dict(zip(networks, losses[:, 0] / losses[:, 1], strict=True))
     found["gradients"] = {name: parameter.main_grad for name, parameter in gpt.named_parameters()}

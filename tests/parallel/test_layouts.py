@@ -55,6 +55,10 @@ LAYOUTS: dict[str, tuple[int, str, list[str]]] = {
     "PP2 virtual gpt2": (2, "gpt2", [PP2, VIRTUAL]),
     "TP2 distilled": (2, "distilled", [TP2]),
     "PP2 virtual distilled": (2, "distilled", [PP2, VIRTUAL]),
+    "TP2 SP taught": (2, "taught", [TP2, SEQUENCE]),
+    "PP2 virtual taught": (2, "taught", [PP2, VIRTUAL]),
+    "PP2 uneven taught": (2, "taught", [PP2, "model.num_layers_in_first_pipeline_stage=1"]),
+    "DP2 distributed optimizer overlap taught": (2, "taught", GATHER),
     "TP2 SP bf16": (2, "bf16", [TP2, SEQUENCE]),
     "PP2 bf16": (2, "bf16", [PP2]),
     "DP2 distributed optimizer bf16": (2, "bf16", GATHER),
@@ -74,12 +78,13 @@ CONTINUED: dict[str, tuple[int, str, list[str]]] = {
     "TP2 DP2 everything, then DP2": (2, "TP2 DP2 everything", [DISTRIBUTED]),
     "PP2 virtual, then TP2": (2, "PP2 virtual", [TP2]),
     "TP2 PP2 SP gpt2, then DP2": (2, "TP2 PP2 SP gpt2", []),
+    "PP2 virtual taught, then TP2": (2, "PP2 virtual taught", [TP2]),
 }
 # A short list that has every kind of parallelism, optimizer, schedule and recomputation once.
 FEW = {
     "TP2 SP",
     "TP2 qwen",
-    "PP2 virtual distilled",
+    "PP2 virtual taught",
     "DP2 distributed optimizer overlap",
     "TP2 DP2 everything",
     "TP2 PP2 SP gpt2",
@@ -95,7 +100,7 @@ def trained(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
     losses, norms = [], []
     for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
         if row["event"] == "train":
-            losses += [row["loss"], *row["subnetwork_losses"]]
+            losses += [row["loss"], *row["subnetwork_losses"], *row.get("distillation_losses", [])]
             norms.append(row["grad_norm"])
         else:
             losses += row["losses"].values()
@@ -171,7 +176,9 @@ class Runs:
         return self.root / name.replace(" ", "_").replace(",", "")
 
     def keys(self, name: str, model: str, *layout: str) -> list[str]:
-        more = {"distilled": ["distillation.weight=0.5", "distillation.temperature=2.0"], "bf16": ["trainer.precision=bf16"]}
+        distilled = ["distillation.weight=0.5", "distillation.temperature=2.0"]
+        taught = [*distilled, f"teacher={self.root}/start/gpt2"]
+        more = {"distilled": distilled, "taught": taught, "bf16": ["trainer.precision=bf16"]}
         return [
             f"checkpoint={self.root}/start/{model if model in ('gpt2', 'qwen') else 'llama'}",
             f"data={self.root}/data",
@@ -214,7 +221,7 @@ def groups(layout: list[str]) -> str:
 def runs(tmp_path_factory, text) -> Runs:
     """All training runs, finished: in one process, in four, and in two."""
     found = Runs(tmp_path_factory.mktemp("layouts"), text)
-    for model in ("llama", "gpt2", "qwen", "distilled", "bf16"):
+    for model in ("llama", "gpt2", "qwen", "distilled", "taught", "bf16"):
         stage("elastic", *found.keys(f"one {model}", model))
     for processes in (4, 2):
         for job in run_jobs(processes, found.jobs(processes), tmp_path_factory.mktemp("jobs")):
@@ -241,8 +248,9 @@ def test_a_run_continued_at_another_layout_is_the_uninterrupted_run(runs, name):
 
 
 def test_compared_losses_differ_by_run_and_by_step(runs):
-    losses = {model: trained(runs.path(f"one {model}"))[0] for model in ("llama", "gpt2", "distilled")}
-    assert (losses["llama"] - losses["distilled"])[-10:].abs().max() > 1e-3
+    losses = {model: trained(runs.path(f"one {model}"))[0] for model in ("llama", "gpt2", "distilled", "taught")}
+    ends = {model: values[-10:] for model, values in losses.items()}  # of the last validation
+    assert min((ends["distilled"] - ends[model]).abs().max() for model in ("llama", "taught")) > 1e-3
     every = [round(loss, 3) for values in losses.values() for loss in values.tolist()]
     assert len(set(every)) > 0.7 * len(every)
     for model in ("llama", "gpt2"):

@@ -22,7 +22,7 @@ LAYOUTS = {
     ),
     "sequence": (2, ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]),
     "pipeline": (2, ["model.pipeline_model_parallel_size=2", "distillation.weight=0.5"]),
-    "virtual": (2, ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"]),
+    "virtual, taught": (2, ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"]),
     "tensor x pipeline": (4, ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]),
 }
 # Micro-batches of networks since the first step began: in the midst of a step, and in a validation or a later step; then
@@ -103,6 +103,7 @@ def test_sigterm_at_one_rank_drops_the_step_on_all(start, tmp_path, processes):
     for name, (size, keys) in LAYOUTS.items():
         if size != processes:
             continue
+        keys = [*keys, f"teacher={start}/start", "distillation.weight=0.5"] if "taught" in name else keys
         common = {"layout": name}
         jobs.append({"stage": "elastic", "keys": [*train, *keys, f"out={tmp_path}/{name}"], **common})
         for moment in MOMENTS:

@@ -10,8 +10,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from flextron_mcore import config
 from flextron_mcore.choosing import use_subnetwork
-from flextron_mcore.pipeline.networks import run_networks
-from flextron_mcore.settings.sections import DistillationSettings
+from flextron_mcore.pipeline.networks import Teaching, run_networks
 from flextron_mcore.space import ElasticSpace
 from tests import toy
 from tests.memory import peak
@@ -110,23 +109,39 @@ def test_slices_accumulate_in_place_and_leave_the_rest_alone():
     assert (qkv[3 * 8 :] == untouched).all() and (qkv[: 3 * 8] != untouched).all()
 
 
+@pytest.mark.parametrize("chunk", [None, 5], ids=["one piece", "chunks of 5 positions"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_distillation_teaches_the_subnetworks_and_not_the_full_model(size):
+@pytest.mark.parametrize("frozen", [False, True], ids=["in place", "frozen teacher"])
+def test_distillation_is_the_divergence_of_plain_softmaxes(frozen, size, chunk, monkeypatch):
+    """The full model teaches the sub-networks of its step, or a frozen model with fewer layers teaches them all."""
+    monkeypatch.setattr(config, "LOGITS_AT_ONCE", size * toy.VOCAB * chunk if chunk else config.LOGITS_AT_ONCE)
     arch, space, networks = case(toy.LLAMA, "kv_group")
-    teach = DistillationSettings(weight=0.3, temperature=2.0)
+    parent = None
+    if frozen:
+        smaller = toy.config(**toy.LLAMA, num_query_groups=2, num_layers=1)
+        parent = toy.model(smaller, ElasticSpace.build(smaller)).eval().requires_grad_(False)
+    teach = Teaching(weight=0.3, temperature=2.0, parent=parent and [parent])
     reference, model = toy.model(arch, space), toy.model(arch, space)
     tokens = sum(batch["loss_mask"].sum() for batch in batches(2, size))
+    divergences = torch.zeros(len(networks))
     for batch in batches(2, size):
-        logits = reference(batch["tokens"], batch["position_ids"], None)
-        (cross_entropy(logits, batch) / tokens).backward()
-        teacher = torch.softmax(logits.detach() / 2.0, -1)
-        for net in networks[1:]:
+        given = batch["tokens"], batch["position_ids"], None
+        with torch.no_grad():
+            teacher = torch.softmax((parent or reference)(*given) / 2.0, -1)
+        for j, net in enumerate(networks):
             with use_subnetwork(reference, net):
-                student = reference(batch["tokens"], batch["position_ids"], None)
+                student = reference(*given)
             divergence = (teacher * (teacher.log() - torch.log_softmax(student / 2.0, -1))).sum(-1)
-            loss = 0.7 * cross_entropy(student, batch) + 0.3 * 4.0 * (divergence * batch["loss_mask"]).sum()
-            (loss / tokens).backward()
-    run_networks([ddp := wrapped(model)], lambda: iter(batches(2, size)), 2, networks, toy.LENGTH, size, teach=teach)
+            divergence = 4.0 * (divergence * batch["loss_mask"]).sum()
+            loss = cross_entropy(student, batch)
+            if frozen or net is not None:
+                divergences[j] += divergence.detach()
+                loss = 0.7 * loss + 0.3 * divergence
+            ((0.5 * loss if net is None else loss) / tokens).backward()
+    ddp = wrapped(model)
+    total = run_networks([ddp], lambda: iter(batches(2, size)), 2, networks, toy.LENGTH, size, teach=teach, full_weight=0.5)
+    torch.testing.assert_close(total[:, 2].float(), divergences, rtol=1e-4, atol=1e-4)
+    assert (divergences[0 if frozen else 1 :] > 1e-3).all() and total[:, 1].tolist() == [tokens.item()] * 4
     for p, q in zip(reference.parameters(), ddp.module.parameters(), strict=True):
         torch.testing.assert_close(q.main_grad, p.grad, rtol=1e-4, atol=1e-5)
 

@@ -204,7 +204,9 @@ def test_a_run_killed_while_it_calibrates_loses_one_step(chain, routed, tmp_path
 def test_joint_tunes_model_and_adaptive_routers(chain, routed, tmp_path):
     keys = [f"checkpoint={routed}/adaptive", f"data={chain}/data", *RUN, "validation_targets=[0.9]", "trainer.max_steps=4"]
     more = ["model.optim.sched.warmup_steps=1", "adaptive.calibration_samples=8", "targets_per_step=2"]
+    more += [f"teacher={chain}/parent", "distillation.weight=0.5"]
     stage("joint", *keys, *more, f"out={tmp_path}/joint")
+    assert [len(row["distillation_losses"]) for row in rows(tmp_path / "joint") if row["event"] == "train"] == [3] * 4
     before, after = (TensorReader(open_checkpoint(path)) for path in (routed / "adaptive", tmp_path / "joint"))
     changed = [key for key in before.keys() if not before.read(key).equal(after.read(key))]  # noqa: SIM118
     assert any("mlp" in key for key in changed) and any("self_attention" in key for key in changed)

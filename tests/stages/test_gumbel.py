@@ -35,8 +35,12 @@ def axes(chain, tmp_path_factory) -> Path:
     stage("importance", *keys, f"out={run}/sorted")
     write_table(run / "sorted", run / "latency" / "latency.json")
     stage("gumbel", *gumbel_keys(chain, run), "candidate_samples=8", f"out={run}/gumbel")
-    stage("gumbel", *gumbel_keys(chain, run), *UNIFORM, f"out={run}/uniform")
+    stage("gumbel", *gumbel_keys(chain, run), *UNIFORM, *taught(chain), f"out={run}/uniform")
     return run
+
+
+def taught(chain: Path) -> list[str]:
+    return [f"teacher={chain}/parent", "distillation.weight=0.3"]
 
 
 def gumbel_keys(chain: Path, run: Path) -> list[str]:
@@ -103,10 +107,10 @@ def test_an_interrupted_run_continues_exactly(chain, axes, tmp_path, monkeypatch
     step = _Run._step
     monkeypatch.setattr(_Run, "_step", lambda self, n, log: step(self, n, log) if n < 5 else (_ for _ in ()).throw(Interrupted))
     with pytest.raises(Interrupted):
-        stage("gumbel", *gumbel_keys(chain, axes), *UNIFORM, f"out={tmp_path}/parts")
+        stage("gumbel", *gumbel_keys(chain, axes), *UNIFORM, *taught(chain), f"out={tmp_path}/parts")
     monkeypatch.undo()
     assert open_checkpoint(tmp_path / "parts").step == 3
-    stage("gumbel", *gumbel_keys(chain, axes), *UNIFORM, f"out={tmp_path}/parts")
+    stage("gumbel", *gumbel_keys(chain, axes), *UNIFORM, *taught(chain), f"out={tmp_path}/parts")
     assert rows(tmp_path / "parts") == rows(axes / "uniform")
     ends = [load_file(list_checkpoints(out)[-1] / "routers.safetensors") for out in (tmp_path / "parts", axes / "uniform")]
     assert all(ends[0][key].equal(ends[1][key]) for key in ends[1])

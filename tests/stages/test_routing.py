@@ -55,6 +55,14 @@ def rows(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
 
 
+def test_a_frozen_parent_teaches_in_joint_tuning(chain, routed, tmp_path):
+    keys = [f"checkpoint={routed}/router", f"data={chain}/data", *RUN, "trainer.max_steps=2", "targets_per_step=2"]
+    stage("joint", *keys, f"teacher={chain}/parent", "distillation.weight=0.5", f"out={tmp_path}/joint")
+    train = [row for row in rows(tmp_path / "joint") if row["event"] == "train"]
+    assert [len(row["distillation_losses"]) for row in train] == [3, 3]
+    assert min(loss for row in train for loss in row["distillation_losses"]) > 1e-6
+
+
 def test_outputs_of_router(chain, routed):
     metrics = json.loads((routed / "router" / "metrics.json").read_text())
     assert metrics["stage"] == "router" and metrics["steps"] == 8

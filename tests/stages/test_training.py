@@ -113,6 +113,8 @@ def test_kill_and_run_again_is_the_uninterrupted_run(chain, tmp_path):
         (["space.ffn_hidden_size=[0.5,1.0]"], r"is of another space: its ffn_hidden_size is \[16, 32, 48, 64\], not \[32, 64\]"),
         (["data_weights={cod: 1}"], r"cod"),
         (["distillation.weight=2"], r"distillation.weight=2.0 must be within 0..1"),
+        (["budget_weights={0.9: -1}"], r"budget_weights=\{0.9: -1.0\} must be a mapping, each at least 0"),
+        (["budget_weights={0.9: 1}", "mode=matformer"], r"has an effect with mode=flextron only: set that too"),
         (["trainer.devices=4"], r"4, but 1 process\(es\) were started"),
         (["model.tensor_model_parallel_size=2"], r"1 process\(es\) cannot hold model.tensor_model_parallel_size=2"),
     ],
@@ -145,6 +147,17 @@ def test_matformer_and_distillation_train(chain, tmp_path):
     names = rows(tmp_path / "m", "validation")[-1]["losses"]
     assert "full" in names
     assert all(row["loss"] == row["loss"] and len(row["subnetwork_losses"]) == 3 for row in rows(tmp_path / "m", "train"))
+
+
+def test_budgets_are_drawn_by_their_weights(chain, tmp_path, capsys):
+    keys = ["trainer.max_steps=6", "budget_weights={0.9: 1, 1: 1}", "num_subnetworks=2"]
+    figures = stage("elastic", *elastic_keys(chain, tmp_path / "w", *keys))
+    drawn = [budget for row in rows(tmp_path / "w", "train") for budget in row["budgets"]]
+    assert len(drawn) == 12 and set(drawn) == {0.9, 1.0}
+    assert figures["budgets_drawn"] == {f"{budget:g}": drawn.count(budget) for budget in (0.9, 1.0)}
+    assert "draws sub-networks of about 0.9 of the parameters 50.0%, 1 of the parameters 50.0%" in capsys.readouterr().out
+    full = [row["loss"] == loss for row in rows(tmp_path / "w", "train") for loss in row["subnetwork_losses"]]
+    assert full == [budget == 1.0 for budget in drawn]
 
 
 def test_synchronous_saves_and_bf16(chain, tmp_path):
@@ -235,3 +248,17 @@ def test_dropout_continues_exactly_too(chain, tmp_path):
     stage("elastic", *keys)
     strip = lambda row: {k: v for k, v in row.items() if k != "tokens_per_second"}  # noqa: E731
     assert [strip(row) for row in rows(tmp_path / "run", "train")] == [strip(row) for row in whole]
+
+
+def test_a_second_phase_has_longer_samples(chain, tmp_path):
+    """The result of a training at short samples is trained on at longer ones, as docs/own_model.md says."""
+    keys = ["trainer.max_steps=2", "num_subnetworks=1"]
+    stage("elastic", *elastic_keys(chain, tmp_path / "first", *keys, "model.seq_length=16"))
+    more = [key for key in elastic_keys(chain, tmp_path / "second", *keys, "model.seq_length=32") if "checkpoint=" not in key]
+    second = stage(
+        "elastic", f"checkpoint={tmp_path}/first", *more, "exp_manager.checkpoint_callback_params.every_n_train_steps=2"
+    )
+    assert second["tokens"] == 2 * json.loads((tmp_path / "first" / "metrics.json").read_text())["tokens"] == 2 * 8 * 32
+    before, after = (rows(tmp_path / name, "validation") for name in ("first", "second"))
+    assert before[-1]["losses"]["full"] != after[0]["losses"]["full"]  # other samples, the same weights
+    assert before[-1]["losses"]["full"] == pytest.approx(after[0]["losses"]["full"], abs=0.05)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
 from itertools import combinations
 
 import pytest
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.space import ElasticSpace
-from flextron_mcore.training.sampler import draw
+from flextron_mcore.launch.flops import Costs
+from flextron_mcore.space import ElasticSpace, parameter_share
+from flextron_mcore.training.sampler import draw, mixture
 from tests import toy
 
 ARCH = toy.config(num_layers=3)
@@ -23,6 +26,8 @@ def test_a_draw_depends_on_seed_step_and_stream_only():
     assert first != [draw(ARCH, SPACE, 2, step, 3) for step in range(20)]
     assert first != [draw(ARCH, SPACE, 1, step, 3, stream=1) for step in range(20)]
     assert len({net for nets in first for net in nets}) > 50
+    widths = [[(layer.num_attention_heads, layer.ffn_hidden_size) for layer in net.layers] for net in draw(ARCH, SPACE, 1, 0, 2)]
+    assert widths == [[(2, 36), (1, 48), (1, 24)], [(1, 12), (1, 48), (1, 24)]]  # as before budgets could have weights
 
 
 def chi_square(counts: Counter, cells: int) -> float:
@@ -87,6 +92,50 @@ def test_matformer_draws_uniform_widths_with_all_heads_and_no_repeats():
         assert sorted(net.layers[0].ffn_hidden_size for net in nets) == list(SPACE.ffn_hidden_size[:-1])
     assert len(draw(ARCH, SPACE, 0, 0, 7, "matformer")) == 7
     assert draw(ARCH, SPACE, 0, 0, 0, "matformer") == []
+
+
+AXES_SPACE = ElasticSpace.build(ARCH, hidden_size=[0.25, 0.5, 1.0], depth=[1, 2, 3], layer_ranking=[2, 0, 1])
+
+
+@pytest.mark.parametrize("space", [SPACE, AXES_SPACE], ids=["widths", "all axes"])
+def test_budgets_are_drawn_as_often_as_their_weights_say(space):
+    """Networks of a budget have its parameters on average, and the budget that the log notes is the one that was drawn."""
+    least = parameter_share(ARCH, space.uniform(ARCH, *(sizes[0] for sizes in space.sizes.values())))
+    low, middle = round(least + 0.1, 3), round((least + 1) / 2, 3)
+    of = mixture(ARCH, space, {str(middle): 2, "1": 1, str(low): 5})
+    assert (of.budgets, of.probabilities) == ((low, middle, 1.0), (0.625, 0.25, 0.125))
+    shares: dict[float, list[float]] = {}
+    for step in range(1500):
+        nets = draw(ARCH, space, 7, step, 2, of=of)
+        for budget, net in zip(of.drawn(7, step, 2), nets, strict=True):
+            space.check(ARCH, net)
+            shares.setdefault(budget, []).append(parameter_share(ARCH, net))
+    for budget, probability in zip(of.budgets, of.probabilities, strict=True):
+        found, spread = shares[budget], (3000 * probability * (1 - probability)) ** 0.5
+        assert abs(len(found) - 3000 * probability) < 4 * spread
+        error = statistics.pstdev(found) / len(found) ** 0.5
+        assert abs(statistics.fmean(found) - budget) < 4 * error + 1e-6
+    assert set(shares[1.0]) == {1.0} and len(set(shares[middle])) > 10
+    assert draw(ARCH, space, 7, 3, 2, of=of) == draw(ARCH, space, 7, 3, 2, of=of) != draw(ARCH, space, 7, 3, 2)
+    estimated = Costs(ARCH, space, 24)
+    drawn = [estimated.of(net) for step in range(1500) for net in draw(ARCH, space, 7, step, 2, of=of)]
+    assert estimated.drawn(weights={str(middle): 2, "1": 1, str(low): 5}) == pytest.approx(statistics.fmean(drawn), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"0.01": 1}, r"budget_weights: 0.01 is not within 0\.\d+ \(the smallest network's share of the parameters\) and 1"),
+        ({"1.5": 1}, r"budget_weights: 1.5 is not within"),
+        ({"half": 1}, r"budget_weights: half is not within"),
+        ({"0.9": 0}, r"budget_weights: has no finite weight above 0: give"),
+        ({}, r"budget_weights: has no finite weight"),
+        ({"0.9": math.inf}, r"budget_weights: has no finite weight"),
+    ],
+)
+def test_budgets_that_cannot_be(weights, message):
+    with pytest.raises(FlextronError, match=message):
+        mixture(ARCH, SPACE, weights)
 
 
 def test_unknown_mode():

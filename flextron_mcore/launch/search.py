@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.flops import Costs
 from flextron_mcore.launch.estimate import memory_of
-from flextron_mcore.launch.flops import Costs, recomputed_share, work
+from flextron_mcore.launch.flops import recomputed_share, work
 from flextron_mcore.launch.layout import Layout, Rank
 from flextron_mcore.launch.plan import PARALLEL, Job, Plan, gpus_of_node
 from flextron_mcore.launch.resources import ESTIMATED, gpu_memory, with_reserve

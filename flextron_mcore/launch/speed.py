@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flextron_mcore.flops import Costs
 from flextron_mcore.launch.activations import networks
-from flextron_mcore.launch.flops import Costs
 from flextron_mcore.launch.layout import LOOPED, TRAINED, Layout, Rank
 from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.training import StageSettings

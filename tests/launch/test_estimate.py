@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from flextron_mcore.choices import Choices
 from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.flops import Costs
 from flextron_mcore.launch.activations import networks, saved_chunk, saved_head, saved_layer
 from flextron_mcore.launch.estimate import Estimate, estimate
-from flextron_mcore.launch.flops import Costs
 from flextron_mcore.launch.layout import Layout, Rank
 from flextron_mcore.layers.block import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork

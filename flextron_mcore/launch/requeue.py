@@ -20,7 +20,7 @@ again() {{
     local code=$? log={log}_"${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}".out failures=0 idle=0 why="" said node excluded
     set +e
     # Once a job: by this script, or by last_moment.
-    if (set -o noclobber; true > {asked}) 2>/dev/null; then
+    if (set -o noclobber; true > {asked}) 2>/dev/null || [ ! -e {asked} ]; then
         if [ -n "${{watcher:-}}" ]; then kill -KILL "$watcher"; wait "$watcher"; fi 2>/dev/null
     else
         if [ -n "${{watcher:-}}" ]; then wait "$watcher"; fi

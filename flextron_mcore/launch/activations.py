@@ -8,9 +8,10 @@ Letters: n tokens of a micro-batch, e bytes of an element; h, q, k, f1, f2 as in
 
 from __future__ import annotations
 
-from flextron_mcore.launch.layout import TRAINED, Rank
+from flextron_mcore.launch.layout import LOOPED, TRAINED, Rank
 from flextron_mcore.settings.latency import WorkloadSettings
 from flextron_mcore.settings.training import StageSettings
+from flextron_mcore.training.rampup import BatchSizes
 
 TAUGHT = 40  # bytes a logit with distillation: ten fp32 tensors of logits are alive at the same time (measured)
 
@@ -24,7 +25,8 @@ def activations(rank: Rank, settings: StageSettings) -> int:
     )
     if stage not in TRAINED and not gates:
         return gathered + _forward(rank) + (_kv_cache(rank, settings.setting) if stage == "latency" else 0)
-    micro_batches = settings.model.global_batch_size // (rank.layout.micro_batch * rank.layout.data)
+    largest = BatchSizes(settings.model, settings.trainer.max_steps).largest if stage in LOOPED else 0
+    micro_batches = (largest or settings.model.global_batch_size) // (rank.layout.micro_batch * rank.layout.data)
     teach = stage in ("elastic", "gumbel") and settings.distillation.weight > 0
     step = networks(settings)
     weighted = _most(in_flight(rank, micro_batches * step), step, settings) if stage == "gumbel" else 0

@@ -12,6 +12,7 @@ from flextron_mcore.settings.latency import WorkloadSettings
 from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import DTYPE_BYTES, ElasticSpace, SubNetwork
+from flextron_mcore.training.rampup import BatchSizes
 
 TRAINED = ("pretrain", "elastic", "joint", "gumbel")  # stages that train the weights: gradients and optimizer state
 LOOPED = (*TRAINED, "router")  # stages with a training loop (training/loop.py)
@@ -88,6 +89,8 @@ class Layout:
                 f"model.global_batch_size={options.global_batch_size} is not a multiple of model.micro_batch_size={size} "
                 f"x {data} data-parallel rank(s): set it to a multiple"
             )
+        if settings.stage in LOOPED:
+            BatchSizes(options, settings.trainer.max_steps).check(size, data)
         precision = getattr(getattr(settings, "trainer", None), "precision", None) or stored_dtype
         return cls(
             tensor,

@@ -62,12 +62,13 @@ def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False, weighted:
     fused = q + 2 * k  # values are a view of the fused QKV product, so all of it stays alive
     turned = n * (fused + q + k) * e + 4 * layout.length * model.rotary_channels * e
     plain = n * (fused + (q if model.query_heads_per_group > 1 else 0)) * e
-    layers, skipped = model.num_layers, sum(model.no_rope_freq or ())  # a mean where layers differ
+    mine = rank.numbers  # where layers differ, a mean of the rank's
+    layers, skipped = len(mine), sum((model.no_rope_freq or (0,) * model.num_layers)[number] for number in mine)
     attention = ((layers - skipped) * turned + skipped * plain) // layers if model.position_embedding_type == "rope" else plain
     if model.qk_layernorm:
         attention += _head_norms(rank, frozen)
-    windowed = sum((window or layout.length) < layout.length for window in model.windows)
-    attention += windowed * layout.length**2 * e // layers  # masks, a mean
+    windowed = sum((model.windows[number] or layout.length) < layout.length for number in mine)
+    attention += windowed * layout.length**2 * e // layers  # masks
     attention += n * q * e + 4 * n * (q // model.kv_channels)  # output, and log-sum-exp of each softmax in fp32
     if model.gated:
         # Gate and up projection share one gathered input.

@@ -164,6 +164,16 @@ class Rank:
         return self.index == self.layout.pipeline - 1
 
     @property
+    def numbers(self) -> list[int]:
+        """Indices of the rank's layers in the model, those of all its virtual pipeline stages."""
+        layout, found, start = self.layout, [], 0
+        for _ in range(layout.chunks):
+            for index, layers in enumerate(layout.layers):
+                found += range(start, start + layers // layout.chunks) if index == self.index else ()
+                start += layers // layout.chunks
+        return found
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the embedding on this rank, padding included."""
         return -(-self.model.vocab_size // self.layout.tensor)

@@ -208,8 +208,11 @@ class _Search:
             settings = self.settings_of(job, keys)
             layout = self._layout(settings, gpus)
             # Stages between the second and the last one have as many layers as the second, and fewer micro-batches in flight.
+            model = self.plan.model
             ranks = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}
-            found.append((with_reserve(max(sum(memory_of(Rank(self.plan.model, layout, i), settings)) for i in ranks)), job))
+            if model.window_attn_skip_freq or model.no_rope_freq:  # layers differ
+                ranks = set(range(layout.pipeline))
+            found.append((with_reserve(max(sum(memory_of(Rank(model, layout, i), settings)) for i in ranks)), job))
         return max(found, key=lambda pair: pair[0])
 
     def _layout(self, settings: StageSettings, gpus: int) -> Layout:

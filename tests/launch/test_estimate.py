@@ -278,6 +278,22 @@ def test_the_work_of_the_stages_is_counted():
     assert said(arch, configured("latency", "measurements=file.json")).flops == 0
 
 
+def test_layers_that_differ_count_on_the_rank_that_holds_them():
+    """Ranks of a pipeline keep together what one rank with all layers keeps, though one has more windows than the other."""
+    arch = dataclasses.replace(FAMILIES["ministral"], no_rope_freq=(0, 0, 1, 1))  # a full layer, then three with windows
+    space = ElasticSpace.build(arch)
+
+    def kept(pipeline: int, index: int, *keys: str) -> int:
+        config = configured("pretrain", f"model.pipeline_model_parallel_size={pipeline}", *keys)
+        rank = Rank(arch, Layout.read(arch, space, config, pipeline, "fp32", cuda=False), index)
+        return len(rank.numbers) * saved_layer(rank)[0]
+
+    assert kept(2, 0) != kept(2, 1)
+    assert kept(2, 0) + kept(2, 1) == pytest.approx(kept(1, 0), rel=1e-6)
+    assert sum(kept(4, index) for index in range(4)) == pytest.approx(kept(1, 0), rel=1e-6)
+    assert kept(2, 0, "model.virtual_pipeline_model_parallel_size=2") == pytest.approx(kept(4, 0) + kept(4, 2), rel=1e-6)
+
+
 def test_a_rampup_changes_tokens_time_and_memory():
     """Sizes 2, 4, 6 and 8 by turns of 12 samples: Megatron-LM counts 2 x 4 + 4 x 3 + 6 x 2 and 8 from then on, 20 steps."""
     arch = FAMILIES["llama"]

@@ -16,7 +16,7 @@ digests
 families
 axes
 space
-cost settings
+cost flops settings
 runtime choices
 data checkpoint
 layers

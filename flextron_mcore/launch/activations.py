@@ -8,9 +8,10 @@ Letters: n tokens of a micro-batch, e bytes of an element; h, q, k, f1, f2 as in
 
 from __future__ import annotations
 
-from flextron_mcore.launch.layout import TRAINED, Rank
+from flextron_mcore.launch.layout import LOOPED, TRAINED, Rank
 from flextron_mcore.settings.latency import WorkloadSettings
 from flextron_mcore.settings.training import StageSettings
+from flextron_mcore.training.rampup import BatchSizes
 
 TAUGHT = 16  # bytes a logit of the loss with distillation: four fp32 tensors, the teacher's logits apart (measured)
 
@@ -24,7 +25,8 @@ def activations(rank: Rank, settings: StageSettings) -> int:
     )
     if stage not in TRAINED and not gates:
         return gathered + _forward(rank) + (_kv_cache(rank, settings.setting) if stage == "latency" else 0)
-    micro_batches = settings.model.global_batch_size // (rank.layout.micro_batch * rank.layout.data)
+    largest = BatchSizes(settings.model, settings.trainer.max_steps).largest if stage in LOOPED else 0
+    micro_batches = (largest or settings.model.global_batch_size) // (rank.layout.micro_batch * rank.layout.data)
     teach = stage in ("elastic", "joint", "gumbel") and settings.distillation.weight > 0
     teacher = rank.teacher(settings)
     step = networks(settings) + (teacher is not None)
@@ -62,12 +64,13 @@ def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False, weighted:
     fused = q + 2 * k  # values are a view of the fused QKV product, so all of it stays alive
     turned = n * (fused + q + k) * e + 4 * layout.length * model.rotary_channels * e
     plain = n * (fused + (q if model.query_heads_per_group > 1 else 0)) * e
-    layers, skipped = model.num_layers, sum(model.no_rope_freq or ())  # a mean where layers differ
+    mine = rank.numbers  # where layers differ, a mean of the rank's
+    layers, skipped = len(mine), sum((model.no_rope_freq or (0,) * model.num_layers)[number] for number in mine)
     attention = ((layers - skipped) * turned + skipped * plain) // layers if model.position_embedding_type == "rope" else plain
     if model.qk_layernorm:
         attention += _head_norms(rank, frozen)
-    windowed = sum((window or layout.length) < layout.length for window in model.windows)
-    attention += windowed * layout.length**2 * e // layers  # masks, a mean
+    windowed = sum((model.windows[number] or layout.length) < layout.length for number in mine)
+    attention += windowed * layout.length**2 * e // layers  # masks
     attention += n * q * e + 4 * n * (q // model.kv_channels)  # output, and log-sum-exp of each softmax in fp32
     if model.gated:
         # Gate and up projection share one gathered input.

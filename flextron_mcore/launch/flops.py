@@ -1,124 +1,30 @@
 """Estimate of the floating-point operations and tokens of a stage. No torch import.
 
-FLOPs are counted as in Megatron-LM's `num_floating_point_operations`: matrix products only, 2 m n k each; half of the attention
-scores, for causal masking; the padded vocabulary; two forward passes for a backward pass. Unlike in Megatron-LM, recomputation
-counts too.
+FLOPs are counted as in `flextron_mcore/flops.py`. Unlike there and in Megatron-LM, recomputation counts too.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-from flextron_mcore.axes import added_tensors
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.cost import OWN_UNITS
 from flextron_mcore.evaluation.family import uniform_family
-from flextron_mcore.families.tensors import of_model
+from flextron_mcore.flops import Costs
 from flextron_mcore.launch.layout import LOOPED, Layout, teacher_of
 from flextron_mcore.selection.selectors import MatFormer, Uniform
 from flextron_mcore.settings.training import StageSettings
-from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork
+from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.training.rampup import BatchSizes
 from flextron_mcore.training.sampler import expected, mixture
 
 LARGE = 2.0  # exponent of training/static.py: budgets drawn with it are on average 1 / (1 + LARGE) of their range below its top
 _TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)  # default budgets of a validation (runs/routers.py), as shares of that range
-
-
-@dataclass(frozen=True)
-class Costs:
-    """FLOPs per token of forward passes, by network.
-
-    Attributes:
-        model: architecture of the full model.
-        space: elastic space of the model.
-        length: tokens of a sequence.
-        tensor: number of tensor-parallel ranks; the vocabulary is padded to a multiple of it.
-    """
-
-    model: ModelConfig
-    space: ElasticSpace
-    length: int
-    tensor: int = 1
-
-    def layer(self, choice: LayerChoice, hidden_size: int | None = None, number: int | None = None) -> float:
-        """FLOPs per token of one executed layer with the widths `choice`.
-
-        Args:
-            choice: widths.
-            hidden_size: hidden channels of the network; None: all.
-            number: index of the layer; None: a mean, where some layers have a sliding window.
-        """
-        size = hidden_size or self.model.hidden_size
-        weights = sum(
-            t.numel(self.model, size, choice) for t in of_model(self.model, "layer", added_tensors()) if len(t.sides) == 2
-        )
-        windows = [min(window or self.length, self.length) for window in self.model.windows]
-        keys = [window * (1 - window / (2 * self.length)) for window in windows]  # that a query sees, on average
-        seen = mean(keys) if number is None else keys[number]
-        return 2.0 * weights + 4.0 * seen * choice.num_attention_heads * self.model.kv_channels
-
-    def head(self, hidden_size: float | None = None) -> float:
-        """FLOPs per token of the output layer. hidden_size: hidden channels of the network; None: all."""
-        return 2.0 * (hidden_size or self.model.hidden_size) * (-(-self.model.vocab_size // self.tensor) * self.tensor)
-
-    def of(self, net: SubNetwork) -> float:
-        """FLOPs per token of a sub-network."""
-        layers = [self.layer(layer, net.hidden_size, number) for number, layer in enumerate(net.layers) if layer.executed]
-        return self.head(net.hidden_size) + sum(layers)
-
-    @property
-    def full(self) -> float:
-        """FLOPs per token of the full model."""
-        return self.of(SubNetwork.full(self.model))
-
-    @property
-    def smallest(self) -> float:
-        """FLOPs per token of the smallest sub-network."""
-        return self.of(self.space.uniform(self.model, *(sizes[0] for sizes in self.space.sizes.values())))
-
-    def drawn(self, mode: str = "flextron", weights: Mapping[str, float] | None = None) -> float:
-        """Expected FLOPs per token of a random sub-network, as `flextron elastic` draws them.
-
-        Args:
-            mode: "flextron" draws every size at random; "matformer" draws one FFN size below the full one, all else full.
-            weights: budget_weights of `flextron elastic`; None: uniform draws.
-        """
-        if weights:
-            of = mixture(self.model, self.space, weights)
-            each = [
-                sum(
-                    p * (self.head(h) + depth * self.layer(self.space.layer_choice(self.model, *sizes), h))
-                    for p, h, depth, sizes in expected(self.space, candidates)
-                )
-                for candidates in of.candidates
-            ]
-            return sum(p * flops for p, flops in zip(of.probabilities, each, strict=True))
-        sizes = dict(self.space.sizes)
-        if mode == "matformer":
-            widths = sizes["ffn_hidden_size"]
-            sizes = {name: values[-1:] for name, values in sizes.items()} | {"ffn_hidden_size": widths[:-1] or widths}
-        of_layer = itertools.product(*(sizes[axis.name] for axis in self.space.layer_axes))
-        choices = [self.space.layer_choice(self.model, *layer) for layer in of_layer]
-        depth = mean(sizes["depth"])
-        return mean(self.head(h) + depth * mean(self.layer(choice, h) for choice in choices) for h in sizes["hidden_size"])
-
-    def budgeted(self, low: float | None, high: float, part: float) -> float:
-        """FLOPs per token of a network whose cost equals its budget; FLOPs are taken to be proportional to the cost.
-
-        Args:
-            low: least budget, as a share of the full model's cost; None: the smallest network's cost.
-            high: largest budget, as a share of the full model's cost.
-            part: position of the budget between `low` (0) and `high` (1).
-        """
-        bottom = self.smallest if low is None else low * self.full
-        return bottom + part * (high * self.full - bottom)
 
 
 @dataclass(frozen=True)
@@ -203,7 +109,7 @@ def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_sampl
     stage, trainer, batch = settings.stage, settings.trainer, settings.model.global_batch_size
     low, high = _range(settings)
     if stage == "elastic":
-        networks = [costs.drawn(settings.mode, settings.budget_weights)] * settings.num_subnetworks
+        networks = [_drawn(costs, settings)] * settings.num_subnetworks
         family = [costs.of(net) for net in uniform_family(costs.model, costs.space).values()]
         validated = [*family, *[costs.drawn(settings.mode)] * settings.validation_subnetworks]
     elif stage in ("router", "joint", "gumbel"):
@@ -258,10 +164,24 @@ def recomputed_share(layout: Layout) -> float:
     return sum(layout.chunks * min(number, layers // layout.chunks) for layers in layout.layers) / sum(layout.layers)
 
 
+def _drawn(costs: Costs, settings: StageSettings) -> float:
+    """Expected FLOPs per token of a sub-network that `flextron elastic` draws, with or without budget_weights."""
+    if not settings.budget_weights:
+        return costs.drawn(settings.mode)
+    of = mixture(costs.model, costs.space, settings.budget_weights)
+    each = [
+        sum(
+            p * (costs.head(h) + depth * costs.layer(costs.space.layer_choice(costs.model, *sizes), h))
+            for p, h, depth, sizes in expected(costs.space, candidates)
+        )
+        for candidates in of.candidates
+    ]
+    return sum(p * flops for p, flops in zip(of.probabilities, each, strict=True))
+
+
 def _attention(costs: Costs, net: float) -> float:
     """FLOPs of attention scores and of their products with values: their share of the full model's FLOPs, times `net`."""
-    without = 2.0 * costs.length * costs.model.num_attention_heads * costs.model.kv_channels * costs.model.num_layers
-    return net * without / costs.full
+    return net * costs.attention(SubNetwork.full(costs.model)) / costs.full
 
 
 def _evaluated(costs: Costs, settings: StageSettings) -> float:

@@ -35,8 +35,9 @@ class Record:
         id: Slurm's job id.
         logs: directory of the job's logs.
         steps: trainer.max_steps; None for a stage that does not train.
-        tokens: tokens of one training step; None for a stage that does not train.
+        tokens: tokens of one training step, a mean; None for a stage that does not train.
         ranks: processes of the job.
+        samples: samples of the whole training; None where they are not known.
     """
 
     name: str
@@ -44,8 +45,9 @@ class Record:
     id: str
     logs: str
     steps: int | None
-    tokens: int | None = None
+    tokens: float | None = None
     ranks: int = 1
+    samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -275,8 +277,11 @@ def _progress(out: Path, record: Record) -> str:
     speeds = [row.get("tokens_per_second") for row in rows[-20:]]
     speeds = [speed for speed in speeds if isinstance(speed, int | float) and speed > 0]
     if record.tokens:
-        said += f"  {count(step * record.tokens)} tokens"
+        read = rows[-1].get("consumed_samples")
+        exact = record.samples and isinstance(read, int | float)
+        done = record.steps * read / record.samples if exact else step  # in steps of equal size
+        said += f"  {count(round(done * record.tokens))} tokens"
         if speeds and step < record.steps:
-            hours = (record.steps - step) * record.tokens / median(speeds) / 3600
+            hours = (record.steps - done) * record.tokens / median(speeds) / 3600
             said += f"  {hours:.2f} h and {hours * record.ranks:.2f} rank hours left"
     return said

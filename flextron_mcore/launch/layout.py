@@ -14,6 +14,7 @@ from flextron_mcore.settings.latency import WorkloadSettings
 from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import DTYPE_BYTES, ElasticSpace, SubNetwork
+from flextron_mcore.training.rampup import BatchSizes
 
 TRAINED = ("pretrain", "elastic", "joint", "gumbel")  # stages that train the weights: gradients and optimizer state
 LOOPED = (*TRAINED, "router")  # stages with a training loop (training/loop.py)
@@ -90,6 +91,8 @@ class Layout:
                 f"model.global_batch_size={options.global_batch_size} is not a multiple of model.micro_batch_size={size} "
                 f"x {data} data-parallel rank(s): set it to a multiple"
             )
+        if settings.stage in LOOPED:
+            BatchSizes(options, settings.trainer.max_steps).check(size, data)
         precision = getattr(getattr(settings, "trainer", None), "precision", None) or stored_dtype
         return cls(
             tensor,
@@ -177,6 +180,16 @@ class Rank:
     def last(self) -> bool:
         """True if the rank holds the output layer."""
         return self.index == self.layout.pipeline - 1
+
+    @property
+    def numbers(self) -> list[int]:
+        """Indices of the rank's layers in the model, those of all its virtual pipeline stages."""
+        layout, found, start = self.layout, [], 0
+        for _ in range(layout.chunks):
+            for index, layers in enumerate(layout.layers):
+                found += range(start, start + layers // layout.chunks) if index == self.index else ()
+                start += layers // layout.chunks
+        return found
 
     @property
     def vocabulary(self) -> int:

@@ -19,11 +19,18 @@ begun=$(newest)
 again() {{
     local code=$? log={log}_"${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}".out failures=0 idle=0 why="" said node excluded
     set +e
+    # Once a job: by this script, or by last_moment.
+    if (set -o noclobber; true > {asked}) 2>/dev/null || [ ! -e {asked} ]; then
+        if [ -n "${{watcher:-}}" ]; then kill -KILL "$watcher"; wait "$watcher"; fi 2>/dev/null
+    else
+        if [ -n "${{watcher:-}}" ]; then wait "$watcher"; fi
+        return
+    fi
     # Not after scancel or a preemption, when Slurm is ending the job; but where it ends a training at the job's time limit.
     if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
         {trains} && [ -n "${{end:-}}" ] && [ "$(date +%s)" -ge "$end" ] || return
     fi
-    if [ "$code" -eq 0 ]; then rm -f {tries}; return; fi
+    if [ "$code" -eq 0 ]; then rm -f {tries} {asked}; return; fi
     if [ -e {stopped} ]; then
         rm -f {stopped}
         if [ "$(newest)" != "$begun" ]; then rm -f {tries}; scontrol requeue "$SLURM_JOB_ID"; return; fi
@@ -60,7 +67,23 @@ others() {{
     sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,alloc,mix --format=%N | sort -u |
         grep -cvxF "$(scontrol show hostnames "$1")"
 }}
-rm -f {stopped}
+# In the background: where processes outlive the job's end by KillWait, Slurm kills this script with them before EXIT.
+last_moment() {{
+    local wait turn
+    trap '' TERM
+    while [ "$(date +%s)" -lt "$end" ]; do sleep 5 &> /dev/null; done
+    for turn in {{1..300}}; do
+        if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
+            wait=$(scontrol show config | sed -nE 's/^KillWait *= *([0-9]+) .*/\1/p')
+            sleep $((${{wait:-30}} > 4 ? ${{wait:-30}} - 4 : 0)) &> /dev/null
+            (exit 137)
+            again
+            return
+        fi
+        sleep 2 &> /dev/null
+    done
+}}
+rm -f {stopped} {asked}
 trap again EXIT
 trap : TERM  # at its time limit, wait for the processes, which save"""
 
@@ -77,6 +100,7 @@ def lines(job: Job, results: Path, folder: Path) -> str:
         "checkpoints": job.out / "checkpoints",
         "log": folder / f"log-{job.name}",
         "stopped": stopped(job, results),
+        "asked": results / "launch" / f"{job.name}.asked",
         "tries": results / "launch" / f"{job.name}.failures",
     }
     return AGAIN.format(

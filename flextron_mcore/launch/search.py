@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.flops import Costs
 from flextron_mcore.launch.estimate import memory_of
-from flextron_mcore.launch.flops import Costs, recomputed_share, work
+from flextron_mcore.launch.flops import recomputed_share, work
 from flextron_mcore.launch.layout import Layout, Rank
 from flextron_mcore.launch.plan import PARALLEL, Job, Plan, gpus_of_node
 from flextron_mcore.launch.resources import ESTIMATED, gpu_memory, with_reserve
@@ -18,6 +19,7 @@ from flextron_mcore.settings.compose import SHARED
 from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.schema import show
 from flextron_mcore.settings.training import StageSettings
+from flextron_mcore.training.rampup import BatchSizes
 
 TENSOR, PIPELINE, CHUNKS = (f"{kind}model_parallel_size" for kind in ("tensor_", "pipeline_", "virtual_pipeline_"))
 FIRST, LAST = (f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last"))
@@ -84,7 +86,7 @@ class _Search:
         self.timed = [job for job in self.jobs if job.trains] or self.jobs
         self.node = gpus_of_node(settings)
         self.speed = Speed.read(settings, min(self.node, self.gpus))
-        batches = [job.settings.model.global_batch_size for job in self.jobs if job.trains]
+        batches = [size for job in self.jobs if job.trains for size in _batch_sizes(job)]
         self.batch = math.gcd(*batches) if batches else None
         self.flops: dict[tuple, float] = {}
 
@@ -206,8 +208,11 @@ class _Search:
             settings = self.settings_of(job, keys)
             layout = self._layout(settings, gpus)
             # Stages between the second and the last one have as many layers as the second, and fewer micro-batches in flight.
+            model = self.plan.model
             ranks = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}
-            found.append((with_reserve(max(sum(memory_of(Rank(self.plan.model, layout, i), settings)) for i in ranks)), job))
+            if model.window_attn_skip_freq or model.no_rope_freq:  # layers differ
+                ranks = set(range(layout.pipeline))
+            found.append((with_reserve(max(sum(memory_of(Rank(model, layout, i), settings)) for i in ranks)), job))
         return max(found, key=lambda pair: pair[0])
 
     def _layout(self, settings: StageSettings, gpus: int) -> Layout:
@@ -245,9 +250,11 @@ class _Search:
     def _indivisible(self) -> str:
         """Message for a number of GPUs without a layout that divides."""
         names = "".join(f", training.model.{_path(name)}={show(value)}" for name, value in self.fixed.items())
+        whole = {job.settings.model.global_batch_size for job in self.jobs if job.trains}
+        sizes = "model.global_batch_size" if not whole or self.batch in whole else "the common divisor of all batch sizes"
         return (
             f"gpus={self.gpus}: no layout divides {self.plan.model.num_layers} layers, space.granularity="
-            f"{self.plan.space.granularity} and model.global_batch_size={self.batch}{names}: use another number of GPUs"
+            f"{self.plan.space.granularity} and {sizes}={self.batch}{names}: use another number of GPUs"
             + (", or leave out keys of the layout" if self.fixed else "")
         )
 
@@ -283,6 +290,14 @@ class _Search:
                 except FlextronError:  # keys of one stage do not go with this layout
                     continue
         return None
+
+
+def _batch_sizes(job: Job) -> list[int]:
+    """Distinct global batch sizes of a training. Raises FlextronError for a wrong rampup_batch_size."""
+    try:
+        return BatchSizes(job.settings.model, job.settings.trainer.max_steps).sizes
+    except FlextronError as error:
+        raise FlextronError(f"{job.stage}: {error}") from None
 
 
 def _distinct(tried: list[_Tried], shown: list[_Tried]) -> list[_Tried]:

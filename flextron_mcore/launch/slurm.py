@@ -45,7 +45,10 @@ fi"""
 # A training stops before the job's end, which no process of it knows: the job may have pulled an image first.
 STOP_AT = """
 end=${{SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)}}
-if [ -n "$end" ]; then export FLEXTRON_JOB_END=$end FLEXTRON_STOP_AT=$((end - {reserve})); fi"""
+if [ -n "$end" ]; then
+    export FLEXTRON_JOB_END=$end FLEXTRON_STOP_AT=$((end - {reserve}))
+    last_moment & watcher=$!
+fi"""
 # Runs a stage once for each pair of arguments: file that says that it is complete, and its configuration.
 ONE_BY_ONE = (
     'stage=$1; shift; while [ $# -gt 0 ]; do [ -e "$1" ] || "$0" -m flextron_mcore "$stage" --config "$2" || exit; shift 2; done'

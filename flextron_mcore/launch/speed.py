@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flextron_mcore.flops import Costs
 from flextron_mcore.launch.activations import networks
-from flextron_mcore.launch.flops import Costs
 from flextron_mcore.launch.layout import LOOPED, TRAINED, Layout, Rank
 from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import SubNetwork
+from flextron_mcore.training.rampup import BatchSizes
 
 HOST = (
     100 * 20e-6
@@ -69,15 +70,14 @@ def stage_seconds(costs: Costs, settings: StageSettings, layout: Layout, flops: 
         return compute
     trained = settings.stage in TRAINED
     rank, layers, steps = Rank(model, layout, 0), max(layout.layers), settings.trainer.max_steps
-    step_passes = settings.model.global_batch_size // (layout.micro_batch * layout.data) * networks(settings)
-    passes = steps * step_passes
+    passes = BatchSizes(settings.model, steps).start(steps) / (layout.micro_batch * layout.data) * networks(settings)
     compute = max(compute, passes * layers * HOST * (1 if trained else 1 / 3))
     sent = rank.tokens * model.hidden_size * layout.dtype  # bytes of a micro-batch's hidden states
     reduced = 2 * (1 + trained) + {"mlp": 1, "": 0}.get(layout.recompute[0], 2) * trained  # all-reduces of a layer
     messages = layers * reduced * 2 * (1 - 1 / layout.tensor) * sent / speed.link(layout.tensor)
     if stages > 1:
         messages += (1 + trained) * layout.chunks * rank.stream / speed.link(world)
-    bubble = (stages - 1) / (layout.chunks * step_passes)
+    bubble = (stages - 1) * steps / (layout.chunks * passes)
     total = (compute + passes * messages) * (1 + bubble)
     if trained and layout.data > 1:
         each = 4 + layout.dtype if settings.model.ddp.use_distributed_optimizer else 8  # bytes of a gradient and of a weight

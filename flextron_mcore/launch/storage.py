@@ -67,8 +67,14 @@ def _interval(settings: LaunchSettings, plan: Plan, job: Job) -> str:
         return steps
     if hours is None:
         return f"{steps} or {minutes:g} min"
-    of_steps = saving.every_n_train_steps * hours * 60 / job.settings.trainer.max_steps
+    of_steps = saving.every_n_train_steps * _longest_step(job, hours) * 60
     return f"{minutes:g} min" if minutes < of_steps else steps
+
+
+def _longest_step(job: Job, hours: float) -> float:
+    """Hours of the last step of a training, whose batch is the largest. hours: hours of the training."""
+    sizes = BatchSizes(job.settings.model, job.settings.trainer.max_steps)
+    return hours * sizes.largest / sizes.start(sizes.steps)
 
 
 def preemptions(settings: LaunchSettings, plan: Plan) -> Iterator[str]:
@@ -77,7 +83,7 @@ def preemptions(settings: LaunchSettings, plan: Plan) -> Iterator[str]:
         if not job.trains or settings.cluster.type != "slurm":
             continue
         hours = job_hours(settings, plan, job)
-        step = "" if hours is None else f" ({hours * 3600 / job.settings.trainer.max_steps:.0f} s)"
+        step = "" if hours is None else f" ({_longest_step(job, hours) * 3600:.0f} s)"
         size = checkpoint_bytes(plan, job)
         save = f"a checkpoint of {size / 1e9:.1f} GB" if size else "its routers"
         yield (

@@ -26,6 +26,7 @@ _received = 0
 _deadline: float | None = None
 _stop_at: float | None = None
 _end: float | None = None
+_writers: set[int] = set()  # processes that were started within deaf_helpers
 
 
 class Stopped(BaseException):
@@ -127,16 +128,17 @@ def deaf_helpers() -> Iterator[None]:
     """Block SIGNALS and SIGINT within the block. Processes started in the block never receive them.
 
     Schedulers, torchrun and terminals send signals to the whole process group, which would kill the processes that write a
-    checkpoint. This process receives the signals after the block. Raises FlextronError if a child process is killed within the
-    block, because Megatron-Core would wait for it forever.
+    checkpoint. This process receives the signals after the block. Raises FlextronError if a process that was started in such a
+    block is killed within one, because Megatron-Core would wait for it forever.
     """
     from multiprocessing import resource_tracker
 
     blocked = (*SIGNALS, signal.SIGINT)
     before, owner = signal.pthread_sigmask(signal.SIG_BLOCK, blocked), os.getpid()
+    others = _children() - _writers  # such as the service of a logger, or workers that load data
 
     def child_ended(number: int, frame: FrameType | None) -> None:
-        if not (killed := _killed_children()):
+        if not (killed := _killed_children(others)):
             return
         if os.getpid() != owner:  # a forked writer, which has helpers of its own
             os._exit(1)
@@ -148,18 +150,24 @@ def deaf_helpers() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         yield
     finally:
+        _writers.update(_children() - others)
         signal.signal(signal.SIGCHLD, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _killed_children() -> list[int]:
-    """Signals that killed children which are still zombies (not waited for)."""
+def _children() -> set[int]:
+    """Process ids of this process's children."""
     import psutil
 
+    return {child.pid for child in psutil.Process().children()}
+
+
+def _killed_children(others: set[int]) -> list[int]:
+    """Signals that killed children which are still zombies (not waited for), except for `others`."""
     found = []
-    for child in psutil.Process().children():
+    for child in _children() - others:
         with contextlib.suppress(OSError, IndexError):
-            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
             if fields[0] == "Z" and (number := int(fields[49]) & 0x7F):  # of the status that `wait` would return
                 found.append(number)
     return found

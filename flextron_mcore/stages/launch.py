@@ -25,6 +25,7 @@ from flextron_mcore.runs.terminal import print_table
 from flextron_mcore.runtime.disk import write_whole
 from flextron_mcore.settings.compose import to_yaml
 from flextron_mcore.settings.launch import LaunchSettings
+from flextron_mcore.training.rampup import BatchSizes
 
 
 def run(settings: LaunchSettings) -> dict[str, Any]:
@@ -146,11 +147,12 @@ def _submit(settings: LaunchSettings, planned: Plan, files: list[Path]) -> dict[
 
 
 def _record(job: Job, submitted: slurm.Submitted) -> follow.Record:
-    steps, tokens, options = None, None, job.settings
+    steps, tokens, samples, options = None, None, None, job.settings
     if job.trains:
         steps, length = options.trainer.max_steps, options.model.seq_length
-        tokens = options.model.global_batch_size * length if length else None
-    return follow.Record(job.name, job.stage, submitted.id, submitted.folder, steps, tokens, job.ranks)
+        samples = BatchSizes(options.model, steps).start(steps)
+        tokens = samples * length / steps if length else None
+    return follow.Record(job.name, job.stage, submitted.id, submitted.folder, steps, tokens, job.ranks, samples)
 
 
 def _check_idle(planned: Plan) -> None:

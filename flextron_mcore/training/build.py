@@ -66,9 +66,11 @@ class TrainedModel:
         """
         for chunk in self.chunks if self.overlap else ():
             chunk.disable_forward_pre_hook()
-        yield
-        for chunk in self.chunks if self.overlap else ():
-            chunk.enable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self.chunks if self.overlap else ():
+                chunk.enable_forward_pre_hook()
 
 
 def _loaded(model: TrainingModelSettings, precision: str, info: CheckpointInfo) -> list[torch.nn.Module]:

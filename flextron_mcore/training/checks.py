@@ -37,13 +37,8 @@ def check(settings: LoopSettings, info: CheckpointInfo, data: PreparedData, netw
             f"model.global_batch_size={model.global_batch_size} is not a multiple of model.micro_batch_size="
             f"{model.micro_batch_size} x {ranks} data-parallel rank(s): use {-(-model.global_batch_size // step) * step}"
         )
-    sizes = BatchSizes(model, settings.trainer.max_steps).sizes
-    if odd := [size for size in sizes if size % step]:
-        raise FlextronError(
-            f"model.rampup_batch_size: leads to a global batch size of {odd[0]}, which is not a multiple of "
-            f"model.micro_batch_size={model.micro_batch_size} x {ranks} data-parallel rank(s): use multiples of {step} as start "
-            "and increment"
-        )
+    batches = BatchSizes(model, settings.trainer.max_steps)
+    batches.check(model.micro_batch_size, ranks)
     check_weights(data, settings.data_weights)
     check_boards(settings.exp_manager)
     check_layout(info.model, info.space, model, settings.trainer.precision)
@@ -54,7 +49,7 @@ def check(settings: LoopSettings, info: CheckpointInfo, data: PreparedData, netw
             f"model.optim.min_lr={model.optim.min_lr:g} is above model.optim.lr={model.optim.lr:g}, from which it falls: lower it"
         )
     stages = model.pipeline_model_parallel_size
-    micro_batches = next((n for size in sizes if (n := size // step * networks) % stages), 0)
+    micro_batches = next((n for size in batches.sizes if (n := size // step * networks) % stages), 0)
     if model.virtual_pipeline_model_parallel_size and micro_batches:
         raise FlextronError(
             f"model.virtual_pipeline_model_parallel_size: the interleaved schedule needs a multiple of "

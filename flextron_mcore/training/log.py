@@ -16,10 +16,11 @@ from flextron_mcore.runtime.progress import INTERVAL, Progress, duration_text
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.settings.training import LoopSettings
 from flextron_mcore.training.boards import open_boards
+from flextron_mcore.training.speed import MEASURED
 
 LOG_FILE = "log.jsonl"
 # Figures of a step that boards show if the phase has them.
-SCALARS = ("learning_rate", "grad_norm", "tokens_per_second", "surrogate_loss", "surrogate_error", "constraint_loss")
+SCALARS = ("learning_rate", "grad_norm", "surrogate_loss", "surrogate_error", "constraint_loss", "consumed_samples", *MEASURED)
 
 
 class Log:
@@ -63,7 +64,8 @@ class Log:
     def train(self, row: dict[str, Any]) -> None:
         """Write a training step to log.jsonl, the boards and the terminal.
 
-        row: {"step", "event": "train", "loss", "tokens_per_second"} and further figures of the step; losses in nats per token.
+        row: {"step", "event": "train", "loss", "tokens_per_second", "memory_gb"} and further figures of the step; losses in nats
+        per token.
         """
         if not self.active:
             return
@@ -80,7 +82,12 @@ class Log:
             figures["constraint"] = f"{row['constraint_loss']:.3f}"
         if "learning_rate" in row:
             figures["lr"] = f"{row['learning_rate']:.1e}"
+        if row.get("grad_norm") is not None:
+            figures["grad norm"] = f"{row['grad_norm']:.2f}"
         figures["tok/s"] = f"{row['tokens_per_second']:.0f}"
+        if "mfu" in row:
+            figures |= {"TFLOP/s": f"{row['tflops_per_sec_per_gpu']:.0f}", "MFU": f"{row['mfu']:.1%}"}
+        figures["GB"] = f"{row['memory_gb']:.1f}"
         self.bar.set_postfix(figures)
         self.bar.update(1)
         due = row["step"] % self.every == 0 or time.monotonic() - self.said >= INTERVAL
@@ -93,6 +100,11 @@ class Log:
         shown |= {f"train/subnetwork_{i + 1}_loss": loss for i, loss in enumerate(row.get("subnetwork_losses", []))}
         shown |= {f"train/{name}": row[name] for name in SCALARS if row.get(name) is not None}
         self._show(shown, row["step"])
+
+    def note(self, text: str) -> None:
+        """Say a line on the terminal; nothing if it is empty."""
+        if self.active and text:
+            self._say(text)
 
     def validating(self, step: int, passes: int) -> Progress:
         """Make a progress bar for a validation.

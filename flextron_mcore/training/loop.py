@@ -44,6 +44,7 @@ from flextron_mcore.training.checks import duration, end_of_job
 from flextron_mcore.training.learner import Figures, GateLearner, Learner, LossLearner, TraceLearner, WeightLearner
 from flextron_mcore.training.log import Log
 from flextron_mcore.training.rampup import BatchSizes
+from flextron_mcore.training.speed import Meter
 
 Chunks = list[torch.nn.Module]
 # A training stops when its job has less time left than this times its slowest step and save: the next ones may be slower.
@@ -139,6 +140,8 @@ class _Run:
             parent = phase.teacher and loaded_model(self.options, phase.teacher, self.trainer.precision)
             # Megatron-Core's wrapper for bf16 would convert the teacher's logits to fp32.
             self.teaching = Teaching(phase.teach.weight, phase.teach.temperature, parent and [unwrap(chunk) for chunk in parent])
+        gates = isinstance(phase.learner, GateLearner)
+        self.meter = Meter(settings, info, seq_length, phase.frozen, gates, self.teaching and phase.teacher)
 
     def train(self) -> dict[str, Any]:
         """Run the remaining steps, and return the results for metrics.json."""
@@ -150,6 +153,7 @@ class _Run:
             self.checkpointer.load(newest)
             step = self.saved = newest.step
         log = Log(self.out, step, self.settings)
+        log.note(self.meter.note)
         started, trained, saved = time.perf_counter(), 0, time.monotonic()
         validation: dict[str, Any] = {"first": log.first_validation, "last": {}}
         if step == 0 and self.trainer.val_at_start:
@@ -266,7 +270,8 @@ class _Run:
             of = f"sub-network {number} of {len(losses) - 1}" if number else "the full model"
             raise FlextronError(f"step {step + 1}: the loss of {of} is {loss}: {cause}")
         row |= self._learn(step, losses, networks, gates, total[0, 1].item())
-        row["tokens_per_second"] = self.sizes.of(step) * self.seq_length / (time.perf_counter() - begun)
+        row["consumed_samples"] = self.sizes.start(step + 1)
+        row |= self.meter.figures(networks, self.sizes.of(step), time.perf_counter() - begun)
         log.train(row)
 
     def _learn(

@@ -14,6 +14,7 @@ class BatchSizes:
         steps: number of steps of the whole training.
 
     Attributes:
+        steps: number of steps of the whole training.
         first: first sample of each step of the rampup, and of the step after it.
         size: samples of every later step.
         sizes: distinct global batch sizes, ascending.
@@ -22,6 +23,7 @@ class BatchSizes:
     """
 
     def __init__(self, model: BatchSettings, steps: int) -> None:
+        self.steps = steps
         self.size, self.first, self.sizes = model.global_batch_size, [0], [model.global_batch_size]
         rampup = getattr(model, "rampup_batch_size", None)
         if rampup is None:
@@ -34,6 +36,26 @@ class BatchSizes:
             self.first.append(self.first[-1] + begin + int(self.first[-1] / each) * increment)
         found = {after - before for before, after in zip(self.first, self.first[1:], strict=False)}
         self.sizes = sorted({*found, self.size})
+
+    @property
+    def largest(self) -> int:
+        """Largest global batch size that a step has: that of the last one."""
+        return self.of(self.steps - 1)
+
+    def check(self, micro_batch: int, ranks: int) -> None:
+        """Raise FlextronError for a batch size of the rampup that micro-batches on data-parallel ranks do not divide.
+
+        Args:
+            micro_batch: samples of a forward pass.
+            ranks: number of data-parallel ranks.
+        """
+        step = micro_batch * ranks
+        if odd := [size for size in self.sizes if size % step]:
+            raise FlextronError(
+                f"model.rampup_batch_size: leads to a global batch size of {odd[0]}, which is not a multiple of "
+                f"model.micro_batch_size={micro_batch} x {ranks} data-parallel rank(s): use multiples of {step} as start and "
+                "increment"
+            )
 
     def start(self, step: int) -> int:
         """Number of samples before a step, the first of which is 0."""

@@ -15,7 +15,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import memory_cost
 from flextron_mcore.exports.formats import Job, get_format
 from flextron_mcore.families import ministral, qwen2, qwen3, smollm3
-from flextron_mcore.launch.flops import Costs
+from flextron_mcore.flops import Costs
 from flextron_mcore.space import ElasticSpace, SubNetwork, kv_cache_bytes, weight_bytes
 from tests import hf_toy
 from tests.families.test_mistral import decoded

@@ -24,7 +24,9 @@ ERRORS = {
     errno.EMFILE: ("open", False),
     errno.EACCES: ("open mkdir rename link", True),
 }
-TIMES = re.compile(rb'"(seconds|tokens_per_second|prompt_ms|ms_per_token)": ([0-9.e+-]+|\{[^}]*\})')  # figures that clocks decide
+# Figures that clocks and the machine decide.
+MEASURED = rb"step_seconds|tokens_per_second|tflops_per_sec_per_gpu|mfu|memory_gb"
+TIMES = re.compile(rb'"(seconds|prompt_ms|ms_per_token|' + MEASURED + rb')": ([0-9.e+-]+|\{[^}]*\})')
 TIMED = ("metrics.json", "log.jsonl")  # files with such figures
 
 

@@ -16,10 +16,11 @@ from flextron_mcore import config as flextron_config
 from flextron_mcore.choices import Choices
 from flextron_mcore.choosing import set_subnetwork, use_subnetwork
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.flops import Costs
 from flextron_mcore.launch.activations import networks, saved_chunk, saved_head, saved_layer
 from flextron_mcore.launch.estimate import Estimate, estimate
-from flextron_mcore.launch.flops import Costs
 from flextron_mcore.launch.layout import Layout, Rank
+from flextron_mcore.launch.speed import HOST, Speed, stage_seconds
 from flextron_mcore.layers.block import new_gates
 from flextron_mcore.layers.weighted import WeightedNetwork
 from flextron_mcore.model import build_model
@@ -286,6 +287,55 @@ def test_the_work_of_the_stages_is_counted():
     latency = said(arch, configured("latency", "rounds=1", "check_networks=2"), ranks=8)
     assert latency.tokens == 2 * (4 + 2) * 2 * LENGTH and latency.weights == 4 * count_parameters(arch)
     assert said(arch, configured("latency", "measurements=file.json")).flops == 0
+
+
+def test_layers_that_differ_count_on_the_rank_that_holds_them():
+    """Ranks of a pipeline keep together what one rank with all layers keeps, though one has more windows than the other."""
+    arch = dataclasses.replace(FAMILIES["ministral"], no_rope_freq=(0, 0, 1, 1))  # a full layer, then three with windows
+    space = ElasticSpace.build(arch)
+
+    def kept(pipeline: int, index: int, *keys: str) -> int:
+        config = configured("pretrain", f"model.pipeline_model_parallel_size={pipeline}", *keys)
+        rank = Rank(arch, Layout.read(arch, space, config, pipeline, "fp32", cuda=False), index)
+        return len(rank.numbers) * saved_layer(rank)[0]
+
+    assert kept(2, 0) != kept(2, 1)
+    assert kept(2, 0) + kept(2, 1) == pytest.approx(kept(1, 0), rel=1e-6)
+    assert sum(kept(4, index) for index in range(4)) == pytest.approx(kept(1, 0), rel=1e-6)
+    assert kept(2, 0, "model.virtual_pipeline_model_parallel_size=2") == pytest.approx(kept(4, 0) + kept(4, 2), rel=1e-6)
+
+
+def test_a_rampup_changes_tokens_time_and_memory():
+    """Sizes 2, 4, 6 and 8 by turns of 12 samples: Megatron-LM counts 2 x 4 + 4 x 3 + 6 x 2 and 8 from then on, 20 steps."""
+    arch = FAMILIES["llama"]
+    keys = ["trainer.max_steps=20", "trainer.limit_val_batches=null", "model.global_batch_size=8", "model.micro_batch_size=1"]
+    rampup, whole = [configured("elastic", *keys, *more) for more in (["model.rampup_batch_size=[2,2,36]"], [])]
+    consumed, sizes = 0, []
+    while len(sizes) < 20:
+        sizes.append(2 + consumed // 12 * 2 if consumed <= 36 else 8)
+        consumed += sizes[-1]
+    assert sizes[:4] == [2] * 4 and sizes[-1] == 8
+    assert said(arch, rampup).tokens == LENGTH * sum(sizes)
+    assert said(arch, rampup).flops / said(arch, whole).flops == pytest.approx(sum(sizes) / 160)
+    # Time: passes of all steps, and a bubble for each step.
+    space, two = ElasticSpace.build(arch), ["model.pipeline_model_parallel_size=2"]
+    speed = Speed(1e30, 1e30, 1e30, 8)  # host and bubble alone
+
+    def seconds(*more: str) -> float:
+        config = configured("elastic", *keys, *two, *more)
+        layout = Layout.read(arch, space, config, 2, "fp32", cuda=False)
+        return stage_seconds(Costs(arch, space, LENGTH), config, layout, 1.0, speed)
+
+    passes = [4 * size for size in sizes]  # four networks
+    assert seconds("model.rampup_batch_size=[2,2,36]") == pytest.approx(sum(n + 1 for n in passes) * 2 * HOST)
+    assert seconds() == pytest.approx(20 * (32 + 1) * 2 * HOST)
+    # Memory: as many passes in flight as in the largest step that is reached.
+    few = ["trainer.max_steps=3", "num_subnetworks=0", "model.pipeline_model_parallel_size=4", "model.global_batch_size=4"]
+    ramped, constant = (
+        said(arch, configured("elastic", *few, "model.micro_batch_size=1", *more), 4).activations
+        for more in (["model.rampup_batch_size=[1,1,300]"], ["model.global_batch_size=1"])
+    )
+    assert ramped == constant < said(arch, configured("elastic", *few, "model.micro_batch_size=1"), 4).activations
 
 
 def four_axes(arch: ModelConfig) -> ElasticSpace:

@@ -85,6 +85,18 @@ def test_time_left_is_that_of_the_last_steps(tmp_path, squeue):
     assert state.progress == "step 10/100  loss 2  10 M tokens  0.50 h and 4.00 rank hours left"
 
 
+def test_time_left_after_a_rampup_counts_samples(tmp_path, squeue):
+    """100 steps of 10,000 samples together, of which the first 10 had 100."""
+    training = Record("elastic", "elastic", "2", str(tmp_path), 100, 100_000, 8, 10_000)
+    (tmp_path / "elastic").mkdir()
+    row = {"event": "train", "step": 10, "loss": 2.0, "tokens_per_second": 50_000, "consumed_samples": 100}
+    (tmp_path / "elastic" / "log.jsonl").write_text(json.dumps(row) + "\n")
+    squeue.write_text("2 RUNNING\n")
+    (state,) = follow.states(tmp_path, [training])
+    # 9,900 samples of 1,000 tokens at 50,000 tokens a second
+    assert state.progress == "step 10/100  loss 2  100000 tokens  0.06 h and 0.44 rank hours left"
+
+
 def test_following_ends_when_nothing_is_alive(tmp_path, squeue):
     results = tmp_path / "results"
     records = [record(tmp_path, "import", 1), record(tmp_path, "elastic", 2, 50)]

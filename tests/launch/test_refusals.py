@@ -62,6 +62,14 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "unknown memory": ([LLAMA, "cluster.gpu.memory=lots"], "cluster.gpu.memory=lots"),
     "small GPUs": ([LLAMA, "cluster.gpu.memory=16GB"], "elastic: needs * of each GPU"),
     "more GPUs than a node has": ([LLAMA, "elastic.trainer.devices=16"], "elastic: trainer.devices=16 is more than"),
+    "a first batch that does not divide": (
+        [LLAMA, "elastic.model.rampup_batch_size=[24,8,1000]"],
+        "elastic: model.rampup_batch_size: leads to a global batch size of 24, which is not a multiple of *: use multiples of ",
+    ),
+    "a rampup that misses the batch": (
+        [LLAMA, "elastic.model.rampup_batch_size=[64,100,1000]"],
+        "elastic: model.rampup_batch_size=[64,100,1000]: does not lead to model.global_batch_size=",
+    ),
     "a batch that does not divide": ([LLAMA, "elastic.model.global_batch_size=24"], "elastic: model.global_batch_size=24 is not"),
     "a sequence too long": ([LLAMA, "elastic.model.seq_length=5000"], "elastic: model.seq_length=5000 is more than"),
     "a granularity too small": ([LLAMA, "elastic.model.tensor_model_parallel_size=16"], "elastic: *granularity"),

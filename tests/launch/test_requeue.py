@@ -16,7 +16,8 @@ from flextron_mcore.launch.plan import Job, plan
 
 PROGRAMS = {
     "squeue": 'case $* in *%T*) cat "$FAKE/state" 2>/dev/null || echo RUNNING ;; *) echo "(null)" ;; esac',
-    "scontrol": 'if [ "$1" = show ]; then echo "$3" | tr , "\\n"; else echo "$*" >> "$FAKE/asked"; fi',
+    "scontrol": 'case "$1 $2" in "show config") echo "KillWait                = 5 sec" ;; show*) echo "$3" | tr , "\\n" ;; '
+    '*) echo "$*" >> "$FAKE/asked" ;; esac',
     "sinfo": 'cat "$FAKE/nodes"',
 }
 DIED = "flextron: failed: rank 3 of 8 (host node2, pid 77) died"
@@ -146,6 +147,18 @@ def test_a_training_that_slurm_ends_at_its_time_limit_goes_on(job, ended, tmp_pa
     assert bool(ended(STEP, does=f"{ends}; {saved(job, 1)}")) == again
     (other,) = plan(launch("cluster=slurm", "cluster.account=a", "model=smoke", "stages=[export]")).jobs
     assert ended(of=other, does=ends) == []  # it would start again from its beginning
+
+
+def test_a_script_that_slurm_kills_has_queued_its_training_again(job, ended, tmp_path):
+    """Processes that outlive KillWait: the script is killed before it can see their end."""
+    (tmp_path / "state").write_text("COMPLETING\n")
+    watched = "end=$(date +%s); last_moment & watcher=$!"
+    asked = lambda: ended(STEP, code=-9, does=f"{watched}; trap : TERM; sleep 4; kill -KILL $$")  # noqa: E731
+    assert [asked() for _ in range(4)] == [*[["requeue 7"]] * 3, []]
+    # A script that sees the end asks once, and its watcher ends with it.
+    assert ended(STEP, does=f"{watched}; sleep 4") == ["requeue 7"]
+    assert ended(STEP, does=f"end=$(($(date +%s) + 60)); {watched.partition('; ')[2]}; {saved(job, 1)}; end=1") == ["requeue 7"]
+    assert ended(STEP, code=0, does=watched) == []
 
 
 def test_the_node_of_a_dead_rank_is_excluded_where_enough_are_left(job, ended, tmp_path):

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.flops import Costs
 from flextron_mcore.launch.check import check_configuration, check_layouts
-from flextron_mcore.launch.flops import Costs, work
+from flextron_mcore.launch.flops import work
 from flextron_mcore.launch.layout import Layout
 from flextron_mcore.launch.plan import Plan, plan
 from flextron_mcore.launch.resources import check_memory, gpu_memory, job_estimate, with_reserve

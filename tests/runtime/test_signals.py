@@ -116,3 +116,17 @@ def test_the_signal_that_killed_a_helper_is_named(number, words):
             child.send_signal(number)
             time.sleep(30)
     child.wait()
+
+
+def test_only_a_process_that_writes_is_taken_for_one():
+    """A child from before, such as the service of a logger, may end; a writer of an earlier block may not be killed."""
+    other = subprocess.Popen(["sleep", "100"])
+    with signals.deaf_helpers():
+        writer = subprocess.Popen(["sleep", "100"])
+        other.kill()
+        time.sleep(1)
+    with pytest.raises(FlextronError, match="killed by SIGKILL"), signals.deaf_helpers():
+        writer.kill()
+        time.sleep(30)
+    other.wait()
+    writer.wait()

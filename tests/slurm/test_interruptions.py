@@ -90,6 +90,7 @@ def test_a_time_limit_in_the_midst_of_a_step(slurm, prepared, tmp_path):
     """A step takes most of a job. Slurm ends the job within one; the step is dropped, and the next job continues."""
     keys = ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={prepared}", "pretrain.trainer.max_steps=4"]
     keys += ["pretrain.model.global_batch_size=2048", "pretrain.trainer.val_at_start=false", "run.stop_before=00:00:01"]
+    keys += ["run.retries=10"]  # a job without a checkpoint, where the machine is busy
     for name, limit in (("long", "01:00:00"), ("short", "00:01:00")):
         code, out, err = launch(slurm, tmp_path / name, *keys, f"run.time_limit={limit}", timeout=3000)
         assert code == 0, out + err

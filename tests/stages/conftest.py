@@ -13,6 +13,7 @@ from flextron_mcore.runs.start import run_stage
 from flextron_mcore.runs.verification import verify
 from flextron_mcore.runtime import signals
 from flextron_mcore.settings.compose import compose
+from flextron_mcore.training.speed import MEASURED
 
 TINY = [
     "num_layers=2",
@@ -73,7 +74,7 @@ def stop_within(run: Path, again: Path, monkeypatch: pytest.MonkeyPatch, moment:
 def log_rows(run: Path) -> list[dict]:
     """Rows of the log of a training, without the figures that a clock decides."""
     rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
 def assert_same_files(before: Path, after: Path) -> None:

@@ -16,6 +16,7 @@ from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.settings.sections import KV_POLICIES
 from flextron_mcore.training.loop import _Run
+from flextron_mcore.training.speed import MEASURED
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, finish_again, stage, stop_within
 
@@ -63,7 +64,7 @@ def metrics(out: Path) -> dict:
 
 def rows(out: Path) -> list[dict]:
     found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in found]
 
 
 def test_text_from_a_choice_for_every_token(routed):

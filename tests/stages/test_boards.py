@@ -11,6 +11,7 @@ import pytest
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import signals
+from flextron_mcore.training.speed import MEASURED
 from tests.stages.conftest import pretrain_keys, stage
 
 WANDB = ["exp_manager.create_wandb_logger=true", "exp_manager.wandb_logger_kwargs={project: p, offline: true, tags: [a]}"]
@@ -21,7 +22,8 @@ def expected(run: Path) -> dict[str, dict[int, float]]:
     """{name of a figure: {step: value}} from log.jsonl."""
     found: dict[str, dict[int, float]] = {}
     for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
-        names = {"train/loss": row.get("loss"), "train/grad_norm": row.get("grad_norm")}
+        figures = ("loss", "grad_norm", "consumed_samples", *MEASURED)
+        names = {f"train/{name}": row.get(name) for name in figures}
         names |= {f"validation/{name}": loss for name, loss in row.get("losses", {}).items()}
         for name, value in names.items():
             if value is not None:
@@ -111,7 +113,7 @@ def stopped_within(monkeypatch, moment: int) -> None:
     monkeypatch.setattr(signals, "urgent", urgent)
 
 
-def test_both_get_the_figures_of_the_log_and_one_run_when_continued(chain, tmp_path, monkeypatch, wandb, mlflow):
+def test_both_get_the_figures_of_the_log_and_one_run_when_continued(chain, tmp_path, monkeypatch, capsys, wandb, mlflow):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         stopped_within(patch, 12)
@@ -119,6 +121,12 @@ def test_both_get_the_figures_of_the_log_and_one_run_when_continued(chain, tmp_p
             stage("pretrain", *keys(chain, run, *WANDB, *MLFLOW))
     stage("pretrain", *keys(chain, run, *WANDB, *MLFLOW))
     assert wandb.seen(run) == mlflow.seen(run) == expected(run) and len(expected(run)["train/loss"]) == 4
+    assert {"train/tokens_per_second", "train/tflops_per_sec_per_gpu", "train/memory_gb", "train/step_seconds"} < set(
+        expected(run)
+    )
+    assert expected(run)["train/consumed_samples"] == {step: 8.0 * step for step in (1, 2, 3, 4)}
+    said = capsys.readouterr().out
+    assert "GB" in said and "grad norm" in said and "MFU" not in said + (run / "log.jsonl").read_text()
     first, second = wandb.begun
     assert (first["project"], first["mode"], first["tags"], first["name"]) == ("p", "offline", ["a"], "run")
     assert (

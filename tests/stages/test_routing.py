@@ -19,6 +19,7 @@ from flextron_mcore.settings.compose import compose
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.stages import select
 from flextron_mcore.training.loop import _Run
+from flextron_mcore.training.speed import MEASURED
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, finish_again, stage
 
@@ -52,7 +53,7 @@ def test_a_run_killed_after_its_last_checkpoint_finishes(chain, routed, tmp_path
 
 def rows(out: Path) -> list[dict]:
     found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in found]
 
 
 def test_a_frozen_parent_teaches_in_joint_tuning(chain, routed, tmp_path):

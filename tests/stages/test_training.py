@@ -18,6 +18,7 @@ from flextron_mcore.checkpoint.store import list_checkpoints, open_checkpoint
 from flextron_mcore.checkpoint.unpickling import read_metadata
 from flextron_mcore.config import FlextronError
 from flextron_mcore.training import checkpointing
+from flextron_mcore.training.speed import MEASURED
 from tests.stages.conftest import TRAIN, pretrain_keys, stage
 
 
@@ -91,7 +92,7 @@ def test_kill_and_run_again_is_the_uninterrupted_run(chain, tmp_path):
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output
     assert "continuing after step" in output and "continuing after step 0" not in output
-    strip = lambda row: {k: v for k, v in row.items() if k != "tokens_per_second"}  # noqa: E731
+    strip = lambda row: {k: v for k, v in row.items() if k not in MEASURED}  # noqa: E731
     for event in ("train", "validation"):
         expected, found = rows(tmp_path / "whole", event), rows(tmp_path / "killed", event)
         assert [strip(r) for r in found] == [strip(r) for r in expected]
@@ -246,7 +247,7 @@ def test_dropout_continues_exactly_too(chain, tmp_path):
     (tmp_path / "run" / "metrics.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "iter_0000006")
     stage("elastic", *keys)
-    strip = lambda row: {k: v for k, v in row.items() if k != "tokens_per_second"}  # noqa: E731
+    strip = lambda row: {k: v for k, v in row.items() if k not in MEASURED}  # noqa: E731
     assert [strip(row) for row in rows(tmp_path / "run", "train")] == [strip(row) for row in whole]
 
 

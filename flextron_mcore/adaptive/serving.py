@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 from flextron_mcore.adaptive.assessment import levels_by_domain
 from flextron_mcore.adaptive.calibration import target_for
-from flextron_mcore.adaptive.evaluation import evaluate_routed
+from flextron_mcore.adaptive.evaluation import evaluate_routed, total_counts
 from flextron_mcore.adaptive.routers import AdaptiveRouters
 from flextron_mcore.adaptive.routing import AdaptiveRouting
 from flextron_mcore.adaptive.store import read_adaptive_routers
@@ -20,13 +22,16 @@ from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Budget
-from flextron_mcore.data.blend import PreparedData, valid_datasets
+from flextron_mcore.data.blend import valid_datasets
 from flextron_mcore.evaluation.perplexity import mean, perplexity
 from flextron_mcore.model import loaded_model
 from flextron_mcore.runs.choice import available_costs, budgets, latency_table
+from flextron_mcore.runs.opened import Opened
 from flextron_mcore.runs.output import discard, new_output, write_metrics
+from flextron_mcore.runs.tasks import open_tasks, print_scores
 from flextron_mcore.runs.terminal import print_table, progress_bar, warn
 from flextron_mcore.runtime.distributed import device
+from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.stages import EvaluateSettings, GenerateSettings
 
 
@@ -67,21 +72,29 @@ class RoutersAtBudget:
         return self.cost.average(self.choices, share_NK) / self.budget.cost.full
 
 
-def routers_at_budget(settings: EvaluateSettings | GenerateSettings, info: CheckpointInfo) -> RoutersAtBudget:
-    """Adaptive routers of a checkpoint, set for settings.budget.
+def routers_at_budget(
+    settings: EvaluateSettings | GenerateSettings, info: CheckpointInfo, wanted: float | str | Sequence | None = None
+) -> RoutersAtBudget:
+    """Adaptive routers of a checkpoint, set for a budget.
 
     Raises FlextronError for a checkpoint without adaptive routers, without a budget or with settings.subnetwork, and unless the
     budget is a single one, of the routers' first cost and within their calibration.
+
+    Args:
+        settings: settings of the stage.
+        info: checkpoint.
+        wanted: budget as a user types it; None: settings.budget.
     """
+    wanted = settings.budget if wanted is None else wanted
     choices, table = Choices(info.model, info.space), latency_table(settings, info)
     described, routers = read_adaptive_routers(info.path, choices)
-    if settings.budget is None or getattr(settings, "subnetwork", None) is not None:
+    if wanted is None or getattr(settings, "subnetwork", None) is not None:
         raise FlextronError("selector=adaptive: needs a budget (budget=...), and no subnetwork=")
     policy = settings.kv_policy or described.kv_policy
-    budget, *others = budgets(settings.budget, available_costs(settings, info, table))
+    budget, *others = budgets(wanted, available_costs(settings, info, table))
     if others or budget.cost.name != described.costs[0]:
         raise FlextronError(
-            f"budget={settings.budget}: the checkpoint's adaptive routers serve one budget, of {described.costs[0]}, such as "
+            f"budget={wanted}: the checkpoint's adaptive routers serve one budget, of {described.costs[0]}, such as "
             f'"0.6 {described.costs[0]}"'
         )
     target_C = torch.ones(len(described.costs))
@@ -91,55 +104,74 @@ def routers_at_budget(settings: EvaluateSettings | GenerateSettings, info: Check
     return RoutersAtBudget(choices, routers.to(device()).eval(), target_C, policy, budget, cost)
 
 
-def evaluate_adaptive(
-    settings: EvaluateSettings | GenerateSettings, info: CheckpointInfo, data: PreparedData, computed: str, seq_length: int
-) -> dict[str, Any]:
-    """Evaluate a checkpoint's adaptive routers at a budget, and write metrics.json. Call on all ranks.
+def evaluate_adaptive(settings: EvaluateSettings, opened: Opened) -> dict[str, Any]:
+    """Evaluate a checkpoint's adaptive routers at the budgets, and write metrics.json. Call on all ranks.
 
     Returns the content of metrics.json: `loss` (nats per token), `perplexity`, `shares` (average cost of a token as a share of
-    the full model's) and `levels` by domain, their means as `mean` and `share`, and the budget. Raises FlextronError as
-    `routers_at_budget`.
+    the full model's) and `levels` by domain, their means as `mean` and `share`, and the budget, all of the first budget; and
+    `budgets`, a row for each, with the scores of settings.tasks. Raises FlextronError as `routers_at_budget` and `open_tasks`.
 
     Args:
-        settings: settings of the stage, with the budget.
-        info: checkpoint with adaptive routers.
-        data: prepared data set, whose validation part is used.
-        computed: precision to compute in, fp32 or bf16.
-        seq_length: tokens of a sample.
+        settings: settings of the stage, with the budgets.
+        opened: checkpoint with adaptive routers, and data, whose validation part is used.
     """
-    at = routers_at_budget(settings, info)
+    info = opened.info
+    every = [routers_at_budget(settings, info, wanted) for wanted in settings.budgets or [settings.budget]]
+    tasks = open_tasks(settings, opened)
     with new_output(settings) as out:
-        datasets = valid_datasets(data, seq_length, settings.seed, out / "cache")
-        model, size = loaded_model(settings.model, info, computed), settings.model.micro_batch_size
+        datasets = valid_datasets(opened.data, opened.seq_length, settings.seed, out / "cache")
+        model, size = loaded_model(settings.model, info, opened.precision), settings.model.micro_batch_size
         samples = settings.limit_val_batches and settings.limit_val_batches * size
-        with progress_bar(total=len(datasets), desc="evaluate") as bar:
-            found = evaluate_routed(model, datasets, at.routing, seq_length, size, samples, lambda done: bar.update())
+        rows = []
+        with progress_bar(total=len(datasets) * len(every), desc="evaluate") as bar:
+            for at in every:
+                found = evaluate_routed(model, datasets, at.routing, opened.seq_length, size, samples, lambda done: bar.update())
+                losses = {domain: row.loss for domain, row in found.items()}
+                shares = {domain: at.share(row.share_NK) for domain, row in found.items()}
+                rows.append(
+                    {
+                        "budget": at.budget_share,
+                        "loss": losses,
+                        "perplexity": {domain: perplexity(loss) for domain, loss in losses.items()},
+                        "mean": {"loss": mean(losses), "perplexity": perplexity(mean(losses))},
+                        "shares": shares,
+                        "share": mean(shares),
+                        "levels": levels_by_domain(at.choices, found),
+                    }
+                )
         discard(out / "cache")
-        losses = {domain: row.loss for domain, row in found.items()}
-        shares = {domain: at.share(row.share_NK) for domain, row in found.items()}
+        if tasks:
+            with progress_bar(desc="evaluate: tasks", unit="request") as bar:
+                harness = tasks.harness(settings, opened, model, bar.update)
+                for at, row in zip(every, rows, strict=True):
+                    routing = at.routing()
+                    row["tasks"] = harness.scores(routing)
+                    counts_NK = total_counts(routing.counts_NK)
+                    row["tasks_share"] = at.share((counts_NK / counts_NK.sum(-1, keepdim=True).clamp_min(1)).cpu().numpy())
+            on_main_process(lambda: tasks.write(out, Path(settings.out)))
         metrics = write_metrics(
             out,
             "evaluate",
             {
-                "loss": losses,
-                "perplexity": {domain: perplexity(loss) for domain, loss in losses.items()},
-                "mean": {"loss": mean(losses), "perplexity": perplexity(mean(losses))},
-                "cost": at.budget.cost.name,
-                "full_cost": at.budget.cost.full,
-                "budget": at.budget_share,
-                "kv_policy": at.kv_policy,
-                "shares": shares,
-                "share": mean(shares),
-                "levels": levels_by_domain(at.choices, found),
+                # Figures of the first budget, for readers of a single one.
+                **{key: value for key, value in rows[0].items() if not key.startswith("tasks")},
+                "cost": every[0].budget.cost.name,
+                "full_cost": every[0].budget.cost.full,
+                "kv_policy": every[0].kv_policy,
                 "dtype": settings.trainer.precision or info.dtype,
                 "model": info.model.to_dict(),
                 "space": info.space.to_dict(),
+                "budgets": rows,
             },
         )
-    print_table(
-        f"validation loss (nats per token) and the average share of the full model's {at.budget.cost.name}, at a budget of "
-        f"{at.budget_share:.3f}",
-        ["", *datasets, "mean"],
-        [["loss", *losses.values(), mean(losses)], ["share", *shares.values(), mean(shares)]],
-    )
+    name = every[0].budget.cost.name
+    for row in rows:
+        print_table(
+            f"validation loss (nats per token) and the average share of the full model's {name}, at a budget of "
+            f"{row['budget']:.3f}",
+            ["", *datasets, "mean"],
+            [["loss", *row["loss"].values(), row["mean"]["loss"]], ["share", *row["shares"].values(), row["share"]]],
+        )
+    if tasks:
+        print_scores([(f"adaptive {row['budget']:.3f}", {"share": row["tasks_share"]}, row["tasks"]) for row in rows])
     return metrics

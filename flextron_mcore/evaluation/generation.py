@@ -57,6 +57,7 @@ def generate(
     ends: Collection[int] = (),
     sampling: Sampling | None = None,
     progress: Callable[[], object] = lambda: None,
+    finished: Callable[[Sequence[int]], bool] = lambda ids: False,
 ) -> Generated:
     """Continue prompts with generated tokens. Call on all ranks with the same arguments; all return the same tokens.
 
@@ -75,6 +76,7 @@ def generate(
         ends: token ids that end a sequence.
         sampling: rule by which the next token is chosen; None for the likeliest token.
         progress: called after each pass.
+        finished: function of the token ids added to a prompt; True ends the sequence.
     """
     sampling = sampling or Sampling()
     lengths, short = [len(prompt) for prompt in prompts], unwrap(model).architecture.short_context
@@ -100,7 +102,7 @@ def generate(
         for i, length in enumerate(lengths):
             if length <= stop < limits[i] and not done[i]:
                 tokens[i, stop] = chosen[i]
-                if chosen[i] in ends:
+                if chosen[i] in ends or finished(tokens[i, length : stop + 1].tolist()):
                     limits[i] = stop + 1
             done[i] = stop + 1 >= limits[i]
         progress()

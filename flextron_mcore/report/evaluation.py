@@ -22,8 +22,9 @@ from flextron_mcore.report.networks import (
     units,
 )
 from flextron_mcore.report.reader import Settings, StageOutput
+from flextron_mcore.report.tasks import Scored, Scores, tasks_section
 from flextron_mcore.report.text import big, cost_unit, loss, memory, percent, perplexity, short
-from flextron_mcore.report.topic import Card, Column, Highlights, Section, Table, Topic
+from flextron_mcore.report.topic import Card, Column, Highlights, Section, Table, Topic, numbered
 from flextron_mcore.space import SubNetwork, count_parameters
 
 BEFORE_WORDS = ("parent", "before")  # in the name of a directory: evaluated before elastic training
@@ -50,6 +51,7 @@ class Network:
         loss: {domain: loss in nats per token}.
         perplexity: {domain: perplexity}.
         mean: loss averaged over domains, and the perplexity of this average.
+        tasks: {task: {metric: value with standard error}}; None if no tasks were evaluated.
     """
 
     name: str
@@ -61,11 +63,12 @@ class Network:
     loss: dict[str, float]
     perplexity: dict[str, float]
     mean: Mean
+    tasks: Scores | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Network as plain types, as in metrics.json, with hidden size and number of executed layers added."""
         sizes = {"hidden_size": self.subnetwork.hidden_size, "depth": self.subnetwork.depth}
-        return {**self.__dict__, "subnetwork": self.subnetwork.to_dict(), "mean": asdict(self.mean), **sizes}
+        return {**asdict(self), "subnetwork": self.subnetwork.to_dict(), **sizes}
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,10 @@ def sections(results: list[Evaluation]) -> list[Section]:
         note = f"Networks whose layers differ: the share of its {' and of its '.join(units())} that every layer keeps."
         widths = layer_grid(differing, family.model, "layer_widths")
         parts.append(Section("widths", "Widths of every layer", note, [], [widths], "budgets"))
+    scored = [found for found in results if any(net.tasks for net in found.networks)]
+    for found, number, title in numbered(scored):
+        nets = [Scored(net.name, net.parameters, net.tasks) for net in found.networks if net.tasks]
+        parts.append(tasks_section(found.label, nets, number, title))
     return parts
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flextron_mcore.config import FlextronError
 
@@ -62,6 +62,42 @@ def on_main_process(action: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def drive(action: Callable[[Callable[[Any], Any]], T], serve: Callable[[Any], Any]) -> T:
+    """Run `action(ask)` on rank 0, whose calls `ask(question)` run `serve(question)` on all ranks. Collective: call on all ranks.
+
+    Use for a library that knows nothing of ranks, but calls a function that all of them compute together. `ask` returns what
+    `serve` returns on rank 0. Every rank returns the result of `action`, or raises its FlextronError. Questions and the result
+    must be picklable.
+    """
+    rank, ranks = place()
+
+    def send(message: Any = None) -> Any:
+        box = [message]
+        if ranks > 1:
+            import torch
+
+            torch.distributed.broadcast_object_list(box, 0)
+        return box[0]
+
+    def ask(question: Any) -> Any:
+        send(("ask", question))
+        return serve(question)
+
+    if rank == 0:
+        try:
+            outcome = "result", action(ask)
+        except FlextronError as error:
+            outcome = "error", error
+        send(outcome)
+    else:
+        while (outcome := send())[0] == "ask":
+            with contextlib.suppress(FlextronError):  # rank 0 has it, too, and sends it when `action` has ended
+                serve(outcome[1])
+    if outcome[0] == "error":
+        raise outcome[1]
+    return outcome[1]
 
 
 def gather(value: T) -> list[T]:

@@ -87,7 +87,7 @@ def compose(
 def read(stage: str, file: Path) -> Any:
     """Settings of a stage from a YAML file that `flextron launch` or the stage itself (OUT/config.yaml) wrote.
 
-    Raises FlextronError if the file cannot be read, belongs to another stage, or has unknown keys or invalid values.
+    Raises FlextronError if the file cannot be read, belongs to another stage, has unknown keys or invalid values, or trusts code.
     """
     try:
         values = read_yaml(file, given=True)
@@ -95,6 +95,8 @@ def read(stage: str, file: Path) -> Any:
         raise FlextronError(f"--config {file}: cannot be read ({explain(error)}): {_CONFIG_FILES.format(stage)}") from None
     if not isinstance(values, dict) or values.pop("stage", None) != stage:
         raise FlextronError(f"--config {file}: is not a configuration of {stage}: {_CONFIG_FILES.format(stage)}")
+    if values.get("tasks_trust_code"):  # the file may be somebody else's
+        raise FlextronError(f"--config {file}: tasks_trust_code=true lets code run: type it, with the other keys, as key=value")
     return compose(stage, values=[values])
 
 

@@ -214,8 +214,21 @@ class EvaluateSettings(EvaluationSettings):
     )
     budget: Any = setting(None, BUDGET, accepts=SEVERAL_BUDGETS)
     selector: str = setting("router", ANY_SELECTOR, choices=(*ALL_SELECTORS, "adaptive"))
+    budgets: list[Any] | None = setting(None, "budgets as in budget, a row of the table for each, instead of budget", filled=True)
     kv_policy: str | None = setting(None, KV_POLICY, choices=KV_POLICIES, only="selector=adaptive")
     random: int = setting(0, "number of random sub-networks to evaluate as well", at_least=0, ceiling=MOST_NETWORKS)
+    tasks: list[str] = setting(
+        [],
+        "tasks to score with lm-evaluation-harness: heldout_last_word, heldout_continuation, heldout_minimal_pairs (made from "
+        "the validation text), or tasks of lm_eval such as hellaswag, whose data this machine must have",
+    )
+    tasks_dir: str | None = path(None, "directory with task files (YAML) of lm_eval, whose tasks can then be named in tasks")
+    tasks_trust_code: bool = setting(False, "true: run Python code that task files of tasks_dir name; false: refuse such files")
+    num_fewshot: int | None = setting(
+        None, "solved examples in front of each question of the tasks; null: as each task defines", at_least=0, ceiling=1000
+    )
+    limit: int | None = setting(None, "questions of each task, the first ones; null: all", at_least=1)
+    apply_chat_template: bool = setting(False, "true: ask the tasks' questions in the tokenizer's chat template")
 
 
 @dataclass

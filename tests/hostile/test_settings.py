@@ -47,3 +47,11 @@ def test_a_recipe_that_is_none(tmp_path, text, words):
     (tmp_path / "model" / "mine.yaml").write_text(text)
     with pytest.raises(FlextronError, match=words):
         compose("pretrain", ["model=mine", "data=x", f"out={tmp_path}/out"], [tmp_path])
+
+
+def test_a_configuration_cannot_agree_to_run_code(tmp_path):
+    keys = ["checkpoint=x", "data=y", "tasks=[mine]", f"tasks_dir={tmp_path}", "tasks_trust_code=true", f"out={tmp_path}/out"]
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(compose("evaluate", keys)))
+    with pytest.raises(FlextronError, match="tasks_trust_code=true lets code run: type it"):
+        read("evaluate", file)

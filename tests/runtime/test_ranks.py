@@ -7,7 +7,7 @@ import torch
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import distributed, watch
-from flextron_mcore.runtime.ranks import is_main_process, on_main_process, place, processes_on_cpu
+from flextron_mcore.runtime.ranks import drive, is_main_process, on_main_process, place, processes_on_cpu
 
 
 def test_one_process_is_the_main_process():
@@ -49,3 +49,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 def _refuse() -> None:
     raise FlextronError("bad input")
+
+
+def test_one_rank_drives():
+    asked = []
+    assert drive(lambda ask: [ask(1), ask(2)], lambda question: asked.append(question) or 10 * question) == [10, 20]
+    assert asked == [1, 2]

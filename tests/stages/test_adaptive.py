@@ -19,6 +19,7 @@ from flextron_mcore.training.loop import _Run
 from flextron_mcore.training.speed import MEASURED
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, finish_again, stage, stop_within
+from tests.tasks_toy import measured, write_tasks
 
 RUN = [*(key for key in TRAIN if "optim" not in key), "model.micro_batch_size=4", "model.global_batch_size=8"]
 ADAPTIVE = ["kind=adaptive", "targets_per_step=2", "adaptive.calibration_samples=8", "validation_targets=[0.7,0.9]"]
@@ -131,6 +132,22 @@ def test_evaluate_is_what_the_training_found(chain, routed, tmp_path, kv_policy)
     assert again["loss"] == found["loss"]  # T7
     stage("report", f"run={tmp_path}", f"out={tmp_path}/report")
     assert "Token routing, evaluated" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_tasks_of_token_routing(chain, routed, tmp_path):
+    """Scores and texts do not depend on padding and batches; a row for each budget says what its tokens cost."""
+    (tmp_path / "own").mkdir()
+    keys = [f"checkpoint={routed}/adaptive", f"data={chain}/data", "limit_val_batches=1", "selector=adaptive", "kv_policy=own"]
+    keys += ["tasks=[heldout_continuation,write,roll]", f"tasks_dir={write_tasks(tmp_path / 'own')}", "limit=7"]
+    low, high = calibrated(routed)
+    keys.append(f"budgets=[{high},{(low + high) / 2}]")
+    found = {size: stage("evaluate", *keys, f"model.micro_batch_size={size}", f"out={tmp_path}/{size}") for size in (1, 4)}
+    for one, other in zip(*(figures["budgets"] for figures in found.values()), strict=True):
+        assert measured(one) == pytest.approx(measured(other), rel=1e-5, abs=1e-6)
+        assert one["tasks_share"] == pytest.approx(other["tasks_share"], abs=0.02)
+    rows = found[1]["budgets"]
+    assert rows[0]["tasks_share"] > rows[1]["tasks_share"] and measured(rows[0]) != measured(rows[1])
+    assert found[1]["loss"] == rows[0]["loss"]
 
 
 @pytest.mark.parametrize("surrogate", [False, True])

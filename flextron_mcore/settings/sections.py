@@ -320,11 +320,11 @@ class ScoreSettings:
 
     heads: str = setting(
         "energy",
-        f"importance of a query head in its KV group, with attention_unit=query_head; {MEANING_OF_SCORES}",
+        f"importance of a query head in its KV group, with space.attention_unit=query_head; {MEANING_OF_SCORES}",
         choices=UNIT_SCORES,
     )
     kv_groups: str = setting(
-        "energy", "importance of a whole KV group, with attention_unit=kv_group; as score.heads", choices=UNIT_SCORES
+        "energy", "importance of a whole KV group, with space.attention_unit=kv_group; as score.heads", choices=UNIT_SCORES
     )
     ffn_hidden_size: str = setting("activation", "importance of a neuron; as score.heads", choices=UNIT_SCORES)
     hidden_size: str = setting(

@@ -126,13 +126,14 @@ def start(tmp_path_factory, text) -> Start:
             "model.micro_batch_size=4",
             "ablation_batches=1",
             "score.depth=mse",
-            "score.ffn_hidden_size=energy",
+            "score.ffn_hidden_size=activation_weight",
+            "score.hidden_size=energy",
             *(f"space.{axis}={sizes}".replace(" ", "") for axis, sizes in AXES.items()),
             "layer_samples=7",
         ],
         "importance query heads": [
             *(checkpoint, data, "samples=11", "model.micro_batch_size=4", "ablation_batches=0"),
-            *("space.attention_unit=query_head", "space.heads=[4,8]", "score.hidden_size=energy"),
+            *("space.attention_unit=query_head", "space.heads=[4,8]"),
         ],
         "evaluate": [checkpoint, data, "limit_val_batches=3", "model.micro_batch_size=3", "random=1"],
         "evaluate one sample": [

@@ -123,7 +123,9 @@ def test_axis_is_sorted(space, tmp_path):
     batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape), "position_ids": positions}
 
     def scored(model: torch.nn.Module) -> dict[int, torch.Tensor]:
-        found = importance([model], lambda: iter([batch]), 1, toy.LENGTH, len(tokens), "activation_weight")
+        found = importance(
+            [model], lambda: iter([batch]), 1, toy.LENGTH, len(tokens), space, dict.fromkeys(space.sizes, "energy")
+        )
         return found.layers
 
     scores = scored(model)

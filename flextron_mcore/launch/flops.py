@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+from flextron_mcore.axes import network_axes
 from flextron_mcore.choices import Choices
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.cost import OWN_UNITS
@@ -83,9 +84,9 @@ def _valid(limit: int | None, samples: Sequence[int] | None) -> int:
 def _importance(costs: Costs, settings: StageSettings, valid: int) -> Work:
     """Work of `importance`: scores, layer scores, and the table of losses with and without sorting.
 
-    Scores take a forward pass of the full model over the calibration samples. If depth is elastic, layer scores take a pass of
-    the full model and one without each layer. The table evaluates the full model and a network with about half of each elastic
-    width, twice each.
+    Scores take a forward pass of the full model over the calibration samples. If depth is elastic, score.depth=mse takes a pass
+    of the full model and one without each layer. The table evaluates the full model, and a network with about half of each
+    elastic axis, unsorted and sorted, and these networks in random order too.
 
     Args:
         costs: FLOPs of a token in each network.
@@ -94,15 +95,15 @@ def _importance(costs: Costs, settings: StageSettings, valid: int) -> Work:
     """
     model, space, tokens = costs.model, costs.space, settings.samples * costs.length
     flops = tokens * costs.full
-    if len(space.depth) > 1:
+    if len(space.depth) > 1 and settings.score.depth == "mse":
         without = costs.full - costs.layer(SubNetwork.full(model).layers[0])
         flops += min(settings.samples, settings.layer_samples) * costs.length * (costs.full + model.num_layers * without)
-    axes = (space.heads, space.ffn_hidden_size, space.hidden_size)
-    full = [sizes[-1] for sizes in axes]
-    table = [full]
-    for i, sizes in enumerate(axes[: 3 if len(space.hidden_size) > 1 else 2]):
-        table.append([*full[:i], min(sizes, key=lambda size, full=sizes[-1]: abs(size - full / 2)), *full[i + 1 :]])
-    return Work(tokens, flops + 2 * valid * sum(costs.of(space.uniform(model, *sizes)) for sizes in table))
+    halves = 0.0
+    for axis in [*space.layer_axes, *(axis for axis in network_axes() if space.elastic(axis))]:
+        sizes = space.sizes[axis.name]
+        half = min(sizes, key=lambda size, full=sizes[-1]: abs(size - full / 2))
+        halves += costs.of(space.uniform(model, **{axis.name: half}))
+    return Work(tokens, flops + valid * (2 * costs.full + (3 if settings.ablation_random else 2) * halves))
 
 
 def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_samples: Sequence[int] | None) -> Work:

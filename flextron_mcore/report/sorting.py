@@ -20,8 +20,8 @@ class AblationRow:
 
     Attributes:
         setup: name of the network: the full model, or a network with half of one axis.
-        order: "unsorted" or "sorted": order of heads, neurons and channels.
-        score: importance score that they are sorted by.
+        order: "unsorted", "random" or "sorted": order of heads, neurons, channels and layers.
+        score: importance score that the axis is sorted by; "" where nothing is sorted.
         loss: loss in nats per token, mean over domains.
         perplexity: perplexity.
     """
@@ -39,12 +39,10 @@ class Ablation:
 
     Attributes:
         samples: number of calibration samples.
-        score: importance score that heads, neurons and channels are sorted by.
-        ablation: losses of the full model and of networks with half of one axis, unsorted and sorted.
+        ablation: losses of the full model and of networks with half of one axis, unsorted, in random order, and sorted.
     """
 
     samples: int
-    score: str
     ablation: list[AblationRow]
 
 
@@ -57,23 +55,23 @@ def sections(results: list[Ablation]) -> list[Section]:
         if any(row.setup != FULL for row in result.ablation):
             pictures.append(ablation_bars(result.ablation, f"sorting{i + 1 if i else ''}"))
     first = results[0]
-    note = f"Heads and neurons are sorted by importance on {first.samples:,} samples (score {first.score}): a smaller network"
-    note += " keeps the most important ones. Losses of networks with about half of one kind of unit, before elastic training (as"
-    note += " Flextron, Table 5)."
+    note = f"Heads and neurons are sorted by importance on {first.samples:,} samples: a smaller network keeps the most important"
+    note += " ones. Losses of networks with about half of one kind of unit, before elastic training (as Flextron, Table 5)."
     return [Section("sorting", "Sorting by importance", note, tables, pictures, "trained")]
 
 
 def ablation_bars(rows: Sequence[AblationRow], name: str) -> Picture:
-    """Bar chart of the losses of networks with half of one axis, unsorted and sorted (Flextron, Table 5).
+    """Bar chart of the losses of networks with half of one axis, unsorted, sorted and in random order (Flextron, Table 5).
 
     name: file name without its ending.
     """
     base = next((row for row in rows if row.setup == FULL), None)
     cut = [row for row in rows if row.setup != FULL]
     setups = list(dict.fromkeys(row.setup for row in cut))
-    many = len({row.score for row in cut if row.order == "sorted"}) > 1
+    scores = {setup: {row.score for row in cut if row.setup == setup and row.order == "sorted"} for setup in setups}
+    many = any(len(each) > 1 for each in scores.values())
     kind = lambda row: f"sorted by {row.score}" if many and row.order == "sorted" else row.order  # noqa: E731
-    kinds = list(dict.fromkeys(kind(row) for row in cut))
+    kinds = list(dict.fromkeys(kind(row) for row in sorted(cut, key=lambda row: row.order == "random")))  # random has no theme
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes, colours = figure.subplots(), (theme.before, theme.after, *theme.others)

@@ -154,6 +154,8 @@ def find_key(schema: type[StageSettings], name: str) -> tuple[type[StageSettings
         FlextronError: the key is unknown; the message names the nearest known key.
     """
     head, _, rest = name.partition(".")
+    if name in schema.replaced:
+        raise FlextronError(f"{schema.stage}: {name}= is no key any more: {schema.replaced[name]}")
     if schema is LaunchSettings and rest and (head in STAGES or head == SHARED):
         section, _, last = rest.partition(".")
         if section in PER_STAGE and last and head in STAGES:
@@ -368,7 +370,10 @@ def _recipes(stage: str, chosen: Mapping[str, str | None], config_dirs: Sequence
             }
         )
         if name not in known:
-            raise FlextronError(f"{stage}: {group}={name} is not known{nearest(name, known)}: use one of {', '.join(known)}")
+            also = f"; {STAGES[stage].replaced[group]}" if group in STAGES[stage].replaced else ""
+            raise FlextronError(
+                f"{stage}: {group}={name} is not known{nearest(name, known)}: use one of {', '.join(known)}{also}"
+            )
         for folder in config_dirs:
             check_file(Path(folder, group, f"{name}.yaml"), given=True)
         options.append(f"+{group}={name}")

@@ -307,6 +307,39 @@ class SpaceSettings:
     depth: list[int | float] | None = setting(None, f"number of executed layers: {CANDIDATES}", above=0)
 
 
+UNIT_SCORES = ("energy", "activation", "activation_weight")
+MEANING_OF_SCORES = (
+    "energy: squared norm of what it adds to the residual stream, summed over tokens, activation: L1 norm of its activations "
+    "(eq. 3 and 4 of the Flextron paper), activation_weight: this norm times that of the weight columns it is multiplied with"
+)
+
+
+@dataclass
+class ScoreSettings:
+    """Section `score` of `importance`: importance of the units of each axis (recipes: conf/score)."""
+
+    heads: str = setting(
+        "energy",
+        f"importance of a query head in its KV group, with space.attention_unit=query_head; {MEANING_OF_SCORES}",
+        choices=UNIT_SCORES,
+    )
+    kv_groups: str = setting(
+        "energy", "importance of a whole KV group, with space.attention_unit=kv_group; as score.heads", choices=UNIT_SCORES
+    )
+    ffn_hidden_size: str = setting("activation", "importance of a neuron; as score.heads", choices=UNIT_SCORES)
+    hidden_size: str = setting(
+        "activation",
+        "importance of a channel of the residual stream, after all norms, activation: L1 norm, energy: sum of squares",
+        choices=("activation", "energy"),
+    )
+    depth: str = setting(
+        "block_influence",
+        "importance of a layer, block_influence: 1 - cosine similarity of its input and output, mse: mean squared error of the "
+        "final hidden states without it",
+        choices=("block_influence", "mse"),
+    )
+
+
 @dataclass
 class DistillationSettings:
     """Section `distillation`: knowledge distillation from `teacher`, or from the full model of the same step."""

@@ -25,6 +25,7 @@ from flextron_mcore.settings.sections import (
     EvaluationTrainerSettings,
     LayoutSettings,
     PrecisionSettings,
+    ScoreSettings,
     SpaceSettings,
 )
 from flextron_mcore.settings.training import (
@@ -118,30 +119,25 @@ class ImportanceSettings(ForwardSettings):
     """Rank neurons and heads by importance and write a checkpoint with sorted weights."""
 
     stage: ClassVar[str] = "importance"
+    recipes: ClassVar[dict[str, str | None]] = {**ForwardSettings.recipes, "score": None}
+    replaced: ClassVar[dict[str, str]] = {
+        "score": "set score.heads, score.kv_groups and score.ffn_hidden_size, or all with `flextron importance score=paper`",
+        "layer_score": "set score.depth",
+    }
 
     data_weights: dict[str, float] | None = setting(
         None, "share of each domain in the calibration samples, {domain: weight}; null: equal shares", at_least=0
     )
     samples: int = setting(512, "calibration samples, from the training text", unit="samples", at_least=1, ceiling=MOST_SAMPLES)
-    score: str = setting(
-        "activation",
-        "importance of a neuron or head, activation: L1 norm of its activations (eq. 3 and 4 of the Flextron paper), "
-        "activation_weight: this norm times the norm of the weight columns that the activations are multiplied with",
-        choices=("activation", "activation_weight"),
-    )
-    layer_score: str = setting(
-        "mse",
-        "importance of layers for elastic depth, mse: mean squared error of the final hidden states without the layer, "
-        "block_influence: 1 - cosine similarity of the layer's input and output",
-        choices=("mse", "block_influence"),
-    )
-    layer_samples: int = setting(64, "calibration samples for layer_score", unit="samples", at_least=1, ceiling=MOST_SAMPLES)
+    layer_samples: int = setting(64, "calibration samples for score.depth=mse", unit="samples", at_least=1, ceiling=MOST_SAMPLES)
     ablation_batches: int = setting(
         16,
         "validation data for the table that compares losses of sub-networks with and without sorting; 0: no table",
         unit="micro-batches a domain",
         at_least=0,
     )
+    ablation_random: bool = setting(True, "compare with a random order too in this table; false: do not")
+    score: ScoreSettings = section(ScoreSettings)
 
 
 @dataclass

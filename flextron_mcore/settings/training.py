@@ -35,12 +35,13 @@ class StageSettings:
     """Base class of the settings of stages, with the keys that every stage has.
 
     `recipes` maps each directory of conf/ that the stage uses to the recipe used by default, or None for no recipe. `one_of`
-    names keys of which at least one is required.
+    names keys of which at least one is required. `replaced` maps keys of earlier versions to what a user sets now.
     """
 
     stage: ClassVar[str]
     one_of: ClassVar[tuple[str, ...]] = ()
     recipes: ClassVar[dict[str, str | None]] = {}
+    replaced: ClassVar[dict[str, str]] = {}
 
     out: str = path(MISSING, "directory to write the result to", role="output")
     overwrite: bool = setting(False, "true: replace an existing out")

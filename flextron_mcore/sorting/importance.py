@@ -1,17 +1,26 @@
 """Importance scores, accumulated over calibration samples in one pass of the full model.
 
-Heads: F_i = sum_X |Attn_i(X)|_1 (Flextron, eq. 3). Neurons: F_i = sum_X |X W1_i|_1 (eq. 4; for a gated MLP the product of gate
-and up). Channels: |activation|_1 after each norm, summed over norms. Layers: block influence 1 - cos(input, output), or the error
-of the final hidden states without the layer. Channels and layers follow LLaMaFlex.
+A unit (KV group, head, neuron) has activations a_u [c], its part of the input of the projection that follows it (output
+projection, fc2), and the weight columns W_u [C, c] that they are multiplied with. Its score is one of
 
-Shape suffixes: S sequence (of this rank's tokens), B batch, C hidden channels, U units of an axis times the channels of each, L
-layers.
+    activation          sum_X |a_u|_1                (Flextron, eq. 3 for heads, eq. 4 for neurons; gated MLP: gate times up)
+    activation_weight   sum_X |a_u|_1 |W_u|_2
+    energy              sum_X |W_u a_u|_2^2          squared norm of what the unit adds to the residual stream
+
+The energy equals tr(W_u C_u W_u^T), with the second moment C_u of the activations. Of a KV group it has the products of different
+heads of the group, which the sum of its heads' energies has not. Channels: |activation|_1 (`activation`) or its square (`energy`)
+after each norm, summed over norms. Layers: block influence 1 - cos(input, output), or the error of the final hidden states
+without the layer. Channels and layers follow LLaMaFlex.
+
+Shape suffixes: S sequence (of this rank's tokens), B batch, C hidden channels, U units of an axis times the channels of each, N
+units, c channels of a unit, L layers.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,8 +36,7 @@ from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.runtime.unwrap import unwrap
 from flextron_mcore.space import SKIPPED, ElasticSpace, SubNetwork
 
-SCORES = ("activation", "activation_weight")
-LAYER_SCORES = ("mse", "block_influence")
+SCORES = ("energy", "activation", "activation_weight")
 
 
 @dataclass
@@ -36,7 +44,8 @@ class LayerScores:
     """Importance scores of one layer, for the heads and neurons of all tensor-parallel ranks, in the order of the checkpoint.
 
     Attributes:
-        units: {name of a layer axis: float64 scores}: neurons [F], heads [KV groups, query heads of a group].
+        units: {name of a layer axis: float64 scores of its units, `unit_shape`}: neurons [F]; KV groups [G], or heads [G, query
+            heads of a group].
         influence: influence of the whole layer: 1 - cos(input of the layer, output of the layer), mean over tokens.
     """
 
@@ -63,12 +72,16 @@ def importance(
     num_batches: int,
     seq_length: int,
     micro_batch_size: int,
-    score: str = "activation",
+    space: ElasticSpace | None = None,
+    scores: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Scores:
     """Compute importance scores of this pipeline stage's layers, over all data- and tensor-parallel ranks. Call on all ranks.
 
-    Channels are scored by |activation|_1 after each norm, summed over the norms of all pipeline stages. Tokens count where the
-    loss_mask is 1. Raises FlextronError for an unknown score.
+    Channels are scored after each norm, summed over the norms of all pipeline stages. Tokens count where the loss_mask is 1.
+    Raises FlextronError for an unknown score.
+
+    An energy needs [c, c] products of weight columns for each unit of c channels, in fp32 while the pass runs. Together they have
+    the share c / C of the elements of the projection's weight. For KV groups that is about 1 / (number of KV groups).
 
     Args:
         model: this rank's virtual-pipeline chunks.
@@ -76,11 +89,13 @@ def importance(
         num_batches: number of micro-batches.
         seq_length: tokens of a sample.
         micro_batch_size: samples of a micro-batch.
-        score: `activation`: Flextron, eq. 3 for heads and eq. 4 for neurons. `activation_weight`: that score times the norm of
-            the weight columns that the unit enters (output projection, fc2).
+        space: space to score for, whose attention unit decides between KV groups and query heads; None for the model's.
+        scores: {name of a layer axis: one of SCORES}, for `hidden_size` activation or energy; others are scored by `activation`.
     """
-    if score not in SCORES:
-        raise FlextronError(f"score={score!r} is not known: use one of {', '.join(SCORES)}")
+    for axis in layer_axes():
+        score = scores.get(axis.name, "activation")
+        if score not in SCORES:
+            raise FlextronError(f"score of {axis.name}: {score!r} is not known: use one of {', '.join(SCORES)}")
     layers = [layer for chunk in model for layer in unwrap(chunk).decoder.layers]
     arch: ModelConfig = unwrap(model[0]).architecture
     current = _Tokens()
@@ -91,29 +106,62 @@ def importance(
             yield batch
 
     with contextlib.ExitStack() as stack, torch.no_grad():
-        sums = {layer.layer_number - 1: stack.enter_context(_observed(layer, arch, current)) for layer in layers}
-        channels_C = stack.enter_context(_observed_norms(model, current))
+        sums = {}
+        for layer in layers:
+            unit = (space or layer.mlp.space).attention_unit
+            sums[layer.layer_number - 1] = stack.enter_context(_observed(layer, arch, unit, scores, current))
+        channels_C = stack.enter_context(_observed_norms(model, scores.get("hidden_size", "activation"), current))
         for chunk in model:
             chunk.eval()
         total = run_networks(model, masked_batches, num_batches, [None], seq_length, micro_batch_size, forward_only=True)
         groups = [parallel_state.get_data_parallel_group()]
         if layers[0].config.sequence_parallel:
             groups.append(parallel_state.get_tensor_model_parallel_group())
-        scores = {}
+        found = {}
         for layer in layers:
-            found = sums[layer.layer_number - 1]
-            if score == "activation_weight":
-                _weigh(layer, found)
-            for tensor in found.units.values():
+            of_layer = sums[layer.layer_number - 1]
+            for tensor in of_layer.units.values():
                 torch.distributed.all_reduce(tensor, group=groups[0])
-            influence = torch.as_tensor(found.influence, dtype=torch.float64, device=device())
+            influence = torch.as_tensor(of_layer.influence, dtype=torch.float64, device=device())
             for group in groups:
                 torch.distributed.all_reduce(influence, group=group)
-            units = {axis.name: _gathered_scores(axis, found.units[axis.name], arch, layer.mlp.space) for axis in layer_axes()}
-            scores[layer.layer_number - 1] = LayerScores(units, influence.item() / total[0, 1].item())
+            units = {axis.name: _gathered_scores(axis, of_layer.units[axis.name], arch, layer.mlp.space) for axis in layer_axes()}
+            found[layer.layer_number - 1] = LayerScores(units, influence.item() / total[0, 1].item())
         for group in (*groups, parallel_state.get_pipeline_model_parallel_group()):
             torch.distributed.all_reduce(channels_C, group=group)
-    return Scores(scores, channels_C)
+    return Scores(found, channels_C)
+
+
+def unit_shape(axis: Axis, arch: ModelConfig, attention_unit: str) -> tuple[int, ...]:
+    """Shape of the scores of a layer axis's units in the full model: neurons (F,); KV groups (G,), query heads (G, Q).
+
+    Args:
+        axis: layer axis.
+        arch: architecture of the full model.
+        attention_unit: unit of heads, kv_group or query_head.
+    """
+    fields = list(axis.fields)
+    return axis.whole(arch)[: fields.index(axis.unit_field(arch, attention_unit)) + 1]
+
+
+def random_scores(arch: ModelConfig, space: ElasticSpace, seed: int) -> Scores:
+    """Scores drawn uniformly at random, to compare an order with. They depend on the arguments only, so ranks agree.
+
+    Args:
+        arch: architecture of the full model.
+        space: elastic space, whose attention unit decides between KV groups and query heads.
+        seed: seed of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, dtype=torch.float64, generator=generator)
+
+    layers = {}
+    for i in range(arch.num_layers):
+        units = {axis.name: draw(*unit_shape(axis, arch, space.attention_unit)) for axis in space.layer_axes}
+        layers[i] = LayerScores(units, draw(1).item())
+    return Scores(layers, draw(arch.hidden_size))
 
 
 class _Tokens:
@@ -129,13 +177,20 @@ class _Tokens:
 
 
 @contextlib.contextmanager
-def _observed_norms(model: Sequence[torch.nn.Module], tokens: _Tokens) -> Iterator[Tensor]:
-    """Context with the sum of |activation| [C] after all norms of this rank, over the tokens of the passes within it."""
+def _observed_norms(model: Sequence[torch.nn.Module], score: str, tokens: _Tokens) -> Iterator[Tensor]:
+    """Context with the sum of |activation| or its square [C] after all norms of this rank, over the tokens of passes within it.
+
+    Args:
+        model: this rank's virtual-pipeline chunks.
+        score: activation or energy.
+        tokens: tokens that count.
+    """
     decoders = [unwrap(chunk).decoder for chunk in model]
     sums_C = torch.zeros(decoders[0].config.hidden_size, dtype=torch.float64, device=device())
 
     def channels(module: torch.nn.Module, args: tuple, out_SBC: Tensor) -> None:
-        counted_SBC = out_SBC.abs() * tokens.of_rank(len(out_SBC))
+        value_SBC = out_SBC.float().square() if score == "energy" else out_SBC.abs()
+        counted_SBC = value_SBC * tokens.of_rank(len(out_SBC))
         sums_C.add_(counted_SBC.sum((0, 1), dtype=torch.float32).double())
 
     norms = [
@@ -151,13 +206,16 @@ def _observed_norms(model: Sequence[torch.nn.Module], tokens: _Tokens) -> Iterat
 
 
 @contextlib.contextmanager
-def _observed(layer: torch.nn.Module, arch: ModelConfig, tokens: _Tokens) -> Iterator[LayerScores]:
-    """Context with the sums of |activation| of this rank's units of a layer, and of its block influence, over counted tokens."""
+def _observed(
+    layer: torch.nn.Module, arch: ModelConfig, attention_unit: str, scores: Mapping[str, str], tokens: _Tokens
+) -> Iterator[LayerScores]:
+    """Context with the scores of this rank's units of a layer, and its block influence, summed over its counted tokens."""
     sums = LayerScores({})
 
-    def observe(name: str, units_SBU: Tensor) -> Tensor:
-        counted_SBU = (units_SBU.abs() * tokens.mask_SB1).unflatten(-1, (*sums.units[name].shape, -1))
-        sums.units[name] += counted_SBU.sum((0, 1, -1), dtype=torch.float32).double()
+    def observe(name: str, value: Callable[[Tensor], Tensor], factor_N: Tensor, units_SBU: Tensor) -> Tensor:
+        units_SBNc = units_SBU.float().unflatten(-1, (len(factor_N), -1))
+        counted_N = (value(units_SBNc) * tokens.mask_SB1).sum((0, 1), dtype=torch.float32).double()
+        sums.units[name] += (factor_N * counted_N).view_as(sums.units[name])
         return units_SBU
 
     def influence(module: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
@@ -167,11 +225,12 @@ def _observed(layer: torch.nn.Module, arch: ModelConfig, tokens: _Tokens) -> Ite
 
     observed = []
     for axis in layer_axes():
-        first, *others = axis.whole(arch)
+        first, *others = unit_shape(axis, arch, attention_unit)
         first //= parallel_state.get_tensor_model_parallel_world_size() if axis.parallel else 1
-        sums.units[axis.name] = torch.zeros(first, *others, dtype=torch.float64, device=device())
+        units = sums.units[axis.name] = torch.zeros(first, *others, dtype=torch.float64, device=device())
+        weight_CNc = layer.get_parameter(axis.followed_by).detach().float().unflatten(1, (units.numel(), -1))
         observed.append(layer.get_submodule(axis.observed))
-        observed[-1].observe = partial(observe, axis.name)
+        observed[-1].observe = partial(observe, axis.name, *_contribution(scores.get(axis.name, "activation"), weight_CNc))
     handle = layer.register_forward_hook(influence, with_kwargs=True)
     try:
         yield sums
@@ -179,6 +238,25 @@ def _observed(layer: torch.nn.Module, arch: ModelConfig, tokens: _Tokens) -> Ite
         for module in observed:
             del module.observe
         handle.remove()
+
+
+def _contribution(score: str, weight_CNc: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Function (activations [S, B, N, c]) that returns each unit's value on each token [S, B, N], and a factor [N] of its sums.
+
+    Args:
+        score: one of SCORES.
+        weight_CNc: weight columns that the units' activations are multiplied with.
+    """
+    square_N = weight_CNc.double().square().sum((0, 2))
+    if score == "activation":
+        return lambda units_SBNc: units_SBNc.abs().sum(-1), torch.ones_like(square_N)
+    if score == "activation_weight":
+        return lambda units_SBNc: units_SBNc.abs().sum(-1), square_N.sqrt()
+    if weight_CNc.shape[2] == 1:
+        return lambda units_SBNc: units_SBNc.squeeze(-1).square(), square_N
+    products_Ncc = torch.einsum("Cni,Cnj->nij", weight_CNc, weight_CNc)
+    transformed = partial(torch.einsum, "nij,sbni->sbnj", products_Ncc)
+    return lambda units_SBNc: (transformed(units_SBNc) * units_SBNc).sum(-1), torch.ones_like(square_N)
 
 
 def removal_errors(
@@ -235,17 +313,6 @@ def removal_errors(
     for group in groups:
         torch.distributed.all_reduce(sums_L, group=group)
     return (sums_L[1:] / sums_L[0]).tolist()
-
-
-def _weigh(layer: torch.nn.Module, sums: LayerScores) -> None:
-    """Multiply each unit's score, in place, with the L2 norm of the weight columns that it enters (output projection, fc2).
-
-    A head enters several columns; the norm is over all of them. Units and columns are those of this rank.
-    """
-    for axis in layer_axes():
-        units = sums.units[axis.name]
-        columns = layer.get_parameter(axis.followed_by).double().unflatten(1, (*units.shape, -1))
-        units *= columns.square().sum((0, -1)).sqrt()
 
 
 def _gathered_scores(axis: Axis, local: Tensor, arch: ModelConfig, space: ElasticSpace) -> Tensor:

@@ -32,14 +32,12 @@ def order(model: ModelConfig, space: ElasticSpace, scores: LayerScores) -> Order
     Args:
         model: architecture of the full model.
         space: elastic space, whose attention unit decides between KV groups and query heads.
-        scores: importance scores of the layer.
+        scores: importance scores of the layer, for this attention unit.
     """
     orders = {}
     for axis in space.layer_axes:
-        field, fields = axis.unit_field(model, space.attention_unit), list(axis.fields)
-        inner = tuple(range(fields.index(field) + 1, len(fields)))
-        units = scores.units[axis.name].sum(inner) if inner else scores.units[axis.name]
-        orders[field] = units.argsort(dim=-1, descending=True, stable=True)
+        field = axis.unit_field(model, space.attention_unit)
+        orders[field] = scores.units[axis.name].argsort(dim=-1, descending=True, stable=True)
     return orders
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from flextron_mcore.axes import AXES
+from flextron_mcore.axes import AXES, DEPTH, HIDDEN_SIZE, network_axes
 from flextron_mcore.checkpoint.sharding import check_granularity
 from flextron_mcore.checkpoint.store import iteration_path, open_checkpoint
 from flextron_mcore.checkpoint.writer import write_streaming
+from flextron_mcore.config import ModelConfig
 from flextron_mcore.data.blend import open_data, train_dataset, valid_datasets
 from flextron_mcore.model import check_layout, loaded_model
 from flextron_mcore.pipeline.batches import count_batches, share
@@ -27,8 +28,8 @@ from flextron_mcore.runs.tokenizers import copy_tokenizer
 from flextron_mcore.runtime.progress import Progress
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.settings.stages import ImportanceSettings
-from flextron_mcore.sorting.ablation import ablation_networks, ablation_rows
-from flextron_mcore.sorting.importance import Scores, collect, importance, removal_errors
+from flextron_mcore.sorting.ablation import ablation_networks, ablation_rows, no_better_than_random
+from flextron_mcore.sorting.importance import Scores, collect, importance, random_scores, removal_errors
 from flextron_mcore.sorting.permutation import order, sorted_tensors
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.checks import sequence_length
@@ -37,8 +38,8 @@ from flextron_mcore.training.checks import sequence_length
 def run(settings: ImportanceSettings) -> dict[str, Any]:
     """Score units on calibration samples, write the sorted checkpoint, and print losses with and without sorting.
 
-    Call on all ranks. Returns the content of metrics.json: `samples`, `score`, `model`, `space`, `ablation` (rows of
-    sorting/ablation.py), and for an elastic depth `layers`: {score: value of each layer}.
+    Call on all ranks. Returns the content of metrics.json: `samples`, `scores` {axis: score}, `model`, `space`, `ablation` (rows
+    of sorting/ablation.py), and for an elastic depth `layers`: {score: value of each layer}.
     """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     wanted = {k: v for k, v in asdict(settings.space).items() if v is not None}
@@ -55,53 +56,88 @@ def run(settings: ImportanceSettings) -> dict[str, Any]:
         dataset = train_dataset(data, seq_length, settings.samples, settings.seed, out / "cache", settings.data_weights)
         model = loaded_model(settings.model, info, dtype)
         batches = settings.ablation_batches
+        names = _score_names(settings, info.model, space)
         table = partial(
             ablation_rows,
-            networks=ablation_networks(info.model, space),
+            scores=names,
             datasets=valid_datasets(data, seq_length, settings.seed, out / "cache") if batches else {},
             seq_length=seq_length,
             micro_batch_size=size,
             batches=batches,
         )
-        rows = table("unsorted", model) if batches else []
+        rows = table("unsorted", model, networks=ablation_networks(info.model, space)) if batches else []
         say(f"importance: scoring on {settings.samples} sequences of {seq_length} tokens")
         count = count_batches(settings.samples, size)
         with progress_bar(total=count * len(model), desc="importance", unit="batch") as bar:
             counted = partial(_counted, dataset, settings.samples, size, bar)
-            scores = collect(importance(model, counted, count, seq_length, size, settings.score), info.model.num_layers)
+            scores = collect(importance(model, counted, count, seq_length, size, space, names), info.model.num_layers)
         layers: dict[str, list[float]] = {}
-        if len(space.depth) > 1:
+        if space.elastic(DEPTH):
+            layers["block_influence"] = [layer.influence for layer in scores.layers.values()]
+        if names.get("depth") == "mse":
             samples = min(settings.layer_samples, settings.samples)
             say(f"importance: measuring the error without each layer on {samples} sequences")
             count = count_batches(samples, size)
             with progress_bar(total=count * len(model), desc="importance of layers", unit="batch") as bar:
                 counted = partial(_counted, dataset, samples, size, bar)
                 layers["mse"] = removal_errors(model, counted, count, info.model, seq_length, size)
-            layers["block_influence"] = [layer.influence for layer in scores.layers.values()]
-            ranking = sorted(range(info.model.num_layers), key=lambda i: -layers[settings.layer_score][i])
-            space = replace(space, layer_ranking=tuple(ranking))
         del model  # free its memory: sorting reads and writes one tensor at a time
-        orders = {i: order(info.model, space, layer) for i, layer in scores.layers.items()}
-        channels = scores.channels.argsort(descending=True, stable=True) if len(space.hidden_size) > 1 else None
-        folder = iteration_path(out, info.step)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_streaming(folder, replace(info, space=space, sorted=True, path=None), sorted_tensors(info, orders, channels))
+
+        def write_sorted(run: Path, space: ElasticSpace, scores: Scores) -> Path:
+            orders = {i: order(info.model, space, layer) for i, layer in scores.layers.items()}
+            channels = scores.channels.argsort(descending=True, stable=True) if space.elastic(HIDDEN_SIZE) else None
+            folder = iteration_path(run, info.step)
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = sorted_tensors(info, orders, channels)
+            write_streaming(folder, replace(info, space=space, sorted=True, path=None), tensors)
+            return folder
+
+        def losses(order: str, folder: Path, space: ElasticSpace) -> list[dict[str, Any]]:
+            networks = ablation_networks(info.model, space)
+            return table(order, loaded_model(settings.model, open_checkpoint(folder), dtype), networks=networks)
+
+        if batches and settings.ablation_random:  # as a checkpoint of its own, so that it is sorted and sliced in the same way
+            chance = random_scores(info.model, space, settings.seed)
+            shuffled = _ranked(space, [layer.influence for layer in chance.layers.values()])
+            folder = write_sorted(out / "random_order", shuffled, chance)
+            rows += losses("random", folder, shuffled)[1:]  # without the full model, which no order changes
+            discard(out / "random_order")
+        if space.elastic(DEPTH):
+            space = _ranked(space, layers[names["depth"]])
+        folder = write_sorted(out, space, scores)
         if batches:
-            rows += table("sorted", loaded_model(settings.model, open_checkpoint(folder), dtype))
+            rows += losses("sorted", folder, space)
         discard(out / "cache")
-        figures = {"samples": settings.samples, "score": settings.score, "model": info.model.to_dict(), "space": space.to_dict()}
+        figures = {"samples": settings.samples, "scores": names, "model": info.model.to_dict(), "space": space.to_dict()}
         figures |= {"layers": layers} if layers else {}
         if is_main_process():
             copy_tokenizer(info, data, out / "tokenizer")
             _write_scores(out, scores)
-        metrics = write_metrics(out, "importance", {**figures, "ablation": [{**row, "score": settings.score} for row in rows]})
+        metrics = write_metrics(out, "importance", {**figures, "ablation": rows})
     if rows:
         print_table(
             "sorting, before any training: loss (nats per token) and perplexity, mean over domains",
-            ["network", "order", "loss", "perplexity"],
-            [[row["setup"], row["order"], row["loss"], row["perplexity"]] for row in rows],
+            ["network", "order", "score", "loss", "perplexity"],
+            [[row["setup"], row["order"], row["score"], row["loss"], row["perplexity"]] for row in rows],
         )
+    for line in no_better_than_random(rows):
+        say(f"importance: {line}")
     return metrics
+
+
+def _score_names(settings: ImportanceSettings, model: ModelConfig, space: ElasticSpace) -> dict[str, str]:
+    """{name of an elastic axis: its score}; the attention unit decides between the keys score.kv_groups and score.heads."""
+    given, names = asdict(settings.score), {}
+    for axis in space.layer_axes:
+        field = axis.unit_field(model, space.attention_unit)
+        names[axis.name] = given.get(field) or given.get(axis.name, "activation")
+    names |= {axis.name: given[axis.name] for axis in network_axes()}
+    return {name: score for name, score in names.items() if space.elastic(AXES[name])}
+
+
+def _ranked(space: ElasticSpace, importance: Sequence[float]) -> ElasticSpace:
+    """Space whose layers are ranked by decreasing importance. importance: value of each layer."""
+    return replace(space, layer_ranking=tuple(sorted(range(len(importance)), key=lambda i: -importance[i])))
 
 
 def _counted(dataset: torch.utils.data.Dataset, samples: int, size: int, bar: Progress) -> Iterator[Batch]:

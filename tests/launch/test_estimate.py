@@ -358,12 +358,17 @@ def test_the_work_over_all_axes_is_counted():
     again = made("gumbel", *steps, "targets_per_step=4", *RECOMPUTED["every layer"])
     assert one.flops < again.flops < 4 / 3 * one.flops
     # Scores: the full model on 16 samples. Layers: the full model, and without each of its 4 layers, on 8 samples.
-    importance = made("importance", "samples=16", "layer_samples=8", "ablation_batches=0")
+    keys = ("importance", "samples=16", "layer_samples=8", "score.depth=mse")
+    importance = made(*keys, "ablation_batches=0")
     three = costs.of(space.network(arch, SubNetwork.full(arch).layers, depth=3))
     assert importance.flops == pytest.approx(LENGTH * (16 * costs.full + 8 * (costs.full + 4 * three)))
-    tested = made("importance", "samples=16", "layer_samples=8", "ablation_batches=1")
-    nets = [space.uniform(arch, *sizes) for sizes in ((8, 352), (4, 352), (8, 176), (8, 352, 64))]
-    assert tested.flops - importance.flops == pytest.approx(2 * BATCH * LENGTH * sum(map(costs.of, nets)))
+    influence = made(*keys[:-1], "ablation_batches=0")
+    assert influence.flops == pytest.approx(LENGTH * 16 * costs.full)
+    halves = [space.uniform(arch, *sizes) for sizes in ((4, 352), (8, 176), (8, 352, 64), (8, 352, None, 2))]
+    for random in (False, True):
+        tested = made(*keys, "ablation_batches=1", f"ablation_random={random}".lower())
+        table = 2 * costs.full + (2 + random) * sum(map(costs.of, halves))
+        assert tested.flops - importance.flops == pytest.approx(BATCH * LENGTH * table)
     assert made("latency", "rounds=1", "check_networks=2").tokens == 2 * (3 * 4 + 2) * 2 * LENGTH
 
 

@@ -125,9 +125,15 @@ def start(tmp_path_factory, text) -> Start:
             "samples=11",
             "model.micro_batch_size=4",
             "ablation_batches=1",
-            "score=activation_weight",
+            "score.depth=mse",
+            "score.ffn_hidden_size=activation_weight",
+            "score.hidden_size=energy",
             *(f"space.{axis}={sizes}".replace(" ", "") for axis, sizes in AXES.items()),
             "layer_samples=7",
+        ],
+        "importance query heads": [
+            *(checkpoint, data, "samples=11", "model.micro_batch_size=4", "ablation_batches=0"),
+            *("space.attention_unit=query_head", "space.heads=[4,8]"),
         ],
         "evaluate": [checkpoint, data, "limit_val_batches=3", "model.micro_batch_size=3", "random=1"],
         "evaluate one sample": [
@@ -226,10 +232,20 @@ def test_importance_is_that_of_one_process(start, done, name):
     same_tensors(one, many)
     layers, others = metrics(one)["layers"], metrics(many)["layers"]
     assert others == {score: pytest.approx(values, rel=1e-5) for score, values in layers.items()} and len(layers) == 2
-    assert "channels" in expected and len(metrics(one)["ablation"]) == 8
+    assert "channels" in expected and len(metrics(one)["ablation"]) == 14
     for row, other in zip(metrics(one)["ablation"], metrics(many)["ablation"], strict=True):
         assert other == row | {key: pytest.approx(row[key], rel=1e-6) for key in ("loss", "perplexity")}
     assert not (many / "cache").exists()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_importance_of_query_heads_is_that_of_one_process(start, done, name):
+    one, many = (start.run / folder / "importance query heads" for folder in ("one", f"many/{name}"))
+    expected, found = load_file(one / "scores.safetensors"), load_file(many / "scores.safetensors")
+    assert expected.keys() == found.keys() and expected["layers.0.heads"].shape == (4, 2)
+    for key, scores in expected.items():
+        torch.testing.assert_close(found[key], scores, rtol=1e-6, atol=0, msg=key)
+    same_tensors(one, many)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -19,3 +19,13 @@ def test_bars_name_the_score_when_there_are_several():
         and "512 of 1024 FFN neurons, unsorted: 6.000" in alt
         and "full model: 3.000" in alt
     )
+
+
+def test_a_score_for_each_axis_is_not_several_scores():
+    rows = [
+        AblationRow(setup, order, score if order == "sorted" else "", 4.0, 54.6)
+        for setup, score in (("6 of 9 heads", "energy"), ("512 of 1024 FFN neurons", "activation"))
+        for order in ("unsorted", "random", "sorted")
+    ]
+    alt = ablation_bars(rows, "sorting").alt
+    assert "6 of 9 heads, sorted: 4.000" in alt and "6 of 9 heads, random: 4.000" in alt and "sorted by" not in alt

@@ -197,6 +197,7 @@ def test_values_of_other_types_are_parsed(stage, typed, value):
         ("router", "router.entropy=[0.1]", "router: router.entropy=[0.1] must be a list of 2 numbers, each above 0"),
         ("select", "budget={a: 1}", "select: budget={a: 1} must be a number or text or a list"),
         ("importance", "space.heads=[a]", "importance: space.heads=[a] must be a list of numbers"),
+        ("launch", "importance.score=activation", "importance: score= is no key any more: set score.heads, score.kv_groups and"),
         ("launch", "elastic.trainer.max_steps=0", "elastic: trainer.max_steps=0 must be at least 1"),
         ("launch", "elastic.trainer.max_steps=x", "elastic: trainer.max_steps=x must be a whole number"),
         ("launch", "elastic.mode=flextrn", "elastic: mode='flextrn' is not known: use one of flextron, matformer"),

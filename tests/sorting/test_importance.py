@@ -39,40 +39,59 @@ def batches(count=3):
         yield {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape), "position_ids": positions}
 
 
-def scored(model, score="activation", count=3):
-    found = importance([model], lambda: batches(count), count, toy.LENGTH, 2, score)
+def scored(model, score="activation", count=3, space=None):
+    scores = {"heads": score, "ffn_hidden_size": score}
+    found = importance([model], lambda: batches(count), count, toy.LENGTH, 2, space, scores)
     return collect(found, model.config.num_layers).layers
 
 
-def by_hand(arch, model):
-    """Scores by definition: sums of eq. 3 and 4 from forward hooks on the modules whose inputs they use."""
-    sums = {}
-
-    def hook(i, kind):
-        def add(module, args):
-            x = args[0].abs().double().sum((0, 1))
-            sums[i, kind] = sums.get((i, kind), 0) + x
-
-        return add
-
-    handles = []
-    for i, layer in enumerate(model.decoder.layers):
-        handles.append(layer.self_attention.linear_proj.register_forward_pre_hook(hook(i, "heads")))
+def head_outputs(model) -> list[torch.Tensor]:
+    """Inputs of the output projection of each layer on all tokens [T, heads * H], float64, from forward hooks."""
+    seen = [[] for _ in model.decoder.layers]
+    handles = [
+        layer.self_attention.linear_proj.register_forward_pre_hook(lambda _, args, x=x: x.append(args[0].flatten(0, 1).double()))
+        for layer, x in zip(model.decoder.layers, seen, strict=True)
+    ]
     with torch.no_grad():
         for batch in batches():
             model(batch["tokens"], batch["position_ids"], None)
     for handle in handles:
         handle.remove()
-    shape = (arch.num_query_groups, arch.query_heads_per_group, arch.kv_channels)
-    return {i: sums[i, "heads"].view(shape).sum(2) for i in range(arch.num_layers)}
+    return [torch.cat(x) for x in seen]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_head_scores_are_equation_3(name):
-    arch, _, model = case(name)
-    expected = by_hand(arch, model)
-    for i, layer in scored(model).items():
-        torch.testing.assert_close(layer.units["heads"], expected[i], rtol=1e-5, atol=1e-4)
+    arch, space, model = case(name)
+    shape = (arch.num_query_groups, arch.query_heads_per_group, arch.kv_channels)
+    for (i, layer), outputs in zip(scored(model).items(), head_outputs(model), strict=True):
+        expected = outputs.abs().sum(0).view(shape).sum(2)
+        expected = expected.sum(1) if space.attention_unit == "kv_group" else expected
+        torch.testing.assert_close(layer.units["heads"], expected, rtol=1e-5, atol=1e-4, msg=f"layer {i}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_energy_is_the_squared_norm_of_what_a_unit_adds(name):
+    """Energy of a group is |W_g o_g|^2, with the products of different heads, computed here from the outputs themselves."""
+    arch, space, model = case(name)
+    sizes = arch.num_query_groups if space.attention_unit == "kv_group" else arch.num_attention_heads
+    found = scored(model, "energy")
+    for layer, scores, outputs in zip(model.decoder.layers, found.values(), head_outputs(model), strict=True):
+        weight = layer.self_attention.linear_proj.weight.detach().double()
+        parts = zip(weight.chunk(sizes, 1), outputs.chunk(sizes, 1), strict=True)
+        expected = torch.stack([(part @ columns.T).square().sum() for columns, part in parts])
+        torch.testing.assert_close(scores.units["heads"].flatten(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(scores.units["ffn_hidden_size"], torch.stack(energies(model, layer)), rtol=1e-5, atol=0)
+
+
+def energies(model, layer) -> list[torch.Tensor]:
+    """Energy of each neuron of a layer: the squares of fc2's input on all tokens, times that of the neuron's column."""
+    inputs: list[torch.Tensor] = []
+    handle = layer.mlp.linear_fc2.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1).double()))
+    head_outputs(model)
+    handle.remove()
+    hidden, columns = torch.cat(inputs), layer.mlp.linear_fc2.weight.detach().double()
+    return [torch.outer(hidden[:, i], columns[:, i]).square().sum() for i in range(hidden.shape[1])]
 
 
 def test_neuron_scores_are_equation_4():
@@ -115,9 +134,7 @@ def test_the_weighted_score_multiplies_by_the_norm_of_what_follows():
         weighted[1].units["ffn_hidden_size"], plain[1].units["ffn_hidden_size"] * layer.mlp.linear_fc2.weight.norm(dim=0)
     )
     blocks = layer.self_attention.linear_proj.weight.view(arch.hidden_size, 4, 8)
-    torch.testing.assert_close(
-        weighted[1].units["heads"][:, 0], plain[1].units["heads"][:, 0] * blocks.square().sum((0, 2)).sqrt()
-    )
+    torch.testing.assert_close(weighted[1].units["heads"], plain[1].units["heads"] * blocks.square().sum((0, 2)).sqrt())
 
 
 def test_scoring_leaves_the_model_as_it_was():
@@ -125,7 +142,7 @@ def test_scoring_leaves_the_model_as_it_was():
     scored(model)
     layer = model.decoder.layers[0]
     assert "observe" not in vars(layer.mlp) and "observe" not in vars(layer.self_attention.linear_proj)
-    with pytest.raises(FlextronError, match="score='magnitude' is not known"):
+    with pytest.raises(FlextronError, match="score of heads: 'magnitude' is not known"):
         scored(model, "magnitude")
 
 
@@ -157,8 +174,7 @@ def test_sorting_keeps_the_function_and_orders_by_importance(name, tmp_path):
         torch.testing.assert_close(
             again.units["ffn_hidden_size"], scores[i].units["ffn_hidden_size"].sort(descending=True).values, rtol=1e-5, atol=1e-3
         )
-        units = again.units["heads"].sum(1) if space.attention_unit == "kv_group" else again.units["heads"]
-        assert (units.diff(dim=-1) <= 1e-3).all()
+        assert (again.units["heads"].diff(dim=-1) <= 1e-3).all()
         changed |= not torch.equal(scores[i].units["ffn_hidden_size"], again.units["ffn_hidden_size"])
     assert changed
     kept = [parameter for key, parameter in after.named_parameters() if key.endswith("modulation")]
@@ -194,8 +210,11 @@ def test_sorting_channels_keeps_the_function_and_orders_them_by_importance(kind,
     seen = torch.zeros(arch.hidden_size, dtype=torch.float64)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.RMSNorm | torch.nn.LayerNorm)]
 
+    squares = torch.zeros_like(seen)
+
     def add(module, args, out) -> None:
         seen.add_(out.abs().double().sum((0, 1)))
+        squares.add_(out.double().square().sum((0, 1)))
 
     handles = [norm.register_forward_hook(add) for norm in norms]
     with torch.no_grad():
@@ -205,6 +224,8 @@ def test_sorting_channels_keeps_the_function_and_orders_them_by_importance(kind,
         handle.remove()
     scores = found(model)
     torch.testing.assert_close(scores, seen, rtol=1e-5, atol=1e-3)
+    energy = importance([model], lambda: batches(3), 3, toy.LENGTH, 2, None, {"hidden_size": "energy"}).channels
+    torch.testing.assert_close(energy, squares, rtol=1e-5, atol=0)
     info = open_checkpoint(toy.write(model, CheckpointInfo(arch, space), tmp_path / "first"))
     folder = iteration_path(tmp_path / "second", 0)
     folder.mkdir(parents=True)
@@ -223,7 +244,7 @@ def test_sorting_channels_keeps_the_function_and_orders_them_by_importance(kind,
 def test_sorting_for_another_space(tmp_path):
     arch, space, model = case("llama query heads")
     other = ElasticSpace.build(arch, granularity=2, attention_unit="kv_group", heads=[1.0])
-    after = sort(arch, space, model, scored(model), tmp_path, other)
+    after = sort(arch, space, model, scored(model, space=other), tmp_path, other)
     tokens, positions = toy.inputs()
     with torch.no_grad():
         torch.testing.assert_close(after(tokens, positions, None), model(tokens, positions, None), atol=1e-5, rtol=0)
@@ -231,6 +252,6 @@ def test_sorting_for_another_space(tmp_path):
 
 def test_ties_keep_their_order():
     arch, space, _ = case("llama mha")
-    tied = LayerScores({"ffn_hidden_size": torch.ones(48, dtype=torch.float64), "heads": torch.ones(4, 1, dtype=torch.float64)})
+    tied = LayerScores({"ffn_hidden_size": torch.ones(48, dtype=torch.float64), "heads": torch.ones(4, dtype=torch.float64)})
     found = order(arch, space, tied)
     assert found["ffn_hidden_size"].tolist() == list(range(48)) and found["kv_groups"].tolist() == list(range(4))

@@ -31,7 +31,7 @@ RUN = [*TRAIN, "model.micro_batch_size=4", "model.global_batch_size=8", "candida
 def axes(chain, tmp_path_factory) -> Path:
     """Run directory with importance, a made-up latency table, and gumbel twice: layer by layer, and uniform with modulation."""
     run = tmp_path_factory.mktemp("axes")
-    keys = [f"checkpoint={chain}/parent", f"data={chain}/data", *AXES, "samples=16", "layer_samples=8", "ablation_batches=1"]
+    keys = [f"checkpoint={chain}/parent", f"data={chain}/data", *AXES, "samples=16", "layer_samples=8", "score.depth=mse"]
     stage("importance", *keys, f"out={run}/sorted")
     write_table(run / "sorted", run / "latency" / "latency.json")
     stage("gumbel", *gumbel_keys(chain, run), "candidate_samples=8", f"out={run}/gumbel")
@@ -66,10 +66,10 @@ def test_importance_ranks_layers_and_channels(chain, axes):
     assert list(space.layer_ranking) == sorted(range(2), key=lambda i: -errors[i])
     assert all(0 < value for part in metrics["layers"].values() for value in part) and len(errors) == 2
     assert load_file(axes / "sorted" / "scores.safetensors")["channels"].shape == (32,)
-    assert [row["setup"] for row in metrics["ablation"]].count("16 of 32 hidden channels") == 2
+    assert [row["setup"] for row in metrics["ablation"]].count("16 of 32 hidden channels") == 3
     out = axes / "by_influence"
     keys = [f"checkpoint={chain}/parent", f"data={chain}/data", *AXES, "samples=16", "ablation_batches=0"]
-    stage("importance", *keys, "layer_score=block_influence", f"out={out}")
+    stage("importance", *keys, "score.depth=block_influence", f"out={out}")
     influence = json.loads((out / "metrics.json").read_text())["layers"]["block_influence"]
     assert list(open_checkpoint(out).space.layer_ranking) == sorted(range(2), key=lambda i: -influence[i])
 

@@ -122,6 +122,9 @@ WRONG = {
         ("model.seq_length=33", "model.seq_length=33 is not within 1..32"),
         ("model.micro_batch_size=99999999", "lower model.micro_batch_size or model.seq_length"),
         ("space.granularity=7", "is not a multiple of 7"),
+        ("score=activation", "score=activation is not known: use one of paper; set score.heads, score.kv_groups and"),
+        ("layer_score=mse", "layer_score= is no key any more: set score.depth"),
+        ("score.heads=mse", "score.heads='mse' is not known: use one of energy, activation, activation_weight"),
     ],
     "elastic": [
         ("mode=both", "use one of flextron, matformer"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.settings.formats import GgufSettings, HfElasticSettings, TrtllmSettings
+from flextron_mcore.settings.formats import GgufSettings, HfElasticSettings, HfSettings, TrtllmSettings
 from flextron_mcore.space import SubNetwork
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Job:
     max_shard_size: int = 10**9
     tokenizer: Path | None = None
     progress: Callable[[int], None] | None = None
-    settings: TrtllmSettings | GgufSettings | HfElasticSettings | None = None
+    settings: HfSettings | TrtllmSettings | GgufSettings | HfElasticSettings | None = None
     origin: str | None = None
     token_routers: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
 

@@ -1,4 +1,4 @@
-"""Sections of `flextron export` for single formats: `trtllm`, `gguf`, `hf_elastic`. No torch import."""
+"""Sections of `flextron export` for single formats: `hf`, `trtllm`, `gguf`, `hf_elastic`. No torch import."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ from dataclasses import dataclass
 
 from flextron_mcore.settings.schema import path, section, setting
 from flextron_mcore.settings.sections import SELECTORS, CacheSettings
+
+
+@dataclass
+class HfSettings:
+    """Section `hf` of an export: a Hugging Face directory with one sub-network."""
+
+    style: str = setting(
+        "auto",
+        "class of the written model, auto: the stock class, or for different widths in each layer one with its code in the "
+        "directory; padded: the stock class, every layer zero-padded to the widest; nemotron_nas: DeciLMForCausalLM, which "
+        "engines know, query heads zero-padded to the widest layer's, neurons to a multiple of 256",
+        choices=("auto", "padded", "nemotron_nas"),
+        only="format=hf",
+    )
 
 
 @dataclass

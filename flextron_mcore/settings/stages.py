@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from flextron_mcore.settings.formats import GgufSettings, HfElasticSettings, TrtllmSettings
+from flextron_mcore.settings.formats import GgufSettings, HfElasticSettings, HfSettings, TrtllmSettings
 from flextron_mcore.settings.latency import LatencySettings
 from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.settings.schema import MISSING, path, section, setting
@@ -289,6 +289,7 @@ class ExportSettings(BudgetSettings):
     )
     dtype: str | None = setting(None, "precision of the exported weights; null: as stored", choices=DTYPES)
     max_shard_size: int = setting(1_000_000_000, "largest size of one safetensors file", unit="bytes", at_least=1)
+    hf: HfSettings = section(HfSettings)
     trtllm: TrtllmSettings = section(TrtllmSettings)
     gguf: GgufSettings = section(GgufSettings)
     hf_elastic: HfElasticSettings = section(HfElasticSettings)

@@ -22,6 +22,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.data.tokenizer import train_tokenizer
 from flextron_mcore.exports.formats import Job
 from flextron_mcore.exports.hf import write
+from flextron_mcore.settings.formats import HfSettings
 from flextron_mcore.space import ElasticSpace, LayerChoice, SubNetwork, count_parameters
 from tests import hf_toy, toy
 
@@ -100,6 +101,68 @@ def test_export_is_the_sub_network(case, tmp_path):
     original, back = saved_tensors(source), saved_tensors(tmp_path / "full")
     assert original.keys() == back.keys()
     assert all(torch.equal(original[key], back[key]) for key in original)
+
+
+@pytest.mark.parametrize(
+    "style, case",
+    [("padded", case) for case in CASES] + [("nemotron_nas", c) for c in CASES if c.startswith("llama") and "bias" not in c],
+)
+def test_zeros_give_layers_the_widths_that_a_class_needs(style, case, tmp_path):
+    """Layers of different widths in a stock class and in DeciLM; sizes follow from config.json by the engines' rules."""
+    make, options, space = CASES[case]
+    theirs = make(**options)
+    info = hf_toy.checkpoint(hf_toy.save(theirs, tmp_path / "hf"), tmp_path / "run", space)
+    net = networks(info)["by layer"]
+    figures = exported(info, net, tmp_path / "out", settings=HfSettings(style), dtype="fp32")
+    loaded = hf_toy.load(tmp_path / "out")
+    expected = hf_toy.logits(hf_toy.masked(theirs, info.model, net))
+    torch.testing.assert_close(hf_toy.logits(loaded), expected, atol=hf_toy.ATOL, rtol=0)
+    prompt = hf_toy.tokens(2, 5)
+    assert torch.equal(greedy(loaded, prompt, cached=True), greedy(loaded, prompt, cached=False))
+    assert figures["parameters"] == count_parameters(info.model, net) < figures["padded_parameters"]
+    assert figures["padded_parameters"] == sum(p.numel() for p in loaded.parameters())
+    assert "Zeros that its class needs" in (tmp_path / "out/README.md").read_text()
+    if style == "padded":
+        assert figures["architecture"] == type(theirs).__name__ == type(loaded).__name__ and not list(
+            (tmp_path / "out").glob("*.py")
+        )
+        return
+    config, tensors = json.loads((tmp_path / "out/config.json").read_text()), saved_tensors(tmp_path / "out")
+    assert config["architectures"] == ["DeciLMForCausalLM"] and config["model_type"] == "nemotron-nas"
+    for i, (block, layer) in enumerate(zip(config["block_configs"], net.layers, strict=True)):
+        heads, head, hidden = config["num_attention_heads"], config["head_dim"], config["hidden_size"]
+        neurons = int(2 * block["ffn"]["ffn_mult"] * hidden / 3)
+        neurons += -neurons % 256
+        start, kv = f"model.layers.{i}.", heads // block["attention"]["n_heads_in_group"]
+        assert tensors[f"{start}self_attn.q_proj.weight"].shape == (heads * head, hidden)
+        assert tensors[f"{start}self_attn.v_proj.weight"].shape == (kv * head, hidden)
+        assert tensors[f"{start}mlp.down_proj.weight"].shape == (hidden, neurons)
+        assert kv == layer.kv_groups  # the cache is as small as the network's
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["block_configs"] == config["block_configs"]
+
+
+@pytest.mark.parametrize(
+    "style, make, options, heads, words",
+    [
+        ("nemotron_nas", hf_toy.llama, dict(attention_bias=True, mlp_bias=True), 4, "needs bias=False"),
+        ("nemotron_nas", hf_toy.gpt2, {}, 2, "needs normalization=rmsnorm"),
+        (
+            "padded",
+            hf_toy.llama,
+            dict(hidden_size=64),
+            6,
+            "transformers 5 refuses .* not a multiple of its 6 heads: use hf.style",
+        ),
+    ],
+)
+def test_a_style_that_cannot_hold_the_model_is_refused(style, make, options, heads, words, tmp_path):
+    info = hf_toy.checkpoint(hf_toy.save(make(**options), tmp_path / "hf"), tmp_path / "run", {"heads": [heads]})
+    net = info.space.uniform(info.model, heads, info.space.ffn_hidden_size[0])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FlextronError, match=words):
+        write(Job(info, net, tmp_path / "out", settings=HfSettings(style)))
+    assert not list((tmp_path / "out").iterdir())
 
 
 @settings(max_examples=8, deadline=None)

@@ -94,16 +94,24 @@ def _plan(mapped: Sequence[Mapped], dtype: torch.dtype, max_shard_size: int) -> 
     return shards
 
 
-def model_card(job: Job, architecture: str) -> str:
-    """Text of the exported directory's README.md. architecture: class of the exported model."""
-    custom = architecture.startswith("Flextron")
+def model_card(job: Job, architecture: str, written: int) -> str:
+    """Text of the exported directory's README.md.
+
+    Args:
+        job: the export.
+        architecture: class of the exported model.
+        written: number of parameters in the files, zeros of padding included.
+    """
+    custom = architecture.startswith(("Flextron", "DeciLM"))
     trust = ", trust_remote_code=True" if custom else ""
     parameters, full = count_parameters(job.info.model, job.net), count_parameters(job.info.model)
     code = (
-        "Its layers are transformers' own, each with the widths in `per_layer_config`; the Python files here only build them."
+        "Its layers are transformers' own, each with the widths in config.json; the Python files here only build them."
         if custom
         else "It is a stock model of transformers, without code of its own."
     )
+    extra = written - parameters
+    padding = f" Zeros that its class needs add {extra:,} parameters ({extra / parameters:.1%})." if extra else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -112,7 +120,7 @@ tags: [flextron]
 # A Flextron sub-network
 
 `{architecture}`: {parameters:,} parameters in {job.dtype}, {parameters / full:.1%} of the {full:,} of the elastic model
-from which flextron_mcore cut it. {code}
+from which flextron_mcore cut it. {code}{padding}
 
 {describe(job)}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.exports.padding import deci_slots, widest_slots
 from flextron_mcore.settings.formats import TrtllmSettings
 from flextron_mcore.space import LayerChoice, SubNetwork
 
@@ -97,7 +98,7 @@ def make_plan(model: ModelConfig, net: SubNetwork, settings: TrtllmSettings) -> 
         raise FlextronError(
             f"trtllm.pipeline_parallel_size={pp} is more than the {len(layers)} layers of the sub-network: lower it"
         )
-    slots = _deci_slots(layers) if style == "deci" else _padded_slots(layers)
+    slots = deci_slots(layers) if style == "deci" else widest_slots(layers)
     plan = Plan(model, net.hidden_size, layers, tuple(kept), tuple(slots), style, tp, pp)
     _check_division(plan)
     return plan
@@ -185,27 +186,6 @@ def _misfit(model: ModelConfig, style: str) -> str | None:
     elif style == "deci":
         return f"DeciLMForCausalLM needs rmsnorm, this model has {model.normalization}: use trtllm.style=padded"
     return None
-
-
-def _padded_slots(layers: tuple[LayerChoice, ...]) -> list[LayerChoice]:
-    """Widths for classes with equal layers: in every layer the largest width of any layer."""
-    widest = LayerChoice(
-        True,
-        max(layer.kv_groups for layer in layers),
-        max(layer.query_heads_per_group for layer in layers),
-        max(layer.ffn_hidden_size for layer in layers),
-    )
-    return [widest] * len(layers)
-
-
-def _deci_slots(layers: tuple[LayerChoice, ...]) -> list[LayerChoice]:
-    """Widths for DeciLM: query heads of the widest layer; KV heads of the layer, rounded up to a divisor of the query heads.
-
-    Every layer fits into its slot, because a space varies either the KV groups or the query heads of each, not both.
-    """
-    heads = max(layer.num_attention_heads for layer in layers)
-    chosen = [next(n for n in range(layer.kv_groups, heads + 1) if heads % n == 0) for layer in layers]
-    return [LayerChoice(True, n, heads // n, layer.ffn_hidden_size) for n, layer in zip(chosen, layers, strict=True)]
 
 
 def _check_division(plan: Plan) -> None:

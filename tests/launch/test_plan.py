@@ -195,7 +195,7 @@ def test_keys_of_a_stage_go_to_it_alone(launch):
 
 
 def test_a_teacher_is_mounted_and_counted(launch, tmp_path):
-    """It may be the result of an earlier job of the same launch."""
+    """A teacher may be the result of an earlier job of the same launch."""
     parent = tmp_path / "results" / "llama2_7b" / "import"
     taught = [*BARE, "model=llama2/7b", "elastic.distillation.weight=1"]
     settings = launch(*taught, f"elastic.teacher={parent}")

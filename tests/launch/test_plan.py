@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError
-from flextron_mcore.launch.check import check_configuration, check_layouts
+from flextron_mcore.launch.check import check_configuration, check_layouts, missing
+from flextron_mcore.launch.flops import Costs
 from flextron_mcore.launch.plan import clock, plan, seconds
 from flextron_mcore.launch.resources import COLUMNS, check_memory, gpu_memory, job_estimate, resources
+from flextron_mcore.launch.texts import mounted
 from flextron_mcore.settings.launch import LaunchSettings
+from flextron_mcore.space import ElasticSpace
+from tests import toy
 
 PAPER = ("gpt3/2b", "gpt3/8b", "llama2/7b", "llama3/8b")
 FAMILIES = ("llama3.1/8b", "mistral/7b", "ministral/8b", "qwen2/3b", "qwen3/8b", "smollm3/3b", "phi3/4b", "nemotron/8b")
@@ -187,6 +192,28 @@ def test_keys_of_a_stage_go_to_it_alone(launch):
         ("elastic", "router", "joint"), 2048
     )
     assert jobs["export"].settings.budget == "25ms"
+
+
+def test_a_teacher_is_mounted_and_counted(launch, tmp_path):
+    """A teacher may be the result of an earlier job of the same launch."""
+    parent = tmp_path / "results" / "llama2_7b" / "import"
+    taught = [*BARE, "model=llama2/7b", "elastic.distillation.weight=1"]
+    settings = launch(*taught, f"elastic.teacher={parent}")
+    plain, planned = plan(launch(*BARE, "model=llama2/7b")), plan(settings)
+    one, two = (next(job for job in each.jobs if job.name == "elastic") for each in (plain, planned))
+    assert two.settings.teacher == str(parent) and ("elastic.teacher", str(parent)) in mounted(planned)
+    before, after = job_estimate(plain, one), job_estimate(planned, two)
+    assert after.weights == 2 * before.weights and after.gradients == before.gradients and after.optimizer == before.optimizer
+    length = one.settings.model.seq_length or plain.model.default_length
+    costs = Costs(plain.model, plain.space, length, one.settings.model.tensor_model_parallel_size)
+    assert after.flops - before.flops == pytest.approx(before.tokens * costs.full)
+    assert not [line for line in missing(settings, planned) if ".teacher=" in line]
+    arch = toy.config(vocab_size=67)
+    toy.write(toy.model(arch, ElasticSpace.build(arch)), CheckpointInfo(arch, ElasticSpace.build(arch)), tmp_path / "other")
+    other = launch(*taught, f"elastic.teacher={tmp_path}/other")
+    lines = [line for line in missing(other, plan(other)) if ".teacher=" in line]
+    expected = f"elastic.teacher={tmp_path}/other: has a vocabulary of 67 tokens, the model one of 32000: choose a teacher"
+    assert len(lines) == 1 and lines[0].startswith(expected)
 
 
 def test_locally_training_has_no_time_limit(launch):

@@ -22,7 +22,7 @@ LAYOUTS = {
     ),
     "sequence": (2, ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]),
     "pipeline": (2, ["model.pipeline_model_parallel_size=2", "distillation.weight=0.5"]),
-    "virtual, taught": (2, ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"]),
+    "virtual taught": (2, ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"]),
     "tensor x pipeline": (4, ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]),
 }
 # Micro-batches of networks since the first step began: in the midst of a step, and in a validation or a later step; then

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from flextron_mcore.checkpoint.store import CheckpointInfo
+from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError, ModelConfig
+from flextron_mcore.data.blend import open_data
+from flextron_mcore.settings.compose import compose
 from flextron_mcore.space import ElasticSpace
+from flextron_mcore.training.teacher import open_teacher
 from tests import toy
 from tests.stages.conftest import TRAIN, log_rows, stage, stop_within
 
@@ -100,3 +103,20 @@ def test_a_teacher_with_another_tokenizer_or_none_at_all_is_refused(chain, text,
     with pytest.raises(FlextronError, match=r"teacher=.*/data: no checkpoint in it"):
         stage("elastic", *keys(chain, tmp_path / "data"), f"out={tmp_path}/out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_size": 64}, r"teacher=.*: has hidden_size 64, the model 32, and pipeline stages exchange one size only: set"),
+        (
+            {"num_layers": 3},
+            r"teacher=.*: does not fit the parallel layout: model.pipeline_model_parallel_size=2: does not divide",
+        ),
+    ],
+)
+def test_a_teacher_that_a_pipeline_cannot_hold_is_refused(chain, tmp_path, changes, message):
+    more = ["model.pipeline_model_parallel_size=2", f"out={tmp_path}/out"]
+    settings = compose("elastic", keys(chain, other_model(tmp_path / "teacher", **changes), *more))
+    with pytest.raises(FlextronError, match=message):
+        open_teacher(settings, open_checkpoint(chain / "sorted"), open_data(chain / "data"))

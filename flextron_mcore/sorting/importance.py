@@ -228,7 +228,7 @@ def _observed(
         first, *others = unit_shape(axis, arch, attention_unit)
         first //= parallel_state.get_tensor_model_parallel_world_size() if axis.parallel else 1
         units = sums.units[axis.name] = torch.zeros(first, *others, dtype=torch.float64, device=device())
-        weight_CNc = layer.get_parameter(axis.followed_by).detach().float().unflatten(1, (units.numel(), -1))
+        weight_CNc = layer.get_parameter(axis.followed_by).detach().unflatten(1, (units.numel(), -1))
         observed.append(layer.get_submodule(axis.observed))
         observed[-1].observe = partial(observe, axis.name, *_contribution(scores.get(axis.name, "activation"), weight_CNc))
     handle = layer.register_forward_hook(influence, with_kwargs=True)
@@ -247,16 +247,18 @@ def _contribution(score: str, weight_CNc: Tensor) -> tuple[Callable[[Tensor], Te
         score: one of SCORES.
         weight_CNc: weight columns that the units' activations are multiplied with.
     """
-    square_N = weight_CNc.double().square().sum((0, 2))
+    ones_N = torch.ones(weight_CNc.shape[1], dtype=torch.float64, device=weight_CNc.device)
     if score == "activation":
-        return lambda units_SBNc: units_SBNc.abs().sum(-1), torch.ones_like(square_N)
+        return lambda units_SBNc: units_SBNc.abs().sum(-1), ones_N
+    weight_CNc = weight_CNc.float()
+    square_N = weight_CNc.square().sum((0, 2), dtype=torch.float64)
     if score == "activation_weight":
         return lambda units_SBNc: units_SBNc.abs().sum(-1), square_N.sqrt()
     if weight_CNc.shape[2] == 1:
         return lambda units_SBNc: units_SBNc.squeeze(-1).square(), square_N
     products_Ncc = torch.einsum("Cni,Cnj->nij", weight_CNc, weight_CNc)
     transformed = partial(torch.einsum, "nij,sbni->sbnj", products_Ncc)
-    return lambda units_SBNc: (transformed(units_SBNc) * units_SBNc).sum(-1), torch.ones_like(square_N)
+    return lambda units_SBNc: (transformed(units_SBNc) * units_SBNc).sum(-1), ones_N
 
 
 def removal_errors(

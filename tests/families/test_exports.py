@@ -7,6 +7,7 @@ docs/results/families.md; with `-s` the largest differences are printed.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from tests import hf_toy
 from tests.families import random_cases
 
 EXACT = 1e-12  # in fp64
+# Without llama.cpp the other formats are compared all the same.
+LLAMA_CPP = importlib.util.find_spec("llama_cpp") or os.environ.get("FLEXTRON_REQUIRE_LLAMA_CPP") == "1"
 MODELS, NETWORKS = map(int, os.environ.get("FLEXTRON_FAMILIES", "2 2").split())
 
 
@@ -121,6 +124,6 @@ def exported(
             return {name: code(out).logits(loaded(out).double().eval(), hf_toy.tokens())}
     found = {name: form.logits(job, net, hf_toy.tokens())}
     short = info.model.short_context  # llama.cpp takes the long factors where its context, 256 tokens, is longer
-    if name == "gguf" and not (short and short >= hf_toy.LENGTH):
+    if name == "gguf" and LLAMA_CPP and not (short and short >= hf_toy.LENGTH):
         found["llama.cpp"] = request.getfixturevalue("engine")(out / "model.gguf").logits(hf_toy.tokens())
     return found

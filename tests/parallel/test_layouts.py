@@ -159,9 +159,7 @@ class Runs:
         size = dict(num_layers=4, num_attention_heads=8, vocab_size=VOCABULARY, ffn_hidden_size=64)
         llama = toy.config(**size, share_embeddings_and_output_weights=True)
         gpt2 = toy.config(**size, **toy.GPT2, num_query_groups=4)
-        # Norms of heads, biases, a window; a rank of sequence parallelism has fewer tokens than the original context.
-        scaling = {"type": "longrope", "short_factor": [1, 1], "long_factor": [2, 5], "original_max_position_embeddings": 20}
-        qwen = toy.config(**size, add_qkv_bias=True, qk_layernorm=True, sliding_window=9, rope_scaling=scaling)
+        qwen = toy.config(**size, add_qkv_bias=True, qk_layernorm=True, sliding_window=9)  # norms of heads, biases, a window
         for name, arch, space in (
             ("llama", llama, dict(ffn_hidden_size=[0.25, 0.5, 1.0], layer_ranking=[0, 3, 1, 2], modulation=True)),
             ("gpt2", gpt2, dict(attention_unit="query_head", layer_ranking=[3, 0, 2, 1])),

@@ -31,8 +31,8 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
     opened = open_evaluation(settings)
     info = opened.info
     given = [key for key in ("budget", "budgets", "subnetwork") if getattr(settings, key) is not None]
-    if "budgets" in given and len(given) > 1:
-        raise FlextronError(f"{' and '.join(given)}: are several ways to say which networks to evaluate: give only one")
+    if len(given) > 1 and (settings.selector != "adaptive" or "subnetwork" not in given):
+        raise FlextronError(f"{given[0]}= and {given[1]}= are two ways to say which networks to evaluate: give only one")
     if settings.selector == "adaptive":
         say(opened.memory)
         return evaluate_adaptive(settings, opened)

@@ -67,7 +67,7 @@ def test_scores_are_those_of_the_export_under_transformers(chain, tmp_path):
     [
         (["limit=3"], "limit=3: has an effect with tasks= only"),
         (["tasks_trust_code=true"], "tasks_trust_code=True: has an effect with tasks= only"),
-        (["budgets=[0.7]", "budget=0.5"], "budget and budgets: are several ways to say which networks to evaluate"),
+        (["budgets=[0.7]", "budget=0.5"], "budget= and budgets= are two ways to say which networks to evaluate"),
         (["tasks=[heldout_last_word]", "apply_chat_template=true"], "apply_chat_template=true: .* has no chat template"),
         (["tasks=[write]"], "tasks: write writes up to 40 tokens, which the model's 32 positions do not hold"),
         (["tasks=[choose]"], "a continuation has [0-9]+ tokens, which the model's 32 positions do not hold"),

@@ -20,7 +20,8 @@ from flextron_mcore.training.speed import MEASURED
 
 LOG_FILE = "log.jsonl"
 # Figures of a step that boards show if the phase has them.
-SCALARS = ("learning_rate", "grad_norm", "surrogate_loss", "surrogate_error", "constraint_loss", "consumed_samples", *MEASURED)
+SCALARS = ("learning_rate", "grad_norm", "tokens_per_second", "surrogate_loss", "surrogate_error", "constraint_loss")
+SOMETIMES = ("consumed_samples", *MEASURED)  # every trainer.log_every_n_steps steps
 
 
 class Log:
@@ -96,9 +97,10 @@ class Log:
             seconds = (time.monotonic() - self.begun) / (row["step"] - self.first) * (self.max_steps - row["step"])
             left = f", {duration_text(seconds)} left" if seconds else ""
             self._say(f"{self.stage}: step {row['step']}/{self.max_steps}{left}  {text}")
+        names = (*SCALARS, *SOMETIMES) if row["step"] % self.every == 0 else SCALARS
         shown = {"train/loss": row["loss"]}
         shown |= {f"train/subnetwork_{i + 1}_loss": loss for i, loss in enumerate(row.get("subnetwork_losses", []))}
-        shown |= {f"train/{name}": row[name] for name in SCALARS if row.get(name) is not None}
+        shown |= {f"train/{name}": row[name] for name in names if row.get(name) is not None}
         self._show(shown, row["step"])
 
     def note(self, text: str) -> None:

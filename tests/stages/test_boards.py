@@ -32,7 +32,7 @@ def expected(run: Path) -> dict[str, dict[int, float]]:
 
 
 def keys(chain: Path, out: Path, *more: str) -> list[str]:
-    return [*pretrain_keys(chain / "data"), "trainer.max_steps=4", f"out={out}", *more]
+    return [*pretrain_keys(chain / "data"), "trainer.max_steps=4", "trainer.log_every_n_steps=1", f"out={out}", *more]
 
 
 class Recorder:

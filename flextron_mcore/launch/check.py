@@ -106,7 +106,7 @@ def missing(settings: LaunchSettings, plan: Plan) -> list[str]:
         looks = (("data", _look_at_data), ("hf", _look_at_hf), ("checkpoint", _look_at_checkpoint), ("teacher", _look_at_teacher))
         for key, look in looks:
             value = getattr(job.settings, key, None)
-            if value and value != MISSING and str(value) not in planned:
+            if isinstance(value, str) and value not in ("", MISSING, *planned):  # `hf` of an export is a section
                 name = key if key in ("data", "hf") else f"{job.stage}.{key}"  # data and hf are keys of launch, too
                 checks.append(lambda name=name, value=value, look=look: look(name, Path(value), plan.model))
     for check in checks:

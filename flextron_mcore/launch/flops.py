@@ -6,7 +6,7 @@ FLOPs are counted as in `flextron_mcore/flops.py`. Unlike there and in Megatron-
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -110,7 +110,7 @@ def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_sampl
     stage, trainer, batch = settings.stage, settings.trainer, settings.model.global_batch_size
     low, high = _range(settings)
     if stage == "elastic":
-        networks = [_drawn(costs, settings)] * settings.num_subnetworks
+        networks = [drawn(costs, settings.mode, settings.budget_weights)] * settings.num_subnetworks
         family = [costs.of(net) for net in uniform_family(costs.model, costs.space).values()]
         validated = [*family, *[costs.drawn(settings.mode)] * settings.validation_subnetworks]
     elif stage in ("router", "joint", "gumbel"):
@@ -165,11 +165,17 @@ def recomputed_share(layout: Layout) -> float:
     return sum(layout.chunks * min(number, layers // layout.chunks) for layers in layout.layers) / sum(layout.layers)
 
 
-def _drawn(costs: Costs, settings: StageSettings) -> float:
-    """Expected FLOPs per token of a sub-network that `flextron elastic` draws, with or without budget_weights."""
-    if not settings.budget_weights:
-        return costs.drawn(settings.mode)
-    of = mixture(costs.model, costs.space, settings.budget_weights)
+def drawn(costs: Costs, mode: str, weights: Mapping[str, float] | None) -> float:
+    """Expected FLOPs per token of a sub-network that `flextron elastic` draws.
+
+    Args:
+        costs: FLOPs of the model's networks.
+        mode: mode of `flextron elastic`.
+        weights: its budget_weights; None: uniform draws.
+    """
+    if not weights:
+        return costs.drawn(mode)
+    of = mixture(costs.model, costs.space, weights)
     each = [
         sum(
             p * (costs.head(h) + depth * costs.layer(costs.space.layer_choice(costs.model, *sizes), h))

@@ -10,7 +10,8 @@ from itertools import combinations
 import pytest
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.launch.flops import Costs
+from flextron_mcore.flops import Costs
+from flextron_mcore.launch import flops
 from flextron_mcore.space import ElasticSpace, parameter_share
 from flextron_mcore.training.sampler import draw, mixture
 from tests import toy
@@ -119,7 +120,8 @@ def test_budgets_are_drawn_as_often_as_their_weights_say(space):
     assert draw(ARCH, space, 7, 3, 2, of=of) == draw(ARCH, space, 7, 3, 2, of=of) != draw(ARCH, space, 7, 3, 2)
     estimated = Costs(ARCH, space, 24)
     drawn = [estimated.of(net) for step in range(1500) for net in draw(ARCH, space, 7, step, 2, of=of)]
-    assert estimated.drawn(weights={str(middle): 2, "1": 1, str(low): 5}) == pytest.approx(statistics.fmean(drawn), rel=0.02)
+    weights = {str(middle): 2, "1": 1, str(low): 5}
+    assert flops.drawn(estimated, "flextron", weights) == pytest.approx(statistics.fmean(drawn), rel=0.02)
 
 
 @pytest.mark.parametrize(

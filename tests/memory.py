@@ -19,11 +19,13 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 def peak(run: Callable[[], object]) -> int | None:
     """Peak of the bytes that `run` allocates, above those allocated before.
 
+    Without oneDNN, whose products in bf16 allocate buffers of their own on CPUs with AMX, and none on others.
+
     None where the profiler misses a part: gloo frees its send buffers in a thread that the profiler does not see.
     """
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.backends.mkldnn.flags(enabled=False), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")

@@ -190,7 +190,7 @@ def sort(checkpoint: str, out: str) -> None:
 
     info = open_checkpoint(checkpoint)
     model = info.model
-    shape = model.num_query_groups, model.query_heads_per_group
+    shape = (model.num_query_groups, model.query_heads_per_group)[: 1 if info.space.attention_unit == "kv_group" else 2]
     units = {"ffn_hidden_size": model.ffn_hidden_size, "heads": shape}
     scores = [LayerScores({axis: torch.rand(size) for axis, size in units.items()}) for _ in range(model.num_layers)]
     orders = {i: order(model, info.space, layer) for i, layer in enumerate(scores)}

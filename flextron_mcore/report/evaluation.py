@@ -66,9 +66,10 @@ class Network:
     tasks: Scores | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Network as plain types, as in metrics.json, with hidden size and number of executed layers added."""
+        """Network as plain types, as in metrics.json, with hidden size and number of executed layers; without tasks if None."""
+        values = {name: value for name, value in asdict(self).items() if not (name == "tasks" and value is None)}
         sizes = {"hidden_size": self.subnetwork.hidden_size, "depth": self.subnetwork.depth}
-        return {**asdict(self), "subnetwork": self.subnetwork.to_dict(), **sizes}
+        return {**values, "subnetwork": self.subnetwork.to_dict(), **sizes}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from flextron_mcore.runs.output import check_output, new_directory
 from flextron_mcore.runs.start import run_stage
 from flextron_mcore.runtime.disk import check_space
 from flextron_mcore.settings.compose import compose
+from flextron_mcore.settings.schema import keys
 from flextron_mcore.settings.stages import STAGES
 
 WRITING = [name for name in STAGES if name not in ("launch", "status", "verify")]
@@ -43,7 +44,7 @@ def test_the_second_of_two_commands_is_told_who_writes(held, stage):
 
 @pytest.mark.parametrize("stage", [name for name in WRITING if name != "quickstart"])
 def test_a_refused_command_leaves_no_lock_and_no_directory(tmp_path, stage):
-    names = [name for name in ("checkpoint", "data", "hf", "run", "input") if name in STAGES[stage].__dataclass_fields__]
+    names = [name for name in ("checkpoint", "data", "hf", "run", "input") if name in keys(STAGES[stage])]
     known = {name: str(tmp_path / "missing") for name in names}
     with pytest.raises(FlextronError, match="missing"):
         run_stage(compose(stage, values=[known, {"out": str(tmp_path / "new" / "folder" / "out")}], partial=True))

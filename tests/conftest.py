@@ -37,6 +37,13 @@ if "FLEXTRON_MESSAGES" in os.environ:  # processes that tests start note their r
 
 # Tests that start several processes each: side by side they would only wait for each other.
 MANY_PROCESSES = ("tests/slurm", "tests/parallel", "tests/examples", "tests/faults")
+# Files that take minutes each: started last, one worker would run them while the others are idle.
+LONG = (
+    "tests/test_gpu_code.py",
+    "tests/training/test_gumbel.py",
+    "tests/training/test_candidates.py",
+    "tests/training/test_static.py",
+)
 # Tests whose processes wait for each other all the time: another worker's tests would make them several times slower.
 ALONE = ("tests/parallel",)
 
@@ -54,9 +61,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log) -> object:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run MANY_PROCESSES first: they take longest, and started last they would run while the other workers are idle."""
+    """Run MANY_PROCESSES first, then LONG: started last they would run while the other workers are idle."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not item.nodeid.startswith(MANY_PROCESSES))
+        items.sort(key=lambda item: (not item.nodeid.startswith(MANY_PROCESSES), not item.nodeid.startswith(LONG)))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -81,7 +81,9 @@ def generate(
     sampling = sampling or Sampling()
     lengths, short = [len(prompt) for prompt in prompts], unwrap(model).architecture.short_context
     if short is not None and min(lengths) <= short < max(lengths):
-        return _apart(lambda some: generate(model, some, network, max_new_tokens, ends, sampling, progress), prompts, short)
+        return _apart(
+            lambda some: generate(model, some, network, max_new_tokens, ends, sampling, progress, finished), prompts, short
+        )
     total = max(lengths) + max_new_tokens
     tokens = torch.zeros(len(prompts), total, dtype=torch.long)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -30,7 +30,7 @@ from flextron_mcore.evaluation.heldout import KINDS, HeldoutTask
 from flextron_mcore.files import explain, read_text
 
 _TRUST = "tasks_trust_code=true"
-# What a task file may hold that is only read. Other data loaders unpickle, other metrics and prompts are Python files.
+# Entries of a task file that are only read, not run. Other data loaders unpickle, other metrics and prompts are Python files.
 _LOADERS = ("json", "csv", "text", "parquet", "arrow")
 _KEYS = {
     *("task", "task_alias", "tag", "group", "group_alias", "aggregate_metric_list", "include", "metadata", "dataset_path"),

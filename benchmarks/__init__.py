@@ -1,7 +1,8 @@
-"""Benchmarks of the cost of elasticity, as ratios of two times. No time is asserted; `docs/benchmarks.md` has results.
+"""Benchmarks of what elasticity costs, most of them as ratios of two times. No time is asserted; docs/benchmarks.md lists them.
 
-Compared functions run alternately (A B, B A, A B, ...), so that other load on the machine affects all of them equally. Every
-round gives one ratio. On a CPU the clock is the processor time of this process, which other processes disturb least.
+Functions that are compared run alternately (A B, B A, A B, ...), so that other load on the machine affects all of them equally.
+Every round gives one ratio. On a CPU the clock is the processor time of this process, which other processes disturb least;
+benchmarks of several processes, and of whole commands, take wall-clock time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`python -m benchmarks [NAME ...]`: runs the named benchmarks, or all, one after another."""
+"""`python -m benchmarks [NAME ...]`: run the named benchmarks, or all of BENCHMARKS, one after another.
+
+average_time, equal_time and modelopt take paths of trained runs, so each is a command of its own: `python -m benchmarks.NAME`.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.average_time DATA ADAPTIVE [ADAPTIVE ...]`: measured time of adaptive routers, over their budget.
+"""`python -m benchmarks.average_time DATA ADAPTIVE [ADAPTIVE ...]`: measured time of adaptive routers against their budget.
 
 DATA: out of `flextron prepare`. ADAPTIVE: outs of `flextron router kind=adaptive` with a latency table that includes routing
 (`flextron latency routed.enabled=true`). Forward passes have the size of the table's workload, over validation data of all
-domains in turn. The routers take their target for a budget from the calibration that is stored with them.
+domains in turn. The calibration that is stored with the routers gives their input for a budget.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _run(data: str, *adaptive: str, passes: int = 6, rounds: int = 15) -> None:
 
 
 def _times(name: str, info: Any, table: Any, datasets: Any, passes: int, rounds: int) -> list[list[str]]:
-    """Rows of the table for one run, one for each of BUDGETS that its routers can meet. Raises FlextronError if they meet none.
+    """Rows of the table for one run: one for each of BUDGETS that its routers can meet. Raises FlextronError if they meet none.
 
     Args:
         name: name of the run in the table.

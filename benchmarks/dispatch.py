@@ -1,4 +1,4 @@
-"""Forward time of blocks and models with token routing, over dense time multiplied by the average width of the tokens."""
+"""Forward time with token routing, over the dense forward time multiplied by the average width of the tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Shape:
         return f"{self.hidden}, {self.heads} heads in {self.groups} groups, {self.batch} x {self.length}"
 
 
-# The last shape is the quickstart's.
+# Shapes for a CPU, in fp32. The last one is the quickstart's model.
 SHAPES = (
     Shape(2048, 16, 16, 1, 1024),
     Shape(1024, 16, 16, 2, 1024),
@@ -99,11 +99,13 @@ def run() -> None:
 
 
 def _levels(length: int, batch: int) -> torch.Tensor:
+    """Random level of each token in each block, [blocks, length, batch]."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, len(FRACTIONS), (2 * LAYERS, length, batch), generator=generator).to(device())
 
 
 def _blocks(model: torch.nn.Module, shape: Shape):
+    """Yield (name, {"mixed": function, "dense": function}, factor of the second time) of single blocks to time."""
     layer, levels = model.decoder.layers[0], _levels(shape.length, shape.batch)
     like = next(model.parameters())
     hidden = torch.randn(shape.length, shape.batch, shape.hidden, device=like.device, dtype=like.dtype)
@@ -136,7 +138,7 @@ def _blocks(model: torch.nn.Module, shape: Shape):
 
 
 def _models(model: torch.nn.Module, arch: ModelConfig, space: ElasticSpace, shape: Shape):
-    """Pairs of whole models to time: mixed levels with routers, and the static sub-network with the same average width.
+    """Pairs of whole models to time: tokens at mixed levels with routers, and a static sub-network of the same average width.
 
     Yields (name, {"mixed": function, "static": function}, factor of the second time[, functions to run untimed before each]).
     """

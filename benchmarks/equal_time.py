@@ -1,9 +1,9 @@
 """`python -m benchmarks.equal_time STATIC DATA ADAPTIVE [ADAPTIVE ...]`: losses of adaptive and static routers at equal time.
 
 STATIC: out of `flextron router`, or of `flextron joint` after it. DATA: out of `flextron prepare`. ADAPTIVE: outs of `flextron
-router kind=adaptive` that started from STATIC, one for each KV policy, or of `flextron joint` after it. The time is that of a
-forward pass over validation data, routers included; no latency table is used. For larger models, lower `sequences=` (of each
-domain in a pass) and `samples=`.
+router kind=adaptive` that started from STATIC, one for each KV policy, or of `flextron joint` after it. A time is measured
+on forward passes over validation data, routers included; no latency table is used. For larger models, lower `sequences=` (of
+each domain in a pass) and `samples=` (for the losses).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
         for path in adaptive:
             own = open_checkpoint(path)
             described, routers = read_adaptive_routers(own.path, choices)
-            routed = loaded_model(LayoutSettings(), own, "fp32")  # after joint tuning it is another model
+            routed = loaded_model(LayoutSettings(), own, "fp32")  # joint tuning has changed the weights, too
             for share in TARGETS:
                 target = torch.tensor([target_for(described.calibration, share, nearest=True)])
                 chosen = AdaptiveRouting(routers.eval(), target, described.kv_policy)
@@ -79,7 +79,7 @@ def _run(static: str, data: str, *adaptive: str, sequences: int = 3, samples: in
 
 
 def _static(info: Any, shares: list[float]) -> dict[float, Any]:
-    """{share: network} that the static routers choose for shares of the full model's cost."""
+    """{share: network that the static routers choose for this share of the full model's cost}."""
     from flextron_mcore.cost import Budget
     from flextron_mcore.runs.choice import available_costs, latency_table, selector
 

@@ -97,7 +97,7 @@ def random_run(run: Path, model: ModelConfig, space: ElasticSpace) -> None:
     from flextron_mcore.exports.cut import placed_tensors
     from flextron_mcore.space import SubNetwork
 
-    # One block of random numbers is repeated, because drawing billions takes longer than writing them.
+    # One block of random numbers is repeated, because drawing billions of them takes longer than writing them.
     block = torch.empty(2**24, dtype=torch.bfloat16).normal_(std=0.02)
 
     def fill(shape: tuple[int, ...]) -> torch.Tensor:

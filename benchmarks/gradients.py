@@ -1,4 +1,4 @@
-"""Gradients of slices, added in place, over autograd's, which are padded with zeros to the size of the weight."""
+"""Two ways to get gradients of weight slices: added in place, and padded by autograd with zeros to the size of the weight."""
 
 from __future__ import annotations
 
@@ -51,7 +51,12 @@ def run() -> None:
 
 
 def _step(fraction: float, padded: bool):
-    """Function that runs a uniform sub-network forward and backward. padded: True leaves gradients to autograd."""
+    """Function that runs a uniform sub-network forward and backward.
+
+    Args:
+        fraction: share of heads and neurons.
+        padded: True leaves the gradients of slices to autograd.
+    """
     space = ElasticSpace.build(MODEL, heads=FRACTIONS, ffn_hidden_size=FRACTIONS)
     model = elastic(MODEL, space)
     net = space.uniform(MODEL, round(fraction * MODEL.num_attention_heads), round(fraction * MODEL.ffn_hidden_size))
@@ -77,7 +82,7 @@ def _autograd() -> Iterator[None]:
     ours = linear.take_all
 
     def indexed(weight: torch.Tensor | None, *parts: linear.Selection, embedded: bool = False) -> tuple[torch.Tensor | None, ...]:
-        if weight is None or embedded:  # an embedding's rows are looked up, in both
+        if weight is None or embedded:  # both ways look up the rows of an embedding, without slices
             return ours(weight, *parts, embedded=embedded)
         return tuple(part.take(weight) for part in parts)
 
@@ -89,7 +94,7 @@ def _autograd() -> Iterator[None]:
 
 
 def _peak(fraction: float, padded: bool) -> int:
-    """Peak bytes above the built model in a process that runs a few steps."""
+    """Peak bytes above the built model during steps: with CUDA in this process, else in one of its own."""
     if torch.cuda.is_available():
         step = _step(fraction, padded)
         torch.cuda.synchronize()
@@ -104,7 +109,7 @@ def _peak(fraction: float, padded: bool) -> int:
 
 
 def main() -> None:
-    """Measure one peak, in this process."""
+    """Print the peak bytes of three steps above the built model. Arguments of the process: fraction, padded (0 or 1)."""
     distributed.initialize()
     fraction, padded = float(sys.argv[1]), bool(int(sys.argv[2]))
     step = _step(fraction, padded)

@@ -36,7 +36,7 @@ def run() -> None:
 
 
 def _sampled(folder: Path) -> list[list[int | float]]:
-    """Rows of the table: what the process holds at every EVERY steps."""
+    """Rows of the table: after every EVERY steps, the step and what the training process holds."""
     batch = ["model.micro_batch_size=4", "model.global_batch_size=4"]
     loop = [f"data={folder}/data", *batch, "trainer.limit_val_batches=1"]
     _flextron("prepare", f"input={TEXT}", "vocab_size=300", "valid_fraction=0.2", f"out={folder}/data").wait()
@@ -78,7 +78,7 @@ def _shared() -> set[str]:
 
 
 def _held(process: psutil.Process, before: set[str]) -> list[int | float]:
-    """Cells of a row after its step; sizes are in MiB.
+    """Cells of a row after its step, which say what a process holds; sizes are in MiB.
 
     Memory, open files and threads of the process; number and memory of its helpers; number and size of the files of /dev/shm
     that were not there `before`.

@@ -79,7 +79,7 @@ def _cut(model: ModelConfig, choice: LayerChoice, hidden_size: int, num_layers: 
 
 
 def _wrapped(model: Any) -> torch.nn.Module:
-    """Model in DDP with fp32 gradient buffers, as in training."""
+    """Model in training mode, in DDP with fp32 gradient buffers."""
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     ddp.zero_grad_buffer()
     return ddp.train()

@@ -1,4 +1,8 @@
-"""Several processes: four networks in one flush of the pipeline over four flushes, and two data-parallel processes over one."""
+"""Times of several processes on one machine.
+
+With two pipeline stages: the networks of a step in one flush of the pipeline schedule, over a flush for each network. With data
+parallelism: a step of two processes against a step of one.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +55,13 @@ def run() -> None:
 
 
 def _processes(count: int, what: str, micro_batches: int, threads: int = 1) -> dict[str, list[float]]:
-    """Run `measure` in `count` processes, with `threads` each; returns {name: seconds of each round}."""
+    """Run `measure` in new processes, and return {name: seconds of each round}.
+
+    Args:
+        count: number of processes.
+        what, micro_batches: arguments of `measure`.
+        threads: OMP_NUM_THREADS of each process.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     finished = subprocess.run(
@@ -63,7 +73,7 @@ def _processes(count: int, what: str, micro_batches: int, threads: int = 1) -> d
 
 
 def measure(what: str, micro_batches: int) -> None:
-    """Work of one of the processes; rank 0 prints {name: seconds of each round} as JSON.
+    """Time this rank's work, together with all others; rank 0 prints {name: seconds of each round} as JSON.
 
     Args:
         what: "flushes": passes on two pipeline stages, in one flush and in four. "data": a data-parallel step.

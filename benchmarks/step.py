@@ -1,4 +1,4 @@
-"""Time of an elastic training step, over the dense models' steps that it replaces, and over the same step with masks."""
+"""Time of an elastic training step, over the steps of dense models that it replaces, and over a step with masks for slices."""
 
 from __future__ import annotations
 

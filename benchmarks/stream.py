@@ -1,4 +1,4 @@
-"""Import, sorting, importance and export of a 1.1-billion-parameter Llama: peak memory, and time over a plain copy."""
+"""Peak memory of import, sorting, importance and export of a 1.1-billion-parameter Llama, and their time over a plain copy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HF_CONFIG = {
     "torch_dtype": "bfloat16",
     "vocab_size": 32000,
 }
-# Imports of the command line, without warnings.
+# Program that only imports what the stages import.
 _IMPORTS = """
 from flextron_mcore.runtime.environment import prepare_environment
 prepare_environment()
@@ -96,7 +96,7 @@ def _rows(folder: Path):
 
 
 def _row(name: str, command: list[str], source: Path | None = None) -> list[str]:
-    """Cells of one row: run a command and time it, and copies of the directory `source` that it reads, before and after it."""
+    """Cells of a row: run a command and time it, and time a copy of the directory `source` that it reads before and after it."""
     copies = [copy_seconds(source)] if source else []
     if source:
         read_files(source)

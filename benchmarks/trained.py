@@ -71,7 +71,7 @@ def in_turn(datasets: Mapping[str, Any], count: int) -> Any:
 
 
 def settings(**keys: Any) -> Any:
-    """Settings for runs/choice.py with defaults, which take table and costs from the checkpoint. keys: keys that differ."""
+    """Settings for runs/choice.py: defaults, by which table and costs are those of the checkpoint, and `keys`."""
     from flextron_mcore.settings.stages import EvaluateSettings
 
     return EvaluateSettings(**keys)
@@ -82,7 +82,7 @@ def forward(model: Any, net: Any, tokens: Any) -> object:
 
     Args:
         model: elastic model.
-        net: sub-network, or routing.
+        net: sub-network, or token routing (AdaptiveRouting).
         tokens: token ids.
     """
     import torch

@@ -2,7 +2,8 @@
 # From a Hugging Face model and text to a family of sub-networks with routers, three exports and a report.
 #   examples/chain.sh HF_DIR TEXT OUT [keys of `flextron elastic` ...]
 # For example: examples/chain.sh models/TinyLlama corpus run trainer.precision=bf16 trainer.max_steps=2000
-# After an interruption run it again: complete stages are skipped, training continues.
+# After an interruption run the same command again: complete stages are skipped, training continues. Environment variables:
+# SAMPLES (of importance; 512), ROUNDS (of latency; 20), ROUTER_STEPS (1000).
 set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,4s/^# *//p' "$0" >&2; exit 2; }
 hf=$1 text=$2 out=$3
@@ -22,7 +23,7 @@ stage elastic elastic checkpoint="$out/sorted" data="$out/data" "$@"
 stage evaluate evaluate checkpoint="$out/elastic" data="$out/data" limit_val_batches=8
 stage latency latency checkpoint="$out/elastic" rounds="${ROUNDS:-20}"
 stage router router checkpoint="$out/elastic" data="$out/data" latency="$out/latency" trainer.max_steps="${ROUTER_STEPS:-1000}"
-# family.json of the report has the networks that were evaluated: export the smallest.
+# The report's family.json lists the networks that were evaluated. The smallest of them is exported below.
 stage report report run="$out"
 python3 - "$out" <<'PY'
 import json, sys

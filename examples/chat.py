@@ -34,9 +34,9 @@ class Chat:
 
     @torch.no_grad()
     def say(self, text: str) -> None:
-        """Append `text`, generate at most `tokens` tokens, and print them as they come, then their number, speed and cost.
+        """Continue the conversation with `text`: print up to `tokens` generated tokens as they come, then speed and cost.
 
-        If the text does not fit into the model's positions, what was said before is forgotten.
+        Forgets the conversation so far if it does not fit into the model's positions. Ctrl-C ends the answer.
         """
         room = getattr(self.model.config, "max_position_embeddings", 2**31) - self.tokens
         self.ids = self.encode(text)
@@ -62,7 +62,7 @@ class Chat:
         print(f"[{len(written)} tokens, {len(written) / seconds:.1f} tokens/s, {self.state()}]", flush=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the conversation with `text`; cuts the cache to its common beginning with them."""
+        """Token ids of the conversation followed by `text`. Drops cached keys and values from the first differing token on."""
         if self.tokenizer.chat_template:
             self.messages.append({"role": "user", "content": text})
             rendered = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
@@ -76,7 +76,7 @@ class Chat:
         return ids
 
     def next_token(self) -> int:
-        """Next token; computes the tokens that are not in the cache yet."""
+        """Id of the next token, from a forward pass over the tokens that are not in the KV cache yet."""
         new = torch.tensor([self.ids[self.cache.get_seq_length() :]], device=self.model.device)
         logits = self.model(input_ids=new, past_key_values=self.cache, use_cache=True).logits[0, -1].float()
         if not self.temperature:
@@ -84,14 +84,14 @@ class Chat:
         return int(torch.multinomial((logits / self.temperature).softmax(-1), 1))
 
     def state(self) -> str:
-        """Text of the budget, and of the network's costs as shares of the full model's."""
+        """Words for the budget, and for the network's costs as shares of the full model's."""
         costs = self.model.costs()
         shares = ", ".join(f"{share:.1%} of {name}" for name, share in costs["share"].items())
         budget = "full model" if self.model.budget is None else f"budget {self.model.budget}"
         return f"{budget}{', token routing' if self.model.adaptive else ''}: {shares}"
 
     def command(self, line: str) -> None:
-        """Execute a line that begins with /, and print the state. Raises ValueError for an unknown command or a wrong budget."""
+        """Execute a line that begins with /, and print budget and costs. Raises ValueError for a wrong command or budget."""
         name, _, value = line[1:].partition(" ")
         value = value.strip()
         if name == "budget" and value:

@@ -1,4 +1,4 @@
-"""Megatron-Core's GPTModel with elastic layers: sub-networks of one model, computed with slices of the same weights.
+"""Time sub-networks of Megatron-Core's GPTModel with elastic layers, which compute with slices of one set of weights.
 
     python examples/subnetworks.py
 

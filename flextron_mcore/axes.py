@@ -34,6 +34,7 @@ class Axis:
             families' tensor table cuts dimensions of a field's name to its value.
         split: function (model, attention unit, size) that returns the fields of a size.
         step: function (model, granularity, attention unit) that returns (divisor of every candidate, reason as text).
+        aligned: True if candidates below the full size are multiples of space.multiple, too: widths of matrices.
         default: candidates, as fractions of the full size, of a space that names none.
         starts: module of a layer at which timing of the block begins (the norm before it); empty for the block itself.
         observed: module whose method `observe` gets the activations from which importance of the units is scored. Their last
@@ -55,6 +56,7 @@ class Axis:
     fields: Mapping[str, str]
     split: Callable[[ModelConfig, str, int], tuple[int, ...]] = lambda model, unit, size: (size,)
     step: Callable[[ModelConfig, int, str], tuple[int, str]] = lambda model, granularity, unit: (1, "1")
+    aligned: bool = False
     default: Sequence[float] = (1.0,)
     starts: str = ""
     observed: str = ""
@@ -86,7 +88,13 @@ class Axis:
         return next(name for name, some, whole in pairs if some != whole)
 
     def candidates(
-        self, model: ModelConfig, granularity: int, attention_unit: str, values: Sequence[float], rounded: bool = False
+        self,
+        model: ModelConfig,
+        granularity: int,
+        attention_unit: str,
+        values: Sequence[float],
+        rounded: bool = False,
+        multiple: int = 1,
     ) -> tuple[int, ...]:
         """Absolute candidates in increasing order, the full size included. Raises FlextronError for an invalid value.
 
@@ -95,9 +103,11 @@ class Axis:
             granularity, attention_unit: fields of the elastic space (ElasticSpace).
             values: fractions (floats) and sizes (integers).
             rounded: round the default fractions to the nearest size that is possible.
+            multiple: divisor of the candidates below the full size, on an aligned axis.
         """
         name, full = self.name, self.full(model)
-        step, why = self.step(model, granularity, attention_unit)
+        whole = self.step(model, granularity, attention_unit)
+        below_full = self._step(model, granularity, attention_unit, multiple)
         if isinstance(values, str | bytes) or not isinstance(values, Sequence) or not values:
             raise FlextronError(f"space.{name} must be a list of fractions or sizes, not {values!r}")
         sizes = {full}
@@ -107,45 +117,69 @@ class Axis:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise FlextronError(f"space.{name}: {value!r} is neither a fraction nor a size")
             size = value if isinstance(value, int) else value * full
-            if rounded and list(values) == list(self.default) and full % step == 0:
-                size = max(step, round(size / step) * step)
+            if rounded and size != full and list(values) == list(self.default) and full % whole[0] == 0:
+                size = min(full, max(1, round(size / below_full[0])) * below_full[0])
+            step, why = whole if size == full else below_full
             shown = f"{value}" if isinstance(value, int) else f"{value:g} x {full} = {size:g}"
             if not 0 < size <= full:
                 raise FlextronError(f"space.{name}: {shown} is not within 1..{full}")
             if abs(size - round(size)) > 1e-6 or round(size) % step:
-                if full % step:
+                if full % whole[0]:
                     hint, shown = "choose a smaller space.granularity", f"the full size {full}"
                 else:
                     below = int(size // step) * step
-                    nearby = [str(s) for s in (below, below + step) if 0 < s <= full]
-                    hint = f"nearest: {' or '.join(nearby)}; {self._possible(model, granularity, attention_unit)}"
+                    nearby = [str(s) for s in (below, min(below + step, full)) if s]
+                    hint = f"nearest: {' or '.join(nearby)}; {self._possible(model, granularity, attention_unit, multiple)}"
                 wanted = "a whole number" if step == 1 else f"a multiple of {step} ({why})"
                 raise FlextronError(f"space.{name}: {shown} is not {wanted}; {hint}")
             sizes.add(round(size))
         return tuple(sorted(sizes))
 
-    def reason(self, model: ModelConfig, granularity: int, attention_unit: str, values: Sequence[float] | None) -> str:
+    def reason(
+        self, model: ModelConfig, granularity: int, attention_unit: str, values: Sequence[float] | None, multiple: int = 1
+    ) -> str:
         """Text that says where candidates come from: "as given", or the default fractions, and of what they became multiples.
 
         Args:
             model: architecture of the full model.
             granularity, attention_unit: fields of the elastic space (ElasticSpace).
             values: fractions and sizes; None for the default.
+            multiple: divisor of the candidates below the full size, on an aligned axis.
         """
         if values is not None and list(values) != list(self.default):
             return "as given"
-        full, (step, why) = self.full(model), self.step(model, granularity, attention_unit)
+        full, (step, why) = self.full(model), self._step(model, granularity, attention_unit, multiple)
         shown = ", ".join(f"{value:g}" for value in self.default)
-        rounded = any(value * full % step for value in self.default)
+        rounded = any(value * full % step for value in self.default if value != 1)
         return f"default {shown} of {full}" + (f", rounded to multiples of {step} ({why})" if rounded else "")
 
-    def _possible(self, model: ModelConfig, granularity: int, attention_unit: str) -> str:
-        """Text for a message that lists all possible sizes, and those of the other attention unit if they differ."""
+    def _step(self, model: ModelConfig, granularity: int, attention_unit: str, multiple: int) -> tuple[int, str]:
+        """Divisor of every candidate below the full size, and the reason as text.
+
+        Args:
+            model: architecture of the full model.
+            granularity, attention_unit: fields of the elastic space (ElasticSpace).
+            multiple: further divisor, on an aligned axis.
+        """
+        step, why = self.step(model, granularity, attention_unit)
+        if not self.aligned or step % multiple == 0:
+            return step, why
+        return math.lcm(step, multiple), f"space.multiple {multiple}" + (f" and {why}" if multiple % step else "")
+
+    def _possible(self, model: ModelConfig, granularity: int, attention_unit: str, multiple: int) -> str:
+        """Advice for a message: all possible sizes, and those of the other attention unit if they differ.
+
+        Args:
+            model: architecture of the full model.
+            granularity, attention_unit: fields of the elastic space (ElasticSpace).
+            multiple: divisor of the candidates below the full size, on an aligned axis.
+        """
         full = self.full(model)
-        steps = {unit: self.step(model, granularity, unit)[0] for unit in (attention_unit, *ATTENTION_UNITS)}
+        steps = {unit: self._step(model, granularity, unit, multiple)[0] for unit in (attention_unit, *ATTENTION_UNITS)}
         listed = {}
         for unit, step in steps.items():
-            sizes = range(step, full + 1, step) if full % step == 0 else ()
+            divides = full % self.step(model, granularity, unit)[0] == 0
+            sizes = [*range(step, full, step), full] if divides else []
             listed[unit] = ", ".join(map(str, sizes)) if len(sizes) <= 16 else f"any multiple of {step} up to {full}"
         words = [f"use {listed[attention_unit]}"]
         for unit, sizes in listed.items():
@@ -165,7 +199,12 @@ def _split_heads(model: ModelConfig, attention_unit: str, heads: int) -> tuple[i
 
 
 def _step_of_heads(model: ModelConfig, granularity: int, attention_unit: str) -> tuple[int, str]:
-    """(divisor of every number of query heads that is a candidate, reason as text)."""
+    """Divisor of every number of query heads that is a candidate, and the reason as text.
+
+    Args:
+        model: architecture of the full model.
+        granularity, attention_unit: fields of the elastic space (ElasticSpace).
+    """
     if attention_unit != "kv_group":
         return model.num_query_groups, f"the number of KV groups, {model.num_query_groups}"
     more = f" x {model.query_heads_per_group} query heads per KV group" if model.query_heads_per_group > 1 else ""
@@ -197,6 +236,7 @@ FFN_HIDDEN_SIZE = Axis(
     full=lambda model: model.ffn_hidden_size,
     fields={"ffn_hidden_size": "neurons"},
     step=lambda model, granularity, unit: (granularity, f"granularity {granularity}"),
+    aligned=True,
     default=_QUARTERS,
     starts="pre_mlp_layernorm",
     observed="mlp",
@@ -210,6 +250,7 @@ HIDDEN_SIZE = Axis(
     block=None,
     full=lambda model: model.hidden_size,
     fields={"hidden_size": "channels"},
+    aligned=True,
     parallel=False,
 )
 DEPTH = Axis(

@@ -6,11 +6,9 @@ The module imports little, because checkpoint writers are spawned processes, whi
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -26,21 +24,10 @@ from flextron_mcore.settings.compose import compose, read
 from flextron_mcore.settings.help import stage_help, title
 from flextron_mcore.settings.stages import STAGES, VerifySettings
 
-
-def _end_with_parent() -> None:
-    """Make the kernel kill this helper process when its parent ends for any reason.
-
-    Megatron-Core's checkpoint writers are forked and spawned processes, which would outlive a run that is killed by SIGKILL.
-    """
-    pr_set_pdeathsig = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 # True in a spawned process: multiprocessing runs the main module again under the name __mp_main__. Elsewhere that entry of
 # sys.modules is an alias of __main__, or missing.
 if getattr(sys.modules.get("__mp_main__"), "__name__", None) == "__mp_main__":
-    _end_with_parent()
+    signals.end_with_parent()
     importlib.import_module("flextron_mcore.runtime.cpu").import_megatron()  # the CPU runtime must precede Megatron-Core
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -75,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv: arguments without the program's name; None for the process's own.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    os.register_at_fork(after_in_child=_end_with_parent)
+    os.register_at_fork(after_in_child=signals.end_with_parent)
     collect_rarely()
     prepare_environment()
     signals.install(_stopped)

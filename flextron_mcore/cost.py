@@ -171,24 +171,34 @@ def parse_budget(text: str | float | Sequence, costs: Mapping[str, Cost]) -> lis
     """Parse budgets as a user writes them: one network must meet all of them.
 
     A budget with a unit that is above the full model's cost is lowered to this cost, and `Budget.asked` keeps what the user gave.
-    Raises FlextronError for an unknown unit, a cost that is not available, a budget below the smallest sub-network's cost, and a
-    fraction above 1.
+    Raises FlextronError for an unknown unit, a cost that is not available or named twice, a budget below the smallest
+    sub-network's cost, and a fraction above 1.
 
     Args:
         text: a number with a unit of UNITS (`25ms`, `3.4B`, `8GiB`), or a fraction of the full model's latency (`0.6`) or other
             cost (`0.6 parameters`); or several, in a sequence or separated by commas.
         costs: available costs by name.
     """
-    return [_budget(part, number, unit, costs) for part, number, unit in read_budget(text)]
+    budgets = [_budget(part, number, unit, costs) for part, number, unit in read_budget(text)]
+    names = [budget.cost.name for budget in budgets]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        given = text if isinstance(text, str) else ",".join(map(str, text))
+        raise FlextronError(f"budget={given}: limits {twice} twice: give one limit of each cost")
+    return budgets
 
 
 def read_budget(text: str | float | Sequence) -> list[tuple[str | float, float, str]]:
     """(part of the text, its number, its unit or "") of each budget that a user wrote.
 
-    Raises FlextronError for what is no number with a known unit. text: as for `parse_budget`.
+    Raises FlextronError for a text that is no number with a known unit.
+
+    Args:
+        text: budgets as a user writes them: a number, a text such as "25ms" or "25ms,8GiB", or a sequence of these.
     """
     if isinstance(text, Sequence) and not isinstance(text, str):
         return [budget for part in text for budget in read_budget(part)]
+    if isinstance(text, str) and re.fullmatch(r"\s*\d+,\d+\s*[A-Za-z]*\s*", text):
+        raise FlextronError(f"budget={text}: has a comma within a number: write {text.replace(',', '.').strip()}")
     if isinstance(text, str) and "," in text:
         return read_budget([part for part in text.split(",") if part.strip()])
     match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([A-Za-z]*)\s*", str(text))
@@ -205,7 +215,17 @@ def read_budget(text: str | float | Sequence) -> list[tuple[str | float, float, 
 
 
 def _budget(text: str | float, number: float, unit: str, costs: Mapping[str, Cost]) -> Budget:
-    """Budget of a number with a unit; values and errors are those of `parse_budget`. text: what the user wrote, for messages."""
+    """Budget of a number with a unit, lowered to the full model's cost if it is a cost above that.
+
+    Args:
+        text: text that the user wrote, for messages.
+        number: number in it.
+        unit: unit in it, or name of a cost for a fraction; "" for a fraction of the latency.
+        costs: available costs by name.
+
+    Raises:
+        FlextronError: the cost is not available, the budget is below the smallest sub-network's cost, or a fraction is above 1.
+    """
     name, scale = UNITS.get(unit, (unit or "latency", None))
     if name not in costs:
         hint = "; for latency give latency=DIR, the directory of a `flextron latency` run" if name == "latency" else ""

@@ -150,7 +150,10 @@ def learn(others: Mapping[tuple[int, int], tuple[int, int, Entry]]) -> None:
 
 
 def entry_of(file: Path) -> Entry:
-    """Size and digest of a file: kept from its writing if size and modification time are unchanged since, else read from it."""
+    """Size and digest of a file, without reading it if its digest is known and its size and modification time are unchanged.
+
+    Known are files that this process wrote with HashingFile, and those given to `remember` and `learn`.
+    """
     found = file.stat()
     size, time, entry = _known.get((found.st_dev, found.st_ino), (-1, -1, {}))
     if (size, time) == (found.st_size, found.st_mtime_ns) and entry["bytes"] == size:

@@ -34,6 +34,11 @@ _KINDS = {
 }
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """Path with the home directory in place of a leading `~` or `~user`; unchanged for an unknown user."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError for an unknown user
+
+
 def open_file(file: str | os.PathLike, given: bool = False) -> io.BufferedReader:
     """Open a regular file for reading bytes.
 

@@ -41,19 +41,34 @@ class Costs:
         Args:
             choice: widths.
             hidden_size: hidden channels of the network; None: all.
-            number: index of the layer; None: a mean, where some layers have a sliding window.
+            number: index of the layer; None: a mean over all layers, whose sliding windows may differ.
         """
         size = hidden_size or self.model.hidden_size
         return self._products(choice, size) + self._scores(choice, number)
 
     def _products(self, choice: LayerChoice, hidden_size: int, block: str = "") -> float:
-        """FLOPs per token of the products with a layer's weights. block: start of the names of the weights that count."""
+        """FLOPs per token of the products with a layer's weights.
+
+        With `space.compensation` also of the product of a matrix [q, q] with the outputs of the q heads in each KV group.
+
+        Args:
+            choice: widths of the layer.
+            hidden_size: hidden channels of the network.
+            block: "self_attention" for the weights of that block only; "" for all.
+        """
         tensors = of_model(self.model, "layer", added_tensors())
         weights = [t for t in tensors if len(t.sides) == 2 and t.name.startswith(block)]
-        return 2.0 * sum(t.numel(self.model, hidden_size, choice) for t in weights)
+        compensated = self.space.compensation and choice.query_heads_per_group > 1
+        scalars = choice.num_attention_heads * choice.query_heads_per_group if compensated else 0
+        return 2.0 * (sum(t.numel(self.model, hidden_size, choice) for t in weights) + scalars * self.model.kv_channels)
 
     def _scores(self, choice: LayerChoice, number: int | None = None) -> float:
-        """FLOPs per token of a layer's attention scores and of their products with values. number: as in `layer`."""
+        """FLOPs per token of a layer's attention scores and of their products with values.
+
+        Args:
+            choice: widths of the layer.
+            number: index of the layer; None: a mean over all layers, whose sliding windows may differ.
+        """
         seen = mean(self._keys) if number is None else self._keys[number]
         return 4.0 * seen * choice.num_attention_heads * self.model.kv_channels
 
@@ -78,7 +93,11 @@ class Costs:
         return sum(self._scores(layer, number) for number, layer in enumerate(net.layers) if layer.executed)
 
     def backward_to_gates(self, net: SubNetwork) -> float:
-        """FLOPs per token of a backward pass through frozen weights, to the router gate on the output of the first block."""
+        """FLOPs per token of the backward pass that gives router gates their gradients, through frozen weights.
+
+        A router gate is a scalar that multiplies a block's output. The pass ends at the gate of the first block, the attention of
+        the first executed layer.
+        """
         first = next((number for number, layer in enumerate(net.layers) if layer.executed), None)
         if first is None:
             return 0.0
@@ -126,10 +145,11 @@ def step_flops(costs: Costs, networks: Sequence[SubNetwork | None], frozen: bool
     """FLOPs per token of a training step: forward and backward passes of its networks, without recomputation.
 
     Args:
-        costs: FLOPs of the model's networks.
+        costs: FLOPs per token of the model's networks.
         networks: networks of the step, None for one that computes all units.
         frozen: True if the weights get no gradients.
-        gates: True if gradients reach the gates of all networks but the first, through weights that are frozen or not.
+        gates: True if router gates (scalars on the outputs of blocks) of all networks but the first get gradients; counts only
+            with `frozen`.
     """
     nets = [SubNetwork.full(costs.model) if net is None else net for net in networks]
     forward = sum(map(costs.of, nets))

@@ -164,6 +164,8 @@ class ElasticSpace:
         layer_ranking: layers by decreasing importance. A network of depth d executes the first d of them.
         modulation: blocks have learned gains that depend on the network's size (layers/block.py). It changes no sizes, so latency
             tables and routers of a space serve it with and without.
+        compensation: kept query heads stand in for dropped ones (layers/compensation.py); with query_head only. It changes no
+            sizes either.
 
     >>> model = ModelConfig(
     ...     num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24, ffn_hidden_size=48
@@ -180,6 +182,7 @@ class ElasticSpace:
     sizes: Mapping[str, tuple[int, ...]] = field(hash=False)
     layer_ranking: tuple[int, ...]
     modulation: bool = field(default=False, compare=False)
+    compensation: bool = field(default=False, compare=False)
 
     @classmethod
     def build(
@@ -190,6 +193,8 @@ class ElasticSpace:
         *sizes: Sequence[float],
         layer_ranking: Sequence[int] | None = None,
         modulation: bool = False,
+        compensation: bool = False,
+        multiple: int | None = None,
         **named: Sequence[float],
     ) -> ElasticSpace:
         """Build a space from fractions (floats in (0, 1]) and sizes (integers) of a model.
@@ -205,21 +210,27 @@ class ElasticSpace:
             sizes: candidates of each axis, in the order of AXES; missing axes get their default.
             layer_ranking: layers by decreasing importance; None for the model's order, until `flextron importance` ranks them.
             modulation: blocks have gains that depend on the network's size.
+            compensation: kept query heads stand in for dropped ones.
+            multiple: divisor of the FFN widths and hidden sizes below the full ones, checked here and not kept; None for 1.
             named: candidates by the axis's name, instead of `sizes`.
         """
         wanted = {**dict(zip(AXES, sizes, strict=False)), **named}
         for name in wanted:
             if name not in AXES:
-                known = ["granularity", "attention_unit", *AXES, "layer_ranking", "modulation"]
+                known = ["granularity", "attention_unit", *AXES, "layer_ranking", "modulation", "compensation", "multiple"]
                 raise FlextronError(f"unknown key 'space.{name}'{nearest(name, known)}")
         units = ATTENTION_UNITS if attention_unit is None else (attention_unit,)
         sizes = AUTOMATIC_GRANULARITIES if granularity is None else (granularity,)
+        flags = {"modulation": modulation, "compensation": compensation}
+        multiple = 1 if multiple is None else multiple
+        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+            raise FlextronError(f"space.multiple must be a whole number of at least 1, not {multiple!r}")
         for rounded in (False, True):  # default fractions are rounded only where they do not divide
             fitting: list[ElasticSpace] = []
             errors: list[FlextronError] = []
             for unit, size in itertools.product(units, sizes):
                 try:
-                    fitting.append(cls._build(model, size, unit, wanted, layer_ranking, modulation, rounded))
+                    fitting.append(cls._build(model, size, unit, wanted, layer_ranking, flags, rounded, multiple))
                 except FlextronError as error:
                     errors.append(error)
             if fitting:  # the first one, or of rounded ones the first with most candidates
@@ -234,10 +245,21 @@ class ElasticSpace:
         attention_unit: str,
         wanted: Mapping[str, Sequence[float]],
         layer_ranking: Sequence[int] | None,
-        modulation: bool,
+        flags: Mapping[str, bool],
         rounded: bool,
+        multiple: int,
     ) -> ElasticSpace:
-        """Build for one granularity and attention unit, or raise FlextronError. rounded: round default fractions where needed."""
+        """Build a space for one granularity and attention unit. Raises FlextronError if a candidate does not divide.
+
+        Args:
+            model: architecture of the full model.
+            granularity: number that divides FFN widths and numbers of KV groups.
+            attention_unit: kv_group or query_head.
+            wanted: {axis: fractions and sizes}; other axes get their default.
+            layer_ranking: layers by decreasing importance; None for the model's order.
+            flags: values of `modulation` and `compensation`.
+            rounded: round default fractions to sizes that divide, where they do not.
+        """
         if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1:
             raise FlextronError(f"space.granularity must be a whole number of at least 1, not {granularity!r}")
         if attention_unit not in ATTENTION_UNITS:
@@ -247,13 +269,16 @@ class ElasticSpace:
             raise FlextronError(
                 f"space.layer_ranking={list(ranking)}: must hold each of the layers 0..{model.num_layers - 1} once"
             )
-        if not isinstance(modulation, bool):
-            raise FlextronError(f"space.modulation={modulation!r} is neither true nor false")
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise FlextronError(f"space.{name}={value!r} is neither true nor false")
+        if flags["compensation"] and attention_unit != "query_head":
+            raise FlextronError("space.compensation=true needs space.attention_unit=query_head: set it, or sort again without")
         found = {
-            name: axis.candidates(model, granularity, attention_unit, wanted.get(name, axis.default), rounded)
+            name: axis.candidates(model, granularity, attention_unit, wanted.get(name, axis.default), rounded, multiple)
             for name, axis in AXES.items()
         }
-        return cls(granularity, attention_unit, found, ranking, modulation)
+        return cls(granularity, attention_unit, found, ranking, **flags)
 
     def __getattr__(self, name: str) -> tuple[int, ...]:
         if name != "sizes" and name in self.sizes:
@@ -275,11 +300,12 @@ class ElasticSpace:
         return _layer(model, self.attention_unit, found | dict(zip(found, sizes, strict=False)))
 
     def uniform(self, model: ModelConfig, *sizes: int | None, **named: int | None) -> SubNetwork:
-        """Sub-network with the same widths in every layer. Sizes are not checked (`check`).
+        """Sub-network with the same widths in every executed layer. It is not checked against the space; `check` does that.
 
         Args:
             model: architecture of the full model.
-            sizes: size of each axis in the order of AXES; None or missing for the full size.
+            sizes: size of each axis in the order of AXES (heads, ffn_hidden_size, hidden_size, depth, without an extension); None
+                or missing for the full size. A depth of d executes the first d layers of `layer_ranking`.
             named: sizes by the axis's name, instead of `sizes`.
         """
         given = {**dict(zip(self.sizes, sizes, strict=False)), **named}
@@ -336,14 +362,14 @@ class ElasticSpace:
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to plain types, for JSON and YAML. `modulation` is left out if false."""
+        """Convert to plain types, for JSON and YAML. `modulation` and `compensation` are left out if false."""
         values = {
             "granularity": self.granularity,
             "attention_unit": self.attention_unit,
             **{name: list(sizes) for name, sizes in self.sizes.items()},
             "layer_ranking": list(self.layer_ranking),
         }
-        return {**values, "modulation": True} if self.modulation else values
+        return values | {name: True for name in ("modulation", "compensation") if getattr(self, name)}
 
     @classmethod
     def from_dict(cls, model: ModelConfig, values: Mapping[str, Any]) -> ElasticSpace:
@@ -352,7 +378,13 @@ class ElasticSpace:
 
 
 def _layer(model: ModelConfig, attention_unit: str, sizes: Mapping[str, int]) -> LayerChoice:
-    """Executed layer from {axis: size}."""
+    """Widths of an executed layer from the size of each layer axis.
+
+    Args:
+        model: architecture of the full model.
+        attention_unit: kv_group or query_head, which decides how heads are divided into groups.
+        sizes: {layer axis: size}.
+    """
     fields: dict[str, int] = {}
     for name, size in sizes.items():
         fields |= zip(AXES[name].fields, AXES[name].split(model, attention_unit, size), strict=True)

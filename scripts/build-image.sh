@@ -91,7 +91,7 @@ say "as the image's user"
 in_store run "$container" -- sh -euc "id; touch $runs/written; rm $runs/written"
 in_store run "$container" -- "${entry[@]}" --help
 
-# As under enroot: a user that the image does not know and that has no home directory.
+# enroot runs as a user that the image does not know and that has no home directory: so does this.
 stranger() { in_store run --user 4242:4242 --env HOME=/nowhere --env GLOO_SOCKET_IFNAME=lo --env OMP_NUM_THREADS=1 "$container" -- "$@"; }
 say "as user 4242"
 # shellcheck disable=SC2016  # expanded in the container

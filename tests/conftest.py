@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Generator
 from pathlib import Path
 
@@ -22,12 +24,12 @@ prepare_environment()
 
 from flextron_mcore.runtime.cpu import import_megatron  # noqa: E402
 
-import_megatron()  # as the command line does: without it, Megatron-Core's squared ReLU and others are compiled in every process
+import_megatron()  # before any other import of Megatron-Core: without torch.compile, the import takes half the time
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from flextron_mcore.runtime import distributed  # noqa: E402
+from flextron_mcore.runtime import distributed, signals  # noqa: E402
 from tests import messages  # noqa: E402
 
 messages.record()
@@ -35,16 +37,17 @@ if "FLEXTRON_MESSAGES" in os.environ:  # processes that tests start note their r
     os.environ["FLEXTRON_MESSAGES"] = os.path.abspath(os.environ["FLEXTRON_MESSAGES"])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(messages.PROVOKED), os.environ.get("PYTHONPATH")]))
 
-# Tests that start several processes each: side by side they would only wait for each other.
+# Folders of tests that start several processes each. Side by side they would compete for the cores.
 MANY_PROCESSES = ("tests/slurm", "tests/parallel", "tests/examples", "tests/faults")
-# Files that take minutes each: started last, one worker would run them while the others are idle.
+# Files that take minutes each. Started last, they would keep one worker busy while the others are idle.
 LONG = (
     "tests/test_gpu_code.py",
     "tests/training/test_gumbel.py",
     "tests/training/test_candidates.py",
     "tests/training/test_static.py",
 )
-# Tests whose processes wait for each other all the time: another worker's tests would make them several times slower.
+# Folders whose tests run while no other worker runs one: their ranks wait for each other all the time, so that one rank without a
+# core makes all of them several times slower.
 ALONE = ("tests/parallel",)
 
 
@@ -61,7 +64,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log) -> object:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run MANY_PROCESSES first, then LONG: started last they would run while the other workers are idle."""
+    """With `-n`, start the tests of MANY_PROCESSES first, then those of LONG, so that no worker is left with them at the end."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: (not item.nodeid.startswith(MANY_PROCESSES), not item.nodeid.startswith(LONG)))
 
@@ -82,7 +85,7 @@ def pytest_sessionfinish() -> None:
 
 
 def _lock_file() -> Path:
-    """File that the workers of a run lock."""
+    """File that a worker locks while it runs a test: alone for tests of ALONE, else together with others."""
     return Path(tempfile.gettempdir(), f"flextron-tests-{os.environ['PYTEST_XDIST_TESTRUNUID']}.lock")
 
 
@@ -93,14 +96,29 @@ def process_groups():
     distributed.shutdown()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed by the test's name before its fixtures run, so that models made by fixtures do not depend on the tests before."""
+    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(1234)
 
 
 @pytest.fixture(autouse=True)
+def signals_as_before():
+    """Restore signal handlers: a command ignores signals once it ends, which in the tests' process would outlive it."""
+    before = {number: signal.getsignal(number) for number in (*signals.SIGNALS, signal.SIGINT, signal.SIGCHLD)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def refusals_name_what_can_be_typed():
-    """Every key and command in a refusal that the test provokes is one of the stage that refuses."""
+    """Assert that every key and command in the refusals that a test provokes can be typed for the stage that refused."""
     messages.take_recorded()
     yield
     provoked = {(site, stage, text): site.faults(stage, text) for site, stage, text in messages.take_recorded()}

@@ -1,4 +1,4 @@
-"""Small random Hugging Face models, and their import into Megatron-Core."""
+"""Small random Hugging Face models, their import into Megatron-Core, and what sub-networks of them should compute."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
 def longrope(pairs: int, original: int, **more: Any) -> dict[str, Any]:
-    """Scaling longrope with factors that grow with the channel pair; the first short factor is 1, as in published models."""
+    """rope_scaling of type longrope, with factors that grow with the channel pair; the first short factor is 1, as published.
+
+    Args:
+        pairs: number of pairs of rotated channels.
+        original: original_max_position_embeddings.
+        more: further keys.
+    """
     factors = [1 + 0.25 * pair for pair in range(pairs)]
     return {
         "rope_type": "longrope",
@@ -51,7 +57,7 @@ def longrope(pairs: int, original: int, **more: Any) -> dict[str, Any]:
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:
-    """Random Llama: 8 query heads of size 8 in 4 groups, 48 channels, so that the head size is not channels / heads."""
+    """Random Llama with 48 channels and 8 query heads of size 8 in 4 groups: a head has more than channels / heads channels."""
     values = dict(
         hidden_size=48,
         intermediate_size=40,
@@ -64,7 +70,8 @@ def llama(**changes: Any) -> LlamaForCausalLM:
         bos_token_id=3,
         eos_token_id=5,
     )
-    return _random(LlamaForCausalLM(LlamaConfig(**copy.deepcopy({**values, **changes}))))  # it changes dicts in place
+    values = copy.deepcopy({**values, **changes})  # because LlamaConfig changes dicts in place
+    return _random(LlamaForCausalLM(LlamaConfig(**values)))
 
 
 def gpt2(**changes: Any) -> GPT2LMHeadModel:
@@ -75,7 +82,7 @@ def gpt2(**changes: Any) -> GPT2LMHeadModel:
 
 
 def any_model(draw: Callable[..., Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Small model of either family, in odd shapes too, and a space with every number of heads. draw: of Hypothesis' `data`."""
+    """Small random Llama or GPT-2, in odd shapes too, and keys of a space for it. draw: Hypothesis' data.draw."""
     groups, queries, layers = (draw(st.integers(1, 3), name) for name in ("groups", "queries", "layers"))
     size, tied = draw(st.sampled_from([4, 6, 8]), "head size"), draw(st.booleans(), "tied")
     torch.manual_seed(draw(st.integers(0, 1000), "seed"))
@@ -96,7 +103,7 @@ def any_model(draw: Callable[..., Any]) -> tuple[PreTrainedModel, dict[str, Any]
             attention_bias=biased,
             mlp_bias=biased,
         )
-    with torch.no_grad():  # std 0.2 at most, or 1 / sqrt(channels): wide models would else round by more than ATOL
+    with torch.no_grad():  # lower std of wide models, whose logits would else round by more than ATOL
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(min(1, 5 / model.config.hidden_size**0.5))
@@ -107,7 +114,7 @@ def any_model(draw: Callable[..., Any]) -> tuple[PreTrainedModel, dict[str, Any]
 
 
 def _random(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with random weights, norms and biases too, so that a lost or misplaced tensor changes the logits."""
+    """Draw all parameters, norms and biases too, so that a lost or misplaced tensor changes the logits; return the model."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -117,6 +124,7 @@ def _random(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def tokens(batch: int = 2, length: int = LENGTH) -> torch.Tensor:
+    """Random token ids [batch, length], the same in every call."""
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
@@ -126,7 +134,14 @@ def save(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
 
 
 def checkpoint(source: Path, run: Path, space: dict[str, Any] | None = None, dtype: str | None = None) -> CheckpointInfo:
-    """Import a Hugging Face directory into `run`/checkpoints/iter_0000000."""
+    """Import a Hugging Face directory into `run`/checkpoints/iter_0000000, and return the checkpoint's description.
+
+    Args:
+        source: Hugging Face directory.
+        run: run directory, which is made.
+        space: keys of the space; heads is [0.5, 1.0] unless given.
+        dtype: dtype of the checkpoint; default: the model's.
+    """
     info, tensors = import_hf(source, {"heads": [0.5, 1.0], **(space or {})}, dtype)
     target = run / "checkpoints" / "iter_0000000"
     with write_aside(target) as folder:
@@ -154,13 +169,14 @@ def check_refusal(config: dict[str, Any], folder: Path, words: list[str]) -> Non
 
 
 def megatron(info: CheckpointInfo) -> torch.nn.Module:
+    """Elastic model with the weights of a checkpoint."""
     model = build_model(info.model, info.space)
     load_model(model, info)
     return model.eval()
 
 
 def double(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in fp64, its own RMSNorms too, which transformers computes in fp32 whatever the dtype is.
+    """Convert the model to fp64 and return it. RMSNorms of transformers are replaced, because they compute in fp32 in any dtype.
 
     Only cosines and sines of rotary embeddings stay rounded to fp32, in transformers as in Megatron-Core.
     """
@@ -190,7 +206,7 @@ def load(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def masked(model: PreTrainedModel, arch: ModelConfig, net: SubNetwork) -> PreTrainedModel:
-    """Oracle for a sub-network: a copy of the original with zeros where unused heads, neurons, channels and layers are read.
+    """Copy of a model that computes a sub-network with zeros: the weights that read unused heads, neurons, channels and layers.
 
     Uses Hugging Face's layout only: query head h belongs to group h // (heads of a group).
     """
@@ -217,7 +233,7 @@ def masked(model: PreTrainedModel, arch: ModelConfig, net: SubNetwork) -> PreTra
 
 
 def _narrow(norm: torch.nn.Module, channels: int) -> None:
-    """Make a norm of transformers see the first channels only; the others, which are zero, stay zero."""
+    """Make a norm of transformers normalise the first channels alone. The other channels, which are zero, stay zero."""
     whole = norm.weight.shape[0]
     if not isinstance(norm, torch.nn.LayerNorm):  # RMSNorm: the mean of squares counts the zeros too
         norm.weight.mul_((channels / whole) ** 0.5)

@@ -1,4 +1,4 @@
-"""Measured memory on the CPU: bytes that a training run holds, and the peak of allocations during a call."""
+"""Measure memory on the CPU: bytes that a training run holds, and the peak of allocations during a call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 
 def peak(run: Callable[[], object]) -> int | None:
-    """Peak of the bytes that `run` allocates, above those allocated before.
+    """Peak of the bytes that `run` allocates, above those allocated before; None if it cannot be measured.
 
-    Without oneDNN, whose products in bf16 allocate buffers of their own on CPUs with AMX, and none on others.
-
-    None where the profiler misses a part: gloo frees its send buffers in a thread that the profiler does not see.
+    oneDNN is off meanwhile: on CPUs with AMX, its products in bf16 allocate buffers, on others they do not. The peak cannot be
+    measured with gloo, which frees send buffers in a thread that the profiler does not see.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -37,7 +36,15 @@ def peak(run: Callable[[], object]) -> int | None:
 
 
 class Kept:
-    """Bytes that autograd keeps for backward passes, without `given` tensors: `now`, and at the peak `most`."""
+    """Context that counts the bytes of tensors that autograd keeps for backward passes.
+
+    Args:
+        given: tensors that do not count, such as parameters.
+
+    Attributes:
+        now: bytes that are kept now.
+        most: largest value of `now` so far.
+    """
 
     def __init__(self, given: Iterable[torch.Tensor]) -> None:
         self.given, self.counts, self.now, self.most = storages(given), Counter(), 0, 0
@@ -52,6 +59,8 @@ class Kept:
 
 
 class _Saved:
+    """Tensor in an autograd graph, which counts in `kept` as long as the graph holds it."""
+
     def __init__(self, kept: Kept, tensor: torch.Tensor) -> None:
         self.kept, self.tensor = kept, tensor
         ((self.key, self.size),) = storages([tensor]).items() or ((0, 0),)
@@ -71,7 +80,13 @@ class _Saved:
 def training(arch: dict[str, Any], data: str, out: str, keys: list[str]) -> dict[str, Any]:
     """Bytes that this rank holds in a run of `pretrain`: {weights, gradients, optimizer, activations, kept}.
 
-    activations: peak of a step above the rest. kept: the part of it that autograd keeps for the backward pass.
+    activations: peak of a step above weights, gradients and optimizer. kept: its part that autograd keeps for the backward pass.
+
+    Args:
+        arch: architecture, as ModelConfig.to_dict gives it.
+        data: out of `prepare`.
+        out: directory for the run's files.
+        keys: further keys of `pretrain`.
     """
     from flextron_mcore.checkpoint.store import CheckpointInfo
     from flextron_mcore.config import ModelConfig

@@ -1,10 +1,11 @@
-"""Messages of the package as its source holds them, and the keys and commands that they name.
+"""Messages in the source of the package, and the keys and commands that they name.
 
 `SITES` has every call of `FlextronError`, `JobFailed`, `say`, `warn` and `print` with a message. A placeholder of an f-string is
 a hole: its text is not known here. `Site.faults` types what a message names: it composes settings of a stage with each key, and
 returns what is refused. `record` notes every refusal of this process, with the stage that was running.
 
-`FLEXTRON_MESSAGES=FILE make test`, then `python -m tests.messages FILE`: the refusals that no test has provoked.
+`FLEXTRON_MESSAGES=FILE make test` notes them in all processes of the tests. Then `python -m tests.messages FILE` lists the
+refusals that no test provoked.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from tests.provoked.sitecustomize import note
 
 PACKAGE = Path(__file__).parents[1] / "flextron_mcore"
 PROVOKED = Path(__file__).with_name("provoked")  # on the PYTHONPATH of processes that note their refusals
-HOLE = "\0"  # text that only a run knows
-# Names before an equals sign that belong to another program.
+HOLE = "\0"  # stands for text that only a run knows
+# Names before an equals sign in messages that are not keys of a stage, and what they are.
 FOREIGN = {
     "WORLD_SIZE": "environment variable of torchrun",
     "FLEXTRON_STOP_AT": "environment variable that a job's script sets",
@@ -42,6 +43,7 @@ FOREIGN = {
     "key": "stands for any key",
     "space.layer_ranking": "entry of a checkpoint's flextron.json",
     "space.modulation": "entry of a checkpoint's flextron.json",
+    "space.compensation": "entry of a checkpoint's flextron.json",
 }
 _KEY = re.compile(rf"(?<![\w.{HOLE}/-])([A-Za-z_{HOLE}][\w.{HOLE}]*)=(\[[^\]]*\]|[^\s,;:)`']*)")
 _COMMAND = re.compile(rf"`flextron ([\w{HOLE}]+)([^`]*)`")
@@ -67,7 +69,7 @@ class Site:
         """Complaints about keys and commands of the message that cannot be typed.
 
         Keys before the first colon repeat what the user typed: any stage may have them. Keys after it must all be keys of
-        `stage`; with None, of one stage. message: the text in a run, for advice that depends on it.
+        `stage`, or of some one stage if that is None. message: the text in a run; keys that it does not contain are left out.
         """
         found = []
         for name, rest in [*_COMMAND.findall(self.text), *_TYPED.findall(self.text)]:
@@ -85,8 +87,8 @@ class Site:
             stage = "launch"
             found += _refused(stage, [(name, "") for name in _OF_STAGE.findall(message)])
         elif stage == "launch":
-            stage = None  # `launch` puts the stage in front of what other rooms say
-        if stage == "launch" and subject == HOLE:  # a stage, whose keys follow
+            stage = None  # `launch` passes on messages about keys of the stages that it plans
+        if stage == "launch" and subject == HOLE:  # the message begins with a stage's name, and names that stage's keys
             advised = [(name, value) for name, value in advised if _least(STAGES.keys() - {"launch"}, [(name, "")])]
         if message:
             advised = [(name, value) for name, value in advised if name in message]
@@ -94,7 +96,7 @@ class Site:
 
 
 def _keys(text: str) -> list[tuple[str, str]]:
-    """(name, value) of `name=value` in a text, and (name, HOLE) of the dotted names of sections."""
+    """(name, value) of each `name=value` in a text, and (name, HOLE) of each dotted name that begins with a section of keys."""
     sections = {name.partition(".")[0] for schema in STAGES.values() for name in _names(schema) if "." in name}
     found = [(name, value) for name, value in _KEY.findall(text) if name not in FOREIGN and HOLE not in name]
     dotted = [name for name in _DOTTED.findall(text) if name.partition(".")[0] in sections and name not in FOREIGN]
@@ -109,7 +111,7 @@ def _names(schema: type[StageSettings]) -> frozenset[str]:
 
 
 def _least(stages: Iterable[str], keys: list[tuple[str, str]]) -> list[str]:
-    """Complaints about the keys of that stage of `stages` which has the fewest."""
+    """Complaints about the keys, of that one of `stages` which complains least."""
     return min((_refused(stage, keys) for stage in stages), key=len)
 
 
@@ -158,7 +160,7 @@ def _own(function: ast.AST) -> Iterator[ast.AST]:
 
 
 def _text(node: ast.expr, chosen: dict[str, ast.expr]) -> str:
-    """Text of a message with holes."""
+    """Text of a message with HOLE for each unknown part. chosen: {name: value} of the assignments in the message's function."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -175,7 +177,7 @@ def _text(node: ast.expr, chosen: dict[str, ast.expr]) -> str:
 
 
 SITES = {(site.file, site.line): site for site in _sites()}
-# Files that catch a refusal and take another way: its message never reaches a user.
+# Files that catch a refusal and try something else, so that its message never reaches a user.
 ALTERNATIVES = ("space.py", "evaluation/comparison.py", "exports/card.py", "exports/megatron/__init__.py")
 _RECORDED: list[tuple[Site, str | None, FlextronError]] = []  # refusals of this test: where, by which stage, error
 
@@ -196,10 +198,10 @@ def record() -> None:
 
 
 def take_recorded() -> set[tuple[Site, str | None, str]]:
-    """Refusals since the last call that left the package or are part of another message: where, by which stage, message."""
+    """Refusals since the last call that reach a user, on their own or in another message: (site, stage, message) each."""
     found = set()
     for site, stage, error in _RECORDED:
-        caught = error.__traceback__ and Path(error.__traceback__.tb_frame.f_code.co_filename)  # by the outermost frame
+        caught = error.__traceback__ and Path(error.__traceback__.tb_frame.f_code.co_filename)  # file of the outermost frame
         inside = caught and caught.is_relative_to(PACKAGE)
         if not inside or caught.relative_to(PACKAGE).as_posix() not in ALTERNATIVES:
             found.add((site, stage, str(error)))
@@ -218,7 +220,7 @@ def _running(frame: FrameType | None) -> str | None:
 
 
 def never_provoked(record: Path) -> list[Site]:
-    """Refusals that no process of a run of the tests has made. record: the file of FLEXTRON_MESSAGES, of this very source."""
+    """Refusals that no process of the tests has made. record: file of FLEXTRON_MESSAGES of a run of the present source."""
     provoked = set()
     for line in record.read_text(encoding="utf-8").splitlines():
         file, _, number = line.rpartition(":")

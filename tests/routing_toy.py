@@ -26,7 +26,7 @@ def family(layers: int = 4, **space) -> Choices:
 
 
 def latency(choices: Choices) -> Cost:
-    """Made-up milliseconds that no two candidates share."""
+    """Latency with made-up milliseconds, different for every candidate."""
 
     def at(channels: int) -> Cost:
         share = channels / choices.model.hidden_size

@@ -33,7 +33,7 @@ def write_tasks(folder: Path) -> Path:
 
 
 def measured(row: dict[str, Any]) -> dict[str, float]:
-    """{"task metric": value} with standard errors, of a row of metrics.json; errors that are None are left out."""
+    """{"task metric name": value}, standard errors included, of a row of metrics.json. Values that are None are left out."""
     found = {}
     for task, metrics in row["tasks"].items():
         for metric, values in metrics.items():

@@ -54,7 +54,7 @@ initialize(seed=1)
 arch = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=67, max_position_embeddings=24)
 build_model(arch, ElasticSpace.build(arch))
 """
-    # This process is a rank already, which its environment says.
+    # Without the variables of torchrun, which say that this process is a rank already.
     environment = {name: value for name, value in os.environ.items() if name not in watch.LAUNCH}
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
     assert found.returncode == 0 and "Unknown MLP type" not in found.stdout + found.stderr, found.stderr

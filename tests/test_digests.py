@@ -36,13 +36,13 @@ def test_every_flip_of_a_sealed_file_is_refused_or_changes_nothing(tmp_path):
         except FlextronError as error:
             refused += str(file) in str(error)
     assert refused > 0.9 * len(text) * 8
-    # a file of the user's has no digest
+    # a file that the user added has no digest
     file.write_text(json.dumps({**net.to_dict(), "hidden_size": 16}))
     assert SubNetwork.from_file(file).hidden_size == 16
 
 
 def test_a_file_is_hashed_as_it_is_written(tmp_path):
-    """In order, in any order, with small and with large pieces; a gap or an overlap is read back."""
+    """Pieces of a file may have any size and order. If they leave a gap or overlap, the file is read back to be hashed."""
     large = os.urandom(3 << 20)
     for name, pieces in {
         "in order": [(0, b"abc"), (3, large), (3 + len(large), b"z")],

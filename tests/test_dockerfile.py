@@ -75,7 +75,7 @@ def test_packages_are_named_in_setup_py_only():
     assert len(installed) == 1
     words = installed[0][installed[0].index("install") + 1 :]
     assert [word for word in words if not word.startswith("-")] == ["/wheels/*.whl"]
-    assert {"--no-index", "--no-deps"} <= set(words)  # pip cannot replace a package of the base image
+    assert {"--no-index", "--no-deps"} <= set(words)  # with these options, pip cannot replace a package of the base image
 
 
 def test_two_stages_on_one_base_and_a_user():

@@ -18,7 +18,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flextron_mcore"
 EXPORTED = ("code", "flextron_trtllm")
-# Openings of a docstring that needs another text to be understood.
+# First words that refer to another text.
 RIDDLES = (
     "That|Those|The same|The one|What|Of|Whether|Which|Where|How|Likewise|As|It|They|This|These|Such|Its|Their|Ditto|And|Also|Who"
     "|Why"
@@ -47,7 +47,7 @@ class Name:
 
     @property
     def public(self) -> bool:
-        """True outside of functions, without a leading underscore in the path; of dunder methods for constructors."""
+        """True outside of functions if no part of the path begins with an underscore, except that constructors are public."""
         parts = self.path.removesuffix(".__init__").split(".")
         return "<locals>" not in parts and not any(part.startswith("_") for part in parts)
 
@@ -108,7 +108,7 @@ def inherits_docstring(name: Name) -> bool:
 
 
 def of_bases(name: Name) -> set[str]:
-    """Parameters of a constructor that a base class's constructor has, too."""
+    """Parameters that a constructor shares with a base class's constructor; empty for other names."""
     constructors = [vars(base)["__init__"] for base in bases(name) if "__init__" in vars(base)]
     return {parameter for constructor in constructors for parameter in inspect.signature(constructor).parameters}
 

@@ -1,4 +1,4 @@
-"""Training in other loops (flextron_mcore/doors.py): the networks, samples and gradients of our own loop."""
+"""Training in other loops (flextron_mcore/doors.py): networks, samples and gradients are those of `flextron elastic`."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_step_starts_at_the_full_model_however_the_last_one_ended(model):
     model.eval()
     assert elastic.choose(model, 1, 8) == 0 and model.module.decoder.layers[0].state is FULL
     model.train()
-    assert elastic.choose(model, 1, 8) == 2  # a validation in between does not count as a step
+    assert elastic.choose(model, 1, 8) == 2  # a validation in between does not change whose turn it is
     with pytest.raises(FlextronError, match="6 micro-batches a step cannot be divided among 4 networks"):
         elastic.choose(model, 2, 6)
 

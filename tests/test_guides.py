@@ -1,7 +1,7 @@
-"""Commands of the guides: each is parsed by the real parser, as typed. Nothing is run here.
+"""Commands in the guides: the command line's own parser accepts each. Nothing is run here.
 
-Run as they stand: those that launch (tests/launch/test_guide.py), `examples/chain.sh` and `examples/tour.py`
-(tests/test_examples.py), and the commands of the quickstart (tests/parallel/test_stages.py).
+Other tests run some of them: `flextron launch` (tests/launch/test_guide.py), README's chain (tests/stages/test_readme.py),
+`flextron quickstart` (tests/parallel/test_stages.py), `examples/chain.sh` and `examples/tour.py` (tests/test_examples.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Messages of the package: what they advise can be typed, and every refusal is quoted by a test that provokes it.
 
-The texts are those of the source (tests/messages.py), of which this file has no copy. tests/conftest.py checks every refusal that
-any test provokes, for the stage that refuses.
+tests/messages.py reads the texts from the source. A fixture of tests/conftest.py also checks every refusal that any test
+provokes, with the values of that run and for the stage that refuses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 from tests.messages import HOLE, PROVOKED, SITES, Site, never_provoked
 
-QUOTE = 10  # characters in a row of a message that a test quotes; several messages may share them
+QUOTE = 10  # a test quotes a message by so many of its characters in a row, which other messages may share
 
 
 def site(text: str, file: str = "axes.py") -> Site:
@@ -37,7 +37,7 @@ def test_messages_name_keys_and_commands_that_exist(file):
         "train with `flextron router knd=adaptive`",
         "train with `flextron router kind=adaptve`",
         "checkpoint={}: cannot be read; set overwite=true",
-        "checkpoint={}: is of another model; set selector=uniform and modulation=true",  # no stage has both
+        "checkpoint={}: is of another model; set selector=uniform and modulation=true",  # its keys belong to different stages
         f"kind={HOLE}: is not known: use kind=dynamic",
         "lower model.optim.lrr",
     ],
@@ -77,7 +77,7 @@ def quoted() -> Iterator[str]:
 
 
 def test_every_refusal_is_quoted_by_a_test():
-    """A new refusal needs a test that provokes it. Texts without QUOTE characters of their own, which pass others on, do not."""
+    """Every refusal is quoted by a test. Those without QUOTE characters of their own, which pass on other texts, are left out."""
     found = set().union(*map(runs, quoted()))
     refusals = [site for site in SITES.values() if site.kind == "FlextronError" and runs(site.text)]
     assert not [str(site) for site in refusals if not runs(site.text) & found]

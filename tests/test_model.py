@@ -139,7 +139,7 @@ def test_recomputation_uses_the_choice_of_its_forward_pass(recompute, family):
         set_subnetwork(model, None)
         for loss in losses:
             loss.backward()
-        assert all(layer.state is FULL for layer in model.decoder.layers)  # recomputation leaves the model at the full choice
+        assert all(layer.state is FULL for layer in model.decoder.layers)  # the full model again
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)

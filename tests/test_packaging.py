@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*command, cwd=ROOT):
-    # Variables by which an outer `make` makes an inner one print more.
+    # Variables that an outer `make` sets, and with which an inner one would print more.
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -41,7 +41,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def requirements(wheel):
-    """The package's requirements without the extras, by name."""
+    """{name: requirement} of the wheel, without the extras."""
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     lines = message_from_string(wheel.read(name).decode()).get_all("Requires-Dist")
     found = [Requirement(line) for line in lines]

@@ -1,4 +1,4 @@
-"""The order of the package's rooms: a room imports only rooms below it, and commands never import each other."""
+"""The order of the package's rooms (modules and folders): one imports only those before it, and commands never each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flextron_mcore"
-# The lowest floor first. Rooms on one line do not import each other.
+# Lowest first: a room imports only rooms of lines above its own. Rooms on one line do not import each other.
 FLOORS = """
 config
 files
@@ -102,7 +102,7 @@ def test_no_file_imports_itself_through_others():
         visit(name, ())
 
 
-# Folders of tests/ for no single room.
+# Folders of tests/ that do not belong to a single room.
 OTHER_TESTS = {"parallel", "gpu", "slurm", "examples", "faults", "hostile", "provoked", "scale"}
 
 

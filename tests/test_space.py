@@ -163,12 +163,67 @@ def test_the_whole_among_fractions_is_the_full_size():
         ),
         (dict(attention_unit="head"), "space.attention_unit='head' is not known: use one of kv_group, query_head"),
         (dict(modulation="yes"), "space.modulation='yes' is neither true nor false"),
+        (dict(compensation=1), "space.compensation=1 is neither true nor false"),
+        (dict(compensation=True, attention_unit="kv_group"), "space.compensation=true needs space.attention_unit=query_head"),
     ],
 )
 def test_candidates_that_do_not_fit_are_refused(options, message):
     with pytest.raises(FlextronError) as error:
         ElasticSpace.build(LLAMA2_7B, **{"granularity": 8, "attention_unit": "kv_group", **options})
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+SMOLLM2 = replace(
+    LLAMA3_8B, num_layers=30, hidden_size=576, num_attention_heads=9, num_query_groups=3, kv_channels=64, ffn_hidden_size=1536
+)
+
+
+@pytest.mark.parametrize(
+    "options, ffn_hidden_size, hidden_size",
+    [
+        (dict(multiple=256), (512, 768, 1024, 1536), (576,)),
+        (dict(multiple=16, hidden_size=[0.5, 0.75]), (384, 768, 1152, 1536), (288, 432, 576)),
+        (dict(multiple=100, ffn_hidden_size=[800], hidden_size=[500]), (800, 1536), (500, 576)),
+        (dict(multiple=2048), (1536,), (576,)),
+        (dict(), (384, 768, 1152, 1536), (576,)),
+    ],
+)
+def test_widths_are_multiples(options, ffn_hidden_size, hidden_size):
+    """Default fractions are rounded, the full size stays whatever it is, and heads and layers are not concerned."""
+    space = ElasticSpace.build(SMOLLM2, **options)
+    assert (space.ffn_hidden_size, space.hidden_size, space.heads, space.depth) == (
+        ffn_hidden_size,
+        hidden_size,
+        (3, 6, 9),
+        (30,),
+    )
+    assert ElasticSpace.from_dict(SMOLLM2, space.to_dict()) == space
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(multiple=256, ffn_hidden_size=[0.25]),
+            "space.ffn_hidden_size: 0.25 x 1536 = 384 is not a multiple of 256 (space.multiple 256); nearest: 256 or 512; use "
+            "256, 512, 768, 1024, 1280, 1536",
+        ),
+        (
+            dict(multiple=512, hidden_size=[288]),
+            "space.hidden_size: 288 is not a multiple of 512 (space.multiple 512); nearest: 512; use 512, 576",
+        ),
+        (
+            dict(multiple=6, granularity=4, ffn_hidden_size=[100], heads=[1.0], attention_unit="query_head"),
+            "space.ffn_hidden_size: 100 is not a multiple of 12 (space.multiple 6 and granularity 4); nearest: 96 or 108",
+        ),
+        (dict(multiple=0), "space.multiple must be a whole number of at least 1, not 0"),
+        (dict(multiple=True), "space.multiple must be a whole number of at least 1, not True"),
+    ],
+)
+def test_widths_that_are_no_multiples_are_refused(options, message):
+    with pytest.raises(FlextronError) as error:
+        ElasticSpace.build(SMOLLM2, **options)
+    assert str(error.value).startswith(message)
 
 
 def test_heads_fall_by_groups_or_by_query_heads():
@@ -203,8 +258,11 @@ def test_a_network_is_read_back_from_json(seed, unit, tmp_path_factory):
     assert ElasticSpace.from_dict(arch, json.loads(json.dumps(space.to_dict()))) == space
     space.check(arch, net)
     modulated = replace(space, modulation=True)
-    assert modulated == space and "modulation" not in space.to_dict()  # latency tables and routers fit both spaces
+    assert modulated == space and "modulation" not in space.to_dict()  # so that latency tables and routers fit both spaces
     assert ElasticSpace.from_dict(arch, json.loads(json.dumps(modulated.to_dict()))).modulation
+    compensated = replace(ElasticSpace.build(arch, attention_unit="query_head"), compensation=True)
+    again = ElasticSpace.from_dict(arch, json.loads(json.dumps(compensated.to_dict())))
+    assert again.compensation and not again.modulation and "compensation" not in space.to_dict()
     assert parameter_share(arch, net) == count_parameters(arch, net) / count_parameters(arch) <= 1
 
 

@@ -141,7 +141,7 @@ def test_axis_is_sorted(space, tmp_path):
 
 
 def test_axis_is_cut(space, tmp_path, monkeypatch):
-    """The cut of a uniform network is a dense model whose full adapter width is the chosen candidate."""
+    """A uniform network is cut to a dense model that has the chosen adapter width as its full one."""
     model = toy.model(ARCH, space)
     info = open_checkpoint(toy.write(model, CheckpointInfo(ARCH, space), tmp_path / "run"))
     net = space.uniform(ARCH, 2, 24, 16, adapter_rank=2)

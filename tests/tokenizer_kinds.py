@@ -33,6 +33,7 @@ ALPHABET = "ab Eet'19\n\t .,(_é你🙂-s"
 
 
 def texts(seed: int = 0) -> list[str]:
+    """Fixed texts, random ones of few characters, and Python source."""
     draw = random.Random(seed)
     return TEXTS + ["".join(draw.choices(ALPHABET, k=draw.randint(1, 40))) for _ in range(200)] + [SOURCE[:3000]]
 
@@ -77,14 +78,17 @@ def llama3() -> tokenizers.Tokenizer:
 
 
 def llama2(prefix: str = "normalizer") -> tokenizers.Tokenizer:
-    """Tokenizer like Llama 2's: pieces learnt by BPE, and merges as transformers derives them from sentencepiece."""
+    """Tokenizer like Llama 2's: pieces learnt by BPE, and merges as transformers derives them from sentencepiece.
+
+    prefix: where the space in front of a text is added: "normalizer", or a prepend_scheme of Metaspace.
+    """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     learnt = json.loads(trained(backend, 400).to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words = ["".join(merge) for merge in learnt["merges"] if "▁▁" not in "".join(merge)]
     runs = ["▁" * length for length in (2, 4, 8, 5, 6, 3, 7)]  # runs of spaces, which merge last and independently
-    singles = [piece for piece in learnt["vocab"] if len(piece) == 1 and piece != "🙂"]  # no emoji: bytes spell it
+    singles = [piece for piece in learnt["vocab"] if len(piece) == 1 and piece != "🙂"]  # without it, bytes spell the emoji
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *runs, *words, *singles]))}
     halves = lambda piece: [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]  # noqa: E731
     merges = [pair for piece in dict.fromkeys(words) for pair in halves(piece) if vocab.keys() >= set(pair)]
@@ -112,7 +116,7 @@ def qwen() -> tokenizers.Tokenizer:
 
 
 def hard_texts() -> list[str]:
-    """The tricky texts, and random mixtures of them."""
+    """Texts of tests/tricky_texts.py, and random mixtures of their characters."""
     draw = random.Random(1)
     alphabet = [*ALPHABET, *tricky_texts.TRICKY["lines"], *tricky_texts.TRICKY["special"][:9], "  ", "\r\n"]
     return [*TEXTS, *tricky_texts.TEXTS, *("".join(draw.choices(alphabet, k=draw.randint(1, 30))) for _ in range(100))]

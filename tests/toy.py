@@ -38,6 +38,9 @@ def model(arch: ModelConfig, space: ElasticSpace, seed: int = 0) -> torch.nn.Mod
             if parameter.dim() == 1:
                 zero_centered = arch.normalization == "layernorm1p" and name.endswith("layernorm.weight")
                 parameter.add_(0.75 - zero_centered)
+        for name, matrix in gpt.named_buffers():
+            if name.endswith("compensation"):
+                matrix.add_(torch.randn(matrix.shape).tril(-1) / 2)
     return gpt.eval()
 
 
@@ -56,7 +59,7 @@ def random_network(arch: ModelConfig, space: ElasticSpace, seed: int) -> SubNetw
 
 
 def memory_names(model) -> dict[str, torch.Tensor]:
-    """{name on disk: tensor in memory}. On disk a norm belongs to the linear layer that follows it."""
+    """{name on disk: tensor in memory}. On disk a norm has the name of the linear layer that follows it."""
     renamed = {}
     for name, tensor in model.state_dict().items():
         if tensor is not None:
@@ -66,7 +69,7 @@ def memory_names(model) -> dict[str, torch.Tensor]:
 
 
 def write(model, info: CheckpointInfo, run: Path) -> Path:
-    """Write the model as a checkpoint below `run`/checkpoints; returns its directory."""
+    """Write the model as a checkpoint below `run`/checkpoints, and return its directory."""
     tensors = {k: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for k, t in memory_names(model).items()}
     folder = iteration_path(run, info.step)
     folder.mkdir(parents=True)

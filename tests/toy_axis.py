@@ -35,7 +35,7 @@ class Adapter(ElasticBlock, MegatronModule):
         rank = RANK if state.widths is None else state.widths.adapter_rank
         down = take(self.down, Selection((RANK, self.config.hidden_size), ((slice(rank), slice(channels)),), (rank, channels)))
         up = take(self.up, Selection((self.config.hidden_size, RANK), ((slice(channels), slice(rank)),), (channels, rank)))
-        if "hidden_size" in state.masks:  # modules that read the residual stream weigh its channels
+        if "hidden_size" in state.masks:  # with weighted hidden sizes, a module that reads the residual stream masks its channels
             hidden_SBC = hidden_SBC * state.masks["hidden_size"]
         inner_SBr = torch.tanh(hidden_SBC @ down.T)
         if self.axis in state.masks:

@@ -1,7 +1,7 @@
 # ruff: noqa: E501
 """Texts that tokenizers split in surprising ways, and texts that are cut at bad places.
 
-Legend, the keys of TRICKY: `ends` white space at the ends; `runs` runs of one character; `lines` line breaks, tabs, controls;
+Keys of TRICKY: `ends` white space at the ends; `runs` runs of one character; `lines` line breaks, tabs, controls;
 `forms` Unicode normalisation forms and combining marks; `emoji` joined and modified emoji, flags; `scripts` scripts without
 spaces, and from right to left; `special` special tokens spelt in text, whole and broken; `bytes` names of byte tokens,
 replacement characters, byte order marks, rare planes; `numbers`; `code`; `words` contractions, cases, long words.
@@ -67,6 +67,6 @@ TEXTS = [text for texts in TRICKY.values() for text in texts]
 
 
 def long_text() -> str:
-    """Text of some 20,000 characters, in which special tokens, runs and joined characters fall on any border."""
+    """Text of some 20,000 characters. Wherever it is cut, special tokens, runs or joined characters are near."""
     texts = [text for text in TEXTS if text]
     return "".join("".join(texts[shift::7]) + " " + "\n".join(texts[::-1][shift::5]) for shift in range(7))

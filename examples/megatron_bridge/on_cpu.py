@@ -1,8 +1,9 @@
-"""Megatron-Bridge on one CPU process, for tests: `python on_cpu.py HF SORTED DATA STEPS OUT [LOAD]` runs the example.
+"""Run train_elastic.py of this directory on one CPU process, for tests: `python on_cpu.py HF SORTED DATA STEPS OUT [LOAD]`.
 
-Empty stand-ins replace Transformer Engine, which needs CUDA, and NVIDIA's in-process restart, which is not used; gloo replaces
-nccl. The model is computed in fp32 without fused kernels. Model provider, data, optimizer, loop and checkpoints are Bridge's own.
-With LOAD, the run continues from iteration 3 of that directory.
+HF is a Hugging Face directory; SORTED and DATA are outputs of `flextron importance` and `flextron prepare`. With LOAD, the OUT of
+an earlier run, the run continues from iteration 3 of that one. Empty stand-ins replace Transformer Engine, which needs CUDA, and
+NVIDIA's in-process restart, which is not used; gloo replaces nccl. The model is computed in fp32 without fused kernels. Model
+provider, data, optimizer, loop and checkpoints are Bridge's own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ IN_FP32 = dict(params_dtype=torch.float32, pipeline_dtype=torch.float32, use_cpu
 
 
 class _AnyName(type):
-    """Metaclass of a class whose every attribute is the class: enough for annotations and base classes."""
+    """Metaclass that answers every attribute with the class itself, which is enough for annotations and base classes."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_"):
@@ -34,7 +35,7 @@ class _AnyName(type):
 
 
 class Unavailable(torch.nn.Module, metaclass=_AnyName):
-    """Stand-in for every name of a package that is not there."""
+    """Stand-in for every name that is imported from an absent package."""
 
 
 def _stand_in(name: str, **attributes: Any) -> None:
@@ -54,7 +55,7 @@ def enable() -> None:
     from megatron.bridge.training import initialize, setup
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    # Bridge compiles helpers of the datasets at every start. The wheel has them compiled, and no sources.
+    # Bridge compiles C++ helpers of the datasets at every start. The wheel lacks their sources: it has them compiled.
     initialize.compile_helpers = lambda: None
 
     def initialize_megatron(cfg: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Megatron-LM's training loop on a CPU, for tests. Without this it starts nccl and refuses a machine without a GPU."""
+"""Patches with which Megatron-LM's training loop runs on a CPU, for tests. Unpatched, it starts nccl and refuses to run there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtua
 
 def enable() -> None:
     """Make Megatron-LM run on the CPU, with gloo. Call it before arguments are parsed."""
-    arguments.get_device_arch_version = lambda: 10  # a GPU generation that needs no environment variables
+    arguments.get_device_arch_version = lambda: 10  # below 10, Megatron-LM wants CUDA_DEVICE_MAX_CONNECTIONS=1
     initialize = training.initialize_megatron
 
     def initialize_megatron(**kwargs: Any) -> None:

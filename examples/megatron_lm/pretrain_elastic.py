@@ -47,7 +47,7 @@ def add_elastic_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
 
 
 def train_valid_test_datasets_provider(elastic: ElasticTraining, num_samples: Any, vp_stage: int | None = None) -> Any:
-    """Megatron-LM's datasets (training, validation, test), on every rank; the first repeats each micro-batch for each network."""
+    """Megatron-LM's datasets (training, validation, test) on every rank. Training repeats each micro-batch for every network."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -81,7 +81,7 @@ def get_batch(data_iterator: Any) -> dict[str, torch.Tensor]:
 
 
 def forward_step(elastic: ElasticTraining, data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """Per-token losses [B, S] of a micro-batch in its network, and the loss function for Megatron-LM's schedule."""
+    """Per-token losses [B, S] of the next micro-batch through the network that is its turn, and their loss function."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator)
@@ -106,7 +106,7 @@ def prepare_chunks(elastic: ElasticTraining, info: CheckpointInfo | None, chunks
 
 
 def check(args: argparse.Namespace, config: Any, info: CheckpointInfo | None) -> None:
-    """Raise FlextronError for arguments that do not fit elastic training or the checkpoint."""
+    """Raise FlextronError for arguments that do not fit elastic training or the checkpoint. config: TransformerConfig."""
     if args.dataloader_type != "single":
         raise FlextronError(
             f"--dataloader-type {args.dataloader_type}: networks share samples in order: use --dataloader-type single"
@@ -136,7 +136,7 @@ def main() -> None:
         on_cpu.enable()
     args = parse_and_validate_args(add_elastic_args, args_defaults={"tokenizer_type": "HuggingFaceTokenizer"})
     if not (Path(datasets.__file__).parent / "Makefile").exists():
-        # Megatron-LM compiles helpers of the datasets at every start. The wheel has them compiled, and no sources.
+        # Megatron-LM compiles C++ helpers of the datasets at every start. The wheel lacks their sources: it has them compiled.
         datasets.utils.compile_helpers = lambda: None
     info = open_checkpoint(args.flextron_checkpoint) if args.flextron_checkpoint else None
     model = gpt_config_from_args(args)
@@ -145,7 +145,7 @@ def main() -> None:
     check(args, model.transformer, info)
     space = info.space if info else default_space(model.transformer)
     elastic = ElasticTraining(architecture(model.transformer), space, args.num_subnetworks, args.seed, args.subnetwork_mode)
-    if model.transformer_layer_spec in (None, elastic_layer_spec):  # an own --spec is kept
+    if model.transformer_layer_spec in (None, elastic_layer_spec):  # a user's --spec is kept
         model.transformer_layer_spec = partial(elastic_layer_spec, space=space)
     model.pre_wrap_hooks.append(partial(prepare_chunks, elastic, info))
     provider = partial(train_valid_test_datasets_provider, elastic)

@@ -35,7 +35,7 @@ _get_megatron_optimizer = core_optimizer.get_megatron_optimizer
 
 
 def get_megatron_optimizer(*args: Any, no_weight_decay_cond: None, scale_lr_cond: None, lr_mult: float, **kwargs: Any) -> Any:
-    """Megatron-Core's function without three arguments that NeMo 2.7.3 passes, at their defaults, and that 0.16 removed."""
+    """Call Megatron-Core's function without three arguments that 0.16 lacks, and that NeMo 2.7.3 passes at their defaults."""
     return _get_megatron_optimizer(*args, **kwargs)
 
 
@@ -69,7 +69,7 @@ def data_step(batches: Any) -> dict[str, torch.Tensor]:
 
 
 def forward_step(model: llm.GPTModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the networks' losses of each token, [B, S]."""
+    """Per-token losses [B, S] of a micro-batch, summed over the networks."""
     inputs = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"], "labels": batch["labels"]}
     gpt = model.module
     while hasattr(gpt, "module"):

@@ -148,7 +148,7 @@ class Evaluator:
         Args:
             model: this rank's virtual-pipeline chunks.
             target: target of the first cost, 0 (smallest network) to 1 (full model).
-            kv_policy: "full" or "own" (layers/tokens/levels.py).
+            kv_policy: keys and values that a token writes: `full`: of all KV groups, `own`: of those it uses.
         """
         make = lambda: self.learner.routing(target, kv_policy)  # noqa: E731
         sizes = self.seq_length, self.micro_batch_size, self.validation_samples

@@ -131,7 +131,8 @@ class AdaptiveLearner(TraceLearner):
 
         Args:
             target: target of the first cost, 0 (smallest network) to 1 (full model); other costs get the target 1.
-            kv_policy: "full" or "own" (layers/tokens/levels.py); None for the policy of the training.
+            kv_policy: keys and values that a token writes: `full`: of all KV groups, `own`: of those it uses; None: as in
+                the training.
         """
         target_C = torch.ones(len(self.costs))
         target_C[0] = target
@@ -142,7 +143,8 @@ class AdaptiveLearner(TraceLearner):
 
         Args:
             share_NK: share of tokens at each level k (candidate) of each block n.
-            kv_policy: "full" or "own" (layers/tokens/levels.py); None for the policy of the training.
+            kv_policy: keys and values that a token writes: `full`: of all KV groups, `own`: of those it uses; None: as in
+                the training.
         """
         return self.token_costs[kv_policy or self.info.kv_policy][0].average(self.choices, share_NK) / self.costs[0].full
 
@@ -226,6 +228,11 @@ class AdaptiveLearner(TraceLearner):
         """Derivative [N, K] of sum_c slope_c * overhead_c with respect to each level's share of tokens.
 
         The shares are the mean probabilities of the routers, because counts of tokens are too coarse.
+
+        Args:
+            slope_C: weight of each cost's routing overhead, slope_c.
+            traces: records of this rank's blocks in the step.
+            routing: token routing of these traces.
         """
         total_NK = torch.zeros_like(routing.counts_NK)
         if not self.overhead_CN3.any():

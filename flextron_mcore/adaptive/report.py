@@ -145,7 +145,7 @@ class Evaluated:
         label: name of the directory.
         cost: name of the cost that the budget limits.
         budget: budget, as a share of the full model's cost.
-        kv_policy: `full` or `own` (layers/tokens/levels.py).
+        kv_policy: keys and values that a token writes: `full`: of all KV groups, `own`: of those it uses.
         outcome: loss and cost of token routing.
     """
 
@@ -220,7 +220,14 @@ def evaluated_sections(results: list[Evaluated]) -> list[Section]:
 
 
 def _lines(figure: Figure, series: dict[str, list[tuple[float, float]]], colours: list, xlabel: str, ylabel: str) -> None:
-    """Draw each series, {name: points}, as a line with markers, in the colours and with a legend."""
+    """Draw a chart with a line with markers for each series, and a legend.
+
+    Args:
+        figure: figure to draw into.
+        series: {name: points}.
+        colours: colour of each series.
+        xlabel, ylabel: labels of the axes.
+    """
     axes = chart(figure, xlabel, ylabel)
     for (text, points), marker, colour in zip(series.items(), MARKERS * len(series), colours, strict=False):
         axes.plot(*zip(*points, strict=True), f"{marker}-", color=colour, label=text, markersize=5)

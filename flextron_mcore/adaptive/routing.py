@@ -133,7 +133,7 @@ class AdaptiveBlock:
 
     @property
     def kv_policy(self) -> str:
-        """KV policy, `full` or `own` (layers/tokens/levels.py)."""
+        """Keys and values that a token writes: `full`: of all KV groups, `own`: of those it uses."""
         return self.routing.kv_policy
 
     @property

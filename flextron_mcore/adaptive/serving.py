@@ -29,7 +29,7 @@ from flextron_mcore.runs.choice import available_costs, budgets, latency_table
 from flextron_mcore.runs.opened import Opened
 from flextron_mcore.runs.output import discard, new_output, write_metrics
 from flextron_mcore.runs.tasks import open_tasks, print_scores
-from flextron_mcore.runs.terminal import print_table, progress_bar, warn
+from flextron_mcore.runs.terminal import print_table, progress_bar, say, warn
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.settings.stages import EvaluateSettings, GenerateSettings
@@ -109,7 +109,7 @@ def evaluate_adaptive(settings: EvaluateSettings, opened: Opened) -> dict[str, A
 
     Returns the content of metrics.json: `loss` (nats per token), `perplexity`, `shares` (average cost of a token as a share of
     the full model's) and `levels` by domain, their means as `mean` and `share`, and the budget, all of the first budget; and
-    `budgets`, a row for each, with the scores of settings.tasks. Raises FlextronError as `routers_at_budget` and `open_tasks`.
+    `budgets`, a row for each, with the scores of settings.tasks. Raises the errors of `routers_at_budget` and `open_tasks`.
 
     Args:
         settings: settings of the stage, with the budgets.
@@ -141,6 +141,7 @@ def evaluate_adaptive(settings: EvaluateSettings, opened: Opened) -> dict[str, A
                 )
         discard(out / "cache")
         if tasks:
+            say(f"evaluate: scoring {len(settings.tasks)} tasks at {len(every)} budgets")
             with progress_bar(desc="evaluate: tasks", unit="request") as bar:
                 harness = tasks.harness(settings, opened, model, bar.update)
                 for at, row in zip(every, rows, strict=True):

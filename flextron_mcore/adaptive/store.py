@@ -21,7 +21,7 @@ class AdaptiveInfo(RouterInfo):
 
     Attributes:
         kind: "adaptive".
-        kv_policy: KV policy of the training: `full` or `own` (layers/tokens/levels.py).
+        kv_policy: keys and values that a token wrote in training: `full`: of all KV groups, `own`: of those it used.
         calibration: points (target, average cost as a share of the full model's cost) of the first cost, evaluated on training
             data. A target is 0 for the smallest network's cost, 1 for the full model's.
     """

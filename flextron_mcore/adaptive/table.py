@@ -98,7 +98,7 @@ def warn_of_routed(table: LatencyTable | None, costs: Iterable[Cost], kv_policy:
     Args:
         table: latency table; None without.
         costs: costs that budgets of token routing limit.
-        kv_policy: `full` or `own` (layers/tokens/levels.py).
+        kv_policy: keys and values that a token writes: `full`: of all KV groups, `own`: of those it uses.
         warn: function that prints a warning.
     """
     if table and any(cost.name == "latency" for cost in costs) and (warning := routed_warning(table, kv_policy)):

@@ -36,8 +36,10 @@ from flextron_mcore.training.teacher import open_teacher
 def train_adaptive(settings: RouterStageSettings | JointSettings, info: CheckpointInfo, data: PreparedData) -> dict[str, Any]:
     """Train adaptive routers, and write checkpoints and metrics.json. Call on all ranks.
 
-    After the last step the routers are calibrated (which target leads to which average cost) and compared with the static
-    routers. Raises FlextronError for a checkpoint with modulation or without the routers to start from, and as `train`.
+    After the last step the routers are calibrated: the average cost of a token is measured at targets from 0 (cost of the
+    smallest network) to 1 (full model). Then they are compared with the static routers at several budgets.
+    Raises FlextronError for a checkpoint with modulation (gains of blocks that depend on the size of one network for all tokens)
+    or without the routers to start from, and the errors of `train`.
 
     Args:
         settings: settings of the stage; `stage=joint` trains the model too.
@@ -45,8 +47,10 @@ def train_adaptive(settings: RouterStageSettings | JointSettings, info: Checkpoi
         data: prepared data set.
 
     Returns:
-        Content of metrics.json: the results of `train`, "routers": {"kind", "costs", "kv_policy"}, "calibration": points (target,
-        average cost), "adaptive_budgets": rows of `Evaluator.budgets`, "full_loss" by domain, "token_costs".
+        Content of metrics.json: the results of `train`, "routers": {"kind", "costs": names, "kv_policy": keys and values that a
+        token writes, "full" of all KV groups or "own" of those it uses}, "calibration": points (target, average cost as a share
+        of the full model's), "adaptive_budgets": rows of `Evaluator.budgets`, "full_loss": {domain: loss of the full model},
+        "token_costs": rows of `Evaluator.token_costs`.
     """
     check_not_modulated(info)
     learner = _learner(settings, info)
@@ -98,7 +102,7 @@ def better(row: Mapping[str, Any], kv_policy: str) -> float:
 
     Args:
         row: results at one budget (`Evaluator.budgets`).
-        kv_policy: `full` or `own` (layers/tokens/levels.py).
+        kv_policy: keys and values that a token writes: `full`: of all KV groups, `own`: of those it uses.
     """
     return row["static"]["mean_loss"] - row["adaptive"][kv_policy]["mean_loss"]
 

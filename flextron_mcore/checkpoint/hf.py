@@ -24,8 +24,11 @@ from flextron_mcore.digests import check_files
 from flextron_mcore.families.directory import check_directory, read_config
 from flextron_mcore.families.family import Family, Mapped
 from flextron_mcore.families.tensors import of_network
+from flextron_mcore.files import expanded
 from flextron_mcore.runtime.ranks import is_main_process
 from flextron_mcore.space import ElasticSpace, SubNetwork
+
+_ADAPTER = "adapter_config.json"  # with it transformers loads the adapter, where peft is installed
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,23 @@ def open_hf(path: str | Path) -> HFCheckpoint:
     Raises FlextronError for a directory, file, architecture, option or tensor that is missing, damaged or unsupported, and for a
     stored tensor that the family does not declare, because without it the model would compute something else.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     check_directory(path)
+    if (adapter := path / _ADAPTER).is_file():
+        raise FlextronError(
+            f"{adapter}: an adapter is not applied: merge it into the model, with peft's merge_and_unload, or remove this file"
+        )
     own = [each.name for each in path.iterdir() if each.suffix != ".safetensors"]
     check_files(path, *own)  # of a directory that `flextron export` wrote
     config, family, model = read_config(path)
-    stored = {name.removeprefix(family.prefix): tensor for name, tensor in open_weights(path).items()}
+    stored: dict[str, StoredTensor] = {}
+    for name, tensor in open_weights(path).items():
+        bare = name.removeprefix(family.prefix)
+        if bare in stored:
+            raise FlextronError(
+                f"{tensor.file}: holds {bare} with and without the prefix {family.prefix}: remove the one that is not the model's"
+            )
+        stored[bare] = tensor
     shared = model.share_embeddings_and_output_weights
     model = _tied(family, model, stored)
     full = SubNetwork.full(model)

@@ -29,6 +29,8 @@ def converted(tensor: torch.Tensor, dtype: torch.dtype, where: str, key: str = "
             f"{where} holds NaN or infinite weights: copy the file again, or take an earlier checkpoint of the training"
         )
     largest = tensor.double().abs().max().item()
+    if dtype == torch.float32:
+        raise FlextronError(f"{where} holds a weight of {largest:.4g}, more than fp32 holds: copy the file again")
     wider = "fp32" if torch.finfo(dtype).max > 1e30 else "bf16 or fp32"
     raise FlextronError(
         f"{where} holds a weight of {largest:.4g}, more than {str(dtype).removeprefix('torch.')} holds "

@@ -1,10 +1,12 @@
 """Dealt order: the order of heads and neurons on disk and in the memory of each tensor-parallel rank.
 
 With granularity G (space.granularity), unit i belongs to bucket i mod G. On disk the buckets follow each other, under vanilla
-names and shapes: a stock GPTModel loads the full model at any tensor-parallel size T that divides G. In memory, rank r of T owns
-the n = G/T buckets r*n .. r*n+n-1 with its units in increasing order: local unit a*n + k is the a-th unit of its k-th bucket. The
-order before dealing is called sorted order here, because `flextron importance` sorts it by importance; an imported or pretrained
-checkpoint that was not sorted is dealt in the same way.
+names and shapes: a stock GPTModel loads the full model at any tensor-parallel size T that divides G, unless the space has
+compensation, which a stock model ignores (layers/compensation.py).
+
+In memory, rank r of T owns the n = G/T buckets r*n .. r*n+n-1 with its units in increasing order: local unit a*n + k is the a-th
+unit of its k-th bucket. The order before dealing is called sorted order here, because `flextron importance` sorts it by
+importance; an imported or pretrained checkpoint that was not sorted is dealt in the same way.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ def open_checkpoint(path: str | Path, key: str = "checkpoint") -> CheckpointInfo
     values = read_json(file)
     if (version := values.get("format")) != FORMAT_VERSION:
         raise FlextronError(
-            f"{file}: format {version} is not {FORMAT_VERSION}: written by another version of flextron_mcore: use that version"
+            f"{file}: format {json.dumps(version)} is not {FORMAT_VERSION}: written by another version of flextron_mcore: use "
+            "that version"
         )
     try:
         model = ModelConfig.from_dict(values["model"])

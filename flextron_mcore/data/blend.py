@@ -22,7 +22,7 @@ import torch
 
 from ..config import FlextronError, nearest
 from ..digests import DATA_FILE, check_files, write_digests
-from ..files import check_file, child, explain, parse_json, read_bytes
+from ..files import check_file, child, expanded, explain, parse_json, read_bytes
 from ..runtime.disk import write_aside
 from ..runtime.ranks import on_main_process, wait_for_all
 from .existing import DATA_VERSION
@@ -64,7 +64,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Description of a directory that `flextron prepare` wrote, as `open_data` reads it from data.json.
+    """Description of a directory that `flextron prepare` wrote, read from its data.json.
 
     Attributes:
         path: the directory.
@@ -76,6 +76,8 @@ class PreparedData:
             directory at another path.
         own_tokens: True if `prepare` was given add_bos or parse_special_tokens, which replace the original tokenizer's handling
             of BOS and of special tokens. The saved tokenizer applies both settings.
+        split: shares of training, validation and test documents in every domain's one corpus, as Megatron's text of three
+            numbers; None if the splits have files of their own.
     """
 
     path: Path
@@ -93,7 +95,7 @@ def open_data(path: str | Path) -> PreparedData:
 
     Raises FlextronError naming the file that is missing, damaged or truncated.
     """
-    root = Path(path).expanduser()
+    root = expanded(path)
     file = root / DATA_FILE
     try:
         text = read_bytes(file)
@@ -136,7 +138,15 @@ def _without_paths(table: Mapping[str, Any]) -> bytes:
 
 
 def _own(domain: Domain, root: Path, split: str | None) -> tuple[Domain, bytes]:
-    """(domain with full paths, digest) of token files in a prepared directory. split: None, because they are split already."""
+    """(domain with full paths, digest of its files) of a domain whose token files are in the prepared directory.
+
+    Raises FlextronError for a file that is missing, damaged or truncated.
+
+    Args:
+        domain: domain as in data.json, with paths relative to the directory.
+        root: the prepared directory.
+        split: unused; `_existing` has the same signature.
+    """
     file, found = root / DATA_FILE, b""
     check_files(root, *(f"{getattr(domain, part)}.idx" for part in ("train", "valid")))
     for part in ("train", "valid"):
@@ -145,9 +155,14 @@ def _own(domain: Domain, root: Path, split: str | None) -> tuple[Domain, bytes]:
 
 
 def _existing(domain: Domain, root: Path, split: str | None) -> tuple[Domain, bytes]:
-    """(domain, digest) of a corpus outside of the prepared directory. Raises FlextronError if it changed since `prepare`.
+    """(domain unchanged, digest of its files) of a domain whose corpus lies outside of the prepared directory.
 
-    split: Megatron's split of the corpus; None if it belongs to training or to validation, or to both, as a whole.
+    Raises FlextronError if the corpus changed since `prepare`.
+
+    Args:
+        domain: domain as in data.json, with absolute paths.
+        root: the prepared directory, for the message.
+        split: unused; `_own` has the same signature.
     """
     prefix = Path(domain.train or domain.valid)
     index = read_index(prefix, _AGAIN)
@@ -194,7 +209,7 @@ def train_dataset(
 def valid_datasets(data: PreparedData, seq_length: int, seed: int, cache_dir: str | Path) -> dict[str, Dataset]:
     """{domain: dataset of one epoch of the domain's validation tokens}. Call on all ranks.
 
-    Samples are {tokens, labels, position_ids: int64 [seq_length]; loss_mask: float32 [seq_length]}, as in `train_dataset`.
+    Samples are {tokens, labels, position_ids: int64 [seq_length]; loss_mask: float32 [seq_length]}.
 
     Every token but the first is a label exactly once. The last sample is padded with token 0, and its loss_mask is 0 there.
 
@@ -294,7 +309,16 @@ def _is_whole(cache: Path) -> bool:
 
 
 def _indexed(data: PreparedData, seq_length: int, seed: int, cache: Path, blends: list, sizes: list, surplus: float) -> Dataset:
-    """Dataset whose sample indices are read from the directory `cache`, or computed and written to it."""
+    """Dataset of one split, whose sample indices are read from the directory `cache`, or computed and written to it.
+
+    Args:
+        data: prepared data.
+        seq_length: tokens of a sample.
+        seed: seed of the order of samples.
+        cache: directory of the sample indices.
+        blends, sizes, surplus: path prefixes and weights of the split, its minimum number of samples, and the share of samples
+            built beyond a domain's share, as for `_build`.
+    """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 

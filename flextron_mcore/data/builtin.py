@@ -95,7 +95,10 @@ def _separate(source: str) -> tuple[str, list[str]]:
 
 
 def _topics(root: Path) -> list[str]:
-    """Texts that `help('TOPIC')` prints, sorted by topic; [] for a Python distributed without pydoc_data."""
+    """Texts that `help('TOPIC')` prints, sorted by topic; [] for a Python distributed without pydoc_data.
+
+    root: directory of the standard library.
+    """
     try:
         tree = ast.parse(_read(root / "pydoc_data" / "topics.py"))
         table = next(node.value for node in tree.body if isinstance(node, ast.Assign))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import FlextronError
+from ..files import expanded
 from . import builtin
 from .formats import COMPRESSED_SUFFIXES, LINES_SUFFIXES, PARQUET_SUFFIX, Broken, inner_suffix, open_documents
 
@@ -121,7 +122,7 @@ def open_corpus(domain: str, paths: Sequence[str | Path], text_key: str = "text"
         if builtin.is_builtin(entry):
             corpus.sources.append(str(entry))
             continue
-        path = Path(entry).expanduser()
+        path = expanded(entry)
         if path.is_dir():
             known = _walk(path, corpus.left_out)
             if not known:

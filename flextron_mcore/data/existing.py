@@ -16,6 +16,7 @@ import numpy as np
 
 from ..config import FlextronError
 from ..digests import DATA_FILE
+from ..files import expanded
 from ..runtime.progress import Progress
 from .index import Index, read_index, with_suffix
 from .tokenizer import Tokenizer, open_tokenizer
@@ -159,7 +160,14 @@ def _domain(
 
 
 def _check_ids(prefix: str, index: Index, tokens: Tokenizer, tokenizer: Path) -> None:
-    """Read all tokens of a corpus. Raises FlextronError for an id that the tokenizer does not have."""
+    """Read all tokens of a corpus. Raises FlextronError for an id that the tokenizer does not have.
+
+    Args:
+        prefix: path without .bin and .idx.
+        index: index of the corpus.
+        tokens: tokenizer of the corpus.
+        tokenizer: its directory, for the message.
+    """
     ids = np.memmap(with_suffix(Path(prefix), ".bin"), dtype=index.dtype, mode="r") if index.lengths.any() else np.empty(0)
     with Progress(total=ids.nbytes, desc=f"prepare: checking {prefix}", unit="B", unit_scale=True, leave=False) as bar:
         for start in range(0, len(ids), _CHUNK):
@@ -174,7 +182,13 @@ def _check_ids(prefix: str, index: Index, tokens: Tokenizer, tokenizer: Path) ->
 
 
 def _first_text(prefix: str, index: Index, tokens: Tokenizer) -> str:
-    """Line for the user, who sees at once whether corpus and tokenizer belong together: first text, documents that end in EOD."""
+    """Line for the user on whether corpus and tokenizer belong together: first text, and number of documents that end in EOD.
+
+    Args:
+        prefix: path without .bin and .idx.
+        index: index of the corpus.
+        tokens: tokenizer that decodes the text.
+    """
     ids = np.memmap(with_suffix(Path(prefix), ".bin"), dtype=index.dtype, mode="r") if index.lengths.any() else np.empty(0, int)
     ends = np.cumsum(index.lengths[:_ENDS], dtype=np.int64)[index.lengths[:_ENDS] > 0] - 1
     share = float((ids[ends] == tokens.eod).mean()) if len(ends) else 0.0
@@ -199,7 +213,7 @@ def _blend(value: object, name: str) -> Blend:
             raise FlextronError(f"{name}: has no weight above 0: give one to a corpus")
     if not all(isinstance(item, str) and item.strip() for item in items):
         raise FlextronError(form)
-    prefixes = [str(Path(item.strip()).expanduser().resolve()) for item in items]
+    prefixes = [str(expanded(item.strip()).resolve()) for item in items]
     for prefix in prefixes:
         if prefixes.count(prefix) > 1:
             raise FlextronError(f"{name}: names {prefix} twice: name it once, with the sum of the weights")

@@ -65,7 +65,7 @@ def stem(name: str) -> str:
 
 
 def open_documents(path: Path, text_key: str) -> tuple[str, Iterator[Entry]]:
-    """(format of a file: "text", "JSON lines", "JSON" or "Parquet"; iterator over its documents).
+    """(format of a file: "text", "JSON lines", "JSON", "JSON without 'KEY', as text" or "Parquet"; iterator over its documents).
 
     Args:
         path: an existing file.
@@ -102,10 +102,12 @@ def open_documents(path: Path, text_key: str) -> tuple[str, Iterator[Entry]]:
                 data += chunk
         if len(data) > _LARGEST:
             raise Broken(f"is one text of more than {_LARGEST >> 20} MiB: write it as JSON lines, one document a line")
-    rows = _json_rows(data, text_key) if suffix == ".json" else None
-    if rows is None:
-        return "text", iter([_text(data)])
-    return "JSON", (_of_row(row, text_key, f"entry {number}") for number, row in enumerate(rows, start=1))
+    values = _json_values(data) if suffix == ".json" else []
+    if not any(isinstance(value, dict) and text_key in value for value in values):
+        # of a list of objects, the user may have meant another key
+        name = f"JSON without '{text_key}', as text" if any(isinstance(value, dict) for value in values) else "text"
+        return name, iter([_text(data)])
+    return "JSON", (_of_row(row, text_key, f"entry {number}") for number, row in enumerate(values, start=1))
 
 
 def _opener(head: bytes, path: Path) -> Callable[[BinaryIO], BinaryIO]:
@@ -296,18 +298,23 @@ def _are_json_lines(lines: list[bytes], key: str) -> bool:
     return bool(objects) and objects[0] and (key in rows[0] or objects[1:] == [True])
 
 
-def _json_rows(data: bytes | bytearray, key: str) -> list[Any] | None:
-    """Entries of a JSON file: the items of a list, or the only value. None if none is an object with the key: read it as text."""
+def _json_values(data: bytes | bytearray) -> list[Any]:
+    """Values of a JSON file: the items of a list, or the only value; [] if the file is not JSON."""
     try:
         value = _parse(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        return None
-    rows = value if isinstance(value, list) else [value]
-    return rows if any(isinstance(row, dict) and key in row for row in rows) else None
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _of_row(row: Any, key: str, place: str) -> Entry:
-    """Document in a JSON value: the text at `key` of an object, or the reason why it cannot be read."""
+    """Document in a JSON value: the text at `key` of an object, or the reason why it cannot be read.
+
+    Args:
+        row: value of a line or list entry.
+        key: field that holds the text.
+        place: line or list entry in the file, such as "line 3".
+    """
     if not isinstance(row, dict):
         return Entry("", place, f"is not a JSON object but {_kind(row)}")
     if key not in row:
@@ -316,7 +323,13 @@ def _of_row(row: Any, key: str, place: str) -> Entry:
 
 
 def _of_value(text: Any, key: str, place: str) -> Entry:
-    """Document of the value at `key`: empty for None; a fault for another type than str, and for what UTF-8 cannot encode."""
+    """Document of the value at `key`: empty for None; a fault for another type than str, and for text that UTF-8 cannot encode.
+
+    Args:
+        text: the value.
+        key: field or column that holds it, for the fault.
+        place: line, list entry or row in the file.
+    """
     if text is None:
         return Entry("", place)
     if not isinstance(text, str):
@@ -357,7 +370,13 @@ def _parquet(path: Path, key: str) -> Iterator[Entry]:
 
 
 def _of_cell(value: Any, key: str, place: str) -> Entry:
-    """Document in a cell of a Parquet column, or the reason why it cannot be read."""
+    """Document in a cell of a Parquet column, or the reason why it cannot be read.
+
+    Args:
+        value: cell, a scalar of pyarrow.
+        key: name of the column.
+        place: row in the file, such as "row 3".
+    """
     try:
         return _of_value(value.as_py(), key, place)
     except UnicodeDecodeError as error:

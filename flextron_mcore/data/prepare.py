@@ -6,6 +6,7 @@ a document and one batch of text. The first reading finds unreadable input, befo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,13 +19,15 @@ import numpy as np
 
 from ..config import FlextronError
 from ..digests import DATA_FILE
+from ..files import expanded
 from .builtin import builtin_inputs
 from .corpus import Corpus, open_corpus
 from .existing import DATA_VERSION
 from .formats import stem
 from .shards import Part, Shards
 from .split import Documents, split
-from .tokenizer import open_tokenizer, train_tokenizer
+from .tokenizer import Tokenizer, open_tokenizer, train_tokenizer
+from .writers import InProcess, Writer, processes
 
 SAMPLE_BYTES = 20_000_000  # maximum text that a tokenizer is trained on, all domains together
 _DOMAIN_NAME = re.compile(r"\w[\w .+-]*")  # restricted because a domain's name becomes part of file names
@@ -68,6 +71,7 @@ def prepare_data(
     skip_bad: bool = False,
     add_bos: bool | None = None,
     parse_special_tokens: bool | None = None,
+    workers: int = 1,
     progress: Callable[[str], None] | None = None,
     work: Path | None = None,
 ) -> dict[str, Any]:
@@ -85,6 +89,7 @@ def prepare_data(
         add_bos: put the BOS token in front of every document; None: as the tokenizer does.
         parse_special_tokens: encode the text of a special token, such as <|endoftext|>, as this token; False: as ordinary text;
             None: as the tokenizer does.
+        workers: processes that tokenize, each a shard at a time; 1: this process, with a thread on every core.
         progress: function (line) called with each status line, a text; None: none.
         work: directory for finished shards of the token files, on the file system of `out`. A killed call leaves them there, and
             the next call with the same arguments and text continues after them. None: start from the beginning.
@@ -119,8 +124,10 @@ def prepare_data(
     shards = Shards(work or out / ".shards", parts, out / "tokenizer")
     domains, whole = {}, False
     try:
+        with _writer(workers, tokens, out / "tokenizer", chosen) as writer:
+            shards.write(parts, writer)
         for number, part in enumerate(parts):
-            train, valid = shards.write(number, part, tokens, out)
+            train, valid = shards.join(number, part, tokens.vocab_size, out)
             domains[part.domain] = {
                 "train": f"{part.domain}_train",
                 "valid": f"{part.domain}_valid",
@@ -160,10 +167,26 @@ def prepare_data(
     }
 
 
-def _read(corpora: Mapping[str, Corpus], fraction: float, seed: int, say: Callable[[str], None]) -> list[Part]:
-    """Read all domains once and split each into training and validation text. fraction: share of the bytes for validation.
+def _writer(
+    workers: int, tokens: Tokenizer, directory: Path, chosen: tuple[bool | None, bool | None]
+) -> contextlib.AbstractContextManager[Writer]:
+    """Context with a writer of shards. chosen: add_bos and parse_special_tokens, as given; the others as in `prepare_data`."""
+    if workers == 1:
+        return contextlib.nullcontext(InProcess(tokens))
+    return processes(workers, tokens, directory, *chosen)
 
-    Raises FlextronError for unreadable input, and for a domain without a document or too small for validation text.
+
+def _read(corpora: Mapping[str, Corpus], fraction: float, seed: int, say: Callable[[str], None]) -> list[Part]:
+    """Read all domains once and split each into training and validation text.
+
+    Args:
+        corpora: {domain: its documents}.
+        fraction: share of the bytes of each domain for validation.
+        seed: seed of the split.
+        say: function that is called with status lines.
+
+    Raises:
+        FlextronError: unreadable input, a domain without a document, or one too small for validation text.
     """
     found = []
     for domain, corpus in corpora.items():
@@ -208,8 +231,8 @@ def _paths(value: object, name: str) -> list[str]:
 
 def _stem(path: str) -> str:
     """Name of a directory, or name of a file without its suffixes: the domain of a path without a given domain."""
-    name = Path(os.path.abspath(Path(path).expanduser())).name
-    return name if Path(path).expanduser().is_dir() else stem(name)
+    name = Path(os.path.abspath(expanded(path))).name
+    return name if expanded(path).is_dir() else stem(name)
 
 
 def _check_domain(name: object, path: str | None = None) -> str:

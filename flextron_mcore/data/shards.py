@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..config import FlextronError
 from ..runtime.progress import Progress
-from .index import read_index, with_suffix
+from .index import read_index
 from .split import Documents, pieces
-from .tokenizer import BATCH, Tokenizer, groups
+from .tokenizer import BATCH, groups
+from .writers import PARTS, Batch, Writer, shard_file
 
-_BATCHES = 32  # batches of a shard, about 64 million characters of text; a kill loses at most one shard
+_BATCHES = 16  # batches of a shard, about 32 million characters of text; a kill loses at most one shard of each process
 _IDENTITY = "identity"  # file in the directory of shards
-PARTS = ("train", "valid")
 
 
 @dataclass
@@ -59,6 +58,7 @@ class Shards:
 
     def __init__(self, work: Path, parts: Sequence[Part], tokenizer: Path) -> None:
         self.work = work
+        self._shards: list[list[Path]] = [[] for _ in parts]  # of each domain
         digest = hashlib.sha256(f"{_BATCHES} {BATCH} {[part.domain for part in parts]}".encode())
         for part in parts:  # draws are hashes of the seed and the texts
             for values in (part.documents.draws, part.documents.sizes, part.share):
@@ -73,62 +73,53 @@ class Shards:
         if work.exists() and not self._is_mine():
             shutil.rmtree(work)
 
-    def write(self, number: int, part: Part, tokens: Tokenizer, out: Path) -> tuple[int, int]:
-        """Write the token files DOMAIN_train and DOMAIN_valid in `out`; return their numbers of tokens.
+    def write(self, parts: Sequence[Part], writer: Writer) -> None:
+        """Tokenize all domains into shards, except for the shards that are whole. writer: what tokenizes and writes them."""
+        left, bar = sum(int(part.documents.sizes.sum()) for part in parts), None
+        again = "continuing, " if any(self.work.glob("*_valid.idx")) else ""
+        for prefix, batches in self._divided(parts):
+            if _is_whole(prefix):
+                size = sum(size for _, size in batches)
+                left -= size
+                if bar is not None:
+                    bar.update(size)
+                continue
+            if bar is None:
+                bar = Progress(total=left, desc=f"prepare: {again}tokenizing", unit="B", unit_scale=True)
+                self.work.mkdir(parents=True, exist_ok=True)
+                (self.work / _IDENTITY).write_text(self.identity, encoding="utf-8")
+            writer.write(prefix, batches, bar.update)
+        writer.finish()
+        if bar is not None:
+            bar.close()
+
+    def join(self, number: int, part: Part, vocab_size: int, out: Path) -> tuple[int, int]:
+        """Join a domain's shards into the token files DOMAIN_train and DOMAIN_valid; return their numbers of tokens.
 
         Args:
             number: number of the domain.
-            part: domain with its texts.
-            tokens: tokenizer.
+            part: domain.
+            vocab_size: largest token id + 1, which decides the size of an id in the files.
             out: directory of the token files.
         """
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-        dtype = DType.optimal_dtype(tokens.vocab_size)
-        done: list[Path] = []
-        left, bar, last = int(part.documents.sizes.sum()), None, -1
-        for shard, batches in itertools.groupby(enumerate(groups(part.texts())), lambda entry: entry[0] // _BATCHES):
-            prefix = self.work / f"{number}_{shard}"
-            whole = _is_whole(prefix)
-            builders = {} if whole else self._builders(prefix, dtype)
-            for _, batch in batches:
-                read = sorted({i for i, _, _ in batch if i > last})
-                last, size = batch[-1][0], int(part.documents.sizes[read].sum())
-                if whole:
-                    left -= size
-                    continue
-                if bar is None:
-                    again = "continuing, " if done else ""
-                    bar = Progress(total=left, desc=f"prepare: {again}tokenizing {part.domain}", unit="B", unit_scale=True)
-                for (_, valid, _), ids in zip(batch, tokens.encode_batch([text for _, _, text in batch]), strict=True):
-                    builders[PARTS[valid]].add_item(torch.from_numpy(ids))
-                    builders[PARTS[valid]].end_document()
-                bar.update(size)
-            for name, builder in builders.items():
-                builder.finalize(str(_named(prefix, name, ".tmp")))
-            for name in builders:  # the last of these names marks a whole shard
-                _named(prefix, name, ".tmp").replace(_named(prefix, name, ".idx"))
-            done.append(prefix)
-        if bar is not None:
-            bar.close()
         counts = []
         for name in PARTS:
-            merged = IndexedDatasetBuilder(str(out / f"{part.domain}_{name}.bin"), dtype=dtype)
-            for prefix in done:
-                merged.add_index(str(_named(prefix, name, "")))
-            merged.finalize(str(out / f"{part.domain}_{name}.idx"))
-            counts.append(int(np.sum(merged.sequence_lengths, dtype=np.int64)))
+            joined = IndexedDatasetBuilder(str(out / f"{part.domain}_{name}.bin"), dtype=DType.optimal_dtype(vocab_size))
+            for prefix in self._shards[number]:
+                joined.add_index(str(shard_file(prefix, name, "")))
+            joined.finalize(str(out / f"{part.domain}_{name}.idx"))
+            counts.append(int(np.sum(joined.sequence_lengths, dtype=np.int64)))
         return counts[0], counts[1]
 
-    def _builders(self, prefix: Path, dtype: type) -> dict:
-        """{part: builder of its token file} of a shard that is not there or not whole."""
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        self.work.mkdir(parents=True, exist_ok=True)
-        (self.work / _IDENTITY).write_text(self.identity, encoding="utf-8")
-        for name in PARTS:
-            _named(prefix, name, ".idx").unlink(missing_ok=True)
-        return {name: IndexedDatasetBuilder(str(_named(prefix, name, ".bin")), dtype=dtype) for name in PARTS}
+    def _divided(self, parts: Sequence[Part]) -> Iterator[tuple[Path, Iterator[tuple[Batch, int]]]]:
+        """(path of a shard, its batches with their bytes) of all domains, in order. The batches have to be read in this order."""
+        for number, part in enumerate(parts):
+            for shard, entries in itertools.groupby(enumerate(_sized(part)), lambda entry: entry[0] // _BATCHES):
+                prefix = self.work / f"{number}_{shard}"
+                self._shards[number].append(prefix)
+                yield prefix, (entry for _, entry in entries)
 
     def _is_mine(self) -> bool:
         file = self.work / _IDENTITY
@@ -142,14 +133,18 @@ class Shards:
             shutil.rmtree(self.work, ignore_errors=True)
 
 
-def _named(prefix: Path, part: str, suffix: str) -> Path:
-    """Path of a file of a shard."""
-    return with_suffix(prefix, f"_{part}{suffix}")
+def _sized(part: Part) -> Iterator[tuple[Batch, int]]:
+    """(batch, bytes of the documents that begin in it) of a domain."""
+    last = -1
+    for batch in groups(part.texts()):
+        begun = sorted({i for i, _, _ in batch if i > last})
+        last = batch[-1][0]
+        yield [(valid, text) for _, valid, text in batch], int(part.documents.sizes[begun].sum())
 
 
 def _is_whole(prefix: Path) -> bool:
     """True if both token files of a shard are there and consistent; a crash of the machine may leave truncated ones."""
     try:
-        return all(read_index(_named(prefix, name, ""), "") for name in PARTS)
+        return all(read_index(shard_file(prefix, name, ""), "") for name in PARTS)
     except FlextronError:
         return False

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from ..config import FlextronError
 from ..families.code_keys import without_code
-from ..files import explain, read_json
+from ..files import expanded, explain, read_json
 from .long_texts import PIECE, encode_long
 from .tokenizer_files import check_tokenizer_files
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # one token for each of the 256 bytes, and END_OF_TEXT
 BATCH = 1 << 21  # characters of one batch for the Rust backend
+_CONFIG = "tokenizer_config.json"
 _PIECE_END = re.compile(r"(?<=\S)(?=\s)")  # in front of white space, where a cut splits no word of the BPE's training
 
 _Entry = TypeVar("_Entry", bound=tuple)
@@ -49,6 +50,17 @@ class Tokenizer:
     eod: int
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """All tokens with their ids."""
+        return Vocabulary(self.hf.get_vocab(), frozenset(self.hf.get_added_vocab()))
+
+    def state(self) -> str:
+        """Hash of all that decides the token ids of a text; 64 hexadecimal digits."""
+        backend = self.hf.backend_tokenizer
+        parts = (backend.to_str(), backend.encode_special_tokens, self.vocab_size, self.eod, self.prefix, self.suffix)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each document, int64 [tokens]: `prefix`, ids of the text, `suffix`, and `eod` unless it ends `suffix`."""
@@ -92,7 +104,7 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face tokenizer directory that transformers 4 and 5 open with the same token ids; no key names code."""
         self.hf.save_pretrained(path)
-        config_file = Path(path, "tokenizer_config.json")
+        config_file = Path(path, _CONFIG)
         config = json.loads(config_file.read_text(encoding="utf-8"))
         config = without_code(config)
         # The first two are arguments of from_pretrained that transformers writes to the file. For the other two, transformers
@@ -158,7 +170,7 @@ def open_tokenizer(path: str | Path, add_bos: bool | None = None, parse_special_
         FlextronError: the directory does not exist, transformers cannot open it, the tokenizer has no Rust backend or no EOS
             token, or add_bos=True for a tokenizer without BOS token.
     """
-    directory = Path(path).expanduser()
+    directory = expanded(path)
     if not directory.is_dir():
         raise FlextronError(f"tokenizer={path}: no such directory: name a directory that holds tokenizer.json")
     check_tokenizer_files(directory)
@@ -188,32 +200,79 @@ def open_tokenizer(path: str | Path, add_bos: bool | None = None, parse_special_
     return replace(opened, prefix=prefix)
 
 
-def keep_ids(source: Path, copy: Path) -> None:
-    """Give a copied tokenizer the token ids that transformers finds in the model's own directory.
+def opened_unlike_files(source: Path) -> Tokenizer | None:
+    """Tokenizer of a model's directory, if transformers may give it other tokens or ids than `read_vocabulary` finds; else None.
 
-    transformers chooses the tokenizer's class by tokenizer_class and by model_type of config.json, which is not beside the copy.
-    If this leads to another tokenizer, as for a Mistral or Phi-3 with the class LlamaTokenizer, the copy is written anew.
+    transformers chooses the tokenizer's class by tokenizer_class and by model_type of config.json, and adds tokens that only
+    tokenizer_config.json, special_tokens_map.json or added_tokens.json names. Opening takes seconds: it is left out where the
+    files leave no doubt. None as well if transformers cannot open the tokenizer: the first stage that encodes text says why.
 
     Args:
         source: Hugging Face directory of the model.
-        copy: copy of its tokenizer files. Stays as it is if transformers cannot open the tokenizer of `source`.
     """
-    name, family = _value(source / "tokenizer_config.json", "tokenizer_class"), _value(source / "config.json", "model_type")
-    # Opening takes seconds. These classes need it only for Qwen2, whose class follows from model_type alone.
-    if name in ("PreTrainedTokenizerFast", "TokenizersBackend") and family != "qwen2":
-        return
+    name, family = _value(source / _CONFIG, "tokenizer_class"), _value(source / "config.json", "model_type")
+    # These classes take tokenizer.json as it is, except for Qwen2, whose class follows from model_type alone.
+    as_stored = name in ("PreTrainedTokenizerFast", "TokenizersBackend") and family != "qwen2"
+    if as_stored and (vocabulary := read_vocabulary(source)) and vocabulary.complete:
+        return None
     try:
-        theirs, copied = open_tokenizer(source), open_tokenizer(copy)
-    except FlextronError:  # the first stage that encodes text says why
-        return
-    if copied.hf.backend_tokenizer.to_str() != theirs.hf.backend_tokenizer.to_str():
+        return open_tokenizer(source)
+    except FlextronError:
+        return None
+
+
+def keep_ids(theirs: Tokenizer, copy: Path) -> None:
+    """Give a copied tokenizer the token ids that transformers finds in the model's own directory.
+
+    The copy is written anew if it opens as another tokenizer, because config.json is not beside it, as for a Mistral or Phi-3
+    with the class LlamaTokenizer, or if its files do not list all tokens.
+
+    Args:
+        theirs: tokenizer of the model's directory.
+        copy: copy of its files.
+    """
+    try:
+        copied, listed = open_tokenizer(copy), read_vocabulary(copy)
+    except FlextronError:
+        copied = listed = None
+    if copied is None or copied.hf.backend_tokenizer.to_str() != theirs.hf.backend_tokenizer.to_str():
+        theirs.save(copy)
+    elif listed is None or listed.tokens != theirs.vocabulary.tokens:
         theirs.save(copy)
 
 
 def _value(file: Path, key: str) -> object:
     """Value of a key of the JSON object in a file; None if there is none."""
-    values = read_json(file) if file.is_file() else None
-    return values.get(key) if isinstance(values, dict) else None
+    return _entries(file).get(key)
+
+
+def _entries(file: Path) -> Mapping[str, Any]:
+    """JSON object in a file; {} for another JSON value, or no file. Raises FlextronError for damaged JSON."""
+    try:
+        values = read_json(file) if file.is_file() else None
+    except (OSError, ValueError) as error:
+        raise FlextronError(f"{file}: is damaged: {explain(error)}: copy it again") from None
+    return values if isinstance(values, dict) else {}
+
+
+def _named_tokens(directory: Path) -> Iterator[tuple[str, int | None]]:
+    """(token, its id or None) of the tokens in the files beside tokenizer.json, from which transformers adds those it lacks."""
+    for name in (_CONFIG, "special_tokens_map.json"):
+        for key, value in _entries(directory / name).items():
+            if key == "added_tokens_decoder" and isinstance(value, dict):
+                yield from ((_content(entry), int(i)) for i, entry in value.items() if str(i).isdigit())
+            elif key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
+                entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+                yield from ((_content(entry), None) for entry in entries)
+            elif key.endswith("_token"):
+                yield _content(value), None
+    yield from _entries(directory / "added_tokens.json").items()
+
+
+def _content(entry: object) -> str:
+    """Text of a token that is written as text or as {"content": text, ...}; "" for any other value, such as true."""
+    entry = entry.get("content") if isinstance(entry, dict) else entry
+    return entry if isinstance(entry, str) else ""
 
 
 def _check_packages(directory: Path) -> None:
@@ -237,7 +296,8 @@ def _transformers_can(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        python = isinstance(error, LookupError | TypeError | AttributeError)  # their texts speak of Python's types
+        reason = explain(error) if python else " ".join(str(error).split())[:200]
         raise FlextronError(f"{name}: not a tokenizer that transformers can open: {reason}") from error
 
 
@@ -278,10 +338,13 @@ class Vocabulary:
     Attributes:
         tokens: {token: id}, added tokens included.
         added: tokens that only added_tokens of tokenizer.json lists, not the vocabulary of the tokenizer's model.
+        complete: False if transformers may find other tokens or ids, because files beside tokenizer.json name more tokens, or
+            added_tokens has ids that it does not keep.
     """
 
     tokens: Mapping[str, int]
     added: frozenset[str]
+    complete: bool = True
 
     @property
     def fingerprint(self) -> str:
@@ -323,11 +386,33 @@ def read_vocabulary(directory: Path) -> Vocabulary | None:
         if isinstance(tokens, list):  # [[token, score], ...]
             tokens = {token: i for i, (token, _) in enumerate(tokens)}
         added = {entry["content"]: entry["id"] for entry in table.get("added_tokens", ())} if table is not tokens else {}
-        return Vocabulary({**tokens, **added}, frozenset(added.keys() - tokens.keys()))
+        found = {**tokens, **added}
+        if not all(isinstance(i, int) for i in found.values()):
+            raise TypeError("an id is no whole number")
+        named = ((token, i) for token, i in _named_tokens(directory) if token)
+        complete = all(token in found and i in (None, found[token]) for token, i in named) and _kept(tokens, added)
+        return Vocabulary(found, frozenset(added.keys() - tokens.keys()), complete)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FlextronError(
             f"{file}: is not a tokenizer's vocabulary ({explain(error)}): copy the tokenizer's files again"
         ) from None
+
+
+def _kept(tokens: Mapping[str, int], added: Mapping[str, int]) -> bool:
+    """True if the library `tokenizers` keeps the ids of added_tokens.
+
+    A token of the model keeps its id there; the others get ids behind the last one, or behind the number of the model's tokens.
+
+    Args:
+        tokens: {token: id} of the tokenizer's model.
+        added: {token: id} of added_tokens, in their order.
+    """
+    last = -1
+    for token, i in added.items():
+        if i != tokens.get(token, max(last + 1, len(tokens))):
+            return False
+        last = max(last, i)
+    return True
 
 
 def groups(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:

@@ -122,7 +122,7 @@ def random_row(target: float, drawn: Sequence[SubNetwork], cost: Cost, losses: E
 def dense_row(name: str, arch: ModelConfig, cost: Cost, found: dict[str, float]) -> Row:
     """Row of metrics.json with the numbers of parameters, the cost and the losses of a separately trained dense model.
 
-    The cost is that of the sub-network with the model's shape; None if the elastic space has none.
+    "cost" is the cost of the sub-network with this model's shape; None if the elastic space has no such sub-network.
 
     Args:
         name: name of the model.

@@ -146,7 +146,15 @@ def _next(
 ) -> Tensor:
     """Run tokens[:, start:stop], which adds them to the KV cache `context`, and return the next token's logits [B, V] on the CPU.
 
-    Token routing counts the last `new` tokens of sequences that are not `done`, that is, not past their end.
+    Args:
+        model: this rank's part of the model.
+        network: sub-network or token routing; None for the full model.
+        context: Megatron-Core's static KV cache.
+        tokens: token ids of all sequences [B, length].
+        positions: positions of these tokens [B, length].
+        start, stop: range of tokens to run.
+        new: how many of these tokens, the last ones, token routing counts in its statistics.
+        done: True for a sequence past its end, whose tokens are not counted.
     """
     part = slice(start, stop)
     if network is not None and not isinstance(network, SubNetwork):

@@ -86,6 +86,7 @@ class Harness:
         return drive(self._evaluate, lambda question: self._serve(question, network))
 
     def _evaluate(self, ask: Callable[[Any], Any]) -> Measured:
+        """Run lm_eval on rank 0. `ask` sends a list of `Continuation`, or `Prompts`, to all ranks and returns the answer."""
         os.environ["DISABLE_MULTIPROC"] = "1"  # lm_eval's helper processes would inherit our signal handlers
         random.seed(0)  # seeds of lm_eval.simple_evaluate
         np.random.seed(1234)
@@ -102,12 +103,13 @@ class Harness:
         return {name: metrics_of(row) for name, row in {**found["results"], **found.get("groups", {})}.items()}
 
     def _serve(self, question: Any, network: Network) -> Any:
+        """Answer of all ranks to a question of `_evaluate`: token ids for `Prompts`, scores for a list of `Continuation`."""
         if isinstance(question, Prompts):
             return self._continued(question, network)
         return score(self.chunks, network, question, self.micro_batch_size, self.progress)
 
     def _continued(self, question: Prompts, network: Network) -> list[list[int]]:
-        """Token ids added to each prompt. All ranks get all of them."""
+        """Token ids that greedy decoding adds to each prompt, the same on all ranks. Data-parallel ranks share the prompts."""
         gpt = unwrap(self.chunks[0])
 
         def finished(ids: Sequence[int]) -> bool:
@@ -135,7 +137,15 @@ class Harness:
     def _continued_without_cache(
         self, question: Prompts, network: Network, finished: Callable[[Sequence[int]], bool]
     ) -> list[list[int]]:
-        """Continuations by whole passes: pipeline stages and sequence-parallel ranks have no KV cache."""
+        """Token ids that greedy decoding adds to each prompt, with a whole forward pass for each token.
+
+        For pipeline and sequence parallelism, in which there is no KV cache.
+
+        Args:
+            question: prompts, and where their continuations end.
+            network: network that decodes.
+            finished: function that says if a continuation so far has one of the texts that end it.
+        """
         written: list[list[int]] = [[] for _ in question.prompts]
         going = list(range(len(written)))
         for _ in range(question.most):

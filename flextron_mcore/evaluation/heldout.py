@@ -93,7 +93,7 @@ class Source:
         return sum(map(len, self.documents.values()))
 
     def passage(self, words: int, domains: Sequence[str]) -> Passage | None:
-        """Random passage of so many words from one of `domains`, all equally likely; None if the drawn document ends before."""
+        """Random passage of `words` words from one of `domains`, all equally likely; None if the drawn document ends before."""
         domain = domains[int(self.rng.integers(len(domains)))]
         document, ids, whole = self.documents[domain].piece(self.rng, (words + 2) * _TOKENS_OF_A_WORD)
         special = {*self.tokenizer.prefix, *self.tokenizer.suffix, self.tokenizer.eod}
@@ -114,7 +114,7 @@ class Source:
 
 
 def last_word(source: Source, sizes: Sizes) -> Row | None:
-    """Row of `heldout_last_word` from a drawn passage: a context, and the word of letters that ends it; None if it suits not."""
+    """Row of `heldout_last_word` from a random passage: a context, and its last word; None if that is not a word of letters."""
     found = source.passage(sizes.passage, list(source.documents))
     if found is None or found.gaps[-1] != " " or not (word := re.match(r"([^\W\d_]{2,})\W*$", found.words[-1])):
         return None
@@ -123,7 +123,10 @@ def last_word(source: Source, sizes: Sizes) -> Row | None:
 
 
 def continuation(source: Source, sizes: Sizes) -> Row | None:
-    """Row of `heldout_continuation`: a context, its continuation and those of other documents; None if none is found."""
+    """Row of `heldout_continuation` from a random passage: a context, its continuation and three of other documents.
+
+    None if the passage does not suit, or too few other continuations are found.
+    """
     found = source.passage(sizes.passage, list(source.documents))
     first = sizes.passage - sizes.continuation
     if found is None or found.gaps[first - 1] != " ":
@@ -144,7 +147,10 @@ def continuation(source: Source, sizes: Sizes) -> Row | None:
 
 
 def minimal_pair(source: Source, sizes: Sizes) -> Row | None:
-    """Row of `heldout_minimal_pairs`: a line's words, and the same with two neighbours swapped; None if it does not suit."""
+    """Row of `heldout_minimal_pairs` from a random passage: its words, and the same words with two neighbours swapped.
+
+    None if the passage does not suit: it spans two lines, or has no two neighbours to swap.
+    """
     found = source.passage(sizes.pair, list(source.documents))
     if found is None or set(found.gaps) != {" "}:
         return None
@@ -169,7 +175,7 @@ class Kind:
     Attributes:
         row: function that makes a row from a drawn passage, or None if the passage does not suit.
         config: entries of its configuration for lm-evaluation-harness, beside those that all kinds have.
-        needs: what a text must have for it, in words.
+        needs: what the text must have to yield rows, for messages.
     """
 
     row: Callable[[Source, Sizes], Row | None]
@@ -211,7 +217,12 @@ class HeldoutTask:
         return {**common, **KINDS[self.name].config, "metadata": {"version": 1.0}}
 
     def write(self, folder: Path, final: Path) -> None:
-        """Write NAME.jsonl and NAME.yaml, which names the former by its path, into `folder`; `final`: where it is later."""
+        """Write the task's rows as NAME.jsonl, and its configuration as NAME.yaml, which refers to the rows by their path.
+
+        Args:
+            folder: directory to write into.
+            final: path that `folder` will have later, for the path in NAME.yaml.
+        """
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
         (folder / f"{self.name}.jsonl").write_text("".join(lines), encoding="utf-8")
         files = {"data_files": {"test": str(final / f"{self.name}.jsonl")}}

@@ -89,7 +89,7 @@ def compare_with_transformers(info: CheckpointInfo, source: Path, seed: int = 0,
 
 
 def _sided(model: torch.nn.Module, long: bool) -> torch.nn.Module:
-    """Return a transformers model, which computes with the long factors of LongRoPE from _SHORTEST + 1 tokens on if `long`."""
+    """Return a transformers model, set to LongRoPE's long factors for sequences of more than _SHORTEST tokens if `long`."""
     if long:
         _scaling(model)["original_max_position_embeddings"] = model.config.original_max_position_embeddings = _SHORTEST
     return model
@@ -119,7 +119,10 @@ def _check_switch(model: torch.nn.Module, short: int | None, source: Path) -> No
 def _by_layer(
     info: CheckpointInfo, source: Path, tokens_BS: torch.Tensor, states: list[torch.Tensor], ours: torch.Tensor, long: bool
 ) -> dict[str, Any]:
-    """Compare embeddings, each layer, and final norm with output layer; returns what `compare_with_transformers` returns.
+    """Compare embeddings, each layer, and final norm with output layer, with one layer of transformers in memory at a time.
+
+    Returns {"max_logit_difference", "max_layer_difference"}, each a share of the largest value of transformers if that is above
+    1. Raises FlextronError if one is more than _TOLERANCE.
 
     Args:
         info: checkpoint.

@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 
 from flextron_mcore.config import FlextronError, nearest
 from flextron_mcore.evaluation.heldout import KINDS, HeldoutTask
-from flextron_mcore.files import explain, read_text
+from flextron_mcore.files import expanded, explain, read_text
 
 _TRUST = "tasks_trust_code=true"
 # Entries of a task file that are only read, not run. Other data loaders unpickle, other metrics and prompts are Python files.
@@ -133,11 +133,13 @@ def _sandbox() -> ImmutableSandboxedEnvironment:
 
 
 def _from_rows(task: HeldoutTask) -> ConfigurableTask:
+    """Task of lm_eval from a task made from held-out text."""
     rows = datasets.DatasetDict({"test": datasets.Dataset.from_list(task.rows)})
     return ConfigurableTask(config={**task.config, "custom_dataset": lambda **_: rows})
 
 
 def _from_manager(manager: TaskManager, name: str) -> list[Task | Group]:
+    """Task, group, or tasks of a tag with this name. Raises FlextronError if lm_eval cannot load it, or its data are not here."""
     try:
         loaded = manager.load(name)
     except Exception as error:  # noqa: BLE001 - loaders of data sets raise anything
@@ -157,7 +159,7 @@ def _from_manager(manager: TaskManager, name: str) -> list[Task | Group]:
 
 
 def _is_missing(error: BaseException) -> bool:
-    """True for an error of datasets or huggingface_hub that data is not in the cache."""
+    """True for an error of datasets or huggingface_hub which says that data are not in the cache."""
     text = f"{type(error).__name__} {error}"
     return isinstance(error, ConnectionError | FileNotFoundError) or any(
         word in text for word in ("Offline", "offline", "Couldn't find", "Couldn't reach", "LocalEntryNotFound")
@@ -165,13 +167,21 @@ def _is_missing(error: BaseException) -> bool:
 
 
 def _short(error: BaseException) -> str:
+    """Type and message of an error in one line of about 200 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _prepare(name: str, task: Task, num_fewshot: int | None, trust_code: bool) -> None:
     """Set the number of examples and the seed of their choice, as lm_eval.simple_evaluate does.
 
-    Raises FlextronError for a task that cannot be evaluated as asked.
+    Args:
+        name: name of the task, for messages.
+        task: the task, changed in place.
+        num_fewshot: examples in front of each question; None: as the task defines.
+        trust_code: True allows a task that runs code which a model wrote.
+
+    Raises:
+        FlextronError: the task cannot be evaluated as asked.
     """
     if getattr(task, "UNSAFE_CODE", False) and not trust_code:
         raise FlextronError(f"tasks: {name} runs code that the model writes: set {_TRUST}, or leave it out")
@@ -194,7 +204,7 @@ def _refuse_code(folder: Path) -> None:
     own = Path(lm_eval.__file__).parent.resolve()
     waiting, seen = sorted(folder.rglob("*.yaml")), set()
     while waiting:
-        file = waiting.pop(0).expanduser().resolve()
+        file = expanded(waiting.pop(0)).resolve()
         if file in seen or file.is_relative_to(own):
             continue
         seen.add(file)

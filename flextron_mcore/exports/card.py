@@ -31,6 +31,7 @@ def describe(job: Job) -> str:
         ("KV cache", f"{kv_cache_bytes(model, net, 1, 1, dtype):,} bytes a token in {dtype}"),
         *([("latency", latency)] if (latency := _latency(job)) else []),
         *([("chosen by", job.origin)] if job.origin else []),
+        *([("compensated", job.refit)] if job.refit else []),
     ]
     widths, first = [], 0
     for layer, run in itertools.groupby(net.executed_layers):
@@ -48,7 +49,7 @@ def describe(job: Job) -> str:
 
 
 def _latency(job: Job) -> str | None:
-    """Latency predicted by the latency table in the checkpoint, in words, or why it cannot be used.
+    """Text on the latency that the checkpoint's latency table predicts, or on why the table cannot be used.
 
     None without a table, and for a network without all hidden channels.
     """

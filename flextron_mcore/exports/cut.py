@@ -16,6 +16,8 @@ from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.families.tensors import Placed, find, of_network
 from flextron_mcore.layers.block import gain
+from flextron_mcore.layers.compensation import TENSOR
+from flextron_mcore.layers.compensation import folded as folded_weight
 from flextron_mcore.space import ElasticSpace, SubNetwork, parameter_share
 
 
@@ -40,12 +42,18 @@ def cut_config(model: ModelConfig, net: SubNetwork) -> ModelConfig:
 
 
 def cut(
-    info: CheckpointInfo, net: SubNetwork, reader: TensorReader | None = None, space: ElasticSpace | None = None
+    info: CheckpointInfo,
+    net: SubNetwork,
+    reader: TensorReader | None = None,
+    space: ElasticSpace | None = None,
+    refitted: Mapping[str, torch.Tensor] | None = None,
+    folded: bool = True,
 ) -> dict[str, LazyTensor]:
     """Tensors of a sub-network as a dense model, {Megatron-Core's name: tensor}, in the order of the network.
 
     Skipped layers are left out and the others renumbered. Padding of the vocabulary is removed. Modulation is multiplied into the
-    last weight and bias of its block, in fp32, so that it is rounded only once. Each tensor is read when it is loaded.
+    last weight and bias of its block, and the compensation of heads into the output projection, in fp32, so that they are rounded
+    only once. Each tensor is read when it is loaded.
 
     Args:
         info: opened checkpoint.
@@ -53,7 +61,10 @@ def cut(
         reader: reader of the checkpoint; None opens one.
         space: elastic space of the checkpoint that the tensors will be written to, for a uniform network. Tensors whose heads or
             neurons both checkpoints deal into the same number of buckets (checkpoint/sharding.py) then keep the order of the
-            disk, which saves reordering. None: all tensors in the order before dealing.
+            disk, which saves reordering. None: all tensors with heads and neurons in order.
+        refitted: {name in the full model: tensor of the sub-network that replaces the slice of the full model's}, in fp32
+            (exports/compensation.py).
+        folded: multiply the compensation of heads into the output projection; False for a model that computes it itself.
 
     Raises:
         FlextronError: the network is not in the checkpoint's space, or the checkpoint lacks a tensor or has an unknown one.
@@ -67,7 +78,8 @@ def cut(
     for placed in placed_tensors(info.model, net):
         source = placed.source
         modulation = _modulation(source) if share < 1 else None
-        for needed in (source, modulation):
+        compensation = _compensation(info, source) if folded else None
+        for needed in (source, modulation, compensation):
             if needed and needed not in stored:
                 raise FlextronError(
                     f"{info.path}: the checkpoint lacks the tensor {needed}: bring it back from a copy, or make it again"
@@ -75,6 +87,10 @@ def cut(
         lie, to_lie = dealt_axis(info.model, info.space, source), space and dealt_axis(dense, space, placed.name)
         buckets = lie[2] if lie and to_lie and lie[2] == to_lie[2] else 1
         dtype, load = reader.dtype(source), partial(_load, reader, placed, buckets)
+        if refitted and source in refitted:
+            buckets, dtype, load = 1, torch.float32, refitted[source].clone
+        if compensation:
+            dtype, load = torch.float32, partial(_compensated, load, reader, compensation, placed)
         if modulation:
             dtype, load = torch.float32, partial(_modulated, load, reader, modulation, share)
         tensors[placed.name] = LazyTensor(placed.shape, dtype, load, buckets)
@@ -108,13 +124,19 @@ def plain_norms(model: ModelConfig, tensors: Mapping[str, LazyTensor]) -> dict[s
 def _check_names(info: CheckpointInfo, stored: set[str]) -> None:
     """Raise FlextronError for a stored tensor that families/tensors.py does not declare: the cut model would lack it."""
     names = [placed.source for placed in placed_tensors(info.model, SubNetwork.full(info.model))]
-    known = {*names, *(_modulation(name) for name in names if info.space.modulation)}
+    known = {*names, *(_modulation(name) for name in names if info.space.modulation), *(_compensation(info, n) for n in names)}
     if unknown := sorted(stored - known):
         raise FlextronError(f"{info.path}: the tensor {unknown[0]} is none that this model declares (families/tensors.py)")
 
 
 def _load(reader: TensorReader, placed: Placed, buckets: int) -> torch.Tensor:
-    """Read the tensor of a dense model from the full model's tensor in a checkpoint. buckets: as in `_take`."""
+    """Read the tensor of a dense model from the full model's tensor in a checkpoint.
+
+    Args:
+        reader: reader of the checkpoint.
+        placed: the tensor's place and size in the dense model.
+        buckets: number of buckets into which heads or neurons stay dealt (checkpoint/sharding.py); 1 for units in order.
+    """
     if buckets > 1:
         stored = reader.stored(placed.source)
     else:
@@ -127,7 +149,8 @@ def _load(reader: TensorReader, placed: Placed, buckets: int) -> torch.Tensor:
 def _take(tensor: torch.Tensor, placed: Placed, buckets: int) -> torch.Tensor:
     """Entries of a tensor that the sub-network uses, with a dimension for each factor of its size.
 
-    Of each factor these are the first entries, and its last ones that every sub-network keeps (`Factor.last`).
+    They are the first entries along each factor, and the last ones that every sub-network keeps, such as key and value after the
+    query heads (`Factor.last`).
 
     Args:
         tensor: tensor of the full model.
@@ -158,6 +181,33 @@ def _modulation(source: str) -> str | None:
     return f"{block}.modulation" if tensor.startswith(("proj.", "fc2.")) else None
 
 
+def _compensation(info: CheckpointInfo, source: str) -> str | None:
+    """Name of the compensation that applies to an output projection's weight; None for other tensors or without one."""
+    projection = f"{TENSOR.rpartition('.')[0]}.weight"
+    return f"{source.removesuffix(projection)}{TENSOR}" if info.space.compensation and source.endswith(projection) else None
+
+
+def _compensated(load: Callable[[], torch.Tensor], reader: TensorReader, compensation: str, placed: Placed) -> torch.Tensor:
+    """Weight of an output projection in fp32, with the compensation of its heads multiplied into it.
+
+    Args:
+        load: function () that returns the weight of the sub-network.
+        reader: reader of the checkpoint.
+        compensation: name of the compensation in the checkpoint.
+        placed: the weight's place and size in the dense model.
+    """
+    groups, queries, size = placed.sizes[1]
+    matrix_Gqq = reader.read(compensation)[:groups, :queries, :queries].float()
+    return folded_weight(load().float().unflatten(1, (groups, queries, size)), matrix_Gqq).flatten(1)
+
+
 def _modulated(load: Callable[[], torch.Tensor], reader: TensorReader, modulation: str, share: float) -> torch.Tensor:
-    """Weight or bias of a block in fp32, times the gain of its modulation. share: parameters of the sub-network / full model."""
+    """Last weight or bias of a block in fp32, times the gain of the block's modulation.
+
+    Args:
+        load: function () that returns the tensor of the sub-network.
+        reader: reader of the checkpoint.
+        modulation: name of the modulation in the checkpoint.
+        share: parameters of the sub-network / parameters of the full model.
+    """
     return load().float() * gain(reader.read(modulation), share)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,9 @@ class Job:
         origin: selector and budget that chose the network, in words for the model card; None: not told there.
         token_routers: adaptive routers of the checkpoint, for hf_elastic: (description, tensors) (adaptive/export.py); None
             without.
+        refitted: {name in the full model: weight or bias of the sub-network that replaces the slice of the full model's}; None
+            for a plain slice.
+        refit: how the tensors in `refitted` were made, in words for the model card; None for a plain slice.
     """
 
     info: CheckpointInfo
@@ -54,6 +57,8 @@ class Job:
     settings: HfSettings | TrtllmSettings | GgufSettings | HfElasticSettings | None = None
     origin: str | None = None
     token_routers: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
+    refitted: Mapping[str, torch.Tensor] | None = None
+    refit: str | None = None
 
     def __post_init__(self) -> None:
         self.info.space.check(self.info.model, self.net)
@@ -74,12 +79,14 @@ class Format:
         tolerance: function (job) that returns the largest absolute difference from the checkpoint's logits that rounding
             explains.
         networks: function (job) that returns the networks whose logits are verified; by default the exported one.
+        check: function (job) that raises those errors of `write` that need no weights, for what takes long before it.
     """
 
     write: Callable[[Job], dict[str, Any]]
     logits: Callable[[Job, SubNetwork, torch.Tensor], torch.Tensor]
     tolerance: Callable[[Job], float]
     networks: Callable[[Job], list[SubNetwork]] = lambda job: [job.net]
+    check: Callable[[Job], object] = lambda job: None
 
 
 def check_format(name: str) -> None:
@@ -98,7 +105,10 @@ def rounding(job: Job) -> float:
     """Largest absolute difference between logits of the export and of the checkpoint that rounding explains.
 
     1e-4 for fp32 computation with the stored weights; 0.25 if weights are rounded to the export's 16-bit dtype, which happens
-    when it differs from the checkpoint's, or when modulation was multiplied into the weights.
+    when it differs from the checkpoint's, or when modulation or compensation was multiplied into the weights, or some were
+    refitted.
     """
-    as_stored = job.dtype == job.info.dtype and not (job.info.space.modulation and job.net != SubNetwork.full(job.info.model))
+    space = job.info.space
+    multiplied = space.compensation or (space.modulation and job.net != SubNetwork.full(job.info.model))
+    as_stored = job.dtype == job.info.dtype and not (multiplied or job.refitted)
     return 1e-4 if as_stored or job.dtype == "fp32" else 0.25

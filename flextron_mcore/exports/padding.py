@@ -36,11 +36,11 @@ def deci_slots(layers: Sequence[LayerChoice], multiple: int = 1) -> list[LayerCh
 
 
 def zero_padded(tensor: torch.Tensor, placed: Placed) -> torch.Tensor:
-    """Tensor of a layer, padded with zeros from its own sizes, `placed.sizes`, to `placed.whole`.
+    """Pad a tensor of a layer with zeros, from its own sizes (`placed.sizes`) to the padded ones (`placed.whole`).
 
-    Zeros follow the units of each factor; of a factor with `last` entries (key and value after the query heads of a group) they
-    stand before those. Padded query heads, KV heads and neurons add nothing to the output, because the weights that read them
-    are zero, too.
+    Zeros follow the units of each factor of a dimension. A factor whose last entries are of another kind (`last`: key and value
+    after the query heads of a group) gets the zeros in front of those. Padded query heads, KV heads and neurons add nothing to
+    the output, because the weights that read them are zero, too.
     """
     for axis in reversed(range(tensor.dim())):
         tensor = tensor.unflatten(axis, placed.sizes[axis])

@@ -6,6 +6,7 @@ tensors of all families under Megatron-Core's names.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ FAMILIES = [
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:
-    """Family of a config.json, found by `architectures`, or by `model_type` if `architectures` is absent.
+    """Family of a config.json, found by `architectures`, or by `model_type` if `architectures` is absent or empty.
 
     Raises FlextronError for a quantized model, for an unsupported architecture, and if the two keys name different families.
     """
@@ -31,11 +32,14 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
             raise FlextronError("quantized models are not supported: import the original model")
         if model_type not in (None, family.model_type):
             raise FlextronError(
-                f"architectures {architectures} and model_type {model_type!r} name different models: download config.json again"
+                f"architectures {json.dumps(architectures)} and model_type {json.dumps(model_type)} name different models: "
+                "download config.json again"
             )
         return family
     shown = (
-        f"architecture {', '.join(map(str, architectures))}" if isinstance(architectures, list) else f"model_type {model_type!r}"
+        f"architecture {', '.join(name if isinstance(name, str) else json.dumps(name) for name in architectures)}"
+        if architectures and isinstance(architectures, list)
+        else f"model_type {json.dumps(model_type)}"
     )
     reason = f": it has {found}" if (found := lacking(config)) else ""
     raise FlextronError(f"{shown} is not supported{reason}: only {', '.join(family.architecture for family in FAMILIES)}")
@@ -68,9 +72,10 @@ def coded_family(model: ModelConfig, family: Family) -> Family | None:
 
 
 def _named(config: Mapping[str, Any]) -> Family | None:
-    """Family that a config.json names, by `architectures` if this is a list, else by `model_type`; None for an unknown one."""
+    """Family that a config.json names, by `architectures` if this lists any, else by `model_type`; None for an unknown one."""
     architectures, model_type = config.get("architectures"), config.get("model_type")
+    names = bool(architectures) and isinstance(architectures, list)
     for family in FAMILIES:
-        if family.architecture in architectures if isinstance(architectures, list) else family.model_type == model_type:
+        if family.architecture in architectures if names else family.model_type == model_type:
             return family
     return None

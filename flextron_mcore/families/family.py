@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ class Names:
     transposed: tuple[str, ...] = ()
 
     def map(self, tensors: Iterable[Placed], where: str) -> list[Mapped]:
-        """Names and shapes of tensors in the format: before the layers, layer by layer, after the layers, each as in `modules`.
+        """Names and shapes of tensors in the format: those before the layers, of each layer, and after the layers.
+
+        Within each of these parts they have the order of `modules`.
 
         Raises FlextronError, whose message begins with `where`, for a tensor whose module is not in `modules`.
         """
@@ -188,10 +191,15 @@ class Family:
         scaling = (model.rope_scaling or {}).get("type")
         refused = kinds is not None and scaling is not None and scaling not in kinds
         return ([f"rope_scaling of type {'|'.join(kinds) or 'default'} (it is {scaling})"] if refused else []) + [
-            f"{key}={'|'.join(map(str, allowed))} (it is {getattr(model, key)})"
+            f"{key}={'|'.join(map(_shown, allowed))} (it is {_shown(getattr(model, key))})"
             for key, allowed in needs.items()
             if getattr(model, key) not in allowed
         ]
+
+
+def _shown(value: Any) -> str:
+    """Text of a field of ModelConfig for a message: true, false and null as in config.json."""
+    return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _holds(key: ConfigKey, name: str) -> bool:

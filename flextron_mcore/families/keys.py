@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from flextron_mcore.config import MOST_LAYERS, ROPE_SCALING_KEYS, FlextronError, ModelConfig
-from flextron_mcore.families.strictness import original_positions, rope_parameters
+from flextron_mcore.families.strictness import KINDS, original_positions, rope_parameters, shown
 
 _REQUIRED = object()
+_OF_TRAINING = ("init_method_std", "hidden_dropout", "attention_dropout")  # fields that do not change the function
 _ROPE_KEYS = {**ROPE_SCALING_KEYS, "yarn": ROPE_SCALING_KEYS["yarn"] | {"mscale", "mscale_all_dim"}}
 _ROPE_KEYS["longrope"] = ROPE_SCALING_KEYS["longrope"] | {"factor"}
 
@@ -60,9 +61,11 @@ class Key:
             value(config, self.theirs, self.kind, None)  # checked, because an export writes it
             return {}
         name = self._given(config)
+        if self.default is not _REQUIRED and self.ours not in _OF_TRAINING:
+            _check_null(config, name, self.default)
         found = value(config, name, self.kind, self.default)
         if self.names is not None and found not in self.names:
-            raise FlextronError(f"{self.theirs}={found!r} is not supported: only {', '.join(self.names)}")
+            raise FlextronError(f"{self.theirs}={shown(found)} is not supported: only {', '.join(self.names)}")
         return {self.ours: found if self.names is None else self.names[found]}
 
     def _given(self, config: Mapping[str, Any]) -> str:
@@ -76,7 +79,7 @@ class Key:
         return given[0]
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        """{key of config.json: value}. source: config.json that the model was imported from, or {}.
+        """Entry of an exported config.json, {key: value}. source: config.json that the model was imported from, or {}.
 
         If several values in config.json mean the field's value (`names`), the value in `source` is kept if it is one of them,
         else the first is written. A `kept` key has the value in `source`, if there is one.
@@ -94,7 +97,7 @@ class Option:
 
     Attributes:
         key: key of config.json.
-        only: supported value; null is accepted as well.
+        only: supported value; null is accepted as well, unless an export writes the key.
         written: True if an export writes the key.
         also: other spellings of the supported value.
     """
@@ -105,13 +108,15 @@ class Option:
     also: tuple[Any, ...] = ()
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Check the value and return {}. Raises FlextronError for a value other than null, `only` and the spellings in `also`."""
+        """Check the value and return {}. Raises FlextronError for a value that is not supported."""
+        if self.written:
+            _check_null(config, self.key, self.only)
         if config.get(self.key) not in (None, self.only, *self.also):
             raise FlextronError(f"{self.key}={config[self.key]!r} is not supported (only {self.only!r} is)")
         return {}
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        """{key: only} if `written`, else {}."""
+        """Entry of an exported config.json: {key: only} if `written`, else {}. model, source: unused."""
         return {self.key: self.only} if self.written else {}
 
 
@@ -142,11 +147,13 @@ class Rope:
         return () if self.partial is None else ("rotary_percent",)
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """{"rotary_base", "rope_scaling"}, and "rotary_percent" for a family with partial rotation.
+        """Fields of ModelConfig, {"rotary_base", "rope_scaling"}, and "rotary_percent" for a family with partial rotation.
 
         Raises FlextronError for an unsupported or contradictory scaling.
         """
         name, rope, kind = rope_parameters(config, _ROPE_KEYS, self.renamed)
+        if rope.get("rope_theta") is None:
+            _check_null(config, "rope_theta", self.theta)
         found: dict[str, Any] = {"rotary_base": value(rope, "rope_theta", float, value(config, "rope_theta", float, self.theta))}
         if self.partial is None:
             for where in (config, rope):
@@ -162,7 +169,14 @@ class Rope:
         return found | {"rope_scaling": read(config, rope) if read else self._scaling(config, rope, kind, name)}
 
     def _scaling(self, config: Mapping[str, Any], rope: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
-        """Value of ModelConfig.rope_scaling for a type other than yarn. Raises FlextronError if a key of the type is absent."""
+        """Value of ModelConfig.rope_scaling for the types linear and llama3. Raises FlextronError if a key of the type is absent.
+
+        Args:
+            config: content of config.json.
+            rope: rotary parameters in it.
+            kind: type of the scaling.
+            name: key that holds the rotary parameters, for the message.
+        """
         scaling: dict[str, Any] = {"type": kind}
         for key in sorted(ROPE_SCALING_KEYS[kind]):
             if key == "original_max_position_embeddings":
@@ -209,10 +223,13 @@ class Rope:
         return scaling
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        """{"rope_theta", "rope_scaling", "rope_parameters"}, and "partial_rotary_factor" for a family with partial rotation.
+        """Entries of an exported config.json: {"rope_theta", "rope_scaling", "rope_parameters"}.
 
-        Also "original_max_position_embeddings" of LongRoPE, which transformers 4 reads in config.json itself, and of a family in
-        which it is always there. That family's class in transformers 4 accepts a scaling with type and factors only.
+        Also "partial_rotary_factor" for a family with partial rotation, and "original_max_position_embeddings" of LongRoPE, which
+        transformers 4 reads in config.json itself, and of a family in which it is always there. That family's class in
+        transformers 4 accepts a scaling with type and factors only.
+
+        source: config.json that the model was imported from, or {}.
         """
         scaling = dict(model.rope_scaling or {"type": "default"})
         rope = {"rope_type": scaling.pop("type"), **scaling}
@@ -250,12 +267,12 @@ class Window:
     holds = ("sliding_window",)
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """{"sliding_window": number of keys that a query attends to, or None for all}."""
+        """Field of ModelConfig, {"sliding_window": number of keys that a query attends to, or None for all}."""
         found = value(config, "sliding_window", int, None) if "sliding_window" in config else self.default
         return {"sliding_window": found}
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        """{"sliding_window": number of keys, or None}."""
+        """Entry of an exported config.json, {"sliding_window": keys that a query attends to; None: all}. source: unused."""
         return {"sliding_window": model.sliding_window}
 
 
@@ -274,7 +291,7 @@ class LayerWindows:
     holds = ("sliding_window", "window_attn_skip_freq")
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """{"sliding_window": tokens or None, "window_attn_skip_freq": for each layer 1 with the window, else 0}.
+        """Fields of ModelConfig, {"sliding_window": tokens or None, "window_attn_skip_freq": for each layer 1 with it, else 0}.
 
         Raises FlextronError for layer_types of another length or with other names, and for a window that is not switched on.
         """
@@ -310,9 +327,9 @@ class LayerWindows:
         return tuple(int(kind == "sliding_attention") for kind in types)
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        """{"use_sliding_window"}, and for a model with windows {"sliding_window", "layer_types"}.
+        """Entries of an exported config.json: {"use_sliding_window"}, and with windows {"sliding_window", "layer_types"}.
 
-        Ministral has the last two only, and transformers wants its sliding_window even if no layer has one.
+        Ministral has the last two only, and transformers wants its sliding_window even if no layer has one. source: unused.
         """
         types = ["full_attention" if window is None else "sliding_attention" for window in model.windows]
         if self.without_types == "all":
@@ -329,7 +346,7 @@ class NoRope:
     holds = ("no_rope_freq",)
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """{"no_rope_freq": for each layer 1 without rotary embedding, else 0}.
+        """Field of ModelConfig, {"no_rope_freq": for each layer 1 without rotary embedding, else 0}.
 
         Without no_rope_layers, every no_rope_layer_interval-th layer has no rotary embedding.
         """
@@ -342,8 +359,23 @@ class NoRope:
         return {"no_rope_freq": tuple(int(not rotated) for rotated in given[:layers])}
 
     def write(self, model: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
-        """{"no_rope_layers": for each layer 1 with rotary embedding, else 0}."""
+        """Entry of an exported config.json, {"no_rope_layers": for each layer 1 with rotary embedding, else 0}.
+
+        source: unused.
+        """
         return {"no_rope_layers": [1 - skipped for skipped in model.no_rope_freq or (0,) * model.num_layers]}
+
+
+def _check_null(config: Mapping[str, Any], key: str, default: Any) -> None:
+    """Raise FlextronError for a key that is null although its default is not, nor false: transformers has no model for it.
+
+    Args:
+        config: content of config.json.
+        key: name of the key.
+        default: transformers' default for an absent key.
+    """
+    if default not in (None, False) and config.get(key, default) is None:
+        raise FlextronError(f"{key}=null is not supported: leave the key out for transformers' default, {shown(default)}")
 
 
 def value(config: Mapping[str, Any], key: str, kind: type, default: Any = _REQUIRED) -> Any:
@@ -366,5 +398,5 @@ def value(config: Mapping[str, Any], key: str, kind: type, default: Any = _REQUI
     if kind is float and type(found) is int:
         return float(found)
     if type(found) is not kind:
-        raise FlextronError(f"{key} must be of type {kind.__name__}, not {found!r}")
+        raise FlextronError(f"{key} must be {KINDS[kind]}, not {shown(found)}")
     return found

@@ -14,7 +14,10 @@ from flextron_mcore.families.tensors import Layer
 
 
 def _refusal(model: ModelConfig, hidden_size: int, layer: Layer) -> str | None:
-    """Reason why transformers 5 refuses a LlamaForCausalLM with these widths in all its layers, None if it accepts them."""
+    """Reason why transformers 5 refuses a LlamaForCausalLM with these widths in all its layers, None if it accepts them.
+
+    It wants hidden_size to be a multiple of the number of query heads. model: unused.
+    """
     heads = layer.kv_groups * layer.query_heads_per_group
     if hidden_size % heads:
         return f"transformers 5 refuses a stock Llama whose hidden_size, {hidden_size}, is not a multiple of its {heads} heads"

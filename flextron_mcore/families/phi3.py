@@ -18,7 +18,7 @@ _FUSED = {"self_attention.linear_qkv": "self_attn.qkv_proj", "mlp.linear_fc1": "
 def _refusal(model: ModelConfig, hidden_size: int, layer: Layer) -> str | None:
     """Reason why transformers refuses a Phi3ForCausalLM with these widths in all its layers, None if it accepts them.
 
-    It wants as many factors of longrope as hidden_size / heads gives, whatever head_dim is.
+    transformers computes the number of longrope's factors from hidden_size / heads, whatever head_dim is.
     """
     heads = layer.kv_groups * layer.query_heads_per_group
     if model.rope_scaling and int(hidden_size // heads * model.rotary_percent) // 2 != model.rotary_channels // 2:

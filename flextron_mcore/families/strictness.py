@@ -29,13 +29,15 @@ HARMLESS = frozenset(
     """.split()
 )
 
-# {key that can change the model's output: its value without effect}. Null has no effect for any key.
+# {key that can change the model's output: its value without effect}. Null has none, either, but for is_causal,
+# where transformers takes it for false.
 NEUTRAL: dict[str, Any] = {
     "add_cross_attention": False,
     "attention_bias": False,
     "embedding_multiplier": 1.0,
     "full_attn_mod": 1,
     "interpolate_factor": 1,
+    "is_causal": True,
     "is_encoder_decoder": False,
     "lm_head_bias": False,
     "logit_scale": 1.0,
@@ -56,6 +58,16 @@ NEUTRAL: dict[str, Any] = {
     "use_mrope": False,
     "use_qk_norm": False,
     "use_sliding_window": False,
+}
+
+# {type of a value of config.json: words for a message}
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object in braces",
 }
 
 
@@ -96,9 +108,9 @@ def refuse_unread(config: ReadKeys, harmless: frozenset[str], architecture: str)
     """
     changing = [key for key in config.unread if key not in HARMLESS | harmless and not _neutral(key, config[key])]
     if changing:
-        shown = ", ".join(f"{key}={_short(config[key])}" for key in changing[:5])
+        named = ", ".join(f"{key}={shown(config[key])}" for key in changing[:5])
         raise FlextronError(
-            f"{shown} {'is' if len(changing) == 1 else 'are'} not supported: the import of a {architecture} does not read "
+            f"{named} {'is' if len(changing) == 1 else 'are'} not supported: the import of a {architecture} does not read "
             f"{'this key' if len(changing) == 1 else 'these keys'}: remove from config.json only a key that does not change the "
             "model's output"
         )
@@ -108,12 +120,12 @@ def _neutral(key: str, value: Any) -> bool:
     """True if this value of a key of config.json cannot change the model's output."""
     if key == "layer_types":
         return isinstance(value, list) and set(map(str, value)) <= {"full_attention", "attention"}
-    return value is None or (key in NEUTRAL and value == NEUTRAL[key])
+    return (value is None and key != "is_causal") or (key in NEUTRAL and value == NEUTRAL[key])
 
 
-def _short(value: Any) -> str:
-    """Text of a value for a message: its repr, cut to at most 60 characters."""
-    text = repr(value)
+def shown(value: Any) -> str:
+    """Text of a value for a message: its repr, cut to at most 60 characters; null for None."""
+    text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -138,7 +150,7 @@ def rope_parameters(
     found = {name: config.get(name) for name in ("rope_scaling", "rope_parameters")}
     for name, rope in found.items():
         if rope is not None and not isinstance(rope, dict):
-            raise FlextronError(f"{name} must be of type dict, not {_short(rope)}")
+            raise FlextronError(f"{name} must be {KINDS[dict]}, not {shown(rope)}")
     named = {name: {k: v for k, v in rope.items() if v is not None} for name, rope in found.items() if rope}
     for key in _ONCE:
         values = {key: config.get(key), **{f"{name}.{key}": rope.get(key) for name, rope in named.items()}}
@@ -150,7 +162,7 @@ def rope_parameters(
     rope = {k: v for other in reversed(list(named.values())) for k, v in other.items()}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if not isinstance(kind, str):
-        raise FlextronError(f"{name}.rope_type must be of type str, not {_short(kind)}")
+        raise FlextronError(f"{name}.rope_type must be {KINDS[str]}, not {shown(kind)}")
     kind = renamed.get(kind, kind)
     if kind in known or kind == "default":
         unknown = sorted(rope.keys() - _ROPE - known.get(kind, set()))
@@ -171,7 +183,7 @@ def original_positions(config: Mapping[str, Any], rope: Mapping[str, Any]) -> in
     key = "original_max_position_embeddings"
     found = config.get(key) or rope.get(key) or config.get("max_position_embeddings") or 2048
     if isinstance(found, bool) or not isinstance(found, int | float) or found % 1 or found < 1:
-        raise FlextronError(f"original_max_position_embeddings must be a whole number of at least 1, not {_short(found)}")
+        raise FlextronError(f"original_max_position_embeddings must be a whole number of at least 1, not {shown(found)}")
     return int(found)
 
 
@@ -187,5 +199,5 @@ def _agree(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if value != first[1]:
             raise FlextronError(
-                f"{first[0]}={_short(first[1])} and {name}={_short(value)} disagree: leave one of them in config.json"
+                f"{first[0]}={shown(first[1])} and {name}={shown(value)} disagree: leave one of them in config.json"
             )

@@ -300,12 +300,26 @@ def count(model: ModelConfig, net: Network, embeddings: bool = True, extra: tupl
 # Cached because selectors count the same layers many times.
 @lru_cache(maxsize=4096)
 def _count_layer(model: ModelConfig, hidden_size: int, layer: Layer, extra: tuple[Tensor, ...]) -> int:
-    """Number of parameters of one executed layer."""
+    """Number of parameters of one executed layer.
+
+    Args:
+        model: architecture of the full model.
+        hidden_size: channels of the sub-network.
+        layer: widths of the layer.
+        extra: tensors that axes add to TENSORS (axes.added_tensors).
+    """
     return sum(tensor.numel(model, hidden_size, layer) for tensor in of_model(model, "layer", extra))
 
 
 @lru_cache(maxsize=64)
 def _count_around(model: ModelConfig, hidden_size: int, embeddings: bool, extra: tuple[Tensor, ...]) -> int:
-    """Number of parameters outside of the layers. embeddings: False leaves out the embeddings and the output layer."""
+    """Number of parameters outside of the layers.
+
+    Args:
+        model: architecture of the full model.
+        hidden_size: channels of the sub-network.
+        embeddings: False leaves out the embeddings and the output layer.
+        extra: tensors that axes add to TENSORS (axes.added_tensors).
+    """
     around = [*of_model(model, "before", extra), *of_model(model, "after", extra)]
     return sum(tensor.numel(model, hidden_size) for tensor in around if embeddings or not tensor.embedding)

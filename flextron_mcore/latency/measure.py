@@ -161,7 +161,14 @@ def without_drift(rounds: Sequence[Mapping[Any, Sequence[float]]]) -> dict[Any, 
 
 
 def _balanced(arch: ModelConfig, space: ElasticSpace, seed: int, round_: int) -> list[SubNetwork]:
-    """Random networks of all layers that together have every candidate at least once in every layer, at every hidden size."""
+    """Random networks without skipped layers that together have every candidate in every layer, at every hidden size.
+
+    Args:
+        arch: architecture of the full model.
+        space: elastic space.
+        seed: seed of the measurement.
+        round_: number of the round; each round has other networks.
+    """
     count = balanced(space) // len(space.hidden_size)
     generator = np.random.default_rng([seed, round_, 1])
 

@@ -3,7 +3,8 @@
 In training these are the tensors that autograd saves in the forward passes in flight, and the working memory of the loss or of a
 backward pass at its peak. All counts are for the full model.
 
-Letters: n tokens of a micro-batch, e bytes of an element; h, q, k, f1, f2 as in `Rank.sizes` (layout.py).
+Letters: n tokens of a micro-batch, e bytes of an element; h hidden size; on one rank q query channels, k key channels, f1 fc1
+outputs and f2 fc2 inputs (`Rank.sizes`, layout.py).
 """
 
 from __future__ import annotations
@@ -13,18 +14,24 @@ from flextron_mcore.settings.latency import WorkloadSettings
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.training.rampup import BatchSizes
 
-TAUGHT = 16  # bytes a logit of the loss with distillation: four fp32 tensors, the teacher's logits apart (measured)
+TAUGHT = 16  # bytes per logit of the loss with distillation: four fp32 tensors (measured); the teacher's logits are counted apart
 
 
 def activations(rank: Rank, settings: StageSettings) -> int:
-    """Peak bytes that a stage needs on a rank on top of weights, gradients and optimizer state."""
+    """Peak bytes that a stage needs on a rank in addition to weights, gradients and optimizer state.
+
+    Where gradients are computed, these are the tensors that autograd saves; elsewhere the largest tensors of one forward pass,
+    and for `latency` also a KV cache.
+    """
     stage = settings.stage
     gathered = rank.tokens * rank.model.hidden_size * rank.layout.dtype if rank.layout.sequence_parallel else 0
     gates = (
         stage == "joint" or (stage == "router" and not settings.surrogate.enabled) or bool(getattr(settings, "modulation", False))
     )
     if stage not in TRAINED and not gates:
-        return gathered + _forward(rank) + (_kv_cache(rank, settings.setting) if stage == "latency" else 0)
+        if stage == "latency":
+            return inference(rank, settings.setting.kind) + _kv_cache(rank, settings.setting)
+        return gathered + _forward(rank)
     largest = BatchSizes(settings.model, settings.trainer.max_steps).largest if stage in LOOPED else 0
     micro_batches = (largest or settings.model.global_batch_size) // (rank.layout.micro_batch * rank.layout.data)
     teach = stage in ("elastic", "joint", "gumbel") and settings.distillation.weight > 0
@@ -42,7 +49,13 @@ def networks(settings: StageSettings) -> int:
 
 
 def _most(flights: int, step: int, settings: StageSettings) -> int:
-    """Most weighted networks (layers/weighted.py) among the passes in flight; `step` networks follow each other in a cycle."""
+    """Largest number of weighted networks (with a weight for every candidate, as `gumbel` trains) among the passes in flight.
+
+    Args:
+        flights: forward passes of a chunk of layers that wait for their backward passes.
+        step: networks of a training step, which run one after another for each micro-batch.
+        settings: settings of `gumbel`.
+    """
     weighted, chunks = settings.router.weighted_per_step, settings.model.virtual_pipeline_model_parallel_size or 1
     return min(flights, chunks * (flights // step * weighted + min(flights % step, weighted)))
 
@@ -64,7 +77,7 @@ def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False, weighted:
     fused = q + 2 * k  # values are a view of the fused QKV product, so all of it stays alive
     turned = n * (fused + q + k) * e + 4 * layout.length * model.rotary_channels * e
     plain = n * (fused + (q if model.query_heads_per_group > 1 else 0)) * e
-    mine = rank.numbers  # where layers differ, a mean of the rank's
+    mine = rank.numbers  # layers may differ in windows and RoPE: attention's bytes are a mean over the rank
     layers, skipped = len(mine), sum((model.no_rope_freq or (0,) * model.num_layers)[number] for number in mine)
     attention = ((layers - skipped) * turned + skipped * plain) // layers if model.position_embedding_type == "rope" else plain
     if model.qk_layernorm:
@@ -84,7 +97,11 @@ def saved_layer(rank: Rank, frozen: bool = False, gates: bool = False, weighted:
 
 
 def _head_norms(rank: Rank, frozen: bool) -> int:
-    """Bytes that autograd saves of the norms of queries and keys. The keys are a view of the fused QKV product, which is kept."""
+    """Bytes that autograd saves in the norms of queries and keys (qk_layernorm) of a layer, for a micro-batch.
+
+    On a GPU and in fp32 the norm of the keys saves no input of its own: its input is a view of the fused QKV product, which is
+    counted with the attention block.
+    """
     n, e, size = rank.tokens, rank.layout.dtype, rank.model.kv_channels
     _, q, k, _, _ = rank.sizes
     statistics = 4 * n * (q + k) // size
@@ -121,7 +138,7 @@ def saved_head(rank: Rank, frozen: bool = False, weighted: bool = False) -> int:
     Args:
         rank: rank that holds the output layer.
         frozen: True if weights get no gradients.
-        weighted: True in a weighted network (layers/weighted.py, trained by `gumbel`), whose norm saves more.
+        weighted: True in a weighted network (layers/weighted.py, with a weight for every candidate), whose norm saves more.
     """
     return norm(rank, frozen, weighted) + (0 if frozen else rank.stream) + 4 * rank.logits + 9 * rank.tokens
 
@@ -129,7 +146,9 @@ def saved_head(rank: Rank, frozen: bool = False, weighted: bool = False) -> int:
 def in_flight(rank: Rank, micro_batches: int) -> int:
     """Largest number of forward passes of a chunk of layers that wait for their backward passes at once (1F1B or interleaved).
 
-    micro_batches: forward passes of a step on this rank: micro-batches times networks.
+    Args:
+        rank: rank that holds the chunk.
+        micro_batches: forward passes of a step on this rank: micro-batches times networks.
     """
     stages, chunks = rank.layout.pipeline, rank.layout.chunks
     if chunks == 1:
@@ -138,14 +157,14 @@ def in_flight(rank: Rank, micro_batches: int) -> int:
 
 
 def _backward(rank: Rank, micro_batches: int, frozen: bool, gates: bool, teach: bool, weighted: int) -> int:
-    """Peak bytes of training on a rank, weights and optimizer apart.
+    """Peak bytes of training on a rank in addition to weights, gradients and optimizer state.
 
     Args:
         rank: the rank.
-        micro_batches: forward passes of a step on this rank, those of all networks.
+        micro_batches: forward passes of a step on this rank: micro-batches times networks.
         frozen: True if weights get no gradients.
-        gates: True if outputs of blocks are multiplied with routers' gates or modulation, which get gradients.
-        teach: True for distillation.
+        gates: True if outputs of blocks are multiplied with router gates or modulation gains, which get gradients.
+        teach: True for distillation, whose loss also needs the teacher's logits.
         weighted: number of weighted networks among the passes in flight.
     """
     layout = rank.layout
@@ -184,28 +203,39 @@ def saved_chunk(rank: Rank, layers: int, attention: int, mlp: int) -> tuple[int,
 
 
 def _head(rank: Rank, frozen: bool, teach: bool, weighted: bool) -> int:
-    """Peak bytes of the output layer and the loss. teach: True for distillation, with logits of the teacher."""
+    """Peak bytes of the output layer and the loss for a micro-batch, in the forward or the backward pass.
+
+    Args:
+        rank: rank that holds the output layer.
+        frozen: True if weights get no gradients.
+        teach: True for distillation, whose loss also needs the teacher's logits.
+        weighted: True if one of the networks is weighted (layers/weighted.py).
+    """
     n, e, h = rank.tokens, rank.layout.dtype, rank.model.hidden_size
     logits = rank.logits
     if teach:
         pieces = (TAUGHT + (e + e if rank.padded else 0)) * logits
-        if logits < n * rank.vocabulary:  # in chunks: the weight's gradient is a sum, and the states wait for all chunks
+        if logits < n * rank.vocabulary:  # loss in chunks: hidden states and the weight's gradient are kept until the last chunk
             pieces += (rank.vocabulary + n) * h * e
         return saved_head(rank, frozen, weighted) - 4 * logits + e * n * rank.vocabulary + pieces
     copies = (2 * logits if e == 2 else 0) + (e * logits if rank.padded else 0)  # before the softmax in fp32
     gradients = (-2 * logits if e == 2 else 0) + n * h * e  # the softmax becomes its own gradient
-    chunked = logits < n * rank.vocabulary  # then the weight's gradient is a sum, and the states wait for all chunks
+    chunked = logits < n * rank.vocabulary  # then hidden states and the weight's gradient are kept until the last chunk
     gradients += 0 if frozen else rank.vocabulary * h * e * (2 if chunked else 1)
     gradients += n * h * e if chunked else 0
     return saved_head(rank, frozen, weighted) + max(copies, gradients)
 
 
 def _layer_work(rank: Rank, frozen: bool) -> int:
-    """Peak working memory of the MLP's backward pass, the first of a layer, in bytes on top of the tensors that autograd saved.
+    """Peak working memory of an MLP's backward pass, in bytes in addition to the tensors that autograd saved.
 
-    The larger of fc2's and fc1's gradients of activations and of weights. A weight's gradient exists twice: the gradient of the
-    slice, and a tensor for DDP's hook (layers/linear.py). With tied embeddings, a rank that holds embedding and output layer also
-    keeps the output layer's gradient. frozen: True if weights get no gradients.
+    The MLP is the first block in a layer's backward pass. The peak is the larger of fc2's and fc1's gradients of activations and
+    of weights. A weight's gradient exists twice: the gradient of the slice, and a tensor for DDP's hook (layers/linear.py). With
+    tied embeddings, a rank that holds embedding and output layer also keeps the output layer's gradient.
+
+    Args:
+        rank: rank that holds the layer.
+        frozen: True if weights get no gradients.
     """
     n, e, h = rank.tokens, rank.layout.dtype, rank.model.hidden_size
     _, _, _, f1, f2 = rank.sizes
@@ -221,15 +251,39 @@ def _mask_work(rank: Rank) -> int:
     return rank.layout.dtype * rank.tokens * rank.sizes[4]
 
 
-def _forward(rank: Rank) -> int:
+def inference(rank: Rank, kind: str) -> int:
+    """Peak bytes of a pass without loss and KV cache: the larger of one layer's tensors and the logits.
+
+    Args:
+        rank: rank that computes.
+        kind: prefill: logits of all tokens, which are copied to put several samples side by side; generation: logits of the last
+            token of each sample.
+    """
+    samples, row = rank.layout.micro_batch, rank.vocabulary * rank.layout.dtype
+    if kind == "generation":  # Megatron-Core drops the embedding's output when the first layer has read it
+        return _forward(rank, samples * row, held=0)
+    return _forward(rank, rank.tokens * row * (2 if samples > 1 else 1))
+
+
+def _forward(rank: Rank, logits: int | None = None, held: int = 1) -> int:
+    """Peak bytes of a forward pass without gradients: the larger of one layer's tensors and the logits.
+
+    Args:
+        rank: rank that computes.
+        logits: bytes of the logits; None for those of the loss, with the loss.
+        held: 1 if the stage's input is held to the end of the pass, else 0.
+    """
     n, e = rank.tokens, rank.layout.dtype
     h, q, k, f1, f2 = rank.sizes
-    layer = 2 * rank.stream + e * n * max(h + f1 + 2 * f2, 3 * q + 4 * k)
-    logits = (6 if e == 2 else 4) + (e if rank.padded else 0)
-    return max(layer, rank.logits * logits + 2 * rank.stream if rank.last else 0)
+    kept = 2 + held * (len(rank.numbers) > 1)  # a layer's input, its norm's output, and the first layer's input
+    layer = kept * rank.stream + e * n * max(h + f1 + 2 * f2, 3 * q + 4 * k)
+    if logits is None:
+        logits = rank.logits * ((6 if e == 2 else 4) + (e if rank.padded else 0))
+    return max(layer, logits + 2 * rank.stream if rank.last else 0)
 
 
 def _kv_cache(rank: Rank, setting: WorkloadSettings) -> int:
+    """Bytes of the keys and values of all layers at the end of a generation; 0 for a workload without generation."""
     if setting.kind != "generation":
         return 0
     length = rank.layout.length + setting.generated_tokens - 1

@@ -22,8 +22,8 @@ class Estimate:
 
     Attributes:
         weights, gradients, optimizer, activations: bytes on the rank that needs most memory.
-        tokens: tokens of the stage, as in `Work` (flops.py): of a training all its steps without validation, each counted once
-            however many networks see it.
+        tokens: tokens that the stage reads. Of a training: tokens of all steps, without validation; a token counts once, however
+            many networks see it. Other stages: see `Work` (flops.py).
         flops: floating-point operations of all ranks together, validation included.
     """
 
@@ -70,7 +70,7 @@ def estimate(
         stored_dtype: precision of the checkpoint ("bf16", "fp32"), used where trainer.precision is null.
         valid_samples: samples in each domain's validation split; None assumes one domain with as many samples as
             limit_val_batches reads.
-        cuda: False for a CPU, where RMSNorm keeps more for the backward pass.
+        cuda: False for a CPU, where RMSNorm keeps more tensors for the backward pass.
 
     Raises:
         FlextronError: sizes of the layout do not divide the model, the batch or the ranks.
@@ -83,7 +83,11 @@ def estimate(
 
 
 def memory_of(rank: Rank, settings: StageSettings) -> tuple[int, int, int, int]:
-    """(bytes of weights, of gradients, of optimizer state, of activations) on a rank."""
+    """Bytes on a rank during a stage: (weights, gradients, optimizer state, activations).
+
+    A frozen teacher counts with the weights. Gradients are fp32; a distributed optimizer splits its state over data-parallel
+    ranks.
+    """
     layout, count, teacher = rank.layout, rank.parameters, rank.teacher(settings)
     gradients = optimizer = 0
     if settings.stage in TRAINED:

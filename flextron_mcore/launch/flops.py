@@ -24,8 +24,9 @@ from flextron_mcore.space import ElasticSpace, SubNetwork
 from flextron_mcore.training.rampup import BatchSizes
 from flextron_mcore.training.sampler import expected, mixture
 
-LARGE = 2.0  # exponent of training/static.py: budgets drawn with it are on average 1 / (1 + LARGE) of their range below its top
-_TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)  # default budgets of a validation (runs/routers.py), as shares of that range
+# Exponent with which training/static.py draws budgets: their mean lies 1 / (1 + LARGE) of the range below its upper end.
+LARGE = 2.0
+_TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)  # default budgets of a validation (runs/routers.py), as shares of the range of budgets
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,12 @@ def work(
 
 
 def _valid(limit: int | None, samples: Sequence[int] | None) -> int:
-    """Validation samples of all domains together, at most `limit` of each (None: all)."""
+    """Validation samples of all domains together, at most `limit` of each (None: all).
+
+    Args:
+        limit: largest number of samples of a domain.
+        samples: samples in each domain's validation split; None assumes one domain with `limit` samples, 0 without a limit.
+    """
     if samples is None:
         return limit or 0
     return sum(min(n, limit) if limit else n for n in samples)
@@ -89,7 +95,7 @@ def _importance(costs: Costs, settings: StageSettings, valid: int) -> Work:
     elastic axis, unsorted and sorted, and these networks in random order too.
 
     Args:
-        costs: FLOPs of a token in each network.
+        costs: FLOPs per token of the model's networks.
         settings: settings of the stage.
         valid: validation tokens of each evaluation of the table; 0 without the table.
     """
@@ -107,6 +113,15 @@ def _importance(costs: Costs, settings: StageSettings, valid: int) -> Work:
 
 
 def _training(costs: Costs, settings: StageSettings, layout: Layout, valid_samples: Sequence[int] | None) -> Work:
+    """Work of a stage with a training loop: all steps with all their networks, a frozen teacher, and all validations.
+
+    Args:
+        costs: FLOPs per token of the model's networks.
+        settings: settings of the stage.
+        layout: layout of the stage over ranks.
+        valid_samples: samples in each domain's validation split; None assumes one domain with as many samples as
+            limit_val_batches reads.
+    """
     stage, trainer, batch = settings.stage, settings.trainer, settings.model.global_batch_size
     low, high = _range(settings)
     if stage == "elastic":
@@ -145,9 +160,14 @@ def _range(settings: StageSettings) -> tuple[float | None, float]:
 
 
 def _trained(costs: Costs, net: float, layout: Layout) -> float:
-    """FLOPs of a forward and a backward pass, recomputation included, of a network whose forward pass costs `net`.
+    """FLOPs per token of a forward and a backward pass, recomputation included.
 
-    The hidden size of a sub-network is not known here: its output layer counts with the mean of the candidates.
+    The hidden size of a sub-network is not known here: the output layer counts with the mean of the candidate hidden sizes.
+
+    Args:
+        costs: FLOPs per token of the model's networks.
+        net: FLOPs per token of the network's forward pass.
+        layout: layout of the stage, with its recomputation.
     """
     method, total = layout.recompute[0], costs.model.num_layers
     again = net - costs.head(None if net == costs.full else mean(costs.space.hidden_size))
@@ -169,9 +189,9 @@ def drawn(costs: Costs, mode: str, weights: Mapping[str, float] | None) -> float
     """Expected FLOPs per token of a sub-network that `flextron elastic` draws.
 
     Args:
-        costs: FLOPs of the model's networks.
-        mode: mode of `flextron elastic`.
-        weights: its budget_weights; None: uniform draws.
+        costs: FLOPs per token of the model's networks.
+        mode: value of `flextron elastic mode=`.
+        weights: value of `flextron elastic budget_weights=`, {share of the full model's parameters: weight}; None: uniform draws.
     """
     if not weights:
         return costs.drawn(mode)
@@ -187,14 +207,18 @@ def drawn(costs: Costs, mode: str, weights: Mapping[str, float] | None) -> float
 
 
 def _attention(costs: Costs, net: float) -> float:
-    """FLOPs of attention scores and of their products with values: their share of the full model's FLOPs, times `net`."""
+    """FLOPs per token of attention scores and of their products with values in a network whose forward pass takes `net` FLOPs.
+
+    An estimate: `net` times the share that these products have in the full model.
+    """
     return net * costs.attention(SubNetwork.full(costs.model)) / costs.full
 
 
 def _evaluated(costs: Costs, settings: StageSettings) -> float:
+    """FLOPs per token of `evaluate`, the sum over its networks. A network that is not known yet counts as the full model."""
     given = settings.subnetwork
     if settings.budget is not None:
-        found = [costs.full]  # upper bound: the network is not known before the selector runs
+        found = [costs.full]  # an upper bound: the selector has not chosen the network yet
     elif given is None:
         found = [costs.of(net) for net in uniform_family(costs.model, costs.space).values()]
     else:
@@ -204,7 +228,10 @@ def _evaluated(costs: Costs, settings: StageSettings) -> float:
 
 
 def _family(costs: Costs, settings: StageSettings) -> float:
-    """FLOPs per token of `family`. A budget that is a share counts as that share of the full model, any other as all of it."""
+    """FLOPs per token of `family`, the sum over its budgets.
+
+    A budget that is a share counts as that share of the full model's FLOPs, any other as all of them, which is an upper bound.
+    """
     words = [str(budget).split() for budget in settings.budgets]
     shares = [word[0] for word in words if len(word) == 1 or word[1] in OWN_UNITS]
     known = [float(share) for share in shares if re.fullmatch(r"0?\.\d+", share)]
@@ -222,9 +249,9 @@ def _sensitivity(costs: Costs, settings: StageSettings) -> float:
 def _compared(costs: Costs, settings: StageSettings) -> float:
     """FLOPs per token of `compare`, the sum over the networks that it evaluates.
 
-    These are the full model; for each target the networks of the selectors, and random ones; and all networks of `uniform` and
-    `matformer`, each with the router's network of equal cost. Networks that two selectors share count twice; dense models do not
-    count.
+    These are the full model; for each target one network of each selector, and random networks; and every network of the
+    selectors `uniform` and `matformer`, each with the router's network of equal cost. A network that two selectors choose counts
+    twice. Dense models trained elsewhere, which `compare` may be given, do not count.
     """
     names, choices = list(settings.selectors), Choices(costs.model, costs.space)
     targets = [costs.budgeted(None, 1.0, part) for part in _TARGETS]
@@ -237,7 +264,7 @@ def _compared(costs: Costs, settings: StageSettings) -> float:
 
 
 def _latency(costs: Costs, settings: StageSettings) -> Work:
-    """Work of `latency`, which is one process; none if the table is fitted to measurements made elsewhere."""
+    """Work of `latency`, which is one process; zero if the table is fitted to measurements made elsewhere."""
     setting = settings.setting
     if settings.measurements is not None:
         return Work(0, 0.0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,10 +21,21 @@ from flextron_mcore.launch.plan import count, is_complete
 from flextron_mcore.runtime.disk import write_whole
 
 RECORD = Path("launch") / "jobs.json"
-JOBS = Path("launch") / "jobs"  # has a directory with script and logs for each job; in the results, which all nodes see
+JOBS = Path("launch") / "jobs"  # in run.results_dir, which all nodes see: a directory for each job, with its script and logs
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING")
 ALIVE = (*WAITING, "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
-COMPLETE, LOST = "COMPLETE", "ENDED"  # states of ours: the result is on disk; Slurm no longer knows the job
+# States of ours: the result is on disk; Slurm no longer knows the job; Slurm does not answer.
+COMPLETE, LOST, UNKNOWN = "COMPLETE", "ENDED", "UNKNOWN"
+QUESTIONS, WAIT = 5, 20  # how often squeue is asked before it counts as silent, and the longest wait for an answer, seconds
+PATIENCE = 3600.0  # seconds for which `follow` waits for a silent Slurm
+
+
+class SlurmSilent(FlextronError):
+    """Slurm's controller does not answer. said: what squeue printed."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(f"squeue: {said}: try again when Slurm answers")
+        self.said = said
 
 
 @dataclass(frozen=True)
@@ -35,9 +48,9 @@ class Record:
         id: Slurm's job id.
         logs: directory of the job's logs.
         steps: trainer.max_steps; None for a stage that does not train.
-        tokens: tokens of one training step, a mean; None for a stage that does not train.
+        tokens: tokens of one training step, a mean; None for a stage that does not train, and without model.seq_length.
         ranks: processes of the job.
-        samples: samples of the whole training; None where they are not known.
+        samples: samples that all steps of the training read together, for its progress; None for a stage that does not train.
     """
 
     name: str
@@ -52,15 +65,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Account:
-    """Row of a job in Slurm's accounting (sacct); fields are empty texts if there is no row.
+    """A job as Slurm's queue (squeue) or its accounting (sacct) shows it; fields are empty texts where it says nothing.
 
     Attributes:
         state: Slurm's name of the job's state.
         elapsed: time since the job's last start, days-hours:minutes:seconds.
-        exit: exit code and signal, CODE:SIGNAL.
+        exit: exit code and signal, CODE:SIGNAL; of the accounting only.
         reason: Slurm's reason for the state.
         nodes: nodes of the job's last start.
-        restarts: number of times that Slurm queued the job again.
+        restarts: number of times that Slurm queued the job again; of the accounting only, else None.
     """
 
     state: str = ""
@@ -68,7 +81,7 @@ class Account:
     exit: str = ""
     reason: str = ""
     nodes: str = ""
-    restarts: int = 0
+    restarts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,10 +90,11 @@ class State:
 
     Attributes:
         record: the job, as launch/jobs.json stores it.
-        state: COMPLETE if the job's result is on disk, else Slurm's name of the state, or ENDED if Slurm no longer knows the job.
+        state: COMPLETE if the job's result is on disk, else Slurm's name of the state, or ENDED if Slurm no longer knows the job,
+            or UNKNOWN if Slurm does not answer.
         progress: step, loss, tokens and time left of a training; empty for other stages.
-        error: log line that says why the stage failed; empty if it did not.
-        account: row of the job in Slurm's accounting.
+        error: log line that says why the stage failed, also an earlier time; empty if it did not.
+        account: the job as Slurm shows it.
     """
 
     record: Record
@@ -95,6 +109,11 @@ class State:
         return self.state in ALIVE
 
 
+WITHOUT_RESULT = {
+    "COMPLETED": "without a result in its directory",
+    LOST: "without a result; Slurm no longer knows the job",
+    UNKNOWN: "Slurm does not answer",
+}
 STATE_COLUMNS = ("job", "id", "state", "elapsed", "restarts", "nodes", "")
 
 
@@ -102,12 +121,17 @@ def state_rows(found: Sequence[State]) -> list[list[str]]:
     """Rows of a table with STATE_COLUMNS, one for each job."""
     rows = []
     for state in found:
-        account, said = state.account, [state.progress, state.error]
+        account, error = state.account, state.error
+        if error and state.alive:  # the job was queued again since
+            error = f"before: {error}"
+        said = [state.progress, error]
         if state.state not in (COMPLETE, *ALIVE) and account.exit not in ("", "0:0"):
             said.append(f"exit code {account.exit}")
-        if account.reason != "None" and state.state in (*WAITING, "CANCELLED"):  # else it is why the job waited
+        if account.reason not in ("None", "NonZeroExitCode") and state.state != COMPLETE:
             said.append(account.reason)
-        about = [account.elapsed, str(account.restarts) if account.elapsed else "", account.nodes]
+        if state.state in WITHOUT_RESULT:
+            said.append(WITHOUT_RESULT[state.state])
+        about = [account.elapsed, "" if account.restarts is None else str(account.restarts), account.nodes]
         rows.append([state.record.name, state.record.id, state.state.lower(), *about, "; ".join(filter(None, said))])
     return rows
 
@@ -122,24 +146,46 @@ def read_record(results: Path) -> list[Record]:
     """Jobs of the newest launch into `results`. Raises FlextronError if there was none, or its record cannot be read."""
     try:
         content = read_json(results / RECORD)
-        return [Record(**job) for job in content["jobs"]]
+        return [_found(Record(**job), results) for job in content["jobs"]]
     except FileNotFoundError:
         raise FlextronError(
-            f"{results / RECORD}: no such file: nothing was launched to Slurm with run.results_dir={results}: set run= to that "
-            "of your launch"
+            f"{results / RECORD}: no such file: nothing was launched to Slurm with run.results_dir={results}: set run= to the "
+            "results directory of your launch"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise FlextronError(
+            f"{results / RECORD}: cannot be read ({explain(error)}): set run= to a directory of a launch that you may read"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise FlextronError(f"{results / RECORD}: cannot be read ({explain(error)}): launch again") from None
 
 
+def _found(record: Record, results: Path) -> Record:
+    """Record whose `logs` is a directory in `results` if the results were moved after the launch; else the record unchanged."""
+    moved = results / JOBS / Path(record.logs).name
+    return replace(record, logs=str(moved)) if moved.is_dir() and not Path(record.logs).is_dir() else record
+
+
 def states(results: Path, records: Sequence[Record]) -> list[State]:
-    """Current state of each job. Raises FlextronError if Slurm does not answer."""
+    """Current state of each job. Raises SlurmSilent if Slurm does not answer."""
     ids = [record.id for record in records]
-    queue, accounts = slurm_states(ids), accounting(ids)
+    return _states(results, records, queue(ids), accounting(ids), LOST)
+
+
+def last_states(results: Path, records: Sequence[Record]) -> list[State]:
+    """State of each job without Slurm's queue: from the results, the logs and the accounting, which may be late."""
+    return _states(results, records, {}, accounting([record.id for record in records]), UNKNOWN)
+
+
+def _states(
+    results: Path, records: Sequence[Record], shown: dict[str, Account], accounts: dict[str, Account], otherwise: str
+) -> list[State]:
     found = []
     for record in records:
         account = accounts.get(record.id, Account())
-        out, state = results / record.name, queue.get(record.id) or account.state or LOST
+        if now := shown.get(record.id):  # the accounting may be late: it keeps a hold that was released
+            account = replace(now, elapsed=account.elapsed or now.elapsed, exit=account.exit, restarts=account.restarts)
+        out, state = results / record.name, account.state or otherwise
         if is_complete(out) and state not in ALIVE:
             state = COMPLETE
         error = "" if state == COMPLETE else last_error(record)
@@ -147,10 +193,15 @@ def states(results: Path, records: Sequence[Record]) -> list[State]:
     return found
 
 
-def slurm_states(ids: Sequence[str]) -> dict[str, str]:
-    """{job id: Slurm's name of its state} of jobs that Slurm still knows. Raises FlextronError if squeue does not answer."""
-    found = dict(line.split() for line in _squeue("--states=all", "--format=%i %T") if len(line.split()) == 2)
-    return {name: state for name, state in found.items() if name in ids}
+def queue(ids: Sequence[str]) -> dict[str, Account]:
+    """{job id: the job} of jobs that Slurm's queue still shows. Raises SlurmSilent if squeue does not answer."""
+    found = {}
+    for line in _squeue("--states=all", "--format=%i|%T|%M|%N|%r"):
+        name, *values = line.split("|", 4)
+        if len(values) == 4 and name in ids:
+            state, elapsed, nodes, reason = values
+            found[name] = Account(state, elapsed, "", reason, nodes)
+    return found
 
 
 def accounting(ids: Sequence[str]) -> dict[str, Account]:
@@ -161,7 +212,7 @@ def accounting(ids: Sequence[str]) -> dict[str, Account]:
     command = ["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", f"--jobs={','.join(ids)}"]
     command += ["--format=JobIDRaw,State,Elapsed,ExitCode,NodeList,Reason"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        answer = _answer(command, timeout=60)
     except subprocess.TimeoutExpired:
         return {}
     found: dict[str, Account] = {}
@@ -169,14 +220,15 @@ def accounting(ids: Sequence[str]) -> dict[str, Account]:
         name, *values = line.split("|", 5)
         if len(values) == 5 and name in ids:
             state, elapsed, code, nodes, reason = values
-            restarts = found[name].restarts + 1 if name in found else 0
-            nodes = "" if nodes == "None assigned" else nodes
-            found[name] = Account((state.split() or [""])[0], elapsed, code, reason, nodes, restarts)
+            restarts = (found[name].restarts or 0) + 1 if name in found else 0
+            nodes, state = "" if nodes == "None assigned" else nodes, (state.split() or [""])[0]
+            reason = reason if state in (*WAITING, "CANCELLED") else ""  # else it is why the job waited
+            found[name] = Account(state, elapsed, code, reason, nodes, restarts)
     return found
 
 
 def queued(results: Path) -> dict[str, str]:
-    """{job id: state} of this user's waiting and running jobs whose scripts lie in `results`, also of jobs not in jobs.json."""
+    """{job id: state} of this user's waiting and running jobs whose scripts lie in `results`, in jobs.json or not."""
     found = {}
     for line in _squeue("--format=%i|%T|%o"):
         name, _, rest = line.partition("|")
@@ -186,21 +238,42 @@ def queued(results: Path) -> dict[str, str]:
     return found
 
 
+def _answer(command: Sequence[str], timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a Slurm command without the user's variables SQUEUE_* and SACCT_*, which would change its answer.
+
+    Args:
+        command: words of the command.
+        timeout: seconds to wait; None waits for ever.
+
+    Raises:
+        subprocess.TimeoutExpired: the command took longer.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=environment)
+
+
 def _squeue(*options: str) -> list[str]:
-    """Lines of squeue about this user's jobs. Raises FlextronError if it does not answer."""
+    """Lines of squeue about this user's jobs. Raises SlurmSilent if it does not answer, FlextronError if it is missing."""
     if not shutil.which("squeue"):
         raise FlextronError("squeue: not found: run this on a login node of the cluster")
-    command = ["squeue", "--noheader", "--me", *options]
-    for attempt in range(5):
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode == 0:
-            return answer.stdout.splitlines()
-        time.sleep(2 * attempt)
-    raise FlextronError(f"squeue: {answer.stderr.strip() or answer.returncode}: try again when Slurm answers")
+    command, said = ["squeue", "--noheader", "--me", *options], ""
+    since = time.monotonic()
+    for attempt in range(QUESTIONS):
+        try:
+            answer = _answer(command, timeout=WAIT)
+            if answer.returncode == 0:
+                return answer.stdout.splitlines()
+            said = answer.stderr.strip() or f"exit code {answer.returncode}"
+        except subprocess.TimeoutExpired:
+            said = f"no answer within {WAIT} s"
+        if time.monotonic() - since > WAIT:
+            break
+        time.sleep(attempt)
+    raise SlurmSilent(said)
 
 
 def follow(results: Path, records: Sequence[Record], say: Callable[[str], None], interval: float = 5.0) -> list[State]:
-    """Wait until every job has ended, and report changes of state at once, progress once a minute.
+    """Wait until every job has ended. Report changes of state at once, and progress once a minute.
 
     Args:
         results: run.results_dir.
@@ -210,11 +283,25 @@ def follow(results: Path, records: Sequence[Record], say: Callable[[str], None],
 
     Returns:
         The final state of each job.
+
+    Raises:
+        SlurmSilent: Slurm has not answered for PATIENCE seconds.
     """
     shown: dict[str, tuple[str, str]] = {}
     since: dict[str, float] = {}
+    silent: float | None = None
     while True:
-        found = states(results, records)
+        try:
+            found = states(results, records)
+        except SlurmSilent as error:
+            if silent is None:
+                silent = time.monotonic()
+                say(f"squeue: {error.said}; asking again")
+            if time.monotonic() - silent > PATIENCE:
+                raise
+            time.sleep(interval)
+            continue
+        silent = None
         for state in found:
             name, now = state.record.name, (state.state, state.progress)
             changed = shown.get(name, ("", ""))[0] != state.state
@@ -222,12 +309,17 @@ def follow(results: Path, records: Sequence[Record], say: Callable[[str], None],
                 say(f"{name:<14} {state.state.lower():<12} {state.progress}".rstrip())
                 shown[name], since[name] = now, time.monotonic()
         if not any(state.alive for state in found):
-            return states(results, records)
+            with contextlib.suppress(SlurmSilent):  # once more: logs and results may appear late on this machine
+                found = states(results, records)
+            return found
         time.sleep(interval)
 
 
 def last_error(record: Record) -> str:
-    """Last line in which a job's stage says why it failed, from the newest log that has one; empty if none has."""
+    """Last message ("flextron: error: ...") in which a job's stage says why it failed; empty if no log has one.
+
+    The newest log that has such a message counts; of each log the last 100 kB are read.
+    """
     pattern = re.compile(r"flextron: (error|failed|stopped).*")
     for file in log_files(record):
         lines = _tail(file)
@@ -245,6 +337,7 @@ def log_files(record: Record) -> list[Path]:
 
 
 def _tail(file: Path, size: int = 100_000) -> list[str]:
+    """Lines in the last `size` bytes of a file; the first line may be incomplete."""
     with open_file(file) as stream:
         stream.seek(0, 2)
         stream.seek(max(0, stream.tell() - size))
@@ -279,7 +372,7 @@ def _progress(out: Path, record: Record) -> str:
     if record.tokens:
         read = rows[-1].get("consumed_samples")
         exact = record.samples and isinstance(read, int | float)
-        done = record.steps * read / record.samples if exact else step  # in steps of equal size
+        done = record.steps * read / record.samples if exact else step  # steps, weighed by their batch sizes
         said += f"  {count(round(done * record.tokens))} tokens"
         if speeds and step < record.steps:
             hours = (record.steps - done) * record.tokens / median(speeds) / 3600

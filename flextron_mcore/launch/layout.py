@@ -1,4 +1,4 @@
-"""Layout of a stage over ranks, and the part of the model on one rank, for the estimates. No torch import."""
+"""Layout of a stage over ranks, and the part of the model on one rank, as the estimates need them. No torch import."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Layout:
         if world % (tensor * pipeline):
             raise FlextronError(
                 f"model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size={pipeline} "
-                f"does not divide the {world} rank(s): choose sizes whose product does"
+                f"does not divide the {world} rank(s): choose sizes whose product divides {world}"
             )
         for name, value in (("space.granularity", space.granularity), ("model.num_query_groups", model.num_query_groups)):
             if value % tensor:
@@ -151,6 +151,7 @@ def _layers(model: ModelConfig, options: LayoutSettings | SimpleNamespace, pipel
 
 
 def _recompute(options: LayoutSettings | SimpleNamespace) -> tuple[str, int]:
+    """Recomputation in the form of `Layout.recompute`: (method, number of layers)."""
     kind = getattr(options, "recompute_granularity", None)
     if kind == "full":
         return options.recompute_method, options.recompute_num_layers
@@ -222,7 +223,10 @@ class Rank:
 
     @property
     def parameters(self) -> int:
-        """Parameters on this rank. Heads, neurons and vocabulary are split over tensor-parallel ranks, the rest is repeated."""
+        """Number of parameters on this rank.
+
+        Heads, neurons and vocabulary are split over tensor-parallel ranks; other parameters are repeated on each.
+        """
         full, ranks = SubNetwork.full(self.model), self.layout.tensor
 
         def count(place: str) -> int:
@@ -239,7 +243,7 @@ class Rank:
         return total + (self.vocabulary * full.hidden_size if tied else 0)
 
     def teacher(self, settings: StageSettings) -> Rank | None:
-        """Part of a training's frozen teacher on this rank; None without a teacher. settings: settings of the stage."""
+        """Rank with this rank's part of a training's frozen teacher, which may have other layers; None without a teacher."""
         model, layout = teacher_of(settings, self.model), self.layout
         if model is None or model.num_layers == self.model.num_layers:
             return model and replace(self, model=model)

@@ -17,8 +17,8 @@ def check(jobs: list[Job]) -> None:
     for job in jobs:
         if job.nodes > 1:
             raise FlextronError(
-                f"{job.stage}: trainer.num_nodes={job.nodes}: cluster=local is one machine: choose gpus= of a layout with "
-                "num_nodes: 1"
+                f"{job.stage}: trainer.num_nodes={job.nodes}: cluster=local is one machine: use cluster=slurm, or a value of "
+                "gpus= whose layout has num_nodes: 1"
             )
 
 
@@ -37,7 +37,10 @@ def run(jobs: list[Job], configs: dict[str, Path], environment: dict[str, str]) 
         print(f"== {job.name}", flush=True)
         code = subprocess.run(command(job, configs[job.name]), env={**os.environ, **environment}, check=False).returncode
         if code:
-            raise JobFailed(f"{job.name}: ended with exit code {code}; the stages after it were not run")
+            raise JobFailed(
+                f"{job.name}: ended with exit code {code}; the stages after it were not run: correct the error above, then "
+                "launch again"
+            )
 
 
 def environment(settings: LaunchSettings) -> dict[str, str]:
@@ -49,7 +52,7 @@ def environment(settings: LaunchSettings) -> dict[str, str]:
 
 
 def command(job: Job, config: Path) -> list[str]:
-    """Command line that runs a job's stage on this machine, under torchrun if it has several ranks."""
+    """Command line, as a list of words, that runs a job's stage on this machine, under torchrun if it has several ranks."""
     if job.ranks == 1:
         return [sys.executable, "-m", "flextron_mcore", job.stage, "--config", str(config)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.devices}"]

@@ -1,4 +1,4 @@
-"""Plan of a launch: its stages as jobs, each with the complete settings of its stage, which read the results of earlier jobs."""
+"""Plan of a launch: one job for each stage, with the stage's complete settings. Inputs of a job are results of earlier jobs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 from flextron_mcore.config import FlextronError, ModelConfig, nearest
 from flextron_mcore.cost import read_budget
+from flextron_mcore.files import expanded
 from flextron_mcore.settings.compose import SHARED, compose, missing
 from flextron_mcore.settings.launch import ClusterSettings, LaunchSettings
 from flextron_mcore.settings.schema import keys as keys_of
 from flextron_mcore.settings.schema import make_paths_absolute
-from flextron_mcore.settings.stages import STAGES
+from flextron_mcore.settings.stages import AUTO, STAGES
 from flextron_mcore.settings.training import StageSettings
-from flextron_mcore.space import ElasticSpace
+from flextron_mcore.space import ATTENTION_UNITS, ElasticSpace
 
 WITH_ROUTERS = ("gumbel", "joint", "router")  # stages whose checkpoints have routers, in order of preference
 # {stage: {key: sources}}: a key gets the result of the first source that is planned before the stage, else of the first that is
@@ -38,10 +39,10 @@ INPUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "export": {"checkpoint": (*WITH_ROUTERS, "elastic", "importance", "pretrain", "import")},
     "report": {"run": ("results",)},
 }
-# (stage, key) that keeps its default without a source
+# (stage, key) of keys that keep their default if no source exists
 OPTIONAL = {("prepare", "tokenizer"), ("router", "latency"), ("gumbel", "latency"), ("compare", "sensitivity")}
 TRAINS = ("pretrain", "elastic", "router", "joint", "gumbel")
-WRITTEN_LAST = "metrics.json"  # file of a stage's result
+WRITTEN_LAST = "metrics.json"  # file that a stage writes last: if it exists, the result is complete
 NODE = 8  # GPUs of a node where no key says otherwise
 PARALLEL = (*TRAINS, "importance", "sensitivity", "compare", "evaluate")  # stages of several ranks; the others are one process
 
@@ -60,7 +61,7 @@ class Job:
         complete: True if the job's result is already on disk.
         cluster: cluster keys of the job.
         reserve: seconds before the time limit at which training stops.
-        retries: failures in a row after which the job is queued again.
+        retries: how many times in a row a failed job is queued again.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Job:
 
     @property
     def gpus(self) -> int:
-        """GPUs that the job holds, used or not: those that it asks for on each node, else one for each of its processes."""
+        """GPUs that the job holds, used or not: cluster.gpus_per_node of each node; if that is not set, one for each process."""
         return self.nodes * (self.cluster.gpus_per_node or self.devices)
 
     @property
@@ -133,7 +134,7 @@ def plan(settings: LaunchSettings) -> Plan:
 
     Raises FlextronError for an error in the keys themselves; a missing input is one of the plan's `problems`.
     """
-    results = Path(settings.run.results_dir).expanduser().absolute()
+    results = expanded(settings.run.results_dir).absolute()
     model = architecture(settings)
     stages = list(settings.stages)
     if not stages:
@@ -147,7 +148,7 @@ def plan(settings: LaunchSettings) -> Plan:
     problems: list[str] = []
     for stage in stages:
         for name, keys in _instances(settings, stage):
-            job = _job(settings, model, results, name, stage, keys, [j.stage for j in jobs], problems)
+            job = _job(settings, results, name, stage, keys, [j.stage for j in jobs], problems)
             jobs.append(job)
     return Plan(jobs, problems, model, _space(settings, model, jobs), results)
 
@@ -169,6 +170,11 @@ def _space(settings: LaunchSettings, model: ModelConfig, jobs: list[Job]) -> Ela
     values = asdict(compose("import", partial=True).space)
     for stage in (made, "importance"):
         values |= {name: value for name, value in _own(settings, stage).get("space", {}).items() if value is not None}
+    if values["attention_unit"] == AUTO:
+        raise FlextronError(
+            "importance.space.attention_unit=auto: a plan needs the sizes of all networks: set importance.space.attention_unit "
+            f"to {' or '.join(ATTENTION_UNITS)}"
+        )
     return ElasticSpace.build(model, **values)
 
 
@@ -194,6 +200,8 @@ def seconds(limit: str, key: str) -> int:
         hours, minutes, rest_seconds = numbers
     else:
         hours, (minutes, rest_seconds) = 0, [*numbers, 0][:2]
+    if len(numbers) > 1 and max(numbers[1:]) > 59:  # Slurm itself would carry them over
+        raise FlextronError(f"{key}={text}: has more than 59 minutes or seconds: write it as 04:00:00 or 1-12:00:00")
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest_seconds
 
 
@@ -212,12 +220,16 @@ def count(tokens: int) -> str:
 
 def _instances(settings: LaunchSettings, stage: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, keys) of each job of a stage: one job, but for `export`, which has one for each of settings.budgets."""
-    read_budget(settings.budgets or [])  # a wrong unit would end the chain at its last stage
+    read_budget(settings.budgets or [])  # refuses a wrong unit now, not in the last stage of the chain
     if stage == "family" and settings.budgets:
         return [(stage, {} if "budgets" in _own(settings, stage) else {"budgets": settings.budgets})]
     if stage != "export" or not settings.budgets or {"budget", "subnetwork"} & _own(settings, "export").keys():
         return [(stage, {})]
-    return [(f"export_{_word(budget)}", {"budget": budget}) for budget in settings.budgets]
+    names = [f"export_{_word(budget)}" for budget in settings.budgets]
+    for name in names:
+        if names.count(name) > 1:
+            raise FlextronError(f"budgets: two of them would be exported to {name}: name each budget once")
+    return list(zip(names, ({"budget": budget} for budget in settings.budgets), strict=True))
 
 
 def _own(settings: LaunchSettings, stage: str) -> dict[str, Any]:
@@ -226,12 +238,12 @@ def _own(settings: LaunchSettings, stage: str) -> dict[str, Any]:
 
 
 def _word(budget: float | str | list) -> str:
+    """Budget as part of a directory's name: 0.6, or 25ms."""
     return re.sub(r"[^0-9A-Za-z.]+", "_", str(budget)).strip("_")
 
 
 def _job(
     settings: LaunchSettings,
-    model: ModelConfig,
     results: Path,
     name: str,
     stage: str,
@@ -239,6 +251,20 @@ def _job(
     before: list[str],
     problems: list[str],
 ) -> Job:
+    """Job of a stage, with its complete settings.
+
+    Args:
+        settings: settings of the launch.
+        results: run.results_dir, absolute.
+        name: name of the job and of its directory in `results`.
+        stage: name of the stage.
+        keys: keys of the stage that only this job has, such as the budget of an export.
+        before: stages planned earlier, whose results the job may read.
+        problems: list that receives a message for each input that is missing.
+
+    Raises:
+        FlextronError: a key is wrong.
+    """
     own = _own(settings, stage)
     run = {**asdict(settings.run), **own.pop("run", {})}
     cluster = replace(settings.cluster, **own.pop("cluster", {}))
@@ -250,7 +276,8 @@ def _job(
         shared.append({"model": {field.name: getattr(settings.model, field.name) for field in fields(ModelConfig)}})
     values = [_only(each, known) for each in shared]  # shared keys that the stage does not have are left out
     values += [{"out": str(results / name), "seed": settings.seed, "debug": settings.debug}, {**own, **keys}]
-    for key, sources in INPUTS[stage].items():
+    calibrated = {"data": INPUTS["importance"]["data"]} if own.get("compensate") else {}
+    for key, sources in {**INPUTS[stage], **calibrated}.items():
         if key in own:
             continue
         value = _source(settings, results, sources, before)
@@ -284,13 +311,20 @@ def _job(
 
 
 def gpus_of_node(settings: LaunchSettings) -> int:
-    """GPUs of a node that a job uses at most: training.trainer.devices, else cluster.gpus_per_node, else NODE; locally all."""
+    """Largest number of GPUs of a node that a job uses.
+
+    It is training.trainer.devices if that is set, else cluster.gpus_per_node; if neither is set, all GPUs of a launch on this
+    machine (cluster=local) and NODE on Slurm.
+    """
     devices = _own(settings, SHARED).get("trainer", {}).get("devices")
     return devices or settings.cluster.gpus_per_node or (settings.gpus if settings.cluster.type == "local" else NODE)
 
 
 def _layout(settings: LaunchSettings) -> dict[str, Any]:
-    """Keys of settings.layouts for settings.gpus; without an entry those of the nodes alone, for search.py to add the model's."""
+    """Layout keys for settings.gpus: the entry of settings.layouts, else numbers of nodes and devices only.
+
+    In the second case search.py chooses the parallel sizes. Raises FlextronError if the GPUs do not fill whole nodes.
+    """
     gpus, node = settings.gpus, gpus_of_node(settings)
     if gpus in settings.layouts:
         return settings.layouts[gpus]
@@ -314,13 +348,20 @@ def _only(values: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[
 
 
 def _source(settings: LaunchSettings, results: Path, sources: tuple[str, ...], before: list[str]) -> str | None:
-    """Path that a key with these sources gets (see INPUTS), None if there is none. before: stages planned earlier."""
+    """Path that an input key gets; None if none of its sources is planned or complete.
+
+    Args:
+        settings: settings of the launch.
+        results: run.results_dir, absolute.
+        sources: sources of the key, an entry of INPUTS.
+        before: stages planned earlier.
+    """
     if sources == ("results",):
         return str(results)
     if sources == ("hf",):
-        return settings.hf and str(Path(settings.hf).expanduser().absolute())
+        return settings.hf and str(expanded(settings.hf).absolute())
     stages = ("prepare",) if sources == ("data",) else sources
     found = [stage for stage in stages if stage in before] or [stage for stage in stages if is_complete(results / stage)]
     if sources == ("data",) and not found:
-        return str(Path(settings.data).expanduser().absolute())
+        return str(expanded(settings.data).absolute())
     return str(results / found[0]) if found else None

@@ -42,16 +42,21 @@ def check_memory(settings: LaunchSettings, plan: Plan) -> None:
 
 
 def with_reserve(memory: int) -> int:
-    """Bytes that a GPU must have for a stage that is estimated to need `memory` bytes."""
+    """Bytes that a GPU must have for a stage whose estimate is `memory` bytes: the estimate, a share of it, and a constant."""
     return math.ceil(memory * (1 + RESERVED_SHARE)) + RESERVE
 
 
 def _remedy(job: Job, weights: bool) -> str:
-    """Advice on a stage that does not fit, with keys that it has. weights: True if its weights alone do not fit."""
+    """Advice for a stage that does not fit into its GPUs, with keys that this stage has.
+
+    Args:
+        job: job of the stage.
+        weights: True if the weights alone do not fit.
+    """
     if job.stage == "latency" and weights:
-        return "it runs on one: leave latency out of stages=, and routers count parameters instead"
+        return "latency runs on one GPU: leave latency out of stages=; routers then count parameters instead"
     if job.stage == "family" and weights:
-        return "it runs on one: use export in place of family in stages="
+        return "family runs on one GPU: use export in place of family in stages="
     if job.stage == "latency":
         return "lower latency.setting.batch_size or latency.setting.prompt_length"
     if job.stage == "family":
@@ -75,7 +80,7 @@ COLUMNS = (
 
 
 def resources(settings: LaunchSettings, plan: Plan) -> tuple[str, list[list[str]]]:
-    """Title and rows of the table of estimates: a row of COLUMNS for each job that is to run; `-` where nothing is estimated."""
+    """Table of estimates: (title, rows). A row has the COLUMNS of a job that is to run; `-` where nothing is estimated."""
     gpu, rows = settings.cluster.gpu, []
     gpu_hours = 0.0
     for job in plan.to_run:
@@ -120,7 +125,10 @@ def job_hours(settings: LaunchSettings, plan: Plan, job: Job) -> float | None:
 
 
 def job_estimate(plan: Plan, job: Job) -> Estimate | None:
-    """Estimate of a job; None for a stage that has none."""
+    """Estimate of a job; None for a stage that is not estimated.
+
+    That is a stage not in ESTIMATED, `latency` with measurements made elsewhere, and `family` without data or budgets.
+    """
     measured_elsewhere = job.stage == "latency" and job.settings.measurements
     unknown = job.stage == "family" and (job.settings.data is None or job.settings.budgets == MISSING)
     if job.stage not in ESTIMATED or measured_elsewhere or unknown:
@@ -129,4 +137,4 @@ def job_estimate(plan: Plan, job: Job) -> Estimate | None:
     return estimate(plan.model, plan.space, job.settings, job.ranks, precision or "bf16")
 
 
-ESTIMATED = (*TRAINS, "importance", "latency", "sensitivity", "evaluate", "compare", "family")
+ESTIMATED = (*TRAINS, "importance", "latency", "sensitivity", "evaluate", "compare", "family")  # stages with an estimate

@@ -1,4 +1,4 @@
-"""Search for the layout of a launch: of all that fit into the GPUs, the one with the shortest estimated time. No torch import."""
+"""Search for the layout of a launch: of all that fit into the GPUs, the one with the least estimated time. No torch import."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flextron_mcore.training.rampup import BatchSizes
 
 TENSOR, PIPELINE, CHUNKS = (f"{kind}model_parallel_size" for kind in ("tensor_", "pipeline_", "virtual_pipeline_"))
 FIRST, LAST = (f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last"))
-MICRO, SEQUENCE, DISTRIBUTED = "micro_batch_size", "sequence_parallel", "use_distributed_optimizer"  # the last one of model.ddp
+MICRO, SEQUENCE, DISTRIBUTED = "micro_batch_size", "sequence_parallel", "use_distributed_optimizer"  # DISTRIBUTED: of model.ddp
 RECOMPUTATION = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 SEARCHED = (TENSOR, PIPELINE, CHUNKS, FIRST, LAST, MICRO, SEQUENCE, DISTRIBUTED, *RECOMPUTATION)
 RECOMPUTED: tuple[dict[str, Any], ...] = (  # all layers first: it needs least memory
@@ -33,18 +33,18 @@ RECOMPUTED: tuple[dict[str, Any], ...] = (  # all layers first: it needs least m
 )
 MICRO_BATCHES, MOST_CHUNKS = (1, 2, 4, 8, 16), 8
 COLUMNS = ("TP", "PP", "chunks", "DP", "micro batch", "recomputed", "time", "GB needed", "")
-SHOWN = 4  # layouts that are shown beside the chosen one, of those that fit and of those that do not
-EQUAL = 1.01  # times within 1 % count as equal: the estimate is no better
+SHOWN = 4  # layouts shown beside the chosen one: at most four that fit, and four that do not
+EQUAL = 1.01  # times within 1 % count as equal: the estimate cannot tell them apart
 Keys = Mapping[str, Any]  # values of keys in SEARCHED; a key that is absent has its default
 
 
 @dataclass(frozen=True)
 class Found:
-    """Table of a search.
+    """Table of the best layouts that a search found.
 
     Attributes:
-        title, rows: title and rows of the table, a row of COLUMNS for each layout.
-        notes: further lines about what limits the search.
+        title, rows: title and rows of the table; a row has the COLUMNS of one layout.
+        notes: lines for below the table, about keys that limited the search.
     """
 
     title: str
@@ -54,7 +54,14 @@ class Found:
 
 @dataclass(frozen=True)
 class _Tried:
-    """Layout of a search: seconds of the trainings, bytes that a GPU needs with reserve, and the job that needs them."""
+    """Layout that a search has tried.
+
+    Attributes:
+        seconds: estimated seconds of all trainings together; without a training, of all parallel jobs.
+        keys: layout keys.
+        needed: bytes that a GPU needs for the largest job, reserve included.
+        job: that job.
+    """
 
     seconds: float
     keys: Keys
@@ -63,9 +70,13 @@ class _Tried:
 
 
 def lay_out(settings: LaunchSettings, plan: Plan) -> tuple[Plan, Found | None]:
-    """Plan with the best layout for settings.gpus, and the table of the search; (plan, None) if `layouts` has an entry.
+    """Choose the best layout for settings.gpus: (plan with that layout, table of the search).
 
-    Layout keys that the user set for training or for one stage keep their values. Raises FlextronError if no layout fits.
+    The plan is returned unchanged, with None, if settings.layouts has an entry for these GPUs, or no job is parallel. Layout keys
+    that the user set for all trainings (training.model.*) or for one stage keep their values.
+
+    Raises:
+        FlextronError: no layout divides the model and the batch, or none fits into the GPUs.
     """
     search = _Search(settings, plan)
     if settings.gpus in settings.layouts or not search.jobs:
@@ -76,7 +87,7 @@ def lay_out(settings: LaunchSettings, plan: Plan) -> tuple[Plan, Found | None]:
 
 
 class _Search:
-    """Layouts for the parallel jobs of a plan, all jobs in the same layout."""
+    """Search for one layout that all parallel jobs of a plan can have."""
 
     def __init__(self, settings: LaunchSettings, plan: Plan) -> None:
         self.plan, self.gpus, self.size = plan, settings.gpus, gpu_memory(settings)
@@ -121,7 +132,7 @@ class _Search:
         return best.keys, Found(title, [self._row(tried, best) for tried in shown], list(self._notes()))
 
     def candidates(self) -> Iterator[Keys]:
-        """All layouts that divide GPUs, layers, heads and batch, and hold the keys that are set for training."""
+        """Keys of all layouts that divide GPUs, layers, heads and batch. Keys that are set for training keep their values."""
         for tensor in self._tensor_sizes(min(self.node, self.gpus)):
             for pipeline in range(1, min(self.plan.model.num_layers, self.gpus // tensor) + 1):
                 if self.gpus % (tensor * pipeline) or self.fixed.get(PIPELINE, pipeline) != pipeline:
@@ -136,7 +147,10 @@ class _Search:
         return [size for size in range(1, whole + 1) if whole % size == 0 and self.fixed.get(TENSOR, size) == size]
 
     def _stages(self, pipeline: int) -> Iterator[Keys]:
-        """Keys for a number of pipeline stages; the first and last one have fewer layers if the layers cannot be divided."""
+        """Pipeline keys for `pipeline` stages, once for each number of chunks that divides the layers of a stage.
+
+        If the stages do not divide the layers, the first and the last stage get fewer. Nothing if that is not possible either.
+        """
         layers, keys = self.plan.model.num_layers, {PIPELINE: pipeline}
         given = {name: self.fixed[name] for name in (FIRST, LAST) if name in self.fixed}
         middle, left = pipeline - len(given), layers - sum(given.values())
@@ -156,12 +170,20 @@ class _Search:
                 yield keys | given | ({CHUNKS: chunks} if chunks > 1 else {})
 
     def _completed(self, sizes: Keys, data: int) -> Iterator[Keys]:
-        """Layouts with these parallel sizes and any micro-batch and recomputation. data: data-parallel ranks."""
+        """Layout keys with given parallel sizes, once for each micro-batch size and kind of recomputation.
+
+        The first one needs least memory.
+
+        Args:
+            sizes: keys of tensor and pipeline parallelism.
+            data: number of data-parallel ranks.
+        """
         recomputed = {name: self.fixed[name] for name in RECOMPUTATION if name in self.fixed}
         micro_batches = [self.fixed[MICRO]] if MICRO in self.fixed else MICRO_BATCHES
         for micro in micro_batches:
             number, rest = divmod(self.batch, micro * data) if self.batch else (1, 0)
-            if rest or not number or (CHUNKS in sizes and number % sizes[PIPELINE]):  # the interleaved schedule's condition
+            # The interleaved schedule needs a multiple of the pipeline stages as micro-batches.
+            if rest or not number or (CHUNKS in sizes and number % sizes[PIPELINE]):
                 continue
             layers = self.plan.model.num_layers // (sizes[PIPELINE] * sizes.get(CHUNKS, 1))
             half = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers // 2}
@@ -192,7 +214,7 @@ class _Search:
         return stage_seconds(costs, settings, layout, self._flops(job, settings, layout), self.speed)
 
     def _flops(self, job: Job, settings: StageSettings, layout: Layout) -> float:
-        """FLOPs of a job, computed once for all layouts that differ in pipeline and batch only."""
+        """FLOPs of a job. They depend on tensor parallelism and recomputation only, and are computed once for each of these."""
         if layout.recompute[0] == "block":
             none, all_ = (self._flops(job, settings, replace(layout, recompute=(method, 1))) for method in ("", "uniform"))
             return none + recomputed_share(layout) * (all_ - none)
@@ -202,7 +224,7 @@ class _Search:
         return self.flops[place]
 
     def needed(self, keys: Keys, gpus: int) -> tuple[int, Job]:
-        """(bytes that a GPU needs, reserve included; job that needs them) in a layout of `gpus` ranks."""
+        """Need of the largest job in a layout of `gpus` ranks: (bytes on each GPU, reserve included; that job)."""
         found = []
         for job in self.jobs:
             settings = self.settings_of(job, keys)
@@ -216,9 +238,11 @@ class _Search:
         return max(found, key=lambda pair: pair[0])
 
     def _layout(self, settings: StageSettings, gpus: int) -> Layout:
+        """Layout of a stage on `gpus` ranks. Raises FlextronError if its sizes do not divide."""
         return Layout.read(self.plan.model, self.plan.space, settings, gpus, "bf16", cuda=True)
 
     def _row(self, tried: _Tried, best: _Tried) -> list[str]:
+        """Row of COLUMNS for a layout; its time is a multiple of the time of the chosen layout, `best`."""
         keys, over = tried.keys, tried.needed - (self.size or math.inf)
         layers = [keys[name] for name in (FIRST, LAST) if name in keys]
         ends = f" (ends of {' and '.join(map(str, layers))} layers)" if layers else ""
@@ -236,7 +260,7 @@ class _Search:
         ]
 
     def _notes(self) -> Iterator[str]:
-        """Lines about what the user kept, and about a granularity that forbids tensor parallelism."""
+        """Lines about keys that the user fixed, and about a granularity that limits tensor parallelism."""
         if self.fixed:
             yield "as set: " + ", ".join(f"training.model.{_path(name)}={show(value)}" for name, value in self.fixed.items())
         granularity = self.plan.space.granularity
@@ -252,16 +276,19 @@ class _Search:
         names = "".join(f", training.model.{_path(name)}={show(value)}" for name, value in self.fixed.items())
         whole = {job.settings.model.global_batch_size for job in self.jobs if job.trains}
         sizes = "model.global_batch_size" if not whole or self.batch in whole else "the common divisor of all batch sizes"
+        wanted, groups = self.fixed.get(TENSOR, 1), self.plan.model.num_query_groups
+        finer = self.plan.space.granularity % wanted and groups % wanted == 0
         return (
             f"gpus={self.gpus}: no layout divides {self.plan.model.num_layers} layers, space.granularity="
-            f"{self.plan.space.granularity} and {sizes}={self.batch}{names}: use another number of GPUs"
-            + (", or leave out keys of the layout" if self.fixed else "")
+            f"{self.plan.space.granularity} and {sizes}={self.batch}{names}: set gpus= to another number"
+            + (", or leave out keys of the layout (training.model.*)" if self.fixed else "")
+            + (f", or set importance.space.granularity={wanted} importance.space.attention_unit=query_head" if finer else "")
         )
 
     def _too_small(self, least: _Tried) -> str:
         """Message for GPUs into which no layout fits; it names the smallest number that does."""
         number = self._smallest()
-        remedy = f"use gpus={number}" if number else "no number of them is enough: plan for larger ones with gpu="
+        remedy = f"use gpus={number}" if number else "no number of them is enough: plan for GPUs with more memory with gpu="
         return (
             f"gpus={self.gpus}: no layout fits: {least.job.name} needs at least {least.needed / 1e9:.1f} GB of each GPU, reserve "
             f"included; it has {self.size / 1e9:.0f} GB (cluster.gpu.memory): {remedy}"
@@ -282,7 +309,7 @@ class _Search:
                         sizes.append((number, tensor, pipeline, data))
         for number, tensor, pipeline, data in sorted(sizes):
             for stages in self._stages(pipeline):
-                # The first layout of these sizes needs least: smallest micro-batch, all layers recomputed
+                # The first layout of these sizes needs least memory: smallest micro-batch, all layers recomputed.
                 keys = next(self._completed({TENSOR: tensor, **stages}, data), None)
                 try:
                     if keys and self.needed(keys, number)[0] <= self.size:
@@ -293,7 +320,7 @@ class _Search:
 
 
 def _batch_sizes(job: Job) -> list[int]:
-    """Distinct global batch sizes of a training. Raises FlextronError for a wrong rampup_batch_size."""
+    """Distinct global batch sizes of a training: several with rampup_batch_size. Raises FlextronError if that key is wrong."""
     try:
         return BatchSizes(job.settings.model, job.settings.trainer.max_steps).sizes
     except FlextronError as error:
@@ -301,7 +328,7 @@ def _batch_sizes(job: Job) -> list[int]:
 
 
 def _distinct(tried: list[_Tried], shown: list[_Tried]) -> list[_Tried]:
-    """First SHOWN layouts that differ from each other and from `shown` in more than chunks."""
+    """First SHOWN layouts of `tried` that differ from each other and from those in `shown` in more than the number of chunks."""
     found: list[_Tried] = []
     for each in tried:
         kinds = [{**other.keys, CHUNKS: 1} for other in (*shown, *found)]
@@ -311,14 +338,15 @@ def _distinct(tried: list[_Tried], shown: list[_Tried]) -> list[_Tried]:
 
 
 def _searched(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of SEARCHED that `model` sets to another value than null: {key: value}.
+    """Layout keys (SEARCHED) that the section `model` sets to another value than null: {key: value}.
 
-    model: nested mapping of keys of the section `model`. A key in its `ddp` is returned without the prefix.
+    Args:
+        model: keys of the section, nested. Keys of its section `ddp` are returned without that prefix.
     """
     found = {**model, **(model.get("ddp") or {})}
     return {name: found[name] for name in SEARCHED if found.get(name) is not None}
 
 
 def _path(name: str) -> str:
-    """Name of a key of SEARCHED within the section `model`."""
+    """Dotted name of a layout key (SEARCHED) within the section `model`."""
     return f"ddp.{name}" if name == DISTRIBUTED else name

@@ -1,7 +1,7 @@
 """Jobs of a Slurm cluster: one sbatch script a job, each started after the one before it has succeeded.
 
 NeMo-Run's SlurmExecutor writes the scripts. It quotes the values of #SBATCH lines, and nothing else, so all that it puts into a
-command is quoted here; environment variables are exported here too, because it would change their names to capitals. sbatch is
+command is quoted here. Environment variables are exported here, because NeMo-Run would change their names to capitals. sbatch is
 called here, because NeMo-Run's own submission passes paths through a shell unquoted.
 
 A training that runs out of time writes a checkpoint and the file $FLEXTRON_STOPPED; the job's script then queues the job again
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.files import expanded
 from flextron_mcore.launch import follow, requeue
 from flextron_mcore.launch.check import import_nemo_run, is_file_of_image
 from flextron_mcore.launch.plan import WRITTEN_LAST, Job, Plan
@@ -32,7 +33,7 @@ from flextron_mcore.settings.launch import ClusterSettings, LaunchSettings
 if TYPE_CHECKING:
     from nemo_run import SlurmExecutor
 
-SHUTDOWN = 600  # seconds that torchrun leaves its processes after SIGTERM, to write a checkpoint; its default is 30
+SHUTDOWN = 600  # seconds for which torchrun lets its processes write a checkpoint after SIGTERM; its default is 30
 # NeMo-Run's script prints every line and command; from here on it would print the values of environment variables.
 QUIET = "set +vx"
 # The head node may know itself by several addresses, or by a loopback address only: take the first that other nodes can reach.
@@ -42,24 +43,35 @@ if [ "$SLURM_NNODES" -gt 1 ]; then
         grep -E '^[0-9]+([.][0-9]+){3}$' | grep -v '^127[.]' | head -n 1)
     head_node_ip=${head_node_ip:-$head_node}
 fi"""
-# A training stops before the job's end, which no process of it knows: the job may have pulled an image first.
+# A training stops before the job's end. Its processes cannot compute that time from their own start, because the job may have
+# pulled an image first; so the script asks Slurm.
 STOP_AT = """
+plain
 end=${{SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)}}
 if [ -n "$end" ]; then
-    export FLEXTRON_JOB_END=$end FLEXTRON_STOP_AT=$((end - {reserve}))
-    last_moment & watcher=$!
-fi"""
-# Runs a stage once for each pair of arguments: file that says that it is complete, and its configuration.
+    reserve={reserve}
+    # An administrator has lowered the limit: without this, each job would train for one step.
+    if [ "$reserve" -ge $((end - start)) ]; then reserve=$(((end - start) / 2)); fi
+    export FLEXTRON_JOB_END=$end FLEXTRON_STOP_AT=$((end - reserve))
+fi
+last_moment & watcher=$!"""
+# Runs a stage once for each pair of arguments: a file that exists if the result is complete, and the stage's configuration.
 ONE_BY_ONE = (
     'stage=$1; shift; while [ $# -gt 0 ]; do [ -e "$1" ] || "$0" -m flextron_mcore "$stage" --config "$2" || exit; shift 2; done'
 )
-# Runs on each node: the first hosts the rendezvous, whether or not it recognises its own address.
+# Runs on each node. The first node hosts the rendezvous; torchrun itself decides by addresses, which a node may not recognise.
 TORCHRUN = 'exec "$0" -m torch.distributed.run --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"'
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """Job that Slurm has accepted: its name, Slurm's id, and the directory of its logs."""
+    """Job of a plan that Slurm has accepted.
+
+    Attributes:
+        name: name of the job in the plan.
+        id: Slurm's job id; the exports of a batch share one.
+        folder: directory of its script and logs.
+    """
 
     name: str
     id: str
@@ -67,7 +79,7 @@ class Submitted:
 
 
 def write_scripts(settings: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> list[Path]:
-    """Write the sbatch scripts of the jobs that are to run, and make the jobs' directories; return the files in the jobs' order.
+    """Write the sbatch scripts of the batches that are to run, and make their directories; return the files in the same order.
 
     Args:
         settings: settings of the launch.
@@ -88,7 +100,7 @@ def submit(plan: Plan, files: list[Path], record: Callable[[list[Submitted]], No
 
     Args:
         plan: plan of the launch.
-        files: sbatch scripts of their batches, from `write_scripts`.
+        files: sbatch script of each batch, from `write_scripts`.
         record: function that is called after each submission with all jobs submitted so far, to write them down.
 
     Raises:
@@ -109,9 +121,16 @@ def submit(plan: Plan, files: list[Path], record: Callable[[list[Submitted]], No
 
 
 def _sbatch(arguments: list[str]) -> str:
-    """Id of the job that sbatch makes. Raises FlextronError with sbatch's message."""
-    # SBATCH_ACCOUNT and the like would win over the script's own lines.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
+    """Submit a job with sbatch and return Slurm's id of it. Raises FlextronError with sbatch's message if it refuses.
+
+    Args:
+        arguments: options of sbatch, then the script.
+    """
+    # Variables such as SBATCH_ACCOUNT would win over the script's own lines. If this process runs in a job, the new job would
+    # inherit that job's sizes (SLURM_*): srun then refuses its options, or starts a wrong number of processes.
+    inherited = ("SBATCH_", "SLURM_") if "SLURM_JOB_ID" in os.environ else ("SBATCH_",)
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    environment = {name: value for name, value in os.environ.items() if name in kept or not name.startswith(inherited)}
     command = ["sbatch", "--requeue", "--parsable", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     number = done.stdout.strip().partition(";")[0]  # ID, or ID;CLUSTER
@@ -139,7 +158,7 @@ def scripts(settings: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> l
             launch_cmd=["sbatch", "--requeue", "--parsable"],
             jobs=[batch.name],
             command_groups=[_command(settings, batch, configs)],
-            executor=_executor(settings, plan, batch.lead),
+            executor=_executor(settings, plan, batch),
             max_retries=0,
             extra_env={},
         )
@@ -149,10 +168,10 @@ def scripts(settings: LaunchSettings, plan: Plan, configs: dict[str, Path]) -> l
 
 @dataclass(frozen=True)
 class Batch:
-    """Jobs of a plan that are one job of Slurm: a single one, or all exports in a row, which take minutes each.
+    """Jobs of a plan that run as one job of Slurm: a single job, or all exports in a row, which take minutes each.
 
     Attributes:
-        name: name of the job of Slurm.
+        name: name of the Slurm job.
         jobs: jobs of the plan, in the order of running.
     """
 
@@ -161,12 +180,12 @@ class Batch:
 
     @property
     def lead(self) -> Job:
-        """First job, with the batch's name."""
+        """First job, renamed to the batch's name. Its cluster keys and time limit are those of the Slurm job."""
         return replace(self.jobs[0], name=self.name)
 
 
 def batches(plan: Plan) -> list[Batch]:
-    """Jobs of a plan that are to run, as jobs of Slurm."""
+    """Jobs of a plan that are to run, grouped into jobs of Slurm, in the order of running."""
     found: list[Batch] = []
     for stage, group in itertools.groupby(plan.to_run, lambda job: job.stage):
         jobs = list(group)
@@ -178,7 +197,13 @@ def batches(plan: Plan) -> list[Batch]:
 
 
 def _command(settings: LaunchSettings, batch: Batch, configs: dict[str, Path]) -> list[str]:
-    """Quoted words of the command that srun starts once on each node."""
+    """Command that srun starts once on each node, as a list of words quoted for the shell.
+
+    Args:
+        settings: settings of the launch.
+        batch: jobs that the command runs.
+        configs: {job's name: configuration file of its stage}.
+    """
     python = "python" if settings.cluster.use_container else sys.executable
     if len(batch.jobs) > 1:
         pairs = [word for job in batch.jobs for word in (str(job.out / WRITTEN_LAST), str(configs[job.name]))]
@@ -196,28 +221,29 @@ def _command(settings: LaunchSettings, batch: Batch, configs: dict[str, Path]) -
     return [*quoted(["bash", "-c", TORCHRUN, python]), *meeting, *quoted([*words, *stage])]
 
 
-def _executor(settings: LaunchSettings, plan: Plan, job: Job) -> SlurmExecutor:
+def _executor(settings: LaunchSettings, plan: Plan, batch: Batch) -> SlurmExecutor:
+    """NeMo-Run's executor of a batch: #SBATCH lines, options of srun, container, and the shell code before the command."""
     import nemo_run as run
 
+    job = batch.lead
     cluster, folder = job.cluster, plan.results / follow.JOBS / job.name
     variables = _environment(settings, plan, job)
     container: dict[str, Any] = {}
     if cluster.use_container:
-        image = (
-            str(Path(settings.container).expanduser().absolute()) if is_file_of_image(settings.container) else settings.container
-        )
+        image = str(expanded(settings.container).absolute()) if is_file_of_image(settings.container) else settings.container
         container = {"container_image": shlex.quote(image), "container_mounts": quoted(mounts(settings, plan))}
         container["container_env"] = sorted(variables)  # else variables of the image win
     given = {name: value for name, value in cluster.additional_parameters.items() if value not in (None, False)}
+    given = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
     if cluster.nodelist:
         given["nodelist"] = cluster.nodelist
     exports = [f"export {name}={value}" for name, value in variables.items()]
     setup = [
         QUIET,
+        requeue.lines(job, plan.results, folder, [each.out / WRITTEN_LAST for each in batch.jobs]),
         HEAD,
         *exports,
         f"{cluster.setup}\n" if cluster.setup else "",
-        requeue.lines(job, plan.results, folder),
         STOP_AT.format(reserve=job.reserve) if job.trains else "",
     ]
     executor = run.SlurmExecutor(
@@ -257,7 +283,13 @@ def _srun_options(cluster: ClusterSettings) -> list[str]:
 
 
 def _details(job_name: str, folder: Path, name: str) -> Any:
-    """NeMo-Run's record of a job's name and log files."""
+    """NeMo-Run's record of a job's name and log files.
+
+    Args:
+        job_name: name of the job in Slurm.
+        folder: directory of the logs.
+        name: name of the batch, part of the log files' names.
+    """
     from nemo_run.core.execution.slurm import SlurmJobDetails
 
     class Details(SlurmJobDetails):
@@ -282,7 +314,7 @@ def mounts(settings: LaunchSettings, plan: Plan) -> list[str]:
 
 
 def _environment(settings: LaunchSettings, plan: Plan, job: Job) -> dict[str, str]:
-    """Environment variables of a job, quoted for the shell."""
+    """Environment variables of a job, {name: value quoted for the shell}: those of launch, then the user's env_vars."""
     values = {
         "LOGLEVEL": "WARNING",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN),
@@ -297,7 +329,7 @@ def _environment(settings: LaunchSettings, plan: Plan, job: Job) -> dict[str, st
 
 
 def _port(job: Job) -> int:
-    """Rendezvous port of a job's processes, derived from its directory so that two jobs on one node differ."""
+    """Rendezvous port of a job's processes, 20000 to 29999, derived from its directory so that two jobs on one node differ."""
     return 20000 + zlib.crc32(str(job.out).encode()) % 10000
 
 

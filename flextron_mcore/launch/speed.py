@@ -1,7 +1,8 @@
 """Estimate of the time that a stage takes in a layout, to compare layouts of one model on the same GPUs. No torch import.
 
-Time is that of the operations on the slowest pipeline stage, of launching them from the host, of the pipeline's bubble, and of
-the messages between ranks, none of which counts as hidden behind the operations. What is not in it: smaller products are slower.
+The time adds up: the operations of the slowest pipeline stage, or their launches from the host if these take longer; the
+pipeline's bubble; and the messages between ranks, as if none overlapped with operations. It leaves out that small matrix products
+reach fewer FLOP/s than large ones.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.rampup import BatchSizes
 
-HOST = (
-    100 * 20e-6
-)  # seconds to launch a layer's forward and backward pass: 100 operations of 20 microseconds (docs/results/gpu.md)
+# Seconds in which the host launches a layer's forward and backward pass: 100 operations of 20 microseconds (docs/results/gpu.md).
+HOST = 100 * 20e-6
 PEAK = 312.0  # TFLOP/s where cluster.gpu.peak_tflops is not set
 
 
@@ -40,24 +40,29 @@ class Speed:
 
     @classmethod
     def read(cls, settings: LaunchSettings, devices: int) -> Speed:
-        """Speed from the keys of cluster.gpu and cluster.utilisation."""
+        """Speed of a launch's GPUs, from the keys of cluster.gpu and cluster.utilisation.
+
+        Args:
+            settings: settings of the launch.
+            devices: GPUs of a node that a job uses.
+        """
         gpu = settings.cluster.gpu
         peak = (gpu.peak_tflops or PEAK) * 1e12
         return cls(peak * settings.cluster.utilisation, gpu.node_bandwidth * 1e9, gpu.network_bandwidth * 1e9, devices)
 
     def link(self, ranks: int) -> float:
-        """Bytes/s between ranks among `ranks` consecutive ones."""
+        """Bytes/s of messages within a group that spans `ranks` consecutive ranks: of the network if they exceed one node."""
         return self.node if ranks <= self.devices else self.network
 
 
 def stage_seconds(costs: Costs, settings: StageSettings, layout: Layout, flops: float, speed: Speed) -> float:
-    """Seconds of a stage in a layout.
+    """Estimated seconds of a stage in a layout; of a stage without a training loop, of its operations only.
 
     Args:
-        costs: FLOPs per token of the model.
+        costs: FLOPs per token of the model's networks.
         settings: settings of the stage.
         layout: layout of the stage over ranks.
-        flops: FLOPs of the stage, all ranks together (flops.work).
+        flops: FLOPs of the stage, all ranks together, from `work` (flops.py).
         speed: speed of the GPUs.
     """
     model, stages = costs.model, layout.pipeline

@@ -1,4 +1,4 @@
-"""Disk that the jobs of a launch need, how often they save, what a preemption costs, and how often they read the data again."""
+"""Estimates of a launch beside memory and time: disk, time between checkpoints, cost of a preemption, passes over the data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ COLUMNS = ("job", "checkpoint", "saved every", "kept", "disk")
 
 
 def storage(settings: LaunchSettings, plan: Plan) -> tuple[str, list[list[str]]]:
-    """Title and rows of the table of disk: a row of COLUMNS for each job that is to run; `-` where nothing large is written.
+    """Table of disk: (title, rows). A row has the COLUMNS of a job that is to run; `-` where nothing large is written.
 
-    Disk of a training counts the checkpoints that it keeps and the one that it is writing. An export counts as the full model.
+    A training needs disk for the checkpoints that it keeps and for the one that it is writing. An export counts as the full
+    model.
     """
     rows, total = [], 0
     for job in plan.to_run:
@@ -51,7 +52,7 @@ def checkpoint_bytes(plan: Plan, job: Job) -> int:
 
 
 def _kept(job: Job) -> int:
-    """Checkpoints or exports of a job that stay on disk."""
+    """Number of checkpoints or exports of a job that stay on disk."""
     if job.trains:
         return job.settings.exp_manager.checkpoint_callback_params.keep_last
     if job.stage == "family":
@@ -60,7 +61,10 @@ def _kept(job: Job) -> int:
 
 
 def _interval(settings: LaunchSettings, plan: Plan, job: Job) -> str:
-    """Time from one checkpoint of a training to the next, as text; both limits where the time of a step is not known."""
+    """Time from one checkpoint of a training to the next, as text such as "30 min" or "1,000 steps", whichever comes first.
+
+    If the time of a step is not known, the text names both.
+    """
     saving, hours = job.settings.exp_manager.checkpoint_callback_params, job_hours(settings, plan, job)
     steps, minutes = f"{saving.every_n_train_steps:,} steps", saving.every_minutes
     if minutes is None:
@@ -72,13 +76,18 @@ def _interval(settings: LaunchSettings, plan: Plan, job: Job) -> str:
 
 
 def _longest_step(job: Job, hours: float) -> float:
-    """Hours of the last step of a training, whose batch is the largest. hours: hours of the training."""
+    """Hours of the last step of a training, whose batch is the largest.
+
+    Args:
+        job: job of the training.
+        hours: hours of the whole training.
+    """
     sizes = BatchSizes(job.settings.model, job.settings.trainer.max_steps)
     return hours * sizes.largest / sizes.start(sizes.steps)
 
 
 def preemptions(settings: LaunchSettings, plan: Plan) -> Iterator[str]:
-    """Line for each training of a Slurm job that says how much of its work a preemption costs."""
+    """Line for each training on Slurm: how much of its work a preemption loses."""
     for job in plan.to_run:
         if not job.trains or settings.cluster.type != "slurm":
             continue
@@ -93,7 +102,7 @@ def preemptions(settings: LaunchSettings, plan: Plan) -> Iterator[str]:
 
 
 def repeats(plan: Plan) -> Iterator[str]:
-    """Line for each training whose data exist: the tokens that it needs, those that there are, and how often each is read."""
+    """Line for each training whose data exist: tokens that it reads, tokens of the data, and how often it reads each domain."""
     from flextron_mcore.data.blend import open_data  # late: imports torch
 
     opened: dict[str, PreparedData] = {}
@@ -106,11 +115,12 @@ def repeats(plan: Plan) -> Iterator[str]:
             if path not in opened:
                 opened[path] = open_data(Path(path))
             yield _repeats(job, opened[path], plan)
-        except FlextronError:  # a line of `missing` says what is wrong with the data
+        except FlextronError:  # `missing` (check.py) says what is wrong with the data
             continue
 
 
 def _repeats(job: Job, data: PreparedData, plan: Plan) -> str:
+    """Line of one training: tokens that it reads, tokens of the data, and how often it reads each domain."""
     from flextron_mcore.data.epochs import reading  # late: imports torch
 
     options = job.settings.model

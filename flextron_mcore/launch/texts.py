@@ -1,4 +1,4 @@
-"""Texts of a launch that reach a shell, sbatch, srun, or pyxis: which are allowed, and how they are quoted."""
+"""Texts of a launch that reach a shell, sbatch, srun, or pyxis (Slurm's container plug-in): checks and quotes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.files import read_json
 from flextron_mcore.launch.plan import Plan
 from flextron_mcore.settings.launch import LaunchSettings
-from flextron_mcore.settings.schema import texts
+from flextron_mcore.settings.schema import show, texts
 
-# Variables that bash sets or reads itself, and those of the batch script.
+# Environment variables that bash sets or reads itself, and variables of the batch script: env_vars may not set them.
 OF_BASH = {
     "DIRSTACK",
     "EUID",
@@ -54,6 +54,8 @@ OF_SCRIPT = {
     "exitcode",
     "begun",
     "end",
+    "start",
+    "watcher",
     "FLEXTRON_STOPPED",
     "FLEXTRON_STOP_AT",
     "FLEXTRON_JOB_END",
@@ -129,11 +131,11 @@ def mounted(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _corpora(data: Path) -> list[str]:
-    """Absolute paths that the data.json of a prepared directory names, which are those of corpora elsewhere; [] without one."""
+    """Absolute prefixes of existing corpora that prepared data refer to in data.json; [] if that file cannot be read."""
     try:
         domains = read_json(data / "data.json")["domains"].values()
         return [each[part] for each in domains for part in ("train", "valid") if str(each[part]).startswith("/")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # `missing` says what is wrong with the data
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # `missing` (check.py) says what is wrong with the data
         return []
 
 
@@ -143,7 +145,7 @@ def quoted(words: list[str]) -> list[str]:
 
 
 def _texts(settings: LaunchSettings, plan: Plan) -> Iterator[tuple[str, str]]:
-    """(key, text) of every text that leaves this process other than in a configuration file."""
+    """(key, text) of every text of the launch that reaches a shell or Slurm; texts in configuration files of stages do not."""
     yield "run.results_dir", str(plan.results)
     yield "run.name", settings.run.name
     yield "this Python", sys.executable
@@ -166,6 +168,7 @@ def _texts(settings: LaunchSettings, plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _check_printable(key: str, text: str) -> None:
+    """Raise FlextronError for a control character in the text of a key; cluster.setup may have line breaks and tabs."""
     allowed = "\n\t" if key == "cluster.setup" else ""
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") and character not in allowed:
@@ -173,6 +176,7 @@ def _check_printable(key: str, text: str) -> None:
 
 
 def _check_variable(name: str) -> None:
+    """Raise FlextronError for a name in env_vars that is no variable's, or that bash or the batch script sets itself."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name), re.ASCII):
         raise FlextronError(f"env_vars.{name}: is not the name of a variable: use letters, digits and _, not a digit first")
     if name in OF_BASH | OF_SCRIPT or name.startswith("BASH"):
@@ -180,7 +184,12 @@ def _check_variable(name: str) -> None:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    for name in options:
+    """Raise FlextronError for an entry of cluster.additional_parameters that is no option of sbatch, or one that launch sets."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            raise FlextronError(
+                f"cluster.additional_parameters.{name}={show(value)}: is a mapping: write the option's value as text"
+            )
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name), re.ASCII):
             raise FlextronError(f"cluster.additional_parameters.{name}: is not an option of sbatch: use letters, digits, - and _")
         if str(name).replace("_", "-") in SET_BY_LAUNCH:
@@ -188,7 +197,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_setup(lines: str | None) -> None:
-    """Raise FlextronError for shell code in cluster.setup that would swallow the lines after it."""
+    """Raise FlextronError for shell code in cluster.setup that bash cannot parse, such as an open quote or `if` without `fi`."""
     if not lines:
         return
     found = subprocess.run(
@@ -200,11 +209,22 @@ def _check_setup(lines: str | None) -> None:
 
 
 def _check_marks(key: str, text: str, marks: str, reason: str) -> None:
+    """Raise FlextronError for a path with a character that has another meaning to Slurm or pyxis.
+
+    Args:
+        key: key of the path, for the message.
+        text: the path.
+        marks: characters that are not allowed.
+        reason: meaning of these characters, for the message.
+    """
     if any(mark in text for mark in marks):
         raise FlextronError(f"{key}={text}: holds one of {' '.join(marks)} ({reason}): choose a path without them")
 
 
 def _check_mount(text: str) -> None:
+    """Raise FlextronError for an entry of container_mounts that pyxis would refuse or misread."""
     parts = text.split(":")
     if "," in text or len(parts) not in (2, 3) or not all(parts):
-        raise FlextronError(f"container_mounts={text}: is not HOST:CONTAINER or HOST:CONTAINER:FLAGS with paths without commas")
+        raise FlextronError(
+            f"container_mounts={text}: is not a mount: write HOST:CONTAINER or HOST:CONTAINER:FLAGS, with paths without commas"
+        )

@@ -21,11 +21,12 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from flextron_mcore.checkpoint.sharding import ATTENTION_AXES, deal
 from flextron_mcore.config import FlextronError
 from flextron_mcore.layers.block import ElasticBlock
+from flextron_mcore.layers.compensation import compensated
 from flextron_mcore.layers.linear import ElasticRowParallelLinear, Selection
 from flextron_mcore.layers.state import StateReader
 from flextron_mcore.layers.weighted import mask
@@ -117,9 +118,14 @@ class ElasticSelfAttention(ElasticBlock, SelfAttention):
     def __init__(self, config, submodules, layer_number: int, space: ElasticSpace, **kwargs: Any) -> None:
         super().__init__(config, submodules, layer_number, space=space, **kwargs)
         self.layout = HeadLayout.of(config, self.world_size)
+        if space.compensation:
+            identity = torch.eye(self.layout.queries, dtype=config.params_dtype, device=self.linear_proj.weight.device)
+            self.linear_proj.compensation = identity.repeat(self.layout.groups, 1, 1)
 
     def unit_mask(self, weights_K: torch.Tensor) -> torch.Tensor:
-        """Weight of each query head of this rank [G*Q] in a weighted network (layers/weighted.py).
+        """Weight of each query head of this rank [G*Q]: the sum of the weights of the candidates that include it.
+
+        Weighted networks compute all units and multiply them with it, to train a router (layers/weighted.py).
 
         weights_K: weight of each candidate of the axis.
         """
@@ -185,7 +191,16 @@ class ElasticSelfAttention(ElasticBlock, SelfAttention):
         return query, key, value
 
     def _allocate_memory(self, inference_max_sequence_length: int, batch_size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        """Empty KV cache [sequence, batch, g, H] for the groups in use. The sub-network must not change while it is filled."""
+        """Empty tensor [sequence, batch, g, H] for keys or values in a KV cache, for the groups in use.
+
+        The sub-network must not change while the cache is filled.
+
+        Args:
+            inference_max_sequence_length: positions of the cache.
+            batch_size: sequences of the cache.
+            dim: channels of a head, H.
+            dtype: dtype of the cache.
+        """
         groups, _ = self.layout.used(self.state.widths)
         shape = (inference_max_sequence_length, batch_size, groups, dim)
         return torch.empty(shape, dtype=dtype, device=self.linear_qkv.weight.device)
@@ -193,8 +208,8 @@ class ElasticSelfAttention(ElasticBlock, SelfAttention):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         """Sharded state with Megatron-Core's keys and shapes.
 
-        With the attention unit `kv_group`, KV groups are dealt into `space.granularity` buckets in turn, and stored bucket by
-        bucket (checkpoint/sharding.py).
+        With the attention unit `kv_group`, KV group i is stored in bucket i mod `space.granularity`, and buckets follow each
+        other, so that tensor-parallel ranks get equal shares of every sub-network (checkpoint/sharding.py).
         """
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.space.attention_unit == "kv_group":
@@ -211,19 +226,26 @@ class ElasticOutputProjection(StateReader, ElasticRowParallelLinear):
 
     It reads the heads in use from the layer's state, because Megatron-Core's attention passes nothing but the outputs of the
     heads.
+
+    Attributes:
+        compensation: T [G, Q, Q] of layers/compensation.py, which multiplies the outputs first; None without space.compensation.
+            A buffer: training the weights that follow reaches every function that training T would reach at a given width.
     """
+
+    compensation: torch.Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.layout = HeadLayout.of(self.config, self.tp_group.size())
+        self.register_buffer("compensation", None)
 
     def forward(self, input_: torch.Tensor | Sequence[torch.Tensor], *args: Any, mask_h: torch.Tensor | None = None):  # type: ignore[override]
         """Output projection of the heads: [S, B, g*q*H] -> ([S, B, C], bias [C] or None).
 
         Args:
             input_: outputs of the heads; with `args` a list of them [n, d], one for each slice of the weight.
-            args: slices, rows and shape for ElasticRowParallelLinear.forward, from token routing. The layer's state is then not
-                used.
+            args: slices, rows and shape for ElasticRowParallelLinear.forward, from token routing. The layer's state and its
+                compensation are then not used.
             mask_h: factor of each head, [heads] or [S, B, heads]; None for the mask in the layer's state.
         """
         if args:
@@ -232,11 +254,28 @@ class ElasticOutputProjection(StateReader, ElasticRowParallelLinear):
         groups, queries = self.layout.used(state.widths)
         if mask_h is None:
             mask_h = state.masks.get("heads")
+        if self.compensation is not None and queries > 1:  # the first head of a group is as it is
+            heads = input_.unflatten(-1, (groups, queries, -1))
+            input_ = compensated(heads, self.compensation[:groups, :queries, :queries]).flatten(-3)
         if mask_h is not None:
             heads = input_.unflatten(-1, (mask_h.shape[-1], -1))
             input_ = (heads * mask_h.to(heads.dtype).unsqueeze(-1)).flatten(-2)
         channels = state.channels[0] if state.channels else hidden
         return super().forward(self.observe(input_), self.layout.columns(slice(groups), slice(queries), channels, hidden))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        """Sharded state with Megatron-Core's keys and shapes, and the compensation divided by KV groups."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.compensation is not None:
+            sharded |= make_sharded_tensors_for_checkpoint(
+                {"compensation": self.compensation},
+                prefix,
+                {"compensation": 0},
+                sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+        return sharded
 
     def observe(self, heads_SBd: torch.Tensor) -> torch.Tensor:
         """Return the outputs of the heads unchanged. Importance scoring and a masked reference in tests replace this method."""
@@ -298,7 +337,8 @@ class SDPACoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attention: query [S, B, heads, H], key and value [T, B, groups, H] -> [S, B, heads*H].
 
-        With a sliding window a query sees the last keys up to its own, whatever the mask is.
+        In a layer with a sliding window of w keys, a query sees only the last w keys up to its own: the window narrows any
+        mask, and makes attention causal where there is none.
 
         Args:
             query, key, value: projections of the heads.
@@ -337,7 +377,7 @@ class SDPACoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(length, out.shape[0], -1)
 
     def _seen(self, query_BhSH: torch.Tensor, source: int) -> torch.Tensor:
-        """Boolean mask [S, T], True where a query sees a key: the last query sees all keys, with a window the last ones only."""
+        """Causal boolean mask [S, T], True where a query sees a key. The last query sees all; with a window, the last ones."""
         length = query_BhSH.shape[2]
         seen = torch.ones(length, source, dtype=torch.bool, device=query_BhSH.device).tril(source - length)
         return seen if self.window is None else seen.triu(source - length - self.window + 1)

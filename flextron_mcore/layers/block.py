@@ -41,7 +41,10 @@ class ElasticBlock(StateReader):
             self.modulation.sequence_parallel = self.config.sequence_parallel  # as in layers/norm.py
 
     def unit_mask(self, weights_K: Tensor) -> Tensor:
-        """Weight of each of this rank's units [U] in a weighted network (layers/weighted.py). Subclasses define it.
+        """Weight of each of this rank's units [U]: the sum of the weights of the candidates that include it.
+
+        Weighted networks compute all units and multiply them with it, to train a router (layers/weighted.py). Subclasses
+        define it.
 
         weights_K: weight of each candidate of the axis.
         """

@@ -39,7 +39,10 @@ def divergence(student_SBV: Tensor, teacher_SBV: Tensor, temperature: float) -> 
 
 
 class _Divergence(torch.autograd.Function):
-    """The divergence, whose gradient is temperature * (softmax of the student - softmax of the teacher)."""
+    """Autograd function of `divergence`.
+
+    Its gradient with respect to the student's logits is temperature * (softmax of the student - softmax of the teacher).
+    """
 
     @staticmethod
     def forward(ctx, student_SBV: Tensor, teacher_SBV: Tensor, temperature: float) -> Tensor:  # type: ignore[override]

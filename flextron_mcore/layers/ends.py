@@ -63,10 +63,12 @@ class ElasticEmbedding(StateReader, VocabParallelEmbedding):
 
         Megatron-Core sets it for sequence parallelism without learned positions.
         """
-        rows = input_ - self.vocab_start_index
-        elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
-        out_BSc = _Rows.apply(self.weight, rows.masked_fill(elsewhere, 0), _channels(self.state))
-        if self.tp_group.size() > 1:
+        if self.tp_group.size() == 1:  # an id without a row is an error, as in Megatron-Core
+            out_BSc = _Rows.apply(self.weight, input_, _channels(self.state))
+        else:
+            rows = input_ - self.vocab_start_index
+            elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
+            out_BSc = _Rows.apply(self.weight, rows.masked_fill(elsewhere, 0), _channels(self.state))
             out_BSc = out_BSc.masked_fill(elsewhere.unsqueeze(-1), 0)
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(out_BSc.transpose(0, 1).contiguous(), group=self.tp_group)

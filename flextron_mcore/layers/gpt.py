@@ -59,12 +59,16 @@ class ArchitectureGPTModel(GPTModel):
             layer.deferred, self._lesson = False, None
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy of each token [B, S], in nats; within a `forward` with a teacher also the divergences, [2, B, S].
+        """Cross-entropy of each token [B, S], in nats; in a `forward` with a teacher's logits [2, B, S].
+
+        The second plane is then the divergence from the teacher (`layers.distillation.divergence`). A `forward` with a `lesson`
+        but without a teacher's logits stores this network's logits as those of the teacher, for the next networks.
 
         Args:
             labels: [B, S].
-            logits: [S, B, V]; or hidden states [S, B, C] after a deferred `ElasticOutputLayer.forward`, whose logits are then
-                computed here in chunks of the sequence.
+            logits: [S, B, V], this rank's part of the vocabulary, overwritten. If the output layer left the logits to the loss
+                (`ElasticOutputLayer.deferred`), hidden states [S, B, C], from which they are computed here in chunks of the
+                sequence.
         """
         layer, lesson = getattr(self, "output_layer", None), self._lesson
         taught = lesson.teacher_SBV if lesson else None
@@ -76,7 +80,16 @@ class ArchitectureGPTModel(GPTModel):
         return self._losses(labels, logits, None, taught, lesson)
 
     def _in_chunks(self, labels: Tensor, states_SBC: Tensor, lesson: Lesson | None, taught: Tensor | None) -> Tensor:
-        """Result of `_losses` from hidden states of a deferred `ElasticOutputLayer.forward`, in chunks of the sequence."""
+        """Losses of all positions in nats [B, S], computed from hidden states in chunks of the sequence.
+
+        With a teacher [2, B, S], the divergences from it last.
+
+        Args:
+            labels: [B, S].
+            states_SBC: hidden states, result of a deferred `ElasticOutputLayer.forward`.
+            lesson: distillation; None for none. Without `taught`, it gets this network's logits, which teach the next networks.
+            taught: logits of the teacher [S, B, V]; None without one.
+        """
         layer = self.output_layer
         states_SBC, weight_VC = layer.prepared(states_SBC)
         size = loss_chunk(len(states_SBC), states_SBC.shape[1], len(weight_VC))

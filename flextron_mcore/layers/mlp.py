@@ -52,7 +52,9 @@ class ElasticMLP(ElasticBlock, MLP):
         return self.local(None if widths is None else widths.ffn_hidden_size)
 
     def unit_mask(self, weights_K: torch.Tensor) -> torch.Tensor:
-        """Weight of each of this rank's neurons [F] in a weighted network (layers/weighted.py).
+        """Weight of each of this rank's neurons [F]: the sum of the weights of the candidates that include it.
+
+        Weighted networks compute all units and multiply them with it, to train a router (layers/weighted.py).
 
         weights_K: weight of each candidate of the axis.
         """
@@ -138,7 +140,8 @@ class ElasticMLP(ElasticBlock, MLP):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         """Sharded state with Megatron-Core's keys and shapes.
 
-        Neurons are dealt into `space.granularity` buckets in turn, and stored bucket by bucket (checkpoint/sharding.py).
+        Neuron i is stored in bucket i mod `space.granularity`, and buckets follow each other, so that tensor-parallel ranks get
+        equal shares of every sub-network (checkpoint/sharding.py).
         """
         sharded = super(MLP, self).sharded_state_dict(prefix, sharded_offsets, metadata)  # MLP's own splits gate and up
         for name, axis in MLP_AXES.items():

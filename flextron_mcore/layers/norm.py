@@ -24,8 +24,8 @@ class ElasticNorm(StateReader):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise over the last dimension: [..., c] -> [..., c], with the first c scales and shifts.
 
-        In a weighted network (layers/weighted.py) the layer's state has a mask of the channels, which weights them in the
-        statistics and multiplies the result.
+        In a network with a weight for every candidate (layers/weighted.py) the layer's state has a mask of the channels, which
+        weights them in the statistics and multiplies the result.
         """
         channels, bias = x.shape[-1], self._parameters.get("bias")
         mask_C = self.state.masks.get("hidden_size") if self.of_channels else None

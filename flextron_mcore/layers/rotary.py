@@ -19,9 +19,9 @@ from torch import Tensor
 class LongRotaryEmbedding(RotaryEmbedding):
     """RotaryEmbedding of LongRoPE, whose frequencies depend on the length of the sequence.
 
-    With a KV cache the length is that of all tokens so far. Megatron-Core's cache holds keys before their rotation, but what
-    deeper layers wrote depends on the frequencies: whoever decodes past `original` computes the earlier tokens again
-    (`evaluation/generation.py`).
+    With a KV cache the length is the number of all tokens so far. Megatron-Core's cache holds keys before their rotation, but the
+    keys of deeper layers depend on the frequencies. A generation that passes `original` must therefore compute its earlier tokens
+    again (evaluation/generation.py).
 
     Args:
         plain: rotary embedding of the same channels, whose other options are taken.
@@ -51,7 +51,7 @@ class LongRotaryEmbedding(RotaryEmbedding):
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        """Number of positions to compute angles for, on the side of `original` on which the sequence ends.
+        """Number of positions to compute angles for: at most `original`, unless the sequence so far is longer.
 
         Args:
             inference_context: Megatron-Core's static KV cache; None to compute without.
@@ -68,7 +68,12 @@ class LongRotaryEmbedding(RotaryEmbedding):
 def set_rotary_scale(config: TransformerConfig, scale: float) -> None:
     """Make Megatron-Core's attention multiply the cosines and sines of rotary embeddings with `scale`.
 
-    It reads these attributes for its own YaRN: the factor is 0.1 * yarn_mscale * ln(yarn_rotary_scaling_factor) + 1.
+    Megatron-Core reads the attributes set here for its own YaRN: its factor is 0.1 * yarn_mscale * ln(yarn_rotary_scaling_factor)
+    + 1.
+
+    Args:
+        config: configuration of the model, changed in place.
+        scale: factor; 1 changes nothing.
     """
     if scale != 1:
         config.yarn_rotary_scaling_factor, config.yarn_mscale, config.yarn_mscale_all_dim = math.exp(10), scale - 1, 0.0

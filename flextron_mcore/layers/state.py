@@ -54,7 +54,7 @@ class LayerState:
     Attributes:
         widths: numbers of heads, neurons and other units in use; None for all units.
         channels: (number of channels of the residual stream that the blocks see, number that the layer returns); None for all.
-        masks: {axis: weight of each unit [U]}, in a weighted network (layers/weighted.py).
+        masks: {axis: factor of each unit [U]}, in a network with a weight for every candidate (layers/weighted.py).
         gates: {axis: router gate, a scalar that multiplies the output of the axis's block} (layers/block.py).
         share: parameters of the sub-network / parameters of the full model, from which blocks with modulation compute their gain;
             None for the full model.

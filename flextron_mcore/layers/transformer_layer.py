@@ -69,6 +69,12 @@ class ElasticTransformerLayer(StateReader, TransformerLayer):
 
 
 def _built(path: str, config: TransformerConfig, space: ElasticSpace) -> ElasticBlock:
-    """Build the block of an added axis. path: dotted path of its class, `Axis.module`."""
+    """Build the block of an axis that an extension adds.
+
+    Args:
+        path: dotted path of the block's class, `Axis.module`.
+        config: TransformerConfig of the model.
+        space: elastic space of the model.
+    """
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)(config, space=space)

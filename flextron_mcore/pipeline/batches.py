@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from flextron_mcore.data.blend import batch
 from flextron_mcore.pipeline.networks import Batch
+from flextron_mcore.runtime.progress import Progress
 
 
 def count_batches(samples: int, micro_batch_size: int) -> int:
@@ -42,3 +43,17 @@ def share(dataset: Dataset, samples: int, micro_batch_size: int) -> Iterator[Bat
             if index >= samples:
                 made["loss_mask"][row] = 0
         yield made
+
+
+def counted_share(dataset: Dataset, samples: int, micro_batch_size: int, bar: Progress) -> Iterator[Batch]:
+    """Micro-batches of `share`, each of which is counted on the progress bar when it is used up.
+
+    Args:
+        dataset: dataset whose first samples are used.
+        samples: number of samples of all ranks together.
+        micro_batch_size: samples of a micro-batch.
+        bar: progress bar.
+    """
+    for made in share(dataset, samples, micro_batch_size):
+        yield made
+        bar.update()

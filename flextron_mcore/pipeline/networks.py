@@ -73,8 +73,8 @@ def run_networks(
         micro_batch_size: samples of a micro-batch.
         forward_only: evaluate without gradients.
         teach: distillation; None: none.
-        gates: for each network a router gate (layers/block.py) for each block, or None for a network without gates; None: no
-            gates. `gate_gradients` gets their gradients afterwards.
+        gates: for each network a router gate, a scalar that multiplies the output, for each block, or None for a network without
+            gates; None: no gates. `gate_gradients` gets their gradients afterwards.
         watch: function (index of the network, number of the micro-batch over all data-parallel ranks, its losses [B, S], this
             rank's final hidden states [S, B, C]) called on the last pipeline stage for each; None: none.
         drop: function () called before each micro-batch of each network, equal on tensor-parallel ranks. Once it returns True,
@@ -124,7 +124,13 @@ def run_networks(
         return output, partial(loss_function, batch, index, number, final)
 
     def _teach(teacher: GPTModel, gpt: GPTModel, batch: Batch) -> Tensor:
-        """Run a chunk of the frozen teacher, whose logits the last stage keeps; output for the next stage, as of `_no_output`."""
+        """Run a chunk of the frozen teacher; the last pipeline stage keeps its logits. Returns the output for the next stage.
+
+        Args:
+            teacher: this rank's chunk of the teacher.
+            gpt: this rank's chunk of the model that it teaches.
+            batch: micro-batch.
+        """
         if gpt.post_process:
             lesson.clear()  # frees the logits of the micro-batch before
         teacher.set_input_tensor(None if gpt.pre_process else gpt.decoder.input_tensor)
@@ -188,7 +194,13 @@ def from_last_stage(tensor: Tensor) -> Tensor:
 
 
 def _no_output(gpt: GPTModel, seq_length: int, micro_batch_size: int) -> Tensor:
-    """Zeros in the shape that the next pipeline stage expects, with a gradient of zero for the stage before: [S, B, C]."""
+    """Zeros [S, B, C] to send to the next pipeline stage for a pass that is not computed; stages before get a zero gradient.
+
+    Args:
+        gpt: this rank's chunk of the model.
+        seq_length: tokens of a sample.
+        micro_batch_size: samples of a micro-batch.
+    """
     if not gpt.pre_process:
         return gpt.decoder.input_tensor * 0
     config = gpt.config
@@ -216,7 +228,7 @@ def gate_gradients(gates: Sequence[Sequence[Tensor]], tokens: float, sequence_pa
     ranks.
 
     Args:
-        gates: for each network a router gate for each block.
+        gates: for each network a router gate, a scalar that multiplied the output, for each block.
         tokens: number of tokens in the mean loss.
         sequence_parallel: True if tensor-parallel ranks hold different positions, whose gradients are then summed, too.
     """

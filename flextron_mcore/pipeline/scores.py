@@ -118,9 +118,14 @@ def score(
 def _flush(
     chunks: Sequence[torch.nn.Module], network: Network, group: Sequence[Sequence[tuple[tuple[int, ...], tuple[int, ...]]]]
 ) -> np.ndarray:
-    """Log-probability and likeliest token of each scored token of a group, float64 [N, 2], the same on all ranks.
+    """Run a group of input sequences through a network in one flush of the pipeline, and score their continuations.
 
-    group: for each input sequence, the pairs (input, targets) that share it.
+    Returns log-probability of each scored token, and id of the likeliest token there: float64 [N, 2], the same on all ranks.
+
+    Args:
+        chunks: this rank's virtual-pipeline chunks.
+        network: sub-network or token routing; None for the full model.
+        group: for each input sequence, longest first, the pairs (input, targets) that share it.
     """
     gpt = unwrap(chunks[0])
     stages, ranks = parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_data_parallel_world_size()
@@ -190,7 +195,11 @@ def _micro_batch(
 ) -> _MicroBatch:
     """Micro-batch of `size` sequences of `length` tokens; sequences that `inputs` lacks are padding.
 
-    first: index, within the flush, of its first scored token.
+    Args:
+        inputs: for each input sequence, the pairs (input, targets) that share it.
+        size: number of sequences.
+        length: tokens of each sequence, padding included.
+        first: index, within the flush, of the first scored token.
     """
     tokens_BS = torch.zeros(size, length, dtype=torch.long)
     real_BS = torch.zeros(size, length, dtype=torch.bool)

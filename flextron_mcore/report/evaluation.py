@@ -123,7 +123,7 @@ def read(output: StageOutput) -> Evaluation | None:
 
 
 def find_before(results: Sequence[Evaluation]) -> Evaluation | None:
-    """First evaluation from before elastic training (`says_before`); None if all are, or none is."""
+    """First evaluation from before elastic training (`says_before`); None if there is none, or there is no other evaluation."""
     marked = [found for found in results if found.says_before]
     return marked[0] if marked and len(marked) < len(results) else None
 

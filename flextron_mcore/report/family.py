@@ -40,6 +40,7 @@ class Member:
         costs: {name of the cost: value in the cost's own unit, and share of the full model's cost}.
         loss: loss in nats per token, mean over domains; None if it was not evaluated.
         exports: {format: name of the export's directory within the stage's}.
+        compensated: loss with the weights that compensate=true refitted, as exported; None for exports of the plain slice.
     """
 
     budget: str
@@ -47,6 +48,7 @@ class Member:
     costs: dict[str, MemberCost]
     loss: float | None
     exports: dict[str, str]
+    compensated: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Network as plain types, as in metrics.json, with hidden size and number of executed layers added."""
@@ -106,6 +108,8 @@ def _table(family: Family) -> Table:
         name, unit = cost_unit(cost, max(each.value for each in found))
         columns.append((name, [f"{significant(each.value / unit)} ({percent(each.share)})" for each in found]))
     columns.append(("Mean loss", [loss(member.loss) for member in members]))
+    if any(member.compensated is not None for member in members):
+        columns.append(("Mean loss, compensated", [loss(member.compensated) for member in members]))
     columns += [*network_columns(nets, family.model), *layer_columns(nets, family.model)]
     columns.append(("Exports", [", ".join(member.exports) or "–" for member in members]))
     return Table.of_columns(columns)

@@ -107,7 +107,15 @@ def layer_grid(networks: Sequence[tuple[str, SubNetwork]], model: ModelConfig, n
 
 
 def _draw_grid(figure: Figure, theme: Theme, shares: np.ndarray, names: list[str], axes_shown: list[Axis]) -> None:
-    """Draw a panel for each axis: shares [networks, layers, axes] as shades, and as numbers where there is room."""
+    """Draw a panel for each axis, with a row for each network and a column for each layer.
+
+    Args:
+        figure: figure to draw into.
+        theme: colours.
+        shares: widths as shares of the full ones [networks, layers, axes]; drawn as shades, and as numbers where there is room.
+        names: names of the networks.
+        axes_shown: axes of the panels.
+    """
     colours = LinearSegmentedColormap.from_list("shades", theme.shades)
     drawn = panels(figure, [axis.title for axis in axes_shown])
     layers = shares.shape[1]

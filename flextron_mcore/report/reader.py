@@ -109,11 +109,11 @@ class Reader:
         return replace(self, model=self.read("model", ModelConfig))
 
     def inner(self, key: str) -> Reader:
-        """Reader of the object at `key`."""
+        """Reader of the JSON object at `key`. Raises FlextronError for a missing key and a value that is no object."""
         return replace(self, values=self.read(key, dict), where=f"{self.where}: {key}")
 
     def rows(self, key: str) -> list[Reader]:
-        """Readers of the objects in the list at `key`."""
+        """Readers of the JSON objects in the list at `key`. Raises FlextronError for a missing key and other values."""
         return [replace(self, values=row, where=f"{self.where}: {key}[{i}]") for i, row in enumerate(self.read(key, list))]
 
     def refuse_empty(self, key: str) -> None:

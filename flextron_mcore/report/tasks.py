@@ -42,7 +42,7 @@ def tasks_section(label: str, networks: Sequence[Scored], number: str, title: st
     Args:
         label: name of the evaluation's directory.
         networks: its networks, each with the same tasks.
-        number, title: ends of the section's key and title, from `numbered`.
+        number, title: texts at the end of the section's key and title, from `numbered`.
     """
     columns: list[Column] = [
         ("Network", [net.name for net in networks]),

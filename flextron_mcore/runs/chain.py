@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from flextron_mcore.digests import DIGESTS_FILE
 from flextron_mcore.files import first_line, read_yaml
 from flextron_mcore.runs.output import CONFIG_FILE, METRICS_FILE, is_empty, new_directory, write_config
 from flextron_mcore.runs.start import run_stage
-from flextron_mcore.runs.terminal import say
+from flextron_mcore.runs.terminal import command_line, say
 from flextron_mcore.runtime import distributed
 from flextron_mcore.runtime.disk import disk_errors
 from flextron_mcore.runtime.ranks import on_main_process, wait_for_all
@@ -61,7 +60,7 @@ def run_chain(
         if on_main_process(lambda file=folder / METRICS_FILE: file.is_file()):
             say(f"== {name}: complete")
             continue
-        say(f"== {name}: {shlex.join(['flextron', stage, *keys, f'out={folder}'])}")
+        say(f"== {name}: {command_line(['flextron', stage, *keys, f'out={folder}'])}")
         on_main_process(lambda stage=stage: prepare(stage))
         begun = time.perf_counter()
         composed = compose(stage, keys, values=[{"out": str(folder), "seed": settings.seed, "debug": settings.debug}])

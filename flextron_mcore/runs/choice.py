@@ -75,12 +75,12 @@ def memory_setting(settings: StageSettings, info: CheckpointInfo) -> dict[str, A
 
 
 def cost_label(name: str, settings: StageSettings, info: CheckpointInfo) -> str:
-    """Name of a cost for a table; for `memory` with what it counts, the KV cache included.
+    """Heading of a cost in a table: its name, for `memory` followed by size and precision of the KV cache that it counts.
 
     Args:
         name: name of the cost.
-        settings: settings of the stage, as for `available_costs`.
-        info: checkpoint.
+        settings: settings of the stage, which give the KV cache and the precision (`memory_setting`).
+        info: checkpoint, which gives length and precision where the settings have none.
     """
     if name != "memory":
         return name

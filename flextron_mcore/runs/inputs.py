@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flextron_mcore.config import FlextronError
-from flextron_mcore.files import read_yaml
+from flextron_mcore.files import expanded, read_yaml
 from flextron_mcore.runs.output import CONFIG_FILE
 from flextron_mcore.settings.schema import Key, keys, texts, value_of
 from flextron_mcore.settings.training import StageSettings
@@ -49,7 +49,7 @@ def _relation(out: Path, given: Path, key: Key, stage: str) -> str | None:
         key: key that names the input.
         stage: name of the stage that writes `out`.
     """
-    found = given.expanduser().resolve()
+    found = expanded(given).resolve()
     for place in (found, *_linked(found)):
         if place == out or _same(place, out):
             return "is"

@@ -13,9 +13,10 @@ from flextron_mcore.axes import added_tensors
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.cost import show
+from flextron_mcore.exports.compensation import moment_bytes
 from flextron_mcore.families.tensors import of_model
 from flextron_mcore.latency.measure import Setting
-from flextron_mcore.launch.activations import activations
+from flextron_mcore.launch.activations import activations, inference
 from flextron_mcore.launch.estimate import memory_of
 from flextron_mcore.launch.layout import Layout, Rank
 from flextron_mcore.runtime.distributed import device
@@ -64,7 +65,7 @@ def generation_line(settings: GenerateSettings, info: CheckpointInfo, precision:
         FlextronError: this machine has less memory.
     """
     count, ranks, longest = len(lengths), settings.model.tensor_model_parallel_size, max(lengths) + settings.max_new_tokens
-    needed = _inference_bytes(settings, info.model, precision, (count, min(lengths), longest), ranks)
+    needed = _inference_bytes(info.model, precision, "generation", (count, min(lengths), longest), ranks)
     return _line(
         settings, needed, f"{count} prompt(s), up to {longest} tokens each", "lower max_new_tokens, or give fewer prompts"
     )
@@ -83,35 +84,33 @@ def timing_line(settings: SelectSettings, info: CheckpointInfo, precision: str, 
         FlextronError: this machine has less memory.
     """
     cached = setting.prompt_length + setting.generated_tokens if setting.kind == "generation" else 0
-    needed = _inference_bytes(settings, info.model, precision, (setting.batch_size, setting.prompt_length, cached))
+    needed = _inference_bytes(info.model, precision, setting.kind, (setting.batch_size, setting.prompt_length, cached))
     what = f"{setting.batch_size} x {setting.prompt_length} tokens, to measure latencies"
     return _line(settings, needed, what, "set measure=false")
 
 
-def _inference_bytes(
-    settings: StageSettings, model: ModelConfig, precision: str, sizes: tuple[int, int, int], ranks: int = 1
-) -> int:
+def _inference_bytes(model: ModelConfig, precision: str, kind: str, sizes: tuple[int, int, int], ranks: int = 1) -> int:
     """Bytes of a rank for weights, the first forward pass and a KV cache of the full model.
 
     Args:
-        settings: settings of the stage.
         model: architecture.
         precision: precision of the computation.
+        kind: prefill or generation.
         sizes: number of sequences, tokens of each in the first pass, and tokens of each in the cache.
         ranks: number of tensor-parallel ranks.
     """
     count, first, cached = sizes
     cuda, layers = device().type == "cuda", (model.num_layers,)
-    layout = Layout(ranks, 1, 1, 1, False, layers, count, first, DTYPE_BYTES[precision], ("", 1), cuda)
-    needed = sum(memory_of(Rank(model, layout, 0), settings))
-    return needed + kv_cache_bytes(model, None, count, cached, precision) // ranks
+    rank = Rank(model, Layout(ranks, 1, 1, 1, False, layers, count, first, DTYPE_BYTES[precision], ("", 1), cuda), 0)
+    cache = kv_cache_bytes(model, None, count, cached, precision) // ranks
+    return rank.parameters * rank.layout.dtype + inference(rank, kind) + cache
 
 
 def comparison_line(settings: ExportSettings, info: CheckpointInfo, net: SubNetwork) -> str:
     """Line to print before an export: what is compared, and the memory of the main process.
 
-    With verify=true this holds the checkpoint's part of this rank and, except on a GPU, the whole export, both in fp32. With
-    verify=false nothing is compared, and the line is that of `copying_line`.
+    With verify=true the main process holds the checkpoint's part of its rank and, except on a GPU, the whole export, both in
+    fp32. With verify=false nothing is compared, and the line says what converting one tensor at a time needs (`copying_line`).
 
     Args:
         settings: settings of the stage.
@@ -127,6 +126,32 @@ def comparison_line(settings: ExportSettings, info: CheckpointInfo, net: SubNetw
     needed = weight_bytes(info.model, dtype="fp32") // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
     needed += 0 if device().type == "cuda" else weight_bytes(info.model, net, "fp32")
     return _line(settings, needed, "checkpoint and export in fp32, to compare their logits", "set verify=false")
+
+
+def calibration_line(settings: ExportSettings, info: CheckpointInfo, net: SubNetwork) -> str:
+    """Line to print before projections are refitted: tokens of one forward pass, and the memory of the rank that needs most.
+
+    It holds the model in fp32, the second moments of a pass (exports/compensation.py), and on a CPU the refitted weights and,
+    with verify=true, the export in fp32.
+
+    Args:
+        settings: settings of the stage.
+        info: checkpoint.
+        net: network that is exported.
+
+    Raises:
+        FlextronError: this machine has less memory, or the parallel layout does not fit the model.
+    """
+    cuda = device().type == "cuda"
+    layout = Layout.read(info.model, info.space, settings, int(os.environ.get("WORLD_SIZE", "1")), "fp32", cuda)
+    largest = max((memory_of(Rank(info.model, layout, index), settings) for index in range(layout.pipeline)), key=sum)
+    moments = moment_bytes(info.model, net, layout.tensor).values()
+    # The solution of a layer is computed in fp64, with a copy of its moments.
+    needed = sum(largest) + max(min(sum(moments), largest[0]), max(moments)) + 4 * max(moments)
+    if not cuda:
+        needed += weight_bytes(info.model, net, "fp32") * (1 + settings.verify)
+    size = f"compensation on {layout.micro_batch} x {layout.length} tokens a forward pass in fp32"
+    return _line(settings, needed, size, f"lower {_keys(settings)}")
 
 
 def import_line(settings: ImportSettings, info: CheckpointInfo) -> str:

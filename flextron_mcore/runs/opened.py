@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.config import FlextronError
 from flextron_mcore.data.blend import PreparedData, open_data, valid_datasets
@@ -13,6 +15,7 @@ from flextron_mcore.evaluation.evaluator import Evaluator
 from flextron_mcore.model import PRECISIONS, check_layout, loaded_model
 from flextron_mcore.runs.memory import memory_line
 from flextron_mcore.runs.terminal import say
+from flextron_mcore.runtime.distributed import device
 from flextron_mcore.settings.training import StageSettings
 from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.checks import sequence_length
@@ -80,13 +83,28 @@ def evaluator(settings: StageSettings, opened: Opened, cache: Path, progress: Ca
 
 
 def precision(settings: StageSettings, info: CheckpointInfo) -> str:
-    """Precision of the computation: trainer.precision, by default the checkpoint's, or fp32 for one that is stored in fp16."""
-    return settings.trainer.precision or (info.dtype if info.dtype in PRECISIONS else "fp32")
+    """Precision of the computation: trainer.precision, by default the checkpoint's, or fp32 for one that is stored in fp16.
+
+    Prints a line where the default is bf16 on a CPU without instructions for it: one without AVX-512 took 7 times as long.
+    """
+    if settings.trainer.precision:
+        return settings.trainer.precision
+    found = info.dtype if info.dtype in PRECISIONS else "fp32"
+    if found == "bf16" and device().type == "cpu" and not _bf16_instructions():
+        say("computing in bf16, as the checkpoint is stored, which this CPU is slow at: trainer.precision=fp32 is faster")
+    return found
+
+
+def _bf16_instructions() -> bool:
+    """True if PyTorch multiplies bf16 matrices with oneDNN on this CPU, not in its own loops."""
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_space(settings: StageSettings, info: CheckpointInfo) -> None:
     """Raise FlextronError if a key of settings.space differs from the checkpoint's elastic space; null keys fit any space."""
     have = info.space.to_dict()
+    if settings.space.multiple is not None:
+        ElasticSpace.from_dict(info.model, {**have, "multiple": settings.space.multiple})
     wanted = {k: v for k, v in asdict(settings.space).items() if v is not None}
     for name in ("granularity", "attention_unit", *have):
         if name not in wanted:
@@ -115,9 +133,9 @@ def check_widths_only(info: CheckpointInfo, what: str) -> None:
 
 
 def check_not_modulated(info: CheckpointInfo) -> None:
-    """Raise FlextronError for a checkpoint with modulation (layers/block.py), which token routing does not support.
+    """Raise FlextronError for a checkpoint with modulation, which token routing does not support.
 
-    The gains of modulation depend on the size of one network for all tokens.
+    Modulation multiplies outputs of blocks with learned gains that depend on the size of one network for all tokens.
     """
     if info.space.modulation:
         raise FlextronError(

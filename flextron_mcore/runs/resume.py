@@ -45,11 +45,10 @@ def resumable_output(settings: LoopSettings, info: CheckpointInfo, data: Prepare
     """Context with the directory settings.out of a training run, which no other process writes to within the block.
 
     The directory is new, or it holds this run, unfinished. It is this run if all of these are the same: the configuration, except
-    for keys of speed, logging and parallel layout; the training tokens, the tokenizer and the teacher (config.yaml keeps their
-    fingerprints);
-    and model, elastic space and order of heads and neurons of the checkpoint that the run starts from. Step, dtype and weights of
-    that checkpoint may have changed: a continuation takes its weights from the run's own newest checkpoint, and a run that has
-    none yet starts from the beginning.
+    for keys of speed, logging and parallel layout; the training tokens, the tokenizer and the teacher, whose fingerprints
+    config.yaml keeps; and model, elastic space and order of heads and neurons of the checkpoint that the run starts from. Step,
+    dtype and weights of that checkpoint may have changed: a continuation takes its weights from the run's own newest checkpoint,
+    and a run that has none yet starts from the beginning.
 
     With overwrite=true a new run replaces any output of a stage in settings.out. Call on all ranks.
 
@@ -74,7 +73,7 @@ def resumable_output(settings: LoopSettings, info: CheckpointInfo, data: Prepare
 
 
 def _say_reading(settings: LoopSettings, info: CheckpointInfo, data: PreparedData) -> None:
-    """Print how often the training reads each domain, with a warning where that is too often."""
+    """Print how often a training reads each domain of its data, and a warning if it is more than MOST_EPOCHS times."""
     steps, length = settings.trainer.max_steps, settings.model.seq_length or info.model.default_length
     tokens = BatchSizes(settings.model, steps).start(steps) * length
     say(f"{settings.stage}: {reading(data, settings.data_weights, tokens)}")

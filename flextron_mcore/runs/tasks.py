@@ -35,7 +35,7 @@ class OpenedTasks:
         tokenizer: the checkpoint's tokenizer.
         ends: token ids that end a generated text.
         loaded: tasks, on rank 0; None on other ranks.
-        heldout: those of them that were made from held-out text, on rank 0; [] on other ranks.
+        heldout: tasks among them that were made from held-out text, on rank 0; [] on other ranks.
     """
 
     tokenizer: Tokenizer
@@ -79,8 +79,9 @@ class OpenedTasks:
 def open_tasks(settings: EvaluateSettings, opened: Opened) -> OpenedTasks | None:
     """Open the tasks of settings.tasks; None without any. Call on all ranks.
 
-    Raises FlextronError for a key of tasks without tasks, without lm_eval, without a tokenizer or (with apply_chat_template) a
-    chat template, and as `make` and `load_tasks`.
+    Raises:
+        FlextronError: a key for tasks is set without tasks; lm_eval is not installed; there is no tokenizer, or with
+            apply_chat_template no chat template; a task cannot be made or loaded (`make`, `load_tasks`).
     """
     if not settings.tasks:
         for key in _OF_TASKS:
@@ -92,6 +93,11 @@ def open_tasks(settings: EvaluateSettings, opened: Opened) -> OpenedTasks | None
     info, data = opened.info, opened.data
     folder = info.tokenizer or data.tokenizer
     tokenizer = open_tokenizer(folder)
+    if (beyond := tokenizer.vocabulary.beyond(info.model.vocab_size)) is not None:
+        raise FlextronError(
+            f"tasks: the tokenizer in {folder} has the token {beyond[0][:40]!r} with id {beyond[1]}, and the model only rows 0 "
+            f"to {info.model.vocab_size - 1}: import it again with `flextron import resize_vocabulary=true ...`"
+        )
     if settings.apply_chat_template and not tokenizer.hf.chat_template:
         raise FlextronError(f"apply_chat_template=true: the tokenizer in {folder} has no chat template: leave it out")
     found: dict[str, Any] = {"loaded": None, "heldout": []}
@@ -128,5 +134,6 @@ def print_scores(rows: Sequence[tuple[str, dict[str, Any], dict[str, Any]]]) -> 
 
 
 def _with_error(measured: dict[str, float | None]) -> str:
+    """Value and standard error of a metric as text."""
     error = measured["stderr"]
     return f"{measured['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -28,12 +28,20 @@ def say_next(stage: str, **values: object) -> None:
         stage: name of a stage.
         values: its keys; those that are None are left out.
     """
-    words = [f"{key}={_as_typed(str(value))}" for key, value in values.items() if value is not None]
-    say("next: " + shlex.join(["flextron", stage, *words]))
+    words = [f"{key}={_as_typed(value)}" for key, value in values.items() if value is not None]
+    say("next: " + command_line(["flextron", stage, *words]))
 
 
-def _as_typed(value: str) -> str:
-    """Value as the command line's `key=value` reads it: in single quotes unless it is a plain word or path."""
+def command_line(words: Sequence[str]) -> str:
+    """Command that can be pasted into a shell; words with single quotes stand in double quotes if these change nothing."""
+    return " ".join(f'"{word}"' if "'" in word and not re.search(r'["$`\\!\n]', word) else shlex.quote(word) for word in words)
+
+
+def _as_typed(value: object) -> str:
+    """Value as the command line's `key=value` reads it: lists in brackets, text in single quotes unless a plain word."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_as_typed, value))}]"
+    value = str(value)
     return value if re.fullmatch(r"[\w./+-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", r"\'") + "'"
 
 

@@ -3,7 +3,7 @@
 Megatron-Core hard-codes the device "cuda". `enable()` makes that name mean the CPU in this process: in device arguments of tensor
 factories and `.to`, in `Tensor.cuda`, in the CUDA random state and streams, and in the type strings that Megatron-Core's
 optimizers compare. Collectives use gloo, and Adam is runtime/adam.py. No patch changes a computed number. No other file of the
-package patches a library.
+package patches torch or Megatron-Core.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -26,6 +27,7 @@ class Progress(tqdm):
         self._name, self._all, self._done = options.get("desc", ""), options.get("total"), 0
         super().__init__(disable=None if self._counts else True, **options)
         self._counts = self._counts and self.disable
+        self._out = sys.stdout  # also where a library's output is caught meanwhile
         self._begun = self._said = time.monotonic()
         if self._counts and self._all:
             self._say()
@@ -52,7 +54,7 @@ class Progress(tqdm):
         shown = [tqdm.format_sizeof(x) if self._scaled else str(x) for x in (self._done, self._all) if x is not None]
         left = f", {duration_text(seconds / self._done * (self._all - self._done))} left" if self._done and self._all else ""
         rate = f", {tqdm.format_sizeof(self._done / seconds)}{self._unit}/s" if self._scaled and self._done and seconds else ""
-        print(f"{self._name}: {' of '.join(shown)} {self._unit}{self._plural}{rate}{left}", flush=True)
+        print(f"{self._name}: {' of '.join(shown)} {self._unit}{self._plural}{rate}{left}", file=self._out, flush=True)
 
 
 def duration_text(seconds: float) -> str:

@@ -7,8 +7,10 @@ killed before a step of a large model ends. At any other time a signal ends the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +63,16 @@ def install(end: Callable[[str, int], NoReturn]) -> None:
         signal.signal(number, handle)
 
 
+def end_with_parent() -> None:
+    """Make the kernel kill this helper process when the thread that started it ends for any reason.
+
+    Checkpoint writers of Megatron-Core and processes of `prepare` would else outlive a command that is killed by SIGKILL.
+    """
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def ignore() -> None:
     """Ignore the signals from now on, because this process is ending already."""
     for number in SIGNALS:
@@ -110,7 +122,7 @@ def stop(number: int, stage: str, step: int) -> NoReturn:
     """Raise Stopped with a line for the user, and ignore signals from now on.
 
     Args:
-        number: reason, as `received` returns it.
+        number: reason: number of a signal, TIME_IS_UP or JOB_ENDS, from `received`.
         stage: name of the stage, for the line that the user sees.
         step: last trained step, whose checkpoint is on disk; 0 if there is none.
     """

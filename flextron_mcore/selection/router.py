@@ -191,7 +191,13 @@ class RouterSelector:
         return min(self._bins["scan"], key=lambda pair: abs(first.cost.of(pair[1]) - first.limit))[0]
 
     def _score(self, values_NK: np.ndarray, net: SubNetwork, cost: Cost) -> float:
-        """Score of a network: its log-probability, plus WORTH times its cost as a share of the full model's cost."""
+        """Score of a network: its log-probability, plus WORTH times its cost as a share of the full model's cost.
+
+        Args:
+            values_NK: negative log-probability of each candidate.
+            net: the network.
+            cost: cost that counts.
+        """
         return WORTH * cost.of(net) / cost.full - self.choices.total(values_NK, net)
 
 

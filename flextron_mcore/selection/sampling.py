@@ -47,7 +47,15 @@ def draw_near(choices: Choices, budgets: Sequence[Budget], count: int, seed: int
 
 
 def _draw(choices: Choices, budgets: Sequence[Budget], count: int, seed: int, within: float) -> list[SubNetwork]:
-    """Different random networks within all budgets, at most `within` of the full cost below the first; [] if none is found."""
+    """Different random networks within all budgets, near the first budget; [] if none is found.
+
+    Args:
+        choices: choices of the layers.
+        budgets: budgets, all to be met.
+        count: largest number of networks.
+        seed: seed of the draws.
+        within: share of the full model's cost by which a network may stay below the first budget.
+    """
     first = budgets[0]
     least = first.limit - within * first.cost.full
     generator = np.random.default_rng(np.random.SeedSequence([seed, 5]))
@@ -103,7 +111,13 @@ class _Size:
 
 
 def _exponential_probabilities(costs_NK: np.ndarray, exists_NK: np.ndarray, wanted: float) -> np.ndarray:
-    """Probabilities [N, K] proportional to exp(b * cost), with b such that the expected total cost is `wanted`."""
+    """Probabilities [N, K] proportional to exp(b * cost), with b such that the expected total cost is `wanted`.
+
+    Args:
+        costs_NK: cost of each candidate k of each block n.
+        exists_NK: True for candidates that exist.
+        wanted: sum over blocks of the expected costs.
+    """
     scale = costs_NK.max() or 1.0
 
     def probabilities(b: float) -> np.ndarray:

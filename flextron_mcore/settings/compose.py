@@ -15,7 +15,7 @@ import yaml
 
 from flextron_mcore.config import FlextronError, nearest
 from flextron_mcore.families.directory import check_directory, read_config
-from flextron_mcore.files import check_file, explain, parse_yaml, read_yaml
+from flextron_mcore.files import check_file, expanded, explain, parse_yaml, read_yaml
 from flextron_mcore.settings.launch import OF_ALL_STAGES, ClusterSettings, LaunchSettings, RunSettings
 from flextron_mcore.settings.schema import MISSING, Key, check_value, checked, keys, parse, show
 from flextron_mcore.settings.stages import STAGES
@@ -77,6 +77,7 @@ def compose(
         draft.fill(given, literal=True)
     for name, text in typed:
         draft.set_text(name, text)
+    draft.prefer([name for name, _ in typed])
     if of_hf and not (partial and draft.config.hf is None):
         draft.fill_from_hf()
         for name, text in typed:  # typed keys replace those of config.json
@@ -151,7 +152,7 @@ def find_key(schema: type[StageSettings], name: str) -> tuple[type[StageSettings
         (schema, key, rest). The rest is "" unless the name leads into a mapping, such as "NAME" for `env_vars.NAME`.
 
     Raises:
-        FlextronError: the key is unknown; the message names the nearest known key.
+        FlextronError: the key is unknown or was replaced; the message names the nearest known key, or what to set instead.
     """
     head, _, rest = name.partition(".")
     if name in schema.replaced:
@@ -217,7 +218,8 @@ class _Draft:
             self.fill(functools.reduce(lambda inner, part: {part: inner}, reversed(name.split(".")), section), literal=True)
             return
         owner, key, inner = find_key(self.schema, name)
-        value = parse(_ANY, text) if inner else parse(key, text)
+        item = _TEXT if key.of_texts else _ANY
+        value = parse(item, text) if inner else parse(key, text)
         if inner and key.item is Any and text in ("true", "false"):
             value = text == "true"
         self._set(name, _escaped(value), value)
@@ -231,7 +233,7 @@ class _Draft:
 
         if self.config.hf is None:
             raise FlextronError("model=hf: missing hf=: set it to the directory of a Hugging Face model")
-        path = Path(self.config.hf).expanduser().absolute()
+        path = expanded(self.config.hf).absolute()
         check_directory(path)
         found = read_config(path)[2].to_dict()
         self.fill({"model": {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}}, literal=True)
@@ -256,6 +258,23 @@ class _Draft:
         if not partial and (lacking := missing(settings)):
             raise FlextronError(f"{self.schema.stage}: missing {', '.join(f'{key}=...' for key in lacking)}")
         return settings
+
+    def prefer(self, typed: Sequence[str]) -> None:
+        """Let a typed `training.KEY` win over the KEY that a recipe has for a stage that trains, or for a layout.
+
+        typed: dotted names of the keys that the user typed.
+        """
+        if self.schema is not LaunchSettings:
+            return
+        own = self.config.stage_keys
+        sections = [(stage, own[stage]) for stage in own if stage in STAGES and issubclass(STAGES[stage], LoopSettings)]
+        sections += [("layouts", layout) for layout in self.config.layouts.values() if "layouts" not in typed]
+        for name in typed:
+            head, _, key = name.partition(".")
+            for owner, section in sections if head == SHARED else ():
+                own_too = any(f"{owner}.{key}.".startswith(f"{other}.") for other in typed)
+                if not own_too and (owner != "layouts" or key.startswith("model.")):
+                    _remove(section, key.split("."))
 
     def _is_section(self, name: str, value: Any) -> bool:
         """True if the mapping at this dotted name is a section of keys, False if it is the value of a key."""
@@ -288,6 +307,8 @@ class _Draft:
                 raise ValueError("a number")
             if key.type is dict and key.item is float and isinstance(value, Mapping):
                 value = {str(word): number for word, number in value.items()}  # YAML reads 0.5 as a number, names are text
+            if key.of_texts and isinstance(value, Mapping):  # a YAML file's true; OmegaConf would write True
+                value = {word: show(each) if isinstance(each, bool) else each for word, each in value.items()}
             if inner and OmegaConf.select(config, leaf) is None:
                 OmegaConf.update(config, leaf, {}, merge=False)
             OmegaConf.update(config, leaf + tail, value, merge=False, force_add=bool(inner))
@@ -324,6 +345,7 @@ def _leaves(values: Mapping[str, Any], is_section: Callable[[str, Any], bool], p
 
 
 _ANY = Key("", object, None, True, keys(StageSettings)["out"].limits)  # key of any type, to parse an item of a mapping
+_TEXT = replace(_ANY, type=str)
 
 
 def _escaped(value: Any) -> Any:
@@ -403,3 +425,13 @@ def _composed(options: tuple[str, ...], config_dirs: tuple[str, ...]) -> dict[st
     if call := _CALL.search(json.dumps(found, default=str)):
         raise FlextronError(f"{name}: {call[0]}...}} is not allowed in a recipe: write the value itself, or ${{KEY}}")
     return found
+
+
+def _remove(section: Any, path: Sequence[str]) -> None:
+    """Remove a value, which is no section, from nested sections, if it is there."""
+    for name in path[:-1]:
+        section = section.get(name) if hasattr(section, "get") else None
+        if section is None:
+            return
+    if hasattr(section, "pop") and path[-1] in section and not hasattr(section[path[-1]], "keys"):
+        section.pop(path[-1])

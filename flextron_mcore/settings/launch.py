@@ -38,7 +38,9 @@ class RunSettings:
         unit="hours:minutes:seconds",
     )
     retries: int = setting(
-        3, "failures in a row without a new checkpoint after which a job is queued again; not after refused input", at_least=0
+        3,
+        "times that a failed job is queued again without a new checkpoint in between; refused input is not tried again",
+        at_least=0,
     )
 
 

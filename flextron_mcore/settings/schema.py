@@ -60,7 +60,7 @@ def setting(
         filled: True refuses an empty list.
         form: regular expression that the whole text must match; empty: any text.
         accepts: allowed types of a field annotated `Any`, for unions that OmegaConf does not support.
-        role: kind of path, as for `path`; empty for values that are not paths.
+        role: kind of path (input, collection or output, see `path`); empty for values that are not paths.
         only: `KEY=VALUE` of the same stage, KEY a dotted name, without which this key has no effect. Any value but the default is
             then refused, so that nothing that a user typed is ignored. For a KEY that holds a list, VALUE is one of its items.
     """
@@ -194,6 +194,11 @@ class Key:
         """True if the key's value is the typed text itself: a key of type str."""
         return self.type is str
 
+    @property
+    def of_texts(self) -> bool:
+        """True if the key's value is a mapping to texts, each of which is the typed text itself."""
+        return self.type is dict and str in _alternatives(self.item)
+
 
 @functools.cache
 def keys(schema: type, prefix: str = "") -> dict[str, Key]:
@@ -237,6 +242,8 @@ def parse(key: Key, text: str) -> Any:
         return [_unquoted(item) for item in _items(text)]
     if key.type in (int, float, bool):
         return text
+    if key.of_texts and text[:1] + text[-1:] == "{}" and (found := _texts_in(text)) is not None:
+        return found
     if text[:1] + text[-1:] in ("[]", "{}"):
         return _collection(key, text)
     value = _unquoted(text) if text != _unquoted(text) else _scalar(text)
@@ -282,6 +289,24 @@ def _collection(key: Key, text: str) -> Any:
         raise FlextronError(f"{key.name}={text}: cannot be read as {key.kind}: write it as {how}") from None
 
 
+def _texts_in(text: str) -> dict[str, str | None] | None:
+    """{name: typed text, None for null} of a YAML mapping in one line; None for anything else, such as Hydra's `{a:b}`."""
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return None
+    pairs = node.value if isinstance(node, yaml.MappingNode) else [(node, node)]
+    if not all(isinstance(each, yaml.ScalarNode) for pair in pairs for each in pair):
+        return None
+    if any(":" in name.value for name, _ in pairs):
+        return None
+    return {
+        name.value: None if value.style is None and value.value in ("null", "~", "") else value.value for name, value in pairs
+    }
+
+
 def _scalar(text: str) -> Any:
     """Value of `text` as an int or float if the text spells a number, else the text."""
     for kind in (int, float):
@@ -293,10 +318,11 @@ def _scalar(text: str) -> Any:
 
 
 def checked(settings: Any, where: str) -> Any:
-    """Return `settings`, an instance of a schema, after validation and after expansion of `~` in its paths, in place.
+    """Validate `settings`, an instance of a schema, and return it. Null and MISSING are not checked.
 
-    Does not check null and MISSING. Raises FlextronError, one line that begins with `where` (the stage), for a value outside of
-    its limits, and for a key that has no effect beside the others.
+    Expands `~` in paths, and replaces other names of a value (`bf16-mixed` for `bf16`), both in place. Raises
+    FlextronError, one line that begins with `where` (the stage), for a value outside of its limits, and for a key that has no
+    effect beside the others.
     """
     for key in keys(type(settings)).values():
         owner, name = _owner(settings, key)
@@ -366,8 +392,10 @@ def check_value(key: Key, value: Any, where: str) -> None:
     if limits.choices and isinstance(value, list) and len(set(value)) < len(value):
         raise FlextronError(f"{shown} has one twice: name each once")
     for item in value if isinstance(value, list) else value.values() if isinstance(value, Mapping) else [value]:
+        if isinstance(item, float) and not math.isfinite(item):
+            raise FlextronError(f"{shown} must be finite")
         if isinstance(item, int | float) and not isinstance(item, bool) and not limits.holds(item):
-            raise FlextronError(f"{shown} must be {key.allowed if item is not value else limits.range or 'finite'}")
+            raise FlextronError(f"{shown} must be {key.allowed if item is not value else limits.range}")
         if limits.ceiling is not None and item > limits.ceiling:
             raise FlextronError(f"{shown} must be at most {limits.ceiling}")
         if limits.choices and item not in limits.choices and item not in limits.names:

@@ -299,6 +299,12 @@ class SpaceSettings:
         "checkpoint's",
         choices=ATTENTION_UNITS,
     )
+    multiple: int | None = setting(
+        None,
+        "divisor of every candidate of ffn_hidden_size and hidden_size but the full size, such as 16 for FP8 or 256 for DeciLM; "
+        "null: none beside granularity",
+        at_least=1,
+    )
     heads: list[int | float] | None = setting(None, f"query heads of a layer: {CANDIDATES}", above=0)
     ffn_hidden_size: list[int | float] | None = setting(None, f"MLP neurons of a layer: {CANDIDATES}", above=0)
     hidden_size: list[int | float] | None = setting(
@@ -320,8 +326,10 @@ class ScoreSettings:
 
     heads: str = setting(
         "energy",
-        f"importance of a query head in its KV group, with space.attention_unit=query_head; {MEANING_OF_SCORES}",
-        choices=UNIT_SCORES,
+        f"importance of a query head in its KV group, with space.attention_unit=query_head; {MEANING_OF_SCORES}, compensated: "
+        "error of predicting it from more important heads by least squares, which then stand in for dropped ones (each layer of "
+        "the checkpoint gets a tensor for it, which exports multiply into the weights and Megatron-Core's own model lacks)",
+        choices=(*UNIT_SCORES, "compensated"),
     )
     kv_groups: str = setting(
         "energy", "importance of a whole KV group, with space.attention_unit=kv_group; as score.heads", choices=UNIT_SCORES
@@ -408,7 +416,11 @@ class RouterSettings(JointRouterSettings):
 
 @dataclass
 class GumbelSettings(JointRouterSettings):
-    """Section `router` of the stage `gumbel`: size and training of the one router for all axes (LLaMaFlex)."""
+    """Section `router` of the stage `gumbel`: size and training of the one router for all axes (LLaMaFlex).
+
+    An update learns the loss from the networks of the step (`weighted_per_step` of them), and the constraint and the entropy
+    from `batch_size` further budgets, which need no forward pass of the model.
+    """
 
     lr: float = setting(1e-2, ROUTER_LR, above=0)
     entropy: list[float] = setting([0.1, 0.01], ENTROPY, length=2, above=0)

@@ -38,6 +38,7 @@ from flextron_mcore.settings.training import (
     WeightsSettings,
 )
 from flextron_mcore.settings.verify import VerifySettings
+from flextron_mcore.space import ATTENTION_UNITS
 
 # Help texts of keys that several stages have.
 BUDGET = (
@@ -47,6 +48,12 @@ BUDGET = (
 ANY_SELECTOR = "selector that chooses the network for budget; adaptive: each token chooses, by adaptive routers"
 ADD_BOS = "true: put the BOS token in front of every text; false: do not; null: as the tokenizer does"
 PARSE_SPECIAL_TOKENS = "true: encode special tokens spelled out in a text as tokens; false: as text; null: as the tokenizer does"
+AUTO = "auto"  # attention unit that importance chooses
+COMPENSATE = (
+    "true: refit by least squares, on training text, output projections and fc2 of layers with fewer heads or neurons; false: "
+    "plain slices"
+)
+CALIBRATION = "calibration samples for compensate=true, from the training text"
 KV_POLICY = (
     "keys and values that a token writes, full: of all KV groups, own: of the KV groups that it uses; "
     "null: as the routers were trained"
@@ -81,6 +88,12 @@ class PrepareSettings(StageSettings):
     vocab_size: int = setting(4096, "vocabulary of the trained BPE; unused with tokenizer=DIR", unit="tokens", at_least=1)
     add_bos: bool | None = setting(None, ADD_BOS)
     parse_special_tokens: bool | None = setting(None, PARSE_SPECIAL_TOKENS)
+    workers: int = setting(
+        1,
+        "processes that tokenize, each 32 million characters at a time; 1: this process, on all cores",
+        unit="processes",
+        at_least=1,
+    )
 
 
 @dataclass
@@ -115,6 +128,18 @@ class ForwardSettings(WeightsSettings):
 
 
 @dataclass
+class ImportanceSpaceSettings(SpaceSettings):
+    """Section `space` of `importance`, which can choose the unit of attention."""
+
+    attention_unit: str | None = setting(
+        None,
+        "unit that attention is made smaller by, kv_group: whole KV groups, query_head: query heads of every KV group, auto: the "
+        "one whose sorted sub-networks lose less at the same numbers of heads; null: the checkpoint's",
+        choices=(*ATTENTION_UNITS, AUTO),
+    )
+
+
+@dataclass
 class ImportanceSettings(ForwardSettings):
     """Rank neurons and heads by importance and write a checkpoint with sorted weights."""
 
@@ -137,6 +162,7 @@ class ImportanceSettings(ForwardSettings):
         at_least=0,
     )
     ablation_random: bool = setting(True, "compare with a random order too in this table; false: do not")
+    space: ImportanceSpaceSettings = section(ImportanceSpaceSettings)
     score: ScoreSettings = section(ScoreSettings)
 
 
@@ -288,6 +314,18 @@ class ExportSettings(BudgetSettings):
         choices=("hf", "hf_elastic", "trtllm", "gguf", "megatron"),
     )
     dtype: str | None = setting(None, "precision of the exported weights; null: as stored", choices=DTYPES)
+    compensate: bool = setting(False, COMPENSATE)
+    data: str | None = path(
+        None, "directory that `flextron prepare` wrote, whose training text is calibrated on", only="compensate=true"
+    )
+    samples: int = setting(512, CALIBRATION, unit="samples", at_least=1, ceiling=MOST_SAMPLES, only="compensate=true")
+    limit_val_batches: int | None = setting(
+        16,
+        "validation data on which the loss is measured before and after; null: all",
+        unit="micro-batches a domain",
+        at_least=1,
+        only="compensate=true",
+    )
     max_shard_size: int = setting(1_000_000_000, "largest size of one safetensors file", unit="bytes", at_least=1)
     hf: HfSettings = section(HfSettings)
     trtllm: TrtllmSettings = section(TrtllmSettings)
@@ -297,14 +335,7 @@ class ExportSettings(BudgetSettings):
         True, "read the directory back and compare its logits with the checkpoint's; needs memory for both models in fp32"
     )
     trainer: DeviceSettings = section(DeviceSettings)
-    model: LayoutSettings = section(LayoutSettings)
-
-
-@dataclass
-class FamilyModelSettings:
-    """Section `model` of `flextron family`: batch size of the evaluation."""
-
-    micro_batch_size: int = setting(8, "samples of a forward pass", unit="samples", at_least=1)
+    model: EvaluationModelSettings = section(EvaluationModelSettings)
 
 
 @dataclass
@@ -325,11 +356,13 @@ class FamilySettings(SelectorSettings):
         ["hf"], "formats that each model is exported to; []: no export", choices=("hf", "trtllm", "gguf", "megatron")
     )
     dtype: str | None = setting(None, "precision of the exported weights; null: as stored", choices=DTYPES)
+    compensate: bool = setting(False, COMPENSATE)
+    samples: int = setting(512, CALIBRATION, unit="samples", at_least=1, ceiling=MOST_SAMPLES, only="compensate=true")
     verify: bool = setting(True, "read every export back and compare its logits with the checkpoint's")
     limit_val_batches: int | None = setting(
         None, "validation data that each network is evaluated on; null: all", unit="micro-batches a domain", at_least=1
     )
-    model: FamilyModelSettings = section(FamilyModelSettings)
+    model: BatchSettings = section(BatchSettings)
 
 
 @dataclass
@@ -397,6 +430,8 @@ class QuickstartSettings(StageSettings):
     elastic_steps: int = setting(130, "length of elastic training", unit="steps", at_least=1)
     router_steps: int = setting(300, "length of the routers' training", unit="steps", at_least=1)
     joint_steps: int = setting(40, "length of joint tuning", unit="steps", at_least=1)
+    adaptive_steps: int = setting(60, "length of the training of adaptive routers", unit="steps", at_least=1)
+    gumbel_steps: int = setting(60, "length of the training over four axes with one router", unit="steps", at_least=1)
     chain: dict[str, Any] = setting(
         {}, "commands in order, {name: {stage: STAGE, keys: [key=value, ...]}}; {out} in a value is the quickstart's out"
     )

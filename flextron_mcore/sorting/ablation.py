@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flextron_mcore.axes import network_axes
+from flextron_mcore.axes import HEADS, network_axes
 from flextron_mcore.choosing import Network
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.evaluation.perplexity import evaluate, mean, perplexity
@@ -48,6 +48,28 @@ def ablation_networks(model: ModelConfig, space: ElasticSpace) -> list[AblationN
     return networks
 
 
+def unit_networks(model: ModelConfig, spaces: Mapping[str, ElasticSpace]) -> dict[str, list[AblationNetwork]]:
+    """{attention unit: networks with fewer heads in every layer} for the numbers of heads that all units can have.
+
+    Empty without such a number. spaces: {attention unit: space}.
+    """
+    common = sorted(set.intersection(*(set(space.sizes[HEADS.name][:-1]) for space in spaces.values())))
+    if not common:
+        return {}
+    return {
+        unit: [
+            AblationNetwork(f"{heads} of {HEADS.full(model)} heads by {unit}", HEADS.name, space.uniform(model, heads=heads))
+            for heads in common
+        ]
+        for unit, space in spaces.items()
+    }
+
+
+def units_line(compared: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Losses of the networks of each attention unit, in words. compared: {unit: rows of `ablation_rows`}."""
+    return "; ".join(f"{row['setup']} {row['loss']:.3f}" for rows in compared.values() for row in rows) + " nats per token"
+
+
 def ablation_rows(
     order: str,
     model: Sequence[torch.nn.Module],
@@ -67,7 +89,7 @@ def ablation_rows(
     Args:
         order: name of the order that the units are in (unsorted, random, sorted), for the rows.
         model: this rank's virtual-pipeline chunks.
-        networks: networks from `ablation_networks`.
+        networks: networks from `ablation_networks` or `unit_networks`.
         scores: {axis: name of its importance score}.
         datasets: {domain: dataset}.
         seq_length: tokens of a sample.

@@ -7,13 +7,16 @@ projection, fc2), and the weight columns W_u [C, c] that they are multiplied wit
     activation_weight   sum_X |a_u|_1 |W_u|_2
     energy              sum_X |W_u a_u|_2^2          squared norm of what the unit adds to the residual stream
 
-The energy equals tr(W_u C_u W_u^T), with the second moment C_u of the activations. Of a KV group it has the products of different
-heads of the group, which the sum of its heads' energies has not. Channels: |activation|_1 (`activation`) or its square (`energy`)
-after each norm, summed over norms. Layers: block influence 1 - cos(input, output), or the error of the final hidden states
-without the layer. Channels and layers follow LLaMaFlex.
+The energy equals tr(W_u C_u W_u^T), with the second moment C_u of the activations. The energy of a KV group is not the sum of its
+heads' energies, because it includes the products of different heads. Channels are scored by |activation|_1 (`activation`) or its
+square (`energy`) after each norm, summed over norms; layers by the block influence 1 - cos(input, output), or by the error of the
+final hidden states without the layer. Channels and layers follow LLaMaFlex.
+
+For query heads `compensated` also computes a compensation of the heads that are dropped (sorting/compensation.py). A head's score
+is the error of its group's output without this head and all less important ones.
 
 Shape suffixes: S sequence (of this rank's tokens), B batch, C hidden channels, U units of an axis times the channels of each, N
-units, c channels of a unit, L layers.
+units, c channels of a unit, L layers, G KV groups, Q query heads of a group, K channels of all heads of a group.
 """
 
 from __future__ import annotations
@@ -21,22 +24,24 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from flextron_mcore.axes import Axis, layer_axes
+from flextron_mcore.axes import HEADS, Axis, layer_axes
 from flextron_mcore.config import FlextronError, ModelConfig
 from flextron_mcore.pipeline.networks import Batch, run_networks
 from flextron_mcore.runtime.distributed import device
 from flextron_mcore.runtime.ranks import on_main_process
 from flextron_mcore.runtime.unwrap import unwrap
+from flextron_mcore.sorting.compensation import HeadCompensation, head_compensation, second_moments
 from flextron_mcore.space import SKIPPED, ElasticSpace, SubNetwork
 
 SCORES = ("energy", "activation", "activation_weight")
+COMPENSATED = "compensated"
 
 
 @dataclass
@@ -47,10 +52,12 @@ class LayerScores:
         units: {name of a layer axis: float64 scores of its units, `unit_shape`}: neurons [F]; KV groups [G], or heads [G, query
             heads of a group].
         influence: influence of the whole layer: 1 - cos(input of the layer, output of the layer), mean over tokens.
+        compensation: order and compensation of the query heads, with the score `compensated`; else None.
     """
 
     units: dict[str, Tensor]
     influence: float = 0.0
+    compensation: HeadCompensation | None = None
 
 
 @dataclass
@@ -81,7 +88,8 @@ def importance(
     Raises FlextronError for an unknown score.
 
     An energy needs [c, c] products of weight columns for each unit of c channels, in fp32 while the pass runs. Together they have
-    the share c / C of the elements of the projection's weight. For KV groups that is about 1 / (number of KV groups).
+    the share c / C of the elements of the projection's weight. For KV groups that is about 1 / (number of KV groups). The score
+    `compensated` needs [K, K] second moments for each KV group, in float64.
 
     Args:
         model: this rank's virtual-pipeline chunks.
@@ -90,20 +98,16 @@ def importance(
         seq_length: tokens of a sample.
         micro_batch_size: samples of a micro-batch.
         space: space to score for, whose attention unit decides between KV groups and query heads; None for the model's.
-        scores: {name of a layer axis: one of SCORES}, for `hidden_size` activation or energy; others are scored by `activation`.
+        scores: {name of a layer axis: one of SCORES}, for query heads also `compensated`, for `hidden_size` activation or energy;
+            others are scored by `activation`.
     """
     for axis in layer_axes():
         score = scores.get(axis.name, "activation")
-        if score not in SCORES:
+        if score not in SCORES and (axis is not HEADS or score != COMPENSATED):
             raise FlextronError(f"score of {axis.name}: {score!r} is not known: use one of {', '.join(SCORES)}")
     layers = [layer for chunk in model for layer in unwrap(chunk).decoder.layers]
     arch: ModelConfig = unwrap(model[0]).architecture
-    current = _Tokens()
-
-    def masked_batches() -> Iterator[Batch]:
-        for batch in batches():  # the schedule takes each micro-batch right before its forward pass
-            current.mask_SB1 = batch["loss_mask"].to(device()).T.unsqueeze(-1)
-            yield batch
+    current = Tokens()
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         sums = {}
@@ -113,7 +117,9 @@ def importance(
         channels_C = stack.enter_context(_observed_norms(model, scores.get("hidden_size", "activation"), current))
         for chunk in model:
             chunk.eval()
-        total = run_networks(model, masked_batches, num_batches, [None], seq_length, micro_batch_size, forward_only=True)
+        total = run_networks(
+            model, lambda: current.of(batches()), num_batches, [None], seq_length, micro_batch_size, forward_only=True
+        )
         groups = [parallel_state.get_data_parallel_group()]
         if layers[0].config.sequence_parallel:
             groups.append(parallel_state.get_tensor_model_parallel_group())
@@ -126,7 +132,12 @@ def importance(
             for group in groups:
                 torch.distributed.all_reduce(influence, group=group)
             units = {axis.name: _gathered_scores(axis, of_layer.units[axis.name], arch, layer.mlp.space) for axis in layer_axes()}
-            found[layer.layer_number - 1] = LayerScores(units, influence.item() / total[0, 1].item())
+            compensation = None
+            if of_layer.moments_GKK is not None:
+                torch.distributed.all_reduce(of_layer.moments_GKK, group=groups[0])
+                compensation = _gathered_compensation(layer, arch, of_layer.moments_GKK)
+                units[HEADS.name] = compensation.errors_GQ
+            found[layer.layer_number - 1] = LayerScores(units, influence.item() / total[0, 1].item(), compensation)
         for group in (*groups, parallel_state.get_pipeline_model_parallel_group()):
             torch.distributed.all_reduce(channels_C, group=group)
     return Scores(found, channels_C)
@@ -164,10 +175,16 @@ def random_scores(arch: ModelConfig, space: ElasticSpace, seed: int) -> Scores:
     return Scores(layers, draw(arch.hidden_size))
 
 
-class _Tokens:
+class Tokens:
     """Mask of the counted tokens of the current micro-batch."""
 
     mask_SB1: Tensor
+
+    def of(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Micro-batches, each of which becomes the current one when the schedule takes it, right before its forward pass."""
+        for batch in batches:
+            self.mask_SB1 = batch["loss_mask"].to(device()).T.unsqueeze(-1)
+            yield batch
 
     def of_rank(self, length: int) -> Tensor:
         """Mask for activations of `length` positions: all, or with sequence parallelism this rank's part."""
@@ -177,7 +194,7 @@ class _Tokens:
 
 
 @contextlib.contextmanager
-def _observed_norms(model: Sequence[torch.nn.Module], score: str, tokens: _Tokens) -> Iterator[Tensor]:
+def _observed_norms(model: Sequence[torch.nn.Module], score: str, tokens: Tokens) -> Iterator[Tensor]:
     """Context with the sum of |activation| or its square [C] after all norms of this rank, over the tokens of passes within it.
 
     Args:
@@ -205,18 +222,38 @@ def _observed_norms(model: Sequence[torch.nn.Module], score: str, tokens: _Token
             handle.remove()
 
 
+@dataclass
+class _LayerSums(LayerScores):
+    """Sums over tokens of this rank's units of a layer, and with the score `compensated` the second moments of its heads."""
+
+    moments_GKK: Tensor | None = None
+
+
 @contextlib.contextmanager
 def _observed(
-    layer: torch.nn.Module, arch: ModelConfig, attention_unit: str, scores: Mapping[str, str], tokens: _Tokens
-) -> Iterator[LayerScores]:
-    """Context with the scores of this rank's units of a layer, and its block influence, summed over its counted tokens."""
-    sums = LayerScores({})
+    layer: torch.nn.Module, arch: ModelConfig, attention_unit: str, scores: Mapping[str, str], tokens: Tokens
+) -> Iterator[_LayerSums]:
+    """Context with the scores of this rank's units of a layer, to which every forward pass within it adds its counted tokens.
+
+    Args:
+        layer: the layer; its block influence is summed, too.
+        arch: architecture of the full model.
+        attention_unit: unit of heads, kv_group or query_head.
+        scores: {name of a layer axis: its score}; others are scored by `activation`.
+        tokens: mask of the tokens that count.
+    """
+    sums = _LayerSums({})
 
     def observe(name: str, value: Callable[[Tensor], Tensor], factor_N: Tensor, units_SBU: Tensor) -> Tensor:
         units_SBNc = units_SBU.float().unflatten(-1, (len(factor_N), -1))
         counted_N = (value(units_SBNc) * tokens.mask_SB1).sum((0, 1), dtype=torch.float32).double()
         sums.units[name] += (factor_N * counted_N).view_as(sums.units[name])
         return units_SBU
+
+    def observe_heads(shape_GQ: tuple[int, ...], heads_SBU: Tensor) -> Tensor:
+        moments_GKK = second_moments(heads_SBU.unflatten(-1, (*shape_GQ, -1)), tokens.mask_SB1)
+        sums.moments_GKK = moments_GKK if sums.moments_GKK is None else sums.moments_GKK.add_(moments_GKK)
+        return heads_SBU
 
     def influence(module: torch.nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         before_SBC, after_SBC = kwargs["hidden_states"].float(), output[0].float()
@@ -228,8 +265,11 @@ def _observed(
         first, *others = unit_shape(axis, arch, attention_unit)
         first //= parallel_state.get_tensor_model_parallel_world_size() if axis.parallel else 1
         units = sums.units[axis.name] = torch.zeros(first, *others, dtype=torch.float64, device=device())
-        weight_CNc = layer.get_parameter(axis.followed_by).detach().unflatten(1, (units.numel(), -1))
         observed.append(layer.get_submodule(axis.observed))
+        if scores.get(axis.name) == COMPENSATED:
+            observed[-1].observe = partial(observe_heads, units.shape)
+            continue
+        weight_CNc = layer.get_parameter(axis.followed_by).detach().unflatten(1, (units.numel(), -1))
         observed[-1].observe = partial(observe, axis.name, *_contribution(scores.get(axis.name, "activation"), weight_CNc))
     handle = layer.register_forward_hook(influence, with_kwargs=True)
     try:
@@ -298,7 +338,7 @@ def removal_errors(
             yield batch
 
     def watch(index: int, number: int, loss_BS: Tensor, states_SBC: Tensor) -> None:
-        tokens = _Tokens()
+        tokens = Tokens()
         tokens.mask_SB1 = masks[number]
         if index == 0:
             full[:] = [states_SBC.float()]
@@ -318,12 +358,32 @@ def removal_errors(
 
 
 def _gathered_scores(axis: Axis, local: Tensor, arch: ModelConfig, space: ElasticSpace) -> Tensor:
-    """Gather an axis's scores from all tensor-parallel ranks, in the order of the checkpoint."""
+    """Gather the scores of an axis's units from all tensor-parallel ranks, in the order of the checkpoint.
+
+    Args:
+        axis: layer axis.
+        local: scores of this rank's units, `unit_shape`.
+        arch: architecture of the full model.
+        space: elastic space, whose granularity and attention unit decide on the order of units on the ranks.
+    """
     if not axis.parallel:
         return local
     gathered, ranks = _gather(local), parallel_state.get_tensor_model_parallel_world_size()
     dealt = axis.unit_field(arch, space.attention_unit) == next(iter(axis.fields))
-    return _undeal(gathered, ranks, space.granularity) if dealt else gathered
+    return undeal(gathered, ranks, space.granularity) if dealt else gathered
+
+
+def _gathered_compensation(layer: torch.nn.Module, arch: ModelConfig, moments_GKK: Tensor) -> HeadCompensation:
+    """Compute the compensation of this rank's query heads of a layer, and gather those of all tensor-parallel ranks.
+
+    Args:
+        layer: the layer.
+        arch: architecture of the full model.
+        moments_GKK: second moments of the outputs of this rank's heads.
+    """
+    weight_CGQH = layer.self_attention.linear_proj.weight.unflatten(1, (len(moments_GKK), arch.query_heads_per_group, -1))
+    local = head_compensation(weight_CGQH, moments_GKK)
+    return HeadCompensation(*(_gather(getattr(local, each.name).to(device())) for each in fields(local)))
 
 
 def _gather(local: Tensor) -> Tensor:
@@ -334,14 +394,27 @@ def _gather(local: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _undeal(gathered: Tensor, ranks: int, granularity: int) -> Tensor:
-    """Undo the dealt order (checkpoint/sharding.py) of concatenated ranks.
+def undeal(gathered: Tensor, ranks: int, granularity: int) -> Tensor:
+    """Undo the dealt order (checkpoint/sharding.py) of the first dimension of concatenated ranks.
 
     With n = G / ranks buckets a rank, unit a*n + k of rank r is unit a*G + r*n + k of the checkpoint.
+
+    Args:
+        gathered: units of rank 0, then those of rank 1, and so on.
+        ranks: number of tensor-parallel ranks.
+        granularity: number of buckets G of all ranks.
     """
     buckets = granularity // ranks
     split = gathered.unflatten(0, (ranks, -1, buckets))
     return split.transpose(0, 1).flatten(0, 2)
+
+
+def _on_cpu(scores: LayerScores) -> LayerScores:
+    """Scores of a layer with all tensors on the CPU."""
+    found = scores.compensation
+    if found is not None:
+        found = HeadCompensation(*(getattr(found, each.name).cpu() for each in fields(found)))
+    return replace(scores, units={name: tensor.cpu() for name, tensor in scores.units.items()}, compensation=found)
 
 
 def collect(scores: Scores, num_layers: int) -> Scores:
@@ -351,7 +424,7 @@ def collect(scores: Scores, num_layers: int) -> Scores:
     """
     group = parallel_state.get_pipeline_model_parallel_group()
     parts: list[dict[int, LayerScores]] = [{} for _ in range(group.size())]
-    mine = {i: replace(s, units={name: t.cpu() for name, t in s.units.items()}) for i, s in scores.layers.items()}
+    mine = {i: _on_cpu(s) for i, s in scores.layers.items()}
     torch.distributed.all_gather_object(parts, mine, group=group)
     merged = {i: s for part in parts for i, s in part.items()}
     # Ranks sort different tensors, so they must agree on every bit. Sums over ranks do not guarantee that.

@@ -1,22 +1,25 @@
 """Permutation of a checkpoint's units into decreasing importance (Flextron, section 3.1), tensor by tensor, from disk to disk.
 
-Shape suffixes: C hidden channels.
+Shape suffixes: C hidden channels, G KV groups, Q query heads of a group.
 """
 
 from __future__ import annotations
 
 import re
+import types
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from flextron_mcore.axes import added_tensors
-from flextron_mcore.checkpoint.reader import TensorReader
+from flextron_mcore.axes import HEADS, added_tensors
+from flextron_mcore.checkpoint.reader import DTYPES, TensorReader
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import LazyTensor
 from flextron_mcore.config import ModelConfig
 from flextron_mcore.families.tensors import find
+from flextron_mcore.layers.compensation import TENSOR, folded
+from flextron_mcore.sorting.compensation import unfolded
 from flextron_mcore.sorting.importance import LayerScores
 from flextron_mcore.space import ElasticSpace, SubNetwork
 
@@ -38,6 +41,8 @@ def order(model: ModelConfig, space: ElasticSpace, scores: LayerScores) -> Order
     for axis in space.layer_axes:
         field = axis.unit_field(model, space.attention_unit)
         orders[field] = scores.units[axis.name].argsort(dim=-1, descending=True, stable=True)
+        if axis is HEADS and scores.compensation is not None:
+            orders[field] = scores.compensation.order_GQ
     return orders
 
 
@@ -86,19 +91,46 @@ def _select(view: Tensor, axis: int, units: Tensor, size: int) -> Tensor:
     return moved.movedim((0, 1), (axis - 1, axis))
 
 
-def sorted_tensors(info: CheckpointInfo, orders: Mapping[int, Orders], channels_C: Tensor | None = None) -> dict[str, LazyTensor]:
+def sorted_tensors(
+    info: CheckpointInfo,
+    orders: Mapping[int, Orders],
+    channels_C: Tensor | None = None,
+    compensations: Mapping[int, Tensor] = types.MappingProxyType({}),
+) -> dict[str, LazyTensor]:
     """{name: tensor} of a checkpoint with permuted units (heads, neurons, channels), each read and permuted when it is written.
+
+    A compensation that the checkpoint has is multiplied into its output projections.
 
     Args:
         info: checkpoint to read.
         orders: {index of a layer: {field of LayerChoice: permutation of its units}}.
         channels_C: old index of each channel of the residual stream; None to leave the channels.
+        compensations: {index of a layer: compensation T [G, Q, Q] of its permuted query heads}; {} for none.
     """
     reader = TensorReader(info)
     of_network = {} if channels_C is None else {"hidden_size": channels_C}
+    heads = (info.model.num_query_groups, info.model.query_heads_per_group, info.model.kv_channels)
 
     def load(key: str) -> Tensor:
         layer = re.match(r"decoder\.layers\.(\d+)\.", key)
-        return permute(info.model, key, reader.read(key), of_network | (orders[int(layer[1])] if layer else {}))
+        tensor, number = reader.read(key), int(layer[1]) if layer else None
+        projection = layer is not None and key == f"{layer[0]}{TENSOR.rpartition('.')[0]}.weight"
+        if projection and info.space.compensation:
+            compensation_GQQ = reader.read(f"{layer[0]}{TENSOR}").double()
+            tensor = folded(tensor.double().unflatten(1, heads), compensation_GQQ).flatten(1)
+        tensor = permute(info.model, key, tensor, of_network | (orders[number] if layer else {}))
+        if projection and number in compensations:
+            tensor = unfolded(tensor.unflatten(1, heads), matrix(number)).flatten(1)
+        return tensor.to(reader.dtype(key))
 
-    return {key: LazyTensor(reader.shape(key), reader.dtype(key), lambda key=key: load(key)) for key in reader.keys()}
+    def matrix(number: int) -> Tensor:
+        """Compensation of a layer, rounded as it is stored, so that the full model does not depend on the rounding."""
+        return compensations[number].to(DTYPES[info.dtype])
+
+    keys = [key for key in reader.keys() if not key.endswith(TENSOR)]
+    tensors = {key: LazyTensor(reader.shape(key), reader.dtype(key), lambda key=key: load(key)) for key in keys}
+    for number, given in compensations.items():
+        tensors[f"decoder.layers.{number}.{TENSOR}"] = LazyTensor(
+            tuple(given.shape), DTYPES[info.dtype], lambda number=number: matrix(number)
+        )
+    return tensors

@@ -46,9 +46,11 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
         discard(out / "cache")
         scores: dict[str, dict[str, Any]] = {}
         if tasks:
+            distinct = list(dict.fromkeys(networks.values()))
+            say(f"evaluate: scoring {len(settings.tasks)} tasks for {len(distinct)} networks")
             with progress_bar(desc="evaluate: tasks", unit="request") as bar:
                 harness = tasks.harness(settings, opened, evaluation.model, bar.update)
-                found = {net: harness.scores(net) for net in dict.fromkeys(networks.values())}
+                found = {net: harness.scores(net) for net in distinct}
             scores = {name: found[net] for name, net in networks.items()}
             on_main_process(lambda: tasks.write(out, Path(settings.out)))
         arch, kv = info.model, settings.kv_cache
@@ -112,11 +114,11 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def _networks(settings: EvaluateSettings, info: CheckpointInfo) -> dict[str, SubNetwork]:
-    """{name: network} to evaluate: those of the files settings.subnetwork, by the file's name without its ending, or by the
-    path where two files have the same name.
+    """Networks to evaluate, {name: network}.
 
-    With settings.budget or settings.budgets the networks chosen for them, without any of these keys the uniform family with the
-    full model first; then settings.random random networks.
+    They are the networks in the files of settings.subnetwork, named by the file without its ending, or by its path if two files
+    have the same name; or the networks chosen for settings.budget or settings.budgets; or without any of these keys the uniform
+    family, with the full model first. settings.random random networks follow.
     """
     wanted = settings.budgets or ([] if settings.budget is None else [settings.budget])
     if not wanted and settings.subnetwork is not None:

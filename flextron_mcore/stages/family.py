@@ -14,6 +14,7 @@ from flextron_mcore.cost import Cost, show
 from flextron_mcore.data.blend import open_data
 from flextron_mcore.runs import choice
 from flextron_mcore.runs.chain import quoted, run_chain
+from flextron_mcore.runs.compensation import check_calibration
 from flextron_mcore.runs.output import METRICS_FILE, write_metrics
 from flextron_mcore.runs.terminal import print_table, say
 from flextron_mcore.runtime.disk import disk_errors, write_whole
@@ -31,6 +32,8 @@ def run(settings: FamilySettings) -> dict[str, Any]:
     budgets = settings.budgets
     if not budgets or any(budget is None for budget in budgets):
         raise FlextronError(f"budgets={show_value(budgets)}: must be a list such as [0.4, 0.6, 25ms]")
+    if settings.compensate:
+        check_calibration(settings)
     if settings.data is not None:
         open_data(settings.data)  # before the first network is written
     info, out = open_checkpoint(settings.checkpoint), Path(settings.out)
@@ -68,15 +71,24 @@ def _chain(settings: FamilySettings, names: list[str], out: Path) -> dict[str, t
     """{directory: (stage, keys as typed)} of the stages to run, in order.
 
     An evaluation of all networks (`evaluate`) if data is given, then the export of each in each format (NAME_FORMAT).
+
+    Args:
+        settings: settings of the stage.
+        names: names of the networks, whose files are networks/NAME.json.
+        out: directory of the stage, which holds a directory for each stage that it runs.
     """
     checkpoint = f"checkpoint={quoted(settings.checkpoint)}"
     files = {name: quoted(out / "networks" / f"{name}.json") for name in names}
+    batches = [f"model.{key}={show_value(value)}" for key, value in vars(settings.model).items()]
     chain: dict[str, tuple[str, list[str]]] = {}
     if settings.data is not None:
         keys = [checkpoint, f"data={quoted(settings.data)}", f"subnetwork=[{','.join(files.values())}]"]
-        keys += [f"limit_val_batches={'null' if settings.limit_val_batches is None else settings.limit_val_batches}"]
-        chain["evaluate"] = "evaluate", [*keys, f"model.micro_batch_size={settings.model.micro_batch_size}"]
+        keys += [f"limit_val_batches={show_value(settings.limit_val_batches)}"]
+        chain["evaluate"] = "evaluate", [*keys, *batches]
     more = [f"verify={str(settings.verify).lower()}", *([f"dtype={settings.dtype}"] if settings.dtype else [])]
+    if settings.compensate:
+        more += ["compensate=true", f"data={quoted(settings.data)}", f"samples={settings.samples}"]
+        more += [f"limit_val_batches={show_value(settings.limit_val_batches)}", *batches]
     for name in names:
         for format_ in settings.formats:
             chain[f"{name}_{format_}"] = "export", [checkpoint, f"subnetwork={files[name]}", f"format={format_}", *more]
@@ -84,15 +96,16 @@ def _chain(settings: FamilySettings, names: list[str], out: Path) -> dict[str, t
 
 
 def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, settings: FamilySettings) -> dict[str, Any]:
-    """Entry of metrics.json for the network of one budget, with its validation loss if it was evaluated, else None.
+    """Entry of metrics.json for the network of one budget, with its validation losses, None where they are not known.
 
-    The loss is the mean over domains in nats per token, read from the output of `evaluate`.
+    `loss` of the plain slice is read from the output of `evaluate`, `compensated` from that of the first export; both are means
+    over domains in nats per token.
 
     Args:
         name: name of the budget.
         net: network chosen for it.
-        costs: {name: cost}; the entry has value and share of each.
-        out: directory of the chain.
+        costs: {name: cost}; the entry has the value of each, and its share of the full model's.
+        out: directory of the stage, which holds a directory for each stage that it runs.
         settings: settings of the stage.
     """
     means = {f"mean_{axis.name}": sum(map(axis.size, net.executed_layers)) / net.depth for axis in layer_axes()}
@@ -106,19 +119,29 @@ def _row(name: str, net: SubNetwork, costs: dict[str, Cost], out: Path, settings
         "uniform": net.is_uniform,
         "exports": {format_: f"{name}_{format_}" for format_ in settings.formats},
         "loss": None,
+        "compensated": None,
     }
-    file = out / "evaluate" / METRICS_FILE
-    if settings.data is not None and file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))["networks"]
-        row["loss"] = next(each["mean"]["loss"] for each in found if each["name"] == name)
+    if settings.data is not None and (found := _metrics(out / "evaluate")):
+        row["loss"] = next(each["mean"]["loss"] for each in found["networks"] if each["name"] == name)
+    if settings.compensate and settings.formats:
+        found = _metrics(out / f"{name}_{settings.formats[0]}").get("compensation")
+        row["compensated"] = found["loss"]["compensated"] if found else row["loss"]  # None: nothing to compensate
     return row
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    """Content of a stage's metrics.json; empty without the file."""
+    file = folder / METRICS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _print(rows: list[dict[str, Any]], costs: dict[str, str]) -> None:
     """Print the table of the networks. costs: {cost: its label}."""
+    compensated = any(row["compensated"] is not None for row in rows)
+    losses = {"loss": "loss", **({"compensated": "loss, compensated"} if compensated else {})}
     print_table(
         f"the family: what each budget gets ({costs['memory']})",
-        ["budget", *costs, "hidden size", "layers", *(f"{axis.unit} (mean)" for axis in layer_axes()), "loss"],
+        ["budget", *costs, "hidden size", "layers", *(f"{axis.unit} (mean)" for axis in layer_axes()), *losses.values()],
         [
             [
                 row["budget"],
@@ -126,7 +149,7 @@ def _print(rows: list[dict[str, Any]], costs: dict[str, str]) -> None:
                 row["hidden_size"],
                 row["depth"],
                 *(f"{row[f'mean_{axis.name}']:g}" for axis in layer_axes()),
-                "" if row["loss"] is None else row["loss"],
+                *("" if row[key] is None else row[key] for key in losses),
             ]
             for row in rows
         ],

@@ -12,7 +12,7 @@ from flextron_mcore.adaptive.serving import routers_at_budget
 from flextron_mcore.checkpoint.store import CheckpointInfo, open_checkpoint
 from flextron_mcore.choosing import Network
 from flextron_mcore.config import FlextronError
-from flextron_mcore.data.tokenizer import open_tokenizer
+from flextron_mcore.data.tokenizer import Tokenizer, open_tokenizer
 from flextron_mcore.evaluation.generation import Sampling, generate
 from flextron_mcore.files import explain, read_text
 from flextron_mcore.model import check_layout, loaded_model
@@ -54,6 +54,7 @@ def run(settings: GenerateSettings) -> dict[str, Any]:
         warn(f"{folder}/generation_config.json: not applied, so that transformers may write another text: {named}")
     texts = _prompts(settings)
     prompts = tokenizer.encode_prompts(texts)
+    _check_rows(prompts, tokenizer, info.model.vocab_size)
     longest = max(map(len, prompts)) + settings.max_new_tokens
     if longest > info.model.max_position_embeddings:
         raise FlextronError(
@@ -108,6 +109,17 @@ def _prompts(settings: GenerateSettings) -> list[str]:
     if not found:
         raise FlextronError("generate: there is no prompt: give at least one in prompt= or prompts=")
     return found
+
+
+def _check_rows(prompts: list[list[int]], tokenizer: Tokenizer, rows: int) -> None:
+    """Raise FlextronError for a token of a prompt that has no row in the model's embedding, which has `rows` rows."""
+    unknown = [i for ids in prompts for i in ids if i >= rows]
+    if unknown:
+        token = tokenizer.hf.convert_ids_to_tokens(unknown[0])
+        raise FlextronError(
+            f"prompt: has the token {token[:40]!r} with id {unknown[0]}, and the model only rows 0 to {rows - 1}: leave the "
+            "token out, or import the model again with `flextron import resize_vocabulary=true ...`"
+        )
 
 
 def _network(settings: GenerateSettings, info: CheckpointInfo) -> tuple[Network, Callable[[], dict[str, Any]]]:

@@ -22,7 +22,7 @@ from flextron_mcore.training.teacher import open_teacher
 def run(settings: GumbelStageSettings) -> dict[str, Any]:
     """Train the model of settings.checkpoint and its router of all axes, a new one if it has none; write a checkpoint.
 
-    Call on all ranks. Returns the content of metrics.json (`train_routers`).
+    Call on all ranks. Returns the content of metrics.json, the result of `train_routers` (runs/routers.py).
     """
     info, data = _modulated(settings, open_checkpoint(settings.checkpoint)), open_data(settings.data)
     check_space(settings, info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from flextron_mcore.checkpoint.hf import HFCheckpoint, import_hf, open_hf
 from flextron_mcore.checkpoint.store import CheckpointInfo, iteration_path
 from flextron_mcore.checkpoint.writer import write_streaming
 from flextron_mcore.config import FlextronError, ModelConfig
-from flextron_mcore.data.tokenizer import keep_ids, read_vocabulary
-from flextron_mcore.data.tokenizer_files import code_keys, copy_tokenizer
+from flextron_mcore.data.tokenizer import Tokenizer, keep_ids, open_tokenizer, opened_unlike_files, read_vocabulary
+from flextron_mcore.data.tokenizer_files import code_keys, copy_tokenizer, has_tokenizer
 from flextron_mcore.runs.memory import import_line
 from flextron_mcore.runs.output import check_output, new_output, write_metrics
 from flextron_mcore.runs.terminal import print_table, progress_bar, say, warn
@@ -34,7 +35,9 @@ def run(settings: ImportSettings) -> dict[str, Any]:
     check_output(Path(settings.out), settings.overwrite)
     if settings.verify and (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise FlextronError(f"verify=true: compares in one process, not in {ranks}: start one, or leave verify=true out")
-    source = _with_vocabulary(open_hf(Path(settings.hf)), settings.resize_vocabulary)
+    source, opened = open_hf(Path(settings.hf)), opened_unlike_files(Path(settings.hf))
+    source = _with_vocabulary(source, opened, settings.resize_vocabulary)
+    _check_token_ids(source)
     if named := code_keys(Path(settings.hf)):
         warn(f"{settings.hf}: names code of its own ({', '.join(named)}), which is neither run nor taken along")
     info, tensors = import_hf(source, asdict(settings.space), settings.dtype)
@@ -50,7 +53,7 @@ def run(settings: ImportSettings) -> dict[str, Any]:
             "parameters": count_parameters(info.model),
             "bytes": size,
             "dtype": info.dtype,
-            "tokenizer": on_main_process(lambda: _copy_tokenizer(Path(settings.hf), out / "tokenizer")),
+            "tokenizer": on_main_process(lambda: _copy_tokenizer(Path(settings.hf), opened, out / "tokenizer")),
             **(_verified(settings, replace(info, path=folder)) if settings.verify else {}),
             "model": info.model.to_dict(),
             "space": info.space.to_dict(),
@@ -74,11 +77,17 @@ def run(settings: ImportSettings) -> dict[str, Any]:
     return metrics
 
 
-def _copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer of a Hugging Face directory, with the ids that it has there. Returns False if there is none."""
+def _copy_tokenizer(source: Path, opened: Tokenizer | None, target: Path) -> bool:
+    """Copy the tokenizer of a Hugging Face directory, with the ids that it has there. Returns False if there is none.
+
+    Args:
+        source: the directory.
+        opened: result of `opened_unlike_files`.
+        target: directory for the copy.
+    """
     copied = copy_tokenizer(source, target)
-    if copied:
-        keep_ids(source, target)
+    if copied and opened:
+        keep_ids(opened, target)
     return copied
 
 
@@ -93,7 +102,7 @@ def _why(settings: SpaceSettings, model: ModelConfig, space: ElasticSpace, name:
     """
     given = getattr(settings, name)
     if name in AXES:
-        return AXES[name].reason(model, space.granularity, space.attention_unit, given)
+        return AXES[name].reason(model, space.granularity, space.attention_unit, given, settings.multiple or 1)
     if given is not None:
         return "as given"
     if name == "granularity":
@@ -103,13 +112,20 @@ def _why(settings: SpaceSettings, model: ModelConfig, space: ElasticSpace, name:
     return f"whole KV groups have {model.query_heads_per_group} query heads each, too many for these candidates"
 
 
-def _with_vocabulary(source: HFCheckpoint, resize: bool) -> HFCheckpoint:
+def _with_vocabulary(source: HFCheckpoint, opened: Tokenizer | None, resize: bool) -> HFCheckpoint:
     """Checkpoint whose vocabulary has a row for each token of its tokenizer if `resize`, else the checkpoint as it is.
 
     Without `resize`, prints a warning that names the first token without a row. With it, raises FlextronError if no file lists
-    the tokens.
+    the tokens, or if transformers cannot open the tokenizer.
+
+    Args:
+        source: checkpoint.
+        opened: result of `opened_unlike_files` for its directory.
+        resize: resize_vocabulary.
     """
-    vocabulary = read_vocabulary(source.path)
+    if resize and opened is None and has_tokenizer(source.path):
+        opened = open_tokenizer(source.path)  # which says why it cannot be opened: rows are added for what transformers finds
+    vocabulary = opened.vocabulary if opened else read_vocabulary(source.path)
     if vocabulary is None and resize:
         raise FlextronError(
             f"resize_vocabulary=true: {source.path} has no tokenizer.json or vocab.json, which count the tokens: leave it out"
@@ -125,6 +141,24 @@ def _with_vocabulary(source: HFCheckpoint, resize: bool) -> HFCheckpoint:
         )
         return source
     return source.resized(max(vocabulary.tokens.values()) + 1)
+
+
+def _check_token_ids(source: HFCheckpoint) -> None:
+    """Raise FlextronError for ids in config.json with which transformers cannot build the model.
+
+    They are of a wrong type, or the id for padding has no row, which only GPT-2's class ignores.
+    """
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = source.config.get(key)
+        ids = found if isinstance(found, list) and key == "eos_token_id" else [] if found is None else [found]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise FlextronError(f"{source.path / 'config.json'}: {key} is {json.dumps(found)}, not a token's id: correct it")
+    pad, rows = source.config.get("pad_token_id"), source.model.vocab_size
+    if isinstance(pad, int) and not -rows <= pad < rows and source.model.position_embedding_type == "rope":
+        raise FlextronError(
+            f"{source.path / 'config.json'}: pad_token_id is {pad}, not a row of the embedding, 0 to {rows - 1}: set it to null, "
+            "or import with resize_vocabulary=true if the tokenizer has this token"
+        )
 
 
 def _verified(settings: ImportSettings, info: CheckpointInfo) -> dict[str, Any]:

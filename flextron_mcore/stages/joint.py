@@ -24,7 +24,8 @@ from flextron_mcore.training.teacher import open_teacher
 def run(settings: JointSettings) -> dict[str, Any]:
     """Train the model of settings.checkpoint together with its routers, and write a checkpoint with both.
 
-    Call on all ranks. Returns the content of metrics.json (`train_routers`, or `train_adaptive` for adaptive routers).
+    Call on all ranks. Returns the content of metrics.json, the result of `train_routers` (runs/routers.py), or of
+    `train_adaptive` (adaptive/training.py) for adaptive routers.
     """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)

@@ -70,6 +70,7 @@ def run(settings: LaunchSettings) -> dict[str, Any]:
 
 
 def _print_resources(settings: LaunchSettings, planned: Plan) -> None:
+    """Print the estimates of a plan: memory, FLOPs and hours; disk; cost of preemptions; passes over the data."""
     title, rows = resources(settings, planned)
     print_table(title, COLUMNS, rows)
     title, rows = storage(settings, planned)
@@ -79,6 +80,14 @@ def _print_resources(settings: LaunchSettings, planned: Plan) -> None:
 
 
 def _dry_run(settings: LaunchSettings, planned: Plan, configs: dict[str, Path], wanting: list[str]) -> dict[str, Any]:
+    """Print the scripts or commands of the jobs, the estimates, and what is missing; return the result of `run`.
+
+    Args:
+        settings: settings of the launch.
+        planned: plan of the launch.
+        configs: {job's name: configuration file of its stage}.
+        wanting: messages about inputs and tools that are missing.
+    """
     if settings.cluster.type == "slurm":
         for name, script in slurm.scripts(settings, planned, configs):
             print(f"# ---- {name}\n{script.rstrip()}\n")
@@ -97,9 +106,14 @@ def _dry_run(settings: LaunchSettings, planned: Plan, configs: dict[str, Path], 
 
 @contextlib.contextmanager
 def _files_written(settings: LaunchSettings, planned: Plan, configs: dict[str, Path]) -> Iterator[list[Path]]:
-    """Write the jobs' configurations, and yield their scripts for Slurm, written too.
+    """Context that writes the jobs' configurations and, for Slurm, their scripts; its value is the list of the scripts' files.
 
-    Where a first launch is refused within the block, its directories are removed again.
+    If the block raises FlextronError, directories that did not exist before are removed again.
+
+    Args:
+        settings: settings of the launch.
+        planned: plan of the launch.
+        configs: {job's name: configuration file of its stage}.
     """
     folder = planned.results / "launch"
     new = [place for place in (folder, planned.results) if not place.exists()]
@@ -111,7 +125,8 @@ def _files_written(settings: LaunchSettings, planned: Plan, configs: dict[str, P
             files = slurm.write_scripts(settings, planned, configs) if settings.cluster.type == "slurm" else []
         except OSError as error:
             raise FlextronError(
-                f"run.results_dir={planned.results}: cannot be written: {error.strerror}: set base_results_dir="
+                f"run.results_dir={planned.results}: cannot be written: {error.strerror}: set base_results_dir= to a directory "
+                "that you may write"
             ) from None
         yield files
     except FlextronError:
@@ -124,8 +139,20 @@ def _files_written(settings: LaunchSettings, planned: Plan, configs: dict[str, P
 
 
 def _submit(settings: LaunchSettings, planned: Plan, files: list[Path]) -> dict[str, Any]:
+    """Submit the jobs, record them in launch/jobs.json and, with detach=false, wait for their end; return the result of `run`.
+
+    Args:
+        settings: settings of the launch.
+        planned: plan of the launch.
+        files: sbatch scripts, from `slurm.write_scripts`.
+
+    Raises:
+        FlextronError: sbatch refused a job.
+        JobFailed: a job failed, with detach=false.
+    """
+
     def recorded(jobs: list[slurm.Submitted]) -> list[follow.Record]:
-        records = [_record(job, submitted) for job, submitted in zip(planned.to_run, jobs, strict=False)]
+        records = [_record(planned, job, submitted) for job, submitted in zip(planned.to_run, jobs, strict=False)]
         follow.write_record(planned.results, records)
         return records
 
@@ -146,12 +173,12 @@ def _submit(settings: LaunchSettings, planned: Plan, files: list[Path]) -> dict[
     return {"jobs": {record.name: record.id for record in records}}
 
 
-def _record(job: Job, submitted: slurm.Submitted) -> follow.Record:
+def _record(planned: Plan, job: Job, submitted: slurm.Submitted) -> follow.Record:
     steps, tokens, samples, options = None, None, None, job.settings
     if job.trains:
-        steps, length = options.trainer.max_steps, options.model.seq_length
+        steps, length = options.trainer.max_steps, options.model.seq_length or planned.model.default_length
         samples = BatchSizes(options.model, steps).start(steps)
-        tokens = samples * length / steps if length else None
+        tokens = samples * length / steps
     return follow.Record(job.name, job.stage, submitted.id, submitted.folder, steps, tokens, job.ranks, samples)
 
 

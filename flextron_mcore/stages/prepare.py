@@ -12,7 +12,11 @@ from flextron_mcore.data.prepare import parse_inputs, prepare_data
 from flextron_mcore.runs.output import check_output, serial_output, unfinished, write_metrics
 from flextron_mcore.runs.terminal import print_table, say
 from flextron_mcore.runtime.ranks import is_main_process
+from flextron_mcore.settings.schema import show
 from flextron_mcore.settings.stages import PrepareSettings
+
+# keys that have no effect on existing corpora
+_OF_TEXT = ("text_key", "skip_bad", "valid_fraction", "vocab_size", "add_bos", "parse_special_tokens", "workers")
 
 
 def run(settings: PrepareSettings) -> dict[str, Any]:
@@ -35,6 +39,7 @@ def run(settings: PrepareSettings) -> dict[str, Any]:
 
 def _tokenize(settings: PrepareSettings) -> Callable[[Path], dict[str, Any]]:
     """Function from a directory to the figures of the text that it tokenizes into it. Checks the inputs at once."""
+    _check_unused(settings, "split", needs="paths")
     inputs = parse_inputs(settings.input)
     return lambda out: prepare_data(
         inputs,
@@ -47,6 +52,7 @@ def _tokenize(settings: PrepareSettings) -> Callable[[Path], dict[str, Any]]:
         skip_bad=settings.skip_bad,
         add_bos=settings.add_bos,
         parse_special_tokens=settings.parse_special_tokens,
+        workers=settings.workers,
         progress=lambda text: say(f"prepare: {text}"),
         work=unfinished(Path(settings.out)),
     )
@@ -56,6 +62,7 @@ def _describe(settings: PrepareSettings) -> Callable[[Path], dict[str, Any]]:
     """Function from a directory to the figures of the existing corpora that it describes there. Checks the keys at once."""
     if settings.input is not None:
         raise FlextronError("paths, input: are two sources of data: prepare each into an out of its own, or leave one out")
+    _check_unused(settings, *_OF_TEXT, needs="input")
     if settings.tokenizer is None:
         raise FlextronError(
             "paths: tokenizer is not set: name the tokenizer that the corpora were made with, tokenizer=DIR, or that of a "
@@ -63,3 +70,10 @@ def _describe(settings: PrepareSettings) -> Callable[[Path], dict[str, Any]]:
         )
     blends = parse_paths(settings.paths)
     return lambda out: describe(blends, settings.split, settings.tokenizer, out, lambda text: say(f"prepare: {text}"))
+
+
+def _check_unused(settings: PrepareSettings, *names: str, needs: str) -> None:
+    """Raise FlextronError for a key of another value than its default, which has no effect without the key `needs`."""
+    for name in names:
+        if (value := getattr(settings, name)) != getattr(PrepareSettings(), name):
+            raise FlextronError(f"{name}={show(value)} has an effect with {needs}= only: leave {name} out")

@@ -23,7 +23,7 @@ from flextron_mcore.training.sampler import draw
 def run(settings: QuickstartSettings) -> dict[str, Any]:
     """Run the commands of settings.chain as the command line would, and continue where an earlier run stopped.
 
-    Call on all ranks. Returns the content of metrics.json (`_summary`).
+    Call on all ranks. Returns the content of metrics.json: losses before and after elastic training, and seconds of the commands.
     """
     out = Path(settings.out)
     try:
@@ -70,7 +70,7 @@ def _summary(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
     "after", "change"}], "seconds"}; losses are means over domains in nats per token.
 
     Args:
-        out: directory of the chain.
+        out: directory of the stage, which holds a directory for each stage that it runs.
         seconds: {directory: seconds} of the commands that ran now.
     """
     read = lambda name: json.loads((out / name / METRICS_FILE).read_text(encoding="utf-8"))  # noqa: E731

@@ -19,7 +19,8 @@ from flextron_mcore.training.static import StraightThroughLearner, SurrogateLear
 def run(settings: RouterStageSettings) -> dict[str, Any]:
     """Train routers beside the frozen model of settings.checkpoint, and write a checkpoint with both.
 
-    Call on all ranks. Returns the content of metrics.json (`train_routers`, or `train_adaptive` for kind=adaptive).
+    Call on all ranks. Returns the content of metrics.json, the result of `train_routers` (runs/routers.py), or of
+    `train_adaptive` (adaptive/training.py) for kind=adaptive.
     """
     info, data = open_checkpoint(settings.checkpoint), open_data(settings.data)
     check_space(settings, info)

@@ -76,7 +76,14 @@ def run(settings: SelectSettings) -> dict[str, Any]:
 def _latencies(
     settings: SelectSettings, info: CheckpointInfo, net: SubNetwork, table: LatencyTable
 ) -> tuple[float, float] | None:
-    """Milliseconds of the network and of the full model, timed on this device as for the table; None if `table` was fitted."""
+    """Time a network and the full model on this device: milliseconds of each; None if the table was fitted.
+
+    Args:
+        settings: settings of the stage, with the number of rounds.
+        info: checkpoint.
+        net: network to time.
+        table: latency table, whose workload, precision and statistic (minimum or median) are used.
+    """
     precision = _PRECISIONS.get(table.machine.get("dtype"))
     if precision is None:
         return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from flextron_mcore.runtime.disk import write_whole
 from flextron_mcore.settings.sections import ExperimentSettings
 from flextron_mcore.settings.training import LoopSettings
 
+PAUSE = 600  # seconds for which a server that failed is left alone
 MLFLOW_KEYS = ("experiment_name", "run_name", "tracking_uri", "tags")
 
 
@@ -35,6 +38,11 @@ def check_boards(settings: ExperimentSettings) -> None:
     ):
         if wanted and importlib.util.find_spec(name) is None:
             raise FlextronError(f"{key}=true: {name} is not installed: pip install {package}, or set {key}=false")
+    check_board_keys(settings)
+
+
+def check_board_keys(settings: ExperimentSettings) -> None:
+    """Raise FlextronError if a key of a logger that is asked for is missing or not known."""
     if settings.create_mlflow_logger:
         given = settings.mlflow_logger_kwargs
         if unknown := sorted(given.keys() - set(MLFLOW_KEYS)):
@@ -46,7 +54,7 @@ def check_boards(settings: ExperimentSettings) -> None:
             )
 
 
-def open_boards(out: Path, step: int, settings: LoopSettings) -> list[Board]:
+def open_boards(out: Path, step: int, settings: LoopSettings, say: Callable[[str], None]) -> list[Board]:
     """Boards that the settings of a run ask for. Call on the main process.
 
     Raises FlextronError if one cannot be opened, such as Weights & Biases without an account.
@@ -55,6 +63,7 @@ def open_boards(out: Path, step: int, settings: LoopSettings) -> list[Board]:
         out: directory of the run.
         step: step that the run continues from, 0 for a new run.
         settings: settings of the run.
+        say: receives a line when figures cannot be sent.
     """
     options, boards = settings.exp_manager, []
     if options.create_tensorboard_logger:
@@ -66,11 +75,38 @@ def open_boards(out: Path, step: int, settings: LoopSettings) -> list[Board]:
         if not wanted:
             continue
         try:
-            boards.append(kind(out, step, settings))
+            boards.append(Remote(kind(out, step, settings), f"{settings.stage}: {key}", say))
         except Exception as error:
             reason = " ".join(str(error).split())
             raise FlextronError(f"{key}=true: cannot be logged to: {reason}: correct its keys, or set {key}=false") from None
     return boards
+
+
+class Remote(Board):
+    """Board of a server. Its failure costs figures, not the training: after one, it is left alone for PAUSE seconds.
+
+    Args:
+        board: the board.
+        name: begin of the line that is said.
+        say: receives a line for each failure.
+    """
+
+    def __init__(self, board: Board, name: str, say: Callable[[str], None]) -> None:
+        self.board, self.name, self.say, self.until = board, name, say, 0.0
+
+    def add(self, figures: Mapping[str, float], step: int) -> None:
+        if time.monotonic() >= self.until:
+            self._try(lambda: self.board.add(figures, step), f"figures of step {step} and the next {PAUSE // 60} minutes")
+
+    def close(self) -> None:
+        self._try(self.board.close, "the end of the run")
+
+    def _try(self, send: Callable[[], None], what: str) -> None:
+        try:
+            send()
+        except Exception as error:
+            self.until = time.monotonic() + PAUSE
+            self.say(f"{self.name}: not sent: {what}: {' '.join(str(error).split())}")
 
 
 class TensorBoard(Board):
@@ -121,7 +157,7 @@ class WandB(Board):
 
 
 class MLflow(Board):
-    """Run of an MLflow server. A continued training adds to the run of its beginning.
+    """Run of an MLflow server. A continued training adds to the run that it began with.
 
     Args:
         out: directory of the run.
@@ -135,8 +171,9 @@ class MLflow(Board):
         keys = settings.exp_manager.mlflow_logger_kwargs
         self.client = MlflowClient(keys["tracking_uri"])
         file = out / "mlflow" / "run_id"
+        self.sent: dict[str, int] | None = None  # last step of each figure, by its name, in a run that is continued
         if step and file.is_file():
-            self.id = file.read_text(encoding="utf-8")
+            self.id, self.sent = file.read_text(encoding="utf-8"), {}
             self.client.update_run(self.id, "RUNNING")
             return
         name = keys.get("experiment_name", "flextron")
@@ -148,8 +185,23 @@ class MLflow(Board):
         write_whole(file, self.id)
 
     def add(self, figures: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now, metrics = int(time.time() * 1000), []
         for name, value in figures.items():
-            self.client.log_metric(self.id, name, value, step=step)
+            # MLflow refuses other characters in a name.
+            key = re.sub(r"[^/\w.\- :]", "_", name.replace("%", " percent"))
+            if step > self._last(key):
+                metrics.append(Metric(key, value, now, step))
+        self.client.log_batch(self.id, metrics)
+
+    def _last(self, key: str) -> int:
+        """Last step that the run has of a figure, -1 without one: a killed run has figures of steps after its checkpoint."""
+        if self.sent is None:
+            return -1
+        if key not in self.sent:
+            self.sent[key] = max((metric.step for metric in self.client.get_metric_history(self.id, key)), default=-1)
+        return self.sent[key]
 
     def close(self) -> None:
         self.client.set_terminated(self.id)

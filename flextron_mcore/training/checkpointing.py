@@ -102,7 +102,10 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _aside(self, target: Path) -> Iterator[Path]:
-        """Context with an empty hidden directory beside the checkpoint's final path `target`; removed after an error."""
+        """Context with a hidden directory, empty at first, beside the checkpoint's final path `target`; removed after an error.
+
+        The main process makes it: others must not write to it before a barrier. `_publish` gives it its final name.
+        """
         aside = target.parent / f".{target.name}.tmp"
         with disk_errors(target, KEPT):
             if is_main_process():

@@ -14,7 +14,7 @@ from flextron_mcore.model import check_layout
 from flextron_mcore.settings.sections import DataParallelSettings, EvaluationModelSettings
 from flextron_mcore.settings.training import LoopSettings
 from flextron_mcore.training.boards import check_boards
-from flextron_mcore.training.rampup import BatchSizes
+from flextron_mcore.training.options import check_length, check_options
 
 
 def check(settings: LoopSettings, info: CheckpointInfo, data: PreparedData, networks: int = 1) -> int:
@@ -31,31 +31,12 @@ def check(settings: LoopSettings, info: CheckpointInfo, data: PreparedData, netw
     model = settings.model
     length = sequence_length(model, info, data)
     ranks = parallel_state.get_data_parallel_world_size()
-    step = model.micro_batch_size * ranks
-    if model.global_batch_size % step:
-        raise FlextronError(
-            f"model.global_batch_size={model.global_batch_size} is not a multiple of model.micro_batch_size="
-            f"{model.micro_batch_size} x {ranks} data-parallel rank(s): use {-(-model.global_batch_size // step) * step}"
-        )
-    batches = BatchSizes(model, settings.trainer.max_steps)
-    batches.check(model.micro_batch_size, ranks)
+    check_options(model, settings.trainer.max_steps, ranks, networks)
     check_weights(data, settings.data_weights)
     check_boards(settings.exp_manager)
     check_layout(info.model, info.space, model, settings.trainer.precision)
     if hasattr(model, "ddp"):
         _check_ddp(model.ddp)
-    if hasattr(model, "optim") and model.optim.min_lr > model.optim.lr:
-        raise FlextronError(
-            f"model.optim.min_lr={model.optim.min_lr:g} is above model.optim.lr={model.optim.lr:g}, from which it falls: lower it"
-        )
-    stages = model.pipeline_model_parallel_size
-    micro_batches = next((n for size in batches.sizes if (n := size // step * networks) % stages), 0)
-    if model.virtual_pipeline_model_parallel_size and micro_batches:
-        raise FlextronError(
-            f"model.virtual_pipeline_model_parallel_size: the interleaved schedule needs a multiple of "
-            f"model.pipeline_model_parallel_size={stages} micro-batches times networks a step, not {micro_batches}: change "
-            "model.global_batch_size"
-        )
     return length
 
 
@@ -83,11 +64,7 @@ def sequence_length(model: EvaluationModelSettings, info: CheckpointInfo, data: 
             f"{info.model.vocab_size}{named}: {remedy}"
         )
     length = wanted or info.model.default_length
-    if model.sequence_parallel and length % model.tensor_model_parallel_size:
-        raise FlextronError(
-            f"model.sequence_parallel=true: model.tensor_model_parallel_size={model.tensor_model_parallel_size} does not "
-            f"divide the sequence length {length}: set model.seq_length"
-        )
+    check_length(model, length)
     return length
 
 
@@ -117,12 +94,7 @@ def _time(name: str) -> float | None:
 
 
 def _check_ddp(ddp: DataParallelSettings) -> None:
-    """Raise FlextronError for options of Megatron-Core's DDP that need others, or an optimizer that is not installed."""
-    if ddp.overlap_param_gather and not (ddp.use_distributed_optimizer and ddp.overlap_grad_reduce):
-        raise FlextronError(
-            "model.ddp.overlap_param_gather=true needs model.ddp.use_distributed_optimizer=true and "
-            "model.ddp.overlap_grad_reduce=true"
-        )
+    """Raise FlextronError for the distributed optimizer where no optimizer that it needs is installed."""
     if ddp.use_distributed_optimizer and optimizer.USING_PYTORCH_OPTIMIZER:
         raise FlextronError(
             "model.ddp.use_distributed_optimizer=true needs the FusedAdam of Transformer Engine or apex on a GPU: "

@@ -83,7 +83,7 @@ class GateLearner(Learner):
 
 
 class WeightLearner(Learner):
-    """Learner whose training signal is gradients of the candidates' weights in weighted networks (layers/weighted.py).
+    """Learner whose training signal is gradients of candidates' weights, with which networks multiply all units.
 
     `learn` runs on the main process.
     """

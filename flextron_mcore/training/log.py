@@ -53,7 +53,7 @@ class Log:
                 self.last_validation = row["losses"]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", encoding="utf-8")
-        self.boards = open_boards(out, step, settings)
+        self.boards = open_boards(out, step, settings, self._say)
         self.every = settings.trainer.log_every_n_steps
         self.terminal = sys.stderr.isatty()
         self.max_steps, self.first = settings.trainer.max_steps, step

@@ -174,13 +174,16 @@ class _Run:
                     with self._gathered():
                         then([chunk.eval() for chunk in self.model])
                     self._training_mode()
+                if last:  # a job that ends within the last validation repeats only that
+                    self._save(step)
+                    self.checkpointer.finish()
                 if self._validation_due(step):
                     validation["last"] = self._validate(step, log)
                 now = time.monotonic()
                 checked, longest = now, max(longest, now - checked)
                 needed = MARGIN * (longest + self.checkpointer.seconds)
                 stop, due = (0, False) if last else stop_agreed(now - saved >= self.save_seconds, needed)
-                if stop or last or due or step % self.save_interval == 0 or step + 1 in self.phase.after:
+                if stop or due or step % self.save_interval == 0 or step + 1 in self.phase.after:
                     self._save(step)
                     saved = time.monotonic()
                 if stop:
@@ -217,7 +220,7 @@ class _Run:
             self.saved = step
 
     def _stop(self, reason: int, step: int) -> NoReturn:
-        """Save the checkpoint of a step and raise signals.Stopped. reason: as `signals.received` returns it."""
+        """Save the checkpoint of a step and raise signals.Stopped. reason: signal or another result of `received`."""
         self._save(step)
         self.checkpointer.close()
         signals.stop(reason, self.settings.stage, step)
@@ -285,7 +288,7 @@ class _Run:
             step: number of steps before this one.
             losses: loss of each network in nats per token, the full model first.
             networks: networks of the step.
-            gates: router gates of each network, for a GateLearner; else None.
+            gates: router gates (scalars on the outputs of blocks) of each network, for a GateLearner; else None.
             tokens: number of tokens of the step.
         """
         learner, parallel, here = self.phase.learner, self.options.sequence_parallel, is_main_process()

@@ -39,7 +39,7 @@ class BatchSizes:
 
     @property
     def largest(self) -> int:
-        """Largest global batch size that a step has: that of the last one."""
+        """Largest global batch size that a step has, which is the last step's."""
         return self.of(self.steps - 1)
 
     def check(self, micro_batch: int, ranks: int) -> None:

@@ -86,7 +86,7 @@ def mixture(model: ModelConfig, space: ElasticSpace, weights: Mapping[str, float
 def expected(space: ElasticSpace, candidates: Mapping[str, np.ndarray]) -> Iterator[tuple[float, int, float, tuple[int, ...]]]:
     """(probability, hidden size, expected depth, sizes of a layer) of every choice of hidden size and one layer's widths.
 
-    candidates: probabilities of the candidates of each axis, as in `Mixture`.
+    candidates: {axis: probabilities of its candidates}, the same for all layers.
     """
     names = [axis.name for axis in space.layer_axes]
     depth = float(np.dot(candidates["depth"], space.sizes["depth"]))
@@ -106,7 +106,13 @@ def _tilted(space: ElasticSpace, tilt: float) -> dict[str, np.ndarray]:
 
 
 def _tilt(model: ModelConfig, space: ElasticSpace, wanted: float) -> float:
-    """Tilt with which a random sub-network is expected to have `wanted` parameters, by bisection."""
+    """Tilt with which a random sub-network is expected to have `wanted` parameters, by bisection.
+
+    Args:
+        model: architecture of the full model.
+        space: space to draw from.
+        wanted: number of parameters.
+    """
 
     def parameters(place: str, hidden: int, sizes: tuple[int, ...] | None = None) -> int:
         layer = space.layer_choice(model, *sizes) if sizes else None
@@ -126,13 +132,14 @@ def _tilt(model: ModelConfig, space: ElasticSpace, wanted: float) -> float:
 
 
 def _generator(seed: int, stream: int, step: int) -> np.random.Generator:
+    """Random generator that depends on (seed, stream, step) only. stream: 0 for training, 1 for validation."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, step])))
 
 
 def _indices(
     probabilities: np.ndarray | tuple[float, ...], generator: np.random.Generator, shape: int | tuple[int, ...]
 ) -> np.ndarray:
-    """Random indices of the given probabilities, of any shape."""
+    """Array of a shape with random indices, each drawn with its probability."""
     ends = np.cumsum(probabilities)
     return np.minimum(np.searchsorted(ends, generator.random(shape), side="right"), len(ends) - 1)
 

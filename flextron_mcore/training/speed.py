@@ -30,7 +30,7 @@ class Meter:
         info: architecture, space and precision of the model.
         seq_length: tokens of a sample.
         frozen: True if the weights get no gradients.
-        gates: True if router gates get gradients.
+        gates: True if router gates (scalars on the outputs of blocks) get gradients.
         teacher: frozen teacher, whose forward pass counts in every step; None without.
 
     Attributes:

@@ -13,7 +13,7 @@ from flextron_mcore.settings.training import ElasticSettings, GumbelStageSetting
 def open_teacher(
     settings: ElasticSettings | JointSettings | GumbelStageSettings, info: CheckpointInfo, data: PreparedData
 ) -> CheckpointInfo | None:
-    """Open the checkpoint settings.teacher, None if the key is null.
+    """Open the checkpoint that settings.teacher names; None if the key is null.
 
     Raises FlextronError if the checkpoint is missing or damaged, if its vocabulary, tokenizer, positions or layout do not fit the
     training, or if distillation.weight is 0.

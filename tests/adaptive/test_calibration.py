@@ -21,7 +21,8 @@ def test_calibration_finds_the_steps():
     assert len(asked) == len(set(asked)) == len(found) < 64 and found == sorted(found)
     for share in (0.55, 0.58, 0.6, 0.65, 0.7, 0.75, 0.95):
         assert spent(target_for(found, share)) == pytest.approx(share, abs=0.008), share
-    # A share in the middle of a jump gets one of its ends. Where every target spends the same, few are evaluated.
+    # No target spends a share within a jump of `spent`, so such a share gets one of the jump's ends. A constant `spent` needs few
+    # evaluations.
     assert min(abs(spent(target_for(found, 0.85)) - end) for end in (0.79, 0.94)) < 0.005
     assert len(calibrate(lambda target: 0.6)) == 9
 
@@ -36,7 +37,7 @@ def test_a_budget_finds_its_target():
     assert [target_for(steps, share) for share in (0.54, 0.56)] == [0.25, 0.25 + 1 / 1024]
     assert target_for(steps, 0.603) == pytest.approx(0.5 + 0.25 / 1024)  # a rise of 0.012 is interpolated, not taken for a jump
     assert target_for(steps, 0.5) == 0.25 and target_for(steps, 0.9) == 1.0
-    # Briefly trained routers may spend less at a higher target: shares behind the fall are found, too.
+    # Briefly trained routers may spend less at a higher target. Shares that only a target above that one spends are found, too.
     falls = [(0.0, 0.88), (0.25, 0.8), (0.5, 0.85), (1.0, 0.95)]
     assert [target_for(falls, share) for share in (0.8, 0.82, 0.86)] == pytest.approx([0.25, 0.35, 0.55])
     assert target_for([(0.0, 0.9), (1.0, 0.7)], 0.75) == 1.0 and target_for([(0.0, 0.6), (1.0, 0.6)], 0.6) == 0.0

@@ -76,7 +76,7 @@ def spent_by_halves(learner: AdaptiveLearner) -> float:
 
 
 def test_a_token_learns_which_level_serves_it():
-    """A level includes all parts up to its own: token 0 gains by level 1 and loses by level 2; token 1 gains by none."""
+    """A level computes all parts of a block up to its own. Token 0 gains by part 1 and loses by part 2; token 1 gains by none."""
     for chosen in learned([[0.0, -9.0, 8.0, 0.0], [0.0, 5.0, 0.0, -1.0]], level=3, target=0.5):
         assert chosen.tolist() == [1, 0]
 

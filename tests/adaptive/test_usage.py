@@ -26,7 +26,7 @@ def test_the_average_cost_of_a_pure_mix_is_the_networks():
 
 @pytest.mark.parametrize(
     "which, added",
-    [  # terms: attention, MLP, attention, MLP, with the shares below
+    [  # terms of both layers' attention and MLP; the comments have the tokens' shares
         (0, 3 * 1 + 5 * 1 + 3 * 0 + 5 * (1 - 0.999**1000)),
         (1, 3 * 1 + 5 * 3 + 3 * 0 + 5 * (1 - 0.999**1000)),
         (2, 3 * 0.125 + 5 * 0.375 + 3 * 0 + 5 * (0.25 + (1 - 0.999**1000) * 0.75 - (0.999 * 0.25 + 0.001))),
@@ -41,7 +41,7 @@ def test_tokens_that_differ_have_an_overhead(which, added):
     pure, share_NK = np.eye(4)[[0, 1, 2, 3]], np.array([[0.5, 0.5, 0, 0], [0.25] * 4, [0, 0, 0, 1], [0.999, 0, 0, 0.001]])
     assert differing.average(choices, pure) == pytest.approx(cost.average(choices, pure))
     assert differing.average(choices, share_NK) - cost.average(choices, share_NK) == pytest.approx(added, rel=1e-6)
-    alone = replace(differing, tokens=1)  # one token has one level, so there is no overhead
+    alone = replace(differing, tokens=1)  # a single token has one level, so there is no overhead
     assert alone.average(choices, share_NK) == pytest.approx(cost.average(choices, share_NK))
 
 

@@ -98,6 +98,7 @@ def test_mixed_dtypes_keep_that_of_most_weights(single):
         (torch.bfloat16, float("inf"), None, ["NaN or infinite weights"]),
         (torch.float32, -7e4, "fp16", ["holds a weight of 7e+04, more than float16 holds", "set dtype to bf16 or fp32"]),
         (torch.float32, 3.4e38, "bf16", ["more than bfloat16 holds", "set dtype to fp32"]),
+        (torch.float64, 1e300, None, ["holds a weight of 1e+300, more than fp32 holds: copy the file again"]),
     ],
 )
 def test_weights_that_are_not_finite(single, stored, value, dtype, words):
@@ -127,14 +128,26 @@ def test_a_tensor_that_the_family_does_not_declare_is_refused(single):
     fails(single, single / "model.safetensors", "holds 1 tensor(s)", "LlamaForCausalLM", "layers.9.mlp.up_proj.weight")
 
 
+def test_two_names_of_one_tensor_are_refused(single):
+    """Two names of one tensor are refused: transformers would take the one with the prefix, an import the one that comes last."""
+    rewrite(single, lambda tensors: tensors.update({"norm.weight": torch.ones(48)}))
+    fails(single, single / "model.safetensors", "holds norm.weight with and without the prefix model.", "remove the one")
+
+
+def test_an_adapter_is_refused(single):
+    (single / "adapter_config.json").write_text("{}")
+    fails(single, single / "adapter_config.json", "an adapter is not applied: merge it", "or remove this file")
+
+
 def test_space_and_config_are_kept(single):
     info, _ = import_hf(single, {"granularity": 1, "attention_unit": "query_head", "heads": [4, 8]})
     assert info.space.heads == (4, 8) and info.space.attention_unit == "query_head"
     assert info.hf_config["eos_token_id"] == 5 and not info.sorted and info.step == 0
 
 
-def test_the_model_type_decides_where_no_architecture_is_named(single):
-    edit(single, architectures=None)
+@pytest.mark.parametrize("named", [None, []])
+def test_the_model_type_decides_where_no_architecture_is_named(single, named):
+    edit(single, architectures=named)
     assert open_hf(single).model.activation == "swiglu"
 
 
@@ -155,9 +168,9 @@ def test_a_directory_without_config_is_refused(tmp_path):
             ["architecture MambaForCausalLM", "LlamaForCausalLM, Mistral", "GPT2LMHeadModel"],
         ),
         ({"architectures": [], "model_type": "mamba"}, ["GPT2LMHeadModel"]),
-        ({"architectures": None, "model_type": "mamba"}, ["model_type 'mamba'", "LlamaForCausalLM"]),
+        ({"architectures": None, "model_type": "mamba"}, ['model_type "mamba"', "LlamaForCausalLM"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantized"]),
-        ({"model_type": "gpt2"}, ["architectures ['LlamaForCausalLM'] and model_type 'gpt2' name different models"]),
+        ({"model_type": "gpt2"}, ['architectures ["LlamaForCausalLM"] and model_type "gpt2" name different models']),
     ],
 )
 def test_unsupported_models_are_refused(single, changes, words):
@@ -259,7 +272,7 @@ def test_an_output_layer_that_config_json_ties(tmp_path, family, case):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_resized_vocabulary(tmp_path, tied):
-    """Old tokens keep their logits, and new rows are those of transformers' resize_token_embeddings, up to its noise."""
+    """Old tokens keep their logits. New rows are the mean around which transformers' resize_token_embeddings draws its rows."""
     theirs = hf_toy.llama(tie_word_embeddings=tied)
     folder = hf_toy.save(theirs, tmp_path / "hf")
     hf = open_hf(folder).resized(hf_toy.VOCAB + 3)

@@ -13,7 +13,7 @@ UNITS, ROWS = 24, 3
 
 
 def local_part(sorted_tensor: torch.Tensor, rank: int, ranks: int, granularity: int) -> torch.Tensor:
-    """Units of a rank by definition: those whose bucket (i mod G) is in its share, most important first."""
+    """Units of a rank, most important first: unit i is in bucket i mod granularity, and ranks own equal shares of the buckets."""
     buckets = granularity // ranks
     mine = [i for i in range(UNITS) if rank * buckets <= i % granularity < (rank + 1) * buckets]
     return sorted_tensor.unflatten(0, (UNITS, ROWS))[mine].flatten(0, 1)

@@ -82,7 +82,7 @@ def test_sizes_and_digests_are_recorded_and_not_asked_of_early_checkpoints(tmp_p
 
 
 def test_equal_checkpoints_have_equal_files(tmp_path):
-    """All files are equal, with .metadata, where torch would store a random id of the save and its directory."""
+    """Two saves of one model are equal byte by byte. torch alone would store a random id and the directory in .metadata."""
     arch, space, model = case("llama")
     one, other = (stream(model, CheckpointInfo(arch, space), tmp_path / name).path for name in ("one", "other"))
     assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in other.iterdir()}

@@ -90,7 +90,7 @@ def test_a_missing_directory_is_refused(tmp_path: Path, fails) -> None:
 
 
 def test_fingerprint_is_that_of_the_tokens(prepared_dir: Path, prepared: PreparedData, tmp_path: Path, monkeypatch) -> None:
-    """The fingerprint stays when the directory is moved, and changes with one token at equal document lengths."""
+    """The fingerprint does not change when the directory is moved. One other token, at equal document lengths, changes it."""
     copy = tmp_path / "elsewhere"
     shutil.copytree(prepared_dir, copy)
     assert open_data(copy).fingerprint == prepared.fingerprint

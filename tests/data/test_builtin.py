@@ -34,7 +34,7 @@ def test_no_document_is_in_two_domains(texts: dict) -> None:
         assert not set(texts[a]) & set(texts[b])
     code = "\n".join(texts["code"])
     assert "decoding_table" not in code
-    assert "name2codepoint = {" not in code  # of html.entities, which is a table
+    assert "name2codepoint = {" not in code  # html.entities is a table, so not in `code`
     opened = ['"""' + text.splitlines()[0] for text in texts["docs"][::15]]
     assert not [line for line in opened if len(line) > 30 and line in code]
 

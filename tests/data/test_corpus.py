@@ -34,7 +34,7 @@ def test_directory_in_sorted_order_without_unknown_hidden_and_empty_files(tmp_pa
     (tmp_path / "b" / "__init__.py").touch()
     corpus = open_corpus("d", [tmp_path])
     assert list(corpus) == ["top.md", "a/k.TXT", "b/a.rs", "b/z.py"]
-    assert corpus.left_out == {".jpg": 1, "hidden": 2} and corpus.empty == 1  # __init__.py
+    assert corpus.left_out == {".jpg": 1, "hidden": 2} and corpus.empty == 1  # the empty file is __init__.py
     assert list(corpus) == list(corpus)
 
 

@@ -106,7 +106,7 @@ def test_samples_are_those_of_megatron(described, corpora: Path, tmp_path: Path,
 def test_tokens_of_each_part_are_counted(described, corpora: Path) -> None:
     data = described(["{DIR}/web", "{DIR}/code"], "90,8,2")
     for name, domain in data.domains.items():
-        dataset = IndexedDataset(str(corpora / name))  # kept alive: it unmaps the lengths when it goes
+        dataset = IndexedDataset(str(corpora / name))  # kept alive: its end unmaps the lengths
         lengths = dataset.sequence_lengths
         (begin, end), (start, stop) = bounds("90,8,2").values()
         assert domain.train_tokens == lengths[round(begin * len(lengths)) : round(end * len(lengths))].sum()

@@ -44,7 +44,7 @@ def test_json_lines_under_every_name_and_compression(tmp_path: Path, name: str, 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_compression_is_found_by_content(tmp_path: Path, suffix: str) -> None:
-    """A name may lie: downloads lose or gain their suffix."""
+    """Compression is recognised whatever the name ends with, because downloads lose or gain a suffix."""
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
         (tmp_path / name).write_bytes(COMPRESS[suffix](LINES))
     assert read(tmp_path) == TEXTS * 3
@@ -76,6 +76,15 @@ def test_lines_without_the_key_are_no_text(tmp_path: Path, fails) -> None:
     assert read(tmp_path, text_key="content") == ["a", "b"]
 
 
+@pytest.mark.parametrize("text", ['[{"content": "a"}, {"content": "b"}]', '{\n "content": "a"\n}'])
+def test_json_without_the_key_is_counted_by_itself(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    (tmp_path / "b.json").write_text("[1, 2]")
+    corpus = open_corpus("d", [tmp_path])
+    assert list(corpus) == [text, "[1, 2]"]
+    assert corpus.summary() == "read 2 file(s) (1 JSON without 'text', as text, 1 text)"
+
+
 def test_huge_numbers_in_other_fields_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"id": ' + "9" * 5000 + ', "text": "fine"}\n')
     assert read(tmp_path) == ["fine"]
@@ -105,7 +114,7 @@ def test_parquet_that_cannot_be_read(tmp_path: Path, fails) -> None:
 
 
 def test_damaged_files_of_every_format(tmp_path: Path, fails) -> None:
-    """Cut at and changed in 40 places each: one line, or, where a format has no checksum for the place, no crash."""
+    """Files cut or changed at 40 places are refused in one line. Where a format has no checksum for a place, they may be read."""
     noise = random.Random(0).randbytes(50_000).hex()
     lines = "".join(json.dumps({"text": noise[i : i + 1000]}) + "\n" for i in range(0, len(noise), 1000)).encode()
     parquet.write_table(pyarrow.table({"text": [noise[i : i + 1000] for i in range(0, len(noise), 1000)]}), tmp_path / "p")

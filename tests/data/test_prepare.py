@@ -156,13 +156,13 @@ def layouts(n: int) -> dict[str, list[list[str]]]:
 @pytest.mark.parametrize("name", layouts(3))
 @pytest.mark.parametrize("n", [3, 10, 60])
 def test_no_text_is_in_training_and_in_validation(name: str, n: int) -> None:
-    """Whole copies and the halves of cut documents alike, over all domains and many seeds."""
+    """No text is in training and validation, neither a whole document nor a half of a cut one, for all domains and many seeds."""
     domains = layouts(n)[name]
     for seed in range(40 if n == 10 else 8):
         found = splits(*domains, seed=seed)
         train, valid = (words([text for domain in found for text in domain[i]]) for i in (0, 1))
         assert not train & valid
-        for part in valid:  # no training text holds a validation text, as a whole copy of a cut document would
+        for part in valid:  # no training text contains a validation text, as a whole copy of a cut document would
             assert not any(part in text for text in train)
         for texts, (kept, held) in zip(domains, found, strict=True):
             assert kept and held
@@ -268,7 +268,7 @@ def test_the_same_input_gives_the_same_bytes(corpus_dir: Path, prepared_dir: Pat
     for file in files:
         assert (tmp_path / file).read_bytes() == (prepared_dir / file).read_bytes()
     assert lines[:2] == ["reading plain", "plain: 60 documents; read 60 file(s) (60 text)"]
-    assert "prepare: tokenizing plain: 0.00 of 8.49k B\n" in capsys.readouterr().out
+    assert "prepare: tokenizing: 0.00 of 22.8k B\n" in capsys.readouterr().out
     domains = json.loads((tmp_path / "data.json").read_text())["domains"]
     for name, entry in figures["domains"].items():
         tokens = entry["train_tokens"] + entry["valid_tokens"]

@@ -143,7 +143,7 @@ def test_token_files_and_saved_tokenizer(folder: Path, opened: Tokenizer, expect
 
 
 def test_borders_of_pieces(opened: Tokenizer, theirs) -> None:
-    """Pieces of 600 characters that overlap by 300 have the tokens of the whole, wherever their borders fall."""
+    """Long texts are encoded in overlapping pieces. They give the tokens of the whole text, wherever their borders fall."""
     text = tricky_texts.long_text()
     for shift in range(0, 600, 37):
         part = text[shift:]

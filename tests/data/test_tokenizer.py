@@ -177,7 +177,7 @@ def test_ids_beyond_the_count_of_tokens(directory: Path, tmp_path: Path) -> None
 
 
 def copied(directory: Path, target: Path, change: Callable[[dict], object] = lambda table: None) -> Path:
-    """Copy of a tokenizer directory with `change` applied to tokenizer.json, which gets another layout in any case."""
+    """Copy of a tokenizer directory with `change` applied to tokenizer.json, whose keys change their order in any case."""
     shutil.copytree(directory, target)
     table = json.loads((target / "tokenizer.json").read_text())
     change(table)
@@ -193,7 +193,7 @@ def swap(table: dict) -> None:
 
 
 def add(i: int) -> Callable[[dict], object]:
-    """Function that adds a token of that id."""
+    """Function that adds a special token with id `i` to the table of a tokenizer.json."""
     token = {"id": i, "content": "<|added|>", "special": True, "normalized": False}
     return lambda table: table["added_tokens"].append(token | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
 

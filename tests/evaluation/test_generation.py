@@ -74,7 +74,7 @@ def test_prompts_decoded_together_are_those_decoded_alone(case, kind):
 
 @pytest.mark.parametrize("kind", ["whole model", "sub-network", *KV_POLICIES])
 def test_texts_that_outgrow_the_original_context_of_longrope(case, kind):
-    """All prompts end with more than 5 tokens, and one of them begins with more: each switches to the long factors by itself."""
+    """Each text switches to the long factors when it has more than 5 tokens: one prompt at once, the others while they grow."""
     arch, space, _ = case
     factors = {"short_factor": [1.0, 1.2, 1.4, 1.6], "long_factor": [1.0, 4.0, 9.0, 16.0]}
     arch = replace(arch, rope_scaling={"type": "longrope", "original_max_position_embeddings": 5, **factors}, rotary_base=50.0)

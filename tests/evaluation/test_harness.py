@@ -1,4 +1,4 @@
-"""Interface to lm_eval: how texts are continued, and long ones cut."""
+"""Interface to lm_eval: texts are continued, with a KV cache and without, and long contexts are cut."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_rows(data, tokenizer, held):
 def test_rows_depend_on_the_seed_alone(data, tokenizer):
     one, again, other = (make(["heldout_last_word"], data, tokenizer, 96, seed)[0].rows for seed in (1, 1, 2))
     assert one == again and one[:50] != other[:50]
-    # Another task of the same run changes nothing.
+    # The rows of a task do not depend on the other tasks of a run.
     assert make(list(KINDS)[::-1], data, tokenizer, 96, 1)[-1].rows == one
 
 

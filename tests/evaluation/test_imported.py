@@ -47,7 +47,7 @@ def test_a_right_import(imported, layerwise):
     ],
 )
 def test_an_import_that_is_wrong(tmp_path, layerwise, part, words):
-    """The directory is changed after the import, so that transformers computes something else."""
+    """A wrong import is found: here the directory is changed after the import, so that transformers computes something else."""
     source = hf_toy.save(hf_toy.llama(), tmp_path / "hf")
     info = hf_toy.checkpoint(source, tmp_path / "run")
     tensors = load_file(source / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Evaluation: exact means over tokens, the same in every run (T7), and the model is left as it was."""
+"""Evaluation: exact means over tokens, the same in every run, and the model is left as it was."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_losses_are_means_over_tokens_whatever_the_micro_batch(size):
     for name, net in nets.items():
         for domain, dataset in datasets.items():
             assert found[name][domain] == pytest.approx(by_hand(model, dataset, net, len(dataset)), rel=1e-6)
-    assert found == evaluate([model], datasets, nets, toy.LENGTH, size)  # T7
+    assert found == evaluate([model], datasets, nets, toy.LENGTH, size)  # deterministic
     assert model.training and model.decoder.layers[0].state is FULL
 
 

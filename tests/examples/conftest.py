@@ -1,4 +1,4 @@
-"""A tiny sorted checkpoint, and a training run of our own loop from it, for comparison with other loops."""
+"""A tiny sorted checkpoint, and a run of `flextron elastic` from it, for comparison with other training loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = 6
 
 @pytest.fixture(scope="session")
 def ours(tmp_path_factory, text) -> tuple[Path, list[dict]]:
-    """Run directory with data and sorted, and the rows that our loop logged with the examples' samples and networks."""
+    """Run directory with `data` and `sorted`, and the rows that `elastic` logged on the samples and networks of the examples."""
     run = tmp_path_factory.mktemp("doors")
     data, batch = f"data={run}/data", ["model.micro_batch_size=4", "model.global_batch_size=8"]
     stage("prepare", f"input=[{text}/code,{text}/prose]", "vocab_size=300", "valid_fraction=0.2", f"out={run}/data")

@@ -1,4 +1,4 @@
-"""examples/megatron_bridge: Bridge's `pretrain` gives our loop's losses. Needs the environment of docs/results/doors.md."""
+"""examples/megatron_bridge: Bridge's `pretrain` has the losses of `flextron elastic`. docs/results/doors.md: what to install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/megatron_lm: Megatron-LM's own loop gives our loop's losses. Needs a Megatron-Core that brings megatron.training."""
+"""examples/megatron_lm: Megatron-LM's loop has the losses of `flextron elastic`. Needs Megatron-Core with megatron.training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TRAIN = f"""
 
 
 def pretrain(run: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run the example as a user starts it, on the data of `run`; the finished process."""
+    """Run the example on the data of `run`, as a user starts it, and return the finished process."""
     data = [
         *("--train-data-path", "0.5", f"{run}/data/code_train", "0.5", f"{run}/data/prose_train"),
         *("--valid-data-path", "1", f"{run}/data/code_valid", "--data-cache-path", f"{run}/cache"),
@@ -61,7 +61,7 @@ def losses(result: subprocess.CompletedProcess[str]) -> dict[int, list[float]]:
 
 
 def expected(rows: list[dict], first: int = 1) -> dict[int, list[float]]:
-    """{iteration: our loop's losses} from `first` on. Megatron-LM logs the mean of a run's first two iterations as the second."""
+    """{iteration: losses of `elastic`} from `first` on. The second is the mean of the first two, which Megatron-LM logs there."""
     found = {row["step"]: [row["loss"], *row["subnetwork_losses"]] for row in rows if row["step"] >= first}
     found[first + 1] = [(a + b) / 2 for a, b in zip(found[first], found[first + 1], strict=True)]
     return found
@@ -84,7 +84,7 @@ def test_equals_our_loop_resumes_and_comes_back(ours, tmp_path):
     resumed = pretrain(run, *start[:2], "--load", str(tmp_path), "--ckpt-step", "3", *layout, processes=2)
     assert_equal(losses(resumed), expected(rows, first=4))
 
-    # The checkpoint opens as one of ours, too.
+    # `flextron` opens the checkpoint, too.
     info = open_checkpoint(tmp_path / f"iter_{STEPS:07d}")
     assert info.sorted and info.step == STEPS
     keys = [f"data={run}/data", "limit_val_batches=1"]

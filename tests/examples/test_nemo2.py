@@ -1,4 +1,4 @@
-"""examples/nemo2: NeMo 2's llm.train gives our loop's losses. Needs the environment of docs/doors.md."""
+"""examples/nemo2: NeMo 2's llm.train has the losses of `flextron elastic`. docs/doors.md says what to install."""
 
 from __future__ import annotations
 

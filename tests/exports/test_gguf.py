@@ -171,7 +171,7 @@ def test_a_network_without_a_tokenizer_and_its_card(engine, tmp_path):
 def test_networks_that_gguf_cannot_hold_are_refused(tmp_path, monkeypatch):
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run")
     gpt2 = hf_toy.checkpoint(hf_toy.save(hf_toy.gpt2(), tmp_path / "gpt2"), tmp_path / "gpt2_run")
-    with pytest.raises(FlextronError, match=r"for Llama only, .*normalization=rmsnorm.*: use format=hf$") as error:
+    with pytest.raises(FlextronError, match=r"layers as Llama has them, .*normalization=rmsnorm.*: use format=hf$") as error:
         exported(gpt2, SubNetwork.full(gpt2.model), tmp_path / "a")
     assert "\n" not in str(error.value)
     full = SubNetwork.full(info.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from flextron_mcore.exports import gguf as export
 from flextron_mcore.exports.formats import Job
 from flextron_mcore.exports.gguf import tokenizer
 from flextron_mcore.space import SubNetwork
-from tests import hf_toy
-from tests.tokenizer_kinds import SOURCE, TEXTS, gpt2, llama2, llama3, save, smollm, texts
+from tests import hf_toy, tricky_texts
+from tests.tokenizer_kinds import SOURCE, TEXTS, gpt2, llama2, llama3, qwen, save, smollm, texts
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_llama_cpp_splits_text_as_tokenizers(kind, model, engine, tmp_path):
 
 
 def test_a_space_in_front_that_only_some_texts_get(model, engine, tmp_path):
-    """Metaspace adds no space to a text that begins with one; llama.cpp, like sentencepiece, does: such texts are left out."""
+    """Texts that begin with a space are left out: llama.cpp, like sentencepiece, adds a space to them, Metaspace does not."""
     backend = llama2("first")
     running = engine(exported(model, save(backend, tmp_path / "tokenizer"), tmp_path / "out"))
     for text in texts():
@@ -72,9 +73,19 @@ def test_a_space_in_front_that_only_some_texts_get(model, engine, tmp_path):
             assert running.tokenize(text) == backend.encode(text, add_special_tokens=False).ids, text
 
 
+def test_qwen_without_its_normalisation(model, engine, tmp_path):
+    """Texts in other forms than NFC are left out: Qwen's tokenizer normalises them, llama.cpp does not."""
+    backend = qwen()
+    running = engine(exported(model, save(backend, tmp_path / "tokenizer"), tmp_path / "out"))
+    found = [text for text in (*texts(), *tricky_texts.TEXTS) if unicodedata.is_normalized("NFC", text) and "\0" not in text]
+    assert len(found) > 400
+    for text in found:
+        assert running.tokenize(text, special=True) == backend.encode(text, add_special_tokens=False).ids, text
+
+
 @pytest.mark.parametrize("size", [257, 500])
 def test_the_tokenizer_of_prepare_gives_the_same_ids(size, model, engine, tmp_path):
-    ours = train_tokenizer([SOURCE], size)  # 257: bytes alone, no merges
+    ours = train_tokenizer([SOURCE], size)  # size 257 leaves no room for merges
     ours.save(tmp_path / "tokenizer")
     running = engine(exported(model, tmp_path / "tokenizer", tmp_path / "out"))
     for text, ids in zip(texts(), ours.encode_batch(texts()), strict=True):
@@ -152,7 +163,7 @@ REFUSED = {
     "its pre-tokenizer (none) is not": changed(pre_tokenizer=None),
     "ignore_merges=True with the pre-tokenizer gpt-2": changed(model={"ignore_merges": True}),
     "its post-processor is BertProcessing": changed(post_processor={"type": "BertProcessing"}),
-    "it has tokens up to 900, the model 700": changed(model={"vocab": {"a": 900}, "merges": []}),
+    "the model has 700 rows, none for its token 'a' with id 900": changed(model={"vocab": {"a": 900}, "merges": []}),
     "two of its tokens have the same id": changed(model={"vocab": {"a": 1, "b": 1}, "merges": []}),
     "it lacks the byte <0x00>": changed(model={"byte_fallback": True}, pre_tokenizer=None, normalizer=REPLACE),
     "it does not write spaces as": pieces([], []) | {"normalizer": None},

@@ -76,7 +76,7 @@ def test_export_is_the_sub_network(case, tmp_path):
     theirs = make(**options)
     source = hf_toy.save(theirs, tmp_path / "hf")
     info = hf_toy.checkpoint(source, tmp_path / "run", space)
-    assert info.space.granularity > 1  # units are stored in dealt order, and exported in another
+    assert info.space.granularity > 1  # so units are not in sorted order on disk, but in the export
     model = hf_toy.megatron(info)
     for name, net in networks(info).items():
         out = tmp_path / name.replace(" ", "_")
@@ -86,7 +86,7 @@ def test_export_is_the_sub_network(case, tmp_path):
         assert expected.std() > 0.1
         torch.testing.assert_close(hf_toy.logits(loaded), expected, atol=hf_toy.ATOL, rtol=0, msg=f"{name}: exported")
         torch.testing.assert_close(hf_toy.logits(model, net), expected, atol=hf_toy.ATOL, rtol=0, msg=f"{name}: Megatron-Core")
-        # T6: parameters counted = written = loaded; a tied output layer counts once.
+        # Parameters that count_parameters gives are those written and those loaded. A tied output layer counts once.
         loaded_parameters = sum(p.numel() for p in loaded.parameters())
         assert figures["parameters"] == count_parameters(info.model, net) == loaded_parameters
         stock = name == "full" or (name == "uniform" and "gpt2" not in case)
@@ -345,7 +345,7 @@ def test_layernorm1p_is_written_as_layernorm(tmp_path):
     [
         (toy.LLAMA | {"activation": "geglu"}, ["Llama needs activation=swiglu (it is geglu)"]),
         (toy.LLAMA | {"normalization": "layernorm"}, ["Llama needs normalization=rmsnorm (it is layernorm)"]),
-        (toy.GPT2 | {"bias": False}, ["GPT-2 needs bias=True (it is False)"]),
+        (toy.GPT2 | {"bias": False}, ["GPT-2 needs bias=true (it is false)"]),
         (toy.GPT2 | {"num_query_groups": 2}, ["GPT-2 needs num_query_groups=4 (it is 2)"]),
         (toy.GPT2 | {"normalization": "rmsnorm"}, ["GPT-2 needs normalization=layernorm|layernorm1p (it is rmsnorm)", "Llama"]),
     ],

@@ -104,7 +104,7 @@ def routed_checkpoint(
 
 
 def own(**changes) -> HfElasticSettings:
-    """Settings of the format: budgets answered by the routers, latency from the table beside them, and `changes`."""
+    """Section `hf_elastic` with `changes`: by default the routers answer budgets, and latency is from the table beside them."""
     return HfElasticSettings(**{"selector": "router", "latency": None, "kv_cache": CacheSettings()} | changes)
 
 

@@ -139,7 +139,7 @@ def test_units_that_stay_in_their_buckets_stay_sorted(tmp_path):
 
 
 def test_training_goes_on(tmp_path):
-    """The stock model trains a step; the uniform export then opens as a checkpoint and becomes elastic again."""
+    """The exported stock model trains a step. A uniform export then opens as a checkpoint here and is made elastic again."""
     info = hf_toy.checkpoint(hf_toy.save(hf_toy.llama(), tmp_path / "hf"), tmp_path / "run")
     nets = networks(info)
     tokens = hf_toy.tokens()

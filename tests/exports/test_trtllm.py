@@ -35,7 +35,7 @@ FORMAT = get_format("trtllm")
 
 
 def exported(info: CheckpointInfo, net: SubNetwork, out: Path, tp: int = 1, pp: int = 1, style: str = "padded", **changes):
-    """Export with these parallel sizes and this style; the figures and the job."""
+    """Export a network with these parallel sizes and this style, and return (figures of the export, job)."""
     out.mkdir()
     job = Job(info, net, out, settings=TrtllmSettings(style, tp, pp), **changes)
     return FORMAT.write(job), job

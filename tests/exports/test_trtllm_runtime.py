@@ -45,7 +45,7 @@ def runtime(request, monkeypatch):
 
 
 def exported(out: Path, options: dict, space: dict):
-    """Export a network whose layers differ to `out` with format=hf; the network."""
+    """Export a network whose layers differ to `out` with format=hf, and return the network."""
     source = hf_toy.save(hf_toy.llama(**options), out.with_name("hf"))
     info = hf_toy.checkpoint(source, out.with_name("run"), space)
     net = networks(info)["by layer"]

@@ -85,7 +85,7 @@ class DecoderModelForCausalLM(nn.Module):
         self.model, self.model_config, self.config = model, config, config.pretrained_config
         self.lm_head = Linear(hidden_size, vocab_size, bias=False, dtype=config.pretrained_config.torch_dtype)
         if self.config.tie_word_embeddings:
-            assert model.embed_tokens.tp_mode == "column"  # the output layer's mode
+            assert model.embed_tokens.tp_mode == "column"  # the output layer must be cut like the embedding
             self.lm_head.weight = model.embed_tokens.weight
 
     def forward(self, attn_metadata, input_ids, position_ids, **kwargs):

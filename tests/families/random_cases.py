@@ -17,7 +17,8 @@ from tests import hf_toy
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 SCALINGS = (None, hf_toy.LINEAR, hf_toy.LLAMA3, YARN, {**YARN, "beta_fast": 20.0, "attention_factor": 1.3})
-# LongRoPE with an original context just below the length of the texts, and just as long: the long factors, and the short ones
+# LongRoPE: with an original context one token shorter than the texts, which takes the long factors, and with one as long as the
+# texts, which takes the short ones
 LONGROPE = ({"original": hf_toy.LENGTH - 1}, {"original": hf_toy.LENGTH, "factor": 4.0})
 
 
@@ -71,7 +72,7 @@ def smollm3(draw: random.Random) -> dict[str, Any]:
 
 
 def phi3(draw: random.Random) -> dict[str, Any]:
-    """Arguments of a Phi-3, whose scaling can be longrope only, and whose heads fill the hidden size then."""
+    """Arguments of a Phi-3. Its only scaling is longrope; with it, heads fill the hidden size."""
     partial = draw.choice([1.0, 0.75, 0.5])
     values = llama_like(draw, (4, 8, 16) if partial == 0.5 else (8, 16), partial, partial_rotary_factor=partial)
     values["sliding_window"] = draw.choice([None, 7])

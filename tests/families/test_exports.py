@@ -22,8 +22,8 @@ from flextron_mcore.space import SubNetwork, count_parameters
 from tests import hf_toy
 from tests.families import random_cases
 
-EXACT = 1e-12  # in fp64
-# Without llama.cpp the other formats are compared all the same.
+EXACT = 1e-12  # largest difference of logits in fp64
+# gguf is left out without llama.cpp, unless FLEXTRON_REQUIRE_LLAMA_CPP demands it.
 LLAMA_CPP = importlib.util.find_spec("llama_cpp") or os.environ.get("FLEXTRON_REQUIRE_LLAMA_CPP") == "1"
 MODELS, NETWORKS = map(int, os.environ.get("FLEXTRON_FAMILIES", "2 2").split())
 
@@ -117,7 +117,7 @@ def exported(
     assert figures["parameters"] == count_parameters(info.model, net)
     if name == "hf":
         return {name: hf_toy.logits(hf_toy.double(hf_toy.load(out)))}
-    if name == "megatron":  # in this process: its own takes seconds to start
+    if name == "megatron":  # loaded here, because a process of its own takes seconds to start
         from tests.exports.test_megatron import code, loaded
 
         with torch.no_grad():

@@ -131,7 +131,7 @@ def test_values_of_the_config():
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["longrope lacks long_factor, short_factor"]),
         ({"rope_scaling": {**LONG, "long_factor": [1.0]}}, ["long_factor must be a list of 4 numbers", "not 1 numbers"]),
-        ({"rope_scaling": {**LONG, "long_factor": "2"}}, ["long_factor must be of type list, not '2'"]),
+        ({"rope_scaling": {**LONG, "long_factor": "2"}}, ["long_factor must be a list, not '2'"]),
         ({"rope_scaling": {**LONG, "short_factor": [1, 1, 0, 1]}}, ["short_factor[2] must be a number of more than 0", "not 0"]),
         ({"rope_scaling": {**LONG, "short_factor": [1, 1, 1, math.inf]}}, ["short_factor[3]", "not inf"]),
         ({"rope_scaling": {**LONG, "short_factor": [1, math.nan, 1, 1]}}, ["short_factor[1]", "not nan"]),

@@ -46,7 +46,7 @@ def test_images_are_seen_in_the_keys():
 
 
 def test_experts_are_seen_in_the_keys():
-    with pytest.raises(FlextronError, match="model_type 'new' is not supported: it has experts"):
+    with pytest.raises(FlextronError, match='model_type "new" is not supported: it has experts'):
         family_of_config({"model_type": "new", "num_local_experts": 8})
 
 

@@ -133,7 +133,7 @@ def test_a_ministral_without_windows_is_one_that_transformers_loads(tmp_path):
 def test_formats_without_windows_refuse_the_model_by_name(tmp_path):
     info = hf_toy.checkpoint(hf_toy.save(mixed(), tmp_path / "hf"), tmp_path / "run")
     (tmp_path / "out").mkdir()
-    for name, words in {"gguf": "needs sliding_window=None", "trtllm": "no sliding window, this model has one of 7"}.items():
+    for name, words in {"gguf": "needs sliding_window=null", "trtllm": "no sliding window, this model has one of 7"}.items():
         with pytest.raises(FlextronError, match=f"format={name}: .*{words}"):
             get_format(name).write(Job(info, SubNetwork.full(info.model), tmp_path / "out"))
     assert not list(Path(tmp_path / "out").iterdir())
@@ -156,7 +156,7 @@ def test_cache_and_operations_are_those_of_each_layer():
 
 
 def test_memory_budgets_never_count_too_little():
-    """A cost is the same for every layer, so layers with a window count as layers without."""
+    """Memory budgets count a layer with a window like one without, because a cost has one value for all layers."""
     for types in ([FULL, FULL, FULL, WINDOW], [WINDOW, FULL, FULL, FULL]):
         arch = qwen2.FAMILY.model_config({**SIZES, **SWITCHED, "layer_types": types})
         space = ElasticSpace.build(arch, granularity=1, depth=[1, 4], layer_ranking=[3, 0, 1, 2])
@@ -175,7 +175,7 @@ def test_memory_budgets_never_count_too_little():
         ({"layer_types": [FULL, "chunked_attention", FULL, FULL]}, ["layer_types with chunked_attention is not supported"]),
         ({"layer_types": [FULL, WINDOW] * 2, "sliding_window": None}, ["needs a window", "use_sliding_window to true"]),
         ({"layer_types": None, "sliding_window": 0}, ["model.sliding_window must be a whole number of at least 1, not 0"]),
-        ({"sliding_window": "many"}, ["sliding_window must be of type int, not 'many'"]),
+        ({"sliding_window": "many"}, ["sliding_window must be a whole number, not 'many'"]),
     ],
 )
 def test_unsupported_options_are_one_clear_line(changes, words, family, tmp_path):

@@ -1,4 +1,4 @@
-"""The number of kills, in the summary of a run of the tests."""
+"""Number of kills that the fault tests tried, in pytest's summary."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ ERRORS = {
     errno.EMFILE: ("open", False),
     errno.EACCES: ("open mkdir rename link", True),
 }
-# Figures that clocks and the machine decide.
+# Figures in TIMED files that differ from run to run, because clocks and the machine decide them.
 MEASURED = rb"step_seconds|tokens_per_second|tflops_per_sec_per_gpu|mfu|memory_gb"
 TIMES = re.compile(rb'"(seconds|prompt_ms|ms_per_token|' + MEASURED + rb')": ([0-9.e+-]+|\{[^}]*\})')
-TIMED = ("metrics.json", "log.jsonl")  # files with such figures
+TIMED = ("metrics.json", "log.jsonl")  # files with figures of TIMES
 
 
 class Event(NamedTuple):
@@ -39,7 +39,7 @@ class Event(NamedTuple):
 
     @property
     def group(self) -> tuple[str, str]:
-        """Events of the same kind on files of the same sort."""
+        """(kind, path with # for numbers and digests): equal for events of one kind on files that differ in such parts only."""
         return self.kind, re.sub(r"[0-9a-f]{16,}|\d+", "#", self.path)
 
 
@@ -82,7 +82,14 @@ class Harness:
         self.server.wait(60)
 
     def run(self, argv: Sequence[str], root: Path, at: int = 0, error: int = 0) -> Done:
-        """Run a command. At its event number `at` below `root` it is killed, or the call fails with `error`; 0: never."""
+        """Run a command under a fault, to its end.
+
+        Args:
+            argv: arguments of `flextron`.
+            root: directory below which file-system events count.
+            at: number of the event with the fault; 0: none.
+            error: errno with which the event's call fails; 0: the command is killed there.
+        """
         files = {name: str(self.folder / name) for name in ("stdout", "stderr", "log")}
         (self.folder / "log").unlink(missing_ok=True)
         kinds, lasting = ERRORS.get(error, ("", False))
@@ -101,7 +108,7 @@ class Harness:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a directory, hidden ones included, without what clocks decide."""
+    """{path: content} of all files below a directory, hidden ones too, without figures that clocks decide."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -114,13 +121,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def empty(folder: Path) -> None:
-    """Make a directory anew."""
+    """Replace a directory by an empty one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
 def moments(events: Sequence[Event], count: int, first: int = 0) -> list[Event]:
-    """At most `count` events of many groups: the first of each group, then the last, then others. first: group to begin with."""
+    """Choose at most `count` events that cover many groups: the first event of each group, then the last, then others.
+
+    first: number of the group to begin with, so that commands with the same groups try different ones.
+    """
     groups: dict[tuple[str, str], list[Event]] = {}
     for event in events:
         groups.setdefault(event.group, []).append(event)

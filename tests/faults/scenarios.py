@@ -25,9 +25,10 @@ TRAIN = [
 ]
 BATCH = ["model.micro_batch_size=4", "model.global_batch_size=4"]
 STEPS = "trainer.max_steps=4"
-AT_ONCE = "exp_manager.checkpoint_callback_params.async_save=false"  # several seconds faster; `elastic` saves in the background
+# Saves in the foreground are several seconds faster; `elastic` saves in the background.
+AT_ONCE = "exp_manager.checkpoint_callback_params.async_save=false"
 SHARDS = "max_shard_size=20000"
-# A short chain for `quickstart`: its first command, a training, and what its summary and exports need.
+# Recipe that `quickstart` runs here: the first command of the real one, a training, and what its summary and exports need.
 CHAIN = {
     "data": ("prepare", ["input=${input}", "vocab_size=300", "valid_fraction=0.2"]),
     "evaluate_before": ("evaluate", ["checkpoint=INPUTS/sorted", "data=INPUTS/data", "limit_val_batches=1"]),
@@ -81,7 +82,7 @@ def commands(inputs: Path, out: Path) -> dict[str, list[str]]:
 
 
 def _launch(inputs: Path, out: Path) -> list[str]:
-    """Two stages as jobs on this machine, each a process of its own."""
+    """Arguments of a `launch` that runs two stages on this machine, each in a process of its own."""
     keys = ["cluster=local", "model=smoke", "launch=smoke", "gpus=1", "budgets=null", "stages=[latency,export]"]
     keys += ["model.vocab_size=300", *(f"model.{key}" for key in TINY if "batch" not in key)]
     own = [f"latency.measurements={inputs}/measured.json", f"latency.checkpoint={inputs}/elastic", "export.verify=false"]
@@ -101,7 +102,8 @@ def only_reading(inputs: Path, out: Path) -> dict[str, list[str]]:
 
 OVERWRITTEN = ("prepare", "elastic", "router", "select", "export", "export_gguf", "import", "family", "quickstart")
 TRAINING = ("pretrain", "elastic", "router", "adaptive", "joint", "gumbel")
-CONTINUING = (*TRAINING, "family", "quickstart", "launch")  # whose directory grows in its place, and is continued
+# Commands that write into `out` step by step and continue there. The others publish a whole `out` at their end.
+CONTINUING = (*TRAINING, "family", "quickstart", "launch")
 NAMES = tuple(commands(Path("in"), Path("out")))
 
 

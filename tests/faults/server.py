@@ -1,7 +1,7 @@
-"""A process that has imported the package, and forks a child for each command: a command then takes no seconds to start.
+"""Process that imports the package once and forks a child for each command, which saves the seconds of the import.
 
-Reads one JSON object a line from standard input: argv, and what the shim does (tests/faults/shim.c). Answers with a line: the
-exit code of the command, negative for a signal.
+Reads a JSON object from each line of standard input: argv, files for the output, and the fault that the preloaded library
+injects (tests/faults/shim.c). Answers with a line: the exit code of the command, negative for a signal.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _command(job: dict) -> None:
 def main() -> None:
     """Import the package, and then run commands until standard input ends.
 
-    Here, not at the top, because spawned helpers of the commands import this module again.
+    The imports are here, not at the top of the file, because processes that commands spawn import this file again.
     """
     from flextron_mcore.runtime.environment import prepare_environment
 
@@ -61,7 +61,8 @@ def main() -> None:
         if not child:
             _command(json.loads(line))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        with contextlib.suppress(ProcessLookupError):  # helpers that the command's own main module ends with it
+        # Helper processes of a command end with its own interpreter. A forked command has none, so they are killed here.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
         print(code, flush=True)
 

@@ -1,4 +1,4 @@
-/* A library for LD_PRELOAD that counts file-system events below one directory, and kills or fails the program at the n-th.
+/* Library for LD_PRELOAD that counts file-system events below one directory, and kills or fails the program at the n-th event.
 
 Why a preloaded library: an audit hook of Python sees neither writes nor what C++ and Rust extensions do, and strace counts per
 thread and cannot filter by directory. Here the count is one for all processes of a command, forked and spawned ones included.
@@ -31,7 +31,7 @@ struct state {
 };
 static struct state *state;
 
-__attribute__((constructor)) static void make(void) { /* shared with forked children */
+__attribute__((constructor)) static void make(void) { /* the counter is shared with forked children, */
     const char *file = getenv("FAULT_STATE");         /* and through a file with spawned ones */
     int fd = file ? syscall(SYS_openat, AT_FDCWD, file, O_RDWR | O_CREAT | O_CLOEXEC, 0600) : -1;
     if (fd < 0 || ftruncate(fd, sizeof *state)) return;
@@ -57,7 +57,7 @@ static int under_root(const char *path) {
     return !strncmp(path, state->root, length) && (path[length] == '/' || !path[length]);
 }
 
-/* The absolute path of `path` seen from the open directory `fd`, links in it not resolved. */
+/* Put the absolute path of `path`, relative to the open directory `fd`, into `out`, without resolving links. 0 if there is none. */
 static int absolute(int fd, const char *path, char *out) {
     char link[64], base[PATH_MAX];
     if (!path) return 0;
@@ -82,7 +82,7 @@ static int has(const char *kinds, const char *kind) {
 
 enum { GO = 0, FAIL = 1, KILL = 2 };
 
-/* Count an event on a path that is known to be absolute; what is to be done with it. */
+/* Count and log an event on an absolute path, and return what is to happen: GO, FAIL or KILL. */
 static int event(const char *kind, const char *path) {
     if (!state || !state->armed || !under_root(path)) return GO;
     int saved = errno;

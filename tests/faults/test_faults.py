@@ -1,6 +1,6 @@
 """Commands killed, or with a failing disk, at any file-system event: typed again, they give the bytes of an undisturbed run.
 
-`make faults` sweeps many moments of every stage; without it a sample runs. FLEXTRON_FAULTS: moments of each command.
+`make faults` tries FLEXTRON_FAULTS events of every command; without it only those of SAMPLE are tried.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.faults.scenarios import CONTINUING, NAMES, OVERWRITTEN, TRAINING, com
 
 COUNT = int(os.environ.get("FLEXTRON_FAULTS", "0"))
 KILLS: Counter[str] = Counter()  # kills of each command whose bytes were equal afterwards, for the summary (conftest.py)
-SAMPLE = {"prepare": 1, "elastic": 1, "export": 1, "select": 1}  # moments without `make faults`: about a minute
+SAMPLE = {"prepare": 1, "elastic": 1, "export": 1, "select": 1}  # number of events without `make faults`; takes about a minute
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="the shim is compiled with gcc")
 
 
@@ -34,7 +34,7 @@ class Bench:
         self.whole: dict[str, tuple[list[Event], dict[str, bytes]]] = {}
 
     def undisturbed(self, name: str) -> tuple[list[Event], dict[str, bytes]]:
-        """Events of a command, and what it leaves."""
+        """Events of a command that nothing disturbs, and the files that it leaves."""
         if name not in self.whole:
             empty(self.work)
             done = self.run(name)
@@ -53,7 +53,7 @@ class Bench:
         return done.code < 0
 
     def keep_old(self, name: str) -> dict[str, bytes]:
-        """Put an older result where the command writes, and keep a copy of it; its files."""
+        """Make an older result where the command writes, keep a copy of it, and return its files."""
         empty(self.work)
         assert self.run(name).code == 0
         out = self.work / "out"
@@ -63,16 +63,25 @@ class Bench:
         return contents(self.work)
 
     def put_old(self) -> None:
-        """Put the older result back."""
+        """Put the result that `keep_old` copied back into the working directory."""
         empty(self.work)
         shutil.copytree(self.old, self.work, symlinks=True, dirs_exist_ok=True)
 
     def assert_same_after(self, name: str, what: object, *more: str, expected: dict[str, bytes] | None = None) -> None:
-        """The command, typed again, leaves what it leaves undisturbed: `expected`. It succeeds if that was not whole before."""
+        """Run the command again after a fault, and assert that its files are those of an undisturbed run.
+
+        It must succeed, or refuse a result that was complete before.
+
+        Args:
+            name: name of the command.
+            what: the fault, for the message.
+            more: further arguments of the command.
+            expected: {path: content} to compare with; None: of the undisturbed run.
+        """
         expected = expected or self.undisturbed(name)[1]
         before = contents(self.work)
         done = self.harness.run([*self.commands[name], *more], self.work)
-        if done.code == 2 and _of_out(before) == _of_out(expected):  # killed after its end: complete, and refused as such
+        if done.code == 2 and _of_out(before) == _of_out(expected):  # the kill came after the result was complete
             assert len(done.errors) == 1 and re.search("exists already|is complete", done.errors[0]), (what, done)
         else:
             assert done.code == 0, (what, done.errors)
@@ -115,14 +124,14 @@ def test_a_continued_command_killed_again_gives_the_same_bytes(bench, name):
 
 
 def _pairs(events: list[Event], count: int, first: int) -> Iterator[tuple[Event, int]]:
-    """(event of the first kill, from the second half; number of the event at which the continued command is killed)."""
+    """Yield (event of the first kill, in the second half of the run; number of the event at which the run after it is killed)."""
     for i, event in enumerate(moments(events[len(events) // 2 :], count, first)):
         yield event, 1 + (first + 7 * i * i) % len(events)
 
 
 @pytest.mark.parametrize("name", OVERWRITTEN if COUNT else ["export", "select"])
 def test_a_killed_replacement_leaves_the_old_or_the_new_whole(bench, name):
-    """After a kill, a directory that is written in place is the old one, or a new run's beginning."""
+    """After a kill, `out` is the old result or the new one, or, of a command that continues in `out`, the new one's beginning."""
     more = "overwrite=true"
     old = bench.keep_old(name)
     events = bench.harness.run([*bench.commands[name], more], bench.work).events
@@ -148,7 +157,7 @@ def test_every_stage_is_tried():
 
 @pytest.mark.parametrize("name", only_reading(Path(), Path()))
 def test_a_command_without_a_result_writes_nothing(bench, name):
-    """A kill can do no harm: there is no file-system event."""
+    """Commands without a result cause no file-system events, so a kill cannot leave anything behind."""
     empty(bench.work)
     done = bench.harness.run(only_reading(bench.inputs, bench.work / "out")[name], bench.work)
     named = [event for event in done.events if event.path]  # a file without a name tries whether a directory can be written

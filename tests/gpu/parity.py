@@ -1,4 +1,4 @@
-"""Values that test_parity.py compares. `python -m tests.gpu.parity FILE` computes the reference on the CPU."""
+"""Values that tests/gpu/test_parity.py compares. `python -m tests.gpu.parity FILE` computes the reference on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latencies are the GPU's: work that the host only queues counts for the block that queued it."""
+"""Measured latencies are the GPU's: work that the host queues counts for the block that queued it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs for the tests of this folder, which spoil copies of them, and limits of time and memory for every test."""
+"""Inputs for the tests of hostile files, which spoil copies of them, and limits of time and memory for every test."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from flextron_mcore.settings.compose import compose
 from flextron_mcore.space import ElasticSpace
 from tests import hf_toy, toy
 
-SECONDS, BYTES = 30, 2 * 2**30  # most time on an idle machine and memory of a command that gets a hostile file
-WAIT = 8 * SECONDS  # the same on a machine that runs other tests; a command that hangs takes for ever
+# Most processor time and memory of a command that gets a hostile file.
+SECONDS, BYTES = 30, 2 * 2**30
+WAIT = 8 * SECONDS  # most wall-clock time, beside other tests: more is taken for a command that hangs
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,7 @@ def inputs(tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Copy:
-    """Copy of `inputs` that a test may spoil. marker: file whose existence proves that a hostile file was obeyed."""
+    """Copy of `inputs` that a test may spoil. marker: file that code in a hostile file would create."""
 
     root: Path
     marker: Path
@@ -54,7 +55,7 @@ class Copy:
         return self.root / "run" / "checkpoints" / "iter_0000000"
 
     def describe(self) -> None:
-        """Let the checkpoint's description fit its files again, as its author would."""
+        """Write flextron.json anew with digests of the spoilt files, as the author of a hostile checkpoint would."""
         (self.checkpoint / "flextron.json").unlink()
         write_info(self.checkpoint, self.info)
 
@@ -73,13 +74,13 @@ def copy(inputs, tmp_path) -> Copy:
 
 @pytest.fixture(autouse=True)
 def limits() -> Iterator[None]:
-    """Fail a test that takes more than WAIT in a row or BYTES more memory than before."""
+    """Fail a test that takes more than WAIT seconds between two refusals, or BYTES more memory than before it."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"took more than {WAIT} seconds")
 
     before = signal.signal(signal.SIGALRM, late)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at the present use
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present use
     start = memory("VmRSS")
     signal.alarm(WAIT)
     yield
@@ -89,7 +90,7 @@ def limits() -> Iterator[None]:
 
 
 def memory(name: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
+    """Bytes of a field of /proc/self/status."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return 1024 * int(line.split()[1])
 

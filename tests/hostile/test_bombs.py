@@ -1,4 +1,4 @@
-"""Small files that describe large things: refused, or read in bounded time and memory (the fixture `limits`)."""
+"""Small files that describe large ones: refused, or read within the time and memory of the fixture `limits`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGE = 10 * 10**9  # bytes
 
 
 def zeros(piece: bytes, size: int) -> bytes:
-    """A gzip file of `size` bytes that repeats a piece: members of the same content, one after the other."""
+    """Gzip file that unpacks to `size` bytes, a repeated piece: many members of the same content."""
     member = gzip.compress(piece * (2**24 // len(piece)))
     return member * (size // 2**24)
 
@@ -92,7 +92,7 @@ def test_numbers_that_no_model_has(copy):
 
 
 def test_a_compressed_record(copy):
-    """torch.save stores its records; a compressed one could be a thousand times as large as the file."""
+    """torch.save never compresses. A compressed record is refused, because it may unpack to a thousand times its size."""
     made = io.BytesIO()
     torch.save({"a": torch.zeros(2**20)}, made)
     packed = io.BytesIO()

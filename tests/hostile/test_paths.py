@@ -53,7 +53,7 @@ def device(file: Path) -> None:
 def unix_socket(file: Path) -> None:
     with socket.socket(socket.AF_UNIX) as made:
         here = Path.cwd()
-        os.chdir(file.parent)  # the address of a socket is short
+        os.chdir(file.parent)  # the path of a socket has at most 107 bytes
         try:
             made.bind(file.name)
         finally:
@@ -82,7 +82,7 @@ def replace(file: Path, kind: Callable[[Path], None], root: Path) -> None:
 @pytest.mark.parametrize("kind", [fifo, unix_socket, directory, device])
 @pytest.mark.parametrize("name", FILES)
 def test_special_files(copy, name, kind):
-    """No command waits for a FIFO, reads a device or fails in another way than with a line."""
+    """FIFOs, sockets, directories and devices in the place of files are refused in one line, without waiting or reading."""
     replace(copy.root / name, kind, copy.root)
     message = refusal(*command(copy, name))
     assert Path(name).name in message or kind is directory
@@ -158,7 +158,7 @@ def test_descriptions_that_name_files_elsewhere(copy):
 
 
 def test_safetensors_headers_that_lie(copy):
-    """Lengths, places and shapes that the file does not have."""
+    """Headers with lengths, offsets, shapes and dtypes that do not fit the file are refused."""
     file = copy.root / "hf" / "model.safetensors"
     good = file.read_bytes()
     length = int.from_bytes(good[:8], "little")
@@ -190,7 +190,7 @@ def test_safetensors_headers_that_lie(copy):
 
 
 def test_weights_that_overlap(copy):
-    """Two tensors at one place would be one, and the other's bytes unused."""
+    """A file whose two tensors have the same bytes, so that the bytes of one are missing, is refused."""
     file = copy.root / "hf" / "model.safetensors"
     names = sorted(load_file(file))
     save_file({name: torch.zeros(2, 2) for name in names[:2]}, file)

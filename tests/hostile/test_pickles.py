@@ -1,4 +1,4 @@
-"""No pickle in a checkpoint, run or cache is obeyed, whatever command opens it."""
+"""No pickle in a checkpoint, run or cache runs code, whatever command opens it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_metadata(copy, name):
 
 @pytest.mark.parametrize("name", [name for name in READERS if not name.startswith("export")])
 def test_objects(copy, name):
-    """Extra states are read by Megatron-Core: it loads no class from them."""
+    """Megatron-Core reads the extra states of a checkpoint; a pickled class in them is not loaded."""
     spoil_objects(copy.checkpoint, calls(copy.marker)["os.system"])
     copy.describe()
     assert "cannot be loaded, damaged or of another model (an object in it is not plain data)" in refusal(*keys(copy, name))
@@ -61,8 +61,8 @@ def test_objects(copy, name):
 
 @pytest.mark.parametrize("spoil", [spoil_metadata, spoil_objects])
 def test_a_checkpoint_with_routers(copy, spoil):
-    """`joint` continues from routers, which the others do not read."""
-    stage(*keys(copy, "router"))
+    """A checkpoint with routers, from which only `joint` continues, runs no pickle either."""
+    stage(*keys(copy, "router"), "candidate_samples=0")
     routed = open_checkpoint(copy.root / "out")
     assert routed.path
     spoil(routed.path, calls(copy.marker)["os.system"])

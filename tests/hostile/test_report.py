@@ -1,4 +1,4 @@
-"""Names and texts that others wrote are text in the report: no element, no formula, no file elsewhere."""
+"""Names and texts that others wrote stay text in the report: none becomes an element, a formula or a link to a file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Elements(HTMLParser):
 
 
 def renamed(value: Any, text: str) -> Any:
-    """Value with every name of a network or a domain, and every warning, made of `text`."""
+    """Copy of a value in which `text` is part of every warning and every name of a network or domain."""
     if isinstance(value, dict):
         made = {
             (f"{text}{key}" if name in ("loss", "losses", "perplexity", "domains", "validation") else key): renamed(each, text)

@@ -42,19 +42,19 @@ from tests.hostile.conftest import WAIT
 from tests.latency.test_table import ARCH, SPACE, table
 from tests.report import synthetic
 
-EXAMPLES = int(os.environ.get("FLEXTRON_EXAMPLES", "25"))  # of each format; CI has 60 seconds for all
+EXAMPLES = int(os.environ.get("FLEXTRON_EXAMPLES", "25"))  # changed files of each format
 
 
 @dataclass(frozen=True)
 class Format:
-    """A file that is read. make: writes a good one into a directory and returns it. open: reads it."""
+    """Kind of file. make: function that writes a good one, from the inputs into a directory, and returns it. open: reads it."""
 
     make: Callable[[Path, Path], Path]
     open: Callable[[Path], object]
 
 
 def kept(name: str) -> Callable[[Path, Path], Path]:
-    """Function that links a directory of the inputs into an empty one, file by file, with a copy of one file to change."""
+    """`make` of a file of the inputs: hard-links the inputs' directory into an empty one, and copies the file, to change it."""
 
     def make(inputs: Path, folder: Path) -> Path:
         top = inputs / name.partition("/")[0]
@@ -73,7 +73,7 @@ def kept(name: str) -> Callable[[Path, Path], Path]:
 
 
 def written(name: str, content: Callable[[Path], str]) -> Callable[[Path, Path], Path]:
-    """Function that writes a file with some content."""
+    """`make` of a file whose content follows from the inputs."""
 
     def make(inputs: Path, folder: Path) -> Path:
         file = folder / name
@@ -317,7 +317,7 @@ def test_a_line_or_nothing(inputs, tmp_path_factory, name):
     start = root / "start"
     start.mkdir()
     good = form.make(inputs, start)
-    form.open(good)  # the good file is read
+    form.open(good)  # the unchanged file can be read
     text, count = good.read_bytes(), iter(range(10**9))
 
     @settings(

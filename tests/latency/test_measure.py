@@ -106,7 +106,7 @@ def test_the_machine_is_named(tmp_path, clock):
 
 
 def test_a_slow_round_does_not_count():
-    """Rounds at 1, 3 and 1.5 times the time, and in the last an interruption of one entry."""
+    """Rounds at 1, 3 and 1.5 times the true times are all scaled to the median round. An interruption of one entry stays."""
     true = {"a": [1.0, 1.2], "b": [5.0], "c": [7.0], "d": [2.0, 2.0]}
     rounds = [{key: [slow * value for value in values] for key, values in true.items()} for slow in (1.0, 3.0, 1.5)]
     rounds[2]["b"] = [50.0]

@@ -78,6 +78,9 @@ def test_without_nemo_run_there_is_a_line(launch, ready, monkeypatch):
     monkeypatch.setitem(sys.modules, "nemo_run", None)
     [line] = problems(launch, ready)
     assert re.fullmatch(r"NeMo-Run cannot be imported \(.*\): pip install 'flextron_mcore\[launch\]'", line)
+    # Importing NeMo-Run takes seconds, so a launch that is refused anyway does not try. A dry run lists all that is missing.
+    wrong = ["stages=[pretrain]", "data=nowhere"]
+    assert [len(problems(launch, ready, *wrong, f"dry_run={dry}")) for dry in ("false", "true")] == [1, 2]
 
 
 def test_another_model_is_not_taken_for_the_one_that_was_checked(launch, ready):
@@ -146,7 +149,8 @@ def test_a_stage_reads_what_launch_wrote(launch, tmp_path, monkeypatch):
 
 def test_a_local_chain_ends_at_the_first_failure(tmp_path, capfd, monkeypatch):
     """A real chain: prepare succeeds, pretrain fails with its line. Launched again, prepare is skipped."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # of the tests' own process group
+    # With these variables the jobs would join the process group of the tests.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     keys = [
         "launch",
@@ -164,9 +168,21 @@ def test_a_local_chain_ends_at_the_first_failure(tmp_path, capfd, monkeypatch):
         assert ended.value.code == 1
         assert ("prepare: complete in" in out) is complete
         lines = err.strip().splitlines()
-        assert lines[-1] == "flextron: failed: pretrain: ended with exit code 2; the stages after it were not run"
+        assert lines[-1] == (
+            "flextron: failed: pretrain: ended with exit code 2; the stages after it were not run: correct the error above, "
+            "then launch again"
+        )
         assert any(line.startswith("flextron: error: ") and "data_weights" in line for line in lines)
     assert not (tmp_path / "smoke" / "importance").exists()
+
+
+def test_a_logger_that_is_not_installed_is_missing(launch, ready, monkeypatch):
+    """Jobs without a container have the packages of this environment."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    logged = ["stages=[pretrain]", "pretrain.exp_manager.create_wandb_logger=true", "dry_run=true", "data=nowhere"]
+    found = problems(launch, ready, *logged, "cluster=slurm")
+    assert any(line.startswith("pretrain: exp_manager.create_wandb_logger=true: wandb is not installed: ") for line in found)
+    assert not any("wandb" in line for line in problems(launch, ready, *logged, "cluster=bcm"))
 
 
 def test_nothing_is_replaced_while_jobs_run(ready):
@@ -174,7 +190,7 @@ def test_nothing_is_replaced_while_jobs_run(ready):
     results = ready / "results" / "smoke"
     (results / "launch").mkdir(parents=True)
     follow.write_record(results, [follow.Record("prepare", "prepare", "7", str(ready), None)])
-    (ready / "bin" / "squeue").write_text("#!/bin/sh\necho 7 PENDING\n")
+    (ready / "bin" / "squeue").write_text("#!/bin/sh\necho '7|PENDING|0:00||Resources'\n")
     (ready / "bin" / "squeue").chmod(0o755)
     arguments = [
         "launch",

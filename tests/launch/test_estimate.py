@@ -102,7 +102,7 @@ def compare_kept(arch: ModelConfig, config: StageSettings, precision: str) -> No
     rank = Rank(arch, Layout.read(arch, ElasticSpace.build(arch), config, 1, "fp32", cuda=False), 0)
     assert rank.parameters == sum(p.numel() for p in model.parameters()) == count_parameters(arch)
     expected = saved_chunk(rank, arch.num_layers, *saved_layer(rank))[0] + saved_head(rank)
-    random_state = 10_000 * arch.num_layers if rank.layout.recompute[0] else 0  # kept for each recomputed layer
+    random_state = 10_000 * arch.num_layers if rank.layout.recompute[0] else 0  # bytes that are kept for each recomputed layer
     assert expected == pytest.approx(kept.now, rel=0.01, abs=random_state)
     assert loss.requires_grad
 
@@ -233,7 +233,8 @@ def test_operations_are_those_that_torch_counts(family, width):
     with FlopCounterMode(display=False) as backward:
         loss.sum().backward()
     windows = [min(window or LENGTH, LENGTH) for window in arch.windows]
-    seen = sum(min(i + 1, window) for window in windows for i in range(LENGTH)) / LENGTH / len(windows)  # keys of a query, a mean
+    # mean number of keys that a query sees
+    seen = sum(min(i + 1, window) for window in windows for i in range(LENGTH)) / LENGTH / len(windows)
     pair = 4 * arch.num_layers * heads * arch.kv_channels
     estimated = Costs(arch, space, LENGTH).of(net)
     assert forward.get_total_flops() / (BATCH * LENGTH) - (LENGTH - seen) * pair == pytest.approx(estimated, rel=0.01)
@@ -290,7 +291,7 @@ def test_the_work_of_the_stages_is_counted():
 
 
 def test_layers_that_differ_count_on_the_rank_that_holds_them():
-    """Ranks of a pipeline keep together what one rank with all layers keeps, though one has more windows than the other."""
+    """Activations that the ranks of a pipeline keep add up to those of one rank with all layers, though their windows differ."""
     arch = dataclasses.replace(FAMILIES["ministral"], no_rope_freq=(0, 0, 1, 1))  # a full layer, then three with windows
     space = ElasticSpace.build(arch)
 
@@ -319,14 +320,14 @@ def test_a_rampup_changes_tokens_time_and_memory():
     assert said(arch, rampup).flops / said(arch, whole).flops == pytest.approx(sum(sizes) / 160)
     # Time: passes of all steps, and a bubble for each step.
     space, two = ElasticSpace.build(arch), ["model.pipeline_model_parallel_size=2"]
-    speed = Speed(1e30, 1e30, 1e30, 8)  # host and bubble alone
+    speed = Speed(1e30, 1e30, 1e30, 8)  # so fast that only host time and the bubble count
 
     def seconds(*more: str) -> float:
         config = configured("elastic", *keys, *two, *more)
         layout = Layout.read(arch, space, config, 2, "fp32", cuda=False)
         return stage_seconds(Costs(arch, space, LENGTH), config, layout, 1.0, speed)
 
-    passes = [4 * size for size in sizes]  # four networks
+    passes = [4 * size for size in sizes]  # the full model and three sub-networks
     assert seconds("model.rampup_batch_size=[2,2,36]") == pytest.approx(sum(n + 1 for n in passes) * 2 * HOST)
     assert seconds() == pytest.approx(20 * (32 + 1) * 2 * HOST)
     # Memory: as many passes in flight as in the largest step that is reached.

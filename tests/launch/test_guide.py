@@ -50,9 +50,9 @@ def desk(text, tmp_path, monkeypatch) -> Iterator[Path]:
     follow.write_record(results, [follow.Record("elastic", "elastic", "7", str(logs.absolute()), 80000)])
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "squeue").write_text("#!/bin/sh\necho 7 RUNNING\n")
+    (tools / "squeue").write_text("#!/bin/sh\necho '7|RUNNING|0:09|node1|None'\n")
     (tools / "squeue").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")  # NeMo-Run wants a shell
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")  # /usr/bin and /bin have the shell that NeMo-Run starts
     with Path("/dev/null").open() as nothing:
         monkeypatch.setattr("sys.stdin", nothing)
         yield tmp_path
@@ -77,7 +77,7 @@ def test_every_command_of_the_guide_runs(desk, file, capsys):
 
 
 def answers() -> list[str]:
-    """Keys that the guide's table of questions tells to type."""
+    """Keys in the column `type` of the table of keys in docs/operators.md."""
     table = (ROOT / "docs/operators.md").read_text().partition("| for | type |\n|---|---|\n")[2].partition("\n\n")[0]
     cells = [row.strip("|").rpartition("|")[2] for row in table.splitlines()]
     return [code for cell in cells for code in re.findall(r"`([^`]*)`", cell) if "=" in code]

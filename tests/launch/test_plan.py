@@ -10,9 +10,11 @@ from flextron_mcore.launch.check import check_configuration, check_layouts, miss
 from flextron_mcore.launch.flops import Costs
 from flextron_mcore.launch.plan import clock, plan, seconds
 from flextron_mcore.launch.resources import COLUMNS, check_memory, gpu_memory, job_estimate, resources
+from flextron_mcore.launch.slurm import Submitted
 from flextron_mcore.launch.texts import mounted
 from flextron_mcore.settings.launch import LaunchSettings
 from flextron_mcore.space import ElasticSpace
+from flextron_mcore.stages.launch import _record
 from tests import toy
 
 PAPER = ("gpt3/2b", "gpt3/8b", "llama2/7b", "llama3/8b")
@@ -46,7 +48,7 @@ def test_every_configuration_is_whole_and_fits(launch, model, gpus, cluster):
 @pytest.mark.parametrize("gpus", [8, 32, 128])
 @pytest.mark.parametrize("model", PAPER)
 def test_the_recipe_of_all_axes_is_whole_and_fits(launch, model, gpus, tmp_path):
-    # hf: for gpt3 there is no public checkpoint to import
+    # hf= is given, because the recipe imports a checkpoint, and models gpt3 have none by default
     config = launch(*BARE, f"model={model}", f"gpus={gpus}", "recipe=llamaflex", "hf=somewhere")
     planned = plan(config)
     check_configuration(config, planned)
@@ -156,8 +158,14 @@ def test_each_stage_takes_the_result_of_the_one_before(launch, tmp_path):
         **{f"export_{budget}": f"{results}/joint" for budget in (0.4, 0.6, 0.8)},
     }
     assert jobs["router"].latency == f"{results}/latency" and jobs["elastic"].data == f"{tmp_path}/data/prepared"
-    assert jobs["export_0.6"].budget == 0.6
+    assert jobs["export_0.6"].budget == 0.6 and jobs["export_0.6"].data is None
     assert all(config.out == str(results / name) for name, config in jobs.items())
+
+
+def test_an_export_that_compensates_takes_the_data(launch, tmp_path):
+    planned = plan(launch(*BARE, "model=llama2/7b", "export.compensate=true"))
+    settings = {job.settings.data for job in planned.jobs if job.stage == "export"}
+    assert settings == {f"{tmp_path}/data/prepared"} and not planned.problems
 
 
 def test_complete_stages_are_not_run_again_and_serve_as_input(launch, tmp_path):
@@ -233,7 +241,7 @@ def test_locally_training_has_no_time_limit(launch):
         (["gpus=12"], r"gpus=12: is not a multiple of the 8 GPUs of a node \(cluster.gpus_per_node\): use gpus=8 or gpus=16"),
         (["run.time_limit=soon"], r"run.time_limit=soon: is not a time"),
         (["run.time_limit=00:10:00"], r"run.stop_before=00:20:00 leaves nothing of run.time_limit=00:10:00"),
-        (["elastic.model.tensor_model_parallel_size=3"], r"elastic: .* 32 is not a multiple of .* 3"),
+        (["elastic.model.tensor_model_parallel_size=3"], "elastic: 32 ranks are not a multiple of .*size=3 x"),
         (["elastic.model.tensor_model_parallel_size=16"], r"elastic: .*granularity"),
         (["elastic.model.global_batch_size=24"], r"elastic: model.global_batch_size=24 is not a multiple of .*=1 x 16"),
         (["elastic.model.seq_length=5000"], r"elastic: model.seq_length=5000 is more than the model's 4096 positions"),
@@ -246,17 +254,42 @@ def test_locally_training_has_no_time_limit(launch):
         (["overwrite=true"], r"overwrite=true: is not for launch"),
         (["cluster.account=''"], r"cluster.account: is empty"),
         (["cluster.gpu.memory=16GB"], r"elastic: needs [\d.]+ GB of each GPU \(weights .* .* it has 16 GB"),
+        (["importance.space.attention_unit=auto"], r"attention_unit=auto: a plan needs the sizes .* to kv_group or query_head"),
+        (["importance.space.multiple=0"], r"space.multiple=0 must be at least 1"),
         (
             ["importance.space.depth=[0.5,1.0]"],
-            r"router: space.depth is elastic, and it chooses heads and neurons only: use gumbel in its place in stages=",
+            r"router: space.depth is elastic, and router chooses heads and neurons only: use gumbel in its place in stages=",
         ),
         (
             ["recipe=llamaflex", "stages=[gumbel,sensitivity]"],
-            r"sensitivity: space.hidden_size is elastic, and it measures heads and neurons only: leave it out of stages=",
+            "space.hidden_size is elastic, and sensitivity measures heads and neurons only: leave sensitivity out of stages=",
         ),
         (
             ["recipe=llamaflex", "stages=[gumbel,compare]", "compare.selectors=[sensitivity]"],
             r"compare: space.hidden_size is elastic, and selector sensitivity .*: set compare.selectors=\[router,uniform,",
+        ),
+        (["elastic.model.optim.lr=1e-6"], r"elastic: model.optim.min_lr=[\d.e-]+ is above model.optim.lr=1e-06, .*: lower it"),
+        (
+            ["elastic.model.ddp.overlap_grad_reduce=false", "elastic.model.ddp.overlap_param_gather=true"],
+            r"elastic: model.ddp.overlap_param_gather=true needs ",
+        ),
+        (
+            ["importance.model.seq_length=4093", "importance.model.sequence_parallel=true"]
+            + ["importance.model.tensor_model_parallel_size=2"],
+            r"importance: model.sequence_parallel=true: model.tensor_model_parallel_size=2 does not divide .* 4093: set",
+        ),
+        (
+            ["elastic.model.pipeline_model_parallel_size=4", "elastic.model.virtual_pipeline_model_parallel_size=2"]
+            + ["elastic.model.global_batch_size=24", "elastic.num_subnetworks=2"],
+            r"elastic: model.virtual_pipeline_model_parallel_size: .* not 18: change",
+        ),
+        (
+            ["elastic.exp_manager.create_mlflow_logger=true"],
+            r"elastic: exp_manager.create_mlflow_logger=true: set exp_manager.ml",
+        ),
+        (
+            ["training.exp_manager.create_mlflow_logger=true", "training.exp_manager.mlflow_logger_kwargs.tracking_url=x"],
+            r"elastic: exp_manager.mlflow_logger_kwargs.tracking_url: is not known: use experiment_name",
         ),
         (["recipe=llamaflx"], r"recipe=llamaflx is not known \(did you mean 'llamaflex'\?\)"),
         (["cluster.gpu.memory=lots"], r"cluster.gpu.memory=lots: write it as 80GB or 80GiB"),
@@ -318,7 +351,7 @@ def test_further_jobs_are_counted_by_the_time_that_a_training_has(launch):
 
 
 def rows(config: LaunchSettings) -> dict[str, dict[str, str]]:
-    """{job: {column: cell}} of the table of estimates."""
+    """{job: {column: cell}} of the table of estimates that `launch` prints."""
     return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in resources(config, plan(config))[1]}
 
 
@@ -347,3 +380,19 @@ def test_a_gpu_has_figures_of_its_own(launch, gpu, figures):
 
 def test_durations_are_written_as_slurm_reads_them():
     assert clock(86400 + 3 * 3600 + 61) == "01:03:01:01"
+
+
+@pytest.mark.parametrize(("keys", "length"), [((), 64), (("pretrain.model.seq_length=32",), 32)])
+def test_the_record_of_a_training_has_its_tokens(launch, keys, length):
+    """`flextron status` computes the hours left from the recorded tokens, also where no key sets the length of a sample."""
+    planned = plan(launch(*BARE, "model=smoke", "stages=[pretrain]", "pretrain.model.global_batch_size=8", *keys))
+    record = _record(planned, planned.jobs[0], Submitted("pretrain", "7", "/logs"))
+    assert (record.tokens, record.samples) == (8 * length, 8 * record.steps)
+
+
+def test_a_typed_key_of_all_trainings_wins_over_the_recipe(launch):
+    typed = ["training.model.global_batch_size=64", "training.model.optim.lr=7e-5", "training.model.tensor_model_parallel_size=4"]
+    jobs = {job.name: job.settings for job in plan(launch(*BARE, "model=llama2/7b", *typed, "joint.model.optim.lr=3e-5")).jobs}
+    sizes = {(jobs[name].model.global_batch_size, jobs[name].model.tensor_model_parallel_size) for name in ("elastic", "joint")}
+    assert sizes == {(64, 4)}
+    assert [jobs[name].model.optim.lr for name in ("elastic", "joint")] == [7e-5, 3e-5]

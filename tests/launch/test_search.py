@@ -112,7 +112,7 @@ def test_a_model_that_is_not_supported_is_one_line(launch, tmp_path, config, mes
 
 
 def test_the_layout_is_the_fastest_that_fits(launch, tmp_path):
-    """Every layout that divides is estimated with all its ranks by other functions than the search's."""
+    """Compared with estimates of every possible layout, made for all its ranks and by other functions than the search's."""
     config = launch(*BARE, llama3(tmp_path / "m", num_hidden_layers=8), "gpus=16", "stages=[elastic]", "cluster.gpu.memory=30GB")
     planned, search = plan(config), _Search(config, plan(config))
     speed, size = Speed.read(config, 8), gpu_memory(config)
@@ -191,7 +191,7 @@ def test_too_few_gpus_are_told_how_many_are_enough(launch, tmp_path):
     for gpus in range(16, enough, 8):
         with pytest.raises(FlextronError, match="no layout fits|no layout divides"):
             searched(gpus)
-    with pytest.raises(FlextronError, match="no number of them is enough: plan for larger ones with gpu="):
+    with pytest.raises(FlextronError, match="no number of them is enough: plan for GPUs with more memory with gpu="):
         laid_out(launch(*BARE, llama3(tmp_path / "m"), "gpus=8", STAGES, "cluster.gpu.memory=3GB"))
 
 
@@ -216,11 +216,19 @@ def test_more_tensor_parallelism_needs_a_larger_granularity(launch, tmp_path):
     assert not any(note.startswith("TP is") for note in lay_out(config, plan(config))[1].notes)
 
 
+def test_tensor_parallelism_beyond_the_granularity_is_told_how_to_get_it(launch, tmp_path):
+    asked = [*BARE, llama3(tmp_path / "m"), "gpus=64", STAGES, "training.model.tensor_model_parallel_size=8"]
+    with pytest.raises(FlextronError, match=r"no layout divides .*, or set importance.space.granularity=8 importance") as error:
+        laid_out(launch(*asked))
+    words = str(error.value).rpartition("or set ")[2].split()
+    assert laid_out(launch(*asked, *words)).space.granularity == 8
+
+
 def test_stages_of_one_process_that_cannot_hold_the_model_say_so(launch, tmp_path):
     hf = llama3(tmp_path / "m")
     for stages, message in (
-        ("stages=[import,latency]", "latency: needs .*: it runs on one: leave latency out of stages="),
-        ("stages=[gumbel,family]", "family: needs .*: it runs on one: use export in place of family in stages="),
+        ("stages=[import,latency]", "latency: needs .*: latency runs on one GPU: leave latency out of stages="),
+        ("stages=[gumbel,family]", "family: needs .*: family runs on one GPU: use export in place of family in stages="),
     ):
         with pytest.raises(FlextronError, match=message):
             laid_out(launch(*BARE, hf, "gpus=64", stages, "data=d"))

@@ -12,6 +12,7 @@ import shutil
 import string
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def printed_scripts(out: str) -> list[str]:
 
 
 def test_a_dry_run_prints_what_is_submitted(fake, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("SBATCH_ACCOUNT", "another")  # would win over the script's line
+    monkeypatch.setenv("SBATCH_ACCOUNT", "another")  # sbatch prefers it to the script's #SBATCH line
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "standard")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     odd = "env_vars={lower_Case: 'a b;$(id)', QUOTE: \"it's\"}"
     cli._main([*smoke(tmp_path, odd), "dry_run=true"])
@@ -104,11 +106,54 @@ def test_a_dry_run_prints_what_is_submitted(fake, tmp_path, capsys, monkeypatch)
         ["--requeue", "--parsable", "--dependency=afterok:70"],
         ["--requeue", "--parsable", "--dependency=afterok:71"],
     ]
-    assert "SBATCH_ACCOUNT" not in (fake / "environment0").read_text()
+    environment = (fake / "environment0").read_text()
+    assert "SBATCH_ACCOUNT" not in environment and "SLURM_TIME_FORMAT" in environment
     records = follow.read_record(tmp_path / "results" / "smoke")
     assert [(record.name, record.id) for record in records] == [("prepare", "70"), ("pretrain", "71"), ("importance", "72")]
     assert [Path(record.logs).joinpath(f"{record.name}_sbatch.sh").read_text() for record in records] == submitted
     assert not (tmp_path / "home").exists()
+
+
+def test_a_launch_within_a_job_does_not_hand_on_its_sizes(fake, tmp_path, monkeypatch):
+    """Jobs must not inherit SLURM_MEM_PER_CPU and the like of the launching job: srun refuses several of them together."""
+    outer = {"SLURM_JOB_ID": "3", "SLURM_MEM_PER_CPU": "50", "SLURM_RESTART_COUNT": "2", "SLURM_CONF": "/etc/slurm.conf"}
+    for name, value in outer.items():
+        monkeypatch.setenv(name, value)
+    cli._main(smoke(tmp_path))
+    seen = (fake / "environment0").read_text().splitlines()
+    assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
+
+
+ODD = {
+    "A": "true",
+    "B": "007",
+    "C": "1e3",
+    "D": "0x10",
+    "E": "12:30:00",
+    "F": ".5",
+    "G": "1_000",
+    "h": "a=b,c d",
+    "I": "x${HOME}",
+}
+
+
+def test_environment_variables_are_the_typed_texts(fake, tmp_path, launch):
+    """A mapping and single keys are taken as typed; a variable that is null is left out."""
+    words = ", ".join(f"{name}: {json.dumps(value) if set(',{') & set(value) else value}" for name, value in ODD.items())
+    for typed in ([f"env_vars={{{words}, N: null}}"], [f"env_vars.{name}={value}" for name, value in ODD.items()]):
+        config = launch(*BCM, *typed)
+        assert {name: value for name, value in config.env_vars.items() if value is not None} == ODD
+    ((_, script),) = slurm.scripts(config, plan(config), {"pretrain": tmp_path / "pretrain.yaml"})
+    _, environment, _ = run_script(script, fake)
+    assert {name: environment[name] for name in ODD} == ODD
+    assert launch(*BCM, "env_vars={A:b,C:1}").env_vars == {"A": "b", "C": "1"}  # without spaces, as Hydra accepts
+
+
+def test_a_list_of_an_option_is_one_value(launch, tmp_path):
+    keys = ["cluster=slurm", "cluster.account=a", "model=smoke", "stages=[pretrain]"]
+    config = launch(*keys, "cluster.additional_parameters={exclude: [node1,node2]}")
+    ((_, script),) = slurm.scripts(config, plan(config), {"pretrain": tmp_path / "pretrain.yaml"})
+    assert "#SBATCH --exclude=node1,node2\n" in script
 
 
 def test_a_refused_job_cancels_those_before_it(fake, tmp_path):
@@ -139,7 +184,7 @@ def test_a_job_that_was_not_recorded_is_found_at_slurm(fake, tmp_path):
 
 
 BCM = ["cluster=bcm", "cluster.account=a", "model=smoke", "stages=[pretrain]", "container=/i.sqsh", "data=/data"]
-BASE: dict[Path, LaunchSettings] = {}  # of each test, whose examples change copies
+BASE: dict[Path, LaunchSettings] = {}  # {tmp_path of a test: settings that its Hypothesis examples copy and change}
 
 
 def _owner(config: LaunchSettings, key: str) -> tuple[Any, str]:
@@ -196,7 +241,7 @@ def test_nasty_texts_are_refused_or_handed_on_as_they_are(fake, tmp_path, launch
         BASE[tmp_path] = launch(*BCM)
     prefix = f"{tmp_path}/{key}/" if key in ("base_results_dir", "run.results_dir", "data") else ""
     try:
-        if key in ("run.name", "base_results_dir", "run.results_dir"):  # others are interpolated from them
+        if key in ("run.name", "base_results_dir", "run.results_dir"):  # other keys are interpolated from these
             config = launch(*BCM, f"{key}={prefix}{text}")
         else:
             config = copy.deepcopy(BASE[tmp_path])
@@ -259,9 +304,11 @@ def test_nasty_texts_are_refused_or_handed_on_as_they_are(fake, tmp_path, launch
         (["env_vars.A=a\nb"], r"env_vars.A='a\nb': holds '\n'"),
         (["cluster.additional_parameters={output: x}"], "cluster.additional_parameters.output: launch sets this option"),
         (["cluster.additional_parameters={'a b': x}"], "cluster.additional_parameters.a b: is not an option of sbatch"),
+        (["cluster.additional_parameters={x: {a: b}}"], "cluster.additional_parameters.x={a: b}: is a mapping: write the option"),
+        (["env_vars={watcher: 1}"], "env_vars.watcher: the batch script's shell sets this variable itself: leave it out"),
         (["base_results_dir=/a%j"], "run.results_dir=/a%j/smoke: holds one of % \\"),
         (["base_results_dir=/a:b", "cluster=bcm"], "run.results_dir=/a:b/smoke: holds one of : ,"),
-        (["container_mounts=[/a]", "cluster=bcm"], "container_mounts=/a: is not HOST:CONTAINER"),
+        (["container_mounts=[/a]", "cluster=bcm"], "container_mounts=/a: is not a mount: write HOST:CONTAINER"),
         (["base_results_dir=/a/nemo_runs"], "run.results_dir=/a/nemo_runs/smoke: NeMo-Run takes /nemo_run"),
     ],
 )
@@ -357,6 +404,15 @@ def test_ranks_are_bound_to_cpus(fake, tmp_path, launch):
     assert "--numa-binding" not in bare and " --numa-binding=node " in bound
 
 
+def test_a_job_with_less_time_than_it_was_to_save_trains_for_half_of_it(fake, tmp_path, launch, monkeypatch):
+    """An administrator may lower the time limit of a job."""
+    config = launch(*BCM, "run.stop_before=00:03:20")
+    ((_, script),) = slurm.scripts(config, plan(config), {"pretrain": tmp_path / "pretrain.yaml"})
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(end := int(time.time()) + 100))
+    _, environment, _ = run_script(script, fake)
+    assert 40 <= end - int(environment["FLEXTRON_STOP_AT"]) <= 50 and environment["FLEXTRON_JOB_END"] == str(end)
+
+
 @pytest.mark.parametrize("given", ["variable", "squeue", "neither"])
 def test_training_stops_before_the_end_of_its_job(fake, tmp_path, launch, monkeypatch, given):
     """The end comes from Slurm, not from the start of the process, which an image that is pulled slowly delays."""
@@ -364,14 +420,14 @@ def test_training_stops_before_the_end_of_its_job(fake, tmp_path, launch, monkey
     planned = plan(config)
     ((_, script),) = slurm.scripts(config, planned, {"pretrain": tmp_path / "pretrain.yaml"})
     if given == "variable":
-        monkeypatch.setenv("SLURM_JOB_END_TIME", "1700000200")
+        monkeypatch.setenv("SLURM_JOB_END_TIME", "4000000200")
     else:
-        said = "2023-11-14T22:16:40" if given == "squeue" else "N/A"
+        said = "2096-10-02T07:10:00" if given == "squeue" else "N/A"
         monkeypatch.setenv("TZ", "UTC")
         (tmp_path / "tools" / "squeue").write_text(f"#!/bin/sh\necho {said}\n")
     _, environment, _ = run_script(script, fake)
-    assert environment.get("FLEXTRON_STOP_AT") == (None if given == "neither" else "1700000000")
-    assert environment.get("FLEXTRON_JOB_END") == (None if given == "neither" else "1700000200")
+    assert environment.get("FLEXTRON_STOP_AT") == (None if given == "neither" else "4000000000")
+    assert environment.get("FLEXTRON_JOB_END") == (None if given == "neither" else "4000000200")
 
 
 def test_secrets_are_not_printed(fake, tmp_path, launch):

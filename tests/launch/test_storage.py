@@ -71,7 +71,7 @@ def test_the_tokens_of_the_data_stand_beside_those_of_a_training(launch, data):
 
     there = open_data(data).domains["prose"].train_tokens
     assert line == f"pretrain: reads 3,200,000 tokens from {there:,}: prose {32 * 100000 / there:,.0f} times"
-    (line,) = repeats(plan(launch(*many)))  # in equal shares, the smaller domain is read more often
+    (line,) = repeats(plan(launch(*many)))  # domains have equal shares, so the smaller one is read more often
     domains = open_data(data).domains
     smaller = min(domains, key=lambda name: domains[name].train_tokens)
     assert f": {smaller} {32 * 50000 / domains[smaller].train_tokens:,.0f} times, " in line

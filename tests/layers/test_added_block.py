@@ -22,7 +22,7 @@ def added(monkeypatch):
 
 
 def networks(space: ElasticSpace, arch) -> list[SubNetwork]:
-    """Two networks with different adapter ranks in every layer; the second has half the channels and skips a layer."""
+    """Two networks of different adapter ranks in every layer. The second has half the channels and skips a layer."""
     ranks = space.sizes[AXIS.name]
     layers = [space.layer_choice(arch, space.heads[i], space.ffn_hidden_size[-1 - i], ranks[i]) for i in range(3)]
     return [space.network(arch, layers), space.network(arch, layers[::-1], 16, 2)]

@@ -1,4 +1,4 @@
-"""T10 for a static sub-network: prefill and decoding with a KV cache give the logits of one forward pass."""
+"""Static sub-networks with a KV cache: prefill and decoding give the logits of one forward pass."""
 
 from __future__ import annotations
 

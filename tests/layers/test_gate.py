@@ -1,4 +1,4 @@
-"""Gates (a factor 1 on each block's output) change no value; their gradient is the derivative of the loss by that factor."""
+"""Gates (a factor 1 on each block's output) change no value; a gate's gradient is the derivative of the loss by its factor."""
 
 from __future__ import annotations
 

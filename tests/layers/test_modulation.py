@@ -1,4 +1,4 @@
-"""Modulation (a learned gain on each block's output): equals a dense model with scaled weights (T1); the full model has none."""
+"""Modulation (a learned gain on each block's output): equals a dense model with scaled weights; the full model has none."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_gradients_are_differences_of_the_loss():
 
 
 def test_overlapping_reduction_does_not_wait_for_what_a_network_leaves_out():
-    """Overlapping reduction expects the same parameters to have gradients in the last micro-batch of every step."""
+    """Overlapping reduction expects gradients of the same parameters in every step, but a network may leave some of them out."""
     arch, space, gpt, _ = case("llama")
     options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
     model = DistributedDataParallel(gpt.config, options, gpt)

@@ -1,4 +1,4 @@
-"""Token routing: dispatch = masks; all tokens at one level = the static sub-network; prefill = decoding (T10)."""
+"""Token routing: dispatch = masks; all tokens at one level = the static sub-network; decoding = prefill."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def levels_of(space: ElasticSpace, layers: int, seed: int = 0, batch: int = 2, l
 
 
 def oracle(model: torch.nn.Module, levels: torch.Tensor, space: ElasticSpace, kv_policy: str, tokens, positions) -> torch.Tensor:
-    """Logits by definition: the full model, unused heads and neurons of a token times zero; policy own hides unused keys."""
+    """Logits by definition: the full model, unused heads and neurons of a token times zero; KV policy own hides unused keys."""
     arch = model.config
     for layer, (attention_SB, mlp_SB) in zip(model.decoder.layers, levels.unflatten(0, (-1, 2)), strict=True):
         widths, heads = torch.tensor(space.ffn_hidden_size), torch.tensor(space.heads)
@@ -90,7 +90,8 @@ def gradients(model: torch.nn.Module, logits: torch.Tensor) -> dict[str, torch.T
 @pytest.mark.parametrize("dense", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("kv_policy", KV_POLICIES)
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("kind", [name for name, keys in KINDS.items() if "sliding_window" not in keys])  # refused
+# Token routing refuses sliding windows.
+@pytest.mark.parametrize("kind", [name for name, keys in KINDS.items() if "sliding_window" not in keys])
 def test_dispatch_is_the_masked_oracle(kind, attention, kv_policy, dense, monkeypatch):
     for module in (token_levels, token_attention):
         monkeypatch.setattr(module, "waits_are_expensive", lambda x: dense)
@@ -153,7 +154,7 @@ def test_all_tokens_at_one_level_are_the_static_sub_network(attention, kv_policy
 
 
 def decoded(model: torch.nn.Module, routing: Fixed, tokens: torch.Tensor, positions: torch.Tensor, prompt: int):
-    """Logits of a prompt and of tokens decoded one by one, those of one pass over all, and the inference context."""
+    """(logits of a prompt and of tokens decoded one by one, logits of one pass over all tokens, inference context)."""
     context, found = StaticInferenceContext(len(tokens), toy.LENGTH), []
     with torch.no_grad(), use_subnetwork(model, routing):
         expected = model(tokens, positions, None)

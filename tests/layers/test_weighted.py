@@ -1,4 +1,4 @@
-"""Weighted candidates: one-hot weights equal the sub-network; gradients equal finite differences of the loss (T5)."""
+"""Weighted candidates: one-hot weights equal the sub-network; gradients equal finite differences of the loss."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`flextron` with a fault in training, given by the environment variable FAULT=WHEN:RANKS:WHAT.
+"""Run `flextron` with a fault, which the environment variable FAULT=WHEN:RANKS:WHAT describes.
 
-WHEN is a step counted from 0, `start` for the validation before the first, or one of MOMENTS. RANKS is a rank, or `all`. WHAT is
-a function of this module.
+WHEN is a training step counted from 0, `start` for the validation before the first step, or one of MOMENTS. RANKS is a rank, or
+`all`. WHAT is a function of this module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from flextron_mcore.cli import main
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import signals
 
-# {moment: (module, function, number of its call)} in a save, in a helper process that writes it, in an evaluation and an export.
+# {moment: (module, function, number of the call with the fault)}: in a save, in a helper process that writes a checkpoint, in an
+# evaluation, in an export.
 MOMENTS = {
     "save": ("flextron_mcore.training.checkpointing", "TrainingCheckpointer._state", 1),
     "writer": ("megatron.core.dist_checkpointing.strategies.filesystem_async", "FileSystemWriterAsync.write_preloaded_data", 1),
@@ -47,7 +48,7 @@ def terminate_launcher() -> None:
 
 def kill_launcher() -> None:
     os.kill(os.getppid(), signal.SIGKILL)
-    time.sleep(120)  # the watch ends this process: a training of a few steps would be complete before the watch looks
+    time.sleep(120)  # until the watch of ranks ends this process: the few steps would be done before it looks
 
 
 def stop_launcher() -> None:

@@ -1,4 +1,4 @@
-"""Commands on several ranks, as jobs whose processes are known, and how they end."""
+"""Start `flextron` on several ranks, find all its processes, and see how they end."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Job:
     started: float = field(default_factory=time.monotonic)
 
     def finish(self) -> tuple[list[int], list[str]]:
-        """Wait for the processes: their exit codes, and all lines printed."""
+        """Wait for the processes, and return (exit code of each, lines that they printed)."""
         output = [process.communicate(timeout=240)[0] for process in self.processes]
         return [process.returncode for process in self.processes], "".join(output).splitlines()
 
     def kill(self) -> None:
-        """Kill what is left of the job."""
+        """Kill the processes of the job that are left."""
         for pid in marked(self.mark):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
@@ -49,6 +49,7 @@ class Job:
 
 
 def marked(mark: str) -> list[str]:
+    """Ids of the processes whose environment contains the mark."""
     found = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # the process ended meanwhile
@@ -64,9 +65,9 @@ def start(argv: Sequence[str], out: Path, ranks: int, fault: str = "", torchrun:
         argv: arguments of the command.
         out: directory of its result.
         ranks: number of processes.
-        fault: of faulty.py.
+        fault: variable FAULT of tests/parallel/faulty.py; empty: none.
         torchrun: start the ranks by torchrun.
-        patience: FLEXTRON_RANK_TIMEOUT, seconds.
+        patience: variable FLEXTRON_RANK_TIMEOUT, seconds after which a silent rank counts as dead; empty: the default.
     """
     mark = f"JOB={uuid.uuid4()}"
     env = {k: v for k, v in os.environ.items() if k not in LAUNCH}

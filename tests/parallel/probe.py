@@ -34,7 +34,15 @@ from tests.stages.conftest import stage
 
 
 def logits(checkpoint: str, layout: dict[str, Any], out: str, net: str | None = None, precision: str = "fp32") -> list[int]:
-    """Save forward_logits of a checkpoint or its sub-network for fixed tokens to OUT.RANK. Returns the layers run here."""
+    """Save logits of a checkpoint for fixed tokens to the file OUT.RANK, and return the layers that this rank ran.
+
+    Args:
+        checkpoint: path of a checkpoint.
+        layout: section `model` of a stage.
+        out: path of the files without the rank.
+        net: file of a sub-network; None: the full model.
+        precision: fp32 or bf16.
+    """
     options = LayoutSettings(**layout)
     distributed.initialize(options)
     info = open_checkpoint(checkpoint)
@@ -57,10 +65,19 @@ def evaluate_as_on_a_gpu(keys: list[str]) -> None:
 
 
 def weighted(checkpoint: str, layout: dict[str, Any], axes: dict[str, Any], net: str) -> dict[str, Any]:
-    """{"losses", "gradients"} of one training flush: mean losses of four networks, gradients of the weights of two.
+    """Mean losses of four networks in one flush of the pipeline schedule, and gradients of the candidates' weights of two.
 
     The networks are the full model, one with soft weights of candidates, one with one-hot weights, and the sub-network that
-    these select. All blocks are modulated.
+    the one-hot weights select. All blocks are modulated.
+
+    Args:
+        checkpoint: path of a checkpoint.
+        layout: section `model` of a stage.
+        axes: keys of the space that differ from the checkpoint's.
+        net: file of the sub-network.
+
+    Returns:
+        {"losses": [networks], "gradients": [two networks][axes] flat lists}.
     """
     options = LayoutSettings(**layout)
     distributed.initialize(options)
@@ -88,7 +105,12 @@ def weighted(checkpoint: str, layout: dict[str, Any], axes: dict[str, Any], net:
 
 
 def chunked_loss(layout: dict[str, Any], tied: bool) -> float:
-    """Largest difference, relative to the largest value, between gradients of a loss in one piece and one in chunks."""
+    """Largest difference of losses and gradients between a loss in one piece and one in chunks, relative to the largest value.
+
+    Args:
+        layout: section `model` of a stage.
+        tied: True for an output layer that is tied to the embedding.
+    """
     options = LayoutSettings(**layout)
     distributed.initialize(options)
     arch = toy.config(num_query_groups=2, share_embeddings_and_output_weights=tied)
@@ -107,7 +129,7 @@ def chunked_loss(layout: dict[str, Any], tied: bool) -> float:
 
 
 def failing_output(out: str, ranks: list[int], fatal: bool) -> None:
-    """Write a file into `out` on every rank, and then fail on `ranks`: with FlextronError, or if `fatal` with ValueError."""
+    """Write a file into `out` on every rank, then raise on `ranks`: FlextronError, or if `fatal` ValueError."""
     with new_output(ReportSettings(out=out, run="")) as folder:
         (Path(folder) / f"part{_rank()}").write_text("something")
         wait_for_all()

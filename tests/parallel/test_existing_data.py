@@ -18,28 +18,33 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in rows if row["event"] == "train"]
 
 
-@pytest.mark.parametrize("split", ["paths of each part", "one list"])
-def test_losses_are_those_of_one_process(text: Path, tmp_path: Path, split: str) -> None:
+def test_losses_are_those_of_one_process(text: Path, tmp_path: Path) -> None:
     stage("prepare", f"input=[{text}/code,{text}/prose]", "vocab_size=300", "valid_fraction=0.2", f"out={tmp_path}/text")
     part = f"{tmp_path}/text"
-    paths = {
-        "paths of each part": f"{{train: [3,{part}/code_train,1,{part}/prose_train], validation: [{part}/prose_valid]}}",
-        "one list": f"[2,{part}/code_train,1,{part}/prose_train]",
-    }[split]
-    stage("prepare", f"paths={paths}", "split=[70,30]", f"tokenizer={part}/tokenizer", f"out={tmp_path}/data")
+    corpora = {
+        "parts": f"{{train: [3,{part}/code_train,1,{part}/prose_train], validation: [{part}/prose_valid]}}",
+        "list": f"[2,{part}/code_train,1,{part}/prose_train]",
+    }
     sizes = ["model.micro_batch_size=2", "model.rampup_batch_size=[4,4,8]", "trainer.max_steps=5"]
-    keys = [f"data={tmp_path}/data", *(f"model.{key}" for key in TINY), *TRAIN, *sizes, "space.granularity=2"]
-    stage("pretrain", *keys, f"out={tmp_path}/one")
+    train = [*(f"model.{key}" for key in TINY), *TRAIN, *sizes, "space.granularity=2"]
+    for name, paths in corpora.items():
+        stage("prepare", f"paths={paths}", "split=[70,30]", f"tokenizer={part}/tokenizer", f"out={tmp_path}/{name}")
+        stage("pretrain", f"data={tmp_path}/{name}", *train, f"out={tmp_path}/{name} one")
     jobs = [
         {
             "stage": "pretrain",
             "layout": layout,
-            "keys": [*keys, *(f"model.{k}={v}" for k, v in layout.items()), f"out={tmp_path}/{name}"],
+            "keys": [
+                *(f"data={tmp_path}/{name}", *train, *(f"model.{key}={size}" for key, size in shape.items())),
+                f"out={tmp_path}/{name} {layout}",
+            ],
         }
-        for name, layout in LAYOUTS.items()
+        for layout, shape in LAYOUTS.items()
+        for name in corpora
     ]
     (tmp_path / "jobs").mkdir()
     for ranks in run_jobs(2, jobs, tmp_path / "jobs"):
         assert all("error" not in rank for rank in ranks), ranks
-    for name in LAYOUTS:
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    for name in corpora:
+        for layout in LAYOUTS:
+            assert losses(tmp_path / f"{name} {layout}") == pytest.approx(losses(tmp_path / f"{name} one"), abs=1e-5)

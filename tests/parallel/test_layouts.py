@@ -1,14 +1,13 @@
-"""T2, T3, T4: results do not depend on the parallel layout.
+"""Results do not depend on the parallel layout.
 
 Training at every layout has the losses and gradient norms of one process, and a run that continues at another layout equals the
-uninterrupted one. FLEXTRON_LAYOUTS=few leaves most layouts out.
+uninterrupted one. FLEXTRON_LAYOUTS=all runs them all, else those of SHORT run.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from flextron_mcore.space import ElasticSpace
 from flextron_mcore.training.log import LOG_FILE
 from flextron_mcore.training.sampler import draw
 from tests import toy
-from tests.parallel.worker import run_jobs
+from tests.parallel.worker import chosen, run_jobs
 from tests.stages.conftest import stage
 
-VOCABULARY = 301  # odd: tensor-parallel ranks pad it
+VOCABULARY = 301  # odd, so tensor-parallel ranks pad it
 STEPS = 4
 TP2, TP4, PP2, PP4 = (f"model.{kind}_model_parallel_size={n}" for kind in ("tensor", "pipeline") for n in (2, 4))
 VIRTUAL, SEQUENCE = "model.virtual_pipeline_model_parallel_size=2", "model.sequence_parallel=true"
@@ -81,19 +80,21 @@ CONTINUED: dict[str, tuple[int, str, list[str]]] = {
     "TP2 PP2 SP gpt2, then DP2": (2, "TP2 PP2 SP gpt2", []),
     "PP2 virtual taught, then TP2": (2, "PP2 virtual taught", [TP2]),
 }
-# A short list that has every kind of parallelism, optimizer, schedule and recomputation once.
-FEW = {
+# A list that has every kind of parallelism, optimizer, schedule, recomputation, loss and precision once.
+SHORT = {
     "TP2 SP",
     "TP2 qwen",
+    "TP2 distilled",
+    "PP2 uneven",
+    "PP2 virtual selective recomputation",
     "PP2 virtual taught",
     "DP2 distributed optimizer overlap",
+    "DP2 distributed optimizer bf16",
     "TP2 DP2 everything",
     "TP2 PP2 SP gpt2",
 }
-FEW |= {"TP2 DP2 everything, then TP2 PP2", "TP2 PP2 SP gpt2, then DP2"}
-if os.environ.get("FLEXTRON_LAYOUTS") == "few":
-    LAYOUTS = {name: LAYOUTS[name] for name in LAYOUTS if name in FEW}
-    CONTINUED = {name: CONTINUED[name] for name in CONTINUED if name in FEW}
+LAYOUTS = chosen(LAYOUTS, SHORT)
+CONTINUED = chosen(CONTINUED, {"TP2 DP2 everything, then TP2 PP2", "TP2 PP2 SP gpt2, then DP2"})
 
 
 def trained(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +110,7 @@ def trained(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def interrupt(source: str, run: str) -> None:
-    """Copy a finished run in the state after half of its steps. Called on all ranks; rank 0 copies."""
+    """Copy a finished run as it was after half of its steps. Called on all ranks, of which rank 0 copies."""
     if torch.distributed.get_rank() == 0:
         shutil.copytree(source, run)
         Path(run, METRICS_FILE).unlink()
@@ -160,10 +161,10 @@ class Runs:
         size = dict(num_layers=4, num_attention_heads=8, vocab_size=VOCABULARY, ffn_hidden_size=64)
         llama = toy.config(**size, share_embeddings_and_output_weights=True)
         gpt2 = toy.config(**size, **toy.GPT2, num_query_groups=4)
-        qwen = toy.config(**size, add_qkv_bias=True, qk_layernorm=True, sliding_window=9)  # norms of heads, biases, a window
+        qwen = toy.config(**size, add_qkv_bias=True, qk_layernorm=True, sliding_window=9)
         for name, arch, space in (
             ("llama", llama, dict(ffn_hidden_size=[0.25, 0.5, 1.0], layer_ranking=[0, 3, 1, 2], modulation=True)),
-            ("gpt2", gpt2, dict(attention_unit="query_head", layer_ranking=[3, 0, 2, 1])),
+            ("gpt2", gpt2, dict(attention_unit="query_head", layer_ranking=[3, 0, 2, 1], compensation=True)),
             ("qwen", qwen, {}),
         ):
             # With depth 1, one of two pipeline stages has no layer to execute.
@@ -248,7 +249,8 @@ def test_a_run_continued_at_another_layout_is_the_uninterrupted_run(runs, name):
 
 def test_compared_losses_differ_by_run_and_by_step(runs):
     losses = {model: trained(runs.path(f"one {model}"))[0] for model in ("llama", "gpt2", "distilled", "taught")}
-    ends = [losses[model][-7:] for model in ("llama", "distilled", "taught")]  # losses of the last validation
+    # the losses of the last validation
+    ends = [losses[model][-7:] for model in ("llama", "distilled", "taught")]
     assert min((some - others).abs().max() for some, others in itertools.combinations(ends, 2)) > 1e-3
     for values in losses.values():
         every = [round(loss, 3) for loss in values.tolist()]

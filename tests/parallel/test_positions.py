@@ -14,7 +14,7 @@ from tests.parallel.worker import run_jobs
 MODELS = {
     "windows": dict(
         sliding_window=3, window_attn_skip_freq=[1, 0, 0, 1]
-    ),  # two pipeline stages have one each, at different places
+    ),  # two pipeline stages have one such layer each, at different places
     "longrope": dict(rope_scaling=LONGROPE),
 }
 LAYOUTS = (

@@ -22,7 +22,7 @@ from flextron_mcore.settings.sections import LayoutSettings
 from flextron_mcore.space import SKIPPED, ElasticSpace, SubNetwork
 from tests import toy
 from tests.parallel import probe
-from tests.parallel.worker import run_jobs, torchrun
+from tests.parallel.worker import chosen, run_jobs, torchrun
 from tests.routing_toy import write_table
 from tests.stages.conftest import stage
 
@@ -37,9 +37,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor x pipeline": (4, {TENSOR: 2, PIPELINE: 2}),
     "data x virtual": (4, {PIPELINE: 2, VIRTUAL: 2}),
 }
-IMPORTED = ("data", "data x virtual")  # import has no layout: it runs once for each number of processes
-# Routers add broadcasts and sums over ranks only: these layouts have every kind of process group once.
-WITH_ROUTERS = ("sequence", "tensor x pipeline", "data x virtual")
+LAYOUTS = chosen(LAYOUTS, {"tensor", "sequence", "data x virtual"})
+IMPORTED = [name for name in ("data", "data x virtual") if name in LAYOUTS]  # `import` has no layout: one a number of processes
+# Layouts for the stages of routers, which only add broadcasts and sums over ranks: every kind of process group occurs once.
+WITH_ROUTERS = [name for name in ("sequence", "tensor x pipeline", "data x virtual") if name in LAYOUTS]
 DECODING = "tensor"  # generate supports tensor parallelism only
 ADAPTIVE = ("router adaptive", "router adaptive surrogate")
 EVALUATED = ("evaluate adaptive own", "evaluate adaptive full")
@@ -48,8 +49,8 @@ ROUTING = ("router", "router straight through", *ADAPTIVE, *EVALUATED, "joint", 
 SHALLOW = {"first": (8, (0, 1)), "last": (16, (3,))}
 LOGITS = {"fp32": {}, "bf16": {"precision": "bf16"}, **{name: {"net": f"{{run}}/{name}.json"} for name in ("net", *SHALLOW)}}
 AXES = dict(hidden_size=[8, 16, 32], depth=[1, 2, 4])
-WEIGHTED = {"start": "first", "gpt2": "last"}  # checkpoint: the network of SHALLOW that is also given as one-hot weights
-VOCAB = 301  # odd: tensor-parallel ranks pad it
+WEIGHTED = {"start": "first", "gpt2": "last"}  # {checkpoint: network of SHALLOW that is given as one-hot weights, too}
+VOCAB = 301  # odd, so tensor-parallel ranks pad it
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Start:
     net: SubNetwork
 
     def of_layout(self, name: str) -> list[dict[str, Any]]:
-        """Jobs of a layout: every stage, logits, and weighted networks."""
+        """Jobs of a layout: every stage, logits of sub-networks, and networks with weighted candidates."""
         layout = LAYOUTS[name][1]
         options = [f"model.{key}={str(value).lower()}" for key, value in layout.items()]
         jobs: list[dict[str, Any]] = []
@@ -263,7 +264,7 @@ def test_evaluation_is_that_of_one_process(start, done, name, result):
 @pytest.mark.parametrize("name", WITH_ROUTERS)
 @pytest.mark.parametrize("result", ["router", "router straight through", "joint"])
 def test_routers_are_those_of_one_process(start, done, name, result):
-    """Losses, routers and choices are those of one process (T5)."""
+    """Losses, routers and choices are those of one process."""
     one, many = start.run / "one" / result, start.run / "many" / name / result
     expected, found = ([json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()] for run in (one, many))
     for row, other in zip(expected, found, strict=True):
@@ -376,7 +377,7 @@ def weights(start) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_weights_of_candidates(start, done, weights, name):
-    """Losses and gradients of weighted networks are equal on every rank; one-hot weights equal the sub-network (T5)."""
+    """Losses and gradients of weighted networks are equal on every rank; one-hot weights give the sub-network's loss."""
     jobs = zip(start.of_layout(name), done[name], strict=True)
     found = [ranks for job, ranks in jobs if job.get("call", "").endswith(":weighted")]
     for ranks, expected in zip(found, weights.values(), strict=True):
@@ -414,7 +415,7 @@ def test_import_and_prepare_by_the_command(start):
 
 
 def test_ranks_refuse_together(start, tmp_path):
-    """Every rank has the same error (an existing `out`, a layout that does not fit); nothing is written; the next job works."""
+    """Wrong input (an existing `out`, a layout that does not fit) is the same error on all ranks. The next job works."""
     out = f"out={start.run}/one/evaluate"
     layout = [f"model.{TENSOR}=2", "space.granularity=1"]
     jobs = [
@@ -460,6 +461,16 @@ def test_two_processes_share_a_quickstart(start, tmp_path):
         "sensitivity": ["checkpoint={out}/router", *evaluation],
         "compare": ["checkpoint={out}/router", "sensitivity={out}/sensitivity", *evaluation, "random_at_target=2"],
         "joint": ["checkpoint={out}/router", "data={out}/data", *training],
+        "adaptive": [
+            *("kind=adaptive", "checkpoint={out}/router", "data={out}/data", *training),
+            *("targets_per_step=1", "adaptive.calibration_samples=4"),
+        ],
+        "sorted_four": [
+            *("checkpoint={out}/parent", "data={out}/data", "samples=5", "ablation_batches=1"),
+            *("space.hidden_size=[0.5,1.0]", "space.depth=[1,2]"),
+        ],
+        "gumbel": ["checkpoint={out}/sorted_four", "data={out}/data", *training, "candidate_samples=0"],
+        "family": ["checkpoint={out}/gumbel", *evaluation, "budgets=[0.75 parameters]"],
     }
     keys = [f"chain.{name}.keys={json.dumps(value)}" for name, value in chain.items()]
     stage("quickstart", *keys, f"out={tmp_path}/one")
@@ -470,7 +481,7 @@ def test_two_processes_share_a_quickstart(start, tmp_path):
     assert found["parent_loss"] == pytest.approx(expected["parent_loss"], rel=1e-5)
     for row, other in zip(expected["networks"], found["networks"], strict=True):
         assert other["name"] == row["name"] and other["after"] == pytest.approx(row["after"], rel=1e-5)
-    assert first[0]["printed"].count("== elastic:") == 1 and again[0]["printed"].count(": complete") == 16
+    assert first[0]["printed"].count("== elastic:") == 1 and again[0]["printed"].count(": complete") == 20
     assert not first[1]["printed"] and not again[1]["printed"]
     assert (tmp_path / "two" / "report" / "index.html").is_file() and (
         tmp_path / "two" / "export_mixed" / "config.json"

@@ -11,7 +11,7 @@ import pytest
 from flextron_mcore.checkpoint.store import CheckpointInfo, list_checkpoints
 from flextron_mcore.space import ElasticSpace
 from tests import toy
-from tests.parallel.worker import run_jobs
+from tests.parallel.worker import chosen, run_jobs
 from tests.stages.conftest import assert_same_files, log_rows, stage
 
 LAYOUTS = {
@@ -25,8 +25,9 @@ LAYOUTS = {
     "virtual taught": (2, ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"]),
     "tensor x pipeline": (4, ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]),
 }
-# Micro-batches of networks since the first step began: in the midst of a step, and in a validation or a later step; then
-# the first of all and the last of a step.
+LAYOUTS = chosen(LAYOUTS, {"distributed optimizer", "virtual taught"})
+# Number of the micro-batch of a network, from the first step on, before which the signal comes: in the midst of a step, in a
+# validation or a later step; then the first of all, and the last of a step.
 MOMENTS = (12, 36, 1, 16) if "FLEXTRON_FAULTS" in os.environ else (12, 36)
 
 
@@ -93,9 +94,9 @@ def start(tmp_path_factory, text) -> Path:
     return run
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", sorted({size for size, _ in LAYOUTS.values()}))
 def test_sigterm_at_one_rank_drops_the_step_on_all(start, tmp_path, processes):
-    """Ranks that have dropped micro-batches and ranks that have not end the step together; the run goes on as if undisturbed."""
+    """Ranks that have dropped micro-batches end the step together with the others, and the run continues as if undisturbed."""
     train = [f"checkpoint={start}/start", f"data={start}/data", "model.micro_batch_size=2", "model.global_batch_size=8"]
     train += ["trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.limit_val_batches=2"]
     train += ["exp_manager.create_tensorboard_logger=false", "exp_manager.checkpoint_callback_params.async_save=false"]

@@ -15,13 +15,13 @@ TP2, PP2, VIRTUAL, SEQUENCE = (
     *("model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"),
     *("model.virtual_pipeline_model_parallel_size=2", "model.sequence_parallel=true"),
 )
-# Processes, and the keys of a layout. Only with TP2 and DP2 there is a KV cache.
+# Keys of layouts of two processes; none: data parallel 2. Only TP2 and DP2 generate with a KV cache.
 LAYOUTS = [[TP2], [TP2, SEQUENCE], [PP2, VIRTUAL], []]
 
 
 def test_scores_at_every_layout_are_those_of_one_process(tmp_path, tmp_path_factory, text):
     stage("prepare", f"input={text}/prose", "vocab_size=301", "valid_fraction=0.3", f"out={tmp_path}/data")
-    size = dict(num_layers=4, vocab_size=301, num_query_groups=2, max_position_embeddings=32)  # ranks pad an odd vocabulary
+    size = dict(num_layers=4, vocab_size=301, num_query_groups=2, max_position_embeddings=32)  # ranks pad the odd vocabulary
     arch = toy.config(**size, share_embeddings_and_output_weights=True)
     space = ElasticSpace.build(arch, heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0], hidden_size=[0.5, 1.0], granularity=2)
     toy.write(toy.model(arch, space), CheckpointInfo(arch, space), tmp_path / "model")

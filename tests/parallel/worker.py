@@ -1,4 +1,4 @@
-"""Many jobs in one torchrun, because starting the processes takes longer than most jobs.
+"""Run many jobs in the processes of one torchrun, because starting processes takes longer than most jobs.
 
 A job is {"stage": name, "keys": [...]}, run as by the command, or {"call": "module:function", "arguments": {...}}. Jobs run one
 after another in the same processes. Consecutive jobs with the same "layout" share process groups.
@@ -11,13 +11,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# Destroyed process groups leave threads of gloo behind, which wake a hundred times a second: after so many layouts, new
-# processes are faster.
+# Most layouts for the same processes. Destroyed process groups leave threads of gloo behind, which wake a hundred times a second,
+# so that new processes are faster.
 LAYOUTS = 4
+
+
+def chosen(layouts: dict[str, Any], short: Collection[str]) -> dict[str, Any]:
+    """Layouts to test: those of a short list, which has every kind of parallelism once, or all with FLEXTRON_LAYOUTS=all."""
+    assert set(short) <= layouts.keys()
+    return layouts if os.environ.get("FLEXTRON_LAYOUTS") == "all" else {name: layouts[name] for name in layouts if name in short}
 
 
 def torchrun(processes: int, *arguments: str, timeout: float = 1500) -> subprocess.CompletedProcess[str]:
@@ -40,7 +47,7 @@ def run_jobs(processes: int, jobs: list[dict[str, Any]], folder: Path) -> list[l
     folder: an existing directory for the workers' files.
     """
     found = []
-    for number, part in enumerate(_parts(jobs)):
+    for number, part in enumerate(_parts(jobs) if jobs else []):
         inner = folder / str(number)
         inner.mkdir()
         (inner / "jobs.json").write_text(json.dumps(part))

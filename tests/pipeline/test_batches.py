@@ -1,4 +1,4 @@
-"""Every sample counts once at any number of ranks, micro-batch size and schedule; padding of the last micro-batches does not."""
+"""At any number of ranks, micro-batch size and schedule, every sample counts once, padding of the last micro-batches never."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def test_every_sample_counts_once(samples, size, ranks, stages, monkeypatch):
 def test_no_more_micro_batches_than_the_schedule_needs(monkeypatch):
     assert count_batches(11, 4) == 3
     monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_world_size", lambda: 2)
-    assert count_batches(11, 4) == 3  # without virtual stages any number is allowed
+    assert count_batches(11, 4) == 3  # without virtual pipeline stages, any number of micro-batches is allowed
     monkeypatch.setattr(parallel_state, "get_virtual_pipeline_model_parallel_world_size", lambda: 2)
     assert count_batches(11, 4) == 4 and count_batches(16, 4) == 4

@@ -1,4 +1,4 @@
-"""Eq. 5: a step's gradient is that of the sum of the networks' mean losses, accumulated in slices without zero padding."""
+"""A step has the gradient of the sum of the networks' mean losses (Flextron, eq. 5), accumulated in slices without padding."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_gradient_is_that_of_the_summed_losses(kind, unit, chunk, monkeypatch):
 
 
 def test_chunks_bound_the_memory_of_the_loss(monkeypatch):
-    """The peak of a forward and backward pass has one chunk's logits in place of all, with the same loss."""
+    """With a loss in chunks, the peak of a forward and backward pass has one chunk's logits in place of all, at an equal loss."""
     arch = toy.config(vocab_size=30_000, max_position_embeddings=256)
     model = toy.model(arch, ElasticSpace.build(arch))
     tokens, positions = toy.inputs(2, vocab=arch.vocab_size, length=256)
     losses, peaks = [], []
     for chunk in (256, 16):
         monkeypatch.setattr(config, "LOGITS_AT_ONCE", 2 * arch.vocab_size * chunk)
-        model(tokens, positions, None, labels=tokens).sum().backward()  # gradients are allocated
+        model(tokens, positions, None, labels=tokens).sum().backward()  # allocates the gradients
         peaks.append(peak(lambda: losses.append(model(tokens, positions, None, labels=tokens).sum().backward())))
         with torch.no_grad():
             losses.append(model(tokens, positions, None, labels=tokens))

@@ -15,7 +15,7 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.2], "long_factor": [1.5,
 
 @pytest.mark.parametrize("seed, scaling", [(None, None), (3, None), (3, LONGROPE)])
 def test_scores_are_those_of_the_logits(monkeypatch, seed, scaling):
-    monkeypatch.setattr("flextron_mcore.config.LOGITS_AT_ONCE", 3 * toy.VOCAB)  # three tokens at a time
+    monkeypatch.setattr("flextron_mcore.config.LOGITS_AT_ONCE", 3 * toy.VOCAB)  # logits of three tokens at a time
     arch = toy.config(share_embeddings_and_output_weights=seed is None, num_attention_heads=8, rope_scaling=scaling)
     space = ElasticSpace.build(arch, heads=[0.5, 1.0], hidden_size=[0.5, 1.0])
     model, network = toy.model(arch, space), None if seed is None else toy.random_network(arch, space, seed)

@@ -1,4 +1,4 @@
-"""Notes where FlextronError and JobFailed are made, as lines `PATH:LINE` of the file that FLEXTRON_MESSAGES names.
+"""Note where FlextronError and JobFailed are made, as lines `PATH:LINE` in the file that FLEXTRON_MESSAGES names.
 
 Python imports a module of this name by itself at the start of a process. The classes are watched as soon as their module is
 imported; processes that do not import it stay as they are.
@@ -8,7 +8,7 @@ import os
 import sys
 
 MODULE = "flextron_mcore.config"
-OPEN = os.open  # a test may replace it
+OPEN = os.open  # kept, because a test may replace os.open
 
 
 def note(code, line):
@@ -25,7 +25,7 @@ def note(code, line):
 
 
 def watch(module):
-    """Note every FlextronError and JobFailed of flextron_mcore.config from now on."""
+    """Note every FlextronError and JobFailed from now on. module: flextron_mcore.config."""
 
     def init(self, *args):
         Exception.__init__(self, *args)
@@ -36,7 +36,7 @@ def watch(module):
 
 
 class Finder:
-    """Finder of sys.meta_path that watches MODULE when it is imported."""
+    """Entry of sys.meta_path that calls `watch` on MODULE when it is imported."""
 
     def find_spec(self, name, path=None, target=None):
         if name != MODULE:

@@ -13,7 +13,7 @@ from flextron_mcore.report import drawing
 
 @pytest.fixture(autouse=True, scope="module")
 def coarse() -> Iterator[None]:
-    """Small pictures: the tests do not look at pixels."""
+    """Draw small pictures, because the tests do not look at pixels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "DPI", 40)
         yield
@@ -21,7 +21,7 @@ def coarse() -> Iterator[None]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No drawing, which takes most of the time, in tests that are not about pictures."""
+    """Skip drawing, which takes most of the time, in tests that are not about pictures."""
     monkeypatch.setattr(drawing, "_render", lambda draw, size, theme: theme.ink.encode())
 
 

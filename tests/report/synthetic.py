@@ -48,7 +48,7 @@ def share(net: SubNetwork) -> float:
 
 
 def loss(net: SubNetwork) -> float:
-    """Made-up loss, in which FFN blocks of deep layers matter most and heads least."""
+    """Made-up loss: FFN blocks of deep layers matter most, heads least."""
     kept = sum(0.3 * a.num_attention_heads / 8 + 0.1 * (i + 3) * a.ffn_hidden_size / 1024 for i, a in enumerate(net.layers))
     return 3.0 + 1.5 * (1 - kept / (8 * 0.3 + 0.1 * sum(range(3, 11))))
 
@@ -62,7 +62,7 @@ def best(target: float, count: int = 400) -> SubNetwork:
 
 
 def routing(kind: str = "router", surrogate: bool = True, steps: int = 300) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """metrics.json and log.jsonl of `router` or `joint`. With a surrogate, routers follow it from step 61 on, but not at 64."""
+    """(metrics.json, log.jsonl) of `router` or `joint`. With a surrogate, routers follow it from step 61 on, not at 64."""
     rng, rows = random.Random(f"{kind} {surrogate}"), []
     names = [f"router {target}" for target in TARGETS[:2]]
     bad = 0.0 if surrogate else 0.2
@@ -123,7 +123,7 @@ def family(latency: bool = True, losses: bool = True) -> dict[str, Any]:
         costs = {"parameters": {"value": count_parameters(MODEL, net), "share": count_parameters(MODEL, net) / whole}}
         costs |= {"latency": {"value": 20.0 * target, "share": target}} if latency else {}
         row = {"budget": f"{target}", "subnetwork": net.to_dict(), "costs": costs, "hidden_size": net.hidden_size}
-        row |= {"depth": len(executed), "uniform": False, "exports": {"hf": f"{target}_hf"}}
+        row |= {"depth": len(executed), "uniform": False, "exports": {"hf": f"{target}_hf"}, "compensated": None}
         rows.append({**row, "loss": 4.0 - target if losses else None})
     return {"stage": "family", "selector": "router", "model": MODEL.to_dict(), "networks": rows}
 
@@ -143,7 +143,7 @@ def sensitivity() -> dict[str, Any]:
 
 
 def compare(cost: str = "latency") -> dict[str, Any]:
-    """metrics.json of `compare`, with every selector. The router's fit is determined, matformer's is not."""
+    """metrics.json of `compare`, with every selector. The scaling law is determined for the router, not for matformer."""
     unit = {"latency": 1.0, "parameters": 1e6, "memory": 2.0**20}[cost]
 
     def network(net: SubNetwork, **more: Any) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def write(directory: Path, metrics: dict[str, Any], log: list[dict[str, Any]] | 
 
 
 def read(topic: Topic, run: Path, **stages: Any) -> list:
-    """The results of `topic` in a run with these stages: metrics, or (metrics, log)."""
+    """Results that `topic` reads from a run. run: {stage: metrics.json, or (metrics.json, log.jsonl)}."""
     for name, made in stages.items():
         write(run / name, *(made if isinstance(made, tuple) else (made,)))
     return topic.results(collect(run))
@@ -225,7 +225,7 @@ def changed(metrics: dict[str, Any], path: list[str | int], value: Any) -> dict[
 
 
 def problem(run: Path, topics: Sequence[Topic] = TOPICS) -> str:
-    """Line of the error with which `run` cannot be read."""
+    """Message with which the report refuses `run`, which is one line."""
     with pytest.raises(FlextronError) as caught:
         outputs = collect(run)
         for topic in topics:

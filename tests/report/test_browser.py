@@ -1,4 +1,4 @@
-"""The report in Chromium: no element is wider than the page on a desktop and on a phone, no column is squeezed, no error."""
+"""The report in Chromium, as wide as on a desktop and a phone: no element leaves the page, no column is squeezed, no error."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def page(tmp_path_factory) -> str:
 def look(folder: Path, text: str, width: int) -> dict:
     """{width of the page, faults} as Chromium finds them in a frame of `width` pixels."""
     (folder / "page.html").write_text(text.replace("</head>", f"{PROBE}</head>"), encoding="utf-8")
-    # In a frame, because a window of Chromium is at least 500 pixels wide.
+    # The page is shown in a frame, because Chromium's windows are at least 500 pixels wide, and a phone is narrower.
     frame = f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe>'
     wait = "<script>setTimeout(() => { document.title = frames[0].document.title; }, 3000)</script>"
     (folder / "frame.html").write_text(f"<title></title>{frame}{wait}", encoding="utf-8")

@@ -33,7 +33,7 @@ def parts(comparison, undrawn):
 
 
 def part_of(c: Comparison, key: str) -> Section:
-    """Part `key` of the page."""
+    """Part `key` of the report's section about `compare`."""
     return next(part for part in compare.sections([c]) if part.key == key)
 
 

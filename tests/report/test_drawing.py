@@ -15,7 +15,7 @@ from flextron_mcore.report import drawing
 
 
 def plot() -> drawing.Picture:
-    """A picture with a label that would be mathematics to matplotlib."""
+    """Figure with a label that matplotlib would read as mathematics."""
 
     def draw(figure: Figure, theme: drawing.Theme) -> None:
         axes = figure.subplots()

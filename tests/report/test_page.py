@@ -1,4 +1,4 @@
-"""The whole report, from a synthetic run directory that keeps to the stages' contract."""
+"""The whole report of a synthetic run directory, whose files have the form that the stages write."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def make_run(run: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """The parts of a page that the tests look at."""
+    """HTML page of a report, parsed for the parts that the tests look at."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ def test_a_warning_stands_once_where_the_figures_of_its_stage_are(tmp_path, undr
     warning = "Warning of router: budgets &lt;b&gt;only&lt;/b&gt;"
     budgets = text.index('<section id="budgets">')
     assert text.count(warning) == 1 and budgets < text.index(warning) < text.index("</section>", budgets)
-    assert "budgets only" in Page(text).row("router")  # what they learned from
+    assert "budgets only" in Page(text).row("router")  # the table says what the routers learned from
 
 
 def test_stages_without_a_result_are_named(tmp_path, undrawn):

@@ -1,4 +1,4 @@
-"""Reading values and run directories, and that the line of an error names file, key and value."""
+"""Reading values and run directories; a refusal names file, key and value."""
 
 from __future__ import annotations
 

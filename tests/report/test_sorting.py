@@ -1,4 +1,4 @@
-"""The topic about sorting: the bars and what they say in words."""
+"""The topic about sorting: the bar chart, and its alt text."""
 
 from __future__ import annotations
 

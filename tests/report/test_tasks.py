@@ -1,4 +1,4 @@
-"""The section about tasks: metrics as lm_eval prints them, and accuracies with standard errors."""
+"""The section about tasks: every metric of lm_eval, and accuracies with their standard errors."""
 
 from __future__ import annotations
 

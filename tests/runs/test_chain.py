@@ -1,4 +1,4 @@
-"""Chains of commands: values in printed commands are read back as they are."""
+"""Commands that a chain prints are read back, by the parser, with the same values."""
 
 from __future__ import annotations
 

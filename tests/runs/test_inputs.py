@@ -77,7 +77,7 @@ def test_every_stage_has_its_inputs_declared():
 
 
 def test_links_inside_an_input_are_followed(place):
-    """A link inside an input, such as RUN/checkpoints on another disk, is followed: out may not be where it leads."""
+    """`out` may not be where a link inside an input leads, such as RUN/checkpoints on another disk."""
     disk = place / "disk"
     disk.mkdir()
     (place / "run" / "input" / "checkpoints").symlink_to(disk)

@@ -1,4 +1,4 @@
-"""The memory line, and its refusal."""
+"""Line in which every stage says how much memory it needs, and the refusal of what the machine cannot hold."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_line_names_length_and_memory(monkeypatch):
 
 
 def test_logits_no_longer_need_most_of_the_memory(monkeypatch):
-    """131,072 positions would need 538 GB of logits for a micro-batch of 8 in one piece."""
+    """Logits are computed in chunks: in one piece, those of a micro-batch of 8 with 131,072 positions would need 538 GB."""
     found = []
     monkeypatch.setattr(memory, "machine_memory", lambda: 2**50)
     monkeypatch.setattr(memory, "show", lambda name, value: found.append(value) or "")

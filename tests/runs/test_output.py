@@ -1,4 +1,4 @@
-"""Output of a stage: its lock, and nothing left of a command that is refused."""
+"""Output directory of a stage: it is locked while it is written, and a refused command leaves nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOLD += "with locked(pathlib.Path(sys.argv[1])): print('locked', flush=True); in
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory):
-    """An `out` that another process writes, and the number of the process."""
+    """(an `out` that another process writes, id of that process)."""
     out = tmp_path_factory.mktemp("held") / "out"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], **pipes) as other:
@@ -73,7 +73,7 @@ def test_a_mount_is_emptied_and_not_renamed(make_disk):
 
 
 def test_sizes_are_shown_in_units_that_tell_them_apart(tmp_path, monkeypatch):
-    """A full disk names sizes in MiB or KiB where GiB would be 0.00."""
+    """The refusal of a full disk gives sizes in MiB or KiB where they would be 0.00 GiB."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     for need, text in ((1_300_000, "1.24 MiB needed, 0 bytes free"), (3 * 2**30, "3 GiB needed"), (70, "70 bytes needed")):
         with pytest.raises(FlextronError, match=text):

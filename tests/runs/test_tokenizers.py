@@ -56,7 +56,7 @@ def test_damaged_generation_config(tmp_path, text):
 
 @pytest.fixture(scope="module")
 def greedy(tmp_path_factory):
-    """(checkpoint of a Hugging Face model, function that writes the ends into its files and returns transformers' greedy ids)."""
+    """(imported checkpoint, function that writes end tokens into the model's files and returns transformers' greedy ids)."""
     torch.manual_seed(0)
     folder = hf_toy.save(hf_toy.llama(), tmp_path_factory.mktemp("greedy") / "hf")
     info_ = hf_toy.checkpoint(folder, folder.parent / "run")
@@ -76,7 +76,7 @@ def greedy(tmp_path_factory):
 
 NEW = 24
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6], [20]]
-# Ends of generation_config.json (None: no such file) and of config.json; letters are tokens that occur in the texts.
+# End tokens in generation_config.json (None: no such file) and in config.json. Letters stand for tokens that occur in the texts.
 ENDS = [
     *([["a", "b", "c"], "d"], ["a", "d"], ["b", ["a", "c"]], [[], "a"], [None, "a"], [None, ["b", "c", "a"]]),
     *([["a"], None], [["d", 1_000_000], None], ["no end", "a"]),
@@ -95,7 +95,7 @@ def test_text_ends_where_transformers_ends_it(greedy, generation, config):
     assert generation in ([], "no end") or expected != whole
 
 
-# Rules of generation_config.json; "first" is the first token of a text.
+# Rules in generation_config.json. "first" stands for the first token of a text.
 RULES = [
     *({"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 9}, {"min_length": 20}, {"num_beams": 3}),
     *({"suppress_tokens": ["first"]}, {"begin_suppress_tokens": ["first"]}, {"bad_words_ids": [["first"]]}),

@@ -1,4 +1,4 @@
-"""The CPU's stand-in for FusedAdam equals torch's Adam and AdamW."""
+"""The optimizer that replaces FusedAdam on a CPU computes what torch's Adam and AdamW compute."""
 
 from __future__ import annotations
 

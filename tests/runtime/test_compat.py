@@ -1,4 +1,4 @@
-"""Files of other versions of Python and Megatron-Core are read, and files written here are whole for them."""
+"""Files that other versions of Python and Megatron-Core wrote are read, and files written here are complete for them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def test_paths_of_python_3_13(monkeypatch):
     if sys.version_info < (3, 13):
         monkeypatch.delitem(sys.modules, "pathlib._local", raising=False)
     compat.know_paths()
-    # pickle.dumps(Path("a/b"), 0) of Python 3.13
+    # what pickle.dumps(Path("a/b"), 0) returns in Python 3.13
     assert pickle.loads(b"cpathlib._local\nPosixPath\np0\n(Va/b\np1\ntp2\nRp3\n.") == Path("a/b")
 
 
 def test_the_distributed_optimizer_saves_each_parameter_as_its_own():
-    """Many buckets, most of them padded at their end, change nothing in the saved optimizer state."""
+    """Saved optimizer state does not depend on gradient buckets; bucket_size=1 makes many of them, most padded at their end."""
     arch = toy.config()
     gpt = toy.model(arch, ElasticSpace.build(arch, modulation=True))
     options = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, bucket_size=1)

@@ -85,7 +85,7 @@ for _ in range(2):  # once more after an end
 
 
 def test_a_process_alone_has_few_threads():
-    """Two dozen gloo groups had 65 threads, which woke 1,900 times a second."""
+    """Groups of a single process share one gloo group: two dozen would hold 65 threads, which wake 1,900 times a second."""
     env = {name: value for name, value in os.environ.items() if name not in LAUNCH}
     found = subprocess.run([sys.executable, "-c", ALONE], env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

@@ -1,4 +1,4 @@
-"""Writing files and directories whole or not at all."""
+"""Files and directories are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_directory_that_cannot_be_published_leaves_the_old_one(tmp_path):
 
 @pytest.mark.parametrize("exchanged", [True, False])
 def test_a_directory_replaces_another(tmp_path, monkeypatch, exchanged):
-    """Atomically where the file system can exchange two names; elsewhere the old directory is renamed away first."""
+    """Two names are exchanged atomically where the file system can; elsewhere the old directory is first renamed to .NAME.old."""
     out, aside, seen = tmp_path / "out", tmp_path / ".out.tmp", []
     for folder, text in ((out, "old"), (aside, "new")):
         folder.mkdir()
@@ -116,7 +116,7 @@ def test_a_directory_replaces_another(tmp_path, monkeypatch, exchanged):
     "error",
     [
         OSError(errno.EIO, "Input/output error"),
-        RuntimeError("Worker failure: [Errno 5] Input/output error"),  # a process that writes a part of a checkpoint
+        RuntimeError("Worker failure: [Errno 5] Input/output error"),  # from a process that writes a part of a checkpoint
     ],
 )
 def test_a_disk_error_is_a_line_naming_the_target(tmp_path, error):

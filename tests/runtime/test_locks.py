@@ -1,4 +1,4 @@
-"""One writer for an output: who comes second is told who writes, and nothing is left behind."""
+"""One process at a time writes an output. The second is told which process does, and locks leave nothing behind."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_link_and_what_it_leads_to_have_one_lock(tmp_path):
 def test_directories_made_for_a_lock_go_with_it(tmp_path):
     with locked(tmp_path / "a" / "b" / "out"):
         assert names(tmp_path / "a" / "b") == [".out.lock"]
-        with locked(tmp_path / "a" / "b" / "out" / "inner"):  # covered by the lock above
+        with locked(tmp_path / "a" / "b" / "out" / "inner"):  # an outer lock of this process is enough
             assert names(tmp_path / "a" / "b") == [".out.lock"]
     assert names(tmp_path) == []
     with locked(tmp_path / "a" / "out"):

@@ -1,4 +1,4 @@
-"""Freed memory is kept for reuse, and Python looks for garbage rarely."""
+"""Freed memory stays with the process for reuse, and Python's garbage collector runs rarely."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from flextron_mcore.runtime.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 faults = []
-for _ in range(60):  # until what is free fits
+for _ in range(60):  # until freed blocks have the right size
     torch.ones(1 << 24)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(faults[-1] - faults[-11])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own way with memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_freed_memory sets options of glibc's malloc")
 def test_dropped_memory_is_used_again():
-    """Ten allocations of 64 MiB: without kept memory, the kernel would clear 16384 pages for each."""
+    """Page faults of ten allocations of 64 MiB. If free() gave memory back to the kernel, each would fault on 16384 new pages."""
     faults = {}
     for what in ("keep", "usual"):
         found = subprocess.run([sys.executable, "-c", TOUCH_AGAIN, what], capture_output=True, text=True, check=True)
@@ -35,7 +35,7 @@ def test_dropped_memory_is_used_again():
 
 
 def test_garbage_is_looked_for_as_before():
-    collect_again()  # after a test that ran the command in this process
+    collect_again()  # a test before may have run a command in this process, which calls collect_rarely
     usual, frozen = gc.get_threshold(), gc.get_freeze_count()
     try:
         collect_again()

@@ -1,6 +1,9 @@
-"""Lines of progress where there is no terminal."""
+"""Progress as lines, where standard output is no terminal."""
 
 from __future__ import annotations
+
+import contextlib
+import io
 
 import pytest
 
@@ -23,7 +26,7 @@ def test_a_line_at_the_start_and_one_a_minute_with_the_time_left(clock, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "router: 0 of 100 networks"
     assert lines[1] == "router: 9 of 100 networks, 11 min left"
-    assert len(lines) == 1 + 99 // 9  # every 63 s, but not at the end
+    assert len(lines) == 1 + 99 // 9  # a line every 9 networks (63 s), except at the end
 
 
 def test_short_work_prints_its_start_only(clock, capsys):
@@ -45,6 +48,13 @@ def test_the_total_may_come_later(clock, capsys):
         clock[0] += 61
         bar.update()
     assert capsys.readouterr().out.splitlines() == ["evaluate: 0 of 4 evaluations", "evaluate: 1 of 4 evaluations, 3 min left"]
+
+
+def test_lines_reach_the_terminal_while_a_librarys_output_is_caught(clock, capsys):
+    with Progress(desc="evaluate: tasks", unit="request") as bar, contextlib.redirect_stdout(io.StringIO()) as caught:
+        clock[0] += 61
+        bar.update(2)
+    assert capsys.readouterr().out.splitlines() == ["evaluate: tasks: 2 requests"] and caught.getvalue() == ""
 
 
 def test_other_ranks_print_nothing(clock, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Collective calls with one process; tests/parallel has several."""
+"""Collective calls in one process. tests/parallel makes them on several ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_before_there_are_process_groups_the_launcher_says_who_is_who(monkeypatc
         assert is_main_process() is expected
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(torch.distributed, "init_process_group", None)
-    with processes_on_cpu():  # one process needs none
+    with processes_on_cpu():  # a single process needs no process group
         pass
 
 

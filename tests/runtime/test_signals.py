@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from flextron_mcore import cli
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import signals
 from flextron_mcore.training.checks import end_of_job
@@ -16,9 +17,9 @@ from flextron_mcore.training.checks import end_of_job
 
 @pytest.fixture
 def ends():
-    """List of (text, code) with which signals would have ended the process; handlers are installed for a test."""
+    """List that collects the (text, exit code) with which signals would end the process. Handlers are installed for the test."""
     before = [signal.getsignal(number) for number in signals.SIGNALS]
-    # Background jobs of a shell, and their children, ignore SIGINT.
+    # If the tests run as a background job of a shell, SIGINT is ignored here.
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     calls = []
     signals.install(lambda text, code: calls.append((text, code)))
@@ -119,7 +120,7 @@ def test_the_signal_that_killed_a_helper_is_named(number, words):
 
 
 def test_only_a_process_that_writes_is_taken_for_one():
-    """A child from before, such as the service of a logger, may end; a writer of an earlier block may not be killed."""
+    """In deaf_helpers, a child from before, such as a logger's, may be killed. A writer may not, even one of an earlier block."""
     other = subprocess.Popen(["sleep", "100"])
     with signals.deaf_helpers():
         writer = subprocess.Popen(["sleep", "100"])
@@ -130,3 +131,11 @@ def test_only_a_process_that_writes_is_taken_for_one():
         time.sleep(30)
     other.wait()
     writer.wait()
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_command_in_a_test_leaves_the_signals_as_they_were(turn):
+    """A command leaves SIGTERM ignored, which children of later tests would inherit: a fixture of conftest.py restores it."""
+    assert signal.SIG_IGN not in (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1))
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])

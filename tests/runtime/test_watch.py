@@ -1,4 +1,4 @@
-"""Ranks that die, stop, fail or only take long. Each scenario has processes of its own; all run at the same time."""
+"""Watch of ranks: ranks that die, stop, fail or only take long. All scenarios run at the same time, each in its own processes."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_without_the_store_one_rank_names_its_host(outcome):
 
 def test_silence_is_death_on_another_machine(outcome):
     found = outcome["silent elsewhere"]
-    assert found.codes == [1, -signal.SIGKILL, 1]  # the test killed rank 1: no rank of another machine can
+    assert found.codes == [1, -signal.SIGKILL, 1]  # the test killed rank 1, as no rank can on another machine
     line = f"flextron: failed: {found.name(1)} has given no sign of life for {SILENCE:.0f} s: it died, or its machine did"
     assert found.lines == [line]
 
@@ -260,7 +260,7 @@ def _rank(name: str, rank: int) -> None:
 
 
 def _world(name: str, results: Path, ranks: int = 3) -> None:
-    """Run a scenario in forked processes; its outcome goes to a file."""
+    """Run a scenario in forked processes, and write its outcome to a file of `results`."""
     errors = results.with_suffix(".err")
     os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     with socket.socket() as free:

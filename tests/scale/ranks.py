@@ -31,13 +31,19 @@ class OnMeta(TorchFunctionMode):
 
 @contextlib.contextmanager
 def rank_of(world: int, rank: int, settings: Any) -> Iterator[None]:
-    """Be one rank of `world`, in Megatron-Core's groups of a layout. settings: section `model` of a stage."""
+    """Context in which this process is one rank of a large launch, in Megatron-Core's process groups.
+
+    Args:
+        world: number of ranks.
+        rank: this rank.
+        settings: section `model` of a stage, whose layout the groups have.
+    """
     from megatron.core import parallel_state, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     create = parallel_state.create_group
-    parallel_state.create_group = lambda *args, **options: create(*args, **{**options, "backend": "fake"})  # not gloo
+    parallel_state.create_group = lambda *args, **options: create(*args, **{**options, "backend": "fake"})  # gloo would connect
     gather = torch.distributed.all_gather_object
     torch.distributed.all_gather_object = lambda found, value, group=None: found.__setitem__(slice(None), [value] * len(found))
     try:
@@ -92,7 +98,7 @@ def measure(job: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def _optimizer_bytes(optimizer: Any, parameters: list[torch.nn.Parameter]) -> int:
-    """Bytes of Adam's moments and of the main weights, after a step of Adam itself on every shard."""
+    """Bytes of Adam's moments and of the main weights. Takes a step of Adam, which makes the moments."""
     held = {id(p) for p in parameters}
     total = 0
     for each in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -56,7 +56,7 @@ def planned(launch, tmp_path, request) -> tuple[Plan, dict[str, Any]]:  # noqa: 
 
 
 def built(found: Plan, keys: dict[str, Any], ranks: list[int]) -> list[dict[str, Any]]:
-    """Result of tests.scale.ranks.measure for each rank, from a process of its own: it has process groups of its own."""
+    """Result of tests.scale.ranks.measure for each rank. A new process computes it, because it needs its own process groups."""
     options = [f"model.{name}={json.dumps(value)}" for name, value in keys.items()]
     options += [f"model.ddp.{name}=true" for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")]
     job = {"model": found.model.to_dict(), "space": SPACE, "world": WORLD, "ranks": ranks}
@@ -75,7 +75,7 @@ def test_ranks_are_as_planned_and_write_every_tensor_once(planned):
     tensors = range(8) if ALL else (0, 7)
     # Megatron-Core's order of ranks: tensor, data, pipeline.
     first = [tensor + 8 * layout.data * stage for stage in stages for tensor in tensors]
-    last = [8 * (layout.data - 1) + 7, WORLD - 1]  # of the last data-parallel group: they write nothing
+    last = [8 * (layout.data - 1) + 7, WORLD - 1]  # two ranks of the last data-parallel replica, which write no weights
     results = {each["rank"]: each for each in built(found, keys, [*first, *last])}
     for rank, each in results.items():
         expected = memory_of(Rank(found.model, layout, rank // (8 * layout.data)), job.settings)

@@ -44,7 +44,7 @@ def test_against_all_networks(seed):
 
 
 def test_a_limit_that_is_just_met_and_one_that_is_just_not():
-    """A limit equal to a network's cost admits it; one unit less does not, although the solver's own tolerance is larger."""
+    """A limit equal to a network's cost admits the network. A limit 0.001 lower, which the solver's tolerance hides, does not."""
     parameters = parameter_cost(BLOCKS.model, BLOCKS.space)
     values_NK = -BLOCKS.costs_NK(parameters)
     for net in EVERY[::7]:

@@ -50,7 +50,8 @@ def test_budgets_are_used_never_exceeded_and_monotone(layers, seed):
     assert selector.select([Budget(cost, cost.full)]) == SubNetwork.full(choices.model)
     smallest = selector.select([Budget(cost, cost.smallest)])
     assert choices.indices(smallest) == [0] * choices.count
-    again = RouterSelector(choices, {"latency": cost}, boltzmann(choices, cost, seed))  # earlier budgets do not matter
+    # Answers do not depend on budgets that were asked before.
+    again = RouterSelector(choices, {"latency": cost}, boltzmann(choices, cost, seed))
     assert again.select([Budget(cost, shares[12] * cost.full)]) == selector.select([Budget(cost, shares[12] * cost.full)])
 
 
@@ -88,7 +89,7 @@ def test_several_budgets_and_costs_that_were_not_trained():
 
 
 def test_budgets_that_no_network_meets_together_are_refused():
-    """In this made-up latency small candidates are slow, so the smallest budgets of latency and parameters exclude each other."""
+    """With made-up latencies, small candidates are slow: no network has both the smallest latency and the fewest parameters."""
     choices = family(2)
     parameters = parameter_cost(choices.model, choices.space)
     slow = replace(latency(choices), candidates={name: costs[::-1] for name, costs in latency(choices).candidates.items()})
@@ -111,7 +112,7 @@ def test_a_target_is_a_share_between_the_smallest_and_the_full_cost():
 
 @pytest.mark.parametrize("uniform", [False, True])
 def test_budgets_that_hold_nothing_near_together_are_used_as_far_as_they_go(uniform):
-    """Several budgets over all axes: where every fitting network leaves much unused, the one that uses most is found."""
+    """If every network within several budgets leaves much of them unused, the one that uses most is found. Over all axes."""
     choices = family(2, hidden_size=[8, 32], depth=[1, 2], heads=[0.5, 1.0], ffn_hidden_size=[0.5, 1.0])
     axes = Choices(choices.model, choices.space, all_axes=True, uniform=uniform)
     costs = [parameter_cost(axes.model, axes.space), memory_cost(axes.model, axes.space, "bf16", 64, 24)]

@@ -1,4 +1,4 @@
-"""Help and docs/keys.md agree with the schemas."""
+"""Help texts, docs/keys.md and keys in the documents agree with the schemas of the stages."""
 
 from __future__ import annotations
 

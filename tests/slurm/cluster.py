@@ -131,7 +131,12 @@ class Cluster:
     """Context in which a cluster runs. Raises RuntimeError when it does not come up."""
 
     def __init__(self, folder: Path, spank: bool = True) -> None:
-        """folder: a new directory for all files, logs too. spank: True if srun takes pyxis' options (pyxis_standin.c)."""
+        """Set a cluster up, without starting it.
+
+        Args:
+            folder: new directory for all of its files, logs too.
+            spank: True lets srun take pyxis' options (pyxis_standin.c).
+        """
         self.folder, self.spank = folder.resolve(), spank
 
     def __enter__(self) -> Cluster:
@@ -158,12 +163,19 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """A whole environment for commands of this cluster, made from this process's."""
+        """Environment for commands of this cluster: this process's, without variables of an outer Slurm."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         return {**kept, "PATH": _search_path(), "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def run(self, *command: str | Path, check: bool = True, timeout: float = 60, **variables: str) -> str:
-        """Output of a command of this cluster. variables: added to its environment. RuntimeError if it fails and `check`."""
+        """Run a command of this cluster and return its standard output. Raises RuntimeError if it fails, unless `check` is false.
+
+        Args:
+            command: words of the command.
+            check: false if it may fail.
+            timeout: seconds.
+            variables: added to its environment.
+        """
         done = subprocess.run(
             [str(word) for word in command],
             env={**self.environment, **variables},
@@ -176,7 +188,7 @@ class Cluster:
         return done.stdout
 
     def submit(self, *arguments: str | Path, **variables: str) -> int:
-        """Submit by `sbatch ARGUMENTS`; the job's number."""
+        """Submit a job by `sbatch ARGUMENTS`, and return its number. variables: added to the environment."""
         return int(self.run("sbatch", "--parsable", *arguments, **variables).split(";")[0])
 
     def show(self, job: int) -> dict[str, str]:
@@ -185,11 +197,11 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: int, timeout: float = 300) -> str:
-        """Wait for the end of the job; its last state."""
+        """Wait for the end of the job, and return its last state. Raises TimeoutError."""
         return self.wait_for(job, lambda shown: shown["JobState"] in FINAL, timeout)["JobState"]
 
     def wait_for(self, job: int, reached: Callable[[dict[str, str]], bool], timeout: float = 300) -> dict[str, str]:
-        """Wait until `reached` holds for the fields of the job, which are returned. Raises TimeoutError."""
+        """Wait until `reached` is true of the job's fields, and return them. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while True:
             shown = self.show(job)
@@ -217,7 +229,7 @@ class Cluster:
 
 
 def supervise(folder: Path, spank: bool) -> None:
-    """Run a cluster until standard input is closed; prints `ready` when it is up."""
+    """Run a cluster until standard input is closed. Prints `ready` when it is up, or a line that says why it is not."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     pr_set_child_subreaper = 36
@@ -233,7 +245,7 @@ def supervise(folder: Path, spank: bool) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        # The files are thrown away, so everything is killed at once. Killed processes leave orphans: repeat until none is left.
+        # Nobody needs the files any more, so kill everything at once. Killed processes leave orphans: repeat until none is left.
         while processes := _descendants():
             for process in processes:
                 try:
@@ -271,7 +283,7 @@ def _start(folder: Path, spank: bool) -> None:
     files += [f"--{name}={folder}/munge.{name[:-5]}" for name in ("pid-file", "seed-file")]
     _daemon(folder, "munged", "--foreground", "--force", *files, f"--log-file={folder}/log/munged.log")
 
-    # Temporary tables, too: two databases installed at once would else use the same files.
+    # --tmpdir, too: two databases that are installed at the same time would else share temporary files.
     database_at = ["--no-defaults", f"--user={names['user']}", f"--datadir={folder}/mysql", f"--tmpdir={folder}/tmp"]
     _run("mariadb-install-db", *database_at, "--auth-root-authentication-method=normal", "--skip-test-db")
     (folder / "database.sql").write_text(DATABASE)

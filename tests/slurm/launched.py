@@ -1,4 +1,4 @@
-"""Launches of the smoke model on the tests' Slurm, and an undisturbed training that interrupted ones are compared with."""
+"""Launch the smoke model on the tests' Slurm, interrupt its pretraining, and compare it with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from flextron_mcore.launch.follow import read_record
 from tests.slurm.cluster import FINAL, Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 300  # of an interrupted training: enough that it does not end before the interruption
+STEPS = 300  # enough that a training does not end before it is interrupted
 BUDGETS = "budgets=[0.8 parameters,0.6 parameters]"
 
 
 def flextron(slurm: Cluster, stage: str, *arguments: str, timeout: float = 1200) -> tuple[int, str, str]:
-    """Exit code, standard output and error of a command on the login node."""
+    """Run `flextron STAGE` as on the login node: (exit code, standard output, standard error)."""
     done = subprocess.run(
         [sys.executable, "-m", "flextron_mcore", stage, *arguments],
         env=slurm.environment,
@@ -30,14 +30,14 @@ def flextron(slurm: Cluster, stage: str, *arguments: str, timeout: float = 1200)
 
 
 def launch(slurm: Cluster, base: Path, *arguments: str, timeout: float = 1200) -> tuple[int, str, str]:
-    """`flextron launch` of the smoke model on this cluster, followed to its end."""
+    """Run `flextron launch` of the smoke model, and follow it to its end: (exit code, standard output, standard error)."""
     keys = ["cluster.account=flextron", "cluster.gpus_per_node=2", "cluster.exclusive=false", "cluster.mem=null", "model=smoke"]
     keys += [f"base_results_dir={base}", "detach=false", "env_vars={GLOO_SOCKET_IFNAME: lo, OMP_NUM_THREADS: 1}"]
     return flextron(slurm, "launch", *keys, *arguments, timeout=timeout)
 
 
 def running_pretrain(slurm: Cluster, results: Path) -> int:
-    """Number of the launched pretraining's job, once it has trained for some steps."""
+    """Wait until the launched pretraining has trained for some steps, and return its job's number."""
     job = int(read_record(results)[-1].id)
     log = results / "pretrain" / "log.jsonl"
     trains = lambda shown: shown["JobState"] in FINAL or (log.exists() and '"step": 12,' in log.read_text())  # noqa: E731
@@ -61,14 +61,15 @@ def continued(results: Path, undisturbed: Path) -> None:
 
 def pretraining(data: Path) -> list[str]:
     """Keys of a training of two ranks on prepared data."""
-    printed = "pretrain.trainer.log_every_n_steps=1"  # for `steps_lost`
+    printed = "pretrain.trainer.log_every_n_steps=1"  # `steps_lost` reads each step in the log
     return ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={data}", f"pretrain.trainer.max_steps={STEPS}", printed]
 
 
 def steps_lost(results: Path) -> list[int]:
-    """Steps that were trained twice because of each interruption of the pretraining."""
+    """Number of steps that were trained twice, for each interruption of the pretraining."""
     logs = sorted(Path(read_record(results)[-1].logs).glob("log-*.out"), key=lambda path: path.stat().st_mtime)
-    texts = [log.read_text() for log in logs]
+    # A job that was interrupted before its first step says nothing about the steps of others.
+    texts = [text for log in logs if re.search(r"pretrain: (step|continuing after step) \d+", text := log.read_text())]
     last = [max((int(step) for step in re.findall(r"pretrain: step (\d+)/", text)), default=0) for text in texts]
     first = [int(found[1]) if (found := re.search(r"continuing after step (\d+)", text)) else 0 for text in texts]
     return [max(0, before - after) for before, after in zip(last, first[1:], strict=False)]

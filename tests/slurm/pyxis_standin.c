@@ -47,7 +47,7 @@ static struct spank_option options[] = {
 static int take(int option, const char *value, int remote) {
     (void)remote;
     if (option >= VALUES) {
-        if (given & 1u << option) return ESPANK_SUCCESS; /* tasks are told twice */
+        if (given & 1u << option) return ESPANK_SUCCESS; /* Slurm calls this twice in a task */
         given |= 1u << option;
         size_t used = strlen(flags);
         snprintf(flags + used, sizeof flags - used, "%s%s", used ? "," : "", options[option].name);
@@ -65,7 +65,7 @@ int slurm_spank_init(spank_t spank, int count, char **arguments) {
     (void)count;
     (void)arguments;
     spank_context_t context = spank_context();
-    if (context != S_CTX_LOCAL && context != S_CTX_REMOTE) return ESPANK_SUCCESS; /* srun and its tasks */
+    if (context != S_CTX_LOCAL && context != S_CTX_REMOTE) return ESPANK_SUCCESS; /* only srun and its tasks take the options */
     for (int i = 0; options[i].name; i++)
         if (spank_option_register(spank, &options[i]) != ESPANK_SUCCESS) {
             slurm_error("pyxis_standin: cannot register --%s", options[i].name);
@@ -76,7 +76,7 @@ int slurm_spank_init(spank_t spank, int count, char **arguments) {
 
 static int failed(const char *what, const char *path) {
     slurm_error("pyxis_standin: %s %s: %s", what, path, strerror(errno));
-    return -1; /* of a task's start, Slurm takes only what is below 0 for a failure */
+    return -1; /* while a task starts, Slurm takes only a negative value for a failure */
 }
 
 static void make_directories(char *path) {

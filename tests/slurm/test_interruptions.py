@@ -1,4 +1,4 @@
-"""A training that is interrupted over and over ends as an undisturbed one. With FLEXTRON_FAULTS: some minutes each."""
+"""Trainings that are interrupted over and over end like an undisturbed one. Run with FLEXTRON_FAULTS set; some minutes each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def test_preempted_three_times_at_random_moments(slurm, prepared, undisturbed, t
     for time_ in range(3):
         runs = lambda shown: shown["JobState"] in ("RUNNING", *FINAL)  # noqa: E731
         assert slurm.wait_for(job, runs, timeout=240)["JobState"] == "RUNNING"
-        time.sleep(moments.uniform(0, 10))  # also while the job starts; an idle machine trains all steps in half a minute
+        # Also while the job starts: an idle machine trains all steps in half a minute.
+        time.sleep(moments.uniform(0, 10))
         urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/{time_}", "--wrap=true")
         assert slurm.wait(urgent) == "COMPLETED"
     shown = slurm.wait_for(job, lambda shown: shown["JobState"] in FINAL, timeout=600)
@@ -34,6 +35,27 @@ def test_preempted_three_times_at_random_moments(slurm, prepared, undisturbed, t
     continued(tmp_path / "smoke", undisturbed)
     print(f"three preemptions: steps lost {steps_lost(tmp_path / 'smoke')}")
     assert max(steps_lost(tmp_path / "smoke")) <= 1
+
+
+def test_a_preemption_that_cancels(slurm, prepared, undisturbed, tmp_path):
+    """With PreemptMode=CANCEL, Slurm would end the job and those that depend on it, but the job's script queues it again."""
+    config = slurm.folder / "slurm.conf"
+    before = config.read_text()
+    config.write_text(before.replace("State=UP PriorityTier=1", "State=UP PriorityTier=1 PreemptMode=CANCEL"))
+    slurm.run("scontrol", "reconfigure")
+    try:
+        code, out, err = launch(slurm, tmp_path, *pretraining(prepared), "detach=true")
+        assert code == 0, out + err
+        job = running_pretrain(slurm, tmp_path / "smoke")
+        urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent", "--wrap=true")
+        assert slurm.wait(urgent) == "COMPLETED"
+        shown = slurm.wait_for(job, lambda shown: shown["JobState"] in FINAL, timeout=600)
+    finally:
+        config.write_text(before)
+        slurm.run("scontrol", "reconfigure")
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
+    continued(tmp_path / "smoke", undisturbed)
+    print(f"a preemption that cancels: steps lost {steps_lost(tmp_path / 'smoke')}")
 
 
 def end_node(slurm: Cluster, node: str) -> None:
@@ -91,13 +113,13 @@ def test_a_time_limit_in_the_midst_of_a_step(slurm, prepared, tmp_path):
     """A step takes most of a job. Slurm ends the job within one; the step is dropped, and the next job continues."""
     keys = ["cluster=slurm", "stages=[pretrain]", "gpus=2", f"data={prepared}", "pretrain.trainer.max_steps=4"]
     keys += ["pretrain.model.global_batch_size=2048", "pretrain.trainer.val_at_start=false", "run.stop_before=00:00:01"]
-    keys += ["run.retries=10"]  # a job without a checkpoint, where the machine is busy
+    keys += ["run.retries=10"]  # on a busy machine, a job may end without a checkpoint
     minutes = 60
     for name in ("long", "short"):
         code, out, err = launch(slurm, tmp_path / name, *keys, f"run.time_limit={minutes}:00", timeout=3000)
         assert code == 0, out + err
         rows = map(json.loads, (tmp_path / name / "smoke" / "pretrain" / "log.jsonl").read_text().splitlines())
-        # A job has time for its start and a step, on a busy machine too.
+        # Long enough for the start of a job and one step, on a busy machine too.
         minutes = 1 + int(1.5 * max(row.get("step_seconds", 0) for row in rows) // 60)
     continued(tmp_path / "short" / "smoke", tmp_path / "long" / "smoke")
     shown = slurm.show(int(read_record(tmp_path / "short" / "smoke")[-1].id))

@@ -18,7 +18,7 @@ from tests.slurm.cluster import FINAL, Cluster
 from tests.stages.conftest import stage
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 100  # enough that the signal comes before the last step
+STEPS = 100  # so many that the signal comes before the last one
 
 
 @dataclass
@@ -48,7 +48,7 @@ def rows(run: Path) -> list[dict]:
 
 
 def submit(slurm: Cluster, folder: Path, keys: list[str], *options: str, **variables: str) -> int:
-    """Submit the script, sized for this cluster, with `folder` as working directory; the job's number."""
+    """Submit the script, with sizes for this cluster and `folder` as working directory, and return the job's number."""
     size = ["--nodes=2", "--account=flextron", "--time=10", f"--chdir={folder}", f"--output={folder}/job.log"]
     environment = {"VENV": sys.prefix, "RANKS_PER_NODE": "2", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **variables}
     return slurm.submit(*size, *options, ROOT / "examples" / "slurm" / "elastic.sbatch", *keys, **environment)
@@ -80,17 +80,17 @@ def test_training_that_is_stopped_is_queued_again_and_is_the_same_run(slurm, sta
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 def test_in_a_container_and_training_that_fails_is_not_queued_again(slurm, start, tmp_path):
-    """The ranks refuse the run as complete, so they see it where the container mounts it."""
+    """The ranks refuse a complete run, which proves that they see it where the container mounts it."""
     shutil.copytree(start.run, tmp_path / "one")
     inside = f"/mnt/{tmp_path.name}"
     variables = {"CONTAINER": "flextron.sqsh", "CONTAINER_MOUNTS": f"{tmp_path}:{inside},{ROOT}:{ROOT}", "VENV": "/nowhere"}
-    variables |= {"PATH": f"{sys.prefix}/bin:{slurm.environment['PATH']}"}  # stands for the image's python3
+    variables |= {"PATH": f"{sys.prefix}/bin:{slurm.environment['PATH']}"}  # python3 of these tests stands for the image's
     try:
         job = submit(slurm, tmp_path, [*start.keys, f"out={inside}/one"], RANKS_PER_NODE="1", **variables)
         assert slurm.wait(job) == "FAILED" and slurm.show(job)["Restarts"] == "0", _read(tmp_path / "job.log")
         assert _read(tmp_path / "job.log").count(f"{inside}/one: this run is complete") == 1
     finally:
-        Path(inside).rmdir()  # empty: the mount existed only for the tasks
+        Path(inside).rmdir()  # empty, because the mount existed in the tasks only
 
 
 def _read(file: Path) -> str:

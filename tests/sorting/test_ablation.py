@@ -1,4 +1,4 @@
-"""The table of losses before any training: half networks of each axis, and what it says about an order."""
+"""`importance` table of losses before training: networks with half of each axis, and warnings of orders no better than random."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def scored(model, score="activation", count=3, space=None):
     return collect(found, model.config.num_layers).layers
 
 
-def head_outputs(model) -> list[torch.Tensor]:
+def head_outputs(model, count: int = 3) -> list[torch.Tensor]:
     """Inputs of the output projection of each layer on all tokens [T, heads * H], float64, from forward hooks."""
     seen = [[] for _ in model.decoder.layers]
     handles = [
@@ -53,7 +53,7 @@ def head_outputs(model) -> list[torch.Tensor]:
         for layer, x in zip(model.decoder.layers, seen, strict=True)
     ]
     with torch.no_grad():
-        for batch in batches():
+        for batch in batches(count):
             model(batch["tokens"], batch["position_ids"], None)
     for handle in handles:
         handle.remove()
@@ -72,7 +72,7 @@ def test_head_scores_are_equation_3(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_energy_is_the_squared_norm_of_what_a_unit_adds(name):
-    """Energy of a group is |W_g o_g|^2, with the products of different heads, computed here from the outputs themselves."""
+    """Energy of a group is |W_g o_g|^2, with products of different heads, computed here from the outputs themselves."""
     arch, space, model = case(name)
     sizes = arch.num_query_groups if space.attention_unit == "kv_group" else arch.num_attention_heads
     found = scored(model, "energy")
@@ -147,7 +147,7 @@ def test_scoring_leaves_the_model_as_it_was():
 
 
 def sort(arch, space, model, scores, tmp_path, new_space=None):
-    """Write the model, sort its checkpoint from disk to disk, and load the result; new_space: for which it is sorted."""
+    """Write the model, sort its checkpoint from disk to disk, and load the result. new_space: space to sort for."""
     info = CheckpointInfo(arch, space)
     info = open_checkpoint(toy.write(model, info, tmp_path / "first"))
     space = new_space or space

@@ -1,4 +1,4 @@
-"""A tiny chain of real stages, run once for all tests of the commands."""
+"""A tiny chain of real stages, run once for all tests of commands, and comparisons of runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,13 @@ def pretrain_keys(data: Path) -> list[str]:
 
 
 def finish_again(run: Path, copy: Path, name: str, *keys: str) -> None:
-    """Let the command finish a copy of its complete run that was killed before metrics.json, and compare all files."""
+    """Copy a complete run without its metrics.json, as if killed before it, let the command finish it, and compare all files.
+
+    Args:
+        run: complete run.
+        copy: directory for the copy.
+        name, keys: stage, and its keys.
+    """
     shutil.copytree(run, copy)
     (copy / "metrics.json").unlink()
     stage(name, *keys, f"out={copy}")
@@ -51,8 +57,13 @@ def finish_again(run: Path, copy: Path, name: str, *keys: str) -> None:
 def stop_within(run: Path, again: Path, monkeypatch: pytest.MonkeyPatch, moment: int, name: str, *keys: str) -> None:
     """Stop a training by SIGTERM, continue it, and compare its newest checkpoint and its log with those of `run`.
 
-    moment: number of the micro-batch of a network, of training and validation since the first step began, before which the
-        signal arrives.
+    Args:
+        run: undisturbed run.
+        again: out of the interrupted run.
+        monkeypatch: pytest's.
+        moment: number of the micro-batch of a network, counted over training and validation from the first step on, before
+            which the signal arrives.
+        name, keys: stage, and its keys.
     """
     calls = 0
 
@@ -62,7 +73,7 @@ def stop_within(run: Path, again: Path, monkeypatch: pytest.MonkeyPatch, moment:
         return calls >= moment
 
     with monkeypatch.context() as patch:
-        patch.setattr(signals, "ignore", lambda: None)  # signals of this process
+        patch.setattr(signals, "ignore", lambda: None)  # it would ignore signals in the tests' process
         patch.setattr(signals, "urgent", urgent)
         with pytest.raises(signals.Stopped, match=f"{name}: stopped by SIGTERM (after step|before the first)"):
             stage(name, *keys, f"out={again}")
@@ -87,7 +98,7 @@ def assert_same_files(before: Path, after: Path) -> None:
                 found[str(path.relative_to(folder))] = path.read_bytes()
         if "metrics.json" in found:
             assert not verify(folder).faults
-            found["digests.json"] = set(json.loads(found["digests.json"])["files"])  # clocks decide about some of the digests
+            found["digests.json"] = set(json.loads(found["digests.json"])["files"])  # digests of files with times differ
             figures = json.loads(found["metrics.json"])
             found["metrics.json"] = {k: v for k, v in figures.items() if k not in ("seconds", "tokens_per_second")}
         return found

@@ -38,7 +38,7 @@ def routed(chain, tmp_path_factory) -> Path:
     stage("router", f"checkpoint={chain}/elastic", *keys, "trainer.max_steps=6", "candidate_samples=4", f"out={run}/static")
     files = contents(run / "static")
     stage("router", *adaptive_keys(chain, run), f"out={run}/adaptive")
-    assert contents(run / "static") == files  # the new checkpoints share files with the old one, which stays as it was
+    assert contents(run / "static") == files  # new checkpoints hard-link files of the old one, which must not change
     return run
 
 
@@ -129,13 +129,13 @@ def test_evaluate_is_what_the_training_found(chain, routed, tmp_path, kv_policy)
     assert found["loss"] == pytest.approx(row["loss"], rel=1e-5)
     assert found["shares"] == pytest.approx(row["shares"], rel=1e-5)
     again = stage("evaluate", *keys, "selector=adaptive", budget, f"kv_policy={kv_policy}", f"out={tmp_path}/again")
-    assert again["loss"] == found["loss"]  # T7
+    assert again["loss"] == found["loss"]  # evaluation is deterministic
     stage("report", f"run={tmp_path}", f"out={tmp_path}/report")
     assert "Token routing, evaluated" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_tasks_of_token_routing(chain, routed, tmp_path):
-    """Scores and texts do not depend on padding and batches; a row for each budget says what its tokens cost."""
+    """Scores and texts do not depend on padding and batches. Each budget has a row, with the cost that its tokens spent."""
     (tmp_path / "own").mkdir()
     keys = [f"checkpoint={routed}/adaptive", f"data={chain}/data", "limit_val_batches=1", "selector=adaptive", "kv_policy=own"]
     keys += ["tasks=[heldout_continuation,write,roll]", f"tasks_dir={write_tasks(tmp_path / 'own')}", "limit=7"]
@@ -197,7 +197,7 @@ def test_a_continued_run_outlives_the_checkpoint_that_it_continued_from(chain, r
 
 @pytest.mark.parametrize("name", ["router", "joint"])
 def test_a_run_killed_while_it_calibrates_loses_one_step(chain, routed, tmp_path, monkeypatch, name):
-    """Killed during calibration, which can take long, a run loses one step and ends with the same result."""
+    """A run that is killed during calibration, which can take long, repeats one step at most and ends with the same result."""
     keys = adaptive_keys(chain, routed)
     if name == "joint":
         more = ["targets_per_step=2", "model.optim.sched.warmup_steps=1", "trainer.max_steps=2"]

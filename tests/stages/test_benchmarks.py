@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import average_time, dispatch, equal_time, gradients, llama_cpp, models, slice, step, stream, trained
+from benchmarks import average_time, dispatch, equal_time, gradients, llama_cpp, modelopt, models, slice, step, stream, trained
 from flextron_mcore.config import FlextronError, ModelConfig
 from tests.routing_toy import write_table
 from tests.stages.conftest import TRAIN, stage
@@ -40,7 +40,7 @@ def test_average_time_runs(chain, runs, monkeypatch, capsys):
     middle = round(shares[len(shares) // 2], 3)
     monkeypatch.setattr(average_time, "BUDGETS", (0.01, middle))
     average_time._run(str(chain / "data"), str(runs / "adaptive"), passes=1, rounds=2)
-    (row,) = printed(capsys, "average_time")  # routers do not reach the other budget
+    (row,) = printed(capsys, "average_time")  # the routers cannot meet the budget 0.01
     assert row[:3] == ["adaptive", "full", f"{middle:g}"] and 0 < float(row[3]) < 2
     with pytest.raises(FlextronError, match="no latency table of a prefill that includes routing"):
         average_time._run(str(chain / "data"), str(chain / "elastic"))
@@ -58,6 +58,24 @@ def test_equal_time_runs(chain, runs, monkeypatch, capsys):
     trained.command(equal_time.__doc__, 3, equal_time._run)
     (row,) = printed(capsys, "equal_time")
     assert row[:3] == ["adaptive", "full", "0.9"]
+
+
+def test_modelopt_compares_the_same_model_on_the_same_text(chain, monkeypatch, capsys):
+    """A stand-in for ModelOpt cuts nothing: its losses are those of the full model, through Megatron-Core's stock layers."""
+    pruned = []
+
+    def prune(model, constraints: dict, config: dict) -> None:
+        config["forward_loop"](model)
+        pruned.append(constraints["export_config"])
+
+    with pytest.raises(FlextronError, match="modelopt: the package nvidia-modelopt is missing"):
+        modelopt._run(str(chain / "parent"), str(chain / "data"))
+    monkeypatch.setattr(modelopt, "_minitron", lambda: prune)
+    modelopt._run(str(chain / "parent"), str(chain / "data"), samples=4, sequences=2, seq_length=16)
+    rows = printed(capsys, "modelopt")
+    assert rows[0][0] == "full model" and abs(float(rows[0][3])) < 2e-4
+    assert {row[2] for row in rows} == {rows[0][2], "-"} and len({row[1] for row in rows}) > 3
+    assert [sorted(each) for each in pruned][-1] == ["ffn_hidden_size", "hidden_size"]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +112,7 @@ TINY = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_siz
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Models, batches and rounds of the benchmarks of whole models, made small."""
+    """Make models, batches and rounds of the benchmarks small."""
     llama = ModelConfig(**TINY, ffn_hidden_size=96)
     gpt2 = ModelConfig(
         **TINY, activation="gelu_tanh", normalization="layernorm", position_embedding_type="learned_absolute", bias=True
@@ -123,7 +141,7 @@ def test_step_runs(tiny, capsys):
 
 
 def test_gradients_runs(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(gradients, "_peak", lambda fraction, padded: 0)  # of processes of their own
+    monkeypatch.setattr(gradients, "_peak", lambda fraction, padded: 0)  # peaks would need processes of their own
     gradients.run()
     assert len(printed(capsys, "gradients")) == 3
 

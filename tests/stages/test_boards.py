@@ -1,8 +1,9 @@
-"""Weights & Biases and MLflow: stand-ins record what they are given; the packages themselves where they are installed."""
+"""Weights & Biases and MLflow: stand-ins record what they get. The packages themselves are tested where they are installed."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,6 +12,8 @@ import pytest
 
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime import signals
+from flextron_mcore.training import boards
+from flextron_mcore.training.log import Log
 from flextron_mcore.training.speed import MEASURED
 from tests.stages.conftest import pretrain_keys, stage
 
@@ -42,6 +45,7 @@ class Recorder:
         self.begun: list[dict] = []
         self.figures: dict[str, dict[int, float]] = {}
         self.ended = 0
+        self.away = False  # True if the server does not answer
 
     def add(self, name: str, value: float, step: int) -> None:
         self.figures.setdefault(name, {})[step] = value
@@ -87,13 +91,24 @@ def mlflow(monkeypatch) -> Recorder:
         def update_run(self, number: str, status: str) -> None:
             recorder.begun[-1] |= {"continued": number}
 
-        def log_metric(self, number: str, name: str, value: float, step: int) -> None:
+        def log_batch(self, number: str, metrics: list[SimpleNamespace]) -> None:
             assert number == "r1"
-            recorder.add(name, value, step)
+            if recorder.away:
+                raise ConnectionError("no route\nto host")
+            for metric in metrics:
+                assert re.fullmatch(r"[/\w.\- :]+", metric.key)  # the characters that MLflow allows in names
+                assert metric.step not in recorder.figures.get(metric.key, {})  # MLflow would keep both values
+                recorder.add(metric.key, metric.value, metric.step)
+
+        def get_metric_history(self, number: str, name: str) -> list[SimpleNamespace]:
+            return [SimpleNamespace(step=step) for step in recorder.figures.get(name, {})]
 
         def set_terminated(self, number: str) -> None:
             recorder.ended += 1
 
+    entities = ModuleType("mlflow.entities")
+    entities.Metric = lambda key, value, timestamp, step: SimpleNamespace(key=key, value=value, step=step)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     module.MlflowClient = Client
     module.__spec__ = SimpleNamespace(name="mlflow")
     monkeypatch.setitem(sys.modules, "mlflow", module)
@@ -101,7 +116,7 @@ def mlflow(monkeypatch) -> Recorder:
 
 
 def stopped_within(monkeypatch, moment: int) -> None:
-    """Let SIGTERM arrive at a micro-batch; `undo` of the context ends that."""
+    """Let SIGTERM arrive before micro-batch `moment` of a training, until the undo of `monkeypatch`."""
     calls = 0
 
     def urgent() -> bool:
@@ -178,6 +193,53 @@ def test_what_the_package_says_is_one_line(chain, tmp_path, wandb, monkeypatch):
         stage("pretrain", *keys(chain, tmp_path / "run", *WANDB))
 
 
+def test_names_of_networks_suit_mlflow(chain, tmp_path, mlflow):
+    """Validation of an elastic training logs names such as `uniform 50% heads 50% ffn`, and MLflow refuses %."""
+    run = tmp_path / "run"
+    more = [
+        "trainer.max_steps=2",
+        "trainer.log_every_n_steps=1",
+        "trainer.limit_val_batches=1",
+        "model.global_batch_size=8",
+        *MLFLOW,
+    ]
+    stage("elastic", f"checkpoint={chain}/sorted", f"data={chain}/data", *more, f"out={run}")
+    seen = {name.replace("%", " percent"): values for name, values in expected(run).items()}
+    assert any(" percent heads" in name for name in seen) and {name: mlflow.figures.get(name) for name in seen} == seen
+
+
+def test_steps_that_are_trained_again_are_not_sent_twice(chain, tmp_path, monkeypatch, mlflow):
+    """A killed run has sent figures of steps after its checkpoint, which the continued run trains again."""
+    run = tmp_path / "run"
+    more = ["exp_manager.checkpoint_callback_params.every_n_train_steps=2", *MLFLOW]
+    written = Log.train
+
+    def killed(log: Log, row: dict) -> None:
+        written(log, row)
+        if row["step"] == 3:
+            raise RuntimeError
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Log, "train", killed)
+        stage("pretrain", *keys(chain, run, *more))
+    stage("pretrain", *keys(chain, run, *more))
+    assert [sorted(mlflow.figures[name]) for name in ("train/loss", "validation/full")] == [
+        sorted(expected(run)[name]) for name in ("train/loss", "validation/full")
+    ]
+
+
+def test_a_server_that_is_away_costs_figures_only(chain, tmp_path, mlflow, monkeypatch, capsys):
+    run = tmp_path / "run"
+    mlflow.away = True
+    stage("pretrain", *keys(chain, run, *MLFLOW))
+    said = "pretrain: exp_manager.create_mlflow_logger: not sent: figures of step 0 and the next 10 minutes: no route to host"
+    assert capsys.readouterr().out.count(said) == 1 and mlflow.figures == {}
+    assert (run / "metrics.json").is_file()
+    monkeypatch.setattr(boards, "PAUSE", 0)
+    stage("pretrain", *keys(chain, tmp_path / "other", *MLFLOW))
+    assert capsys.readouterr().out.count("not sent: figures of step") > 4
+
+
 def test_the_package_wandb_offline(chain, tmp_path):
     pytest.importorskip("wandb", reason="wandb is not installed")
     stage("pretrain", *keys(chain, tmp_path / "run", *WANDB))
@@ -194,4 +256,5 @@ def test_the_package_mlflow_in_files(chain, tmp_path, monkeypatch):
     stage("pretrain", *keys(chain, tmp_path / "run", MLFLOW[0], f"exp_manager.mlflow_logger_kwargs={{tracking_uri: '{uri}'}}"))
     client, number = MlflowClient(uri), (tmp_path / "run" / "mlflow" / "run_id").read_text()
     for name, values in expected(tmp_path / "run").items():
+        name = name.replace("%", " percent")
         assert {metric.step: metric.value for metric in client.get_metric_history(number, name)} == values

@@ -41,7 +41,7 @@ def test_usage_lists_every_stage(capsys):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_help_and_a_configuration(capsys, stage):
     code, out, _ = call(capsys, stage, "--help")
-    printed = stage in ("select", "generate", "launch", "status", "verify")  # out is optional
+    printed = stage in ("select", "generate", "launch", "status", "verify")  # without out=, they print
     assert code == 0 and title(STAGES[stage]) in out and ("out=null " if printed else "out=??? ") in out
     assert all(f"\n  {key}=" in out for key in keys(STAGES[stage]))
 
@@ -112,7 +112,7 @@ def test_values_of_all_kinds(tmp_path):
 
 
 def test_every_key_of_the_configuration_is_read_somewhere():
-    """No key is dead: the last part of its name appears in the code."""
+    """Every key has an effect: the last part of its name appears in the code of the package."""
     package = config_directory().parent / "flextron_mcore"
     package = package if package.is_dir() else config_directory().parent
     source = "".join(p.read_text() for p in package.rglob("*.py"))
@@ -120,7 +120,7 @@ def test_every_key_of_the_configuration_is_read_somewhere():
         for key in keys(STAGES[stage]):
             name = key.split(".")[-1]
             if stage == "quickstart" and (key.startswith("chain") or name in ("input", "model") or name.endswith("_steps")):
-                continue  # read by the recipe, into the commands of the chain
+                continue  # the recipe puts it into the commands of the chain
             if stage == "launch" and name in ("base_results_dir", "data_dir"):
-                continue  # read by interpolation in other keys
+                continue  # other keys interpolate it
             assert re.search(rf"\b{name}\b", source), f"{stage}: {key}"

@@ -50,7 +50,7 @@ def joined(chain: Path, tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_losses_are_those_of_prepared_data(chain: Path, joined, tmp_path: Path) -> None:
-    """Bit-equal losses: files of `prepare` named by paths, and one corpus with a split at the same document."""
+    """Losses are those of `prepare`'s data to the bit: for its files as `paths`, and for one corpus with the same split."""
     train, valid = ([f"{chain}/data/{name}_{part}" for name in DOMAINS] for part in ("train", "valid"))
     describe(chain, tmp_path / "data", f"{{train: [3,{train[0]},1,{train[1]}], validation: [{','.join(valid)}]}}")
     wanted = elastic(chain, chain / "data", tmp_path / "wanted", "data_weights={code: 3, prose: 1}")
@@ -68,7 +68,7 @@ def test_losses_are_those_of_prepared_data(chain: Path, joined, tmp_path: Path) 
 
 
 def test_other_data_are_another_run(chain: Path, joined, tmp_path: Path) -> None:
-    """A run continues on corpora that moved, and not with another weight, split or content."""
+    """A run continues on corpora that have moved, and is refused with another weight, split or content."""
     prefix, split = joined
     mine = tmp_path / "mine" / "code"
     shutil.copytree(prefix.parent, mine.parent)

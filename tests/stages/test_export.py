@@ -37,7 +37,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def by_layer(run: Path, file: Path) -> SubNetwork:
-    """Write a network whose layers differ to `file`; the network."""
+    """Write a network whose layers differ to `file`, and return it."""
     info = open_checkpoint(run)
     widths = zip(info.space.heads, info.space.ffn_hidden_size, strict=True)
     net = SubNetwork(info.model.hidden_size, tuple(info.space.layer_choice(info.model, *pair) for pair in widths))

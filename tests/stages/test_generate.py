@@ -1,4 +1,4 @@
-"""`flextron generate`: texts, figures, refusals."""
+"""`flextron generate`: text, figures in the result, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All axes by commands: importance, gumbel, then select, evaluate and export."""
+"""The chain over all axes, by commands: importance, gumbel, then select, evaluate and export."""
 
 from __future__ import annotations
 

@@ -73,14 +73,14 @@ def test_the_trained_chain_exports(chain, tmp_path, uniform):
     assert torch.equal(
         model.generate(**prompt, **greedy, use_cache=True), model.generate(**prompt, **greedy, use_cache=False)
     )  # fmt: skip
-    # A stock export is a Hugging Face checkpoint like any other: it can be imported again.
+    # An export of a stock class is a Hugging Face checkpoint like any other, so it can be imported again.
     if figures["architecture"] == "LlamaForCausalLM":
         stage("import", f"hf={tmp_path}/out", f"out={tmp_path}/again", "space.heads=[1.0]")
         assert count_parameters(open_checkpoint(tmp_path / "again").model) == figures["parameters"]
 
 
 def test_an_export_leaves_nothing_elsewhere_and_names_no_place(chain, tmp_path, monkeypatch):
-    """transformers copies the code of a directory into the user's cache; metrics.json travels with the directory."""
+    """Verifying leaves no copy of the directory's code in the user's cache of transformers, and metrics.json holds no path."""
     cache = tmp_path / "cache"
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
     modules, path = set(sys.modules), list(sys.path)
@@ -101,7 +101,7 @@ def test_evaluating_one_subnetwork(chain, tmp_path):
     (tmp_path / "net.json").write_text(net.to_json())
     keys = [f"checkpoint={chain}/elastic", f"data={chain}/data", f"subnetwork={tmp_path}/net.json"]
     first, second = (stage("evaluate", *keys, f"out={tmp_path}/{name}") for name in ("a", "b"))
-    assert first["networks"] == second["networks"]  # T7
+    assert first["networks"] == second["networks"]  # evaluation is deterministic
     written = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert written["loss"].keys() == {"code", "prose"} == written["perplexity"].keys()
     assert written["networks"][0]["subnetwork"] == net.to_dict() and written["networks"][0]["name"] == "net"

@@ -1,4 +1,4 @@
-"""`flextron latency`: measured tables, fitted tables, refusals."""
+"""`flextron latency`: tables that are measured here or fitted to measurements made elsewhere, and refusals."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tests.stages.conftest import TRAIN, stage
 @pytest.mark.skipif(not hasattr(megatron, "RampupBatchsizeNumMicroBatchesCalculator"), reason="Megatron-Core 0.19 has no rampup")
 @pytest.mark.parametrize("rampup", [[8, 8, 200], [32, 16, 1], [4, 12, 1000], [56, 8, 10_000]])
 def test_sizes_are_those_of_megatron(rampup: list[int]) -> None:
-    """Sample offsets of every step, as Megatron-LM's training loop counts consumed samples."""
+    """Each step begins at the number of consumed samples that Megatron-LM's training loop counts."""
     steps, found = 120, BatchSizes(TrainingModelSettings(global_batch_size=64, rampup_batch_size=rampup), 120)
     megatron.init_num_microbatches_calculator(1, rampup, 64, 2, 2)
     try:
@@ -56,7 +56,7 @@ def rows(run: Path) -> list[list[float]]:
 
 
 def test_a_rampup_continues_exactly(chain: Path, tmp_path: Path, capsys) -> None:
-    """Elastic training with a rampup, stopped within it, ends with the losses of an undisturbed run; NeMo's names are taken."""
+    """Elastic training that is stopped within a rampup ends with the losses of an undisturbed run. Keys have NeMo's names."""
     nemo = ("trainer.precision=32", "exp_manager.resume_if_exists=true")
     metrics = stage("elastic", *keys(chain, tmp_path / "whole", *nemo))
     assert metrics["tokens"] == 32 * (4 + 4 + 8 + 12 + 16 + 16)

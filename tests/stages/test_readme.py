@@ -1,4 +1,4 @@
-"""README's commands, as they stand, on a model with as many positions as README's: every stage takes 4,096 tokens by itself."""
+"""README's commands, word for word, on a tiny model with 131,072 positions: every stage takes 4,096 tokens by default."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.stages.conftest import stage
 README = Path(__file__).parents[2] / "README.md"
 POSITIONS = 131_072
 LOOP = ["model.micro_batch_size=1", "model.global_batch_size=1", "trainer.max_steps=1", "trainer.limit_val_batches=1"]
-# Keys that make a stage short. None is a length.
+# Keys that make a stage short. None sets the length of samples, which is what the test is about.
 SHORT = {
     "importance": ["samples=2", "ablation_batches=1", "model.micro_batch_size=1"],
     "elastic": [*LOOP, "num_subnetworks=1", "validation_subnetworks=0"],
@@ -75,7 +75,7 @@ def test_commands_as_they_stand(place: Path, capsys: pytest.CaptureFixture[str])
         if name in ("importance", "elastic", "evaluate", "router", "joint"):
             assert f"1 x 4096 tokens a forward pass (the model has {POSITIONS} positions); about " in printed, (name, printed)
         if name == "evaluate":
-            assert "next: flextron generate checkpoint=run/elastic 'prompt='" in printed
+            assert 'next: flextron generate checkpoint=run/elastic "prompt=' in printed
     assert json.loads(Path("run/latency/metrics.json").read_text())["setting"]["prompt_length"] == 4096
     assert json.loads(Path("run/evaluate/metrics.json").read_text())["kv_cache"]["length"] == 4096
     assert Path("run/report/index.html").is_file()

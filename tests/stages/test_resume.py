@@ -63,7 +63,7 @@ def refused(run: Path, call: Callable[[], object], message: str) -> str:
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """The lock of `out`, held by another process."""
+    """Context in which another process holds the lock of `out`."""
     code = "import pathlib, sys; from flextron_mcore.runtime.locks import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1])): print('locked', flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -74,7 +74,7 @@ def held(out: Path) -> Iterator[None]:
 
 
 def edit(file: Path, change: Callable[[dict], object]) -> None:
-    """Change a JSON file, and record it as it is then."""
+    """Apply `change` to a JSON file, and accept its new digest."""
     table = json.loads(file.read_text())
     change(table)
     file.write_text(json.dumps(table))
@@ -161,7 +161,7 @@ def test_another_source_under_the_same_path_is_refused(tree, change, message):
 
 
 def test_keys_that_do_not_change_the_result_may_change(tree, chain):
-    """With another layout, other paths, or changed start weights a run continues, with the losses of the uninterrupted run."""
+    """A run continues with another layout, other paths, or changed start weights, and has the losses of the uninterrupted run."""
     moved = tree.with_name("moved")
     tree.rename(moved)
     source = open_checkpoint(moved / "sorted").path
@@ -320,7 +320,7 @@ def test_overwrite_that_fails_before_the_new_run_is_there_changes_nothing(tree, 
 
 
 def test_overwrite_that_is_killed_between_its_renames_loses_nothing(tree, chain):
-    """The run that is replaced is `.elastic.old` then: it comes back, and goes only when the new one has its place."""
+    """The replaced run, `.elastic.old` between the renames, is put back, and removed only when the new run has its place."""
     run, old = tree / "elastic", tree / ".elastic.old"
     run.rename(old)
     elastic(tree)
@@ -374,7 +374,7 @@ def test_a_full_disk_before_the_first_file(tree, make_disk, exists):
 
 
 def test_a_checkpoint_is_written_when_its_time_has_come(tree):
-    """With every_minutes a checkpoint is written before every_n_train_steps, and changes no loss."""
+    """every_minutes writes a checkpoint before every_n_train_steps does, which changes no loss."""
     keep = "exp_manager.checkpoint_callback_params.keep_last=9"
     kept = {}
     for name, minutes in (("steps", "null"), ("minutes", "1e-9")):

@@ -155,7 +155,7 @@ def test_joint_tunes_model_and_routers(routed):
 
 @pytest.mark.parametrize("budget", ["0.8", "0.9 parameters", "100KiB", "[0.9,25K]"])
 def test_a_selected_network_keeps_to_its_budget_everywhere(chain, routed, tmp_path, budget):
-    """select, evaluate and export take the same network, and its counted size is that of the exported files, to the byte."""
+    """select, evaluate and export take one network, and its counted size is that of the exported files, to the byte."""
     checkpoint = f"checkpoint={routed}/router"
     kv = "kv_cache={batch_size: 2, length: 16}"
     metrics = stage("select", checkpoint, f"budget={budget}", "measure=false", kv, f"out={tmp_path}/sub/net.json")

@@ -1,4 +1,4 @@
-"""Training in a job that ends: it stops while a further step and its checkpoint would no longer fit, at SIGTERM within a step."""
+"""Training in a job that ends: it stops when a further step and checkpoint would not fit, and at SIGTERM within a step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("seconds, steps", [(2e6, [3, 4]), (0.0, [3, 6])])
 def test_a_training_stops_early_where_saving_takes_long(chain, tmp_path, monkeypatch, seconds, steps):
-    """A million seconds are left. A save that took two million shows after step 3, and the training stops after step 4."""
+    """The job has a million seconds left. The save after step 3 is said to take two million: training stops after step 4."""
     publish = checkpointing.Checkpointer._publish
 
     def slow(self, *arguments) -> None:
@@ -32,7 +32,7 @@ def test_a_training_stops_early_where_saving_takes_long(chain, tmp_path, monkeyp
         self.seconds = max(self.seconds, seconds)
 
     monkeypatch.setattr(checkpointing.Checkpointer, "_publish", slow)
-    monkeypatch.setattr(signals, "ignore", lambda: None)  # signals of this process
+    monkeypatch.setattr(signals, "ignore", lambda: None)  # it would ignore signals in the tests' process
     monkeypatch.setenv("FLEXTRON_JOB_END", str(int(time.time() + 1e6)))
     keys = [*pretrain_keys(chain / "data"), "trainer.max_steps=6", f"{SAVING}.async_save=false", f"out={tmp_path}/run"]
     if seconds:
@@ -49,7 +49,7 @@ def test_a_training_stops_early_where_saving_takes_long(chain, tmp_path, monkeyp
 
 @pytest.mark.parametrize("moment", [1, 2, 8, 14, 17, 28, 32, 40])
 def test_sigterm_drops_the_step_in_progress(chain, tmp_path, monkeypatch, moment):
-    """At a micro-batch of the first step, of later ones, and of validations; the run ends as an undisturbed one."""
+    """SIGTERM at a micro-batch of the first step, of later steps and of validations: the continued run is the undisturbed one."""
     keys = [f"checkpoint={chain}/sorted", f"data={chain}/data", "model.micro_batch_size=4", "model.global_batch_size=8"]
     stop_within(chain / "elastic", tmp_path / "run", monkeypatch, moment, "elastic", *keys, *TRAIN, "trainer.max_steps=6")
 
@@ -58,3 +58,19 @@ def test_sigterm_drops_the_step_in_progress(chain, tmp_path, monkeypatch, moment
 def test_sigterm_drops_a_step_of_pretrain(chain, tmp_path, monkeypatch, moment):
     keys = [*pretrain_keys(chain / "data"), "trainer.max_steps=6"]
     stop_within(chain / "parent", tmp_path / "run", monkeypatch, moment, "pretrain", *keys)
+
+
+@pytest.mark.parametrize("async_save", ["true", "false"])
+def test_a_last_validation_that_ends_costs_no_step(chain, tmp_path, monkeypatch, async_save):
+    from flextron_mcore.training import loop
+
+    validate = loop._Run._validate
+    monkeypatch.setattr(loop._Run, "_validate", lambda run, step, log: 1 / 0 if step == 6 else validate(run, step, log))
+    keys = [*pretrain_keys(chain / "data"), "trainer.max_steps=6", f"{SAVING}.async_save={async_save}", f"out={tmp_path}/run"]
+    with pytest.raises(ZeroDivisionError):
+        stage("pretrain", *keys)
+    assert open_checkpoint(tmp_path / "run").step == 6
+    monkeypatch.undo()
+    monkeypatch.setattr(loop._Run, "_step", None)  # no step is left
+    stage("pretrain", *keys)
+    assert losses(tmp_path / "run") == losses(chain / "parent")

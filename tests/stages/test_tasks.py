@@ -17,7 +17,7 @@ LIMIT = 24
 
 
 def transformers_scores(export: Path, names: list[str], *folders: Path) -> dict[str, float]:
-    """`measured` of lm_eval's own evaluation of an exported directory."""
+    """Scores of an exported directory by lm_eval's own model for transformers, as tests.tasks_toy.measured gives them."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -25,8 +25,8 @@ def transformers_scores(export: Path, names: list[str], *folders: Path) -> dict[
 
     found = lm_eval.simple_evaluate(
         model="hf",
-        # With its cache, lm_eval 0.4.13 takes the wrong positions of requests that share all tokens but differ in where the
-        # continuation begins: one row here does with a row of another task, and alone it has our score there, too.
+        # No cache of logits: with it, lm_eval 0.4.13 scores wrong positions of requests with the same tokens whose continuations
+        # begin at different places. Two rows of different tasks here are such requests.
         model_args=f"pretrained={export},dtype=float32,logits_cache=False",
         tasks=names,
         task_manager=TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False),
@@ -39,7 +39,7 @@ def transformers_scores(export: Path, names: list[str], *folders: Path) -> dict[
 
 
 def test_scores_are_those_of_the_export_under_transformers(chain, tmp_path):
-    """All kinds of requests, two budgets in one run, and the files of tasks that the run wrote."""
+    """Covers all kinds of requests, two budgets in one run, and task files that the run itself wrote."""
     names = [*KINDS, "write", "roll"]
     (tmp_path / "own").mkdir()
     own = write_tasks(tmp_path / "own")

@@ -35,7 +35,7 @@ def taught(chain, tmp_path_factory) -> Path:
 
 
 def test_the_parent_teaches_all_networks(chain, taught, tmp_path):
-    """Before the first step the full model is the parent. The order of heads and neurons does not matter to a teacher."""
+    """The full model starts as the parent, so its divergence is 0. A parent with sorted heads and neurons teaches the same."""
     train = [row for row in log_rows(taught / "elastic") if row["event"] == "train"]
     first = train[0]["distillation_losses"]
     assert len(first) == 4 and first[0] < 1e-6 and min(first[1:]) > 3e-5
@@ -48,7 +48,7 @@ def test_the_parent_teaches_all_networks(chain, taught, tmp_path):
 
 
 def test_a_run_that_was_stopped_is_the_undisturbed_one(chain, taught, tmp_path, monkeypatch):
-    """The teacher may move meanwhile; another teacher in its place is noticed."""
+    """A stopped run continues with its teacher at another path, and is refused with another teacher."""
     stop_within(taught / "elastic", tmp_path / "again", monkeypatch, 38, "elastic", *keys(chain, taught / "parent"))
     shutil.copytree(taught / "elastic", tmp_path / "moved")
     (tmp_path / "moved" / "metrics.json").unlink()
@@ -58,7 +58,7 @@ def test_a_run_that_was_stopped_is_the_undisturbed_one(chain, taught, tmp_path, 
 
 
 def test_the_full_model_alone_stays_where_the_parent_is(chain, taught, tmp_path):
-    """Divergence 0 has a gradient of zero, and weight 1 leaves no other loss."""
+    """With weight 1 the divergence is the only loss. It is 0 at first, and so is its gradient."""
     more = ["distillation.weight=1", "num_subnetworks=0", "model.optim.weight_decay=0"]
     figures = stage("elastic", *keys(chain, chain / "sorted", *more), f"out={tmp_path}/out")
     rows = [row for row in log_rows(tmp_path / "out") if row["event"] == "train"]

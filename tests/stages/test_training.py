@@ -96,7 +96,7 @@ def test_kill_and_run_again_is_the_uninterrupted_run(chain, tmp_path):
     for event in ("train", "validation"):
         expected, found = rows(tmp_path / "whole", event), rows(tmp_path / "killed", event)
         assert [strip(r) for r in found] == [strip(r) for r in expected]
-    # A third run is refused as complete and changes nothing.
+    # Run a third time, the command is refused, because the run is complete, and changes nothing.
     third = run_command(["elastic", *elastic_keys(chain, tmp_path / "killed", *more)])
     output, _ = third.communicate(timeout=120)
     assert third.returncode == 2 and "this run is complete" in output and len(output.strip().splitlines()) == 1
@@ -112,6 +112,7 @@ def test_kill_and_run_again_is_the_uninterrupted_run(chain, tmp_path):
         (["trainer.precision=fp64"], r"trainer.precision='fp64' is not known: use one of fp32, bf16"),
         (["space.granularity=2"], r"is of another space: its granularity is 1, not 2"),
         (["space.ffn_hidden_size=[0.5,1.0]"], r"is of another space: its ffn_hidden_size is \[16, 32, 48, 64\], not \[32, 64\]"),
+        (["space.multiple=48"], r"space.ffn_hidden_size: 16 is not a multiple of 48 \(space.multiple 48\); nearest: 48"),
         (["data_weights={cod: 1}"], r"cod"),
         (["distillation.weight=2"], r"distillation.weight=2.0 must be within 0..1"),
         (["budget_weights={0.9: -1}"], r"budget_weights=\{0.9: -1.0\} must be a mapping, each at least 0"),

@@ -90,7 +90,7 @@ def test_verify_finds_every_flip(run):
         with flipped(file, place, bit) as before:
             faults = verify(run).faults
             if not (faults and all(str(file) in fault for fault in faults)):
-                # A description's digest is that of its values: 1e-05 may become 1E-05.
+                # The digest of a JSON description is that of its values: 1e-05 may become 1E-05.
                 assert file.suffix == ".json" and same_json(before, file.read_bytes()), (file, place, bit, faults)
     assert not verify(run).faults
 

@@ -1,4 +1,4 @@
-"""Words of the tables that stages print."""
+"""Words in the tables that stages print."""
 
 from __future__ import annotations
 

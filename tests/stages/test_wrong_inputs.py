@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ MODEL = ["num_layers=1", "hidden_size=32", "num_attention_heads=4", "ffn_hidden_
 STEP = ["trainer.max_steps=1", "model.micro_batch_size=2", "model.global_batch_size=2"]
 DATA = "data={run}/data"
 
-# Keys with which each stage would run; the wrong ones follow. {run}: the chain of stages, {in}: a directory of odd files.
+# {stage: keys with which it would run}; a case adds wrong ones. {run}: the chain of stages; {in}: directory of odd files.
 GOOD = {
     "prepare": ["input={in}/text", "vocab_size=300"],
     "pretrain": [DATA, *(f"model.{key}" for key in MODEL), *STEP],
@@ -79,6 +81,12 @@ WRONG = {
         ("valid_fraction=5%", "valid_fraction=5% must be a number above 0"),
         ("vocab_size=4k", "vocab_size=4k must be a whole number"),
         ("tokenizer=gpt2", "tokenizer=gpt2: no such directory"),
+        ("tokenizer=~no-such-user/t", "tokenizer=~no-such-user/t: no such directory"),
+        ("tokenizer={in}/hf-vocabulary", "hf-vocabulary: not a tokenizer that transformers can open: lacks 'added_tokens'"),
+        ("tokenizer={in}/tokens-list", "tokens-list: not a tokenizer that transformers can open: an entry is missing or of"),
+        ("input=~no-such-user/t", "~no-such-user/t: no such file or directory"),
+        ("split=9,9,9", "split=9,9,9 has an effect with paths= only: leave split out"),
+        ("input=null paths=[{in}/x] vocab_size=300 skip_bad=true", "skip_bad=true has an effect with input= only"),
         ("--config=/nowhere", "--config /nowhere: holds all keys"),
         ("--config", "--config: lacks its value: write --config=PATH"),
         ("--config-dir", "--config-dir: lacks its value"),
@@ -109,12 +117,18 @@ WRONG = {
     "import": [
         ("hf=meta-llama/Llama-3.2-1B", "no such directory: name the directory of a Hugging Face model on this machine"),
         ("hf={in}/note.txt", "no such directory"),
+        ("hf=~no-such-user/x", "hf=~no-such-user/x: no such directory"),
         ("hf={in}/list", "not a JSON object"),
         ("hf={in}/bad", "not readable as JSON"),
         ("hf={run}/data", "config.json: no such file"),
         ("out={in}/hf", "is the input hf="),
         ("dtype=int8", "dtype='int8' is not known: use one of fp32, bf16"),
         ("resize_vocabulary=true", "has no tokenizer.json or vocab.json"),
+        ("hf={in}/hf-ids", 'hf-ids/config.json: eos_token_id is [5, "x"], not a token\'s id: correct it'),
+        ("hf={in}/hf-null", "hf-null/config.json: architecture null is not supported: only"),
+        ("hf={in}/hf-vocabulary", "hf-vocabulary/tokenizer.json: is not a tokenizer's vocabulary"),
+        ("hf={in}/hf-map", "hf-map/special_tokens_map.json: is damaged: Expecting"),
+        ("hf={in}/hf-class", "hf-class/tokenizer_config.json: is damaged: Expecting"),
     ],
     "importance": [
         ("checkpoint={in}/hf", "no checkpoint in it"),
@@ -179,11 +193,16 @@ WRONG = {
         ("budgets=[0.7 parameters,0.7 parameters]", "has one twice"),
         ("formats=[hf,hf]", "formats=[hf,hf] has one twice"),
         ("data=/nowhere", "set data= to a directory that `flextron prepare` wrote"),
+        ("compensate=true", "compensate=true: needs text to calibrate on: give data="),
+        ("samples=3", "samples=3 has an effect with compensate=true only"),
     ],
     "select": [
         ("budget=0 parameters", "is not within"),
         ("budget=-1 parameters", "is not within"),
         ("budget=3.4b", "the unit 'b' is not known"),
+        ("budget=0,8 parameters", "has a comma within a number: write 0.8 parameters"),
+        ("budget=1,5GiB", "has a comma within a number: write 1.5GiB"),
+        ("budget=0.9 parameters,0.8 parameters", "limits parameters twice: give one limit of each cost"),
         ("budget=½ parameters", "is not a number with a unit"),
         ("budget=[]", "is empty; give one such as 0.6"),
         ("selector=oracle", "is not known: use one of router"),
@@ -219,7 +238,7 @@ WRONG = {
         ("prompts={in}/note.txt", "give one of prompt="),
         ("prompt=null prompts={in}/junk", "cannot be read as text: not UTF-8 text: byte 0xff at offset 1"),
         ("max_new_tokens=1000", "lower max_new_tokens, or shorten the prompt"),
-        ("temperature=inf", "temperature=inf must be at least 0"),
+        ("temperature=inf", "temperature=inf must be finite"),
         ("tokenizer={in}/hf", "not a tokenizer that transformers can open"),
     ],
     "export": [
@@ -231,6 +250,13 @@ WRONG = {
         ("budget=0.7 parameters subnetwork={in}/list.json", "two ways to say which network"),
         ("format=trtllm trtllm.tensor_parallel_size=3", "which it does not divide"),
         ("format=hf_elastic hf_elastic.latency=/nowhere", "is not a latency table (No such file or directory)"),
+        ("compensate=true", "compensate=true: needs text to calibrate on: give data="),
+        ("compensate=true data=/nowhere", "set data= to a directory that `flextron prepare` wrote"),
+        ("compensate=true data={run}/data format=hf_elastic", "all sub-networks share its weights"),
+        ("compensate=true data={run}/data model.seq_length=99 budget=0.7 parameters selector=uniform", "is not within 1..32"),
+        ("data={run}/data", "data={run}/data has an effect with compensate=true only"),
+        ("samples=3", "samples=3 has an effect with compensate=true only"),
+        ("limit_val_batches=3", "limit_val_batches=3 has an effect with compensate=true only"),
     ],
     "report": [("run={in}/note.txt", "no such directory"), ("run=", "run= is empty"), ("theme=dark", "unknown key 'theme'")],
     "verify": [
@@ -253,6 +279,8 @@ WRONG = {
         ("stages=[importt]", "did you mean 'import'?"),
         ("gpus=-8", "gpus=-8 must be at least 1"),
         ("budgets=[2e9 units]", "the unit 'units' is not known"),
+        ("budgets=[0.5,0]", "budget=0: export can choose no network for it: give a share"),
+        ("budgets=[1.5]", "budget=1.5: export can choose no network for it"),
         ("run.name=..", "run.name=..: write it as"),
         ("run.time_limit=forever", "is not a time"),
         ("cluster.account=", "is empty"),
@@ -281,6 +309,20 @@ def odd(tmp_path_factory) -> Path:
     """Directory of files that no stage expects, with a text and a model that it does."""
     root = tmp_path_factory.mktemp("in")
     hf_toy.save(hf_toy.llama(), root / "hf")
+    for name, file, content in (
+        ("hf-ids", "config.json", {"eos_token_id": [5, "x"]}),
+        ("hf-null", "config.json", {"architectures": [None]}),
+        ("hf-vocabulary", "tokenizer.json", {"model": {"vocab": {"a": None}, "type": "BPE"}}),
+    ):
+        shutil.copytree(root / "hf", root / name)
+        values = json.loads((root / name / file).read_text()) if (root / name / file).is_file() else {}
+        (root / name / file).write_text(json.dumps({**values, **content}))
+    for name, file in (("hf-map", "special_tokens_map.json"), ("hf-class", "tokenizer_config.json")):
+        shutil.copytree(root / "hf", root / name)
+        (root / name / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+        (root / name / file).write_text("{")
+    (root / "tokens-list").mkdir()
+    (root / "tokens-list" / "tokenizer.json").write_text("[]")
     (root / "text").mkdir()
     (root / "text" / "a.txt").write_text("a text of some words\n" * 20)
     for name, content in (("list", "[]"), ("bad", "{nope")):
@@ -317,14 +359,14 @@ def test_every_stage_gets_wrong_inputs():
 def test_a_wrong_input_is_one_line(stage, typed, words, chain, odd, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = [] if stage in ("launch", "status", "verify") else ["out=out"]
-    # Several keys of a case are separated by spaces, which values may hold too.
+    # A case may hold several keys, separated by spaces; values may hold spaces, too.
     wrong = re.split(r" (?=[\w.]+=|/)", typed) if typed else []
     before = files(chain, odd, tmp_path)
     with pytest.raises(SystemExit) as stop:
         main([stage, *place([*GOOD[stage], *out, *wrong], chain, odd)])
     printed = capsys.readouterr()
     assert stop.value.code == 2 and printed.err.startswith("flextron: error: ") and len(printed.err.splitlines()) == 1
-    assert words in printed.err and not PYTHON.search(printed.err)
+    assert place([words], chain, odd)[0] in printed.err and not PYTHON.search(printed.err)
     assert files(chain, odd, tmp_path) == before
 
 

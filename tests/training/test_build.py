@@ -1,4 +1,4 @@
-"""Parameters that are gathered for a validation or checkpoint, whatever happens in it."""
+"""Parameters that are gathered for a validation or checkpoint: DDP's hooks are back afterwards, also after an error."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tests.routing_toy import family, latency, true_loss
 from tests.training import test_gumbel as gumbel
 from tests.training.test_static import learner, train
 
-BIN = 0.005  # twice the default width, so half as many bins, for speed
+BIN = 0.005  # width of a cost bin, twice the default: half as many bins, for speed
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def wide_bins(monkeypatch):
 
 
 def test_budgets_get_better_networks():
-    """After brief training on noisy losses, evaluation improves the answers. Rounds before the last have noise, too."""
+    """After brief training on noisy losses, evaluation improves the answers, although only its last round is without noise."""
     choices = family(4)
     cost, loss = latency(choices), true_loss(choices)
     taught = learner(choices, [cost], max_steps=80)
@@ -60,7 +60,7 @@ def test_budgets_get_better_networks():
         gains.append(loss(old) - loss(new))
         spent.append(cost.of(new))
     assert spent == sorted(spent)
-    # Noise of early rounds, and budgets between two bins, may cost this much.
+    # Tolerance for the noise of early rounds, and for budgets between two bins.
     assert np.mean(gains) > 0.003 and np.mean(np.array(gains) < -0.002) <= 0.05
     assert after.select([Budget(cost, cost.full)]) == before.select([Budget(cost, cost.full)])
 

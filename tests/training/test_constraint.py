@@ -1,4 +1,4 @@
-"""Constraint of eq. 8: cost above the target is penalised; late in training, cost below it is, too (two-sided)."""
+"""Constraint (Flextron, eq. 8): cost above the target is penalised, and late in training cost below it, too (two-sided)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from flextron_mcore.training.constraint import Constraint, Targets
 from tests.routing_toy import family, latency
 
-# name: (costs less their targets, one-sided loss, two-sided loss)
+# {name: (costs minus their targets, one-sided loss, two-sided loss)}
 CASES = {
     "above": ([0.2], 0.2, 0.2),
     "below": ([-0.3], 0.0, 0.3),

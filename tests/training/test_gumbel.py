@@ -1,4 +1,4 @@
-"""The router of all axes learns from a known loss, a stand-in for the language model."""
+"""The router over all axes learns from a made-up loss, in place of a language model's."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_weights_are_relaxed_first_and_hard_later():
 
 @pytest.mark.parametrize("step", [0, STEPS - 1])
 def test_the_share_of_the_parameters_is_the_drawn_networks(step):
-    """With relaxed weights, too, the share is that of the network that the same draws choose as a slice."""
+    """The share of parameters is the chosen slice's, also while the forward pass has relaxed weights of the same draws."""
     taught, sliced = (learner(weighted_per_step=count) for count in (3, 0))
     rows = taught.networks(step)
     assert [row[4] for row in rows] == [parameter_share(ARCH, net) for net in sliced.networks(step)]

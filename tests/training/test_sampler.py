@@ -1,4 +1,4 @@
-"""T4: random networks are uniform, independent, and a function of (seed, step) alone."""
+"""Random networks are uniform, independent, and a function of (seed, step) alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_draw_depends_on_seed_step_and_stream_only():
     assert first != [draw(ARCH, SPACE, 1, step, 3, stream=1) for step in range(20)]
     assert len({net for nets in first for net in nets}) > 50
     widths = [[(layer.num_attention_heads, layer.ffn_hidden_size) for layer in net.layers] for net in draw(ARCH, SPACE, 1, 0, 2)]
-    assert widths == [[(2, 36), (1, 48), (1, 24)], [(1, 12), (1, 48), (1, 24)]]  # as before budgets could have weights
+    assert widths == [[(2, 36), (1, 48), (1, 24)], [(1, 12), (1, 48), (1, 24)]]  # the same in every version
 
 
 def chi_square(counts: Counter, cells: int) -> float:

@@ -25,7 +25,7 @@ BATCH, MICRO_BATCHES = 2, 2
 
 
 class EveryPair(Costs):
-    """Costs with all pairs of tokens, as torch's plain kernel of attention computes them, those that are masked too."""
+    """Costs in which a query sees all tokens: torch's plain attention kernel also computes the pairs that are masked."""
 
     @property
     def _keys(self) -> list[float]:

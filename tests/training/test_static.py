@@ -1,4 +1,4 @@
-"""Static routers learn from a known loss, a stand-in for the language model."""
+"""Static routers learn from a made-up loss, in place of a language model's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def learner(choices, costs, max_steps=STEPS, seed=0, kind=SurrogateLearner) -> S
 
 
 def train(choices, taught: StaticLearner, first: int, last: int, noise: float = 0.005, seed: int = 0) -> list[dict]:
-    """Train on the stand-in's losses: the full model's varies by batch, the sub-networks' have noise. Rows of the log."""
+    """Train on made-up losses and return the rows of the log. The full model's loss varies by batch; sub-networks' have noise."""
     loss, rows = true_loss(choices), []
     for step in range(first, last):
         generator = np.random.default_rng([seed, step])

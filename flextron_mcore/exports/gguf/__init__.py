@@ -36,13 +36,10 @@ def write(job: Job) -> dict[str, Any]:
     does not compute, a tokenizer that it lacks, weights too large for f16, a network outside of the space, a job.out that is not
     an empty directory, or both a type and another dtype than the checkpoint's.
     """
-    require_library()
+    architecture, kind = _check(job)
     from flextron_mcore.exports.gguf import tokenizer, writer  # late: they import the optional package gguf
 
-    model, kind = job.info.model, _type(job)
-    architecture = _architecture(model, job.net)
-
-    file = job.out / FILE
+    model, file = job.info.model, job.out / FILE
 
     def written() -> dict[str, Any]:
         check_empty(job.out)
@@ -58,6 +55,12 @@ def write(job: Job) -> dict[str, Any]:
         return figures(job.out, "gguf", architecture, parameters)
 
     return on_main_process(written)
+
+
+def _check(job: Job) -> tuple[str, str]:
+    """Architecture and type of an export. Raises FlextronError without the package, and for what llama.cpp does not compute."""
+    require_library()
+    return _architecture(job.info.model, job.net), _type(job)
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
@@ -86,7 +89,7 @@ def tolerance(job: Job) -> float:
     return 1e-4 * max(1.0, scale) + _ROUNDING.get(kind, 0.0) * scale
 
 
-FORMAT = Format(write, logits, tolerance)
+FORMAT = Format(write, logits, tolerance, check=_check)
 
 
 def require_library() -> None:
@@ -127,7 +130,7 @@ def _architecture(model: ModelConfig, net: SubNetwork) -> str:
     plain = replace(model, add_qkv_bias=False, qk_layernorm=False, **window)
     if misfits := llama.FAMILY.misfits(plain):
         raise FlextronError(
-            f"format=gguf: llama.cpp holds layers of different widths for Llama only, which needs {', '.join(misfits)}: "
+            f"format=gguf: the file holds layers as Llama has them, each with its own widths, which needs {', '.join(misfits)}: "
             "use format=hf"
         )
     return name
@@ -148,7 +151,7 @@ def _type(job: Job) -> str:
 
 def _logit_scale(job: Job) -> float:
     """Estimated standard deviation of logits: norm over channels of the final norm's scale times the output layer's columns."""
-    tensors = cut(job.info, job.net)
+    tensors = cut(job.info, job.net, refitted=job.refitted)
     rows = tensors.get("output_layer.weight") or tensors["embedding.word_embeddings.weight"]
     gain_C = tensors["decoder.final_layernorm.weight"].load().float()
     channel_C = torch.linalg.vector_norm(rows.load(), dim=0, dtype=torch.float32) / math.sqrt(job.info.model.vocab_size)

@@ -21,11 +21,13 @@ from flextron_mcore.files import explain, read_bytes, read_json, read_text
 
 _SPACE = "▁"  # a space in sentencepiece
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 # {result of `_pre_tokenizer`: (llama.cpp's name, its ignore_merges)}
 _PRE_TOKENIZERS = {
     "words": ("gpt-2", False),
     "digits, words": ("smollm", False),
     f"split {_LLAMA3}, bytes": ("llama-bpe", True),
+    f"split {_QWEN2}, bytes": ("qwen2", False),
 }
 
 
@@ -96,9 +98,7 @@ def read(folder: Path, vocab_size: int) -> Vocabulary:
             return _from_sentencepiece(file, config, vocab_size)
         return _from_tokenizer_json(_json(file), config, vocab_size)
     except _Unlike as error:
-        raise FlextronError(
-            f"tokenizer={folder}: llama.cpp cannot split text as this tokenizer does: {error}: use format=hf"
-        ) from None
+        raise FlextronError(f"tokenizer={folder}: llama.cpp cannot do what this tokenizer does: {error}: use format=hf") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FlextronError(f"{file}: is not a tokenizer ({explain(error)}): copy it again") from None
 
@@ -157,12 +157,14 @@ def _from_tokenizer_json(values: dict[str, Any], config: dict[str, Any], vocab_s
         _mark_bytes(tokens, types, model.get("unk_token"))
     else:
         scores, prefix = None, False
-        if values.get("normalizer") is not None:
-            raise _Unlike(f"it changes text before splitting it (normalizer {values['normalizer'].get('type')})")
         shortened = _pre_tokenizer(values.get("pre_tokenizer"))
         if shortened not in _PRE_TOKENIZERS:
-            raise _Unlike(f"its pre-tokenizer ({shortened[:60]}) is not GPT-2's, Llama 3's or SmolLM's")
+            raise _Unlike(f"its pre-tokenizer ({shortened[:60]}) is not GPT-2's, Llama 3's, Qwen's or SmolLM's")
         pre, ignore_merges = _PRE_TOKENIZERS[shortened]
+        changes = (values.get("normalizer") or {}).get("type")
+        # llama.cpp takes text as it is, also for Qwen, whose texts are in NFC but for rare ones (docs/gguf.md).
+        if changes is not None and (pre, changes) != ("qwen2", "NFC"):
+            raise _Unlike(f"it changes text before splitting it (normalizer {changes})")
         if bool(model.get("ignore_merges")) != ignore_merges:
             raise _Unlike(f"ignore_merges={not ignore_merges} with the pre-tokenizer {pre}")
     before, after = _template(values.get("post_processor"))
@@ -195,8 +197,9 @@ def _tokens(vocab: Mapping[str, int], special: Mapping[str, bool], size: int) ->
         special: {added token: True for a control token, False for one that users defined}.
         size: number of ids; an id without a token is marked unused.
     """
-    if (last := max(vocab.values())) >= size:
-        raise _Unlike(f"it has tokens up to {last}, the model {size}")
+    token, last = max(vocab.items(), key=lambda entry: entry[1])
+    if last >= size:
+        raise _Unlike(f"the model has {size} rows, none for its token {token[:40]!r} with id {last}")
     if len(set(vocab.values())) < len(vocab):
         raise _Unlike("two of its tokens have the same id")
     tokens: list[str | None] = [None] * size
@@ -234,6 +237,12 @@ def _scores(
     Scores give the same result as merges only if all merges into one token have adjacent ranks, and if every pair of pieces that
     spells a token is a merge; else this raises _Unlike. Runs of one character may share a rank, as Llama 2's spaces do
     (docs/gguf.md).
+
+    Args:
+        tokens: text of each token, by id.
+        vocab: {token: id}, without added tokens.
+        merges: pairs of pieces, best first.
+        special: {added token: True for a control token}.
     """
     spans: dict[str, list[int]] = {}  # {token: [first, last] merge into it}, in the order of the first
     for number, (left, right) in enumerate(merges):
@@ -303,9 +312,9 @@ def _template(value: dict[str, Any] | None) -> tuple[str | None, str | None]:
 
 
 def _special_ids(config: dict[str, Any], vocab: Mapping[str, int], unknown: str | None) -> dict[str, int]:
-    """{bos, eos, unk, pad: id} from tokenizer_config.json, without those that it lacks, but bos is then the id of eos.
+    """Ids of the special tokens in tokenizer_config.json, {bos, eos, unk, pad: id}; a token that it lacks is left out.
 
-    Raises _Unlike without eos. llama.cpp would use defaults of its own for a missing bos or eos.
+    A missing bos gets the id of eos, because llama.cpp would use a default of its own. Raises _Unlike without eos.
 
     Args:
         config: content of tokenizer_config.json.

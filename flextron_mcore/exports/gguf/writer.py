@@ -56,7 +56,8 @@ def write_file(job: Job, file: Path, kind: str, architecture: str, vocabulary: V
     Raises:
         FlextronError: the disk is too small, or a weight is too large for f16.
     """
-    model, layers, tensors = job.info.model, job.net.executed_layers, plain_norms(job.info.model, cut(job.info, job.net))
+    model, layers = job.info.model, job.net.executed_layers
+    tensors = plain_norms(model, cut(job.info, job.net, refitted=job.refitted))
     mapped = _names(model).map(placed_tensors(model, job.net), "format=gguf")
     writer = gguf.GGUFWriter(file, architecture)
     _add_metadata(writer, model, layers, job.net.hidden_size, kind, title(job))

@@ -45,10 +45,16 @@ def write(job: Job) -> dict[str, Any]:
     `padded_parameters` with padding. Raises FlextronError for a model of no family, a network outside of the space, a style whose
     class cannot hold the model, or a job.out that is not an empty directory.
     """
+    family, reason, slots = _target(job)
+    return write_as(family, job, reason, slots)
+
+
+def _target(job: Job) -> tuple[Family, str | None, Sequence[LayerChoice] | None]:
+    """Family, reason and slots of `write_as` for the export's style. Raises FlextronError if its class cannot hold job.net."""
     style = (job.settings or HfSettings()).style
     model, layers = job.info.model, job.net.executed_layers
     if style == "nemotron_nas":
-        return write_as(deci_family(model), job, None, deci_slots(layers, FFN_MULTIPLE))
+        return deci_family(model), None, deci_slots(layers, FFN_MULTIPLE)
     family = family_of_model(model, job.info.hf_config)
     if style == "padded":
         slots = widest_slots(layers)
@@ -56,13 +62,16 @@ def write(job: Job) -> dict[str, Any]:
             raise FlextronError(
                 f"hf.style=padded: {refused}: use hf.style=auto, or a sub-network whose widest layer has other heads"
             )
-        return write_as(family, job, None, slots)
-    family, reason = _class_for(family, model, job.net)
-    return write_as(family, job, reason)
+        return family, None, slots
+    return *_class_for(family, model, job.net), None
 
 
-def write_as(family: Family, job: Job, reason: str | None, slots: Sequence[LayerChoice] | None = None) -> dict[str, Any]:
-    """Write job.net as a model of a family; files, result and errors are those of `write`. Call on all ranks.
+def write_as(
+    family: Family, job: Job, reason: str | None, slots: Sequence[LayerChoice] | None = None, folded: bool = True
+) -> dict[str, Any]:
+    """Write job.net as a model of a given family, which `write` chooses by the style. Call on all ranks.
+
+    Writes the files, returns the figures and raises the errors of `write`.
 
     Args:
         family: family that can represent the model.
@@ -70,12 +79,14 @@ def write_as(family: Family, job: Job, reason: str | None, slots: Sequence[Layer
         reason: reason why transformers' own class cannot hold the network; the family's class in code/ is then written. None for
             transformers' own class, and for DeciLM.
         slots: widths that the executed layers are padded to with zeros; None for those of job.net.
+        folded: multiply the compensation of heads into the output projection (`cut`).
     """
     info, net, out, dtype = job.info, job.net, job.out, DTYPES[job.dtype]
     own = SubNetwork(net.hidden_size, net.executed_layers)
     held = own if slots is None else replace(own, layers=tuple(slots))
     mapped = family.names.map(of_network(info.model, held, held, added_tensors()), "format=hf")
-    tensors = cut(info, net) if family.zero_centered else plain_norms(info.model, cut(info, net))
+    tensors = cut(info, net, refitted=job.refitted, folded=folded)
+    tensors = tensors if family.zero_centered else plain_norms(info.model, tensors)
     if slots is not None:
         tensors = _padded(tensors, of_network(info.model, own, held, added_tensors()))
 
@@ -120,7 +131,7 @@ def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
         return exported(tokens_BS).logits
 
 
-FORMAT = Format(write, logits, rounding)
+FORMAT = Format(write, logits, rounding, check=_target)
 
 
 def _class_for(family: Family, model: ModelConfig, net: SubNetwork) -> tuple[Family, str | None]:
@@ -150,7 +161,8 @@ def _config(job: Job, family: Family, reason: str | None, held: SubNetwork) -> d
     Args:
         job: the export.
         family: family to write it as.
-        reason: reason against the stock class, which makes it that of the class in code/; None for the stock class and DeciLM.
+        reason: reason why the stock class cannot hold the network, so that the class in code/ is named; None for the stock class
+            and DeciLM.
         held: widths of the written layers, padding included.
     """
     info, elastic, layers = job.info, f"Flextron{family.architecture}", held.layers
@@ -187,7 +199,12 @@ def _config(job: Job, family: Family, reason: str | None, held: SubNetwork) -> d
 
 
 def _padded(tensors: Mapping[str, LazyTensor], places: Iterable[Placed]) -> dict[str, LazyTensor]:
-    """Tensors padded with zeros. places: each tensor's own sizes, and the padded ones as `whole`."""
+    """Tensors that are padded with zeros when they are loaded.
+
+    Args:
+        tensors: {name: tensor} with their own sizes.
+        places: for each tensor its own sizes, and as `whole` the padded ones.
+    """
 
     def load(lazy: LazyTensor, placed: Placed) -> torch.Tensor:
         return zero_padded(lazy.load(), placed)

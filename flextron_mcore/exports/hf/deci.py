@@ -1,8 +1,8 @@
 """Export as DeciLMForCausalLM (Nemotron-NAS), which vLLM, llama.cpp and TensorRT-LLM compute with code of their own.
 
-SGLang does so if all layers have the same number of key-value heads. DeciLM is a Llama without biases. All layers have the same
-number of query heads. Each has its own number of key-value heads, which divides that of query heads, and of neurons, a multiple
-of 256. Source: vLLM's model_executor/models/nemotron_nas.py.
+SGLang computes it, too, if all layers have the same number of key-value heads. DeciLM is a Llama without biases. All layers have
+the same number of query heads. Each layer has its own number of key-value heads, which must divide the number of query heads, and
+its own number of neurons, a multiple of 256. Source: vLLM's model_executor/models/nemotron_nas.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flextron_mcore.space import LayerChoice
 ARCHITECTURE = "DeciLMForCausalLM"
 FFN_MULTIPLE = 256
 _CONFIGURATION, _MODELING = "configuration_decilm", "modeling_decilm"
-# Keys of an entry of block_configs that engines read and that switch nothing on here.
+# Keys of an entry of block_configs that engines read; these values leave all that they control switched off.
 _ATTENTION = {
     "no_op": False,
     "num_sink_tokens": None,
@@ -42,7 +42,7 @@ def deci_family(model: ModelConfig) -> Family:
 
 
 def deci_config(layers: Sequence[LayerChoice], hidden_size: int) -> dict[str, Any]:
-    """Keys of config.json that a Llama's lacks, and key-value heads, which only layers have.
+    """Keys of config.json that a Llama does not have. num_key_value_heads is null: each layer has its own number.
 
     Args:
         layers: widths of the layers, padding included; neurons are multiples of FFN_MULTIPLE.

@@ -81,7 +81,13 @@ def _numel(mapped: Mapped) -> int:
 
 
 def _plan(mapped: Sequence[Mapped], dtype: torch.dtype, max_shard_size: int) -> list[list[Mapped]]:
-    """Tensors of each shard, in order; a tensor that does not fit begins a new shard."""
+    """Divide tensors into shards: a list of tensors for each, in order. A tensor that does not fit begins a new shard.
+
+    Args:
+        mapped: tensors, in the order of the files.
+        dtype: dtype of the files.
+        max_shard_size: most bytes of one shard; a larger tensor has a shard of its own.
+    """
     shards: list[list[Mapped]] = [[]]
     filled = 0
     for each in mapped:

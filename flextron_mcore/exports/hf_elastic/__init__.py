@@ -32,10 +32,11 @@ _ANSWERS = 3  # networks of the table of budgets whose logits are verified
 def write(job: Job) -> dict[str, Any]:
     """Write the full model with code that runs any of its sub-networks, with routers, and with a table of networks for budgets.
 
-    Call on all ranks. The weights are those that format `hf` writes for the full model. Returns format, architecture, parameters
-    (of the full model), bytes, files, selector (that chose the networks for budgets) and networks (number of networks in the
-    table). Raises FlextronError for a network that is not the full model, a selector that cannot be tabulated, a model of no
-    family or without an elastic class, or a job.out that is not an empty directory.
+    Call on all ranks. The weights are those that format `hf` writes for the full model, but without the compensation of heads,
+    which is in flextron_family.json. Returns format, architecture, parameters (of the full model), bytes, files, selector (that
+    chose the networks for budgets) and networks (number of networks in the table). Raises FlextronError for a network that is
+    not the full model, a selector that cannot be tabulated, a model of no family or without an elastic class, or a job.out that
+    is not an empty directory.
     """
     info, out = job.info, job.out
     if job.net != SubNetwork.full(info.model):
@@ -47,7 +48,7 @@ def write(job: Job) -> dict[str, Any]:
     if declared is None:
         raise FlextronError(f"format=hf_elastic: {own.name} has no class that holds every sub-network: use format=hf")
     family = on_main_process(lambda: build_family(job))
-    hf.write_as(declared, replace(job, settings=None), None)
+    hf.write_as(declared, replace(job, settings=None), None, folded=False)
 
     def finished() -> dict[str, Any]:
         """Turn the stock directory into an elastic one."""

@@ -20,6 +20,7 @@ from flextron_mcore.config import FlextronError
 from flextron_mcore.cost import Cost, memory_cost, parameter_cost
 from flextron_mcore.exports.formats import Job
 from flextron_mcore.latency.table import open_table
+from flextron_mcore.layers.compensation import TENSOR
 from flextron_mcore.routers.store import kind_of_routers
 from flextron_mcore.selection.router import BIN, WITHIN, RouterSelector
 from flextron_mcore.selection.selectors import MatFormer, Uniform
@@ -30,6 +31,7 @@ from flextron_mcore.space import DTYPE_BYTES, SKIPPED, SubNetwork
 
 FAMILY_FILE = "flextron_family.json"
 FORMAT_VERSION = 2
+_LISTS = ("modulation", "compensation", "networks")  # lists with an entry a line
 _SELECTORS = {"uniform": Uniform, "matformer": MatFormer}
 _Picks = RouterSelector | Uniform | MatFormer
 
@@ -90,20 +92,21 @@ def build_family(job: Job) -> dict[str, Any]:
         "ranges": {cost: list(pair) for cost, pair in ranges.items()},
         "adaptive": job.token_routers and job.token_routers[0],
         "modulation": _modulation(info),
+        "compensation": _compensation(info),
         "answers": answers,
         "networks": [_row(net) for net in networks.numbers],
     }
 
 
 def write_family(file: Path, values: Mapping[str, Any]) -> None:
-    """Write flextron_family.json as readable JSON, with one network, cost bin or layer's modulation on each line."""
-    text = json.dumps({k: v for k, v in values.items() if k not in ("networks", "answers", "modulation")}, indent=1)[:-2]
+    """Write flextron_family.json as readable JSON, with one network, cost bin or layer's modulation on a line each."""
+    text = json.dumps({k: v for k, v in values.items() if k not in (*_LISTS, "answers")}, indent=1)[:-2]
     tables = []
     for cost, table in values["answers"].items():
         parts = [f'"{kind}": [\n   ' + ",\n   ".join(map(json.dumps, lines)) + "\n  ]" for kind, lines in table.items()]
         tables.append(f'"{cost}": {{\n  ' + ",\n  ".join(parts) + "\n  }")
     text += ',\n "answers": {\n  ' + ",\n  ".join(tables) + "\n },\n"
-    lists = [f'"{name}": [\n  ' + ",\n  ".join(map(json.dumps, values[name])) + "\n ]" for name in ("modulation", "networks")]
+    lists = [f'"{name}": [\n  ' + ",\n  ".join(map(json.dumps, values[name])) + "\n ]" for name in _LISTS]
     text += " " + ",\n ".join(lists) + "\n}\n"
     file.write_text(text, encoding="utf-8")
 
@@ -155,8 +158,19 @@ def _modulation(info: CheckpointInfo) -> list[list[list[float]]]:
     return [[reader.read(name).tolist() for name in layer] for layer in names]
 
 
+def _compensation(info: CheckpointInfo) -> list[list[list[list[float]]]]:
+    """Compensation (layers/compensation.py) [layers][KV groups][query heads][query heads] of a checkpoint; [] without."""
+    if not info.space.compensation:
+        return []
+    reader = TensorReader(info)
+    return [reader.read(f"decoder.layers.{i}.{TENSOR}").tolist() for i in range(info.model.num_layers)]
+
+
 def _cost(cost: Cost) -> dict[str, Any]:
-    """Cost as plain types: full, smallest, its terms (`_sums`), and `narrow`, {smaller hidden size: its terms}."""
+    """Cost as plain types: "full" and "smallest", "constant", {axis: cost of each candidate}, and "narrow".
+
+    "narrow" has constant and candidates for each smaller hidden size.
+    """
     narrow = {str(size): _sums(part) for size, part in cost.narrow}
     return {"full": cost.full, "smallest": cost.smallest, **_sums(cost), "narrow": narrow}
 

@@ -117,7 +117,7 @@ def _tensors(job: Job, space: ElasticSpace | None) -> dict[str, LazyTensor]:
     def load(name: str, lazy: LazyTensor) -> torch.Tensor:
         return converted(lazy.load(), dtype, f"tensor {name}")
 
-    tensors = plain_norms(job.info.model, cut(job.info, job.net, space=space))
+    tensors = plain_norms(job.info.model, cut(job.info, job.net, space=space, refitted=job.refitted))
     return {name: replace(lazy, dtype=dtype, load=partial(load, name, lazy)) for name, lazy in tensors.items()}
 
 

@@ -35,8 +35,8 @@ def write(job: Job) -> dict[str, Any]:
     pipeline stages than layers, a network outside of the space, or a job.out that is not an empty directory.
     """
     info, out = job.info, job.out
-    tensors = plain_norms(info.model, cut(info, job.net))
-    plan = make_plan(info.model, job.net, job.settings or TrtllmSettings())
+    tensors = plain_norms(info.model, cut(info, job.net, refitted=job.refitted))
+    plan = _plan(job)
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     padded = _elements(replace(plan, tp=1, pp=1), 0)
     stored = plan.tp * sum(_elements(plan, stage) for stage in range(plan.pp))
@@ -50,6 +50,11 @@ def write(job: Job) -> dict[str, Any]:
         return figures(out, "trtllm", plan.architecture, parameters) | {"padded_parameters": padded}
 
     return on_main_process(finished) | ({"note": note} if note else {})
+
+
+def _plan(job: Job) -> Plan:
+    """Plan of an export. Raises FlextronError for a model or a network that TensorRT-LLM cannot hold in this layout."""
+    return make_plan(job.info.model, job.net, job.settings or TrtllmSettings())
 
 
 def logits(job: Job, net: SubNetwork, tokens_BS: torch.Tensor) -> torch.Tensor:
@@ -70,7 +75,7 @@ def _tolerance(job: Job) -> float:
     return max(rounding(job), 0.05) if job.info.model.activation in APPROXIMATED else rounding(job)
 
 
-FORMAT = Format(write, logits, _tolerance)
+FORMAT = Format(write, logits, _tolerance, check=_plan)
 
 
 def _elements(plan: Plan, stage: int) -> int:

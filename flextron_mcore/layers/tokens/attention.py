@@ -20,6 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from flextron_mcore.config import FlextronError
+from flextron_mcore.layers.compensation import compensated
 from flextron_mcore.layers.linear import Selection
 from flextron_mcore.layers.rotary import rotary_scale
 from flextron_mcore.layers.rows import PrefixRows, RowIndex, put_rows, take_rows
@@ -87,7 +88,16 @@ def routed_attention(
 def _masked(
     module: ElasticSelfAttention, routing: BlockRouting, hidden_states: Tensor, levels_SB: Tensor, position: Position, own: bool
 ) -> Output:
-    """Attention with all heads for all tokens, multiplied with masks through which the levels get a gradient."""
+    """Attention with all heads for all tokens, multiplied with masks through which the levels get a gradient.
+
+    Args:
+        module: attention whose weights are used.
+        routing: routing of the block, whose masks multiply the heads' outputs.
+        hidden_states: input [S, B, C].
+        levels_SB: level of each token: index of its candidate, -1 for padding.
+        position: positions of the tokens and their rotary embedding.
+        own: True for kv_policy=own: a token sees keys of a group only from tokens that use it.
+    """
     query, key, value = module.get_query_key_value_tensors(hidden_states)
     query, key = position.rotate(query, None), position.rotate(key, None)
     level_h = level_of_heads(module, levels_SB.device)
@@ -204,7 +214,13 @@ class _Pass:
         return out
 
     def _attend_cached(self, run: Run, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Core attention of a run. Each of its levels has its own cache, with all participants of that level so far."""
+        """Core attention of a run with a KV cache: [n, B, h, H]. Each level of the run has its own cache of its participants.
+
+        Args:
+            run: neighbouring levels that the same tokens use.
+            query: queries of the run's participants [n, B, h, H].
+            key, value: their new keys and values [n, B, g, H].
+        """
         module, blocks, group_size = self.module, head_blocks(self.module), self.module.layout.queries
         nobody_B = torch.zeros(query.shape[1], dtype=torch.long, device=query.device)
         caches = self.context.key_value_memory_dict.setdefault(module.layer_number, [OwnCache(nobody_B) for _ in blocks])
@@ -217,7 +233,15 @@ class _Pass:
         return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
     def _attend_among_all(self, query: Tensor, key: Tensor, value: Tensor, participants: Participants) -> Tensor:
-        """Core attention of the participants' queries, with zeros for all other tokens, so that the plain causal mask serves."""
+        """Core attention of the participants' queries over keys of all tokens: [n, B, h, H].
+
+        Other tokens get zero queries, so that the plain causal mask serves.
+
+        Args:
+            query: queries of the participants [n, B, h, H].
+            key, value: keys and values of all tokens so far [T, B, g, H].
+            participants: tokens that use the heads.
+        """
         (length, batch), tokens = self.levels_SB.shape, self.levels_SB.numel()
         every_NhH = put_rows(query.flatten(0, 1), participants.rows, tokens)
         heads = _attend(self.module, every_NhH.view(length, batch, *query.shape[2:]), key, value, None)
@@ -234,10 +258,25 @@ class _Pass:
         # With tokens in the order of decreasing level, each run adds to a prefix of the sum.
         found = [run.participants for run in self.present]
         order = None if found[-1].rows is None else decreasing_order(self.levels_SB.flatten())
-        inputs = [those.ordered(values, order).flatten(1) for those, values in zip(found, heads, strict=True)]
+        inputs = self._compensated([those.ordered(values, order) for those, values in zip(found, heads, strict=True)])
         parts = [self._columns(run.block.groups, run.block.queries) for run in self.present]
         counts = [those.count for those in found]
         return project(inputs, parts, PrefixRows(None if order is None else order[: counts[0]], counts), shape)
+
+    def _compensated(self, heads: list[Tensor]) -> list[Tensor]:
+        """Inputs [n, d] of the output projection: the heads' outputs [n, h, H] of each run, less what earlier heads predict.
+
+        The tokens of a run are the first ones of each run before it.
+        """
+        matrix_GQQ = self.module.linear_proj.compensation
+        if matrix_GQQ is None:
+            return [values.flatten(1) for values in heads]
+        grouped, inputs = [values.unflatten(1, (len(matrix_GQQ), -1)) for values in heads], []
+        for number, run in enumerate(self.present):
+            earlier_nGqH = torch.cat([values[: len(grouped[number])] for values in grouped[: number + 1]], 2)
+            rows_Gqr = matrix_GQQ[:, run.block.queries, : run.block.queries.stop]
+            inputs.append(compensated(earlier_nGqH, rows_Gqr).flatten(1))
+        return inputs
 
     def _projected_together(self, heads: list[Tensor]) -> Output:
         """Output projection as one product for all tokens, with zeros for heads that a token does not use."""
@@ -252,6 +291,11 @@ class _Pass:
         dim = 1 if self.module.space.attention_unit == "kv_group" else 2
         values_NGQH = torch.cat(joined, dim) if len(joined) > 1 else joined[0]
         last = self.present[-1].block
+        if (matrix_GQQ := self.module.linear_proj.compensation) is not None:
+            queries = last.queries.stop
+            level_GQ = level_of_heads(self.module, self.levels_SB.device).unflatten(0, matrix_GQQ.shape[:2])[:, :queries]
+            unused_NGQ = self.levels_SB.flatten()[:, None, None] < level_GQ
+            values_NGQH = compensated(values_NGQH, matrix_GQQ[:, :queries, :queries]).masked_fill(unused_NGQ[..., None], 0)
         part = self._columns(slice(last.groups.stop), slice(last.queries.stop))
         return self.module.linear_proj([values_NGQH.flatten(1)], [part], PrefixRows(None, [tokens]), self.levels_SB.shape)
 
@@ -301,7 +345,13 @@ def _attend_up_to(module: ElasticSelfAttention, query: Tensor, key: Tensor, valu
 
 
 def _cached(module: ElasticSelfAttention, context: BaseInferenceContext, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Append keys and values to Megatron-Core's KV cache of the layer, and return all of them so far, [T, B, G, H] each."""
+    """Append keys and values to Megatron-Core's KV cache of the layer; return (keys, values) of all tokens so far, [T, B, G, H].
+
+    Args:
+        module: attention of the layer.
+        context: Megatron-Core's static KV cache.
+        key, value: keys and values of the new tokens [S, B, G, H].
+    """
     memories, start = context.key_value_memory_dict, context.sequence_len_offset
     if module.layer_number not in memories:
         shape = context.max_sequence_length, context.max_batch_size, key.shape[-1], key.dtype

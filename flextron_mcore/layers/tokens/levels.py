@@ -171,7 +171,14 @@ class Participants:
 
 
 def _in_order(taken_XSB: Tensor, counts_XB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort each sequence's tokens, taken ones first: (positions in the sequence, true if taken, indices among all tokens)."""
+    """Sort each sequence's tokens, taken ones first, each in order: (positions, True if taken, indices among all S*B tokens).
+
+    The results are [..., S, B].
+
+    Args:
+        taken_XSB: True for tokens that are taken.
+        counts_XB: number of taken tokens of each sequence.
+    """
     length, batch = taken_XSB.shape[-2:]
     index_XSB = taken_XSB.logical_not().to(torch.uint8).argsort(dim=-2, stable=True)
     valid_XSB = _numbers(length, taken_XSB)[:, None] < counts_XB.unsqueeze(-2)

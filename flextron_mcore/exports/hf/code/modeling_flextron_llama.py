@@ -15,7 +15,10 @@ from .configuration_flextron_llama import FlextronLlamaConfig
 
 
 class LayerView:
-    """Shared configuration, in which set_attn_implementation changes the attention implementation, with a layer's widths."""
+    """Configuration of one layer: its own widths, and all else from the model's configuration.
+
+    It is no copy, because set_attn_implementation changes the attention implementation in the model's configuration only.
+    """
 
     def __init__(self, shared, layer):
         self.shared = shared

@@ -11,7 +11,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file, logging
 
 from .flextron_family import FAMILY_FILE, Family
-from .flextron_parts import Static, TokenChoice, computing
+from .flextron_parts import Static, TokenChoice, compensate, computing
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +43,7 @@ class ElasticForCausalLM:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.family_file = cached_file(pretrained_model_name_or_path, FAMILY_FILE, **hub)
         model.family, model._made, model.routers = Family.from_file(model.family_file), {}, None
+        compensate(model, model.family.values.get("compensation"))
         if model.family.adaptive:
             model.routers_file = cached_file(pretrained_model_name_or_path, ROUTERS_FILE, **hub)
             model.routers = load_state_dict(model.routers_file)
@@ -184,7 +185,14 @@ class ElasticForCausalLM:
         return {**found, "bytes": found["parameters"] * _BYTES.get(dtype, dtype.itemsize), "share": share}
 
     def _own(self, kv_policy, default="full"):
-        """True if only keys and values of the KV groups in use are written. ValueError for an unknown `kv_policy`."""
+        """True: keys and values of the KV groups in use are written; False: of all groups. ValueError for an unknown policy.
+
+        False also where every network uses all groups: query heads are the unit, and depth is not elastic.
+
+        Args:
+            kv_policy: "full", "own", or None for `default`.
+            default: policy for None.
+        """
         policy = kv_policy or default
         if policy not in KV_POLICIES:
             raise ValueError(f"kv_policy={policy!r} is not known: use one of {', '.join(KV_POLICIES)}")

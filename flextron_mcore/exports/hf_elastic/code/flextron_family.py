@@ -254,9 +254,11 @@ class Family:
 
 
 def _overheads(row, sizes, tokens):
-    """Amounts of a block's routing overheads: (tokens differ, levels that occur less one, units computed above a token's level).
+    """Expected amounts of the three routing overheads of a block, as in flextron_mcore/adaptive/usage.py.
 
-    row: share of tokens at each level. sizes: size of each level. tokens: number of tokens of a pass.
+    They are the probability that tokens have different levels; the number of levels that occur, minus 1; and the share of the
+    block between a token's level and the highest level that occurs, a mean over tokens. row: share of tokens at each level.
+    sizes: size of each level. tokens: number of tokens of a pass.
     """
     occurs = lambda share: 1 - (1 - share) ** tokens  # noqa: E731
     above, before = 0.0, 0

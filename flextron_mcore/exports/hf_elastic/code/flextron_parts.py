@@ -178,11 +178,26 @@ class ElasticAttention:
         heads, weights = function(module, query, key, value, mask, **options, **kwargs)
         heads = heads.reshape(len(x_NC), g, q, H)
         if parts[0][0] is None:
-            return modulated(self.projected(heads, x_NC.shape[1]).view_as(x_BSC), self.layer_idx, 0), weights
+            return modulated(self.projected(self.compensated(heads), x_NC.shape[1]).view_as(x_BSC), self.layer_idx, 0), weights
         out_NC = torch.empty_like(x_NC)
         for rows, some_g, some_q in parts:
-            out_NC[rows] = self.projected(heads[rows, :some_g, :some_q], x_NC.shape[1])
+            out_NC[rows] = self.projected(self.compensated(heads[rows, :some_g, :some_q]), x_NC.shape[1])
         return out_NC.view_as(x_BSC), weights
+
+    def compensated(self, heads_NgqH):
+        """Part of each head's output that earlier heads of its KV group do not predict, if the model has a compensation."""
+        matrix_GQQ = getattr(self, "compensation", None)
+        if matrix_GQQ is None:
+            return heads_NgqH
+        g, q = heads_NgqH.shape[1:3]
+        return torch.einsum("gqr,ngrh->ngqh", matrix_GQQ[:g, :q, :q].to(heads_NgqH), heads_NgqH)
+
+
+def compensate(model, matrices):
+    """Give the attention of each layer its compensation. matrices: [layers][G][Q][Q]; empty or None: none has one."""
+    for module in model.modules() if matrices else ():
+        if isinstance(module, ElasticAttention):
+            module.register_buffer("compensation", torch.tensor(matrices[module.layer_idx]), persistent=False)
 
 
 class ElasticLayer:

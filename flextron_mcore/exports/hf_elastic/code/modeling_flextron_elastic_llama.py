@@ -29,7 +29,11 @@ from .flextron_parts import ElasticAttention, ElasticEmbedding, ElasticLayer, El
 
 
 def parts(module, names, fused, sizes):
-    """{name: (weight, bias)} of linear layers of a module, or of the parts, of `sizes` outputs, of one fused layer (Phi-3)."""
+    """Weights and biases of a module's linear layers, {name: (weight, bias)}.
+
+    names: names of the layers. fused, sizes: for a module that has one fused layer in their place (Phi-3), its name and the
+    number of outputs of each part.
+    """
     if hasattr(module, names[0]):
         layers = [getattr(module, name) for name in names]
         return {name: (layer.weight, layer.bias) for name, layer in zip(names, layers, strict=True)}
@@ -38,7 +42,7 @@ def parts(module, names, fused, sizes):
 
 
 def rows(x, part, count):
-    """First `count` outputs of a (weight, bias), from the first inputs, as many as `x` has."""
+    """First `count` outputs of a linear layer, given as (weight, bias), from the first inputs, as many as `x` has."""
     weight, bias = part
     return F.linear(x, weight[:count, : x.shape[-1]], None if bias is None else bias[:count])
 

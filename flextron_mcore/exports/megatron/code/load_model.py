@@ -53,7 +53,10 @@ PLAIN = {
 
 @dataclasses.dataclass
 class PerLayerConfig(HeterogeneousTransformerConfig):
-    """HeterogeneousTransformerConfig whose block_configs may also give each layer's num_attention_heads; takes `scaled`."""
+    """HeterogeneousTransformerConfig whose block_configs may also give each layer's num_attention_heads.
+
+    Layers get the factor of rotary embeddings that `scaled` has set on it.
+    """
 
     def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
         """TransformerConfig of a layer; layers count from 1."""
@@ -66,9 +69,10 @@ class PerLayerConfig(HeterogeneousTransformerConfig):
 
 
 def scaled(config: TransformerConfig, scale: float) -> TransformerConfig:
-    """The configuration, of a model whose attention multiplies cosines and sines of rotary embeddings with `scale`.
+    """Make Megatron-Core's attention multiply the cosines and sines of rotary embeddings with `scale`; return the configuration.
 
-    Megatron-Core reads these attributes for its own YaRN: its factor is 0.1 * yarn_mscale * ln(yarn_rotary_scaling_factor) + 1.
+    Megatron-Core reads the attributes set here for its own YaRN: its factor is
+    0.1 * yarn_mscale * ln(yarn_rotary_scaling_factor) + 1.
     """
     if scale != 1:
         config.yarn_rotary_scaling_factor, config.yarn_mscale, config.yarn_mscale_all_dim = math.exp(10), scale - 1, 0.0
@@ -78,7 +82,8 @@ def scaled(config: TransformerConfig, scale: float) -> TransformerConfig:
 class LongRotaryEmbedding(RotaryEmbedding):
     """Rotary embedding of LongRoPE: frequencies `short` up to `original` positions, and `long` for longer sequences.
 
-    With a KV cache the length is that of all tokens so far. Compute earlier tokens again when a text grows beyond `original`.
+    With a KV cache the length is the number of all tokens so far. Compute earlier tokens again when a text grows beyond
+    `original`.
     """
 
     def __init__(self, plain: RotaryEmbedding, short: list[float], long: list[float], original: int) -> None:
@@ -93,7 +98,7 @@ class LongRotaryEmbedding(RotaryEmbedding):
         return super().get_emb(max_seq_len, offset)
 
     def get_rotary_seq_len(self, inference_context: Any, *args: Any, **kwargs: Any) -> int:
-        """Number of positions to compute angles for, on the side of `original` on which the sequence ends."""
+        """Number of positions to compute angles for: at most `original`, unless the sequence so far is longer."""
         most, context = super().get_rotary_seq_len(inference_context, *args, **kwargs), inference_context
         if context is None:
             return most

@@ -6,7 +6,7 @@ Shape suffixes: N blocks, K candidates, M draws.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -67,9 +67,9 @@ def _draw(choices: Choices, budgets: Sequence[Budget], count: int, seed: int, wi
     while sizes and idle < _IDLE_ROUNDS:
         before = len(found)
         for size in sizes:
-            drawn = [net for net in size.draw(least, first.limit, generator) if all(budget.allows(net) for budget in budgets)]
-            new = [net for net in drawn if net not in found]
-            for net in new[: -(-(count - before) // len(sizes))]:
+            drawn = (net for net in size.draw(least, first.limit, generator) if all(budget.allows(net) for budget in budgets))
+            new = (net for net in drawn if net not in found)
+            for net in itertools.islice(new, -(-(count - before) // len(sizes))):
                 found[net] = None
                 if len(found) == count:
                     return list(found)
@@ -92,15 +92,18 @@ class _Size:
         self.rows = choices.rows(sorted(choices.space.layer_ranking[:depth]))
         self.costs_NK, self.exists_NK = choices.costs_NK(self.cost)[self.rows], choices.exists_NK[self.rows]
 
-    def draw(self, least: float, most: float, generator: np.random.Generator) -> list[SubNetwork]:
-        """Draw _DRAWS networks, and return the different ones that cost between `least` and `most`, in the cost's unit."""
+    def draw(self, least: float, most: float, generator: np.random.Generator) -> Iterator[SubNetwork]:
+        """Draw _DRAWS networks, and iterate over the different ones that cost between `least` and `most`, in the cost's unit.
+
+        Each network is made only when it is asked for: most callers want few.
+        """
         p_NK = _exponential_probabilities(self.costs_NK, self.exists_NK, (least + most) / 2 - self.cost.constant)
         u_MN = generator.random((_DRAWS, len(self.rows)))
         indices_MN = (u_MN[..., None] > p_NK.cumsum(-1)[:, :-1]).sum(-1)
         cost_M = self.cost.constant + np.take_along_axis(self.costs_NK[None], indices_MN[..., None], -1).sum((1, 2))
         fitting = indices_MN[(cost_M >= least) & (cost_M <= most * (1 + 1e-12))]
         _, firsts = np.unique(fitting, axis=0, return_index=True)
-        return [self._network(fitting[row].tolist()) for row in np.sort(firsts)]
+        return (self._network(fitting[row].tolist()) for row in np.sort(firsts))
 
     def _network(self, indices: Sequence[int]) -> SubNetwork:
         """Network with these candidate indices in its executed layers."""

@@ -28,6 +28,7 @@ from flextron_mcore.settings.stages import STAGES, VerifySettings
 # sys.modules is an alias of __main__, or missing.
 if getattr(sys.modules.get("__mp_main__"), "__name__", None) == "__mp_main__":
     signals.end_with_parent()
+    prepare_environment()
     importlib.import_module("flextron_mcore.runtime.cpu").import_megatron()  # the CPU runtime must precede Megatron-Core
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130

@@ -1,9 +1,10 @@
 """Candidate evaluation: losses of the networks that trained routers may choose, on the same training samples.
 
 Routers alone cannot separate the best networks of one cost: their losses differ by less than the surrogate model's error. So
-networks are evaluated on a part of the samples: those that the routers find likeliest, all networks of costs that few networks
-have, and for some rounds variations of the best ones (selection/search.py). Then the best networks of each cost bin (a narrow
-range of the cost, selection/router.py) are evaluated on all samples, and the selector `router` chooses among these.
+networks are evaluated on a part of the samples: those that the routers find likeliest, networks of equal widths in all layers,
+all networks of costs that few networks have, and for some rounds variations of the best ones (selection/search.py). Then the best
+networks of each cost bin (a narrow range of the cost, selection/router.py) are evaluated on all samples, and the selector
+`router` chooses among these.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flextron_mcore.space import SubNetwork
 from flextron_mcore.training.router import RouterLearner
 
 _RARE = 40  # if no more networks lie within WITHIN of a cost, all of them are evaluated
-_RARE_UNIFORM = 512  # if the space has no more networks of uniform width, all of them are evaluated
+_UNIFORM = 512  # if the space has no more networks of equal widths in all layers, all of them are evaluated
 _FIRST = 8  # the first rounds use 1 / _FIRST of the samples: enough to find the _BEST best networks of a cost bin
 _BEST = 3  # networks of each cost bin in the last round
 _ROUNDS = 6  # rounds of search
@@ -46,7 +47,9 @@ def evaluate_candidates(learner: RouterLearner, evaluate: Evaluate, samples: int
     """
     cost, choices, within = learner.costs[0], learner.choices, learner.selector().within
     first = max(samples // _FIRST, 1)
-    tried = on_main_process(lambda: list(dict.fromkeys([*learner.selector().proposals(cost), *_at_rare_costs(learner)])))
+    tried = on_main_process(
+        lambda: list(dict.fromkeys([*learner.selector().proposals(cost), *_uniform(choices), *_at_rare_costs(choices, cost)]))
+    )
     losses = dict(zip(tried, evaluate(tried, first), strict=True))
     for _ in range(_ROUNDS):
         near = _best(cost, losses, within, 1)
@@ -83,21 +86,21 @@ def _without_worse(cost: Cost, losses: Mapping[SubNetwork, float]) -> dict[SubNe
     return kept
 
 
-def _at_rare_costs(learner: RouterLearner) -> list[SubNetwork]:
+def _uniform(choices: Choices) -> list[SubNetwork]:
+    """Networks of equal widths in all layers; [] if the space has more than _UNIFORM."""
+    networks = Uniform(Choices(choices.model, choices.space)).networks()
+    return networks if len(networks) <= _UNIFORM else []
+
+
+def _at_rare_costs(choices: Choices, cost: Cost) -> list[SubNetwork]:
     """All networks of costs that at most _RARE networks have, near the smallest and the full network: none is missed there.
 
-    If the routers choose one width for all layers (`Choices.uniform`), all uniform networks are taken, unless there are more than
-    _RARE_UNIFORM.
+    [] if the routers choose one width for all layers (`Choices.uniform`).
     """
-    choices, cost = learner.choices, learner.costs[0]
-    whole = Choices(choices.model, choices.space)
-    if choices.uniform:
-        networks = Uniform(whole).networks()
-        return networks if len(networks) <= _RARE_UNIFORM else []
     found: list[SubNetwork] = []
-    high = cost.full
+    high = cost.smallest if choices.uniform else cost.full
     while high > cost.smallest:
-        drawn = draw_near(whole, [Budget(cost, high)], _RARE + 1, seed=0, within=WITHIN)
+        drawn = draw_near(Choices(choices.model, choices.space), [Budget(cost, high)], _RARE + 1, seed=0, within=WITHIN)
         found += drawn if len(drawn) <= _RARE else []
         high -= WITHIN * cost.full
     return found

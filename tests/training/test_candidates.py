@@ -37,8 +37,10 @@ def test_budgets_get_better_networks():
     taught = learner(choices, [cost], max_steps=80)
     train(choices, taught, 0, 80, noise=0.05)
     rounds: list[tuple[int, int]] = []
+    tried: list[set[SubNetwork]] = []
 
     def evaluate(networks, samples: int) -> list[float]:
+        tried.append(set(networks))
         rounds.append((len(networks), samples))
         noise = np.random.default_rng(0).normal(scale=0.002 if samples < 64 else 0.0, size=len(networks))
         return [2 + loss(net) + more for net, more in zip(networks, noise, strict=True)]
@@ -47,6 +49,7 @@ def test_budgets_get_better_networks():
     losses = evaluate_candidates(taught, evaluate, 64)
     assert [samples for _, samples in rounds] == [8] * 7 + [64]
     assert all(count > 0 for count, _ in rounds)
+    assert tried[0].issuperset(Uniform(choices).networks())
     assert sum(count for count, _ in rounds[:-1]) > 1.5 * rounds[-1][0] > 0
     assert all(losses[net] == 2 + loss(net) for net in losses) and len(losses) <= rounds[-1][0]
     taught.info = replace(taught.info, evaluated=tuple((tuple(choices.indices(net)), value) for net, value in losses.items()))

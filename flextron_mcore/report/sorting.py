@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from flextron_mcore.report.text import loss, perplexity, short
 from flextron_mcore.report.topic import Section, Table, Topic
 
 FULL = "full (baseline)"  # name of the full model's row; sorting does not change its loss
+_ROOMY = 2  # groups of bars that have room for long names and three decimals
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,12 @@ class Ablation:
     """Result of one directory that `flextron importance` wrote.
 
     Attributes:
+        label: name of the directory.
         samples: number of calibration samples.
         ablation: losses of the full model and of networks with half of one axis, unsorted, in random order, and sorted.
     """
 
+    label: str
     samples: int
     ablation: list[AblationRow]
 
@@ -51,19 +55,24 @@ def sections(results: list[Ablation]) -> list[Section]:
     tables, pictures = [], []
     for i, result in enumerate(results):
         rows = [[r.setup, r.order, r.score, loss(r.loss), perplexity(r.perplexity)] for r in result.ablation]
-        tables.append(Table(["Setup", "Order", "Score", "Loss", "Perplexity"], rows, left=3))
+        setup = f"Setup ({result.label})" if len(results) > 1 else "Setup"
+        tables.append(Table([setup, "Order", "Score", "Loss", "Perplexity"], rows, left=3))
         if any(row.setup != FULL for row in result.ablation):
-            pictures.append(ablation_bars(result.ablation, f"sorting{i + 1 if i else ''}"))
+            label = f"{result.label}: " if len(results) > 1 else ""
+            pictures.append(ablation_bars(result.ablation, f"sorting{i + 1 if i else ''}", label))
     first = results[0]
     note = f"Heads and neurons are sorted by importance on {first.samples:,} samples: a smaller network keeps the most important"
     note += " ones. Losses of networks with about half of one kind of unit, before elastic training (as Flextron, Table 5)."
     return [Section("sorting", "Sorting by importance", note, tables, pictures, "trained")]
 
 
-def ablation_bars(rows: Sequence[AblationRow], name: str) -> Picture:
+def ablation_bars(rows: Sequence[AblationRow], name: str, label: str = "") -> Picture:
     """Bar chart of the losses of networks with half of one axis, unsorted, sorted and in random order (Flextron, Table 5).
 
-    name: file name without its ending.
+    Args:
+        rows: losses of the full model and of networks with half of one axis.
+        name: file name without its ending.
+        label: beginning of the caption, such as "sorted: ", where the page has several such charts.
     """
     base = next((row for row in rows if row.setup == FULL), None)
     cut = [row for row in rows if row.setup != FULL]
@@ -76,14 +85,16 @@ def ablation_bars(rows: Sequence[AblationRow], name: str) -> Picture:
     def draw(figure: Figure, theme: Theme) -> None:
         axes, colours = figure.subplots(), (theme.before, theme.after, *theme.others)
         width = 0.74 / max(len(kinds), 1)
+        crowded = len(setups) > _ROOMY
         for i, series in enumerate(kinds):
             bars = {row.setup: row.loss for row in cut if kind(row) == series}
             places = [setups.index(s) + (i - (len(kinds) - 1) / 2) * width for s in bars]
             made = axes.bar(places, list(bars.values()), width * 0.92, color=colours[i % len(colours)], label=short(series, 34))
-            axes.bar_label(made, fmt="%.3f", padding=2, fontsize=9, color=theme.ink)
+            size = 6.5 if crowded else 9
+            axes.bar_label(made, fmt="%.2f" if crowded else "%.3f", padding=2, fontsize=size, color=theme.ink)
         if base:
             axes.axhline(base.loss, color=theme.ink, linestyle="--", label=f"full model, {base.loss:.3f}", zorder=4)
-        axes.set_xticks(range(len(setups)), [short(s) for s in setups])
+        axes.set_xticks(range(len(setups)), [textwrap.fill(short(s), 12) if crowded else short(s) for s in setups])
         axes.set_ylabel("Loss (nats per token)")
         axes.margins(x=0.08, y=0.12)
         tidy(axes, x_numbers=False)
@@ -91,7 +102,7 @@ def ablation_bars(rows: Sequence[AblationRow], name: str) -> Picture:
 
     words = "Bar chart of loss in nats per token: " + "; ".join(f"{r.setup}, {kind(r)}: {r.loss:.3f}" for r in cut)
     words += f"; full model: {base.loss:.3f}." if base else "."
-    return picture(name, words, "Loss of networks with half of one kind of unit, before any elastic training.", draw)
+    return picture(name, words, f"{label}Loss of networks with half of one kind of unit, before any elastic training.", draw)
 
 
 TOPIC = Topic(("importance",), lambda output: output.into(Ablation), sections)

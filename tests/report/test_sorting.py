@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flextron_mcore.report.sorting import AblationRow, ablation_bars
+from flextron_mcore.report.sorting import Ablation, AblationRow, ablation_bars, sections
 
 
 def test_bars_name_the_score_when_there_are_several():
@@ -29,3 +29,12 @@ def test_a_score_for_each_axis_is_not_several_scores():
     ]
     alt = ablation_bars(rows, "sorting").alt
     assert "6 of 9 heads, sorted: 4.000" in alt and "6 of 9 heads, random: 4.000" in alt and "sorted by" not in alt
+
+
+def test_each_of_several_results_is_named():
+    rows = [AblationRow("6 of 9 heads", "sorted", "energy", 4.0, 54.6)]
+    one, two = Ablation("sorted", 64, rows), Ablation("sorted_four", 64, rows)
+    alone, both = sections([one])[0], sections([one, two])[0]
+    assert [table.head[0] for table in alone.tables] == ["Setup"] and alone.pictures[0].caption.startswith("Loss")
+    assert [table.head[0] for table in both.tables] == ["Setup (sorted)", "Setup (sorted_four)"]
+    assert [picture.caption.partition(":")[0] for picture in both.pictures] == ["sorted", "sorted_four"]

@@ -9,6 +9,7 @@ networks of each cost bin (a narrow range of the cost, selection/router.py) are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -88,8 +89,8 @@ def _without_worse(cost: Cost, losses: Mapping[SubNetwork, float]) -> dict[SubNe
 
 def _uniform(choices: Choices) -> list[SubNetwork]:
     """Networks of equal widths in all layers; [] if the space has more than _UNIFORM."""
-    networks = Uniform(Choices(choices.model, choices.space)).networks()
-    return networks if len(networks) <= _UNIFORM else []
+    count = math.prod(map(len, choices.space.sizes.values()))
+    return Uniform(Choices(choices.model, choices.space)).networks() if count <= _UNIFORM else []
 
 
 def _at_rare_costs(choices: Choices, cost: Cost) -> list[SubNetwork]:

@@ -87,7 +87,7 @@ def test_kill_and_run_again_is_the_uninterrupted_run(chain, tmp_path):
     assert killed.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     output, _ = whole.communicate(timeout=240)
     assert whole.returncode == 0, output
-    assert "Warning" not in output  # of libraries, which the process that writes checkpoints imports, too
+    assert "Warning" not in output  # of libraries, in this process or in one that it starts
     assert not (tmp_path / "killed" / "metrics.json").exists()
     again = run_command(["elastic", *elastic_keys(chain, tmp_path / "killed", *more)])
     output, _ = again.communicate(timeout=240)

@@ -1,12 +1,12 @@
 """Command line `flextron STAGE key=value ...`.
 
-The module imports little, because a spawned process imports the main module again: a training spawns one that passes on results
-of checkpoint writers, and `prepare workers=N` spawns N.
+The module imports little, because checkpoint writers are spawned processes, which import the main module again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import sys
@@ -29,6 +29,7 @@ from flextron_mcore.settings.stages import STAGES, VerifySettings
 if getattr(sys.modules.get("__mp_main__"), "__name__", None) == "__mp_main__":
     signals.end_with_parent()
     prepare_environment()
+    importlib.import_module("flextron_mcore.runtime.cpu").import_megatron()  # the CPU runtime must precede Megatron-Core
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 EXITS = {

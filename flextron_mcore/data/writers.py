@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 
 from ..config import FlextronError
-from ..runtime.cpu import import_megatron
 from ..runtime.signals import end_with_parent
 from .index import with_suffix
 from .tokenizer import Tokenizer, open_tokenizer
@@ -154,7 +153,6 @@ def _begin(directory: Path, add_bos: bool | None, parse_special_tokens: bool | N
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the main one ends the others
     end_with_parent()
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # read by the tokenizer's library when it first encodes
-    import_megatron()
     _tokens = open_tokenizer(directory, add_bos, parse_special_tokens)
 
 

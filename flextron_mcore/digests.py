@@ -22,12 +22,8 @@ DIGESTS_FILE = "digests.json"
 CHECKPOINT_FILE = "flextron.json"  # description of a checkpoint (checkpoint/store.py)
 DATA_FILE = "data.json"  # description of a dataset (data/prepare.py)
 CONFIG_FILE = "config.yaml"  # mark of a stage's output
-_LOGS = (
-    "tensorboard",
-    "wandb",
-    "mlflow",
-    "cache",
-)  # directories of a run that no description lists: logs; indices, which have their own
+# Directories of a run that no description lists: logs; indices, which have their own.
+_LOGS = ("tensorboard", "wandb", "mlflow", "cache")
 _SEAL = "digest"
 _CHUNK = 1 << 20
 

@@ -86,9 +86,8 @@ class Processes:
             batches: (batch, bytes of its text) of the shard.
             advance: function that is called with numbers of bytes.
         """
-        if (
-            not self._started
-        ):  # all processes at once: one that died while a later one starts would break the pool with other errors
+        if not self._started:
+            # All processes at once: one that died while a later one starts would break the pool with other errors.
             self._started = [self._pool.submit(os.getpid) for _ in range(self._workers)]
         while len(self._running) > self._workers:
             self._collect()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from flextron_mcore.checkpoint.store import list_checkpoints
 from flextron_mcore.launch.follow import read_record
 from tests.slurm.cluster import FINAL, Cluster
 
@@ -37,10 +38,16 @@ def launch(slurm: Cluster, base: Path, *arguments: str, timeout: float = 1200) -
 
 
 def running_pretrain(slurm: Cluster, results: Path) -> int:
-    """Wait until the launched pretraining has trained for some steps, and return its job's number."""
+    """Wait until the launched pretraining has trained for some steps and has a checkpoint, and return its job's number."""
     job = int(read_record(results)[-1].id)
-    log = results / "pretrain" / "log.jsonl"
-    trains = lambda shown: shown["JobState"] in FINAL or (log.exists() and '"step": 12,' in log.read_text())  # noqa: E731
+    run = results / "pretrain"
+
+    def trains(shown: dict[str, str]) -> bool:
+        # The checkpoint of step 10 is written while the training continues.
+        log = run / "log.jsonl"
+        begun = log.exists() and '"step": 12,' in log.read_text() and bool(list_checkpoints(run))
+        return shown["JobState"] in FINAL or begun
+
     assert slurm.wait_for(job, trains, timeout=240)["JobState"] == "RUNNING"
     return job
 

@@ -68,6 +68,16 @@ def test_budgets_get_better_networks():
     assert after.select([Budget(cost, cost.full)]) == before.select([Budget(cost, cost.full)])
 
 
+def test_a_space_of_many_uniform_networks_makes_none_of_them(monkeypatch):
+    choices = family(4)
+    taught = learner(choices, [latency(choices)], max_steps=1)
+    every = Uniform(choices).networks()
+    assert candidates._uniform(taught.choices) == every
+    monkeypatch.setattr(candidates, "_UNIFORM", len(every) - 1)
+    monkeypatch.setattr(Uniform, "networks", lambda self: pytest.fail("made networks that are not evaluated"))
+    assert candidates._uniform(taught.choices) == []
+
+
 def test_the_best_network_of_a_small_space_is_found():
     """In a small space the best network of nearly every budget is found even with untrained routers and no surrogate."""
     choices = family(2)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 
 from flextron_mcore import digests
 from flextron_mcore.checkpoint.sharding import dealt_axis, to_disk_order
@@ -25,6 +27,8 @@ from flextron_mcore.checkpoint.store import CheckpointInfo, write_info
 from flextron_mcore.config import FlextronError
 from flextron_mcore.runtime.disk import check_space, forget
 from flextron_mcore.runtime.ranks import gather, place, wait_for_all
+
+_THREADS = 2  # that write files; one more computes tensors
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def write_streaming(
     common: Mapping[str, Any] | None = None,
     elsewhere: bool = False,
 ) -> None:
-    """Write a model's checkpoint, a tensor at a time, while a thread computes the next ones.
+    """Write a model's checkpoint, two tensors at a time, while a thread computes the next ones.
 
     The result has the keys, shapes and order of Megatron-Core's own save of the model, and loads in any layout. Call on all ranks
     with the same arguments: each computes and writes a share of the tensors. Raises FlextronError if the disk has too little
@@ -117,11 +121,8 @@ def write_torch_dist(
             state[extra.unique_key] = payload
     share = sum(sizes[key] for key in mine)
     planner = _StreamingPlanner(tensors, progress and (lambda size: progress(size * need // share)))
-    # One file a tensor, because torch's writer keeps all tensors of a file in memory until the file is finished.
-    writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=1, per_thread_copy_ahead=0)
-    writer.fs = _HashedFiles(elsewhere)
     with planner.ahead, _without_crc():
-        dcp.save(state, storage_writer=writer, planner=planner, no_dist=ranks == 1)
+        dcp.save(state, storage_writer=_Writer(directory, elsewhere), planner=planner, no_dist=ranks == 1)
     if rank == 0:
         torch.save(dict(common or {}), directory / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
@@ -172,27 +173,70 @@ def share_out(sizes: Mapping[str, int], ranks: int) -> list[set[str]]:
     return shares
 
 
-class _HashedFiles(FileSystem):
-    """File system for torch.distributed.checkpoint's writer that hashes each file while it is written.
+class _Writer(dcp.FileSystemWriter):
+    """Writer of torch.distributed.checkpoint with two threads: half of a file's writing is the kernel's time on one core.
 
-    `digests.entry_of` then has the file's digest without reading it again.
+    One file a tensor, because torch's writer keeps all tensors of a file in memory until the file is finished. torch's writer
+    loses errors of all threads but the main one. This one raises the first error of any thread, after the others have stopped.
 
-    forgotten: True drops each finished file from the page cache (`runtime.disk.forget`).
+    Args:
+        directory: empty directory to write into.
+        forgotten: True drops each finished file from the page cache (`runtime.disk.forget`).
     """
 
-    def __init__(self, forgotten: bool) -> None:
+    def __init__(self, directory: Path, forgotten: bool) -> None:
+        super().__init__(directory, single_file_per_rank=False, thread_count=_THREADS, per_thread_copy_ahead=0)
         self._forgotten = forgotten
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        """Write the tensors of a rank. planner: a `_StreamingPlanner`. Raises the first error of computing or writing one."""
+        assert isinstance(planner, _StreamingPlanner)
+        self.fs = files = _HashedFiles(self._forgotten, planner.failed)
+        try:
+            written = super().write_data(plan, planner)
+        except BaseException as error:  # an interruption: only the main thread notices it
+            planner.failed.append(error)
+            files.wait()
+            raise
+        finally:
+            self.fs = FileSystem()  # for what `finish` writes
+        if planner.failed:
+            raise planner.failed[0]
+        return written
+
+
+class _HashedFiles(FileSystem):
+    """File system that hashes each file while it is written: `digests.entry_of` has its digest without reading it again.
+
+    Args:
+        forgotten: True drops each finished file from the page cache (`runtime.disk.forget`).
+        failed: errors of all threads, to which errors are added. Once it has one, no file is made any more.
+    """
+
+    def __init__(self, forgotten: bool, failed: list[BaseException]) -> None:
+        self._forgotten, self._failed = forgotten, failed
+        self._writing = threading.Semaphore(_THREADS)
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes]]:
-        if mode != "wb":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
-        with digests.HashingFile(path) as stream:
-            yield stream
-        if self._forgotten:
-            forget(path)
+        """Make a file in a thread of the writer. Errors within the context are kept instead of raised."""
+        assert mode == "wb"
+        try:
+            with self._writing:
+                if self._failed:
+                    yield io.BytesIO()
+                    return
+                with digests.HashingFile(path) as stream:
+                    yield stream
+                if self._forgotten:
+                    forget(path)
+        except Exception as error:
+            self._failed.append(error)
+
+    def wait(self) -> None:
+        """Wait until no thread writes any more."""
+        for _ in range(_THREADS):
+            self._writing.acquire()
 
 
 @contextlib.contextmanager
@@ -207,37 +251,45 @@ def _without_crc() -> Iterator[None]:
 
 
 class _StreamingPlanner(dcp.DefaultSavePlanner):
-    """Save planner for torch.distributed.checkpoint that computes the next two tensors in a thread while one is written.
+    """Save planner for torch.distributed.checkpoint that computes the next tensors in a thread while others are written.
 
-    Two tensors, because large and small tensors of a model alternate. Use it in `with planner.ahead:`, which ends the thread.
-    Computing a tensor raises FlextronError if its shape or dtype is not the one that its LazyTensor has.
+    Use it in `with planner.ahead:`, which ends the thread. Computing a tensor raises FlextronError if its shape or dtype is not
+    the one that its LazyTensor has.
 
     Args:
         tensors: {name: tensor}.
         progress: function (bytes) called for each tensor when it is written; None: none.
+
+    Attributes:
+        failed: errors of all threads of the writer, the first one first. Once it has one, no tensor is computed any more.
     """
 
     def __init__(self, tensors: Mapping[str, LazyTensor], progress: Callable[[int], None] | None) -> None:
         super().__init__(flatten_state_dict=False)
         self._lazy, self._progress = tensors, progress
         self.ahead = ThreadPoolExecutor(1)
+        self.failed: list[BaseException] = []
+        self._lock = threading.Lock()
         self._keys: list[str] = []  # tensors still to be computed, in the order of writing
         self._made: dict[str, Future[torch.Tensor]] = {}
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         plan = super().finish_plan(new_plan)
         self._keys = [item.index.fqn for item in plan.items if item.type != WriteItemType.BYTE_IO]
-        for _ in range(2):
+        for _ in range(1 + _THREADS):
             self._make_next()
         return plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        if self.failed:
+            raise RuntimeError("an error in another thread of the writer")
         if write_item.type == WriteItemType.BYTE_IO:
             return self.lookup_object(write_item.index)  # already serialized
         tensor = self._made.pop(write_item.index.fqn).result()
-        self._make_next()
-        if self._progress:
-            self._progress(tensor.nbytes)
+        with self._lock:
+            self._make_next()
+            if self._progress:
+                self._progress(tensor.nbytes)
         return tensor
 
     def _make_next(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from flextron_mcore.checkpoint.store import CheckpointInfo
 from flextron_mcore.checkpoint.writer import LazyTensor, share_out, write_torch_dist
 from flextron_mcore.config import FlextronError
+from flextron_mcore.digests import HashingFile
 from flextron_mcore.model import gpt_model, transformer_config
 from flextron_mcore.runtime.disk import write_aside
 from flextron_mcore.space import ElasticSpace
@@ -47,6 +51,52 @@ def test_an_error_in_a_tensor_leaves_nothing(tmp_path):
     ):
         write_torch_dist(aside, {"a": whole, "b": replace(whole, shape=(3,))})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("failing", range(6))
+def test_an_error_in_any_thread_of_the_writer_is_raised_and_ends_the_others(failing, tmp_path):
+    """An error in any thread of the writer is raised, and few tensors are computed after it."""
+    made = []
+
+    def load(i: int) -> torch.Tensor:
+        made.append(i)
+        if i == failing:
+            raise FlextronError(f"tensor {i} cannot be made")
+        return torch.ones(1 << 20)
+
+    tensors = {f"{i:03}": LazyTensor((1 << 20,), torch.float32, partial(load, i)) for i in range(100)}
+    with pytest.raises(FlextronError, match=f"^tensor {failing} cannot be made$"), write_aside(tmp_path / "out") as aside:
+        write_torch_dist(aside, tensors)
+    assert len(made) < 20
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_interruption_waits_for_the_thread_that_writes(tmp_path, monkeypatch):
+    """An interruption of the main thread waits for the other thread, which writes into the directory that is then removed."""
+    written, closing, close = [], threading.Event(), HashingFile.close
+
+    def slow_close(file: HashingFile) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            closing.set()
+            time.sleep(1)
+        close(file)
+        written.append(file)
+
+    def interrupted(_: int) -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert closing.wait(60)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(HashingFile, "close", slow_close)
+    tensors = {str(i): LazyTensor((4,), torch.float32, lambda: torch.ones(4)) for i in range(50)}
+    with pytest.raises(KeyboardInterrupt), write_aside(tmp_path / "out") as aside:
+        write_torch_dist(aside, tensors, progress=interrupted)
+    assert list(tmp_path.iterdir()) == []
+    count = len(written)
+    time.sleep(1.5)
+    assert len(written) == count < 5
 
 
 @pytest.mark.parametrize("name", CASES)

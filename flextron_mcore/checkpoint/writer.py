@@ -234,9 +234,10 @@ class _HashedFiles(FileSystem):
             self._failed.append(error)
 
     def wait(self) -> None:
-        """Wait until no thread writes any more."""
+        """Wait until no thread writes a file. Call when `failed` has an error."""
         for _ in range(_THREADS):
             self._writing.acquire()
+        self._writing.release(_THREADS)  # threads that wait for their next file go on, and end
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def unseal(values: Any, file: Path) -> Any:
 
 
 def changed(file: Path) -> str:
-    """Message about a file whose content changed since it was written, with advice."""
+    """Text of the error for a file that was found changed since it was written, with advice. Checks nothing."""
     return f"{file}: changed since it was written: {remedy(file)}"
 
 

@@ -79,7 +79,7 @@ class Costs:
         return [window * (1 - window / (2 * self.length)) for window in windows]
 
     def head(self, hidden_size: float | None = None) -> float:
-        """FLOPs per token of the output layer. hidden_size: hidden channels of the network; None: all."""
+        """FLOPs per token of the output layer, forward only, padded vocabulary included. hidden_size: channels; None: all."""
         return 2.0 * (hidden_size or self.model.hidden_size) * (-(-self.model.vocab_size // self.tensor) * self.tensor)
 
     def of(self, net: SubNetwork) -> float:

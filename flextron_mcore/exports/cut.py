@@ -188,7 +188,7 @@ def _compensation(info: CheckpointInfo, source: str) -> str | None:
 
 
 def _compensated(load: Callable[[], torch.Tensor], reader: TensorReader, compensation: str, placed: Placed) -> torch.Tensor:
-    """Weight of an output projection in fp32, with the compensation of its heads multiplied into it.
+    """Weight of an output projection in fp32, multiplied by the compensation matrix of each KV group (layers/compensation.py).
 
     Args:
         load: function () that returns the weight of the sub-network.

@@ -102,6 +102,9 @@ def first_channels(vector_C: torch.Tensor | None, channels: int) -> torch.Tensor
 
 
 def _mark_sequence_parallel(module: torch.nn.Module, config) -> None:
-    """Let Megatron-Core sum the gradients over tensor-parallel ranks: each rank sees only its part of the sequence."""
+    """Copy `config.sequence_parallel` to the parameters.
+
+    If it is True, Megatron-Core sums their gradients over tensor-parallel ranks, because each sees only a part of the sequence.
+    """
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel

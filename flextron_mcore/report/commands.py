@@ -49,7 +49,7 @@ def _targets(output: StageOutput) -> list[float]:
 
 
 def _of_tokens(output: StageOutput) -> bool:
-    """True if a stage trained adaptive routers, which choose for every token: the commands here would need selector=adaptive."""
+    """True if a stage trained adaptive routers. No command is proposed for it: budgets would need selector=adaptive."""
     routers = output.metrics.values.get("routers")
     return isinstance(routers, dict) and routers.get("kind") is not None
 

@@ -79,7 +79,7 @@ def initialize(parallel: LayoutSettings | None = None, seed: int = 1234) -> None
 
 
 def shutdown() -> None:
-    """Destroy the process groups, if `initialize` started any."""
+    """Destroy all process groups of torch.distributed and Megatron-Core, whoever started them. Without any, do nothing."""
     if torch.distributed.is_initialized():
         from megatron.core import parallel_state
 

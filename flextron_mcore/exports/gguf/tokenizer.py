@@ -292,9 +292,10 @@ def _pre_tokenizer(value: dict[str, Any] | None) -> str:
 
 
 def _template(value: dict[str, Any] | None) -> tuple[str | None, str | None]:
-    """(token before, token after) a text, from a post_processor of tokenizer.json; None for no token.
+    """Texts of the tokens that a post_processor of tokenizer.json puts before and after a single text; None for no token.
 
-    Raises _Unlike for a post-processor of another kind, and for several tokens at one end.
+    ByteLevel puts none, TemplateProcessing those of its template, and a Sequence those of its first part that puts any. Raises
+    _Unlike for other kinds of post-processors, and for several tokens at one end.
     """
     if value is None or value["type"] == "ByteLevel":
         return None, None

@@ -248,7 +248,10 @@ class _Pass:
         return take_rows(heads.flatten(0, 1), participants.rows).view(query.shape)
 
     def projected(self, heads: list[Tensor]) -> Output:
-        """Output projection, for each token of the heads that it uses: ([S, B, C], bias [C] or None)."""
+        """Output projection, for each token of the heads that it uses: ([S, B, C], bias [C] or None).
+
+        heads: outputs [n, B, h, H] of the heads of each run in `present`, as `all_keys` or `own_keys` returns them.
+        """
         if heads and waits_are_expensive(heads[0]):
             return self._projected_together(heads)
         project, shape = self.module.linear_proj, self.levels_SB.shape

@@ -48,7 +48,7 @@ class Static:
         return bool(self.network["layers"][layer]["executed"])
 
     def heads(self, layer, x_BSC):
-        """[(rows, KV groups, query heads of each group)] that a layer computes for rows of the N tokens; rows None: all."""
+        """[(rows, number of KV groups, query heads of each group)] that a layer computes; rows: of the B*S tokens, None: all."""
         return [(None, *self.layers[layer][:2])]
 
     def neurons(self, layer, x_BSC):
@@ -93,7 +93,7 @@ class TokenChoice:
         return True
 
     def heads(self, layer, x_BSC):
-        """[(rows, KV groups, query heads of each group)] that a layer computes for rows of the N tokens; rows None: all."""
+        """[(rows, number of KV groups, query heads of each group)] that a layer computes; rows: of the B*S tokens, None: all."""
         return [(rows, *self.sizes[0][level]) for level, rows in self._by_level(2 * layer, x_BSC)]
 
     def neurons(self, layer, x_BSC):

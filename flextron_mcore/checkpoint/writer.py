@@ -222,7 +222,7 @@ class _HashedFiles(FileSystem):
         """Make a file in a thread of the writer. Errors within the context are kept instead of raised."""
         assert mode == "wb"
         try:
-            with self._writing:
+            with self._writing, _without_crc():  # here too: torch's options are those of a thread
                 if self._failed:
                     yield io.BytesIO()
                     return

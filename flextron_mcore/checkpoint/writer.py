@@ -1,4 +1,4 @@
-"""Writing a checkpoint one tensor at a time, on any number of ranks, without a model in memory."""
+"""Writing a checkpoint a few tensors at a time, on any number of ranks, without a model in memory."""
 
 from __future__ import annotations
 

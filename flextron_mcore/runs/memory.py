@@ -110,7 +110,7 @@ def comparison_line(settings: ExportSettings, info: CheckpointInfo, net: SubNetw
     """Line to print before an export: what is compared, and the memory of the main process.
 
     With verify=true the main process holds the checkpoint's part of its rank and, except on a GPU, the whole export, both in
-    fp32. With verify=false nothing is compared, and the line says what converting one tensor at a time needs (`copying_line`).
+    fp32. With verify=false nothing is compared, and the line says what converting a few tensors at a time needs (`copying_line`).
 
     Args:
         settings: settings of the stage.
@@ -166,10 +166,10 @@ def import_line(settings: ImportSettings, info: CheckpointInfo) -> str:
 
 
 def copying_line(settings: StageSettings, info: CheckpointInfo) -> str:
-    """Line to print before tensors are converted one at a time.
+    """Line to print before tensors are converted a few at a time.
 
-    Counts four of the largest, of which two are made ahead and one is a copy (checkpoint/writer.py). Raises FlextronError where
-    this machine has less memory.
+    Counts six of the largest: two are written, three made ahead, and one is a copy (checkpoint/writer.py). Raises FlextronError
+    where this machine has less memory.
     """
     model, layer = info.model, SubNetwork.full(info.model).layers[0]
     largest = max(
@@ -177,7 +177,7 @@ def copying_line(settings: StageSettings, info: CheckpointInfo) -> str:
         for place in ("before", "layer", "after")
         for tensor in of_model(model, place, added_tensors())
     )
-    return _line(settings, 4 * largest * DTYPE_BYTES[info.dtype], "one tensor at a time", "start fewer ranks")
+    return _line(settings, 6 * largest * DTYPE_BYTES[info.dtype], "a few tensors at a time", "start fewer ranks")
 
 
 def _line(settings: StageSettings, needed: int, what: str, remedy: str, share: float | None = None) -> str:

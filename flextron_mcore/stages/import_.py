@@ -26,7 +26,7 @@ from flextron_mcore.space import AUTOMATIC_GRANULARITIES, ElasticSpace, count_pa
 
 
 def run(settings: ImportSettings) -> dict[str, Any]:
-    """Convert the Hugging Face checkpoint settings.hf into an elastic checkpoint, one tensor at a time. Call on all ranks.
+    """Convert the Hugging Face checkpoint settings.hf into an elastic checkpoint, a few tensors at a time. Call on all ranks.
 
     Neurons, heads and channels keep the order that they have in the Hugging Face checkpoint. Each rank converts a share of the
     tensors. Returns the content of metrics.json: sizes, dtype, model and space, and with verify=true the differences from

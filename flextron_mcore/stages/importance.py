@@ -94,7 +94,7 @@ def run(settings: ImportanceSettings) -> dict[str, Any]:
             with progress_bar(total=count * len(model), desc="importance of layers", unit="batch") as bar:
                 counted = partial(counted_share, dataset, samples, size, bar)
                 layers["mse"] = removal_errors(model, counted, count, info.model, seq_length, size)
-        del model  # free its memory: sorting reads and writes one tensor at a time
+        del model  # free its memory: sorting reads and writes a few tensors at a time
 
         def write_sorted(run: Path, space: ElasticSpace, scores: Scores) -> Path:
             orders = {i: order(info.model, space, layer) for i, layer in scores.layers.items()}
